@@ -1,0 +1,50 @@
+# make help lists the targets.
+PYTHON = python3
+PREFIX = /usr/local
+prefix = $(PREFIX)
+DESTDIR =
+DEMO = .demo
+
+.PHONY: help demo test lab lint bench install
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\): .*## /\1	/p' Makefile | expand -t 12
+
+demo: ## make a sample store and do the main job on it; needs Python alone
+	rm -rf $(DEMO)
+	$(PYTHON) test_cstor.py --make-store $(DEMO)/store
+	$(PYTHON) cstor.py --root $(DEMO)/store image list
+	$(PYTHON) cstor.py --root $(DEMO)/store image layers sample
+	@set -e; for digest in $$($(PYTHON) cstor.py --root $(DEMO)/store image layers sample \
+	    --format json | sed -n 's/.*"diff-digest": "\(sha256:[0-9a-f]*\)".*/\1/p'); do \
+	  echo "layer export $$digest"; \
+	  $(PYTHON) cstor.py --root $(DEMO)/store layer export $$digest -o $(DEMO)/layer.tar; \
+	  echo "$${digest#sha256:}  $(DEMO)/layer.tar" | sha256sum -c -; \
+	done
+	$(PYTHON) cstor.py --root $(DEMO)/store layer export -v $$($(PYTHON) cstor.py \
+	    --root $(DEMO)/store image layers sample --no-trunc | sed -n '3s/ .*//p') | tar -tvf -
+	rm -rf $(DEMO)
+
+test: ## run all tests; those that lack something are skipped with the reason
+	$(PYTHON) test_cstor.py
+
+lab: ## install the real parts that the real tests need (Debian, as root) and the linters
+	DEBIAN_FRONTEND=noninteractive apt-get update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+	    podman buildah skopeo containers-storage umoci crun uidmap fuse-overlayfs \
+	    xfsprogs btrfs-progs busybox-static attr zstd xz-utils util-linux python3 python3-venv
+	[ -e /etc/containers/policy.json ] || { mkdir -p /etc/containers && \
+	    echo '{"default":[{"type":"insecureAcceptAnything"}]}' > /etc/containers/policy.json; }
+	[ -x .lab/bin/ruff ] || { python3 -m venv .lab && .lab/bin/pip install -q mypy==2.4.1 ruff==0.17.6; }
+
+lint: ## mypy --strict and ruff, from .lab or the PATH
+	PATH="$(CURDIR)/.lab/bin:$$PATH" mypy --strict cstor.py test_cstor.py
+	PATH="$(CURDIR)/.lab/bin:$$PATH" ruff check --no-cache --target-version py39 --line-length 100 \
+	    --select E,F,W,B,C4,ISC,PIE,PLE,RET,RUF100 cstor.py test_cstor.py
+
+bench: ## measure against the peers (podman, root, some minutes)
+	$(PYTHON) test_cstor.py --bench
+
+install: ## leave a cstor command below $(DESTDIR)$(prefix)
+	install -d $(DESTDIR)$(prefix)/bin
+	install -m 755 cstor.py $(DESTDIR)$(prefix)/bin/cstor

@@ -1,0 +1,3796 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Read podman's, buildah's and CRI-O's images without podman: no root, no mount, no writes.
+
+cstor.py reads containers/storage (overlay driver) straight from disk and rebuilds every layer's
+tar bit for bit from its tar-split metadata.  It is one file for Python 3.9 and later, uses the
+standard library alone, and can be run, piped to ``python3 -`` over ssh, zipped or vendored.
+
+As a library::
+
+    import cstor
+    with cstor.Storage.discover() as storage:        # or Storage.open("/mnt/containers/storage")
+        for image in storage.images():
+            print(image.names, image.size)
+        layer = storage.image("docker.io/library/alpine").layers()[-1]
+        layer.export(open("layer.tar", "wb"))        # sha256 checked against diff-digest
+
+As a command::
+
+    cstor.py image list
+    cstor.py image layers alpine
+    cstor.py layer export 3c42d5a -o layer.tar
+    cstor.py --root /mnt/disk/containers/storage layer list --format json
+    cstor.py container list
+    ssh HOST python3 - image list --format json < cstor.py
+
+It never writes to a store: it creates no lock file, no directory and no database side file there,
+and changes no owner, mode or time (but for the atime that the kernel itself notes of a reading,
+where O_NOATIME is not allowed).  It holds shared locks only while it reads the JSON records.
+
+Sections, each built only from those above it:
+
+     1 constants           what is on disk, by origin
+     2 errors              one tree, every message ends in what to do next
+     3 file descriptors    opening beneath a root, full reads, copies
+     4 checksums           CRC-64/ISO of tar-split, digests
+     5 configuration       storage.conf, drop-ins, environment
+     6 locks               short, shared, never created
+     7 store               records of layers, images and containers; big data; podman's db.sql
+     8 references          names, digests, ID prefixes
+     9 layers              where the bytes of one file are
+    10 tar headers         the few fields that place a file's bytes in a tar
+    11 tar-split           entries, members, pieces; writing and verifying the tar
+    12 library             Storage, Image, Layer, Container
+    13 command line        output, progress, one function per command
+"""
+
+# Copyright (c) 2026 the cstor.py authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+from __future__ import annotations
+
+import binascii
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import sys
+import time
+import zlib
+
+# Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, signal, sqlite3, tempfile and threading
+# are imported, and patterns compiled (re keeps them), where they are used.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import (Any, BinaryIO, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
+                        NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
+
+    T = TypeVar("T")
+    R = TypeVar("R", bound="Record")
+    Progress = Callable[[int, int], None]  # bytes and files done so far
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
+    "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerUnknown", "Member", "NeedsUnshare",
+    "NotFound", "ProtocolError", "Storage", "Unsupported", "crc64", "load_config", "main",
+]
+
+
+# ================================================================================================
+# 1. Constants
+# ================================================================================================
+
+# containers/storage: the overlay driver's prefix stands in the name of every metadata directory.
+OVERLAY = b"overlay"
+LAYERS = b"overlay-layers"
+IMAGES = b"overlay-images"
+CONTAINERS = b"overlay-containers"
+OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
+LINK_ID = r"[A-Z2-7]{26}"  # overlay/<id>/link: standard base32, no padding
+HEX64 = r"[0-9a-f]{64}"
+DIGEST = r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-f]{32,}"
+LOCK_TOKEN_SIZE = 64  # "last write" token at the start of a lock file
+COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
+CONTAINER_STATE = ("unknown", "created", "initialized", "running", "stopped", "paused", "exited",
+                   "removing", "stopping")  # podman's define.ContainerStatus, as `podman ps` says
+
+# Media types of manifests.
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+
+# tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU).
+BLOCK = 512
+TYPE_AT = 156  # offset of typeflag in a header block
+SIZE_AT = slice(124, 136)  # the size field: octal, ended by a space or NUL, or base-256
+HEADER_ONLY = b"123456"  # link, symlink, char, block, directory, FIFO: no data whatever size says
+SPECIALS = b"xLK"  # headers about the next header: pax, GNU long name, GNU long link
+PAX_GLOBAL = b"g"
+# How GNU tar maps a sparse file: the size of blocks that are looked at, and whether an empty run
+# always ends the map.  First --hole-detection=seek (the default since 1.29), then raw.
+SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
+
+# overlayfs: the kernel as root, the kernel in a user namespace.
+METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
+
+# Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
+SYS_OPENAT2 = 437
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_IN_ROOT = 0x10
+F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
+OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+# Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
+MAX_SYMLINKS = 40  # as the kernel's path walk
+MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
+MAX_JSON = 256 << 20  # one metadata file
+MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about 200 MB)
+MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
+MAX_HEADERS = 8 << 20  # all that stands before one file's data
+MAX_OBJECT = 4 << 20  # one JSON object of a stream
+MAX_EXTENTS = 1 << 20  # data runs of one sparse file
+
+CHUNK = 1 << 20  # unit of reading, hashing and writing contents
+READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
+LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
+
+
+# ================================================================================================
+# 2. Errors
+# ================================================================================================
+
+class CstorError(Exception):
+    """Base of all errors that cstor.py raises by itself; OSError passes through unchanged.
+
+    ``hint`` is the next step for a person, or "": the command line prints it, str() does not.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class NotFound(CstorError, LookupError):
+    """What was asked for is not there."""
+
+
+class ImageUnknown(NotFound):
+    """No image, in the words of containers/storage: ``image not known: X``."""
+
+
+class LayerUnknown(NotFound):
+    """No layer, in the words of containers/storage: ``layer not known: X``."""
+
+
+class ContainerUnknown(NotFound):
+    """No container, in the words of containers/storage: ``container not known: X``."""
+
+
+class Ambiguous(NotFound):
+    """A reference fits several objects: ``candidates`` lists them, each one line."""
+
+    def __init__(self, message: str, candidates: Sequence[str], *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.candidates = list(candidates)
+
+
+class FormatError(CstorError, ValueError):
+    """Malformed metadata, tar or stream.
+
+    ``file`` names it; ``line`` counts from 1 and ``offset`` from 0 (in the decompressed stream),
+    each None when it does not apply.
+    """
+
+    def __init__(self, message: str, *, file: str = "", line: Optional[int] = None,
+                 offset: Optional[int] = None, hint: str = "") -> None:
+        place = file
+        if line is not None:
+            place += f":{line}"
+        if offset is not None:
+            place += f" at offset {offset}"
+        super().__init__(f"{place}: {message}" if place else message, hint=hint)
+        self.file, self.line, self.offset = file, line, offset
+
+
+class IntegrityError(CstorError):
+    """Content that is not what the metadata promises.
+
+    ``layer`` is the layer ID or "", ``name`` the file's name in the tar or b"" for the whole layer,
+    ``expected`` and ``actual`` are checksums, sizes or types in words.
+    """
+
+    def __init__(self, message: str, *, layer: str = "", name: bytes = b"", expected: str = "",
+                 actual: str = "", hint: str = "") -> None:
+        where = f'layer {layer}: ' if layer else ""
+        what = f'"{display(name)}": ' if name else ""
+        wanted = f": expected {expected}, got {actual}" if expected or actual else ""
+        super().__init__(f"{where}{what}{message}{wanted}", hint=hint)
+        self.layer, self.name, self.expected, self.actual = layer, name, expected, actual
+
+
+class Unsupported(CstorError):
+    """Right by itself, but nothing that can be read here: another driver, bytes that are gone."""
+
+
+class NeedsUnshare(CstorError, PermissionError):
+    """The file belongs to a sub-uid and is closed to others: a user namespace is needed."""
+
+
+class ProtocolError(CstorError):
+    """A peer broke the protocol; ``code`` is the JSON-RPC error code."""
+
+    def __init__(self, message: str, *, code: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+def display(name: Union[str, bytes]) -> str:
+    """Spell a name from a store so that it fits one line and cannot steer a terminal.
+
+    Bytes that are not UTF-8 become ``\\xNN``; control characters and lone surrogates are escaped.
+    """
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "backslashreplace")
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else
+                   c.encode("unicode_escape").decode("ascii") for c in name)
+
+
+# ================================================================================================
+# 3. File descriptors
+#
+# Everything below a store is opened through a Directory.  Lookups follow openat2(2) with
+# RESOLVE_IN_ROOT: absolute links and ".." stop at the directory, as after chroot(2).  Where the
+# kernel lacks openat2 (before 5.6) or seccomp refuses it, a walk by components does the same.
+# The last component is never followed, and only regular files are opened.
+# ================================================================================================
+
+def _openat2(dir_fd: int, name: bytes, flags: int) -> int:
+    """Call openat2(2) with RESOLVE_IN_ROOT; raise OSError, ENOSYS where it cannot be called."""
+    import ctypes
+
+    class OpenHow(ctypes.Structure):
+        _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64),
+                    ("resolve", ctypes.c_uint64)]
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    size = ctypes.c_size_t(ctypes.sizeof(OpenHow))
+    number = ctypes.c_long(SYS_OPENAT2)
+
+    def openat2(dir_fd: int, name: bytes, flags: int) -> int:
+        how = OpenHow(flags, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+        for _ in range(32):  # EAGAIN: a rename elsewhere made the kernel doubt a ".."
+            fd: int = libc.syscall(number, ctypes.c_int(dir_fd), ctypes.c_char_p(name),
+                                   ctypes.byref(how), size)
+            if fd >= 0:
+                return fd
+            if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
+                break
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), os.fsdecode(name))
+
+    globals()["_openat2"] = openat2  # set up once; ctypes costs 5 ms
+    return openat2(dir_fd, name, flags)
+
+
+def _walk_in_root(root_fd: int, name: bytes) -> int:
+    """Open directory ``name`` like openat2(RESOLVE_IN_ROOT) does, one component at a time."""
+    todo = name.split(b"/")[::-1]
+    done: List[bytes] = []  # real names from the root down to fd
+    links = 0
+    fd = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd)
+    try:
+        while todo:
+            part = todo.pop()
+            if part in (b"", b"."):
+                continue
+            target = b"/"
+            if part == b"..":  # start over: opening ".." itself could be raced out of the root
+                todo.extend(reversed(done[:-1]))
+            else:
+                target = _step(fd, part)
+                if not target:
+                    fd, old = os.open(part, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd), fd
+                    os.close(old)
+                    done.append(part)
+                    continue
+                links += 1
+                if links > MAX_SYMLINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
+                todo.extend(reversed(target.split(b"/")))
+            if target.startswith(b"/"):
+                fd, old = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd), fd
+                os.close(old)
+                done = []
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _step(dir_fd: int, part: bytes) -> bytes:
+    """Return the target when ``part`` is a symbolic link, else b""."""
+    if stat.S_ISLNK(os.lstat(part, dir_fd=dir_fd).st_mode):
+        return os.readlink(part, dir_fd=dir_fd)
+    return b""
+
+
+def open_in_root(root_fd: int, name: bytes) -> int:
+    """Open the directory ``name`` (O_PATH) beneath ``root_fd`` and return a new descriptor.
+
+    Symbolic links are followed as if ``root_fd`` were "/".  Raises OSError as open(2) does.
+    """
+    global _have_openat2
+    if b"\0" in name:
+        raise FormatError(f'name with a NUL byte: "{display(name)}"')
+    if _have_openat2:
+        try:
+            return _openat2(root_fd, name.strip(b"/") or b".", OPEN_DIRECTORY)
+        except OSError as error:
+            # EPERM cannot come from opening with O_PATH: it is a seccomp filter that says no.
+            if error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+        except (ImportError, AttributeError):  # a Python without ctypes
+            pass
+        _have_openat2 = False
+    return _walk_in_root(root_fd, name)
+
+
+_have_openat2 = True
+
+
+class Directory:
+    """A directory that is the root of all lookups made through it; owns its descriptor.
+
+    Names are bytes, relative, with "/" between components; nothing outside can be reached.  An
+    OSError names the path; NeedsUnshare is raised for what is closed to this user.  Threads can
+    share a Directory, but for parent().
+    """
+
+    __slots__ = ("path", "fd", "_parent", "_parent_fd", "_flags")
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self._parent = b""
+        self._parent_fd = -1
+        self._flags = OPEN_FILE | os.O_NOATIME
+
+    @classmethod
+    def at(cls, path: str) -> Directory:
+        """Open the host directory ``path``, links followed."""
+        try:
+            return cls(path, os.open(path, OPEN_DIRECTORY))
+        except OSError as error:
+            raise with_path(error, path) from None
+
+    def close(self) -> None:
+        """Close the descriptors; harmless when repeated."""
+        for fd in (self._parent_fd, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._parent_fd = -1
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def host_path(self, name: bytes) -> str:
+        """Spell ``name`` as a host path, for messages."""
+        return os.path.join(self.path, os.fsdecode(name))
+
+    def directory(self, name: bytes) -> Directory:
+        """Open a directory below as a root of its own."""
+        try:
+            return Directory(self.host_path(name), open_in_root(self.fd, name))
+        except OSError as error:
+            raise with_path(error, self.host_path(name)) from None
+
+    def parent(self, name: bytes) -> int:
+        """Return the descriptor of the directory ``name``; it stays ours, until the next call.
+
+        Tars are read in depth-first order: most files lie beside the one before.
+        """
+        if not name:
+            return self.fd
+        if name != self._parent:
+            fd = self._open_parent(name)
+            if self._parent_fd >= 0:
+                os.close(self._parent_fd)
+            self._parent, self._parent_fd = name, fd
+        return self._parent_fd
+
+    def _open_parent(self, name: bytes) -> int:
+        if b"/" not in name and name not in (b".", b"..") and b"\0" not in name:
+            try:  # one real directory: no need for openat2, which costs the import of ctypes
+                return os.open(name, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+        return open_in_root(self.fd, name)
+
+    def _in_parent(self, name: bytes, action: Callable[[int, bytes], T]) -> T:
+        """Call ``action`` with the descriptor of the parent directory and the last component."""
+        parent, _, base = name.rpartition(b"/")
+        fd = -1
+        try:
+            fd = self._open_parent(parent) if parent else self.fd
+            return action(fd, base or b".")
+        except OSError as error:
+            raise with_path(error, self.host_path(name)) from None
+        finally:
+            if fd not in (-1, self.fd):
+                os.close(fd)
+
+    def lstat(self, name: bytes) -> os.stat_result:
+        """Return lstat(2) of ``name``."""
+        return self._in_parent(name, lambda fd, base: os.stat(base, dir_fd=fd,
+                                                              follow_symlinks=False))
+
+    def exists(self, name: bytes) -> bool:
+        """Tell whether ``name`` is there; errors other than its absence are raised."""
+        try:
+            self.lstat(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def readlink(self, name: bytes) -> bytes:
+        """Return the target of the symbolic link ``name``."""
+        return self._in_parent(name, lambda fd, base: os.readlink(base, dir_fd=fd))
+
+    def listdir(self, name: bytes) -> List[bytes]:
+        """Return the names in the directory ``name``, sorted."""
+        with self.directory(name) as directory:
+            fd = directory._open(directory.fd, b".", os.O_DIRECTORY)
+        try:
+            return sorted(os.fsencode(entry) for entry in os.listdir(fd))
+        finally:
+            os.close(fd)
+
+    def open(self, name: bytes) -> int:
+        """Open the regular file ``name`` for reading and return its descriptor.
+
+        FormatError when it is no regular file.  The type is looked up before the file is opened:
+        opening a FIFO can block and opening a device can act.
+        """
+        def open_regular(fd: int, base: bytes) -> int:
+            mode = os.stat(base, dir_fd=fd, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                raise FormatError(f"is a {file_type(mode)}, not a regular file",
+                                  file=self.host_path(name))
+            return self.open_at(fd, base)
+
+        return self._in_parent(name, open_regular)
+
+    def open_at(self, dir_fd: int, base: bytes) -> int:
+        """Open the file ``base`` in a directory that parent() returned."""
+        return self._open(dir_fd, base, 0)
+
+    def _open(self, dir_fd: int, base: bytes, more: int) -> int:
+        try:
+            return os.open(base, self._flags | more, dir_fd=dir_fd)
+        except PermissionError as error:
+            # O_NOATIME is for the owner and for CAP_FOWNER only.
+            if error.errno != errno.EPERM or not self._flags & os.O_NOATIME:
+                raise
+            self._flags = OPEN_FILE
+            return os.open(base, self._flags | more, dir_fd=dir_fd)
+
+    def read(self, name: bytes, limit: int) -> bytes:
+        """Return the whole regular file ``name``; FormatError when it is larger than ``limit``."""
+        fd = self.open(name)
+        try:
+            data = read_up_to(fd, limit + 1)
+        finally:
+            os.close(fd)
+        if len(data) > limit:
+            raise FormatError(f"larger than {limit} bytes", file=self.host_path(name))
+        return data
+
+
+def with_path(error: OSError, path: str) -> OSError:
+    """Return ``error`` again with the path in the store; NeedsUnshare when it is closed to us."""
+    if isinstance(error, CstorError):
+        return error
+    if error.errno == errno.EACCES:
+        return NeedsUnshare(f"{display(path)}: {os.strerror(errno.EACCES)}",
+                            hint="run it as root or as the owner of the store, or for a rootless "
+                                 "store inside `podman unshare`")
+    return OSError(error.errno, os.strerror(error.errno or 0), path)
+
+
+def file_type(mode: int) -> str:
+    """Name the type of ``st_mode`` in words."""
+    return {stat.S_IFREG: "regular file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symbolic link",
+            stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device",
+            stat.S_IFBLK: "block device"}.get(stat.S_IFMT(mode), "file of unknown type")
+
+
+def read_up_to(fd: int, count: int) -> bytes:
+    """Read until ``count`` bytes or the end of the file."""
+    parts = []
+    while count > 0:
+        part = os.read(fd, min(count, CHUNK))
+        if not part:
+            break
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def write_all(fd: int, data: Union[bytes, bytearray, memoryview]) -> None:
+    """Write all of ``data``, however often write(2) comes back short."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view):]
+        except BlockingIOError:  # the other end set O_NONBLOCK on a pipe that we share
+            import select
+
+            select.select([], [fd], [])
+
+
+def widen_pipe(fd: int) -> None:
+    """Give a pipe room for a whole chunk, so that writer and reader change places less often."""
+    try:
+        fcntl.fcntl(fd, F_SETPIPE_SZ, CHUNK)
+    except OSError:  # no pipe, or the user's allowance (fs.pipe-user-pages-soft) is used up
+        pass
+
+
+class Copier:
+    """Copies ranges of files to one descriptor by the fastest call that the kernel takes.
+
+    copy_file_range(2), then sendfile(2), then read and write: what fails once with "not here" is
+    not tried again for this target.
+    """
+
+    NOT_HERE = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM,
+                          errno.EBADF, errno.ETXTBSY, errno.EAGAIN})
+
+    def __init__(self, out_fd: int) -> None:
+        self.out_fd = out_fd
+        self._ways: List[Callable[[int, int, int], int]] = [self._read_write, self._sendfile]
+        if hasattr(os, "copy_file_range"):
+            self._ways.append(self._copy_file_range)
+
+    def copy(self, fd: int, offset: int, count: int) -> int:
+        """Copy ``count`` bytes of ``fd`` from ``offset``; return how many there were."""
+        done = 0
+        while done < count:
+            way = self._ways[-1]
+            try:
+                n = way(fd, offset + done, count - done)
+            except OSError as error:
+                if error.errno not in self.NOT_HERE or len(self._ways) == 1:
+                    raise
+                self._ways.pop()
+                continue
+            if n == 0:
+                if len(self._ways) == 1:
+                    break
+                self._ways.pop()  # some file systems answer 0 to copy_file_range: ask read(2)
+                continue
+            done += n
+        return done
+
+    def _copy_file_range(self, fd: int, offset: int, count: int) -> int:
+        return os.copy_file_range(fd, self.out_fd, min(count, 1 << 30), offset_src=offset)
+
+    def _sendfile(self, fd: int, offset: int, count: int) -> int:
+        return os.sendfile(self.out_fd, fd, offset, min(count, 1 << 30))
+
+    def _read_write(self, fd: int, offset: int, count: int) -> int:
+        data = os.pread(fd, min(count, CHUNK), offset)
+        write_all(self.out_fd, data)
+        return len(data)
+
+
+# ================================================================================================
+# 4. Checksums
+#
+# tar-split guards each file with CRC-64/ISO in the reflected form of Go's hash/crc64: polynomial
+# x^64 + x^4 + x^3 + x + 1, initial value and final xor all ones.  The polynomial is sparse, and
+# squaring is linear over GF(2), so x^(64n) = x^(4n) + x^(3n) + x^n + 1 (mod P) for n = 1, 2, 4, ...
+# A block of 64n bits is thus folded onto the next one with four shifts of a big integer, where a
+# table would need 8n steps.  Bit 0 of the integer is the coefficient of the highest power.
+# ================================================================================================
+
+_ONES = (1 << 64) - 1
+_FOLD_BYTES = 32 << 10  # the fastest block on 64-bit CPython; a power of two, at least 16
+
+
+def _crc64_table() -> List[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0xD800000000000000 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+_TABLE = _crc64_table()
+
+
+def crc64(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
+    """Return the CRC-64/ISO of ``data``; ``crc`` is that of the bytes before it.
+
+    tar-split stores the result as 8 bytes, big-endian.  ``crc64(b"hello world\\n")`` is
+    0x44e9cf3f572ad9ac.
+    """
+    state = crc ^ _ONES
+    view = memoryview(data)
+    head = len(view) % _FOLD_BYTES  # so that all blocks after the first are whole
+    if head < 64:
+        for byte in view[:head]:
+            state = _TABLE[(state ^ byte) & 255] ^ state >> 8
+        view = view[head:]
+        if not view:
+            return state ^ _ONES
+        head = _FOLD_BYTES
+    rest = int.from_bytes(view[:head], "little") ^ state
+    bits = 64
+    while bits < head * 8:
+        bits *= 2
+    rest <<= bits - head * 8  # bits missing in front count as zeros
+    if len(view) > head:
+        rest <<= _FOLD_BYTES * 8 - bits
+        bits = _FOLD_BYTES * 8
+        for at in range(head, len(view), _FOLD_BYTES):
+            rest = _fold(rest, bits) ^ int.from_bytes(view[at:at + _FOLD_BYTES], "little")
+    while bits > 64:  # fold the first half onto the second
+        bits //= 2
+        rest = _fold(rest & (1 << bits) - 1, bits) ^ rest >> bits
+    return _fold(rest, 64) ^ _ONES
+
+
+def _fold(high: int, bits: int) -> int:
+    """Return ``high`` times x^bits modulo P, as an integer of ``bits`` bits (64, 128, 256, ...)."""
+    n = bits // 64
+    # What the shifts push out below bit 0 has degree bits to bits + 4n - 1 ...
+    low = high & (1 << 4 * n) - 1
+    over = (low << 3 * n ^ low << n ^ low) & (1 << 4 * n) - 1
+    # ... and comes back by the same rule, now with room to spare.
+    back = over << 4 * n ^ over << 3 * n ^ over << n ^ over
+    return high ^ high >> n ^ high >> 3 * n ^ high >> 4 * n ^ back << bits - 8 * n
+
+
+def sha256_digest(data: bytes) -> str:
+    """Return ``sha256:`` and the hex digest of ``data``."""
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+# ================================================================================================
+# 5. Configuration
+#
+# storage.conf as containers/storage finds it.  Two schemes are in use and they disagree:
+#   old (up to c/storage 1.62)  one file; root's own $XDG_CONFIG_HOME only when set; for a rootless
+#                               user the system file gives driver and rootless_storage_path only,
+#                               and his own file replaces it
+#   new (1.63 and later)        one main file and drop-ins from six directories, merged key by key;
+#                               graphroot of any file holds for everybody
+# Nothing on disk says which tool will come next.  Both are worked out; when they name different
+# graph roots, the one where a store is wins, and of two stores the new scheme's.
+# ================================================================================================
+
+class Config:
+    """Where the storage is.
+
+    ``driver``, ``graphroot``, ``runroot``, ``imagestore`` ("" = none), ``stores`` (additional image
+    stores, in search order), ``transient_store``, ``rootless``, ``uid``; ``scheme`` is "old", "new"
+    or "environment"; ``files`` lists the configuration files that were read.
+    """
+
+    __slots__ = ("driver", "graphroot", "runroot", "imagestore", "stores", "transient_store",
+                 "rootless", "uid", "scheme", "files")
+
+    def __init__(self, scheme: str, rootless: bool, uid: int) -> None:
+        self.driver = self.graphroot = self.runroot = self.imagestore = ""
+        self.stores: List[str] = []
+        self.transient_store = False
+        self.rootless, self.uid, self.scheme = rootless, uid, scheme
+        self.files: List[str] = []
+
+
+def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[int] = None,
+                system_root: str = "/") -> Config:
+    """Find the storage configuration as containers/storage does.
+
+    ``environ`` and ``euid`` default to this process's; ``system_root`` stands before /etc, /usr and
+    the default directories (for tests and for another system's disk).  Raises FormatError with file
+    and line for what cannot be understood, OSError for a file that cannot be read.
+    """
+    search = _ConfigSearch(os.environ if environ is None else environ,
+                           os.geteuid() if euid is None else euid, system_root)
+    found, failure = [], None
+    for scheme in (search.new_scheme, search.old_scheme):
+        try:
+            found.append(scheme())
+        except (FormatError, OSError) as error:  # in a file that the other may not look at
+            failure = failure or error
+    for config in found:
+        if holds_store(config.graphroot):
+            return config
+    if failure:
+        raise failure
+    return found[0]
+
+
+def holds_store(root: str) -> bool:
+    """Tell whether ``root`` is a directory where containers/storage keeps overlay images."""
+    return any(os.path.isdir(os.path.join(root, os.fsdecode(name)))
+               for name in (IMAGES, LAYERS, OVERLAY))
+
+
+class _ConfigSearch:
+    """One search for configuration files with one environment."""
+
+    def __init__(self, environ: Mapping[str, str], euid: int, system_root: str) -> None:
+        self.environ = environ
+        self.system_root = system_root
+        self.rootless = euid != 0
+        self.uid = euid
+        outer = environ.get("_CONTAINERS_ROOTLESS_UID", "")
+        if environ.get("_CONTAINERS_USERNS_CONFIGURED") and re.fullmatch("0*[1-9][0-9]*", outer):
+            self.rootless, self.uid = True, int(outer)  # root only inside podman unshare
+        self.home = environ.get("HOME") or self._home_of(self.uid)
+
+    @staticmethod
+    def _home_of(uid: int) -> str:
+        import pwd
+
+        try:
+            return pwd.getpwuid(uid).pw_dir
+        except KeyError:
+            return "/"
+
+    def system(self, path: str) -> str:
+        return os.path.join(self.system_root, path)
+
+    def user_file(self) -> str:
+        base = self.environ.get("XDG_CONFIG_HOME") or os.path.join(self.home, ".config")
+        return os.path.join(base, "containers/storage.conf")
+
+    def old_scheme(self) -> Config:
+        if self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE"):
+            return self.new_scheme()  # no older tool knows it
+        config = Config("old", self.rootless, self.uid)
+        named = self.environ.get("CONTAINERS_STORAGE_CONF")
+        system = [self.system("etc/containers/storage.conf"),
+                  self.system("usr/share/containers/storage.conf")]
+        values: Dict[str, Any] = {}
+        if named is not None:
+            values = self._read(named, config)
+        elif not self.rootless:
+            own = [self.user_file()] if self.environ.get("XDG_CONFIG_HOME") else []
+            values = self._read_first(own + system, config)
+        else:
+            found = self._read_first(system, config)
+            values = {key: found[key] for key in ("storage.driver", "storage.rootless_storage_path")
+                      if key in found}
+            if os.path.exists(self.user_file()):
+                theirs = values.get("storage.rootless_storage_path")
+                values = self._read(self.user_file(), config)
+                if theirs:
+                    values.setdefault("storage.rootless_storage_path", theirs)
+        self._fill(config, values)
+        return config
+
+    def new_scheme(self) -> Config:
+        config = Config("new", self.rootless, self.uid)
+        named = self.environ.get("CONTAINERS_STORAGE_CONF")
+        if named:
+            values = self._read(named, config)
+        else:
+            values = self._read_first([self.user_file(), self.system("etc/containers/storage.conf"),
+                                       self.system("usr/share/containers/storage.conf")], config)
+            for path in self._drop_ins():
+                merge_config(values, self._read(path, config))
+        override = self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")
+        if override:
+            merge_config(values, self._read(override, config))
+        self._fill(config, values)
+        return config
+
+    def _drop_ins(self) -> List[str]:
+        """Return the drop-ins in the order in which they are applied.
+
+        They sort by file name over all directories; of one name the highest directory's counts.
+        """
+        kind = "rootless" if self.rootless else "rootful"
+        dirs = [os.path.dirname(self.user_file()) + "/storage.conf.d"]
+        for base in ("etc/containers/", "usr/share/containers/"):
+            if self.rootless:
+                dirs.append(self.system(f"{base}storage.rootless.conf.d/{self.uid}"))
+            dirs.append(self.system(f"{base}storage.{kind}.conf.d"))
+            dirs.append(self.system(f"{base}storage.conf.d"))
+        chosen: Dict[str, str] = {}
+        for directory in reversed(dirs):
+            try:
+                names = os.listdir(directory)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for name in names:
+                path = os.path.join(directory, name)
+                if name.endswith(".conf") and not os.path.isdir(path):
+                    chosen[name] = path
+        return [chosen[name] for name in sorted(chosen)]
+
+    def _read_first(self, paths: Iterable[str], config: Config) -> Dict[str, Any]:
+        for path in paths:
+            if os.path.exists(path):
+                return self._read(path, config)
+        return {}
+
+    def _read(self, path: str, config: Config) -> Dict[str, Any]:
+        if not path:
+            raise FormatError("CONTAINERS_STORAGE_CONF is set but empty",
+                              hint="unset it, or let it name a storage.conf")
+        with open(path, "rb") as file:
+            data = file.read(MAX_SPECIAL + 1)
+        if len(data) > MAX_SPECIAL:
+            raise FormatError(f"larger than {MAX_SPECIAL} bytes", file=path)
+        config.files.append(path)
+        return TomlSubset(data, path).parse()
+
+    def _fill(self, config: Config, values: Dict[str, Any]) -> None:
+        """Turn merged keys, environment and defaults into a Config."""
+        config.driver = self.environ.get("STORAGE_DRIVER") or values.get("storage.driver") or ""
+        if config.driver == "overlay2":
+            config.driver = "overlay"
+        config.transient_store = bool(values.get("storage.transient_store", False))
+        config.imagestore = values.get("storage.imagestore") or ""
+        config.stores = self._stores(values)
+        config.graphroot = (self.environ.get("CONTAINERS_GRAPHROOT")
+                            or self._path(values, "graphroot"))
+        config.runroot = self.environ.get("CONTAINERS_RUNROOT") or self._path(values, "runroot")
+        if self.rootless:
+            data = self.environ.get("XDG_DATA_HOME") or os.path.join(self.home, ".local/share")
+            config.graphroot = (config.graphroot or self._path(values, "rootless_storage_path")
+                                or os.path.join(data, "containers/storage"))
+            config.runroot = config.runroot or self._rootless_runroot()
+        else:
+            config.graphroot = config.graphroot or self.system("var/lib/containers/storage")
+            config.runroot = config.runroot or self.system("run/containers/storage")
+        if self.environ.get("CONTAINERS_GRAPHROOT"):
+            config.scheme = "environment"
+
+    def _stores(self, values: Dict[str, Any]) -> List[str]:
+        """Return the additional image stores: STORAGE_OPTS replaces all driver options.
+
+        The overlay driver takes its options imagestore and additionalimagestore for the same.
+        """
+        given = self.environ.get("STORAGE_OPTS")
+        if not given:
+            return list(values.get("storage.options.additionalimagestores", []))
+        stores, key = [], ""
+        for item in given.split(","):  # a value can hold commas itself
+            if "=" in item:
+                key, _, item = item.partition("=")
+                key = re.sub(r"^(overlay2?)?\.", "", key.strip().lower())
+            if key in ("imagestore", "additionalimagestore") and item:
+                stores.append(item)
+        return stores
+
+    def _path(self, values: Dict[str, Any], key: str) -> str:
+        """Expand $UID, then $NAME and ${NAME} as Go's os.ExpandEnv, then links when it exists."""
+        path = values.get("storage." + key) or ""
+        path = path.replace("$UID", str(self.uid))
+        path = re.sub(r"\$(?:\{([^}]*)\}|(\w+))",
+                      lambda m: self.environ.get(m[1] if m[1] is not None else m[2], ""), path,
+                      flags=re.ASCII)
+        return os.path.realpath(path) if path and os.path.exists(path) else path
+
+    def _rootless_runroot(self) -> str:
+        runtime = self.environ.get("XDG_RUNTIME_DIR")
+        if runtime:
+            return os.path.join(runtime, "containers")
+        runtime = self.system(f"run/user/{self.uid}")
+        if os.path.isdir(runtime):
+            return os.path.join(runtime, "containers")
+        return os.path.join(self.environ.get("TMPDIR") or "/tmp", f"storage-run-{self.uid}",
+                            "containers")
+
+
+def merge_config(values: Dict[str, Any], later: Dict[str, Any]) -> None:
+    """Lay a later file over ``values``: key by key; arrays replace, or append when they say so."""
+    for key, value in later.items():
+        if isinstance(value, _Appended):
+            value = [*values.get(key, []), *value]
+        values[key] = value
+
+
+class _Appended(list):  # type: ignore[type-arg]
+    """An array with the element ``{append=true}``."""
+
+
+class TomlSubset:
+    """The part of TOML that storage.conf uses; what goes beyond is refused with file and line.
+
+    Tables, bare, quoted and dotted keys, one-line strings, booleans, integers, floats, arrays of
+    them, inline tables, and ``{append=true}`` in an array.  parse() returns {"table.key": value}.
+    """
+
+    TYPES: Dict[str, Tuple[Type[Any], str]] = {
+        "storage.transient_store": (bool, "boolean"),
+        "storage.options.additionalimagestores": (list, "list of strings"),
+        **{"storage." + key: (str, "string") for key in (
+            "driver", "graphroot", "runroot", "imagestore", "rootless_storage_path")}}
+    SPACE = r"[ \t]*"
+    GAP = r"(?:[ \t\r\n]|#[^\n]*)*"  # between the elements of an array
+    END = r"[ \t]*(?:#[^\n]*)?(?:\r?\n|\Z)"
+    BARE = r"[A-Za-z0-9_-]+"
+    LITERAL = r"'([^'\n]*)'"
+    BASIC = r'"((?:[^"\\\n]|\\[^\n])*)"'
+    NUMBER = (r"0x[0-9A-Fa-f_]+|0o[0-7_]+|0b[01_]+|[+-]?[0-9][0-9_]*(?P<float>\.[0-9_]+)?"
+              r"(?![0-9A-Za-z_:.-])")
+    ESCAPES = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", '"': '"', "\\": "\\"}
+
+    def __init__(self, data: bytes, file: str) -> None:
+        self.file = file
+        self.at = 0
+        self.in_table = False
+        try:
+            self.text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError("not UTF-8", file=file,
+                              line=data.count(b"\n", 0, error.start) + 1) from None
+
+    def parse(self) -> Dict[str, Any]:
+        """Return all keys of the file, with the names of their tables in front."""
+        values: Dict[str, Any] = {}
+        tables: Set[str] = set()
+        table = ""
+        while self.at < len(self.text):
+            if self._take(self.END):
+                continue
+            self._take(self.SPACE)
+            if self.text.startswith("[", self.at):
+                table = self._header()
+                if table in tables:
+                    self._refuse(f"table [{table}] is defined twice")
+                tables.add(table)
+            else:
+                key, value = self._pair()
+                self._store(values, f"{table}.{key}" if table else key, value)
+            if not self._take(self.END):
+                self._refuse("expected the end of the line")
+        return values
+
+    def _store(self, values: Dict[str, Any], key: str, value: Any) -> None:
+        if key in values or any(other.startswith(key + ".") for other in values):
+            self._refuse(f'key "{key}" is defined twice')
+        if isinstance(value, dict):
+            for part, item in value.items():
+                self._store(values, f"{key}.{part}", item)
+            return
+        wanted, word = self.TYPES.get(key, (object, ""))
+        if not isinstance(value, wanted) \
+                or wanted is list and not all(isinstance(item, str) for item in value):
+            self._refuse(f'"{key}" must be a {word}')
+        values[key] = value
+
+    def _header(self) -> str:
+        self.at += 1
+        if self.text.startswith("[", self.at):
+            self._refuse("arrays of tables are not part of storage.conf")
+        name = self._key()
+        self._expect("]")
+        return name
+
+    def _pair(self) -> Tuple[str, Any]:
+        key = self._key()
+        self._expect("=")
+        self._take(self.SPACE)
+        return key, self._value()
+
+    def _key(self) -> str:
+        """Read a key, dotted or not."""
+        parts = []
+        while True:
+            self._take(self.SPACE)
+            quote = self.text[self.at:self.at + 1]
+            if quote and quote in "\"'":
+                parts.append(self._string())
+                if "." in parts[-1]:
+                    self._refuse("a key with a dot in quotes is not part of storage.conf")
+            else:
+                bare = self._take(self.BARE)
+                if not bare:
+                    self._refuse("expected a key")
+                parts.append(bare)
+            self._take(self.SPACE)
+            if not self.text.startswith(".", self.at):
+                return ".".join(parts)
+            self.at += 1
+
+    def _value(self) -> Any:
+        start = self.text[self.at:self.at + 1]
+        if start and start in "\"'":
+            return self._string()
+        if start == "[":
+            return self._array()
+        if start == "{":
+            return self._inline_table()
+        for word, value in (("true", True), ("false", False)):
+            if self.text.startswith(word, self.at):
+                self.at += len(word)
+                return value
+        number = re.compile(self.NUMBER).match(self.text, self.at)
+        if not number:
+            self._refuse("expected a string, a number, a boolean or an array")
+        self.at = number.end()
+        try:
+            digits = number[0].replace("_", "")
+            return float(digits) if number["float"] else int(digits, 0 if digits[1:2].isalpha()
+                                                             else 10)
+        except ValueError:
+            self._refuse("malformed number")
+
+    def _string(self) -> str:
+        if self.text.startswith(('"""', "'''"), self.at):
+            self._refuse("strings over several lines are not supported")
+        literal = re.compile(self.LITERAL).match(self.text, self.at)
+        if literal:
+            self.at = literal.end()
+            return literal[1]
+        basic = re.compile(self.BASIC).match(self.text, self.at)
+        if not basic:
+            self._refuse("string without an end")
+        self.at = basic.end()
+        return re.sub(r"\\(u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", self._escape, basic[1])
+
+    def _escape(self, match: re.Match[str]) -> str:
+        code = match[1]
+        if code in self.ESCAPES:
+            return self.ESCAPES[code]
+        try:
+            if code[0] not in "uU" or 0xD800 <= int(code[1:], 16) <= 0xDFFF:
+                raise ValueError
+            return chr(int(code[1:], 16))
+        except ValueError:
+            self._refuse(f"unknown escape \\{code}")
+
+    def _array(self) -> List[Any]:
+        self.at += 1
+        values: List[Any] = []
+        append = False
+        while True:
+            self._take(self.GAP)
+            if self.text.startswith("]", self.at):
+                self.at += 1
+                return _Appended(values) if append else values
+            if self.text.startswith("[", self.at):
+                self._refuse("arrays of arrays are not supported")
+            value = self._value()
+            if isinstance(value, dict):
+                if list(value) != ["append"] or not isinstance(value["append"], bool):
+                    self._refuse("the only inline table in an array is {append=true}")
+                append = value["append"]
+            else:
+                values.append(value)
+            self._take(self.GAP)
+            if self.text.startswith(",", self.at):
+                self.at += 1
+            elif not self.text.startswith("]", self.at):
+                self._refuse('expected "," or "]" in the array')
+
+    def _inline_table(self) -> Dict[str, Any]:
+        if self.in_table:
+            self._refuse("an inline table in another is not supported")
+        self.in_table = True
+        self.at += 1
+        values: Dict[str, Any] = {}
+        self._take(self.SPACE)
+        while not self.text.startswith("}", self.at):
+            self._store(values, *self._pair())
+            self._take(self.SPACE)
+            if not self.text.startswith("}", self.at):
+                self._expect(",")
+        self.at += 1
+        self.in_table = False
+        return values
+
+    def _take(self, pattern: str) -> str:
+        """Skip what ``pattern`` fits and return it; "" when it does not fit or is empty."""
+        match = re.compile(pattern).match(self.text, self.at)
+        if not match:
+            return ""
+        self.at = match.end()
+        return match[0]
+
+    def _expect(self, char: str) -> None:
+        self._take(self.SPACE)
+        if not self.text.startswith(char, self.at):
+            self._refuse(f'expected "{char}"')
+        self.at += 1
+
+    def _refuse(self, message: str) -> NoReturn:
+        line = self.text.count("\n", 0, self.at) + 1
+        raise FormatError(message, file=self.file, line=line)
+
+
+# ================================================================================================
+# 6. Locks
+#
+# containers/storage guards each JSON file with a classic POSIX lock on <kind>.lock; its first 64
+# bytes are a token that every writer changes.  All podman commands take write locks when they
+# start, so a shared lock of ours would hold up even "podman images": it is held for the few
+# milliseconds of reading.  The JSON files are replaced by rename(2), so that reading without the
+# lock is safe too; only a change between two files has to be noticed, by token and stat.
+# ================================================================================================
+
+class Patience:
+    """A time allowance shared by all the locks of one storage."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def wait(self) -> bool:
+        """Sleep a moment; False when the allowance is used up."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(0.01, left))
+        return True
+
+
+def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
+                      patience: Patience) -> List[bytes]:
+    """Read the JSON files ``names`` below ``root`` as one state; b"" for a file that is missing.
+
+    ``lock`` is taken shared when it can be had within ``patience``.  Without it the files are read
+    again while they or the lock's token change, at most ten times.
+    """
+    data: List[bytes] = []
+    lock_fd = _open_lock(root, lock)
+    try:
+        locked = lock_fd >= 0 and _lock_shared(lock_fd, patience)
+        for _ in range(10):
+            before = _state(root, lock_fd, names)
+            data = [_read_json(root, name) for name in names]
+            if locked or _state(root, lock_fd, names) == before:
+                break
+    finally:
+        if lock_fd >= 0:
+            os.close(lock_fd)  # also releases the lock
+    return data
+
+
+def _open_lock(root: Directory, lock: bytes) -> int:
+    """Open a lock file read-only, never creating it; -1 when it cannot be had."""
+    try:
+        return root.open(lock)
+    except (OSError, FormatError):
+        return -1
+
+
+def _lock_shared(fd: int, patience: Patience) -> bool:
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
+            if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.wait():
+                return False
+
+
+def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> List[object]:
+    """Return what changes whenever a writer was at work."""
+    state: List[object] = [os.pread(lock_fd, LOCK_TOKEN_SIZE, 0) if lock_fd >= 0 else None]
+    for name in names:
+        try:
+            status = root.lstat(name)
+            state.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except (FileNotFoundError, NotADirectoryError):
+            state.append(None)
+    return state
+
+
+def _read_json(root: Directory, name: bytes) -> bytes:
+    try:
+        return root.read(name, MAX_JSON)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+
+
+# ================================================================================================
+# 7. Store
+#
+# A storage joins several roots of one layout: the graph root, the run root (volatile records), a
+# split-off imagestore, and additional image stores that are only read.  Each kind of object is one
+# JSON array per root.  Records are opaque here: unknown fields are kept, a field of the wrong type
+# or a reference to nothing becomes a named fault of that record and hides no other record.
+# ================================================================================================
+
+def parse_json(data: bytes, file: str) -> Any:
+    """Parse one JSON document; FormatError with the file's name and the offset otherwise."""
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except json.JSONDecodeError as error:
+        raise FormatError(f"malformed JSON: {error.msg}", file=file, offset=error.pos) from None
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of 4,301 digits
+        raise FormatError(f"malformed JSON: {error}", file=file) from None
+
+
+class ObjectStream:
+    """JSON objects one after another, read from chunks of bytes as they are needed.
+
+    Errors are FormatErrors with the offset in the stream.
+    """
+
+    def __init__(self, chunks: Iterator[bytes], file: str) -> None:
+        self.file = file
+        self._chunks = chunks
+        self._buffer = b""
+        self._at = 0
+        self._offset = 0  # of the buffer in the stream
+
+    def more(self) -> bool:
+        """Read on; False at the end of the stream."""
+        chunk = next(self._chunks, b"")
+        self._buffer = self._buffer[self._at:] + chunk
+        self._offset += self._at
+        self._at = 0
+        return bool(chunk)
+
+    def fill(self, count: int) -> None:
+        """Read on until ``count`` bytes are at hand, or the stream ends."""
+        while len(self._buffer) - self._at < count and self.more():
+            pass
+
+    def peek(self, count: int) -> bytes:
+        """Return the next bytes at hand, at most ``count``."""
+        return self._buffer[self._at:self._at + count]
+
+    def advance(self, count: int) -> None:
+        """Leave ``count`` bytes behind."""
+        self._at += count
+
+    def skip(self, blank: bytes) -> bytes:
+        """Go to the next byte that is none of ``blank`` and return it; b"" at the end."""
+        while True:
+            part = self._buffer[self._at:self._at + 64]
+            rest = part.lstrip(blank)
+            self._at += len(part) - len(rest)
+            if rest or not part and not self.more():
+                return rest[:1]
+
+    def object(self) -> Dict[str, Any]:
+        """Read one object, looking at more and more of the stream."""
+        window = 4096
+        while True:
+            self.fill(window)
+            # One character a byte, so that the end found is a place in the buffer.
+            text = self._buffer[self._at:self._at + window].decode("latin-1")
+            try:
+                value, end = json.JSONDecoder().raw_decode(text)
+                if not text.isascii():
+                    data = self._buffer[self._at:self._at + end]
+                    value = json.loads(data.decode("utf-8", "replace"))
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError) and len(text) == window < MAX_OBJECT:
+                    window *= 8
+                    continue
+                raise self.error(f"malformed, truncated or too large: {error}") from None
+            if not isinstance(value, dict):
+                raise self.error("expected a JSON object")
+            self._at += end
+            return value
+
+    def error(self, message: str) -> FormatError:
+        """Return an error at the present place."""
+        return FormatError(message, file=self.file, offset=self._offset + self._at)
+
+
+def parse_time(text: str) -> Optional[int]:
+    """Return an RFC 3339 time in nanoseconds since 1970; None for Go's zero time.
+
+    Raises FormatError.  Python before 3.11 cannot read the nine digits that Go writes.
+    """
+    match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?"
+                         r"(?:[Zz]|([+-])(\d\d):(\d\d))", text, re.ASCII)
+    if not match:
+        raise FormatError(f'malformed time: "{display(text)}"')
+    if text.startswith("0001-01-01T00:00:00"):
+        return None
+    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
+    # Days since 1970 in the proleptic Gregorian calendar, years counted from March.
+    year -= month < 3
+    days = (365 * year + year // 4 - year // 100 + year // 400
+            + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
+    seconds = days * 86400 + hour * 3600 + minute * 60 + second
+    if match[8]:
+        offset = int(match[9]) * 3600 + int(match[10]) * 60
+        seconds += -offset if match[8] == "+" else offset
+    return seconds * 10**9 + int((match[7] or "").ljust(9, "0"))
+
+
+def as_list(value: Any) -> List[Any]:
+    """Return ``value`` when it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def is_safe_id(text: str) -> bool:
+    """Tell whether an ID may become one component of a path.
+
+    containers/storage takes any ``create-layer --id``, also "../../evil" (seen with 4.3.1).
+    """
+    return bool(text) and len(text) < 200 and text not in (".", "..") and text.isprintable() \
+        and "/" not in text
+
+
+def big_data_file(key: str) -> bytes:
+    """Return the file name of a big data item, by the rule of makeBigDataBaseName in Go.
+
+    The key itself when all of it, but perhaps the last character, is one of ``a-z0-9.``; otherwise
+    "=" and its base64.  Raises FormatError for a key that would leave the directory.
+    """
+    name = key.encode("utf-8", "surrogatepass")
+    if re.match(r"[a-z0-9.]*(?:.\Z|\Z)", key, re.DOTALL):
+        name = name.rstrip(b"/")  # the last character may be one: path.Join drops it
+    else:
+        name = b"=" + binascii.b2a_base64(name, newline=False)
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise FormatError(f'big data key that cannot be a file name: "{display(key)}"')
+    return name
+
+
+def is_schema1(manifest: bytes) -> bool:
+    """Tell whether a manifest is docker schema1, whose digest leaves out the signatures in it."""
+    try:
+        value = parse_json(manifest, "manifest")
+    except FormatError:
+        return False
+    return isinstance(value, dict) and value.get("schemaVersion") == 1
+
+
+class Record:
+    """What layers, images and containers have in common.
+
+    ``record`` is the JSON object as stored; ``root`` the Directory that holds it; ``faults`` what
+    is wrong with it, in words.  ``id``, ``names``, ``created`` (RFC 3339), ``metadata``,
+    ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store).
+    """
+
+    KIND = b""
+    WORD = ""
+
+    def __init__(self, metadata: Metadata, root: Directory, record: Any, *, volatile: bool = False,
+                 readonly: bool = False) -> None:
+        self.storage = metadata
+        self.root = root
+        self.faults: List[str] = []
+        if not isinstance(record, dict):
+            self.faults.append("the record is no JSON object")
+            record = {}
+        self.record: Dict[str, Any] = record
+        # Go's decoder matches names whatever their case, the exact one first.
+        self._fields = record if all(map(str.islower, record)) \
+            else {**{key.lower(): value for key, value in record.items()}, **record}
+        self.volatile, self.readonly = volatile, readonly
+        self.id = self._take("id", "")
+        self.names = self._strings("names")
+        self.created = self._take("created", "")
+        self.metadata = self._take("metadata", "")
+        self.big_data_names = self._strings("big-data-names")
+        self.flags: Dict[str, Any] = self._take("flags", {})
+        self._sizes: Dict[str, Any] = self._take("big-data-sizes", {})  # not of layers
+        self._digests: Dict[str, Any] = self._take("big-data-digests", {})
+        if not is_safe_id(self.id):
+            self.faults.append(f'unusable ID "{display(self.id)}"')
+        self._read_fields()
+
+    def _read_fields(self) -> None:
+        """Read what this kind of record has besides."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {display(self.id)}>"
+
+    def _take(self, key: str, default: T) -> T:
+        """Return a field, or ``default`` when it is missing, null or of another type."""
+        value = self._fields.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, type(default)) or isinstance(value, bool) \
+                or isinstance(value, int) and not -1 << 63 <= value < 1 << 63:
+            self.faults.append(f'field "{key}" is no {type(default).__name__}')
+            return default
+        return value
+
+    def _strings(self, key: str) -> List[str]:
+        values: List[Any] = self._take(key, [])
+        if not all(isinstance(value, str) for value in values):
+            self.faults.append(f'field "{key}" holds more than strings')
+        return [value for value in values if isinstance(value, str)]
+
+    def path(self, name: bytes = b"") -> bytes:
+        """Return the name below the root of a file in this object's own directory."""
+        if not is_safe_id(self.id):
+            raise FormatError(f'unusable {self.WORD} ID "{display(self.id)}"')
+        return b"/".join((self.KIND, self.id.encode(), name))
+
+    @property
+    def created_ns(self) -> Optional[int]:
+        """Creation time in nanoseconds since 1970; None when unknown."""
+        try:
+            return parse_time(self.created) if self.created else None
+        except FormatError:
+            return None
+
+    def big_data(self, key: str) -> bytes:
+        """Return the item ``key``, checked against its recorded size and sha256 digest.
+
+        Raises NotFound, FormatError when it is recorded but missing, IntegrityError.
+        """
+        name = self.path(big_data_file(key))
+        root = self.storage.find(name, self.root)
+        if root is None and key in self.big_data_names:
+            raise FormatError(f'{self.WORD} {self.id}: big data item "{display(key)}" is recorded, '
+                              "but missing")
+        if root is None:
+            raise NotFound(f'{self.WORD} {self.id}: no big data item "{display(key)}"')
+        data = root.read(name, MAX_BIG_DATA)
+        size, digest = self._sizes.get(key), self._digests.get(key)
+        if isinstance(size, int) and size != len(data):
+            raise IntegrityError(f"{root.host_path(name)}: wrong size", expected=f"{size:x} (hex)"
+                                 if abs(size) >> 64 else str(size), actual=str(len(data)))
+        if isinstance(digest, str) and digest.startswith("sha256:"):
+            actual = sha256_digest(data)
+            if actual != digest and not (key.startswith("manifest") and is_schema1(data)):
+                raise IntegrityError(f"{root.host_path(name)}: wrong digest", expected=digest,
+                                     actual=actual)
+        return data
+
+
+class LayerRecord(Record):
+    """A record of layers.json.
+
+    ``parent`` is a layer ID or "".  ``diff_digest`` is the DiffID of the uncompressed tar or "",
+    ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest``, ``compressed_size`` and
+    ``compression`` (a word) describe the blob as it was pulled; ``toc_digest`` that of partial
+    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.
+    """
+
+    KIND = LAYERS
+    WORD = "layer"
+
+    def _read_fields(self) -> None:
+        self.parent = self._take("parent", "")
+        self.mount_label = self._take("mountlabel", "")
+        self.compressed_diff_digest = self._take("compressed-diff-digest", "")
+        self.compressed_size = self._take("compressed-size", 0)
+        self.diff_digest = self._take("diff-digest", "")
+        # Go omits 0: an empty blob has a digest and no size; without a digest nothing is known.
+        self.diff_size = self._take("diff-size", 0 if self.diff_digest else -1)
+        self.toc_digest = self._take("toc-digest", "")
+        number = self._take("compression", 0)
+        self.compression = COMPRESSION[number] if 0 <= number < len(COMPRESSION) else str(number)
+        self.uidset: List[int] = self._take("uidset", [])
+        self.gidset: List[int] = self._take("gidset", [])
+        self.uidmap: List[Any] = self._take("uidmap", [])
+        self.gidmap: List[Any] = self._take("gidmap", [])
+        self.incomplete = self.flags.get("incomplete") is True
+        if self.incomplete:
+            self.faults.append("incomplete: its creation was interrupted")
+
+    @property
+    def mapped(self) -> bool:
+        """Whether this is a copy of another layer made for other user IDs."""
+        return bool(self.uidmap or self.gidmap)
+
+
+class ImageRecord(Record):
+    """A record of images.json.
+
+    ``digest`` is that of the first manifest ever seen or ""; ``layer`` the ID of the top layer or
+    ""; ``mapped_layers`` are its copies for other user IDs; ``names_history`` newest first.
+    """
+
+    KIND = IMAGES
+    WORD = "image"
+
+    def _read_fields(self) -> None:
+        self.digest = self._take("digest", "")
+        self.layer = self._take("layer", "")
+        self.names_history = self._strings("names-history")
+        self.mapped_layers = self._strings("mapped-layers")
+        # All digests by which the image can be asked for.
+        self.digests = {digest for key, digest in [("manifest", self.digest),
+                                                   *self._digests.items()]
+                        if digest and isinstance(digest, str) and key.startswith("manifest")}
+        if "manifest" not in self.big_data_names:
+            self.faults.append("no manifest")
+
+    def manifest_bytes(self) -> bytes:
+        """Return the default manifest as stored.  Raises NotFound, IntegrityError."""
+        return self.big_data("manifest")
+
+    def manifest(self) -> Dict[str, Any]:
+        """Return the default manifest, parsed: OCI, docker schema2 or schema1, or a list."""
+        value = parse_json(self.manifest_bytes(), f"manifest of image {self.id}")
+        if not isinstance(value, dict):
+            raise FormatError("the manifest is no JSON object", file=f"image {self.id}")
+        return value
+
+    @property
+    def is_list(self) -> bool:
+        """Whether this is a manifest list (OCI index): it has no layer and no config."""
+        if self.layer or "manifest" not in self.big_data_names:
+            return False
+        manifest = self.manifest()
+        return manifest.get("mediaType") in (OCI_INDEX, DOCKER_LIST) or "manifests" in manifest
+
+    def config_bytes(self) -> bytes:
+        """Return the image configuration as stored; for schema1 as containers/image makes it.
+
+        Raises Unsupported for a manifest list, NotFound for an image without a manifest.
+        """
+        manifest = self.manifest()
+        if manifest.get("schemaVersion") == 1:
+            return json.dumps(self._schema1_config(manifest), separators=(",", ":")).encode()
+        config = manifest.get("config")
+        digest = config.get("digest") if isinstance(config, dict) else None
+        if not isinstance(digest, str):
+            raise Unsupported(f"image {self.id}: its manifest names no configuration")
+        return self.big_data(digest)
+
+    def config(self) -> Dict[str, Any]:
+        """Return the image configuration, parsed."""
+        value = parse_json(self.config_bytes(), f"configuration of image {self.id}")
+        if not isinstance(value, dict):
+            raise FormatError("the configuration is no JSON object", file=f"image {self.id}")
+        return value
+
+    def _schema1_config(self, manifest: Dict[str, Any]) -> Dict[str, Any]:
+        """Derive a configuration from v1Compatibility, which stands newest first."""
+        entries = []
+        for item in as_list(manifest.get("history")):
+            text = item.get("v1Compatibility") if isinstance(item, dict) else None
+            entry = parse_json(text.encode() if isinstance(text, str) else b"null",
+                               f"manifest of image {self.id}")
+            if not isinstance(entry, dict):
+                raise FormatError("malformed history of schema1", file=f"image {self.id}")
+            entries.append(entry)
+        if not entries:
+            raise Unsupported(f"image {self.id}: its schema1 manifest has no history")
+        drop = ("id", "parent", "parent_id", "layer_id", "throwaway", "Size")
+        config = {key: value for key, value in entries[0].items() if key not in drop}
+        history = []
+        for entry in reversed(entries):
+            made = entry.get("container_config") or {}
+            command = made.get("Cmd") if isinstance(made, dict) else None
+            row = {"created": entry.get("created"), "author": entry.get("author"),
+                   "created_by": " ".join(map(str, as_list(command))),
+                   "comment": entry.get("comment"), "empty_layer": entry.get("throwaway") or None}
+            history.append({key: value for key, value in row.items() if value})
+        config["rootfs"] = {"type": "layers", "diff_ids": [layer.diff_digest for layer in
+                                                          self.storage.image_chain(self)]}
+        config["history"] = history
+        return config
+
+    @property
+    def size(self) -> int:
+        """Bytes as ``podman images`` counts them: all layers uncompressed, and the big data."""
+        data = sum(size for size in self._sizes.values() if isinstance(size, int)
+                   and 0 <= size < 1 << 63)
+        try:
+            chain = self.storage.image_chain(self)
+        except CstorError:
+            return data
+        return data + sum(max(layer.diff_size, 0) for layer in chain)
+
+    def history(self) -> List[Dict[str, Any]]:
+        """Return the history, oldest first, with ``layer`` and ``size`` for entries that made one.
+
+        Layers that the history does not account for follow as entries of their own.
+        """
+        chain = list(self.storage.image_chain(self))
+        rows = []
+        for entry in as_list(self.config().get("history")):
+            row = {key: value for key, value in entry.items() if key not in ("layer", "size")} \
+                if isinstance(entry, dict) else {}
+            if not row.get("empty_layer") and chain:
+                layer = chain.pop(0)
+                row["layer"], row["size"] = layer.id, layer.diff_size
+            rows.append(row)
+        return rows + [{"layer": layer.id, "size": layer.diff_size} for layer in chain]
+
+
+class ContainerRecord(Record):
+    """A record of containers.json: ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs."""
+
+    KIND = CONTAINERS
+    WORD = "container"
+
+    def _read_fields(self) -> None:
+        self.image = self._take("image", "")
+        self.layer = self._take("layer", "")
+        self.uidmap: List[Any] = self._take("uidmap", [])
+        self.gidmap: List[Any] = self._take("gidmap", [])
+
+    def details(self) -> Dict[str, Any]:
+        """Return ``metadata`` parsed: image-name, name, created-at of podman; pod-name of CRI-O."""
+        try:
+            value = parse_json(self.metadata.encode("utf-8", "replace"), "metadata")
+        except FormatError:
+            return {}  # buildah and others store what they like
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def state(self) -> Dict[str, Any]:
+        """What podman's database knows: name, state, pod, rootfs, ...; {} when it knows nothing."""
+        return self.storage.podman_containers().get(self.id, {})
+
+
+class Metadata:
+    """The joined records of all roots of a storage; the base of Storage.
+
+    Records are read once, when first asked for; reload() forgets them.  ``faults`` names what of
+    the storage as a whole cannot be used.  ``KINDS`` are the classes of its records.
+    """
+
+    KINDS: Tuple[Type[LayerRecord], Type[ImageRecord], Type[ContainerRecord]] = (
+        LayerRecord, ImageRecord, ContainerRecord)
+
+    def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
+                 stores: Sequence[str] = ()) -> None:
+        self.graphroot, self.runroot, self.imagestore = graphroot, runroot, imagestore
+        self.faults: List[str] = []
+        self._own: List[Directory] = []
+        self._additional: List[Directory] = []
+        self._run: Optional[Directory] = None
+        try:
+            self._own.append(self._open_graphroot())
+            if imagestore:
+                self._open_other(imagestore, self._own, "imagestore")
+            for store in stores:
+                self._open_other(store, self._additional, "additional image store")
+            if runroot and os.path.isdir(runroot):
+                self._run = Directory.at(runroot)
+        except BaseException:
+            self.close()
+            raise
+        self.reload()
+
+    def _open_graphroot(self) -> Directory:
+        try:
+            root = Directory.at(self.graphroot)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"no storage at {self.graphroot}",
+                           hint="name the graph root with --root DIR") from None
+        if not any(root.exists(name) for name in (OVERLAY, LAYERS, IMAGES)):
+            others = [name for name in OTHER_DRIVERS if root.exists(name.encode())
+                      or root.exists(f"{name}-layers".encode())]
+            root.close()
+            if others:
+                raise Unsupported(f"{self.graphroot}: storage driver {others[0]} is not supported: "
+                                  "only overlay is read")
+            raise NotFound(f"no containers/storage store at {self.graphroot}",
+                           hint="the graph root is the directory that holds overlay-images")
+        return root
+
+    def _open_other(self, path: str, roots: List[Directory], word: str) -> None:
+        try:
+            if not os.path.isabs(path):
+                raise OSError(errno.EINVAL, "not an absolute path")
+            roots.append(Directory.at(path))
+        except OSError as error:
+            self.faults.append(f"{word} {path}: {error.strerror or error}")
+
+    def reload(self) -> None:
+        """Forget all records, so that the next call reads them again."""
+        self._patience: Optional[Patience] = None
+        self._layers: Optional[Tuple[Any, ...]] = None
+        self._images: Optional[Tuple[Any, ...]] = None
+        self._containers: Optional[Tuple[Any, ...]] = None
+        self._layer_by_id: Dict[str, LayerRecord] = {}
+        self._links: Optional[Dict[str, str]] = None
+        self._podman: Optional[Dict[str, Dict[str, Any]]] = None
+
+    def close(self) -> None:
+        """Close all descriptors; harmless when repeated."""
+        for root in self.roots:
+            root.close()
+        if self._run:
+            self._run.close()
+
+    @property
+    def roots(self) -> List[Directory]:
+        """All roots in search order: graph root, imagestore, additional stores."""
+        return self._own + self._additional
+
+    def find(self, name: bytes, first: Optional[Directory] = None) -> Optional[Directory]:
+        """Return the root that has ``name``, looking in ``first`` first; None when none has it.
+
+        With a split imagestore, an image layer's record, tar-split and files lie in two roots.
+        """
+        for root in [first, *self.roots] if first else self.roots:
+            if root.exists(name):
+                return root
+        return None
+
+    # -- records -------------------------------------------------------------------------------
+
+    def layer_records(self) -> Tuple[LayerRecord, ...]:
+        """Return all layers in the order in which they are stored, parents mostly first."""
+        if self._layers is None:
+            self._layers = self._load(self.KINDS[0], self._own)
+            for layer in self._layers:
+                self._layer_by_id.setdefault(layer.id, layer)
+            self._name_faults()
+        return self._layers
+
+    def image_records(self) -> Tuple[ImageRecord, ...]:
+        """Return all images; an ID can occur in several stores, the first one counts."""
+        if self._images is None:
+            # Searched as containers/storage does: imagestore, graph root, additional.
+            self._images = self._load(self.KINDS[1], self._own[::-1])
+            for image in self._images:
+                try:
+                    chain = self.image_chain(image)
+                    image.faults += [f"layer {layer.id}: {fault}" for layer in chain[-1:]
+                                     for fault in layer.faults]
+                    if not image.layer and not image.is_list:
+                        image.faults.append("no layer")
+                except (CstorError, OSError) as error:
+                    image.faults.append(str(error))
+        return self._images
+
+    def container_records(self) -> Tuple[ContainerRecord, ...]:
+        """Return all containers of podman, buildah and CRI-O."""
+        if self._containers is None:
+            self._containers = self._load(self.KINDS[2], self._own[:1])
+            known = {image.id for image in self.image_records()}
+            for container in self._containers:
+                if container.image and container.image not in known:
+                    container.faults.append(f"image not known: {display(container.image)}")
+                if not self.layer_by_id(container.layer):
+                    container.faults.append(f"layer not known: {display(container.layer)}")
+        return self._containers
+
+    def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
+        """Return the layer of exactly this ID, or None."""
+        self.layer_records()
+        return self._layer_by_id.get(layer_id)
+
+    def is_current(self, layer: LayerRecord) -> bool:
+        """Tell whether a layer is still recorded, and whole, by reading the records once more."""
+        return any(other.id == layer.id and other.incomplete == layer.incomplete
+                   for other in self._load(LayerRecord, self._own))
+
+    def _load(self, new: Type[R], own: Sequence[Directory]) -> Tuple[R, ...]:
+        """Read the records of one kind from all roots; later sources of ours add new IDs only."""
+        kind = new.KIND
+        word = kind.partition(b"-")[2]
+        plain, volatile = word + b".json", b"volatile-" + word + b".json"
+        if self._patience is None:
+            self._patience = Patience(LOCK_PATIENCE)
+        found: List[R] = []
+        seen: Set[str] = set()
+        sources: List[Tuple[Directory, List[bytes], bool]] = []
+        graphroot = self._own[0]
+        for root in own:
+            sources.append((root, [plain, volatile] if root is graphroot and kind != IMAGES
+                            else [plain], False))
+        if self._run and kind != IMAGES:
+            sources.append((self._run, [volatile], False))
+        sources += [(root, [plain], True) for root in self._additional if kind != CONTAINERS]
+        for root, names, readonly in sources:
+            paths = [kind + b"/" + name for name in names]
+            lock = kind + b"/" + word + b".lock"
+            for path, data in zip(paths, read_consistently(root, lock, paths, self._patience)):
+                for item in self._array(data, root.host_path(path)):
+                    record = new(self, graphroot if root is self._run else root, item,
+                                 volatile=path.endswith(volatile), readonly=readonly)
+                    if readonly or not record.id or record.id not in seen:
+                        found.append(record)
+                    if not readonly:
+                        seen.add(record.id)
+        return tuple(found)
+
+    @staticmethod
+    def _array(data: bytes, file: str) -> List[Any]:
+        if not data.strip():
+            return []
+        value = parse_json(data, file)
+        if value is None:  # Go writes null for an empty list
+            return []
+        if not isinstance(value, list):
+            raise FormatError("expected a JSON array", file=file)
+        return value
+
+    # -- chains --------------------------------------------------------------------------------
+
+    def chain(self, layer_id: str) -> Tuple[LayerRecord, ...]:
+        """Return the layer and its ancestors, base first.
+
+        Raises LayerUnknown for a missing one, FormatError for a loop or a chain that is too long.
+        """
+        found: List[LayerRecord] = []
+        while layer_id:
+            layer = self.layer_by_id(layer_id)
+            if layer is None:
+                below = f" (parent of {found[-1].id})" if found else ""
+                raise LayerUnknown(f"layer not known: {display(layer_id)}{below}")
+            found.append(layer)
+            if len(found) > MAX_LOWERS + 1:
+                raise FormatError(f"layer {found[0].id}: its chain of parents is a loop or "
+                                  f"longer than {MAX_LOWERS}")
+            layer_id = layer.parent
+        return tuple(found[::-1])
+
+    def image_chain(self, image: ImageRecord) -> Tuple[LayerRecord, ...]:
+        """Return the layers of an image, base first; () for an image without layers."""
+        return self.chain(image.layer)
+
+    def _name_faults(self) -> None:
+        """Give every layer the fault of its chain, looking at each link once."""
+        verdict: Dict[str, str] = {"": ""}
+        for layer in self._layers or ():
+            path = []
+            at: Optional[LayerRecord] = layer
+            fault = ""
+            on_path: Set[str] = set()
+            while at is not None and at.id not in verdict:
+                if at.id in on_path:
+                    fault = "its chain of parents is a loop"
+                    break
+                path.append(at)
+                on_path.add(at.id)
+                parent = self._layer_by_id.get(at.parent)
+                if at.parent and parent is None:
+                    fault = f"parent layer not known: {display(at.parent)}"
+                at = parent
+            if not fault and at is not None:
+                fault = verdict[at.id] or (at.incomplete and f"parent {at.id} is incomplete") or ""
+            for step in reversed(path):
+                verdict[step.id] = fault
+                if fault:
+                    step.faults.append(fault)
+                elif step.incomplete:
+                    fault = f"parent {step.id} is incomplete"
+
+    def resolve_link(self, link: str) -> str:
+        """Return the ID of the layer whose short link in overlay/l is ``link``.
+
+        A link that was lost (in a crash, say) is found in the layers' own ``link`` files.  Raises
+        LayerUnknown.
+        """
+        if re.fullmatch(LINK_ID, link):
+            for root in self.roots:
+                try:
+                    target = root.readlink(OVERLAY + b"/l/" + link.encode())
+                except OSError:
+                    continue
+                # ../<id>/diff; absolute with some imagestore builds of 1.47 to 1.55
+                layer_id = os.path.basename(os.path.dirname(target)).decode("utf-8", "replace")
+                if is_safe_id(layer_id) and root.exists(OVERLAY + b"/" + layer_id.encode()):
+                    return layer_id
+            if link in self._all_links():
+                return self._all_links()[link]
+        raise LayerUnknown(f"layer not known: no layer has the link {display(link)}",
+                           hint="a link is 26 characters, as in overlay/l")
+
+    def _all_links(self) -> Dict[str, str]:
+        if self._links is None:
+            self._links = {}
+            for root in self.roots:
+                for name in root.listdir(OVERLAY) if root.exists(OVERLAY) else []:
+                    try:
+                        link = root.read(OVERLAY + b"/" + name + b"/link", 4096).decode("ascii")
+                    except (OSError, ValueError):  # no layer's directory, or damaged
+                        continue
+                    self._links.setdefault(link, name.decode("utf-8", "replace"))
+        return self._links
+
+    # -- podman's database ---------------------------------------------------------------------
+
+    def podman_containers(self) -> Dict[str, Dict[str, Any]]:
+        """Return what podman's db.sql says of each container, by ID; {} without a database.
+
+        Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), exit_code, labels,
+        and mounted, pid, started of the state.  A damaged database is named in ``faults``.
+        """
+        if self._podman is None:
+            self._podman = {}
+            for root in [self._own[0]] + ([self._run] if self._run else []):
+                for row in self._podman_rows(root, _PODMAN_QUERY):
+                    try:
+                        container_id, entry = podman_container(row)
+                        self._podman.setdefault(container_id, entry)
+                    except FormatError as error:
+                        self.faults.append(f"container {display(str(row[0]))}: {error}")
+        return self._podman
+
+    def recorded_roots(self) -> Dict[str, str]:
+        """Return GraphRoot, RunRoot and GraphDriver as podman's database recorded them, or {}."""
+        for row in self._podman_rows(self._own[0],
+                                     "SELECT GraphRoot, RunRoot, GraphDriver FROM DBConfig"):
+            return dict(zip(("GraphRoot", "RunRoot", "GraphDriver"), map(str, row)))
+        return {}
+
+    def _podman_rows(self, root: Directory, query: str) -> List[Tuple[Any, ...]]:
+        try:
+            return query_database(root, b"db.sql", query) if root.exists(b"db.sql") else []
+        except (CstorError, OSError) as error:
+            if str(error) not in self.faults:
+                self.faults.append(str(error))
+            return []
+
+
+_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.ExitCode, s.JSON, p.Name
+FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
+LEFT JOIN PodConfig p ON p.ID = c.PodID"""
+
+
+def podman_container(row: Tuple[Any, ...]) -> Tuple[str, Dict[str, Any]]:
+    """Turn a row of _PODMAN_QUERY into (ID, entry)."""
+    container_id, name, config_json, state, exit_code, state_json, pod = row
+    parts = []
+    for text in (config_json, state_json):
+        data = text if isinstance(text, bytes) else str(text or "{}").encode("utf-8", "replace")
+        value = parse_json(data, "db.sql")
+        parts.append(value if isinstance(value, dict) else {})
+    config, status = parts
+    known = isinstance(state, int) and 0 <= state < len(CONTAINER_STATE)
+    return str(container_id), {
+        "name": str(name), "state": CONTAINER_STATE[state if known else 0],
+        "exit_code": exit_code if isinstance(exit_code, int) else None,
+        "pod": str(pod or ""), "pod_id": str(config.get("pod") or ""),
+        "rootfs": str(config.get("rootfs") or ""),
+        "image_name": str(config.get("rootfsImageName") or ""), "labels": config.get("labels"),
+        "mounted": bool(status.get("mounted")), "mountpoint": status.get("mountPoint") or "",
+        "pid": status.get("pid") or 0, "started": status.get("startedTime") or "",
+    }
+
+
+def query_database(root: Directory, name: bytes, query: str) -> List[Tuple[Any, ...]]:
+    """Return the rows of ``query`` on an SQLite database that is not to be written.
+
+    A private copy is read, with journal and WAL, taken while nothing changed: SQLite makes ``-shm``
+    beside a database in WAL mode, rolls back a hot journal, and follows what else lies there.
+    Raises FormatError when SQLite cannot read it, Unsupported when this Python has no SQLite.
+    """
+    import tempfile
+
+    try:
+        import sqlite3
+    except ImportError:
+        raise Unsupported(f"{root.host_path(name)}: this Python has no sqlite3") from None
+
+    problem: Exception = FormatError("it changes all the time")
+    for _ in range(5):
+        with tempfile.TemporaryDirectory(prefix="cstor-") as scratch:
+            try:
+                if not copy_database(root, name, scratch):
+                    continue
+                return _query(sqlite3, os.path.join(scratch, "db"), query)
+            except sqlite3.Error as error:
+                problem = error
+    raise FormatError(f"podman's database cannot be read: {problem}", file=root.host_path(name))
+
+
+def copy_database(root: Directory, name: bytes, scratch: str) -> bool:
+    """Copy a database with its journal and WAL to scratch/db; False when it changed meanwhile."""
+    ends = (b"", b"-journal", b"-wal")
+    names = [name + end for end in ends if root.exists(name + end)]
+    before = _state(root, -1, names)
+    for side in names:
+        with open(os.path.join(scratch, "db" + os.fsdecode(side[len(name):])), "xb") as target:
+            target.write(root.read(side, MAX_JSON))
+    return _state(root, -1, names) == before \
+        and names == [name + end for end in ends if root.exists(name + end)]
+
+
+def _query(sqlite3: Any, path: str, query: str) -> List[Tuple[Any, ...]]:
+    database = sqlite3.connect(path)
+    end = time.monotonic() + 1
+    try:
+        # A hostile database can hold views without an end.
+        database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
+        database.execute("PRAGMA trusted_schema=OFF")
+        rows: List[Tuple[Any, ...]] = database.execute(query).fetchmany(100_000)
+        return rows
+    finally:
+        database.close()
+
+
+# ================================================================================================
+# 8. References
+#
+# One string to one object, in the order in which podman 4 and 5 look (libimage's LookupImage, then
+# the store's own lookup).  Where Go takes an ambiguous prefix for "not found", the candidates are
+# listed here.
+# ================================================================================================
+
+def split_reference(text: str) -> Tuple[str, str, str]:
+    """Split ``[registry/]name[:tag][@digest]`` into (name, tag, digest); "" for a missing part."""
+    name, _, digest = text.partition("@")
+    head, slash, last = name.rpartition("/")
+    last, _, tag = last.partition(":")
+    return head + slash + last, tag, digest
+
+
+def normalize_name(name: str) -> List[str]:
+    """Return the full names that a repository name can stand for, best first.
+
+    ``alpine`` is ``localhost/alpine``, then ``docker.io/library/alpine``.
+    """
+    first, slash, rest = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        if first == "index.docker.io":
+            first = "docker.io"
+        if first == "docker.io" and "/" not in rest:
+            rest = "library/" + rest
+        return [f"{first}/{rest}"]
+    return [f"localhost/{name}", f"docker.io/{name}" if slash else f"docker.io/library/{name}"]
+
+
+def find_image(images: Sequence[ImageRecord], reference: str) -> ImageRecord:
+    """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous."""
+    text = reference
+    if text.startswith("containers-storage:"):
+        text = text[len("containers-storage:"):]
+        if text.startswith("["):
+            raise Unsupported(f"store specifier in reference: {display(reference)}",
+                              hint="name the store with --root DIR")
+    if text.startswith("@"):
+        text = text[1:]
+    unknown = ImageUnknown(f"image not known: {display(reference)}",
+                           hint="`image list` shows what there is")
+    if not text:
+        raise unknown
+    bare = text[len("sha256:"):] if text.startswith("sha256:") else text
+    if not bare:
+        raise unknown
+    if re.fullmatch(HEX64, bare):
+        found = [image for image in images if image.id == bare] \
+            or [image for image in images if f"sha256:{bare}" in image.digests]
+    else:
+        found = _images_by_name(images, text) or _by_prefix(images, bare) \
+            or _images_by_short_name(images, text)
+    return _one(found, unknown, reference, lambda image: ", ".join(image.names) or "<none>")
+
+
+def _images_by_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecord]:
+    name, tag, digest = split_reference(text)
+    if name and digest and not re.fullmatch(DIGEST, digest):  # name@<id> of containers-storage:
+        return [image for image in images if image.id == digest]
+    for full in normalize_name(name) if name and not text.endswith(":") else []:
+        if digest:
+            found = [image for image in images if f"{full}@{digest}" in image.names] or \
+                [image for image in images if digest in image.digests
+                 and any(split_reference(other)[0] == full for other in image.names)]
+        else:
+            found = _named(images, f"{full}:{tag or 'latest'}")
+        if found:
+            return found
+    return _named(images, text)
+
+
+def _named(images: Sequence[ImageRecord], name: str) -> List[ImageRecord]:
+    """Return the image that holds a name: the first store's last record, as after Go's repair.
+
+    Of an image that is ours as well, the names in an additional store do not count.
+    """
+    own = {image.id for image in images if not image.readonly}
+    holders = [image for image in images if name in image.names
+               and not (image.readonly and image.id in own)]
+    return [image for image in holders if image.root is holders[0].root][-1:]
+
+
+def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecord]:
+    """Find repositories that end in /NAME with the same tag or digest, whatever the registry."""
+    name, tag, digest = split_reference(text)
+    found: List[ImageRecord] = []
+    if len(normalize_name(name)) == 1 or text.endswith(":"):  # not short, not a reference
+        return found
+    for image in images:
+        for other in image.names:
+            their_name, their_tag, _ = split_reference(other)
+            if (their_name == name or their_name.endswith("/" + name)) and (
+                    digest in image.digests if digest else their_tag == (tag or "latest")):
+                found.append(image)
+    return found
+
+
+def _by_prefix(records: Sequence[R], text: str) -> List[R]:
+    """Return the records whose IDs start with ``text``, of the first store that has any."""
+    found = [record for record in records if record.id.startswith(text)]
+    return [record for record in found if record.readonly == found[0].readonly]
+
+
+def find_layer(layers: Sequence[LayerRecord], reference: str,
+               resolve_link: Callable[[str], str]) -> LayerRecord:
+    """Return the layer of an ID, a name, a short link, a digest or the start of an ID or digest.
+
+    Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
+    passed over.
+    """
+    unknown = LayerUnknown(f"layer not known: {display(reference)}",
+                           hint="`layer list` shows what there is")
+    if re.fullmatch(LINK_ID, reference):
+        reference = resolve_link(reference)
+    digest = reference.startswith("sha256:")
+    text = reference[len("sha256:"):] if digest else reference
+    if not text:
+        raise unknown
+
+    def by_digest(layer: LayerRecord) -> bool:
+        return layer.diff_digest.startswith("sha256:" + text)
+
+    found = [layer for layer in layers if reference in (layer.id, *layer.names)] \
+        or [layer for layer in layers if digest and layer.diff_digest == reference] \
+        or [layer for layer in layers if digest and by_digest(layer)] or _by_prefix(layers, text) \
+        or [layer for layer in layers if by_digest(layer)]
+    if len({layer.diff_digest for layer in found}) == 1:
+        found = [layer for layer in found if not layer.mapped] or found
+    return _one(found, unknown, reference, lambda layer: layer.diff_digest or "no diff-digest")
+
+
+def find_container(containers: Sequence[ContainerRecord], reference: str) -> ContainerRecord:
+    """Return the container of an ID, a name, a layer ID or the start of an ID."""
+    unknown = ContainerUnknown(f"container not known: {display(reference)}",
+                               hint="`container list` shows what there is")
+    if not reference:
+        raise unknown
+    found = [c for c in containers if reference in (c.id, *c.names, c.layer)] \
+        or _by_prefix(containers, reference)
+    return _one(found, unknown, reference, lambda container: ", ".join(container.names))
+
+
+def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[[R], str]) -> R:
+    """Return the only object; of one ID in several stores the first store's counts."""
+    by_id: Dict[str, R] = {}
+    for item in found:
+        by_id.setdefault(item.id, item)
+    if not by_id:
+        raise unknown
+    if len(by_id) > 1:
+        raise Ambiguous(f"{display(reference)} is ambiguous", [
+            f"{display(key)}  {display(gloss(item))}" for key, item in sorted(by_id.items())],
+            hint="give more of the ID")
+    return next(iter(by_id.values()))
+
+
+# ================================================================================================
+# 9. Layers
+#
+# A layer's tar is rebuilt from headers in tar-split and from file contents below overlay/<id>/diff.
+# Contents lie elsewhere in three cases:
+#   mapped layers     a copy for other user IDs: "diff" is new and empty, and "diff1" holds stubs or
+#                     shifted copies.  The bytes are in the template, next in the lower chain
+#   metacopy stubs    a file with an overlay.metacopy xattr has the right size and no data; the
+#                     bytes are in the next lower that has the name
+#   flat (composefs)  "diff" holds objects named by their sha256; the layer's big data item
+#                     zstd-chunked-manifest (the TOC) says which file is which object
+# ================================================================================================
+
+def clean_name(name: bytes) -> bytes:
+    """Return a name in a tar as containers/storage unpacks it: relative, no ".", "..", "//".
+
+    ".." is resolved in the text and stops at the root, as Go's filepath.Join("/", name) does.
+    Raises FormatError for a NUL byte; b"" is the root itself.
+    """
+    if not re.search(rb"(?:^|/)\.{0,2}(?:/|\Z)|\0", name):
+        return name
+    if b"\0" in name:
+        raise FormatError(f'name with a NUL byte: "{display(name)}"')
+    parts: List[bytes] = []
+    for part in name.split(b"/"):
+        if part == b"..":
+            del parts[-1:]
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def overlay_file(layer: LayerRecord, name: bytes) -> Tuple[Optional[Directory], bytes]:
+    """Return (root that has overlay/<id>/name or None, that name below it)."""
+    layer.path()  # refuses IDs that are no path component
+    path = b"/".join((OVERLAY, layer.id.encode(), name))
+    return layer.storage.find(path, layer.root), path
+
+
+def read_overlay_file(layer: LayerRecord, name: bytes) -> str:
+    """Return a small text file of overlay/<id>, "" when it is missing."""
+    root, path = overlay_file(layer, name)
+    return root.read(path, 64 << 10).decode("utf-8", "replace").strip() if root else ""
+
+
+def lower_ids(layer: LayerRecord) -> List[str]:
+    """Return the IDs of the overlay lower chain, top first.
+
+    ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  This is not
+    the chain of ``parent``: below a mapped layer stands its template.  Raises LayerUnknown for a
+    link to nothing, FormatError.
+    """
+    text = read_overlay_file(layer, b"lower-layers")
+    if text:
+        found = text.split(":")
+    else:
+        found = [layer.storage.resolve_link(item[2:] if item.startswith("l/") else item)
+                 for item in read_overlay_file(layer, b"lower").split(":") if item]
+    if len(found) > MAX_LOWERS or not all(map(is_safe_id, found)):
+        raise FormatError("malformed lower chain", file=f"layer {layer.id}")
+    return found
+
+
+def read_objects(chunks: Iterator[bytes], file: str) -> Dict[bytes, bytes]:
+    """Read a TOC; return the sha256 of each file's content by the file's cleaned name.
+
+    Its entries are taken one at a time: of a TOC of 30 MB, names and digests are a third.
+    """
+    stream = ObjectStream(chunks, file)
+    stream.fill(READ_SIZE)
+    start = re.search(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', stream.peek(READ_SIZE))
+    if not start:
+        raise stream.error("malformed TOC: it has no entries")
+    stream.advance(start.end())
+    found: Dict[bytes, bytes] = {}
+    while stream.skip(b" \t\r\n,") != b"]":
+        entry = stream.object()
+        name, digest = entry.get("name"), entry.get("digest")
+        if entry.get("type") == "reg" and isinstance(name, str) and isinstance(digest, str) \
+                and re.fullmatch("sha256:" + HEX64, digest):
+            found[clean_name(name.encode("utf-8", "surrogatepass"))] = bytes.fromhex(digest[7:])
+    return found
+
+
+def removed(layer: LayerRecord) -> Optional[LayerUnknown]:
+    """Return an error when a layer is no longer recorded as it was, else None."""
+    if layer.storage.is_current(layer):
+        return None
+    return LayerUnknown(f"layer not known: {layer.id}: it was removed while it was read")
+
+
+class LayerFiles:
+    """Opens the contents of one layer's files by their names in the tar.
+
+    A context manager; owns the directories that it searches.  Raises Unsupported from the
+    constructor when the layer's files are not kept as files.
+    """
+
+    def __init__(self, layer: LayerRecord) -> None:
+        self.layer = layer
+        self._diffs: List[Directory] = []
+        self._lowers: Optional[List[str]] = None  # IDs not opened yet
+        self._objects: Optional[Dict[bytes, bytes]] = None
+        self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
+        self._plain = not (layer.mapped or overlay_file(layer, b"diff1")[0])
+        root, path = overlay_file(layer, b"diff")
+        if root is None:
+            raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
+                                                f"{layer.id}/diff")
+        if overlay_file(layer, b"additionallayer")[0]:
+            raise Unsupported(f"layer {layer.id}: its files are in an additional layer store: "
+                              + display(read_overlay_file(layer, b"additionallayer")))
+        self._diffs.append(root.directory(path))
+        try:
+            if overlay_file(layer, b"composefs-data")[0] or self._flat_format():
+                self._read_toc()
+        except BaseException:
+            self.close()
+            raise
+
+    def _flat_format(self) -> bool:
+        if "zstd-chunked-layer-data" not in self.layer.big_data_names:
+            return False
+        data = parse_json(self.layer.big_data("zstd-chunked-layer-data"), "zstd-chunked-layer-data")
+        return isinstance(data, dict) and data.get("format") == 1
+
+    def _read_toc(self) -> None:
+        name = self.layer.path(big_data_file("zstd-chunked-manifest"))
+        root = self.layer.storage.find(name, self.layer.root)
+        if root is None:
+            raise Unsupported(f"layer {self.layer.id}: its files are kept by digest, and its TOC "
+                              "(zstd-chunked-manifest) is lost")
+        fd = root.open(name)
+        try:
+            self._objects = read_objects(iter(lambda: os.read(fd, CHUNK), b""),
+                                         root.host_path(name))
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close all directories; harmless when repeated."""
+        for diff in self._diffs:
+            diff.close()
+
+    def __enter__(self) -> LayerFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self, name: bytes, size: Optional[int] = None) -> int:
+        """Open the content of the regular file ``name`` and return its descriptor.
+
+        ``size`` is what the file must hold, None = whatever it does.  Raises IntegrityError when
+        it is missing, of another type or size, NeedsUnshare when it is closed to this user, and
+        LayerUnknown when the whole layer was removed meanwhile.
+        """
+        parent, _, base = name.rpartition(b"/")
+        if parent != self._raw_parent:
+            self._raw_parent, self._parent = parent, clean_name(parent)
+        parent = self._parent
+        if base in (b"", b".", b"..") or self._objects is not None:
+            parent, _, base = self._place(name).rpartition(b"/")
+        for diff in self._diffs if self._plain else self._search():
+            try:
+                dir_fd = diff.parent(parent)
+                status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
+                mode, held = status.st_mode, status.st_size
+                # A stub has no data blocks; asking only then saves a call for every other file.
+                if (status.st_blocks * 512 < held or self.layer.mapped) and stat.S_ISREG(mode) \
+                        and self._is_stub(diff, dir_fd, base):
+                    if self._plain:
+                        self._plain = False
+                        return self.open(name, size)
+                    continue
+                if not base:
+                    raise Unsupported(f'layer {self.layer.id}: "{display(name)}" names the root: '
+                                      "containers/storage does not keep its content")
+                if not stat.S_ISREG(mode):
+                    raise self._wrong(name, "is not a regular file on disk", "regular file",
+                                      file_type(mode))
+                if size is not None and held != size:
+                    raise self._wrong(name, "wrong size", str(size), str(held))
+                return diff.open_at(dir_fd, base)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise self._explain(error, name, diff.host_path(os.path.join(parent, base))
+                                    ) from None
+            except ValueError as error:
+                if isinstance(error, CstorError):
+                    raise
+                raise FormatError(f'name with a NUL byte: "{display(name)}"') from None
+        raise self._missing(name, size)
+
+    def _place(self, name: bytes) -> bytes:
+        """Return where below ``diff`` the content of ``name`` is."""
+        wanted = clean_name(name)
+        if self._objects is None:
+            return wanted
+        if wanted not in self._objects:
+            raise self._wrong(name, "is not in the layer's TOC (zstd-chunked-manifest)", "", "")
+        digest = self._objects[wanted].hex().encode()
+        return digest[:2] + b"/" + digest[2:]
+
+    def _search(self) -> Iterator[Directory]:
+        """Yield the directories to search; lowers are opened when they are needed.
+
+        Only a mapped layer or a stub leads to the lowers: they can hold another file of this name.
+        """
+        yield from self._diffs
+        if self._lowers is None:
+            self._lowers = lower_ids(self.layer)
+        while self._lowers:
+            below = self.layer.storage.layer_by_id(self._lowers.pop(0))
+            root, path = overlay_file(below, b"diff") if below else (None, b"")
+            if root:
+                self._diffs.append(root.directory(path))
+                yield self._diffs[-1]
+
+    @staticmethod
+    def _is_stub(diff: Directory, dir_fd: int, base: bytes) -> bool:
+        fd = diff.open_at(dir_fd, base)
+        try:
+            return any(name in METACOPY_XATTRS for name in os.listxattr(fd))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            return False
+        finally:
+            os.close(fd)
+
+    def _wrong(self, name: bytes, message: str, expected: str, actual: str) -> IntegrityError:
+        return IntegrityError(message, layer=self.layer.id, name=name, expected=expected,
+                              actual=actual)
+
+    def _missing(self, name: bytes, size: Optional[int]) -> CstorError:
+        """Return the error for a file that is nowhere."""
+        gone = removed(self.layer)
+        if gone:
+            return gone
+        last = clean_name(name).rpartition(b"/")[2]
+        if last.startswith(b".wh."):
+            return Unsupported(f'layer {self.layer.id}: "{display(name)}" is a whiteout with '
+                               "content: containers/storage does not keep that content")
+        if size is None:
+            return NotFound(f'layer {self.layer.id}: no file "{display(name)}"')
+        return self._wrong(name, "is missing from the layer's files", "", "")
+
+    def _explain(self, error: OSError, name: bytes, path: str) -> Exception:
+        if error.errno == errno.ELOOP:
+            return self._wrong(name, "is behind a loop of symbolic links", "", "")
+        if error.errno == errno.ENAMETOOLONG:
+            return FormatError(f'name too long: "{display(name[:80])}..."',
+                               file=f"layer {self.layer.id}")
+        return with_path(error, path)
+
+
+# ================================================================================================
+# 10. Tar headers
+#
+# Read as Go's archive/tar does, since that is what split the tar.  The headers themselves come
+# verbatim from tar-split; only what decides how many bytes of content follow is looked at here:
+# type, size, and the pax records of sparse files.
+# ================================================================================================
+
+class Member:
+    """One entry of a layer's tar.
+
+    ``name`` is as in the tar, ``typeflag`` one byte, ``size`` the length of the content as a file,
+    ``stored`` the bytes that it takes in the tar (less for sparse files, 0 for links, directories
+    and devices), ``header`` all header blocks verbatim, with those of pax and GNU long names.
+    ``sparse`` is None, a list of (offset, length), or "1.0" when the map stood in front of the
+    content and has to be found again.
+    """
+
+    __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "_checksum")
+
+    def __init__(self, header: bytes, name: bytes, size: int, checksum: bytes) -> None:
+        self.header, self.name, self.size, self._checksum = header, name, size, checksum
+        self.sparse: Union[None, str, List[Tuple[int, int]]] = None
+        self.typeflag = header[TYPE_AT:TYPE_AT + 1]
+        if size and len(header) == BLOCK and self.typeflag == b"0":  # most members, in short
+            try:
+                if int(header[124:135], 8) == size:
+                    self.stored, self.padding = size, -size % BLOCK
+                    return
+            except ValueError:
+                pass
+        self._read_header()
+
+    @property
+    def checksum(self) -> Optional[int]:
+        """The CRC-64/ISO of the content; None for members of size 0."""
+        return int.from_bytes(binascii.a2b_base64(self._checksum), "big") \
+            if self._checksum else None
+
+    def _read_header(self) -> None:
+        stored = self._read_specials()
+        if self.typeflag == PAX_GLOBAL:
+            # Its records stand in the header; Go leaves their padding to the next entry.
+            self.stored, self.padding = 0, -len(self.header) % BLOCK
+            return
+        self.stored, self.padding = stored, -stored % BLOCK
+        if self.sparse is None and stored != self.size and not self.is_header_only():
+            raise FormatError(f'"{display(self.name)}": {stored} bytes by its header, {self.size} '
+                              "by tar-split")
+
+    def is_header_only(self) -> bool:
+        """Whether no content follows, whatever the size field says."""
+        # A v7 archive marks a directory by its name alone.
+        return self.typeflag in HEADER_ONLY or self.typeflag == b"\0" and self.name.endswith(b"/")
+
+    def _read_specials(self) -> int:
+        """Read what stands before the last header block; return the bytes stored."""
+        header, at = self.header, 0
+        pax: Dict[bytes, bytes] = {}
+        while True:
+            if len(header) < at + BLOCK:
+                raise FormatError(f'"{display(self.name)}": truncated header')
+            self.typeflag = header[at + TYPE_AT:at + TYPE_AT + 1]
+            size = parse_number(header[at:at + BLOCK][SIZE_AT])
+            at += BLOCK
+            if self.typeflag not in SPECIALS:
+                break
+            if not 0 <= size <= MAX_SPECIAL:
+                raise FormatError(f'"{display(self.name)}": a header of {size} bytes, more than '
+                                  f"{MAX_SPECIAL}")
+            if self.typeflag == b"x":
+                pax = parse_pax(header[at:at + size])
+            at += size + -size % BLOCK
+        if self.typeflag == PAX_GLOBAL:
+            return 0
+        if at != len(header):
+            raise FormatError(f'"{display(self.name)}": {len(header) - at} bytes after its header')
+        if self.is_header_only():
+            return 0
+        if pax.get(b"size"):  # Go takes an empty value for a record that was withdrawn
+            size = parse_decimal(pax[b"size"])
+        if size < 0:
+            raise FormatError(f'"{display(self.name)}": a size of {size}')
+        self.sparse = self._sparse_map(pax)
+        return size
+
+    @staticmethod
+    def _sparse_map(pax: Dict[bytes, bytes]) -> Union[None, str, List[Tuple[int, int]]]:
+        """Recognize the sparse formats of GNU tar's --sparse-version as Go does."""
+        version = (pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor"))
+        if version == (b"1", b"0"):
+            return "1.0"
+        text = pax.get(b"GNU.sparse.map", b"")
+        if version not in ((b"0", b"0"), (b"0", b"1"), (None, None)) \
+                or not text and version == (None, None):
+            return None
+        numbers = [parse_decimal(number) for number in text.split(b",")] if text else []
+        if len(numbers) % 2 or len(numbers) > 2 * MAX_EXTENTS or min(numbers, default=0) < 0:
+            raise FormatError("malformed GNU.sparse.map")
+        return list(zip(numbers[::2], numbers[1::2]))
+
+
+def parse_number(field: bytes) -> int:
+    """Read a numeric header field: octal with spaces and NULs around it, or GNU base-256.
+
+    Raises FormatError, also for what 64 bits cannot hold.
+    """
+    if field[0] & 0x80:
+        value = int.from_bytes(field, "big") & (1 << 8 * len(field) - 1) - 1
+        if field[0] & 0x40:
+            value -= 1 << 8 * len(field) - 1
+        if not -1 << 63 <= value < 1 << 63:
+            raise FormatError("header number out of range")
+        return value
+    digits = field.strip(b" \0").partition(b"\0")[0]
+    if digits.strip(b"01234567"):
+        raise FormatError(f"malformed header number: {field!r}")
+    return int(digits or b"0", 8)
+
+
+def parse_decimal(text: bytes) -> int:
+    """Read a decimal number of a pax record as Go's ParseInt does, "+5" and "-5" and "005" too.
+
+    Raises FormatError, also for what 64 bits cannot hold.
+    """
+    digits = text[1:] if text[:1] in (b"+", b"-") else text
+    if not digits.isdigit() or len(digits.lstrip(b"0")) > 19 or int(digits) >> 63:
+        raise FormatError(f'malformed pax number: "{display(text[:40])}"')
+    return int(text)
+
+
+def parse_pax(data: bytes) -> Dict[bytes, bytes]:
+    """Parse the records ``LENGTH KEY=VALUE\\n`` of a pax header; the last of a key counts.
+
+    Sparse format 0.0 repeats GNU.sparse.offset and .numbytes: they are joined to GNU.sparse.map,
+    as Go does.  Raises FormatError.
+    """
+    records: Dict[bytes, bytes] = {}
+    runs: List[bytes] = []
+    at = 0
+    while at < len(data):
+        space = data.find(b" ", at, at + 20)
+        length = parse_decimal(data[at:space]) if space > at else 0
+        record = data[space + 1:at + length]
+        key, equals, value = record[:-1].partition(b"=")
+        if not equals or not key or record[-1:] != b"\n" or not 0 < length <= len(data) - at:
+            raise FormatError("malformed pax record")
+        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+            if (key == b"GNU.sparse.numbytes") != len(runs) % 2:
+                raise FormatError("malformed sparse map in a pax header")
+            runs.append(value)
+        else:
+            records[key] = value
+        at += length
+    if runs:
+        records[b"GNU.sparse.map"] = b",".join(runs)
+    return records
+
+
+# ================================================================================================
+# 11. tar-split
+#
+# overlay-layers/<id>.tar-split.gz is a gzip stream of JSON objects.  Type 2, a segment, holds bytes
+# of the tar in base64: everything but file contents.  Type 1, a file, stands where a member's
+# content was, with its name, size and CRC-64.  Go writes, one object a line,
+#     {"type":2,"payload":"BASE64","position":0}
+#     {"type":1,"name":"etc/hosts","size":42,"payload":"BASE64 OF 8 BYTES","position":1}
+# and that is read fast; any other JSON spelling is read too.  A segment starts with the padding of
+# the content before it and ends with the header of the content after it; what stands after the
+# last member (end of archive, garbage) is in segments of up to 1 MiB, or in one of any size when
+# tar-split 0.11 or older wrote it.
+# ================================================================================================
+
+class Extent:
+    """``length`` bytes at ``offset`` of the open file ``fd``: content of ``member``.
+
+    Good until the next piece is asked for: the descriptor is closed then.
+    """
+
+    __slots__ = ("fd", "offset", "length", "member")
+
+    def __init__(self, fd: int, offset: int, length: int, member: Member) -> None:
+        self.fd, self.offset, self.length, self.member = fd, offset, length, member
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes; fewer than ``length`` when the file has become shorter."""
+        at, end = self.offset, self.offset + self.length
+        while at < end:
+            data = os.pread(self.fd, min(CHUNK, end - at), at)
+            if not data:
+                return
+            yield data
+            at += len(data)
+
+
+def gunzip(fd: int, file: str) -> Iterator[bytes]:
+    """Yield the decompressed content of a gzip file of one or more members, piece by piece.
+
+    Raises FormatError when it is damaged, truncated or empty.
+    """
+    data = memoryview(os.read(fd, READ_SIZE))
+    total, parts, size = 0, [], 0
+    try:
+        while True:
+            inflate = zlib.decompressobj(wbits=31)
+            while not inflate.eof:
+                if not data:
+                    raise FormatError("truncated gzip stream", file=file, offset=total)
+                piece = inflate.decompress(data, 8 * READ_SIZE)
+                data = data[len(data) - len(inflate.unconsumed_tail or inflate.unused_data):]
+                if not data:
+                    data = memoryview(os.read(fd, READ_SIZE))
+                parts.append(piece)
+                size += len(piece)
+                if size >= READ_SIZE or inflate.eof and not data:  # a member can be of one byte
+                    total += size
+                    yield b"".join(parts)
+                    parts, size = [], 0
+            if not data:
+                return
+    except zlib.error as error:
+        raise FormatError(f"damaged gzip stream: {error}", file=file, offset=total) from None
+
+
+class TarSplit(ObjectStream):
+    """The entries of one tar-split stream, in order.
+
+    Iterating yields (segment, name, size, checksum): bytes of the tar, then the member whose
+    content follows them.  ``name`` is None when no content follows this segment.  ``checksum`` is
+    the base64 of 8 bytes, b"" for members of size 0.  Raises FormatError with the offset in the
+    decompressed stream.
+    """
+
+    SEGMENT = b'{"type":2,"payload":"'
+    PAIR = (rb'\{"type":2,"payload":"([^"]*)"(?:,"position":\d+)?\}\n\{"type":1,'
+            rb'(?:"name":"([^"\\]*)"|"name_raw":"([^"\\]+)"),(?:"size":(\d{1,18}),)?'
+            rb'"payload":(?:null|"([A-Za-z0-9+/]{11}=)")(?:,"position":\d+)?\}\n')
+    END = rb'"(?:,"position":\d+)?\}'
+
+    def __iter__(self) -> Iterator[Tuple[bytes, Optional[bytes], int, bytes]]:
+        decode, pair = binascii.a2b_base64, re.compile(self.PAIR)
+        while True:
+            buffer, at = self._buffer, self._at
+            for match in pair.finditer(buffer, at) if buffer.startswith(self.SEGMENT, at) \
+                    else ():
+                text, name, raw, size, checksum = match.groups(b"")
+                if match.start() != at or (size == b"") != (checksum == b""):
+                    break
+                try:
+                    segment = decode(text)
+                except binascii.Error:
+                    break
+                if (len(segment) + 2) // 3 * 4 != len(text):
+                    break
+                yield segment, self._base64(raw) if raw else name, int(size or 0), checksum
+                at = self._at = match.end()
+            # Near the end of the buffer, or something else than the usual pair.
+            if len(buffer) - at < READ_SIZE and self.more():
+                continue
+            if not self.skip(b" \t\r\n"):
+                return
+            yield from self._other()
+
+    def _other(self) -> Iterator[Tuple[bytes, Optional[bytes], int, bytes]]:
+        """Yield one object that is not followed, or not spelled, as usual."""
+        if self._buffer.startswith(self.SEGMENT, self._at):
+            self.fill(2 * MAX_SPECIAL)
+            start = len(self.SEGMENT) + self._at
+            end = self._buffer.find(b'"', start)
+            if end < 0:
+                yield from self._long_segment(start)
+                return
+            match = re.compile(self.END).match(self._buffer, end)
+            if match:
+                yield self._base64(self._buffer[start:end]), None, 0, b""
+                self._at = match.end()
+                return
+        yield self._entry(self.object())
+
+    def _long_segment(self, start: int) -> Iterator[Tuple[bytes, Optional[bytes], int, bytes]]:
+        """Yield a segment of any size in parts of whole base64 quanta."""
+        self._at = start
+        while True:
+            end = self._buffer.find(b'"', self._at)
+            last = end >= 0
+            if not last:
+                end = len(self._buffer) - (len(self._buffer) - self._at) % 4
+            if end > self._at:
+                yield self._base64(self._buffer[self._at:end]), None, 0, b""
+            self._at = end
+            if last:
+                break
+            if not self.more():
+                raise self.error("truncated object")
+        while not re.compile(self.END).match(self._buffer, self._at):
+            if len(self._buffer) - self._at > 64 or not self.more():
+                raise self.error("malformed segment")
+        self._at = self._buffer.index(b"}", self._at) + 1
+
+    def _entry(self, value: Dict[str, Any]) -> Tuple[bytes, Optional[bytes], int, bytes]:
+        value = {**{key.lower(): item for key, item in value.items()}, **value}
+        kind, size, payload = value.get("type"), value.get("size") or 0, value.get("payload") or ""
+        name, raw = value.get("name") or "", value.get("name_raw") or ""
+        if not (isinstance(payload, str) and isinstance(name, str) and isinstance(raw, str)
+                and isinstance(size, int) and -1 << 63 <= size < 1 << 63):
+            raise self.error("a field of the wrong type")
+        text = payload.encode("ascii", "replace").translate(None, b"\r\n")
+        data = self._base64(text)
+        if kind == 2:
+            return data, None, 0, b""
+        if kind != 1:
+            raise self.error(f"an object of unknown type {kind!r}")
+        if size > 0 and len(data) != 8:
+            raise self.error("a checksum that is not of 8 bytes")
+        path = self._base64(raw.encode("ascii", "replace")) if raw \
+            else name.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+        return b"", path, size, text if size > 0 else b""
+
+    def _base64(self, text: bytes) -> bytes:
+        """Decode base64 strictly: Python before 3.11 can only skip what is none of its letters."""
+        try:
+            data = binascii.a2b_base64(text)
+        except binascii.Error as error:
+            raise self.error(f"malformed base64: {error}") from None
+        if (len(data) + 2) // 3 * 4 != len(text):
+            raise self.error("malformed base64")
+        return data
+
+
+def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
+    """Open a layer's tar-split file; return (descriptor, host path).
+
+    Raises Unsupported with the reason when the layer has none.
+    """
+    layer.path()
+    name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
+    root = layer.storage.find(name, layer.root)
+    if root is None:
+        gone = removed(layer)
+        if gone:
+            raise gone
+        if layer.incomplete:
+            why = "its creation was interrupted"
+        elif overlay_file(layer, b"additionallayer")[0]:
+            why = "it comes from an additional layer store"
+        elif not overlay_file(layer, b"diff")[0]:
+            why = "its files are gone as well"
+        elif layer.diff_digest or layer.toc_digest:
+            why = "it was pulled without, or the file is lost"
+        else:
+            why = "it is the writable layer of a container, or was made by create-layer"
+        raise Unsupported(f"layer {layer.id} has no tar-split data: {why}; its tar cannot be "
+                          "rebuilt")
+    return root.open(name), root.host_path(name)
+
+
+def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]:
+    """Yield (bytes of the tar, member whose content follows or None) through a whole layer.
+
+    The one road of data: everything that leaves a layer is made from these.
+    """
+    fd, path = open_tar_split(layer)
+    try:
+        pending, padding, too_long = b"", 0, False
+        for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
+            if name is None:
+                too_long = too_long or len(pending) + len(segment) > MAX_HEADERS
+                pending = b"" if too_long else pending + segment
+                yield segment, None
+                continue
+            header = pending + segment if pending else segment
+            if too_long or len(header) > MAX_HEADERS:
+                raise FormatError(f'"{display(name)}": more than {MAX_HEADERS} bytes of headers',
+                                  file=path)
+            try:
+                member = Member(header[padding:], name, size, checksum)
+            except FormatError as error:
+                raise FormatError(str(error), file=path) from None
+            padding, pending = member.padding, b""
+            yield segment, member
+    finally:
+        os.close(fd)
+
+
+def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = None
+                ) -> Generator[Union[bytes, Extent], None, None]:
+    """Yield a layer's tar as bytes and Extents of open files.
+
+    containers/storage keeps sparse files expanded, and Go copies the expanded file into the tar,
+    which makes it another one.  The map is in the header (formats 0.0 and 0.1), or stood in front
+    of the content and is made again (1.0), by ``convention`` or the one that fits the whole layer.
+    """
+    with LayerFiles(layer) as files:
+        for literal, member in read_members(layer):
+            if literal:
+                yield literal
+            if member is None or not member.stored:
+                continue
+            if member.sparse == "1.0" and convention is None:
+                convention = sparse_convention(layer)
+            fd = files.open(member.name, member.size)
+            try:
+                if member.sparse is None:
+                    yield Extent(fd, 0, member.size, member)
+                    continue
+                table, runs = (b"", member.sparse) if isinstance(member.sparse, list) \
+                    else sparse_table(fd, member.size, *(convention or ()))
+                if len(table) + sum(length for _, length in runs) != member.stored \
+                        or any(offset + length > member.size for offset, length in runs):
+                    raise Unsupported(f'layer {layer.id}: "{display(member.name)}": the map of '
+                                      "this sparse file does not fit its content")
+                yield table
+                for offset, length in runs:
+                    yield Extent(fd, offset, length, member)
+            finally:
+                os.close(fd)
+
+
+def sparse_convention(layer: LayerRecord) -> Tuple[int, bool]:
+    """Return how the maps of a layer's sparse files (format 1.0) were made, found by trying.
+
+    Maps of both kinds can be equally long, so that only the layer's digest tells.  Raises
+    IntegrityError for a damaged file, Unsupported when no convention gives the digest.
+    """
+    import hashlib
+
+    for convention in SPARSE_CONVENTIONS if layer.diff_digest else ():
+        digest = hashlib.sha256()
+        try:
+            for piece in read_pieces(layer, convention):
+                for data in [piece] if isinstance(piece, bytes) else piece.chunks():
+                    digest.update(data)
+        except Unsupported:
+            continue
+        if f"sha256:{digest.hexdigest()}" == layer.diff_digest:
+            return convention
+    verify_files(layer)
+    raise Unsupported(f"layer {layer.id}: it holds sparse files whose maps were not kept and "
+                      "cannot be found again from their contents")
+
+
+def sparse_table(fd: int, size: int, block: int, always_end: bool
+                 ) -> Tuple[bytes, List[Tuple[int, int]]]:
+    """Return the map of sparse format 1.0 as stored in front of the content, and its runs."""
+    runs: List[Tuple[int, int]] = []
+    at = 0
+    zeros = bytes(CHUNK)
+    while at < size:
+        data = os.pread(fd, CHUNK, at)
+        if not data:
+            break
+        for start in range(0, len(data), block) if data != zeros[:len(data)] else ():
+            part = data[start:start + block]
+            if part != zeros[:len(part)]:
+                if runs and sum(runs[-1]) == at + start:
+                    runs[-1] = (runs[-1][0], runs[-1][1] + len(part))
+                else:
+                    runs.append((at + start, len(part)))
+                if len(runs) > MAX_EXTENTS:
+                    raise FormatError("a sparse file of too many pieces")
+        at += len(data)
+    if always_end or not runs or sum(runs[-1]) < size:
+        runs.append((size, 0))
+    text = "".join(f"{number}\n" for number in [len(runs), *(n for run in runs for n in run)])
+    return text.encode() + bytes(-len(text) % BLOCK), runs
+
+
+def write_object(out: BinaryIO, view: memoryview) -> None:
+    """Write all of ``view`` to an object that may, as raw files do, take less at a time."""
+    while view:
+        count = out.write(view)
+        if count is None:
+            raise BlockingIOError(errno.EAGAIN, "the output would block")
+        view = view[count:]
+
+
+class TarSink:
+    """Collects pieces into large buffers, which a second thread hashes and writes.
+
+    hashlib and write(2) leave the interpreter to the thread that reads.  Without ``hashing`` large
+    extents go by the kernel's copy calls.  ``out`` is a descriptor, or an object with write().
+    """
+
+    KERNEL_COPY = 1 << 20  # below, collecting is cheaper than to wait for the other thread
+    BUFFERS = 4
+
+    def __init__(self, out: Union[int, BinaryIO], *, hashing: bool, layer: str,
+                 progress: Optional[Progress] = None) -> None:
+        import queue
+        import threading
+
+        self.size = 0
+        self.files = 0
+        self._layer, self._progress = layer, progress
+        self._out = os.dup(out) if isinstance(out, int) else out  # the thread may outlive us
+        self._copier = Copier(self._out) if isinstance(self._out, int) and not hashing else None
+        self._hash: Any = None
+        if hashing:
+            import hashlib
+
+            self._hash = hashlib.sha256()
+        self._error: Optional[BaseException] = None
+        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[Optional[memoryview]] = queue.SimpleQueue()
+        for _ in range(self.BUFFERS):
+            self._free.put(bytearray(CHUNK))
+        self._take_buffer()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _take_buffer(self) -> None:
+        self._buffer = self._free.get()
+        self._view, self._fill = memoryview(self._buffer), 0
+
+    def _work(self) -> None:
+        for view in iter(self._full.get, None):
+            try:
+                if self._error is None:
+                    if self._hash:
+                        self._hash.update(view)
+                    if isinstance(self._out, int):
+                        write_all(self._out, view)
+                    else:
+                        write_object(self._out, view)
+            except BaseException as error:  # handed to the thread that reads, in _flush()
+                self._error = error
+            self._free.put(view.obj)  # type: ignore[arg-type]
+        if isinstance(self._out, int):
+            os.close(self._out)
+
+    def _flush(self) -> None:
+        self.size += self._fill
+        self._full.put(self._view[:self._fill])
+        self._take_buffer()
+        if self._error:
+            raise self._error
+        if self._progress:
+            self._progress(self.size, self.files)
+
+    def _drain(self) -> None:
+        """Wait until everything is written."""
+        self._flush()
+        for buffer in [self._free.get() for _ in range(self.BUFFERS - 1)]:
+            self._free.put(buffer)
+        if self._error:
+            raise self._error
+
+    def literal(self, data: Union[bytes, memoryview]) -> None:
+        """Take bytes of the tar."""
+        end = self._fill + len(data)
+        if end > CHUNK:
+            self._flush()
+            data = memoryview(data)
+            while len(data) > CHUNK:
+                self._view[:], self._fill, data = data[:CHUNK], CHUNK, data[CHUNK:]
+                self._flush()
+            end = len(data)
+        self._buffer[self._fill:end] = data
+        self._fill = end
+
+    def extent(self, piece: Extent) -> None:
+        """Take a range of a file.  Raises IntegrityError when the file is shorter."""
+        at, left = piece.offset, piece.length
+        self.files += 1
+        if self._copier and left >= self.KERNEL_COPY:
+            self._drain()
+            self.size += left
+            left -= self._copier.copy(piece.fd, at, left)
+            if left:
+                raise self._shrank(piece, left)
+        while left:
+            fill = self._fill
+            try:
+                n = os.preadv(piece.fd, [self._view[fill:fill + left]], at)
+            except OSError as error:
+                raise with_path(error, f"layer {self._layer}: {display(piece.member.name)}"
+                                ) from None
+            self._fill += n
+            if n == left:
+                return
+            if n == 0 and fill < CHUNK:
+                raise self._shrank(piece, left)
+            if self._fill == CHUNK:
+                self._flush()
+            at += n
+            left -= n
+
+    def _shrank(self, piece: Extent, left: int) -> IntegrityError:
+        return IntegrityError("the file shrank while it was read", layer=self._layer,
+                              name=piece.member.name, expected=f"{piece.length} bytes",
+                              actual=str(piece.length - left))
+
+    def finish(self) -> str:
+        """Write what is left; return the digest, "" without ``hashing``."""
+        self._drain()
+        self._full.put(None)
+        self._thread.join()
+        return f"sha256:{self._hash.hexdigest()}" if self._hash else ""
+
+    def abort(self) -> None:
+        """End the thread after an error; it may be held up by a reader that takes nothing."""
+        self._error = self._error or InterruptedError()
+        self._full.put(None)
+        self._thread.join(0.5 if isinstance(self._out, int) else None)
+
+
+def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool = True,
+                 progress: Optional[Progress] = None) -> str:
+    """Write a layer's tar to ``out``; return its sha256 digest, "" when ``verify`` is false.
+
+    The digest must be the layer's diff-digest; when it is not, or none is known, the file at fault
+    is looked for by CRC-64.  Raises IntegrityError (what was written is then no good), Unsupported,
+    FormatError, NeedsUnshare.
+    """
+    sink = TarSink(out, hashing=verify, layer=layer.id, progress=progress)
+    pieces = read_pieces(layer)
+    try:
+        for piece in pieces:
+            if isinstance(piece, Extent):
+                sink.extent(piece)
+            else:
+                sink.literal(piece)
+        digest = sink.finish()
+    except BaseException:
+        sink.abort()
+        raise
+    finally:
+        pieces.close()
+    if verify and digest != layer.diff_digest:
+        verify_files(layer)
+        if layer.diff_digest:
+            raise IntegrityError("its tar has the wrong digest, though all files match their "
+                                 "checksums: tar-split data or layers.json was changed",
+                                 layer=layer.id, expected=layer.diff_digest, actual=digest)
+    if sink.size != layer.diff_size and layer.diff_size >= 0 and layer.diff_digest:
+        raise IntegrityError("its tar has the wrong size", layer=layer.id,
+                             expected=str(layer.diff_size), actual=str(sink.size))
+    return digest
+
+
+def verify_files(layer: LayerRecord) -> int:
+    """Check the CRC-64 of every file of a layer; return how many there are.
+
+    Raises IntegrityError for the first that differs.
+    """
+    count = 0
+    with LayerFiles(layer) as files:
+        for _, member in read_members(layer):
+            if member is None or not member.stored or not member.size:
+                continue
+            fd = files.open(member.name, member.size)
+            try:
+                actual = crc64_file(fd)
+            finally:
+                os.close(fd)
+            if actual != member.checksum:
+                raise IntegrityError("file integrity checksum failed", layer=layer.id,
+                                     name=member.name, expected=f"CRC-64 {member.checksum:016x}",
+                                     actual=f"{actual:016x}")
+            count += 1
+    return count
+
+
+def crc64_file(fd: int) -> int:
+    """Return the CRC-64/ISO of an open file from its beginning."""
+    crc = at = 0
+    while True:
+        data = os.pread(fd, CHUNK, at)
+        if not data:
+            return crc
+        crc = crc64(data, crc)
+        at += len(data)
+
+
+# ================================================================================================
+# 12. Library
+# ================================================================================================
+
+class Layer(LayerRecord):
+    """One layer of a storage; made by Storage.layer(), Storage.layers() and Image.layers()."""
+
+    @property
+    def link_id(self) -> str:
+        """The 26 characters that stand for this layer in overlay/l; "" when they are lost."""
+        return read_overlay_file(self, b"link")
+
+    def lower_ids(self) -> List[str]:
+        """Return the IDs of the overlay lower chain, top first.  Raises LayerUnknown."""
+        return lower_ids(self)
+
+    def members(self) -> Iterator[Member]:
+        """Yield the members of the tar, in order, from the headers alone."""
+        return (member for _, member in read_members(self) if member)
+
+    def pieces(self) -> Generator[Union[bytes, Extent], None, None]:
+        """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
+        return read_pieces(self)
+
+    def open_file(self, path: bytes) -> BinaryIO:
+        """Open the content of a regular file of this layer by its name in the tar."""
+        with LayerFiles(self) as files:
+            return open(files.open(path), "rb")
+
+    def export(self, out: Union[int, BinaryIO], *, verify: bool = True,
+               progress: Optional[Progress] = None) -> str:
+        """Write the tar, bit for bit, to a descriptor or a binary file; see export_layer().
+
+        Returns the sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.
+        """
+        return export_layer(self, out, verify=verify, progress=progress)
+
+    def verify(self) -> int:
+        """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
+        return verify_files(self)
+
+
+class Image(ImageRecord):
+    """One image of a storage; made by Storage.image() and Storage.images()."""
+
+    def layers(self) -> Tuple[Layer, ...]:
+        """Return the layers, base first.  Raises LayerUnknown, FormatError."""
+        chain: Tuple[Any, ...] = self.storage.image_chain(self)
+        return chain
+
+
+class Container(ContainerRecord):
+    """One container of a storage; made by Storage.container() and Storage.containers()."""
+
+
+class Storage(Metadata):
+    """A containers/storage storage, read-only.  A context manager; owns descriptors of its roots.
+
+    Records are read once and kept; reload() forgets them.
+    """
+
+    KINDS = (Layer, Image, Container)
+    config: Optional[Config] = None
+
+    @classmethod
+    def discover(cls, *, stores: Sequence[str] = (), runroot: str = "") -> Storage:
+        """Open the storage that podman would use for this user: see load_config().
+
+        ``stores`` are further additional image stores.  Raises NotFound, Unsupported, FormatError.
+        """
+        config = load_config()
+        if config.driver not in ("", "overlay"):
+            raise Unsupported(f"storage driver {config.driver} is not supported: only overlay is "
+                              "read",
+                              hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
+                                   "a store of the overlay driver anyway")
+        arguments = (runroot or config.runroot, config.imagestore, [*config.stores, *stores])
+        storage = cls(config.graphroot, *arguments)
+        storage.config = config
+        # podman goes on with the graph root of its database when the configuration has changed.
+        recorded = storage.recorded_roots().get("GraphRoot", "")
+        if recorded and os.path.realpath(recorded) != os.path.realpath(config.graphroot) \
+                and holds_store(recorded):
+            storage.close()
+            storage = cls(recorded, *arguments)
+            storage.config = config
+        return storage
+
+    @classmethod
+    def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
+             stores: Sequence[str] = ()) -> Storage:
+        """Open the storage with graph root ``root``, whatever is configured.
+
+        Raises NotFound when there is none, Unsupported for another driver, OSError.
+        """
+        return cls(root, runroot, imagestore, stores)
+
+    def __enter__(self) -> Storage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def layers(self) -> Tuple[Layer, ...]:
+        """Return all layers, damaged ones with their ``faults``."""
+        layers: Tuple[Any, ...] = self.layer_records()
+        return layers
+
+    def layer(self, reference: str) -> Layer:
+        """Return one layer by ID, name, link, digest, or the start of an ID or digest.
+
+        Raises LayerUnknown, Ambiguous.
+        """
+        layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
+        return layer  # type: ignore[no-any-return]
+
+    def images(self) -> Tuple[Image, ...]:
+        """Return all images, damaged ones with their ``faults``."""
+        images: Tuple[Any, ...] = self.image_records()
+        return images
+
+    def image(self, reference: str) -> Image:
+        """Return one image by name, digest, ID or the start of an ID.
+
+        Raises ImageUnknown, Ambiguous.
+        """
+        image: Any = find_image(self.image_records(), reference)
+        return image  # type: ignore[no-any-return]
+
+    def containers(self) -> Tuple[Container, ...]:
+        """Return all containers, damaged ones with their ``faults``."""
+        containers: Tuple[Any, ...] = self.container_records()
+        return containers
+
+    def container(self, reference: str) -> Container:
+        """Return one container by ID, name, layer ID or the start of an ID.
+
+        Raises ContainerUnknown, Ambiguous.
+        """
+        container: Any = find_container(self.container_records(), reference)
+        return container  # type: ignore[no-any-return]
+
+
+# ================================================================================================
+# 13. Command line
+# ================================================================================================
+
+EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 2, 3, 4, 5, 6
+EXIT_PIPE = 141
+
+
+class _Stopped(BaseException):
+    """SIGTERM or SIGHUP came: unwind and clean up."""
+
+
+def print_json(value: Any) -> None:
+    """Print a JSON document; ASCII, so that no locale can spoil it."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns; columns that are empty in every row are left out."""
+    kept = [i for i in range(len(headers)) if not rows or any(row[i] for row in rows)]
+    lines = [[headers[i] for i in kept]] + [[display(row[i]) for i in kept] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def human_size(size: int) -> str:
+    """Spell bytes as podman does: powers of 1000, three digits."""
+    if size < 0:
+        return "unknown"
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"
+
+
+def human_age(moment: Optional[int]) -> str:
+    """Spell how long ago ``moment`` (ns since 1970) was."""
+    if moment is None:
+        return ""
+    seconds = int(time.time() - moment / 1e9)
+    if seconds < 1:
+        return "just now"
+    for unit, length in (("year", 31536000), ("month", 2592000), ("week", 604800), ("day", 86400),
+                         ("hour", 3600), ("minute", 60), ("second", 1)):
+        count = seconds // length
+        if count >= (2 if unit in ("month", "week") else 1):
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return ""
+
+
+def short_id(text: str, args: Any) -> str:
+    """Cut an ID or digest to twelve characters unless --no-trunc is given."""
+    return text if args.no_trunc else text.replace("sha256:", "", 1)[:12]
+
+
+class ProgressLine:
+    """One line on a terminal's stderr that tells how far a long job is; silent elsewhere."""
+
+    INTERVAL = 0.2  # seconds
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self.total = total
+        self.active = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, size: int, files: int) -> None:
+        now = time.monotonic()
+        if not self.active or now - self.shown < self.INTERVAL:
+            return
+        self.shown = now
+        rate = size / (now - self.start)
+        text = f"{human_size(size)}"
+        if self.total > 0:
+            left = max(self.total - size, 0) / rate if rate else 0
+            text += (f" of {human_size(self.total)} ({min(100 * size // self.total, 100)}%), "
+                     f"{int(left // 60)}:{int(left % 60):02d} left")
+        sys.stderr.write(f"\r{text}, {files} files, {human_size(int(rate))}/s\x1b[K")
+        sys.stderr.flush()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+class Output:
+    """The target of one stream: stdout, or a file that appears by rename when it is whole.
+
+    A context manager; ``fd`` takes the bytes.  A FIFO or device is written as it is.  When the
+    block ends by an exception the unfinished file is removed.
+    """
+
+    def __init__(self, path: Optional[str]) -> None:
+        self._target = self._temporary = ""
+        if path in (None, "-"):
+            self.fd = sys.stdout.fileno()
+            if os.isatty(self.fd):
+                raise _UsageError("refusing to write a tar to a terminal: use -o FILE or redirect")
+            widen_pipe(self.fd)
+            return
+        if not path or path.endswith("/"):
+            raise _UsageError(f'no file name: "{path}"')
+        self._target = os.path.realpath(path)
+        if os.path.exists(self._target) and not os.path.isfile(self._target):
+            self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
+            return
+        unwind_on_signals()
+        self._temporary = os.path.join(os.path.dirname(self._target),
+                                       f".cstor-{os.urandom(6).hex()}.partial")
+        self.fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+                          0o666)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, failure: Optional[Type[BaseException]], *_: object) -> None:
+        if not self._target:
+            return
+        try:
+            os.close(self.fd)  # NFS and quotas report a failed write here
+            if self._temporary and failure is None:
+                os.replace(self._temporary, self._target)
+                self._temporary = ""
+        finally:
+            if self._temporary:
+                os.unlink(self._temporary)
+        if isinstance(failure, type) and issubclass(failure, BrokenPipeError):
+            raise CstorError(f"{display(self._target)}: its reader is gone")
+
+
+def unwind_on_signals() -> None:
+    """Let SIGTERM and SIGHUP raise, so that what was begun is cleaned up."""
+    import signal
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, stop)
+    except ValueError:  # not in the main thread: signals are not ours to handle
+        pass
+
+
+class _UsageError(Exception):
+    """Wrong use of the command line; exit status 2."""
+
+
+# -- commands: each takes the open storage and the parsed arguments ------------------------------
+
+def cmd_image_list(storage: Storage, args: Any) -> None:
+    """list images"""
+    images = storage.images()
+    if args.format == "json":
+        print_json([image_json(image) for image in images])
+        return
+    rows = []
+    for image in sorted(images, key=lambda image: -(image.created_ns or 0)):
+        for name in image.names or ["<none>"]:
+            repository, tag, digest = split_reference(name)
+            rows.append([repository, tag or ("<none>" if digest or not image.names else ""),
+                         short_id(image.id, args), human_age(image.created_ns),
+                         human_size(image.size), "; ".join(image.faults)])
+    print_table(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "FAULTS"], rows)
+
+
+def image_json(image: Image) -> Dict[str, Any]:
+    """Return an image's record with what listings add: size, store, readonly, faults."""
+    return {**image.record, "size": image.size, "store": image.root.path,
+            "readonly": image.readonly, "faults": image.faults}
+
+
+def cmd_image_inspect(storage: Storage, args: Any) -> None:
+    """show the record, manifest and configuration of images"""
+    found = []
+    for reference in args.image:
+        image = storage.image(reference)
+        entry = image_json(image)
+        for key, get in (("layers", image.layers), ("manifest", image.manifest),
+                         ("config", image.config)):
+            try:
+                value: Any = get()
+                entry[key] = [layer.id for layer in value] if key == "layers" else value
+            except CstorError as error:
+                entry[key] = None
+                if str(error) not in entry["faults"]:
+                    entry["faults"] = [*entry["faults"], str(error)]
+        found.append(entry)
+    print_inspected(found, args)
+
+
+def print_inspected(found: List[Dict[str, Any]], args: Any) -> None:
+    """Print objects as a JSON array, or as tables of keys and values."""
+    if args.format == "json":
+        print_json(found)
+        return
+    for entry in found:
+        print_table(["KEY", "VALUE"], [
+            [key, value if isinstance(value, str) else json.dumps(value)]
+            for key, value in entry.items()])
+
+
+def cmd_image_layers(storage: Storage, args: Any) -> None:
+    """list the layers of an image, base first"""
+    print_layers(storage.image(args.image).layers(), args)
+
+
+def cmd_image_history(storage: Storage, args: Any) -> None:
+    """show the history of an image, newest first"""
+    history = storage.image(args.image).history()[::-1]
+    if args.format == "json":
+        print_json(history)
+        return
+    rows = []
+    for row in history:
+        created = row.get("created")
+        try:
+            age = human_age(parse_time(created)) if isinstance(created, str) else ""
+        except FormatError:
+            age = str(created)
+        command = str(row.get("created_by") or "")
+        if not args.no_trunc and len(command) > 60:
+            command = command[:57] + "..."
+        rows.append([short_id(row.get("layer", ""), args) or "<empty>", age, command,
+                     human_size(row.get("size", 0)), str(row.get("comment") or "")])
+    print_table(["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows)
+
+
+def cmd_layer_list(storage: Storage, args: Any) -> None:
+    """list layers"""
+    print_layers(storage.layers(), args)
+
+
+def print_layers(layers: Sequence[Layer], args: Any) -> None:
+    """Print layers in the given order."""
+    if args.format == "json":
+        print_json([layer_json(layer) for layer in layers])
+        return
+    print_table(["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"], [
+        [short_id(layer.id, args), short_id(layer.parent, args), short_id(layer.diff_digest, args),
+         human_age(layer.created_ns), human_size(layer.diff_size), ", ".join(layer.names),
+         "; ".join(layer.faults)] for layer in layers])
+
+
+def layer_json(layer: Layer) -> Dict[str, Any]:
+    """Return a layer's record with what listings add: store, readonly, faults."""
+    return {**layer.record, "store": layer.root.path, "readonly": layer.readonly,
+            "faults": layer.faults}
+
+
+def cmd_layer_inspect(storage: Storage, args: Any) -> None:
+    """show the record of layers, and where their files are"""
+    found = []
+    for reference in args.layer:
+        layer = storage.layer(reference)
+        entry = layer_json(layer)
+        entry["compression-name"] = layer.compression
+        entry["images"] = [image.id for image in storage.images()
+                           if layer.id in (image.layer, *image.mapped_layers)]
+        try:
+            entry["link"] = layer.link_id
+            root, path = overlay_file(layer, b"diff")
+            entry["diff"] = root.host_path(path) if root else None
+            entry["lower"] = layer.lower_ids()
+            fd, entry["tar-split"] = open_tar_split(layer)
+            os.close(fd)
+        except CstorError as error:
+            entry["faults"] = [*layer.faults, str(error)]
+        found.append(entry)
+    print_inspected(found, args)
+
+
+def cmd_layer_export(storage: Storage, args: Any) -> None:
+    """write a layer's tar, bit for bit as it was pulled or built"""
+    layer = storage.layer(args.layer)
+    with Output(args.output) as output, ProgressLine(layer.diff_size, args.quiet) as progress:
+        digest = layer.export(output.fd, verify=not args.no_verify, progress=progress)
+    if args.verbose:
+        say(f"layer {layer.id}: {digest or 'not verified'}")
+
+
+def cmd_container_list(storage: Storage, args: Any) -> None:
+    """list containers of podman, buildah and CRI-O"""
+    entries = [container_json(container) for container in storage.containers()]
+    if args.format == "json":
+        print_json(entries)
+        return
+    print_table(["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"], [
+        [short_id(container.id, args), ", ".join(container.names),
+         str(entry["image-name"] or entry["rootfs"] or short_id(container.image, args)),
+         human_age(container.created_ns), entry["state"], str(entry["pod"]),
+         "; ".join(container.faults)]
+        for container, entry in zip(storage.containers(), entries)])
+
+
+def container_json(container: Container) -> Dict[str, Any]:
+    """Return a container's record with image-name, and state, pod and rootfs of podman's."""
+    details, state = container.details(), container.state
+    return {**container.record,
+            "image-name": details.get("image-name") or state.get("image_name") or "",
+            "state": state.get("state", ""), "pod": state.get("pod") or details.get("pod-name", ""),
+            "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
+            "store": container.root.path, "faults": container.faults}
+
+
+def cmd_container_inspect(storage: Storage, args: Any) -> None:
+    """show the record of containers and what podman's database says of them"""
+    found = []
+    for reference in args.container:
+        container = storage.container(reference)
+        found.append({**container_json(container), "metadata": container.details()
+                      or container.metadata, "podman": container.state})
+    print_inspected(found, args)
+
+
+def cmd_store_info(storage: Storage, args: Any) -> None:
+    """show where the storage is and what is in it"""
+    config = storage.config
+    info = {
+        "driver": "overlay",
+        "graph-root": storage.graphroot, "run-root": storage.runroot,
+        "imagestore": storage.imagestore,
+        "additional-image-stores": [root.path for root in storage.roots[1 + bool(
+            storage.imagestore):]],
+        "configuration": config.files if config else [],
+        "scheme": config.scheme if config else "--root",
+        "rootless": config.rootless if config else os.geteuid() != 0,
+        "transient-store": bool(config and config.transient_store),
+        "images": len(storage.images()), "layers": len(storage.layers()),
+        "containers": len(storage.containers()),
+        "podman-database": storage.recorded_roots(),
+        "faults": storage.faults,
+    }
+    if args.format == "json":
+        print_json(info)
+        return
+    print_table(["KEY", "VALUE"], [
+        [key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
+         else ", ".join(value) if isinstance(value, list)
+         else ("yes" if value else "no") if isinstance(value, bool) else str(value)]
+        for key, value in info.items()])
+
+
+def cmd_resolve_link(storage: Storage, args: Any) -> None:
+    """show which layer a short link in overlay/l stands for"""
+    layer_id = storage.resolve_link(args.link)
+    layer = storage.layer_by_id(layer_id)
+    if args.format == "json":
+        print_json({"link": args.link, "layer": layer_id, "known": layer is not None})
+    else:
+        print(layer_id)
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+# Words of the command, function, arguments; "+" after an argument = one or more.
+COMMANDS: List[Tuple[str, Callable[[Storage, Any], None], str]] = [
+    ("image list", cmd_image_list, ""),
+    ("image inspect", cmd_image_inspect, "IMAGE+"),
+    ("image layers", cmd_image_layers, "IMAGE"),
+    ("image history", cmd_image_history, "IMAGE"),
+    ("layer list", cmd_layer_list, ""),
+    ("layer inspect", cmd_layer_inspect, "LAYER+"),
+    ("layer export", cmd_layer_export, "LAYER -o --no-verify"),
+    ("container list", cmd_container_list, ""),
+    ("container inspect", cmd_container_inspect, "CONTAINER+"),
+    ("store info", cmd_store_info, ""),
+    ("resolve-link", cmd_resolve_link, "LINK"),
+]
+GROUPS = {"image": "images", "layer": "layers", "container": "containers",
+          "store": "the storage as a whole"}
+
+
+def make_parser(words: Sequence[str] = ()) -> Any:
+    """Return the argument parser; for the command in ``words`` alone, unless help is wanted.
+
+    argparse takes half a millisecond for each parser and a third for each argument.
+    """
+    import argparse
+
+    chosen = [row for row in COMMANDS if set(row[0].split()) <= {
+        "list" if word == "ls" else word for word in words}]
+    if not chosen or {"-h", "--help"} & set(words):
+        chosen = COMMANDS
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        try:
+            width = os.get_terminal_size().columns
+        except OSError:
+            width = 100
+        return argparse.HelpFormatter(prog, width=min(width, 100) - 2, max_help_position=28)
+
+    def add_globals(parser: Any, *, top: bool) -> Any:
+        # Given before the command or after it; the default is set once, at the top.
+        def add(*names: str, default: Any = None, **kwargs: Any) -> None:
+            parser.add_argument(*names, default=default if top else argparse.SUPPRESS, **kwargs)
+
+        add("--root", metavar="DIR", help="graph root, instead of the configured one")
+        add("--runroot", metavar="DIR", default="", help="run root, where volatile records can be")
+        add("--store", metavar="DIR", action="append", dest="store" if top else "more_stores",
+            help="additional image store; may be repeated")
+        add("--no-helper", action="store_true", default=False,
+            help="never enter a user namespace")
+        add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
+        add("-v", "--verbose", action="count", default=0, help="say more; twice: tracebacks")
+        return parser
+
+    name = os.path.basename(sys.argv[0])
+    program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
+    parser = add_globals(argparse.ArgumentParser(
+        prog=program, formatter_class=formatter, description="Read images of containers/storage: "
+        "no podman, no root, no mount, no writes.", epilog="Exit status: 0 done, 1 the answer is "
+        "no, 2 usage, 3 not found or ambiguous, 4 content fails its checksum, 5 permission, 6 "
+        "malformed or unsupported data or other failure."), top=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=program)
+    groups: Dict[str, Any] = {}
+    for command, function, arguments in chosen:
+        group, _, verb = command.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = commands.add_parser(
+                group, help=GROUPS[group], formatter_class=formatter).add_subparsers(
+                    metavar="COMMAND", required=True, prog=f"{program} {group}")
+        sub = (groups[group] if group else commands).add_parser(
+            verb, help=function.__doc__, description=function.__doc__, formatter_class=formatter,
+            aliases=["ls"] if verb == "list" else [])
+        sub.set_defaults(function=function)
+        add_globals(sub, top=False)
+        _add_arguments(sub, arguments.split(), inspect=verb == "inspect")
+    return parser
+
+
+def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
+    for name in names:
+        if name == "-o":
+            parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE, which "
+                                "appears when it is whole and verified; default: stdout")
+        elif name == "--no-verify":
+            parser.add_argument(name, action="store_true", help="skip the checksums; sizes are "
+                                "still checked")
+        elif name.endswith("+"):
+            parser.add_argument(name[:-1].lower(), metavar=name[:-1], nargs="+")
+        else:
+            parser.add_argument(name.lower(), metavar=name)
+    if "-o" not in names:
+        parser.add_argument("--format", choices=("table", "json"),
+                            default="json" if inspect else "table")
+        parser.add_argument("--no-trunc", action="store_true", help="full IDs and commands")
+
+
+def open_storage(args: Any) -> Storage:
+    """Open the storage that the global options ask for."""
+    stores = (args.store or []) + getattr(args, "more_stores", [])
+    if args.root == "":
+        raise _UsageError("--root is empty")
+    if args.root:
+        return Storage.open(args.root, runroot=args.runroot, stores=stores)
+    return Storage.discover(stores=stores, runroot=args.runroot)
+
+
+def say(message: str) -> None:
+    """Print one line on stderr, where there is one."""
+    try:
+        if sys.stderr is not None:
+            print(f"cstor: {message}", file=sys.stderr)
+    except OSError:  # nobody can be told; at exit Python would try once more, and return 120
+        sys.stderr = None
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status for an error."""
+    for kind, status in ((_UsageError, EXIT_USAGE), (NotFound, EXIT_NOT_FOUND),
+                         (IntegrityError, EXIT_CHECKSUM), (PermissionError, EXIT_PERMISSION)):
+        if isinstance(error, kind):
+            return status
+    return EXIT_FAILURE
+
+
+def describe(error: Exception) -> str:
+    """Spell an error on one line: what, where, and the next step."""
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+        if error.filename is not None:
+            text = f"{display(os.fsencode(error.filename))}: {text}"
+    else:
+        text = display(str(error)) or type(error).__name__
+    if isinstance(error, Ambiguous):
+        text += ": " + "; ".join(error.candidates)
+    hint = getattr(error, "hint", "")
+    return f"{text} ({hint})" if hint else text
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
+    verbose = 0
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
+        words = sys.argv[1:] if argv is None else argv
+        args = make_parser(words).parse_args(words)
+        verbose = args.verbose
+        if sys.stdout is None:
+            raise CstorError("stdout is closed")
+        with open_storage(args) as storage:
+            args.function(storage, args)
+            if not args.quiet:
+                for fault in storage.faults:
+                    say(f"warning: {display(fault)}")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # Python flushes stdout again at exit: let it do so into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_PIPE
+    except (CstorError, OSError, _UsageError, MemoryError) as error:
+        if verbose >= 2:
+            raise
+        say(f"error: {describe(error)}")
+        return exit_status(error)
+    except KeyboardInterrupt:
+        return 130
+    except _Stopped as error:
+        return 128 + int(error.args[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

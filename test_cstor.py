@@ -1,0 +1,3464 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Tests of cstor.py, in the order of its sections; unittest alone, Python 3.9 and later.
+
+    python3 test_cstor.py [NAME ...]          run all tests, or those whose names contain NAME
+    python3 test_cstor.py --make-store DIR    make a sample store, with neither root nor podman
+    python3 test_cstor.py --bench [DIR]       measure against the peers (root and podman needed)
+
+Tests that need podman, root or another part that is missing are skipped with the reason; with
+CSTOR_TEST_REQUIRE=all a skip is a failure.  CSTOR_TEST_STORES names a directory of real stores,
+NAME.tar.xz each with NAME/st and NAME/run.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import bz2
+import contextlib
+import errno
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import pty
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import zipfile
+from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping,
+                    Optional, Sequence, Tuple, Type, Union)
+from unittest import mock
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+
+import cstor  # noqa: E402
+
+SCRIPT = os.path.join(HERE, "cstor.py")
+IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
+
+
+# ================================================================================================
+# Tools
+# ================================================================================================
+
+def need(condition: object, reason: str) -> None:
+    """Skip the test with ``reason`` unless ``condition``; fail where nothing may be skipped."""
+    if not condition:
+        if os.environ.get("CSTOR_TEST_REQUIRE") == "all":
+            raise AssertionError(f"nothing may be skipped here: {reason}")
+        raise unittest.SkipTest(reason)
+
+
+def need_tools(*tools: str) -> None:
+    """Skip unless all ``tools`` are on the PATH."""
+    for tool in tools:
+        need(shutil.which(tool), f"{tool} is not installed")
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def snapshot(root: str) -> Dict[bytes, Tuple[int, ...]]:
+    """Return what must not change by reading: all of lstat but the atime, for each path."""
+    found: Dict[bytes, Tuple[int, ...]] = {}
+    for directory, dirs, files in os.walk(os.fsencode(root)):
+        for name in [b".", *dirs, *files]:
+            path = os.path.join(directory, name)
+            s = os.lstat(path)
+            found[path] = (s.st_mode, s.st_ino, s.st_nlink, s.st_uid, s.st_gid, s.st_size,
+                           s.st_mtime_ns, s.st_ctime_ns)
+    return found
+
+
+def open_fds() -> Dict[str, str]:
+    """Return this process's descriptors and what they are open on."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return {fd: target for fd, target in found.items() if not target.startswith("/proc/")}
+
+
+def peak_memory(*args: str) -> int:
+    """Run the command line in a process of its own; return its peak resident memory in KiB.
+
+    getrusage(2) would count what this process had when it forked.
+    """
+    code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor; "
+            f"status = cstor.main({args!r}); "
+            "print(open('/proc/self/status').read(), file=sys.stderr); sys.exit(status)")
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, check=True)
+    return int(next(line.split()[1] for line in done.stderr.decode().splitlines()
+                    if line.startswith("VmHWM:")))
+
+
+def slow_crc64(data: bytes) -> int:
+    """CRC-64/ISO bit by bit, from its definition."""
+    crc = 0xFFFFFFFFFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0xD800000000000000 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFFFFFFFFFF
+
+
+def make_tar(*entries: Tuple[str, Union[bytes, str, None]], **fields: Any) -> bytes:
+    """Return a tar: (name, bytes) is a file, (name, None) a directory, (name, str) a link to it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT,
+                      errors="surrogateescape") as tar:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            info.mtime = 1700000000
+            info.mode = 0o644
+            for key, value in fields.items():
+                setattr(info, key, value)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type = tarfile.DIRTYPE if content is None else tarfile.SYMTYPE
+                info.mode = 0o755
+                info.linkname = content or ""
+                tar.addfile(info)
+    return out.getvalue()
+
+
+def split_tar(tar: bytes) -> Iterator[Dict[str, Any]]:
+    """Yield the tar-split objects of a tar that tarfile reads, as tar-split writes them."""
+    at = position = 0
+
+    def numbered(entry: Dict[str, Any]) -> Dict[str, Any]:
+        nonlocal position
+        position += 1
+        return {**entry, "position": position - 1} if position > 1 else entry
+
+    opened: ContextManager[Iterable[tarfile.TarInfo]] = tarfile.open(
+        fileobj=io.BytesIO(tar), errors="surrogateescape", ignore_zeros=False) \
+        if tar else contextlib.nullcontext(())
+    with opened as members:
+        for info in members:
+            segment = tar[at:info.offset_data]
+            yield numbered({"type": 2, "payload": base64.b64encode(segment).decode()})
+            name = info.name.encode("utf-8", "surrogateescape") + (b"/" if info.isdir() else b"")
+            size = info.size if info.isreg() else 0
+            at = info.offset_data + size
+            entry: Dict[str, Any] = {"type": 1}
+            try:
+                entry["name"] = name.decode()
+            except UnicodeDecodeError:
+                entry["name_raw"] = base64.b64encode(name).decode()
+            entry["payload"] = None
+            if size:
+                crc = cstor.crc64(tar[at - size:at]).to_bytes(8, "big")
+                del entry["payload"]
+                entry.update(size=size, payload=base64.b64encode(crc).decode())
+            yield numbered(entry)
+    yield numbered({"type": 2, "payload": base64.b64encode(tar[at:]).decode()})
+
+
+def go_json(entry: Mapping[str, Any]) -> str:
+    """Spell a JSON object as Go does."""
+    text = json.dumps(entry, separators=(",", ":"), ensure_ascii=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text + "\n"
+
+
+class StoreBuilder:
+    """Makes a synthetic overlay store below ``root``, without root and without podman.
+
+    layer(), image() and container() return IDs; save() writes the records, which stand in
+    ``layers``, ``images`` and ``containers`` until then, to be changed at will.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.layers: List[Dict[str, Any]] = []
+        self.images: List[Dict[str, Any]] = []
+        self.containers: List[Dict[str, Any]] = []
+        self.tars: Dict[str, bytes] = {}
+        for kind in ("layers", "images", "containers"):
+            os.makedirs(self.path(f"overlay-{kind}"), exist_ok=True)
+            self.write(f"overlay-{kind}/{kind}.lock", os.urandom(64))
+        os.makedirs(self.path("overlay/l"), exist_ok=True)
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.root, *names)
+
+    def write(self, name: str, data: Union[bytes, str]) -> str:
+        path = self.path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        return path
+
+    def layer(self, tar: Optional[bytes], parent: str = "", **record: Any) -> str:
+        """Add a layer; a ``tar`` of None makes a writable layer without tar-split."""
+        digest = sha256(tar) if tar is not None else ""
+        layer_id = str(record.pop("id", "")) or hashlib.sha256(
+            f"{parent}+{digest or os.urandom(8).hex()}".encode()).hexdigest()
+        link = base64.b32encode(hashlib.sha256(layer_id.encode()).digest())[:26].decode()
+        home = f"overlay/{layer_id}"
+        os.makedirs(self.path(home, "diff"))
+        self.write(f"{home}/link", link)
+        os.symlink(f"../{layer_id}/diff", self.path("overlay/l", link))
+        if parent:
+            below = self.read(f"overlay/{parent}/link")
+            lower = [f"l/{below}", self.read(f"overlay/{parent}/lower")]
+            self.write(f"{home}/lower", ":".join(filter(None, lower)))
+        entry: Dict[str, Any] = {"id": layer_id, "created": "2026-01-02T03:04:05.678901234Z"}
+        if parent:
+            entry["parent"] = parent
+        if tar is not None:
+            self.unpack(tar, self.path(home, "diff"))
+            self.tar_split(layer_id, tar)
+            entry.update({"diff-digest": digest, "diff-size": len(tar)} if tar else
+                         {"diff-digest": digest})
+            self.tars[layer_id] = tar
+        self.layers.append({**entry, **record})
+        return layer_id
+
+    def read(self, name: str) -> str:
+        try:
+            with open(self.path(name), encoding="utf-8") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+
+    def tar_split(self, layer_id: str, tar: bytes) -> None:
+        text = "".join(go_json(entry) for entry in split_tar(tar))
+        self.write(f"overlay-layers/{layer_id}.tar-split.gz",
+                   gzip.compress(text.encode(), 1, mtime=0))
+
+    @staticmethod
+    def unpack(tar: bytes, directory: str) -> None:
+        """Put the files where containers/storage puts them; special files are left out."""
+        if not tar:
+            return
+        with tarfile.open(fileobj=io.BytesIO(tar), errors="surrogateescape") as members:
+            for info in members:
+                path = os.path.join(directory, os.path.normpath("/" + info.name).lstrip("/"))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                if info.isdir():
+                    os.makedirs(path, exist_ok=True)
+                elif info.issym():
+                    os.symlink(info.linkname, path)
+                elif info.isreg() and not os.path.basename(path).startswith(".wh."):
+                    with open(path, "wb") as file:
+                        content = members.extractfile(info)
+                        assert content
+                        shutil.copyfileobj(content, file)
+
+    def image(self, layer: str, *names: str, history: Sequence[Dict[str, Any]] = (),
+              **record: Any) -> str:
+        """Add an image with an OCI manifest and configuration."""
+        chain: List[str] = []
+        by_id = {entry["id"]: entry for entry in self.layers}
+        at = layer
+        while at:
+            chain.insert(0, by_id[at]["diff-digest"])
+            at = by_id[at].get("parent", "")
+        config = json.dumps({"architecture": "amd64", "os": "linux", "rootfs": {
+            "type": "layers", "diff_ids": chain}, "history": list(history) or [
+                {"created": "2026-01-02T03:04:05Z", "created_by": f"step {i}"}
+                for i in range(len(chain))], "config": {"Labels": {"names": " ".join(names)}}})
+        digest = sha256(config.encode())
+        manifest = json.dumps({"schemaVersion": 2, "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest,
+            "size": len(config)}, "layers": [{"digest": d} for d in chain]})
+        image_id = str(record.pop("id", "")) or digest[7:]
+        self.images.append({
+            "id": image_id, "digest": sha256(manifest.encode()), "names": list(names),
+            "layer": layer, "metadata": "{}", "created": "2026-01-02T03:04:05.5+02:00"})
+        for key, data in ((digest, config), ("manifest-" + sha256(manifest.encode()), manifest),
+                          ("manifest", manifest)):
+            self.big_data(self.images[-1], key, data.encode())
+        self.images[-1].update(record)
+        return image_id
+
+    def big_data(self, record: Dict[str, Any], key: str, data: bytes, kind: str = "images") -> None:
+        name = os.fsdecode(cstor.big_data_file(key))
+        self.write(f"overlay-{kind}/{record['id']}/{name}", data)
+        record.setdefault("big-data-names", []).append(key)
+        if kind != "layers":
+            record.setdefault("big-data-sizes", {})[key] = len(data)
+            record.setdefault("big-data-digests", {})[key] = sha256(data)
+
+    def container(self, image: str, layer: str, name: str, **record: Any) -> str:
+        container_id = hashlib.sha256(name.encode()).hexdigest()
+        self.containers.append({
+            "id": container_id, "names": [name], "image": image, "layer": layer,
+            "metadata": json.dumps({"image-name": "localhost/app:latest", "name": name}),
+            "created": "2026-01-02T03:04:05Z", "flags": {"MountLabel": ""}, **record})
+        return container_id
+
+    def save(self) -> StoreBuilder:
+        for kind in ("layers", "images", "containers"):
+            self.write(f"overlay-{kind}/{kind}.json", json.dumps(getattr(self, kind)))
+        return self
+
+
+def make_sample(root: str) -> StoreBuilder:
+    """Make the store of ``make demo``: two images on three layers, and a container."""
+    store = StoreBuilder(root)
+    rng = random.Random(7)
+    base = store.layer(make_tar(
+        ("bin/", None), ("bin/hello", b"#!/bin/sh\necho hello world\n"), ("bin/sh", "hello"),
+        ("etc/", None), ("etc/os-release", b'NAME="Sample"\nVERSION_ID=1\n'),
+        ("usr/share/data.bin", rng.getrandbits(8 * 3_000_001).to_bytes(3_000_001, "big")),
+        ("etc/passwd", b"root:x:0:0::/root:/bin/sh\n")))
+    app = store.layer(make_tar(
+        ("srv/", None), ("srv/app.py", b"print('app')\n" * 400), ("etc/.wh.passwd", b""),
+        ("srv/caf\u00e9 <&>", b"x"), ("srv/latin1-\udce9", b"not UTF-8\n"),
+        ("srv/" + "long-" * 30, b"y" * 512)), base)
+    top = store.layer(make_tar(("srv/version", b"2\n")), app)
+    store.image(app, "localhost/app:1", "localhost/app:latest")
+    image = store.image(top, "docker.io/library/sample:latest")
+    rw = store.layer(None, top, names=["web-layer"])
+    store.container(image, rw, "web")
+    return store.save()
+
+
+class StoreTest(unittest.TestCase):
+    """A test with a store in a temporary directory, which must end as it began.
+
+    The store below ``dir`` is compared after each test with what it was when check() or open() was
+    first called, and no descriptor may be left open.
+    """
+
+    def setUp(self) -> None:
+        self._fds = open_fds()
+        self._before: Dict[bytes, Tuple[int, ...]] = {}
+        self._root = ""
+        self.dir = tempfile.mkdtemp(prefix="cstor-test-")
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        self.addCleanup(self._check)
+
+    def _check(self) -> None:
+        if self._root:
+            self.assertEqual(self._before, snapshot(self._root), "the store was changed")
+        self.assertEqual(self._fds, open_fds(), "descriptors were left open")
+
+    def guard(self, root: str) -> None:
+        """From now on nothing below ``root`` may change."""
+        self._root, self._before = root, snapshot(root)
+
+    def sample(self) -> StoreBuilder:
+        """Return the sample store."""
+        return make_sample(os.path.join(self.dir, "store"))
+
+    def builder(self) -> StoreBuilder:
+        """Return an empty store."""
+        return StoreBuilder(os.path.join(self.dir, "store"))
+
+    @contextlib.contextmanager
+    def open(self, store: StoreBuilder, **kwargs: Any) -> Iterator[cstor.Storage]:
+        """Open a store that must not change from now on."""
+        self.guard(store.root)
+        with cstor.Storage.open(store.root, **kwargs) as storage:
+            yield storage
+
+    def export(self, layer: cstor.Layer, **kwargs: Any) -> bytes:
+        """Return the tar of a layer."""
+        out = io.BytesIO()
+        layer.export(out, **kwargs)
+        return out.getvalue()
+
+    def run_cstor(self, *args: str, status: int = 0, env: Optional[Mapping[str, str]] = None,
+                  command: Sequence[str] = (), **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
+        """Run the script in a process of its own and check its exit status."""
+        done = subprocess.run([*(command or (sys.executable, SCRIPT)), *args], timeout=60,
+                              env={**IDLE, **(env or {})},
+                              **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                                 "stdin": subprocess.DEVNULL, **kwargs})
+        self.assertEqual(status, done.returncode, done.stderr)
+        if done.stderr and status not in (0, 2):
+            self.assertRegex(done.stderr.decode(), r"\Acstor: error: [^\n]+\n\Z")
+        return done
+
+
+# ================================================================================================
+# 0. The house
+# ================================================================================================
+
+class House(unittest.TestCase):
+    """What holds for the source itself."""
+
+    source: str
+    tree: ast.Module
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        with open(SCRIPT, encoding="utf-8") as file:
+            cls.source = file.read()
+        cls.tree = ast.parse(cls.source, feature_version=(3, 9))
+
+    def sections(self) -> List[Tuple[int, int, str]]:
+        """Return (first line, number, title) of each banner."""
+        lines = self.source.splitlines()
+        return [(i, int(line[2:].partition(".")[0]), line.partition(". ")[2])
+                for i, line in enumerate(lines, 1)
+                if line.startswith("# ") and lines[i - 2].startswith("# ====")
+                and line[2:].partition(".")[0].isdigit()]
+
+    def section_of(self, line: int) -> int:
+        return max((number for first, number, _ in self.sections() if first <= line), default=0)
+
+    def test_map_matches_banners(self) -> None:
+        head = ast.get_docstring(self.tree)
+        assert head
+        table = head.split("from those above it:\n\n")[1]
+        rows = [line.split(None, 1) for line in table.splitlines()]
+        listed = [(int(row[0]), " ".join(row[1].split("  ")[0].split())) for row in rows]
+        self.assertEqual(listed, [(number, title.lower().replace("tar h", "tar h"))
+                                  for _, number, title in self.sections()])
+
+    def test_sections_use_only_what_is_above(self) -> None:
+        defined: Dict[str, int] = {}
+        for node in self.tree.body:
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
+                target.id for target in getattr(node, "targets", [getattr(node, "target", None)])
+                if isinstance(target, ast.Name)]
+            defined.update((name, self.section_of(node.lineno)) for name in names)
+        used = []
+
+        def visit(node: ast.AST, section: int) -> None:
+            for field, value in ast.iter_fields(node):
+                if field in ("annotation", "returns"):  # never evaluated
+                    continue
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.Name) and defined.get(child.id, 0) > section:
+                        used.append(f"line {child.lineno}: {child.id}")
+                    if isinstance(child, ast.AST):
+                        visit(child, section)
+
+        for node in self.tree.body:
+            visit(node, self.section_of(node.lineno))
+        self.assertEqual([], used)
+
+    def test_imports_are_of_the_standard_library(self) -> None:
+        allowed = {"__future__", "argparse", "binascii", "ctypes", "errno", "fcntl", "hashlib",
+                   "json", "os", "pwd", "queue", "re", "select", "signal", "sqlite3", "stat", "sys",
+                   "tempfile", "threading", "time", "typing", "zlib"}
+        found = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module or "")
+        self.assertEqual(allowed, found)
+
+    def test_only_the_command_line_prints_and_exits(self) -> None:
+        last = self.sections()[-1][1]
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Call) and self.section_of(node.lineno) < last:
+                self.assertNotIn(ast.unparse(node.func), ("print", "sys.exit", "exit", "input"))
+
+    def test_functions_are_short_and_public_names_documented(self) -> None:
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                top = node in self.tree.body
+                self.assertTrue(ast.get_docstring(node) or not top, node.name)
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno
+                self.assertLessEqual(node.end_lineno - node.lineno + 1, 60, node.name)
+        for name in cstor.__all__:
+            self.assertTrue(getattr(cstor, name).__doc__, name)
+
+    def test_import_is_cheap(self) -> None:
+        code = ("import sys; before = set(sys.modules); import cstor; "
+                "print(*sorted(set(sys.modules) - before))")
+        done = subprocess.run([sys.executable, "-I", "-S", "-c",
+                               f"import sys; sys.path.insert(0, {HERE!r}); {code}"],
+                              stdout=subprocess.PIPE, check=True)
+        dear = {"argparse", "ctypes", "dataclasses", "datetime", "hashlib", "pathlib", "queue",
+                "signal", "socket", "sqlite3", "subprocess", "tarfile", "tempfile", "threading",
+                "typing"}
+        self.assertEqual(set(), dear & set(done.stdout.decode().split()))
+
+    def test_readme_lists_the_commands(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        listed = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")]
+        self.assertEqual([" ".join([words, *(
+            name.replace("+", "...") for name in arguments.split() if name[0] != "-")])
+            for words, _, arguments in cstor.COMMANDS], listed)
+
+
+# ================================================================================================
+# 2. Errors
+# ================================================================================================
+
+class Errors(unittest.TestCase):
+    def test_display_is_one_line_of_printable_text(self) -> None:
+        for name, shown in ((b"plain", "plain"), (b"caf\xc3\xa9", "café"),
+                            (b"\xff\xfe", "\\xff\\xfe"), (b"a\nb\x1b[31m", "a\\nb\\x1b[31m"),
+                            ("\ud800", "\\ud800"), ("\u2028\u202e", "\\u2028\\u202e")):
+            self.assertEqual(shown, cstor.display(name))
+
+    def test_tree(self) -> None:
+        for child, parents in ((cstor.ImageUnknown, (cstor.NotFound, LookupError)),
+                               (cstor.Ambiguous, (cstor.NotFound,)),
+                               (cstor.FormatError, (ValueError,)),
+                               (cstor.NeedsUnshare, (PermissionError,))):
+            for parent in (*parents, cstor.CstorError):
+                self.assertTrue(issubclass(child, parent))
+        error = cstor.FormatError("bad", file="f", line=3, hint="mend it")
+        self.assertEqual(("f:3: bad", "f", 3, "mend it"),
+                         (str(error), error.file, error.line, error.hint))
+        self.assertEqual("no", str(cstor.NeedsUnshare("no", hint="x")))
+
+
+# ================================================================================================
+# 3. File descriptors
+# ================================================================================================
+
+class Openings(StoreTest):
+    """openat2 and the walk by components, against the same trees."""
+
+    def both(self, root: str, name: bytes) -> List[object]:
+        """Return (device, inode) or errno from openat2 and from the walk."""
+        results: List[object] = []
+        fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
+        ways: Tuple[Callable[[], int], ...] = (
+            lambda: cstor._openat2(fd, name.strip(b"/") or b".", cstor.OPEN_DIRECTORY),
+            lambda: cstor._walk_in_root(fd, name))
+        try:
+            for way in ways:
+                try:
+                    found = way()
+                    results.append((os.fstat(found).st_dev, os.fstat(found).st_ino))
+                    os.close(found)
+                except OSError as error:
+                    results.append(error.errno)
+        finally:
+            os.close(fd)
+        return results
+
+    def need_openat2(self) -> None:
+        try:
+            os.close(cstor._openat2(3, b".", cstor.OPEN_DIRECTORY))
+        except OSError as error:
+            need(error.errno not in (errno.ENOSYS, errno.EPERM), "the kernel has no openat2")
+
+    def test_same_answers_and_never_outside(self) -> None:
+        self.need_openat2()
+        root = os.path.join(self.dir, "root")
+        os.makedirs(os.path.join(root, "a/b/c"))
+        os.makedirs(os.path.join(self.dir, "outside/b"))
+        open(os.path.join(root, "file"), "w").close()
+        os.mkfifo(os.path.join(root, "fifo"))
+        for link, target in (("abs", "/a/b"), ("up", "../../../outside"), ("deep", "a/../../a/b"),
+                             ("loop1", "loop2"), ("loop2", "loop1"), ("self", "self/x"),
+                             ("dangling", "nowhere"), ("a/out", "/../../outside"),
+                             ("tofile", "file"), ("a/b/back", "../.."), ("etc", "/etc"),
+                             ("slash", "/"), ("host", self.dir + "/outside")):
+            os.symlink(target, os.path.join(root, link))
+        inside = {(s.st_dev, s.st_ino) for d, _, _ in os.walk(root) for s in [os.stat(d)]}
+        parts = ["a", "b", "c", "..", ".", "", "abs", "up", "deep", "loop1", "self", "dangling",
+                 "out", "tofile", "back", "etc", "slash", "host", "file", "fifo", "no\nname",
+                 "\udcff"]
+        rng = random.Random(3)
+        names = [os.fsencode("/".join(rng.choices(parts, k=rng.randint(1, 6))))
+                 for _ in range(3000)]
+        seen = set()
+        for name in names:
+            openat2, walk = self.both(root, name)
+            self.assertEqual(openat2, walk, name)
+            if isinstance(walk, tuple):
+                self.assertIn(walk, inside, name)
+            seen.add(walk)
+        self.assertLess({errno.ENOENT, errno.ELOOP, errno.ENOTDIR}, seen)
+
+    def test_long_chains_of_links(self) -> None:
+        self.need_openat2()
+        for i in range(50):
+            os.symlink(f"l{i + 1}" if i < 49 else ".", os.path.join(self.dir, f"l{i}"))
+        self.assertEqual([errno.ELOOP] * 2, self.both(self.dir, b"l9"))
+        results = self.both(self.dir, b"l10")
+        self.assertEqual(results[0], results[1])
+        self.assertIsInstance(results[0], tuple)
+
+    def test_deep_trees_need_few_descriptors(self) -> None:
+        fd = os.open(self.dir, os.O_PATH | os.O_DIRECTORY)
+        for _ in range(1500):
+            os.mkdir("d", dir_fd=fd)
+            fd, old = os.open("d", os.O_PATH | os.O_DIRECTORY, dir_fd=fd), fd
+            os.close(old)
+        expected = os.fstat(fd)
+        os.close(fd)
+        with cstor.Directory.at(self.dir) as root:
+            fd = cstor._walk_in_root(root.fd, b"d/" * 1500)
+        found = os.fstat(fd)
+        os.close(fd)
+        subprocess.run(["rm", "-rf", os.path.join(self.dir, "d")], check=True)  # rmtree recurses
+        self.assertEqual((expected.st_dev, expected.st_ino), (found.st_dev, found.st_ino))
+
+    def test_seccomp_that_forbids_openat2_is_met_by_the_walk(self) -> None:
+        os.makedirs(os.path.join(self.dir, "x/y"))
+        for code in (errno.EPERM, errno.ENOSYS):
+            def refuse(*_: object, code: int = code) -> int:
+                raise OSError(code, "no")
+
+            with mock.patch.object(cstor, "_openat2", refuse), \
+                    mock.patch.object(cstor, "_have_openat2", True):
+                with cstor.Directory.at(self.dir) as root:
+                    os.close(cstor.open_in_root(root.fd, b"x/y"))
+                self.assertFalse(cstor._have_openat2)
+
+    def test_only_regular_files_are_opened(self) -> None:
+        os.mkfifo(os.path.join(self.dir, "fifo"))
+        os.symlink("/etc/passwd", os.path.join(self.dir, "link"))
+        os.mkdir(os.path.join(self.dir, "dir"))
+        with cstor.Directory.at(self.dir) as root:
+            for name, word in ((b"fifo", "FIFO"), (b"link", "symbolic link"),
+                               (b"dir", "directory")):
+                with self.assertRaisesRegex(cstor.FormatError, word):
+                    root.open(name)
+            self.assertRaises(FileNotFoundError, root.open, b"missing")
+            self.assertRaises(cstor.FormatError, root.open, b"nul\0/x")
+
+    def test_copier_falls_through_and_remembers(self) -> None:
+        source = os.path.join(self.dir, "source")
+        data = os.urandom(300_001)
+        with open(source, "wb") as file:
+            file.write(data)
+        fd = os.open(source, os.O_RDONLY)
+        for flags, ways in ((os.O_APPEND, 1), (0, 3 if hasattr(os, "copy_file_range") else 2)):
+            target = os.path.join(self.dir, f"target{flags}")
+            out = os.open(target, os.O_WRONLY | os.O_CREAT | flags)
+            copier = cstor.Copier(out)
+            self.assertEqual(300_000, copier.copy(fd, 1, 300_000))
+            self.assertEqual(ways, len(copier._ways))
+            self.assertEqual(11, copier.copy(fd, len(data) - 11, 50))
+            os.close(out)
+            with open(target, "rb") as file:
+                self.assertEqual(data[1:] + data[-11:], file.read())
+        os.close(fd)
+
+
+# ================================================================================================
+# 4. Checksums
+# ================================================================================================
+
+class Checksums(unittest.TestCase):
+    def test_known_values(self) -> None:
+        self.assertEqual(0x44e9cf3f572ad9ac, cstor.crc64(b"hello world\n"))
+        self.assertEqual(0, cstor.crc64(b""))
+        self.assertEqual(0xb90956c775a41001, cstor.crc64(b"123456789"))  # CRC-64/GO-ISO's check
+
+    def test_all_lengths_against_the_definition(self) -> None:
+        rng = random.Random(5)
+        data = bytes(rng.getrandbits(8) for _ in range(cstor._FOLD_BYTES * 2 + 300))
+        edge = cstor._FOLD_BYTES
+        for size in [*range(140), 255, 256, 257, 1000, edge - 1, edge, edge + 1, edge + 63,
+                     edge + 64, edge + 65, 2 * edge - 1, 2 * edge, len(data)]:
+            self.assertEqual(slow_crc64(data[:size]), cstor.crc64(data[:size]), size)
+
+    def test_in_parts(self) -> None:
+        rng = random.Random(6)
+        data = bytes(rng.getrandbits(8) for _ in range(100_000))
+        whole = cstor.crc64(data)
+        for _ in range(40):
+            crc = at = 0
+            while at < len(data):
+                size = rng.choice((1, 7, 63, 64, 65, 4096, 32768, 50000))
+                crc = cstor.crc64(memoryview(data)[at:at + size], crc)
+                at += size
+            self.assertEqual(whole, crc)
+
+
+# ================================================================================================
+# 5. Configuration
+# ================================================================================================
+
+class Toml(unittest.TestCase):
+    def parse(self, text: str) -> Dict[str, Any]:
+        return cstor.TomlSubset(text.encode(), "storage.conf").parse()
+
+    def test_what_storage_conf_uses(self) -> None:
+        self.assertEqual({
+            "storage.driver": "overlay", "storage.graphroot": "/var/lib/x",
+            "storage.options.additionalimagestores": ["/a", "/b"],
+            "storage.options.overlay.mountopt": "nodev,metacopy=on",
+            "storage.options.overlay.size": 10, "storage.options.overlay.force_mask": 0o755,
+            "storage.transient_store": True, "storage.options.pull_options.a b": "x\ty",
+            "storage.options.pull_options.f": 1.5,
+        }, self.parse(textwrap.dedent('''\
+            # comment
+            [storage]
+            driver = "overlay"   # trailing
+            graphroot='/var/lib/x'
+            transient_store = true
+
+            [storage.options]
+            additionalimagestores = [ # why
+              "/a",
+              '/b', # last
+            ]
+              [ storage . "options" . overlay ]
+            mountopt = "nodev,metacopy=on"
+            size = 1_0
+            force_mask = 0o755
+            [storage.options.pull_options]
+            "a b" = "x\\ty"
+            f = 1.5
+            ''')))
+
+    def test_inline_tables(self) -> None:
+        """As in the storage.conf that Debian and upstream ship."""
+        self.assertEqual({"storage.options.pull_options.enable_partial_images": "false",
+                          "storage.options.pull_options.ostree_repos": ""}, self.parse(
+            '[storage.options]\npull_options = {enable_partial_images = "false", ostree_repos=""}\n'
+        ))
+        self.assertEqual({}, self.parse("a = {}\n"))
+        for text in ("a = {b=1 c=2}", "a = {b=1,,c=2}", "a = {b=1}\na = 1", "a = {b={c=1}}",
+                     "a = {", "a = {b", "a = " + "[" * 5000, "a = " + "{a=" * 5000,
+                     '"storage.graphroot" = "/evil"'):
+            self.assertRaises(cstor.FormatError, self.parse, text)
+
+    def test_append(self) -> None:
+        values = {"storage.options.additionalimagestores": ["/a"]}
+        for text, result in (('["/b", {append=true}]', ["/a", "/b"]), ('["/c"]', ["/c"]),
+                             ('[{ append = true }, "/d"]', ["/c", "/d"]),
+                             ('[{append=false}, "/e"]', ["/e"])):
+            cstor.merge_config(values, self.parse(
+                f"[storage.options]\nadditionalimagestores={text}\n"))
+            self.assertEqual({"storage.options.additionalimagestores": result}, values)
+
+    def test_what_is_not_understood_is_refused_with_its_line(self) -> None:
+        for text, line in (("[storage", 1), ("a = ", 1), ("\n\nx", 3), ('a = "b', 1), ("[[a]]", 1),
+                           ('a = """x"""', 1), ("a = 1\na = 2", 2), ("[t]\n[t]", 2),
+                           ("a = {b=1}", 1), ("a = [[1]]", 1), ("a = [1 2]", 1), ('a = "\\q"', 1),
+                           ("a = 1979-05-27", 1), ("a = tru", 1), ('a = "x" y', 1), ("= 1", 1),
+                           ('a = "\\ud800"', 1),
+                           ("[storage]\ngraphroot = 3", 2), ("[storage]\ntransient_store = 'x'", 2),
+                           ("[storage.options]\nadditionalimagestores = [1]", 2), ("a = 0x", 1)):
+            with self.assertRaises(cstor.FormatError, msg=text) as caught:
+                self.parse(text)
+            self.assertEqual(("storage.conf", line), (caught.exception.file, caught.exception.line))
+        with self.assertRaises(cstor.FormatError) as caught:
+            cstor.TomlSubset(b"a = 1\nb = '\xff'\n", "f").parse()
+        self.assertEqual(2, caught.exception.line)
+
+
+class Discovery(StoreTest):
+    """load_config() on made-up systems."""
+
+    def system(self, files: Mapping[str, str], env: Optional[Mapping[str, str]] = None,
+               uid: int = 0, stores: Sequence[str] = ()) -> cstor.Config:
+        for name, text in files.items():
+            path = os.path.join(self.dir, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text.replace("@", self.dir))
+        for store in stores:
+            os.makedirs(os.path.join(self.dir, store, "overlay-images"))
+        environ = {key: value.replace("@", self.dir) for key, value in
+                   {"HOME": "@/home", **(env or {})}.items()}
+        return cstor.load_config(environ, euid=uid, system_root=self.dir)
+
+    def where(self, config: cstor.Config) -> str:
+        return os.path.relpath(config.graphroot, self.dir)
+
+    def test_defaults(self) -> None:
+        config = self.system({})
+        self.assertEqual((self.dir + "/var/lib/containers/storage",
+                          self.dir + "/run/containers/storage", False, []),
+                         (config.graphroot, config.runroot, config.rootless, config.files))
+        config = self.system({}, {"XDG_RUNTIME_DIR": "@/run/me", "XDG_DATA_HOME": "@/data"}, 1000)
+        self.assertEqual((self.dir + "/data/containers/storage", self.dir + "/run/me/containers",
+                          True), (config.graphroot, config.runroot, config.rootless))
+        config = self.system({}, {"TMPDIR": "@/tmp"}, 1000)
+        self.assertEqual((self.dir + "/home/.local/share/containers/storage",
+                          self.dir + "/tmp/storage-run-1000/containers"),
+                         (config.graphroot, config.runroot))
+
+    def test_podman_unshare(self) -> None:
+        config = self.system({}, {"_CONTAINERS_USERNS_CONFIGURED": "done",
+                                  "_CONTAINERS_ROOTLESS_UID": "1000"})
+        self.assertEqual((True, 1000, "home/.local/share/containers/storage"),
+                         (config.rootless, config.uid, self.where(config)))
+        config = self.system({}, {"CONTAINERS_GRAPHROOT": "@/g", "CONTAINERS_RUNROOT": "@/r"}, 5)
+        self.assertEqual((self.dir + "/g", self.dir + "/r"), (config.graphroot, config.runroot))
+
+    def test_first_main_file_counts(self) -> None:
+        files = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/etc-root"\n',
+                 "usr/share/containers/storage.conf": '[storage]\ngraphroot = "@/usr-root"\n'
+                                                      'runroot = "@/usr-run"\n'}
+        config = self.system(files)
+        self.assertEqual(("etc-root", self.dir + "/run/containers/storage"),
+                         (self.where(config), config.runroot))
+        os.unlink(os.path.join(self.dir, "etc/containers/storage.conf"))
+        self.assertEqual("usr-root", self.where(self.system({})))
+
+    def test_named_file_alone_counts(self) -> None:
+        files = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/etc-root"\n',
+                 "etc/containers/storage.conf.d/x.conf": '[storage]\ngraphroot = "@/drop-in"\n',
+                 "mine.conf": '[storage]\ngraphroot = "@/mine"\n',
+                 "over.conf": '[storage]\nrunroot = "@/over"\n'}
+        config = self.system(files, {"CONTAINERS_STORAGE_CONF": "@/mine.conf"})
+        self.assertEqual("mine", self.where(config))
+        config = self.system(files, {"CONTAINERS_STORAGE_CONF": "@/mine.conf",
+                                     "CONTAINERS_STORAGE_CONF_OVERRIDE": "@/over.conf"})
+        self.assertEqual(("mine", self.dir + "/over"), (self.where(config), config.runroot))
+        self.assertRaises(FileNotFoundError, self.system, files,
+                          {"CONTAINERS_STORAGE_CONF": "@/missing"})
+
+    def test_an_error_in_a_file_that_is_not_looked_at(self) -> None:
+        files = {"etc/containers/storage.conf": "[storage\n",
+                 "home/.config/containers/storage.conf": '[storage]\ngraphroot = "@/mine"\n'}
+        self.assertRaises(cstor.FormatError, self.system, files, uid=1000)
+        config = self.system(files, uid=1000, stores=["mine"])  # new: the user's file alone
+        self.assertEqual(("mine", "new"), (self.where(config), config.scheme))
+        config = self.system({"home/.config/containers/storage.conf": "[storage\n",
+                              "etc/containers/storage.conf": '[storage]\ngraphroot = "@/etc"\n'},
+                             stores=["etc"])  # old: root's own file is not looked at
+        self.assertEqual(("etc", "old"), (self.where(config), config.scheme))
+
+    def test_drop_ins(self) -> None:
+        def conf(key: str, value: str) -> str:
+            return f'[storage]\n{key} = "@/{value}"\n'
+
+        files = {"etc/containers/storage.conf": conf("graphroot", "main") + 'driver = "overlay"\n',
+                 "usr/share/containers/storage.conf.d/10-a.conf": conf("graphroot", "usr-10"),
+                 "etc/containers/storage.conf.d/10-a.conf": conf("runroot", "etc-10"),
+                 "etc/containers/storage.conf.d/20-b.conf": conf("graphroot", "etc-20"),
+                 "etc/containers/storage.conf.d/30-c.txt": conf("graphroot", "no"),
+                 "etc/containers/storage.rootful.conf.d/05.conf": conf("graphroot", "rootful"),
+                 "etc/containers/storage.rootless.conf.d/30.conf": conf("graphroot", "rootless"),
+                 "etc/containers/storage.rootless.conf.d/1000/40.conf": conf("graphroot", "user")}
+        config = self.system(files)
+        self.assertEqual(("etc-20", self.dir + "/etc-10"), (self.where(config), config.runroot))
+        self.assertEqual("rootless", self.where(self.system(files, uid=1001)))
+        self.assertEqual("user", self.where(self.system(files, uid=1000)))
+        mine = {**files,
+                "home/.config/containers/storage.conf.d/40.conf": conf("graphroot", "home")}
+        self.assertEqual("home", self.where(self.system(mine, uid=1000)))
+
+    def test_drop_ins_append_to_arrays(self) -> None:
+        config = self.system({
+            "etc/containers/storage.conf": '[storage.options]\nadditionalimagestores = ["/a"]\n',
+            "etc/containers/storage.conf.d/1.conf":
+                '[storage.options]\nadditionalimagestores = ["/b", {append=true}]\n'})
+        self.assertEqual(["/a", "/b"], config.stores)
+
+    def test_system_graphroot_and_a_rootless_user(self) -> None:
+        # Old: not for him.  New: for everybody.  Where a store is decides.
+        files = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/system"\n'
+                                                'rootless_storage_path = "@/users/$USER"\n'}
+        env = {"USER": "ann"}
+        self.assertEqual("system", self.where(self.system(files, env, 1000)))
+        config = self.system({}, env, 1000, stores=["users/ann"])
+        self.assertEqual(("users/ann", "old"), (self.where(config), config.scheme))
+        config = self.system({}, env, 1000, stores=["system"])
+        self.assertEqual(("system", "new"), (self.where(config), config.scheme))
+
+    def test_users_file_replaces_the_system_file_in_the_old_scheme(self) -> None:
+        config = self.system({
+            "etc/containers/storage.conf": '[storage]\ndriver = "vfs"\ngraphroot = "@/system"\n',
+            "home/.config/containers/storage.conf": '[storage]\nrunroot = "@/run"\n'},
+            uid=1000, stores=["home/.local/share/containers/storage"])
+        self.assertEqual(("home/.local/share/containers/storage", self.dir + "/run", ""),
+                         (self.where(config), config.runroot, config.driver))
+
+    def test_expansion(self) -> None:
+        os.makedirs(os.path.join(self.dir, "real/1000-ann"))
+        os.symlink("real", os.path.join(self.dir, "link"))
+        config = self.system({"home/.config/containers/storage.conf": textwrap.dedent("""\
+            [storage]
+            graphroot = "@/link/$UID-$USER"
+            runroot = "${HOME}/$NOTHING/run"
+            """)}, {"USER": "ann"}, 1000)
+        self.assertEqual(("real/1000-ann", self.dir + "/home//run"),
+                         (self.where(config), config.runroot))
+
+    def test_environment_replaces_driver_options(self) -> None:
+        files = {"etc/containers/storage.conf": '[storage]\ndriver="overlay"\nimagestore="/i"\n'
+                                                '[storage.options]\nadditionalimagestores=["/a"]\n'}
+        config = self.system(files)
+        self.assertEqual(("/i", ["/a"]), (config.imagestore, config.stores))
+        config = self.system(files, {"STORAGE_DRIVER": "overlay2", "STORAGE_OPTS":
+                                     "overlay.additionalImageStore=/x,/y,overlay.mountopt=nodev"})
+        self.assertEqual(("overlay", "/i", ["/x", "/y"]),
+                         (config.driver, config.imagestore, config.stores))
+
+    def test_command_line_uses_it(self) -> None:
+        store = self.sample()
+        conf = os.path.join(self.dir, "storage.conf")
+        with open(conf, "w", encoding="utf-8") as file:
+            file.write(f'[storage]\ndriver = "overlay"\ngraphroot = "{store.root}"\n')
+        done = self.run_cstor("store", "info", "--format", "json",
+                              env={"CONTAINERS_STORAGE_CONF": conf})
+        info = json.loads(done.stdout)
+        self.assertEqual((store.root, [conf], 2), (info["graph-root"], info["configuration"],
+                                                   info["images"]))
+        done = self.run_cstor("image", "list", status=6, env={"CONTAINERS_STORAGE_CONF": conf,
+                                                              "STORAGE_DRIVER": "vfs"})
+        self.assertIn(b"storage driver vfs is not supported: only overlay is read", done.stderr)
+
+    def test_other_drivers_and_nothing(self) -> None:
+        for name in ("vfs", "btrfs-layers"):
+            root = os.path.join(self.dir, name + "-store")
+            os.makedirs(os.path.join(root, name))
+            with self.assertRaisesRegex(cstor.Unsupported, name.partition("-")[0]):
+                cstor.Storage.open(root)
+        self.assertRaises(cstor.NotFound, cstor.Storage.open, os.path.join(self.dir, "missing"))
+        self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir)
+
+    def test_graph_root_recorded_by_podman_is_followed(self) -> None:
+        store = self.sample()
+        configured = StoreBuilder(os.path.join(self.dir, "configured")).save()
+        make_database(configured.root, graphroot=store.root).close()
+        done = self.run_cstor("store", "info", "--format", "json",
+                              env={"CONTAINERS_GRAPHROOT": configured.root})
+        self.assertEqual(store.root, json.loads(done.stdout)["graph-root"])
+
+
+# ================================================================================================
+# 6. Locks
+# ================================================================================================
+
+HOLD_LOCK = """\
+import fcntl, sys, time
+files = [open(path, "r+b") for path in sys.argv[1:]]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+class Locks(StoreTest):
+    def test_held_locks_are_not_waited_for(self) -> None:
+        store = self.sample()
+        paths = [store.path(f"overlay-{kind}/{kind}.lock")
+                 for kind in ("layers", "images", "containers")]
+        holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, *paths], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE)
+        assert holder.stdin and holder.stdout
+        try:
+            holder.stdout.readline()
+            start = time.monotonic()
+            with self.open(store) as storage:
+                self.assertEqual((2, 4, 1), (len(storage.images()), len(storage.layers()),
+                                             len(storage.containers())))
+            self.assertLess(time.monotonic() - start, 1)
+        finally:
+            holder.stdin.close()
+            holder.wait()
+            holder.stdout.close()
+
+    def test_missing_locks_are_not_made(self) -> None:
+        store = self.sample()
+        for kind in ("layers", "images", "containers"):
+            os.unlink(store.path(f"overlay-{kind}/{kind}.lock"))
+        with self.open(store) as storage:
+            self.assertEqual(2, len(storage.images()))
+
+    def test_locks_are_shared_and_given_back(self) -> None:
+        store = self.sample()
+        with self.open(store) as storage:
+            storage.images()
+            storage.containers()
+            for kind in ("layers", "images", "containers"):
+                holder = subprocess.Popen(
+                    [sys.executable, "-c", HOLD_LOCK, store.path(f"overlay-{kind}/{kind}.lock")],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                assert holder.stdin and holder.stdout
+                self.assertEqual(b"held\n", holder.stdout.readline())
+                holder.stdin.close()
+                holder.wait()
+                holder.stdout.close()
+
+    def test_change_without_a_lock_is_noticed(self) -> None:
+        store = self.sample()
+        os.unlink(store.path("overlay-layers/layers.lock"))
+        names = [b"overlay-layers/layers.json", b"overlay-layers/volatile-layers.json"]
+        with cstor.Directory.at(store.root) as root:
+            read, reads = cstor._read_json, []
+
+            def racing(directory: cstor.Directory, name: bytes) -> bytes:
+                reads.append(name)
+                data = read(directory, name)
+                if len(reads) == 1:  # a writer between the two files
+                    store.write("overlay-layers/new", "[]")
+                    os.rename(store.path("overlay-layers/new"), os.path.join(
+                        store.root, os.fsdecode(names[0])))
+                return data
+
+            with mock.patch.object(cstor, "_read_json", racing):
+                data = cstor.read_consistently(root, b"overlay-layers/layers.lock", names,
+                                               cstor.Patience(0))
+        self.assertEqual(([b"[]", b""], names * 2), (data, reads))
+
+
+# ================================================================================================
+# 7. Store
+# ================================================================================================
+
+def make_database(root: str, *, graphroot: str = "/g", wal: bool = False,
+                  containers: Sequence[Tuple[str, str, int, Dict[str, Any]]] = ()
+                  ) -> sqlite3.Connection:
+    """Write the part of podman's db.sql that is read; return the open connection."""
+    database = sqlite3.connect(os.path.join(root, "db.sql"), check_same_thread=False)
+    if wal:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA wal_autocheckpoint=0")
+    database.executescript("""
+        CREATE TABLE DBConfig(ID INTEGER PRIMARY KEY NOT NULL, GraphRoot TEXT, RunRoot TEXT,
+                              GraphDriver TEXT);
+        CREATE TABLE ContainerConfig(ID TEXT, Name TEXT, PodID TEXT, JSON TEXT);
+        CREATE TABLE ContainerState(ID TEXT, State INTEGER, ExitCode INTEGER, JSON TEXT);
+        CREATE TABLE PodConfig(ID TEXT, Name TEXT);
+        INSERT INTO PodConfig VALUES('p1', 'the-pod');""")
+    database.execute("INSERT INTO DBConfig VALUES(1, ?, '/r', 'overlay')", (graphroot,))
+    for container_id, name, state, config in containers:
+        database.execute("INSERT INTO ContainerConfig VALUES(?, ?, ?, ?)",
+                         (container_id, name, config.get("pod"), json.dumps(config).encode()))
+        database.execute("INSERT INTO ContainerState VALUES(?, ?, 0, ?)",
+                         (container_id, state, '{"pid":7,"mounted":true}'))
+    database.commit()
+    return database
+
+
+class Records(StoreTest):
+    def test_big_data_file_names(self) -> None:
+        for key, name in (("manifest", "manifest"), ("A", "A"), ("aB", "aB"), ("a-", "a-"),
+                          ("é", "é"), ("xé", "xé"), ("éx", "=w6l4"), ("UP", "=VVA="), ("x/", "x"),
+                          ("foo.bar", "foo.bar"), ("with space", "=d2l0aCBzcGFjZQ=="),
+                          ("foo/bar", "=Zm9vL2Jhcg=="), ("a\n", "a\n"), ("a\nb", "=YQpi")):
+            self.assertEqual(name.encode(), cstor.big_data_file(key), key)
+        for key in ("", ".", "..", "/", "\u00fe\u00ff??" + chr(0xfff) * 3, "a\0"):
+            if b"/" in base64.b64encode(key.encode()) or len(key) < 3:
+                self.assertRaises(cstor.FormatError, cstor.big_data_file, key)
+
+    def test_times(self) -> None:
+        for text, ns in (("1970-01-01T00:00:00Z", 0), ("0001-01-01T00:00:00Z", None),
+                         ("2026-11-22T01:09:19.984349169Z", 1795309759984349169),
+                         ("2024-02-29T23:59:59.5+02:00", 1709243999500000000),
+                         ("1969-12-31T23:59:59.1Z", -900000000),
+                         ("2000-03-01T00:00:00-00:30", 951870600000000000)):
+            self.assertEqual(ns, cstor.parse_time(text), text)
+        for text in ("", "yesterday", "2026-11-22", "2026-11-22T01:09:19"):
+            self.assertRaises(cstor.FormatError, cstor.parse_time, text)
+
+    def test_missing_and_empty_files_are_empty_lists(self) -> None:
+        for content in (None, "", " \n", "null", "[]"):
+            store = StoreBuilder(os.path.join(self.dir, f"store-{content!r}".replace("/", "")))
+            for kind in ("layers", "images", "containers") if content is not None else ():
+                store.write(f"overlay-{kind}/{kind}.json", content or "")
+            with self.open(store) as storage:
+                self.assertEqual(((), (), ()), (storage.images(), storage.layers(),
+                                                storage.containers()))
+
+    def test_damaged_files_are_named(self) -> None:
+        for data in (b"[", b"{}", b"[1,]", b"\xff\xfe", b'[{"id":1e999999}', b"[" * 100_000,
+                     b"[" + b"9" * 5000 + b"]x"):
+            store = self.builder()
+            store.write("overlay-layers/layers.json", data)
+            with self.open(store) as storage, self.assertRaises(cstor.FormatError) as caught:
+                storage.layers()
+            self.assertEqual(store.path("overlay-layers/layers.json"), caught.exception.file)
+            self.guard(self.dir)
+            shutil.rmtree(store.root)
+            self._root = ""
+
+    def test_fields(self) -> None:
+        store = self.builder()
+        record: Dict[str, Any] = {
+            "names": ["n"], "compressed-diff-digest": "sha256:" + "0" * 64, "compressed-size": 7,
+            "compression": 2, "uidset": [0, 5], "gidset": [0], "toc-digest": "sha256:1",
+            "mountlabel": "l", "metadata": "m", "something-new": {"a": 1}}
+        layer = store.layer(make_tar(("f", b"x")), **record)
+        record = {"names-history": ["old"], "mapped-layers": [layer]}
+        image = store.image(layer, "localhost/a:b", **record)
+        store.save()
+        with self.open(store) as storage:
+            found = storage.layer(layer)
+            self.assertEqual((["n"], 7, "gzip", [0, 5], [0], "sha256:1", "l", "m", {"a": 1}),
+                             (found.names, found.compressed_size, found.compression, found.uidset,
+                              found.gidset, found.toc_digest, found.mount_label, found.metadata,
+                              found.record["something-new"]))
+            self.assertEqual([], found.faults)
+            taken = storage.image(image)
+            self.assertEqual((["old"], [layer], layer, []),
+                             (taken.names_history, taken.mapped_layers, taken.layer, taken.faults))
+            self.assertEqual(1767315845500000000, taken.created_ns)
+            self.assertEqual(cstor.parse_time("2026-01-02T01:04:05.5Z"), taken.created_ns)
+
+    def test_names_of_fields_match_whatever_their_case(self) -> None:
+        store = self.builder()
+        layer = store.layer(make_tar(("f", b"x")))
+        store.layers[0] = {key.upper(): value for key, value in store.layers[0].items()}
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual(store.tars[layer], self.export(storage.layer(layer)))
+
+    def test_sizes_that_are_absent_or_unknown(self) -> None:
+        store = self.builder()
+        empty = store.layer(b"")
+        odd = store.layer(make_tar(("f", b"x")), empty, **{"diff-size": -1})
+        toc = store.layer(make_tar(("g", b"x")), empty)
+        del store.layers[2]["diff-digest"], store.layers[2]["diff-size"]
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual([0, -1, -1], [storage.layer(i).diff_size for i in (empty, odd, toc)])
+            for layer in (empty, odd, toc):
+                self.assertEqual(store.tars[layer], self.export(storage.layer(layer)))
+
+    def test_one_broken_record_hides_no_other(self) -> None:
+        store = self.sample()
+        good = store.layers[0]["id"]
+        bad_layers: List[Any] = [
+            17, {}, {"id": "../../evil"}, {"id": ["x"]}, {"id": "1" * 64, "parent": "2" * 64},
+            {"id": "3" * 64, "parent": "3" * 64}, {"id": "4" * 64, "flags": {"incomplete": True}},
+            {"id": "5" * 64, "parent": "4" * 64}, {"id": "6" * 64, "created": 5, "names": "x"},
+            {"id": "7" * 64, "parent": "8" * 64}, {"id": "8" * 64, "parent": "7" * 64},
+            {"id": "esc\x1b[31m"}]
+        bad_images: List[Any] = [
+            None, {"id": "a" * 64},
+            {"id": "b" * 64, "layer": "9" * 64, "big-data-names": ["manifest"]},
+            {"id": "c" * 64, "layer": "5" * 64, "names": [3]},
+            {"id": "d" * 64, "layer": good, "big-data-names": ["manifest"]}]
+        store.layers += bad_layers
+        store.images += bad_images
+        store.save()
+        with self.open(store) as storage:
+            faults = {layer.id or i: layer.faults for i, layer in enumerate(storage.layers())}
+            self.assertEqual({
+                4: ["the record is no JSON object", 'unusable ID ""'], 5: ['unusable ID ""'],
+                "../../evil": ['unusable ID "../../evil"'], 7: ['field "id" is no str',
+                                                               'unusable ID ""'],
+                "1" * 64: [f"parent layer not known: {'2' * 64}"],
+                "3" * 64: ["its chain of parents is a loop"],
+                "4" * 64: ["incomplete: its creation was interrupted"],
+                "5" * 64: [f"parent {'4' * 64} is incomplete"],
+                "6" * 64: ['field "names" is no list', 'field "created" is no str'],
+                "7" * 64: ["its chain of parents is a loop"],
+                "8" * 64: ["its chain of parents is a loop"],
+                "esc\x1b[31m": ['unusable ID "esc\\x1b[31m"']},
+                {key: value for key, value in faults.items() if value})
+            self.assertEqual(16, len(storage.layers()))
+            images = {image.id: image.faults for image in storage.images()}
+            self.assertEqual(["no manifest", "no layer"], images["a" * 64])
+            self.assertEqual([f"layer not known: {'9' * 64}"], images["b" * 64])
+            self.assertEqual(['field "names" holds more than strings', "no manifest",
+                              f"layer {'5' * 64}: parent {'4' * 64} is incomplete"],
+                             images["c" * 64])
+            self.assertEqual(7, len(storage.images()))
+            self.assertRaises(cstor.FormatError, storage.image("d" * 64).manifest)
+            self.assertRaises(cstor.FormatError, self.export, storage.layer("../../evil"))
+            self.assertEqual(store.tars[good], self.export(storage.layer(good)))
+        listed = self.run_cstor("--root", store.root, "layer", "list", "--format", "json")
+        self.assertEqual(16, len(json.loads(listed.stdout)))
+        table = self.run_cstor("--root", store.root, "layer", "list").stdout
+        self.assertNotIn(b"\x1b", table)
+
+    def test_long_chains_and_many_layers(self) -> None:
+        store = self.builder()
+        ids = [f"{i:064x}" for i in range(40_000)]
+        store.layers = [{"id": layer, "parent": below} for layer, below in zip(ids, ["", *ids])]
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual(501, len(storage.chain(ids[500])))
+            self.assertRaises(cstor.FormatError, storage.chain, ids[501])
+            self.assertEqual(40_000, len(storage.layers()))
+
+    def test_manifests(self) -> None:
+        store = self.builder()
+        base = store.layer(make_tar(("f", b"x")))
+        top = store.layer(make_tar(("g", b"x")), base)
+        history: List[Dict[str, Any]] = [
+            {"created_by": "one"}, {"created_by": "none", "empty_layer": True},
+            {"created_by": "two", "comment": "c"}]
+        oci = store.image(top, "localhost/oci:1", history=history)
+        compat = [{"id": "2", "created": "2026-01-01T00:00:00Z", "architecture": "arm64",
+                   "os": "linux", "container_config": {"Cmd": ["RUN", "two"]},
+                   "config": {"Env": ["A=B"]}},
+                  {"id": "1", "throwaway": True}, {"id": "0", "container_config": {"Cmd": ["one"]}}]
+        schema1: Dict[str, Any] = {"id": "1" * 64, "layer": top, "names": ["localhost/s1:1"]}
+        manifest = {"schemaVersion": 1, "signatures": [{}], "history": [
+            {"v1Compatibility": json.dumps(entry)} for entry in compat]}
+        store.big_data(schema1, "manifest", json.dumps(manifest).encode())
+        schema1["big-data-digests"]["manifest"] = "sha256:" + "f" * 64  # without the signatures
+        index: Dict[str, Any] = {"id": "2" * 64, "names": ["localhost/list:1"]}
+        store.big_data(index, "manifest", json.dumps({"mediaType": cstor.OCI_INDEX, "manifests": []}
+                                                     ).encode())
+        store.images += [schema1, index]
+        store.save()
+        with self.open(store) as storage:
+            image = storage.image(oci)
+            self.assertEqual([("one", base), ("none", None), ("two", top)],
+                             [(row["created_by"], row.get("layer")) for row in image.history()])
+            self.assertEqual(
+                len(store.tars[base]) + len(store.tars[top])
+                + sum(image.record["big-data-sizes"].values()), image.size)
+            old = storage.image("1" * 64)
+            config = old.config()
+            self.assertEqual(
+                (["A=B"], "arm64", [sha256(store.tars[base]), sha256(store.tars[top])]),
+                (config["config"]["Env"], config["architecture"], config["rootfs"]["diff_ids"]))
+            self.assertEqual(
+                [("one", base), ("", None), ("RUN two", top)],
+                [(row.get("created_by", ""), row.get("layer")) for row in old.history()])
+            self.assertEqual([], storage.image("2" * 64).faults)
+            self.assertTrue(storage.image("2" * 64).is_list)
+            self.assertRaises(cstor.Unsupported, storage.image("2" * 64).config)
+        shown = json.loads(self.run_cstor("--root", store.root, "image", "inspect", "list:1",
+                                          "oci:1").stdout)
+        self.assertEqual((None, [base, top]), (shown[0]["config"], shown[1]["layers"]))
+
+    def test_big_data_is_checked(self) -> None:
+        store = self.sample()
+        image = store.images[0]
+        key = next(key for key in image["big-data-names"] if key.startswith("sha256:"))
+        path = store.path("overlay-images", image["id"], os.fsdecode(cstor.big_data_file(key)))
+        with open(path, "rb") as file:
+            data = file.read()
+        for damaged in (data[:-1], data[:-2] + b"!}"):
+            with open(path, "wb") as file:
+                file.write(damaged)
+            with self.open(store) as storage:
+                self.assertRaises(cstor.IntegrityError, storage.image(image["id"]).config)
+            self._root = ""
+
+    def test_digests_are_checked_whatever_the_content(self) -> None:
+        store = self.builder()
+        layer = store.layer(make_tar(("f", b"x")))
+        image = store.image(layer, "localhost/a:1", history=[{"signatures": "amd64"}])
+        store.save()
+        key = store.images[0]["big-data-names"][0]
+        path = store.path("overlay-images", image, os.fsdecode(cstor.big_data_file(key)))
+        with open(path, "rb") as file:
+            data = file.read()
+        with open(path, "wb") as file:
+            file.write(data.replace(b"amd64", b"arm64"))
+        with self.open(store) as storage:
+            self.assertRaises(cstor.IntegrityError, storage.image("a:1").config)
+
+    def test_values_of_any_type(self) -> None:
+        store = self.builder()
+        layer = store.layer(make_tar(("f", b"x")))
+        store.layers[0]["diff-size"] = 10**400
+        odd: List[Any] = [5, {"layer": 5, "size": "x", "empty_layer": True}, None,
+                          {"created": 7, "created_by": ["x"], "comment": {}}]
+        store.image(layer, "localhost/odd:1", history=odd)
+        store.images[0]["big-data-sizes"] = {"a": int("9" * 4000), "b": -1}
+        store.image(layer, "localhost/number:1", id="d" * 64)
+        manifest = json.dumps({"schemaVersion": 1, "history": 5}).encode()
+        store.big_data(store.images[1], "manifest", manifest)
+        store.container("0" * 64, layer, "c", metadata='{"image-name":5,"pod-name":[]}')
+        store.save()
+        for form in ("json", "table"):
+            for words in ("image list", "layer list", "container list", "image history odd:1",
+                          "image inspect odd:1 number:1", "image layers odd:1"):
+                self.run_cstor("--root", store.root, *words.split(), "--format", form)
+            self.run_cstor("--root", store.root, "image", "history", "number:1", "--format", form,
+                           status=6)
+        with self.open(store) as storage:
+            self.assertEqual(['field "diff-size" is no int'], storage.layers()[0].faults)
+            rows = storage.image("odd:1").history()
+            self.assertEqual([layer], [row["layer"] for row in rows if "layer" in row])
+
+    def test_ids_of_any_letters_in_any_locale(self) -> None:
+        store = self.builder()
+        store.layer(make_tar(("f", b"x")), id="\u6f22\u5b57")
+        store.save()
+        env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        done = self.run_cstor("--root", store.root, "layer", "list", env=env)
+        self.assertIn(b"\\u6f22", done.stdout)
+
+    def test_links(self) -> None:
+        store = self.sample()
+        layer, other = store.layers[0]["id"], store.layers[1]["id"]
+        link, second = store.read(f"overlay/{layer}/link"), store.read(f"overlay/{other}/link")
+        os.unlink(store.path("overlay/l", second))  # lost in a crash
+        os.symlink("../../../evil/diff", store.path("overlay/l", "A" * 26))
+        os.unlink(store.path("overlay/l", link))
+        os.symlink(f"/elsewhere/overlay/{layer}/diff", store.path("overlay/l", link))
+        with self.open(store) as storage:
+            self.assertEqual([layer, other],
+                             [storage.resolve_link(link), storage.resolve_link(second)])
+            self.assertEqual(link, storage.layer(layer).link_id)
+            self.assertEqual([layer], storage.layer(other).lower_ids())
+            for wrong in ("A" * 26, "B" * 26, "../x", "", "l/" + link, "\0"):
+                self.assertRaises(cstor.LayerUnknown, storage.resolve_link, wrong)
+        self.assertEqual(layer.encode() + b"\n", self.run_cstor(
+            "--root", store.root, "resolve-link", link).stdout)
+        self.run_cstor("--root", store.root, "resolve-link", "B" * 26, status=3)
+
+    def test_lower_layers_is_preferred(self) -> None:
+        store = self.sample()
+        top = store.layers[2]["id"]
+        store.write(f"overlay/{top}/lower-layers", "a" * 64 + ":" + "b" * 64)
+        with self.open(store) as storage:
+            self.assertEqual(["a" * 64, "b" * 64], storage.layer(top).lower_ids())
+        self._root = ""
+        for wrong in ("../x", "a" * 64 + "::" + "b" * 64, ":".join(["a"] * 501)):
+            store.write(f"overlay/{top}/lower-layers", wrong)
+            with self.open(store) as storage:
+                self.assertRaises(cstor.FormatError, storage.layer(top).lower_ids)
+            self._root = ""
+
+    def test_several_roots(self) -> None:
+        additional = StoreBuilder(os.path.join(self.dir, "additional"))
+        base = additional.layer(make_tar(("base", b"x")))
+        shared = additional.image(base, "localhost/shared:1", "localhost/both:1")
+        additional.save()
+        split = StoreBuilder(os.path.join(self.dir, "imagestore"))
+        image_layer = split.layer(make_tar(("split", b"y" * 5000)))
+        split.image(image_layer, "localhost/split:1")
+        split.save()
+        store = self.builder()
+        name = f"overlay-layers/{image_layer}.tar-split.gz"
+        os.rename(split.path(name), store.path(name))  # where c/storage >= 1.58 keeps it
+        own = store.layer(make_tar(("own", b"z")))
+        store.layers[-1]["parent"] = base
+        store.images = [{"id": "e" * 64, "layer": own, "names": ["localhost/both:1"]}]
+        store.save()
+        run = StoreBuilder(os.path.join(self.dir, "run"))
+        volatile = store.layer(None, own, id="f" * 64)
+        run.write("overlay-layers/volatile-layers.json", json.dumps([store.layers.pop()]))
+        store.save()
+        run.write("overlay-containers/volatile-containers.json", json.dumps(
+            [{"id": "c" * 64, "names": ["gone"], "image": shared, "layer": volatile}]))
+        with self.open(store, imagestore=split.root, stores=[additional.root, "/nonexistent"],
+                       runroot=run.root) as storage:
+            self.assertEqual(["additional image store /nonexistent: No such file or directory"],
+                             storage.faults)
+            self.assertEqual({own, image_layer, base, volatile},
+                             {layer.id for layer in storage.layers()})
+            self.assertEqual([base, own], [layer.id for layer in storage.image("both:1").layers()])
+            self.assertEqual([base], [layer.id for layer in storage.image("shared:1").layers()])
+            self.assertTrue(storage.image("shared:1").readonly)
+            for layer, made in ((base, additional), (image_layer, split), (own, store)):
+                self.assertEqual(made.tars[layer], self.export(storage.layer(layer)))
+            container = storage.container("gone")
+            self.assertEqual((True, []), (container.volatile, container.faults))
+            self.assertEqual([own], storage.layer(volatile).lower_ids())
+
+
+class Database(StoreTest):
+    """podman's db.sql."""
+
+    def check_read(self, store: StoreBuilder, rootfs: str) -> None:
+        with self.open(store) as storage:
+            state = storage.container("web").state
+            self.assertEqual(("running", "the-pod", rootfs, 7, True), tuple(
+                state[key] for key in ("state", "pod", "rootfs", "pid", "mounted")))
+            self.assertEqual([], storage.faults)
+        self.assertEqual(self._before, snapshot(store.root))
+        self._root = ""
+
+    def make(self, **kwargs: Any) -> Tuple[StoreBuilder, sqlite3.Connection]:
+        store = self.sample()
+        database = make_database(store.root, containers=[
+            (store.containers[0]["id"], "web", 3, {"pod": "p1", "rootfs": "/srv/rootfs"})],
+            **kwargs)
+        self.addCleanup(database.close)
+        return store, database
+
+    def test_rollback_journal_mode(self) -> None:
+        store, database = self.make()
+        database.close()
+        self.check_read(store, "/srv/rootfs")
+
+    def test_wal_mode_makes_no_files(self) -> None:
+        store, database = self.make(wal=True)
+        self.assertTrue(os.path.getsize(store.path("db.sql-wal")))
+        self.check_read(store, "/srv/rootfs")
+        os.unlink(store.path("db.sql-shm"))  # as after a copy of the store
+        self.check_read(store, "/srv/rootfs")
+
+    def test_hot_journal_is_rolled_back_in_a_copy(self) -> None:
+        store, database = self.make()
+        database.execute("PRAGMA cache_size=1")
+        database.execute("PRAGMA cache_spill=ON")
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("UPDATE ContainerConfig SET JSON = '{\"rootfs\":\"/half\"}'")
+        database.execute("CREATE TABLE Bulk(x)")
+        database.executemany("INSERT INTO Bulk VALUES(?)", [("y" * 2000,)] * 500)
+        crashed = StoreBuilder(os.path.join(self.dir, "crashed"))
+        for name in os.listdir(store.root):
+            path = store.path(name)
+            if os.path.isdir(path):
+                shutil.copytree(path, crashed.path(name), dirs_exist_ok=True, symlinks=True)
+            else:
+                shutil.copy(path, crashed.path(name))
+        database.rollback()
+        self.assertTrue(os.path.getsize(crashed.path("db.sql-journal")))
+        self.check_read(crashed, "/srv/rootfs")
+
+    def test_locked_database_is_read_at_once(self) -> None:
+        store, database = self.make()
+        database.execute("BEGIN EXCLUSIVE")
+        start = time.monotonic()
+        self.check_read(store, "/srv/rootfs")
+        self.assertLess(time.monotonic() - start, 1)
+
+    def test_hostile_databases(self) -> None:
+        store, database = self.make()
+        os.mkfifo(store.path("db.sql-wal"))
+        with self.open(store) as storage:
+            self.assertEqual({}, storage.podman_containers())
+            self.assertRegex(storage.faults[0], "is a FIFO")
+        self._root = ""
+        os.unlink(store.path("db.sql-wal"))
+        database.executescript("""
+            UPDATE ContainerConfig SET Name = x'ff00', JSON = '{bad';
+            INSERT INTO ContainerConfig VALUES('other', 7, 'p2', '{"rootfs":[1]}');
+            INSERT INTO PodConfig VALUES('p2', x'00')""")
+        with self.open(store) as storage:
+            self.assertEqual(["other"], list(storage.podman_containers()))
+            self.assertRegex(storage.faults[0], "container .*malformed JSON")
+        for form in ("json", "table"):
+            self.run_cstor("--root", store.root, "container", "list", "--format", form)
+        self._root = ""
+        database.executescript("""
+            ALTER TABLE ContainerConfig RENAME TO Old;
+            CREATE VIEW ContainerConfig AS
+            WITH RECURSIVE t(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM t)
+            SELECT x AS ID, x AS Name, NULL AS PodID, '{}' AS JSON FROM t WHERE x < 0""")
+        start = time.monotonic()
+        with self.open(store) as storage:
+            self.assertEqual({}, storage.podman_containers())
+            self.assertRegex(storage.faults[0], "interrupted")
+        self.assertLess(time.monotonic() - start, 10)
+
+    def test_python_without_sqlite(self) -> None:
+        store, _ = self.make()
+        with mock.patch.dict(sys.modules, {"sqlite3": None}), self.open(store) as storage:
+            self.assertEqual({}, storage.podman_containers())
+            self.assertRegex(storage.faults[0], "no sqlite3")
+
+    def test_damaged_database_hides_no_container(self) -> None:
+        for data in (b"", b"SQLite format 3\0" + bytes(100), os.urandom(5000)):
+            store = make_sample(os.path.join(self.dir, str(len(data))))
+            store.write("db.sql", data)
+            with self.open(store) as storage:
+                self.assertEqual((["web"], {}), (storage.containers()[0].names,
+                                                 storage.containers()[0].state))
+                self.assertEqual(1, len(storage.faults))
+        done = self.run_cstor("--root", store.root, "container", "list")
+        self.assertIn(b"warning: ", done.stderr)
+
+
+# ================================================================================================
+# 8. References
+# ================================================================================================
+
+class References(StoreTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = store = self.builder()
+        base = store.layer(make_tar(("f", b"x")), id="aa" * 32)
+        self.image = store.image(base, "docker.io/library/alpine:latest", "quay.io/org/tool:v1",
+                                 id="ab" * 32)
+        self.other = store.image(base, "localhost/alpine:3", "registry.example:5000/org/tool:v2",
+                                 id="ac" * 32)
+        self.third = store.image(base, "docker.io/org/tool:v2", id="bd" * 32)
+        self.nameless = store.image(base, id="ff" * 32)
+        store.images[-1]["names"] = ["odd name", "UPPER"]
+        store.save()
+
+    def test_images(self) -> None:
+        digest = self.store.images[0]["digest"]
+        with self.open(self.store) as storage:
+            for reference, image in (
+                    ("alpine", self.image), ("alpine:latest", self.image), ("alpine:3", self.other),
+                    ("localhost/alpine:3", self.other), ("docker.io/alpine", self.image),
+                    ("index.docker.io/library/alpine", self.image), ("library/alpine", self.image),
+                    ("tool:v1", self.image), ("quay.io/org/tool:v1", self.image),
+                    ("registry.example:5000/org/tool:v2", self.other), ("org/tool:v2", self.third),
+                    ("ab" * 32, self.image), ("sha256:" + "ab" * 32, self.image),
+                    ("ab", self.image), ("b", self.third), ("sha256:b", self.third),
+                    ("abab", self.image), (digest, self.image), (f"alpine@{digest}", self.image),
+                    (f"quay.io/org/tool:v1@{digest}", self.image), (f"tool@{digest}", self.image),
+                    ("containers-storage:alpine", self.image), ("@" + "ab" * 32, self.image),
+                    (f"containers-storage:docker.io/library/alpine@{'ab' * 32}", self.image),
+                    ("odd name", self.nameless), ("UPPER", self.nameless), ("f", self.nameless)):
+                self.assertEqual(image, storage.image(reference).id, reference)
+            for reference in ("", "nothing", "alpine:4", f"quay.io/wrong/name@{digest}",
+                              f"alpine@sha256:{'0' * 64}", "0" * 64, "Alpine", "ine",
+                              "containers-storage:", "quay.io/alpine", ":latest", "@", "\ud800",
+                              "x" * 10_000, "sha256:", "@sha256:", "alpine:", "b:"):
+                self.assertRaises(cstor.ImageUnknown, storage.image, reference)
+            self.assertRaises(cstor.Unsupported, storage.image, "containers-storage:[overlay@/x]a")
+
+    def test_ambiguity_lists_the_candidates(self) -> None:
+        with self.open(self.store) as storage:
+            with self.assertRaises(cstor.Ambiguous) as caught:
+                storage.image("a")
+            self.assertEqual([
+                "ab" * 32 + "  docker.io/library/alpine:latest, quay.io/org/tool:v1",
+                "ac" * 32 + "  localhost/alpine:3, registry.example:5000/org/tool:v2"],
+                caught.exception.candidates)
+            self.assertRaises(cstor.Ambiguous, storage.image, "tool:v2")
+        done = self.run_cstor("--root", self.store.root, "image", "inspect", "a", status=3)
+        self.assertIn(("ab" * 32).encode(), done.stderr)
+
+    def test_name_held_twice_belongs_to_the_last(self) -> None:
+        self.store.images[1]["names"].append("docker.io/library/alpine:latest")
+        self.store.save()
+        with self.open(self.store) as storage:
+            self.assertEqual(self.other, storage.image("alpine").id)
+
+    def test_layers(self) -> None:
+        store = StoreBuilder(os.path.join(self.dir, "layers"))
+        tar = make_tar(("g", b"y"))
+        one = store.layer(tar, id="11" * 32, names=["the-name"])
+        mapped = store.layer(tar, one, id="12" * 32,
+                             uidmap=[{"container_id": 0, "host_id": 1, "size": 1}])
+        two = store.layer(make_tar(("h", b"z")), one, id="2b" * 32)
+        store.save()
+        link = store.read(f"overlay/{two}/link")
+        with self.open(store) as storage:
+            for reference, layer in ((one, one), ("the-name", one), (sha256(tar), one), (link, two),
+                                     (sha256(tar)[7:20], one), (sha256(tar)[:15], one), ("2", two),
+                                     (mapped, mapped), ("12", mapped)):
+                self.assertEqual(layer, storage.layer(reference).id, reference)
+            self.assertEqual(one, storage.layer("1").id)  # not the copy for other user IDs
+            for reference in ("", "zz", "sha256:", "sha256:" + "0" * 64, "Z" * 26):
+                self.assertRaises(cstor.LayerUnknown, storage.layer, reference)
+
+    def test_containers(self) -> None:
+        store = make_sample(os.path.join(self.dir, "containers"))
+        entry = store.containers[0]
+        with self.open(store) as storage:
+            for reference in ("web", entry["id"], entry["id"][:1], entry["layer"]):
+                self.assertEqual(entry["id"], storage.container(reference).id)
+            self.assertRaises(cstor.ContainerUnknown, storage.container, "nobody")
+            self.assertRaises(cstor.ContainerUnknown, storage.container, "")
+
+
+# ================================================================================================
+# 9. Layers
+# ================================================================================================
+
+class Files(StoreTest):
+    """Where the bytes of a file are."""
+
+    def test_names_are_cleaned_as_containers_storage_does(self) -> None:
+        for name, clean in ((b"a/b", b"a/b"), (b"./a", b"a"), (b"/etc/x", b"etc/x"), (b"d/", b"d"),
+                            (b"x/../y", b"y"), (b"../up", b"up"), (b"a//b", b"a/b"), (b"./", b""),
+                            (b"..", b""), (b"a/./b/..", b"a"), (b"a..b/.c", b"a..b/.c"),
+                            (b"...", b"..."), (b"a\n", b"a\n"), (b"a/..\n", b"a/..\n")):
+            self.assertEqual(clean, cstor.clean_name(name), name)
+        self.assertRaises(cstor.FormatError, cstor.clean_name, b"a\0b")
+
+    def one(self, *entries: Tuple[str, Union[bytes, str, None]]) -> Tuple[StoreBuilder, str, str]:
+        """Return a store of one layer, its ID and the host path of its diff."""
+        store = self.builder()
+        layer = store.layer(make_tar(*entries))
+        return store.save(), layer, store.path("overlay", layer, "diff")
+
+    def refusal(self, store: StoreBuilder, layer: str, error: Type[Exception], word: str) -> None:
+        """Check that an export fails, with and without verification."""
+        with self.open(store) as storage:
+            for verify in (True, False):
+                with self.assertRaisesRegex(error, word):
+                    self.export(storage.layer(layer), verify=verify)
+        self._root = ""
+
+    def test_damage_is_named(self) -> None:
+        store, layer, diff = self.one(("d/", None), ("d/file", b"content"), ("e", b"other"))
+        path = os.path.join(diff, "d/file")
+        for content, error, word in (
+                (b"CONTENT", cstor.IntegrityError, "checksum failed"),
+                (b"short", cstor.IntegrityError, "wrong size: expected 7, got 5"),
+                (b"", cstor.IntegrityError, "wrong size"),
+                (b"c" * 70_000, cstor.IntegrityError, "got 70000")):
+            with open(path, "wb") as file:
+                file.write(content)
+            with self.open(store) as storage, self.assertRaisesRegex(error, word) as caught:
+                self.export(storage.layer(layer))
+            self.assertEqual((layer, b"d/file"), (caught.exception.layer, caught.exception.name))
+            self._root = ""
+        os.unlink(path)
+        self.refusal(store, layer, cstor.IntegrityError, '"d/file": is missing')
+        obstacles: List[Tuple[Callable[[], None], str]] = [
+            (lambda: os.mkfifo(path), "FIFO"), (lambda: os.mkdir(path), "directory"),
+            (lambda: os.symlink("../e", path), "symbolic link"),
+            (lambda: os.symlink(path, path), "symbolic link")]
+        for make, word in obstacles:
+            make()
+            self.refusal(store, layer, cstor.IntegrityError, word)
+            os.rmdir(path) if os.path.isdir(path) and not os.path.islink(path) else os.unlink(path)
+        shutil.rmtree(os.path.dirname(path))
+        for target in ("/etc", "../../../..", "loop"):
+            os.symlink(target, os.path.dirname(path))
+            self.refusal(store, layer, cstor.IntegrityError, "is missing|loop")
+            os.unlink(os.path.dirname(path))
+
+    def test_symlinked_parents_stay_inside(self) -> None:
+        store, layer, diff = self.one(("real/", None), ("lnk", "/real"), ("real/f", b"right"))
+        tar = make_tar(("real/", None), ("lnk", "/real"), ("lnk/f", b"right"))
+        store.tar_split(layer, tar)
+        store.layers[0].update({"diff-digest": sha256(tar), "diff-size": len(tar)})
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual(tar, self.export(storage.layer(layer)))
+
+    def test_closed_files_ask_for_a_namespace(self) -> None:
+        need(os.geteuid() == 0, "only root can lend its files to another user")
+        store, layer, diff = self.one(("f", b"secret"))
+        os.chmod(os.path.join(diff, "f"), 0)
+        for directory, _, _ in os.walk(self.dir):
+            os.chmod(directory, 0o755)
+        self.guard(store.root)
+        code = (  # imported first: the interpreter's own files may be closed to others
+            "import argparse, ctypes, gettext, hashlib, locale, os, queue, sys, threading\n"
+            f"sys.path.insert(0, {HERE!r})\nimport cstor\n"
+            "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+            f"sys.exit(cstor.main(['--root', {store.root!r}, 'layer', 'export', {layer!r}]))")
+        for closed, words in (("", rb"/diff/f: Permission denied.*podman unshare"),
+                              (store.root, rb"store/overlay: Permission denied.*owner of the"),
+                              (self.dir, rb"store: Permission denied.*owner of the store")):
+            if closed:
+                os.chmod(closed, 0o700)
+                self._root = ""
+            done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, cwd="/", check=False)
+            self.assertEqual(5, done.returncode, done.stderr)
+            self.assertRegex(done.stderr, words)
+
+    def test_mapped_layers_are_read_from_their_template(self) -> None:
+        store, template, _ = self.one(("d/", None), ("d/f", b"data" * 3000))
+        tar = store.tars[template]
+        mapped = store.layer(tar, id="c" * 64,
+                             uidmap=[{"container_id": 0, "host_id": 9, "size": 9}])
+        home = store.path("overlay", mapped)
+        shutil.rmtree(home + "/diff/d")
+        os.makedirs(home + "/diff1/d")
+        store.write(f"overlay/{mapped}/diff1/d/f", bytes(12000))
+        store.write(f"overlay/{mapped}/lower", "l/" + store.read(f"overlay/{template}/link"))
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual(tar, self.export(storage.layer(mapped)))
+            with storage.layer(mapped).open_file(b"d/f") as file:
+                self.assertEqual(b"data" * 3000, file.read())
+
+    def test_metacopy_stubs_are_read_from_the_lower(self) -> None:
+        store, base, diff = self.one(("f", b"data" * 3000))
+        top = store.layer(make_tar(("f", b"data" * 3000), ("g", b"1")), base)
+        stub = store.path("overlay", top, "diff/f")
+        os.truncate(stub, 0)
+        os.truncate(stub, 12000)
+        try:
+            os.setxattr(stub, "user.overlay.metacopy", b"")
+        except OSError:
+            need(False, "no user xattrs on the temporary directory's file system")
+        store.save()
+        with self.open(store) as storage:
+            for verify in (True, False):
+                self.assertEqual(store.tars[top], self.export(storage.layer(top), verify=verify))
+        self._root = ""
+        os.unlink(os.path.join(diff, "f"))
+        self.refusal(store, top, cstor.IntegrityError, "is missing")
+
+    def test_sparse_files_on_disk_are_no_stubs(self) -> None:
+        store, layer, diff = self.one(("f", bytes(100_000)))
+        os.truncate(os.path.join(diff, "f"), 0)
+        os.truncate(os.path.join(diff, "f"), 100_000)
+        with self.open(store) as storage:
+            self.assertEqual(store.tars[layer], self.export(storage.layer(layer)))
+
+    def flat(self) -> Tuple[StoreBuilder, str]:
+        store, layer, diff = self.one(("d/", None), ("d/f", b"flat file"), ("./e", b"other"),
+                                      ("empty", b""))
+        os.rename(diff, diff + "-was")
+        entries: List[Dict[str, Any]] = [{"type": "dir", "name": "d/"}]
+        for name, data in (("d/f", b"flat file"), ("e", b"other")):
+            digest = sha256(data)
+            entries.append({"type": "reg", "name": name, "digest": digest, "size": len(data),
+                            "xattrs": {"user.x": "eA=="}})
+            store.write(f"overlay/{layer}/diff/{digest[7:9]}/{digest[9:]}", data)
+        os.makedirs(store.path("overlay", layer, "composefs-data"))
+        store.big_data(store.layers[0], "zstd-chunked-manifest", json.dumps(
+            {"version": 1, "entries": entries}).encode(), "layers")
+        return store.save(), layer
+
+    def test_flat_layers(self) -> None:
+        store, layer = self.flat()
+        with self.open(store) as storage:
+            self.assertEqual(store.tars[layer], self.export(storage.layer(layer)))
+        self._root = ""
+        os.rmdir(store.path("overlay", layer, "composefs-data"))
+        store.big_data(store.layers[0], "zstd-chunked-layer-data", b'{"format":1}', "layers")
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual(store.tars[layer], self.export(storage.layer(layer)))
+
+    def test_damaged_flat_layers(self) -> None:
+        store, layer = self.flat()
+        toc = store.path("overlay-layers", layer,
+                         os.fsdecode(cstor.big_data_file("zstd-chunked-manifest")))
+        with open(toc, "rb") as file:
+            data = file.read()
+        for content, error, word in (
+                (data[:-3], cstor.FormatError, "truncated"),
+                (b"[]", cstor.FormatError, "it has no entries"),
+                (data.replace(sha256(b"other").encode(), b"sha256:../../../../etc/passwd"),
+                 cstor.IntegrityError, "not in the layer's TOC")):
+            with open(toc, "wb") as file:
+                file.write(content)
+            self.refusal(store, layer, error, word)
+        os.unlink(toc)
+        self.refusal(store, layer, cstor.Unsupported, "zstd-chunked-manifest")
+
+    def test_what_cannot_be_rebuilt_says_why(self) -> None:
+        store = self.builder()
+        lost = store.layer(make_tar(("f", b"1")))
+        os.unlink(store.path(f"overlay-layers/{lost}.tar-split.gz"))
+        torn = store.layer(None, lost, flags={"incomplete": True})
+        writable = store.layer(None, lost)
+        als = store.layer(None, lost, id="a" * 64, **{"diff-digest": "sha256:" + "1" * 64})
+        store.write(f"overlay/{als}/additionallayer", "/var/lib/als/x")
+        gone = store.layer(make_tar(("f", b"1")), lost, id="b" * 64)
+        shutil.rmtree(store.path("overlay", gone))
+        whiteout = store.layer(make_tar((".wh.x", b"content")), lost)
+        store.save()
+        for layer, word in ((lost, "the file is lost"), (torn, "interrupted"),
+                            (writable, "writable layer"), (als, "additional layer store"),
+                            (gone, "its files are gone"), (whiteout, "whiteout with content")):
+            self.refusal(store, layer, cstor.Unsupported, word)
+
+    def test_removal_before_reading(self) -> None:
+        store, layer, _ = self.one(("f", b"1"))
+        with cstor.Storage.open(store.root) as storage:
+            found = storage.layer(layer)
+            shutil.rmtree(store.path("overlay", layer))
+            self.assertRaises(cstor.Unsupported, self.export, found)
+            store.layers = []
+            store.save()
+            self.assertRaises(cstor.LayerUnknown, self.export, found)
+            os.unlink(store.path(f"overlay-layers/{layer}.tar-split.gz"))
+            self.assertRaises(cstor.LayerUnknown, self.export, found)
+
+    def test_large_tocs_are_read_entry_by_entry(self) -> None:
+        entries = ",".join(json.dumps({
+            "type": "reg", "name": f"usr/lib/python3/{i:06d}é", "digest": sha256(b"%d" % i),
+            "size": 4, "xattrs": {"a": "b" * 100}}) for i in range(60_000))
+        data = f'{{"version":1,"entries":[{entries}],"x":1}}'.encode()
+        chunks = (data[i:i + 65_536] for i in range(0, len(data), 65_536))
+        found = cstor.read_objects(chunks, "toc")
+        self.assertEqual(60_000, len(found))
+        self.assertEqual(hashlib.sha256(b"7").digest(), found["usr/lib/python3/000007é".encode()])
+        for cut in (10, 30, len(data) // 2, len(data) - 10):
+            self.assertRaises(cstor.FormatError, cstor.read_objects, iter([data[:cut]]), "toc")
+
+    def test_removal_while_reading(self) -> None:
+        for after in ("diff", "everything"):
+            store = StoreBuilder(os.path.join(self.dir, after))
+            layer = store.layer(make_tar(("a", b"1" * 10), ("b", b"2" * 10)))
+            store.save()
+            with cstor.Storage.open(store.root) as storage:
+                pieces = storage.layer(layer).pieces()
+                next(pieces), next(pieces)
+                shutil.rmtree(store.path("overlay", layer, "diff"))
+                if after == "everything":
+                    shutil.rmtree(store.path("overlay", layer))
+                store.layers = []
+                store.save()
+                with self.assertRaisesRegex(cstor.LayerUnknown, "removed while"):
+                    for _ in pieces:
+                        pass
+
+
+# ================================================================================================
+# 10. Tar headers
+# ================================================================================================
+
+class Headers(unittest.TestCase):
+    def test_numbers(self) -> None:
+        for field, value in ((b"0000644\0", 0o644), (b"   644 \0", 0o644), (b"644\0junk", 0o644),
+                             (b"        ", 0), (b"\0" * 12, 0), (b"\x80" + bytes(10) + b"\x05", 5),
+                             (b"\x80\0\0\0\x7f" + b"\xff" * 7, (1 << 63) - 1),
+                             (b"777777777777", 0o777777777777)):
+            self.assertEqual(value, cstor.parse_number(field), field)
+        for field, value in ((b"\xff" * 12, -1), (b"\xff" * 11 + b"\xfe", -2)):
+            self.assertEqual(value, cstor.parse_number(field))
+        for field in (b"0000648\0", b"-1\0     ", b"+7      ", b"0o17    ", b"1_0     ",
+                      b"\x80\0\0\0\xff" + b"\xff" * 7, b"12 34\0\0\0"):
+            self.assertRaises(cstor.FormatError, cstor.parse_number, field)
+
+    def test_pax_records(self) -> None:
+        self.assertEqual({b"path": b"b", b"k": b"v=w\n"},
+                         cstor.parse_pax(b"9 path=a\n9 path=b\n9 k=v=w\n\n"))
+        self.assertEqual({b"GNU.sparse.map": b"0,5,9,1"}, cstor.parse_pax(b"".join(
+            b"%d GNU.sparse.%s\n" % (len(text) + 15, text)
+            for text in (b"offset=0", b"numbytes=5", b"offset=9", b"numbytes=1"))))
+        for data in (b"9 path=a", b"99 path=a\n", b"0 path=a\n", b"path=a\n", b"3 a\n", b"-5 a=b\n",
+                     b"4 =a\n", b"9" * 30 + b" a=b\n", b"5 a=b\n\0", b" 6 a=b\n", b"7 a=b\n",
+                     b"6 a=b\n\0",
+                     b"25 GNU.sparse.numbytes=5\n"):
+            self.assertRaises(cstor.FormatError, cstor.parse_pax, data)
+
+    def test_a_long_name_that_looks_like_a_header_is_none(self) -> None:
+        tar = make_tar(("d" * 200 + "/" + "0" * 156 + "5", b"content"))
+        entries = list(split_tar(tar))
+        header = base64.b64decode(entries[0]["payload"])
+        member = cstor.Member(header, b"name", 7, base64.b64encode(bytes(8)))
+        self.assertEqual((b"0", 7, 505), (member.typeflag, member.stored, member.padding))
+
+    def test_limits_are_errors(self) -> None:
+        block = tarfile.TarInfo("f")
+        block.size, block.type = (1 << 20) + 1, b"x"
+        header = block.tobuf(tarfile.USTAR_FORMAT)
+        with self.assertRaisesRegex(cstor.FormatError, "more than"):
+            cstor.Member(header + bytes(2 << 20), b"f", 1, b"")
+        for wrong in (b"", bytes(100), header, header + bytes(512)):
+            self.assertRaises(cstor.FormatError, cstor.Member, wrong, b"f", 1, b"")
+
+
+# ================================================================================================
+# 11. tar-split
+# ================================================================================================
+
+class TarSplitTests(StoreTest):
+    """Spellings, damage, sparse files, the second thread."""
+
+    def entries(self, text: bytes) -> List[Tuple[bytes, Optional[bytes], int, bytes]]:
+        """Return what is read, in chunks of several sizes, which must not matter."""
+        results = []
+        for step in (len(text) or 1, 1000, 61):
+            chunks = (text[i:i + step] for i in range(0, len(text), step))
+            results.append(list(cstor.TarSplit(chunks, "f")))
+        joined = [self.merge(result) for result in results]
+        self.assertEqual([joined[0]] * 3, joined)
+        return joined[0]
+
+    @staticmethod
+    def merge(entries: List[Tuple[bytes, Optional[bytes], int, bytes]]
+              ) -> List[Tuple[bytes, Optional[bytes], int, bytes]]:
+        """Join segments that no content follows with what comes next: splits carry no meaning."""
+        merged, pending = [], b""
+        for segment, name, size, checksum in entries:
+            pending += segment
+            if name is not None:
+                merged.append((pending, name, size, checksum))
+                pending = b""
+        return [*merged, (pending, None, 0, b"")]
+
+    def test_spellings(self) -> None:
+        crc = base64.b64encode(b"12345678").decode()
+        expected = [(b"head", "d\u00e9\u2028<\"\\/f".encode(), 5, crc.encode()),
+                    (b"more", b"raw\xff", 0, b""), (b"end", None, 0, b"")]
+        name = json.dumps("d\u00e9\u2028<\"\\/f")
+        raw = base64.b64encode(b"raw\xff").decode()
+        go = "".join(go_json(entry) for entry in (
+            {"type": 2, "payload": "aGVhZA=="},
+            {"type": 1, "name": "d\u00e9\u2028<\"\\/f", "size": 5, "payload": crc, "position": 1},
+            {"type": 2, "payload": "bW9yZQ==", "position": 2},
+            {"type": 1, "name_raw": raw, "payload": None, "position": 3},
+            {"type": 2, "payload": "ZW5k", "position": 4}))
+        for text in (
+                go, go.replace("\n", ""), go.replace("\n", "\r\n \t"), go[:-1],
+                ('{"payload":"aGVhZA==", "type":2} '
+                 f'{{ "name": {name},"type":1,"payload":"{crc}","size":5}}'
+                 '{"type":2,"payload":"bW9yZQ==","x":{"y":[1,"}"]}}'
+                 f'{{"type":1,"name_raw":"{raw}"}}{{"type":2,"payload":"ZW5k"}}'),
+                ('{"Type":2,"PAYLOAD":"aGVh\\nZA=="}'
+                 f'{{"type":1,"name":{name},"size":5,"payload":"{crc}"}}'
+                 '{"type":2,"payload":"bW9y"}{"type":2,"payload":"ZQ=="}'
+                 f'{{"type":1,"name":"","name_raw":"{raw}","size":0,"payload":""}}'
+                 '{"type":2,"payload":"ZW5k"}{"type":2,"payload":null}{"type":2}'
+                 '{"type":2,"payload":""}')):
+            self.assertEqual(expected, self.entries(text.encode()), text)
+
+    def test_many_spellings_of_one_object(self) -> None:
+        rng = random.Random(11)
+        entries = list(split_tar(make_tar(*((f"dir/\u00e9 {i}\"", b"x" * i) for i in range(40)))))
+        expected = self.entries("".join(map(go_json, entries)).encode())
+        for _ in range(30):
+            text = ""
+            for entry in entries:
+                items = list(entry.items())
+                rng.shuffle(items)
+                text += rng.choice(("", " ", "\n\n")) + json.dumps(
+                    dict(items), ensure_ascii=rng.random() < .5,
+                    separators=rng.choice(((",", ":"), (" , ", " :\n"))))
+            self.assertEqual(expected, self.entries(text.encode()))
+
+    def test_malformed_objects(self) -> None:
+        good = b'{"type":2,"payload":"aGVhZA=="}\n'
+        for text in (b"{", b"[]", b"7", b'"x"', b"{}", b'{"type":3}', b'{"type":"2"}',
+                     b'{"type":2,"payload":5}', b'{"type":2,"payload":"a"}',
+                     b'{"type":2,"payload":"aGV*ZA=="}', b'{"type":2,"payload":"aGVhZA="}',
+                     b'{"type":2,"payload":"aGVhZA==="}', b'{"type":2,"payload":"aGVhZA==',
+                     b'{"type":2,"payload":"aGVhZA=="',
+                     b'{"type":1,"name":"f","size":1,"payload":"MTIzNA=="}',
+                     b'{"type":1,"name":"f","size":1,"payload":null}', b'{"type":1,"name":["f"]}',
+                     b'{"type":1,"name":"f","size":1e3,"payload":"MTIzNDU2Nzg="}',
+                     b'{"type":1,"name":"f","size":%d,"payload":"MTIzNDU2Nzg="}' % (1 << 70),
+                     b'{"type":1,"name_raw":"*"}', b"[" * 100_000,
+                     b'{"type":2,"x":"' + b"y" * 100_000, b"\xff", b"\0"):
+            for before in (b"", good, good * 3000):
+                with self.assertRaises(cstor.FormatError, msg=text) as caught:
+                    list(cstor.TarSplit(iter([before + text]), "f"))
+                self.assertEqual("f", caught.exception.file)
+                assert caught.exception.offset is not None
+                self.assertTrue(
+                    len(before.rstrip()) <= caught.exception.offset <= len(before + text))
+
+    def test_segments_of_any_size_pass_through_in_bounded_parts(self) -> None:
+        blob = random.Random(1).getrandbits(8 * 30_000_000).to_bytes(30_000_000, "big")
+        text = b'{"type":2,"payload":"' + base64.b64encode(blob) + b'","position":0}\n'
+        chunks = (text[i:i + 99_991] for i in range(0, len(text), 99_991))
+        parts = [entry[0] for entry in cstor.TarSplit(chunks, "f")]
+        self.assertEqual(blob, b"".join(parts))
+        self.assertLess(max(map(len, parts)), 2 << 20)
+        for cut in (100, len(text) - 20, len(text) - 2):
+            with self.assertRaises(cstor.FormatError):
+                list(cstor.TarSplit(iter([text[:cut]]), "f"))
+
+    def test_gzip_members_and_damage(self) -> None:
+        data = os.urandom(200_000)
+        path = os.path.join(self.dir, "x.gz")
+
+        def read(content: bytes) -> bytes:
+            with open(path, "wb") as file:
+                file.write(content)
+            with open(path, "rb") as file:
+                return b"".join(cstor.gunzip(file.fileno(), path))
+
+        packed = gzip.compress(data)
+        self.assertEqual(data, read(packed))
+        self.assertEqual(data * 2, read(packed * 2))
+        self.assertEqual(data + b"x", read(packed + gzip.compress(b"") + gzip.compress(b"x")))
+        self.assertEqual(b"x" * 20_000, read(gzip.compress(b"x") * 20_000))
+        for wrong in (b"", packed[:-1], packed[:1000], packed[:5], packed + b"garbage", b"plain",
+                      packed[:5000] + b"\0" + packed[5001:], packed[:-5] + b"\0" + packed[-4:]):
+            self.assertRaises(cstor.FormatError, read, wrong)
+
+    def test_every_damaged_byte_is_noticed(self) -> None:
+        """Flip and cut tar-split data at every place; the tar is right, or an error is raised."""
+        store = self.builder()
+        layer = store.layer(make_tar(("d/", None), ("d/file", b"content"), ("d/link", "file"),
+                                     ("d/" + "n" * 120, b"x" * 600)))
+        store.save()
+        path = store.path(f"overlay-layers/{layer}.tar-split.gz")
+        with open(path, "rb") as file:
+            packed = file.read()
+        text, tar = gzip.decompress(packed), store.tars[layer]
+        rng = random.Random(2)
+        damaged = [packed[:i] for i in range(0, len(packed), 7)]
+        damaged += [packed[:i] + bytes([packed[i] ^ 1 << rng.randrange(8)]) + packed[i + 1:]
+                    for i in range(len(packed))]
+        for i in rng.sample(range(len(text)), 700):
+            damaged.append(gzip.compress(text[:i] + bytes([rng.randrange(256)]) + text[i + 1:], 1))
+            damaged.append(gzip.compress(text[:i], 1))
+        right = 0
+        with cstor.Storage.open(store.root) as storage:
+            record = storage.layer(layer)
+            for content in damaged:
+                with open(path, "wb") as file:
+                    file.write(content)
+                for verify in (True, False):
+                    try:
+                        result = self.export(record, verify=verify)
+                    except cstor.CstorError:
+                        continue
+                    if verify:
+                        self.assertEqual(tar, result)
+                        right += 1
+                    self.assertEqual(len(tar), len(result))
+        self.assertGreater(right, 0)  # some bytes carry no meaning: gzip's time, "position"
+
+    def test_headers_that_are_too_long(self) -> None:
+        store = self.builder()
+        layer = store.layer(make_tar(("f", b"1")))
+        store.save()
+        entries = list(split_tar(store.tars[layer]))
+        bomb = base64.b64encode(bytes(3 << 20)).decode()
+        store.write(f"overlay-layers/{layer}.tar-split.gz", gzip.compress("".join(
+            map(go_json, [{"type": 2, "payload": bomb}] * 3 + entries)).encode()))
+        with self.open(store) as storage, \
+                self.assertRaisesRegex(cstor.FormatError, "bytes of headers"):
+            self.export(storage.layer(layer))
+
+    def test_sparse_maps(self) -> None:
+        """The tables of GNU tar 1.34 for files with holes at every place."""
+        def table(content: bytes) -> bytes:
+            path = os.path.join(self.dir, "sparse")
+            with open(path, "wb") as file:
+                file.write(content)
+            with open(path, "rb") as file:
+                text, runs = cstor.sparse_table(file.fileno(), len(content), 4096, False)
+            self.assertEqual(0, len(text) % 512)
+            self.assertEqual(content, b"".join(
+                bytes(offset - end) + content[offset:offset + size] for end, (offset, size) in zip(
+                    [0, *(o + s for o, s in runs)], runs)))
+            return text.rstrip(b"\0")
+
+        hole, data = bytes(8192), b"x" * 4096
+        for content, expected in ((data, b"1\n0\n4096\n"), (hole + data, b"1\n8192\n4096\n"),
+                                  (data + hole, b"2\n0\n4096\n12288\n0\n"), (hole, b"1\n8192\n0\n"),
+                                  (data + hole + b"y", b"2\n0\n4096\n12288\n1\n")):
+            self.assertEqual(expected, table(content))
+
+    def test_wrong_digest_with_sound_files(self) -> None:
+        store = self.sample()
+        layer = store.layers[0]
+        layer["diff-digest"] = "sha256:" + "0" * 64
+        store.save()
+        with self.open(store) as storage, self.assertRaisesRegex(
+                cstor.IntegrityError, "all files match.*expected sha256:000"):
+            self.export(storage.layer(layer["id"]))
+        self._root = ""
+        layer.update({"diff-digest": sha256(store.tars[layer["id"]]), "diff-size": 5})
+        store.save()
+        with self.open(store) as storage, \
+                self.assertRaisesRegex(cstor.IntegrityError, "wrong size"):
+            self.export(storage.layer(layer["id"]))
+
+    def test_unknown_digest_means_checking_every_file(self) -> None:
+        store = self.sample()
+        layer = store.layers[1]
+        del layer["diff-digest"]
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual(store.tars[layer["id"]], self.export(storage.layer(layer["id"])))
+            self.assertEqual(4, storage.layer(layer["id"]).verify())
+        self._root = ""
+        with open(store.path("overlay", layer["id"], "diff/srv/app.py"), "r+b") as file:
+            file.write(b"P")
+        with self.open(store) as storage, \
+                self.assertRaisesRegex(cstor.IntegrityError, "srv/app.py"):
+            self.export(storage.layer(layer["id"]))
+
+    def test_targets(self) -> None:
+        store = self.sample()
+        layer_id = store.layers[0]["id"]
+        tar = store.tars[layer_id]
+        with self.open(store) as storage:
+            layer = storage.layer(layer_id)
+            for verify in (True, False):
+                target = os.path.join(self.dir, f"out-{verify}")
+                fd = os.open(target, os.O_WRONLY | os.O_CREAT)
+                digest = layer.export(fd, verify=verify)
+                os.close(fd)
+                with open(target, "rb") as file:
+                    self.assertEqual((tar, sha256(tar) if verify else ""), (file.read(), digest))
+                with open("/dev/full", "wb") as full, self.assertRaises(OSError) as caught:
+                    layer.export(full.fileno(), verify=verify)
+                self.assertEqual(errno.ENOSPC, caught.exception.errno)
+            seen: List[Tuple[int, int]] = []
+            layer.export(io.BytesIO(), progress=lambda size, files: seen.append((size, files)))
+            self.assertEqual((len(tar), 4), seen[-1])
+            self.assertEqual(sorted(seen), seen)
+
+    def test_targets_that_take_less_at_a_time(self) -> None:
+        class Raw(io.RawIOBase):
+            def __init__(self) -> None:
+                self.data = b""
+
+            def writable(self) -> bool:
+                return True
+
+            def write(self, data: Any) -> int:
+                part = bytes(data[:len(data) // 2 + 1])
+                self.data += part
+                return len(part)
+
+        store = self.sample()
+        with self.open(store) as storage:
+            out: Any = Raw()
+            storage.layers()[0].export(out)
+            self.assertEqual(store.tars[storage.layers()[0].id], out.data)
+
+    def test_failed_export_writes_no_more(self) -> None:
+        """The caller may close and reuse his descriptor, or object, once an error is raised."""
+        store = self.sample()
+        os.unlink(store.path("overlay", store.layers[0]["id"], "diff/etc/passwd"))
+        written: List[str] = []
+
+        class Slow(io.BytesIO):
+            def write(self, data: Any) -> int:
+                time.sleep(.7)
+                written.append("late")
+                return super().write(data)
+
+        with self.open(store) as storage:
+            with self.assertRaises(cstor.IntegrityError):
+                storage.layers()[0].export(Slow())
+            count = len(written)
+            time.sleep(1)
+            self.assertEqual(count, len(written))
+
+    def test_sparse_members_by_either_convention(self) -> None:
+        """GNU tar ends the map of a file by an empty run always, or only after a hole."""
+        content = bytes(8192) + b"x" * 5000 + bytes(4096 * 3 - 5000) + b"y" * 1000
+        for block, always in cstor.SPARSE_CONVENTIONS:
+            store = StoreBuilder(os.path.join(self.dir, f"{block}{always}"))
+            layer = store.layer(make_tar(("f", content)))
+            with open(store.path("overlay", layer, "diff/f"), "rb") as file:
+                table, runs = cstor.sparse_table(file.fileno(), len(content), block, always)
+            data = table + b"".join(content[at:at + size] for at, size in runs)
+            tar = io.BytesIO()
+            info = tarfile.TarInfo("GNUSparseFile.1/f")
+            info.size = len(data)
+            info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0",
+                                "GNU.sparse.name": "f", "GNU.sparse.realsize": str(len(content))}
+            with tarfile.open(fileobj=tar, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                archive.addfile(info, io.BytesIO(data))
+            whole = tar.getvalue()
+            start = whole.index(data)
+            entries = [
+                {"type": 2, "payload": base64.b64encode(whole[:start]).decode()},
+                {"type": 1, "name": "f", "size": len(content), "payload": base64.b64encode(
+                    slow_crc64(content).to_bytes(8, "big")).decode()},
+                {"type": 2, "payload": base64.b64encode(whole[start + len(data):]).decode()}]
+            store.write(f"overlay-layers/{layer}.tar-split.gz",
+                        gzip.compress("".join(map(go_json, entries)).encode()))
+            store.layers[0].update({"diff-digest": sha256(whole), "diff-size": len(whole)})
+            store.save()
+            with cstor.Storage.open(store.root) as storage:
+                for verify in (True, False):
+                    self.assertEqual(whole, self.export(storage.layers()[0], verify=verify))
+            store.layers[0]["diff-digest"] = sha256(b"")
+            store.save()
+            with cstor.Storage.open(store.root) as storage:
+                self.assertRaises(cstor.Unsupported, self.export, storage.layers()[0])
+            with open(store.path("overlay", layer, "diff/f"), "r+b") as damaged:
+                damaged.write(b"z")
+            with cstor.Storage.open(store.root) as storage:
+                self.assertRaises(cstor.IntegrityError, self.export, storage.layers()[0])
+
+    def test_abandoned_pieces_close_everything(self) -> None:
+        with self.open(self.sample()) as storage:
+            pieces = storage.layers()[0].pieces()
+            for piece in pieces:
+                if isinstance(piece, cstor.Extent):
+                    break
+            pieces.close()
+            members = storage.layers()[0].members()
+            self.assertEqual(b"bin/", next(members).name)
+            del members
+
+    def test_memory_does_not_grow_with_the_layer(self) -> None:
+        store = self.builder()
+        files = ((f"d{i % 50}/f{i}", b"x" * (i % 3000)) for i in range(20_000))
+        layer = store.layer(make_tar(*files, ("big", bytes(80 << 20))))
+        store.save()
+        self.guard(store.root)
+        self.assertLess(peak_memory("--root", store.root, "layer", "export", layer), 64 << 10)
+
+
+# ================================================================================================
+# 12. Library
+# ================================================================================================
+
+class Library(StoreTest):
+    def test_everyday_use(self) -> None:
+        store = self.sample()
+        self.guard(store.root)
+        environ = dict(os.environ)
+        os.environ["CONTAINERS_GRAPHROOT"] = store.root
+        try:
+            with cstor.Storage.discover() as storage:
+                self.assertEqual(store.root, storage.graphroot)
+                image = storage.image("sample")
+                self.assertEqual(["docker.io/library/sample:latest"], image.names)
+                layer = image.layers()[1]
+                self.assertEqual(
+                    ["srv/", "srv/app.py", "etc/.wh.passwd", "srv/caf\u00e9 <&>",
+                     "srv/latin1-\udce9", "srv/" + "long-" * 30],
+                    [os.fsdecode(member.name) for member in layer.members()])
+                with layer.open_file(b"srv/app.py") as file:
+                    self.assertEqual(b"print('app')\n" * 400, file.read())
+                self.assertEqual(["web"], storage.containers()[0].names)
+        finally:
+            os.environ.clear()
+            os.environ.update(environ)
+
+    def test_threads_share_a_storage(self) -> None:
+        store = self.sample()
+        results: List[bytes] = []
+        with self.open(store) as storage:
+            layer = storage.layer(store.layers[0]["id"])
+            threads = [threading.Thread(target=lambda: results.append(self.export(layer)))
+                       for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual([store.tars[layer.id]] * 4, results)
+
+    def read_everything(self, root: str) -> int:
+        """Read all there is; return how many layers were rebuilt, each with its own digest."""
+        rebuilt = 0
+
+        def attempt(read: Callable[[], object]) -> object:
+            try:
+                return read()
+            except (cstor.CstorError, OSError) as error:
+                self.assertGreater(len(cstor.describe(error)), 10)
+                self.assertIn(cstor.exit_status(error), (3, 4, 5, 6))
+                return None
+
+        with cstor.Storage.open(root) as storage:
+            for list_all in (storage.images, storage.layers, storage.containers):
+                attempt(list_all)
+            for image in attempt(storage.images) or ():  # type: ignore[attr-defined]
+                for read in (image.manifest, image.config, image.history, image.layers):
+                    attempt(read)
+            for layer in attempt(storage.layers) or ():  # type: ignore[attr-defined]
+                attempt(layer.lower_ids)
+                out = io.BytesIO()
+                if attempt(lambda layer=layer, out=out: layer.export(out)):  # type: ignore[misc]
+                    self.assertIn(layer.diff_digest, ("", sha256(out.getvalue())))
+                    rebuilt += 1
+        return rebuilt
+
+    def test_damage_anywhere(self) -> None:
+        """Cut and flip every file of a store; what is read is right, or an error that says why."""
+        store = self.builder()
+        base = store.layer(make_tar(("d/", None), ("d/f", b"content")))
+        top = store.layer(make_tar(("g", b"more"), ("d/.wh.f", b"")), base, names=["top"])
+        image = store.image(top, "localhost/a:1")
+        store.container(image, store.layer(None, top), "c")
+        store.save()
+        self.assertEqual(2, self.read_everything(store.root))
+        rng = random.Random(9)
+        files = [os.path.join(directory, name) for directory, _, names in os.walk(store.root)
+                 for name in names if not os.path.islink(os.path.join(directory, name))]
+        self.assertEqual(18, len(files))
+        for path in files:
+            with open(path, "rb") as file:
+                data = file.read()
+            places = rng.sample(range(len(data)), min(len(data), 12))
+            damaged = [data[:i] for i in places] + [b"", data + data] + [
+                data[:i] + bytes([rng.randrange(256)]) + data[i + 1:] for i in places]
+            for content in damaged:
+                with open(path, "wb") as file:
+                    file.write(content)
+                self.assertLessEqual(self.read_everything(store.root), 2, path)
+            os.unlink(path)
+            self.read_everything(store.root)
+            os.symlink("/etc/passwd", path)
+            self.read_everything(store.root)
+            os.unlink(path)
+            os.mkdir(path)
+            self.read_everything(store.root)
+            os.rmdir(path)
+            with open(path, "wb") as file:
+                file.write(data)
+        self.assertEqual(2, self.read_everything(store.root))
+
+    def test_closing_twice(self) -> None:
+        storage = cstor.Storage.open(self.sample().root)
+        storage.close()
+        storage.close()
+
+
+# ================================================================================================
+# 13. Command line
+# ================================================================================================
+
+class CommandLine(StoreTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.sample()
+        self.guard(self.store.root)
+        self.layer = self.store.layers[0]["id"]
+        self.tar = self.store.tars[self.layer]
+
+    def cstor(self, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
+        return self.run_cstor("--root", self.store.root, *args, **kwargs)
+
+    def test_export_to_stdout_and_to_a_file(self) -> None:
+        self.assertEqual(self.tar, self.cstor("layer", "export", self.layer).stdout)
+        target = os.path.join(self.dir, "layer.tar")
+        for arguments in (("-o", target), ("--no-verify", "-o", target),
+                          ("-q", "--output", target)):
+            done = self.cstor("layer", "export", self.layer[:9], *arguments)
+            self.assertEqual((b"", b""), (done.stdout, done.stderr))
+            with open(target, "rb") as file:
+                self.assertEqual(self.tar, file.read())
+            self.assertEqual({"layer.tar", "store"}, set(os.listdir(self.dir)))
+
+    def test_a_failed_export_leaves_nothing_and_spoils_nothing(self) -> None:
+        target = os.path.join(self.dir, "layer.tar")
+        with open(target, "w", encoding="utf-8") as file:
+            file.write("old")
+        self._root = ""
+        with open(self.store.path("overlay", self.layer, "diff/etc/passwd"), "r+b") as damaged:
+            damaged.write(b"R")
+        done = self.cstor("layer", "export", self.layer, "-o", target, status=4)
+        self.assertIn(b'"etc/passwd": file integrity checksum failed: expected CRC-64 ',
+                      done.stderr)
+        self.assertEqual({"layer.tar", "store"}, set(os.listdir(self.dir)))
+        with open(target, encoding="utf-8") as file:
+            self.assertEqual("old", file.read())
+        self.cstor("layer", "export", self.layer, "-o", self.dir + "/none/x", status=6)
+        self.cstor("layer", "export", self.layer, "-o", self.dir, status=6)
+
+    def test_special_targets(self) -> None:
+        link, target = os.path.join(self.dir, "link"), os.path.join(self.dir, "target")
+        os.symlink(target, link)
+        self.cstor("layer", "export", self.layer, "-o", link)
+        self.assertTrue(os.path.islink(link))
+        self.assertEqual(len(self.tar), os.path.getsize(target))
+        before = os.stat("/dev/null")
+        self.cstor("layer", "export", self.layer, "-o", "/dev/null")
+        self.assertEqual((before.st_ino, before.st_mode), (os.stat("/dev/null").st_ino,
+                                                           os.stat("/dev/null").st_mode))
+        done = self.cstor("layer", "export", self.layer, "-o", "/dev/full", status=6)
+        self.assertIn(b"No space left on device", done.stderr)
+        fifo = os.path.join(self.dir, "fifo")
+        os.mkfifo(fifo)
+        reader = subprocess.Popen(["sh", "-c", f"cat {fifo} > {target}"])
+        self.cstor("layer", "export", self.layer, "-o", fifo)
+        self.assertEqual(0, reader.wait())
+        with open(target, "rb") as file:
+            self.assertEqual(self.tar, file.read())
+
+    def test_interrupted_export(self) -> None:
+        script = os.path.join(self.dir, "slow.py")
+        with open(script, "w", encoding="utf-8") as file:
+            file.write(f"import sys, time; sys.path.insert(0, {HERE!r}); import cstor\n"
+                       "cstor.write_all = lambda fd, data: "
+                       "(print('x', flush=True), time.sleep(30))\n"
+                       "sys.exit(cstor.main())\n")
+        target = os.path.join(self.dir, "layer.tar")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            process = subprocess.Popen(
+                [sys.executable, script, "--root", self.store.root, "layer", "export", self.layer,
+                 "-o", target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=IDLE)
+            assert process.stdout and process.stderr
+            self.assertEqual(b"x\n", process.stdout.readline())
+            self.assertEqual(1, sum(name.endswith(".partial") for name in os.listdir(self.dir)))
+            process.send_signal(number)
+            self.assertEqual((b"", b""), process.communicate(timeout=20))
+            self.assertEqual(128 + number, process.returncode)
+            self.assertEqual({"store", "slow.py"}, set(os.listdir(self.dir)))
+
+    def test_closed_pipes_end_quietly(self) -> None:
+        for arguments in (["layer", "export", self.layer], ["layer", "list", "--format", "json"]):
+            for verify in ([], ["--no-verify"]) if "export" in arguments else ([],):
+                reader, writer = os.pipe()
+                os.close(reader)
+                done = self.cstor(*arguments, *verify, stdout=writer, status=141)
+                os.close(writer)
+                self.assertEqual(b"", done.stderr)
+
+    def test_closed_standard_streams(self) -> None:
+        for redirect, status in ((">&-", 6), ("2>&-", 0), ("<&-", 0), (">/dev/full", 6)):
+            done = self.run_cstor(
+                "-c", f'exec "$@" {redirect}', "sh", sys.executable, SCRIPT, "--root",
+                self.store.root, "layer", "export", self.layer, command=["sh"], status=status)
+            if status == 0:
+                self.assertEqual(self.tar, done.stdout)
+        self.run_cstor("-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, SCRIPT, "--root",
+                       self.store.root, "image", "list", command=["sh"], status=6)
+        for redirect in ("2>/dev/full", "2>&1 >&- | :"):
+            self.run_cstor("-c", f'set -o pipefail; "$@" {redirect}', "sh", sys.executable, SCRIPT,
+                           "--root", self.store.root, "image", "inspect", "nothing",
+                           command=["bash"], status=6 if "|" in redirect else 3)
+
+    def test_output_that_does_not_block(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, "--root", self.store.root, "layer", "export", self.layer],
+            stdout=writer, stderr=subprocess.PIPE, env=IDLE)
+        os.close(writer)
+        time.sleep(.5)
+        with open(reader, "rb") as file:
+            self.assertEqual(self.tar, file.read())
+        self.assertEqual(b"", process.communicate()[1])
+        self.assertEqual(0, process.returncode)
+
+    def test_exit_statuses(self) -> None:
+        for arguments, status in ((["image", "list"], 0), (["--version"], 0), (["--help"], 0),
+                                  ([], 2), (["image"], 2), (["image", "lost"], 2),
+                                  (["image", "list", "x"], 2), (["image", "inspect", "nothing"], 3),
+                                  (["layer", "export", "zz"], 3),
+                                  (["layer", "export", self.store.layers[3]["id"]], 6),
+                                  (["image", "list", "--format", "xml"], 2),
+                                  (["layer", "export", self.layer, "-o", ""], 2),
+                                  (["layer", "export", self.layer, "-o", "missing/"], 2),
+                                  (["--root", "", "image", "list"], 2)):
+            self.cstor(*arguments, status=status)
+        self.run_cstor("--root", "/nonexistent", "image", "list", status=3)
+        self.run_cstor("--root", SCRIPT, "image", "list", status=3)
+
+    def test_options_before_and_after_the_command(self) -> None:
+        for arguments in (["--root", self.store.root, "image", "ls"],
+                          ["image", "ls", "--root", self.store.root],
+                          ["--store", self.store.root, "image", "list", "--root", self.store.root]):
+            self.assertIn(b"sample", self.run_cstor(*arguments).stdout)
+        done = self.run_cstor("--store", "/a", "store", "info", "--root", self.store.root,
+                              "--store", "/b")
+        self.assertIn(b"/a", done.stderr)
+        self.assertIn(b"/b", done.stderr)
+
+    def test_every_way_to_run_it(self) -> None:
+        expected = self.cstor("image", "list", "--format", "json").stdout
+        self.assertEqual(2, len(json.loads(expected)))
+        arguments = ["--root", self.store.root, "image", "list", "--format", "json"]
+        with open(SCRIPT, "rb") as script:
+            self.assertEqual(expected, self.run_cstor(*arguments, command=[sys.executable, "-"],
+                                                      stdin=script).stdout)
+        self.assertEqual(expected, self.run_cstor(
+            *arguments, command=[sys.executable, "-m", "cstor"], cwd=HERE).stdout)
+        other = os.path.join(self.dir, "other_name")
+        shutil.copy(SCRIPT, other)
+        done = self.run_cstor("--help", command=[sys.executable, other])
+        self.assertIn(b"usage: other_name ", done.stdout)
+        self.assertEqual(expected, self.run_cstor(
+            *arguments, command=[sys.executable, other]).stdout)
+        archive = os.path.join(self.dir, "cstor.zip")
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(SCRIPT, "cstor.py")
+            file.write(SCRIPT, "__main__.py")
+        self.assertEqual(expected, self.run_cstor(
+            *arguments, command=[sys.executable, archive]).stdout)
+        self.assertEqual(expected, self.run_cstor(
+            *arguments, command=[sys.executable, "-m", "cstor"], env={"PYTHONPATH": archive},
+            cwd="/").stdout)
+
+    def test_listings(self) -> None:
+        image, layers = self.store.images[1]["id"], [entry["id"] for entry in self.store.layers]
+        table = self.cstor("image", "list").stdout.decode().splitlines()
+        self.assertEqual(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE"],
+                         [word.strip() for word in table[0].split("  ") if word])
+        self.assertEqual(["docker.io/library/sample", "latest", image[:12]],
+                         sorted(table[1:])[0].split()[:3])
+        self.assertIn(image, self.cstor("image", "ls", "--no-trunc").stdout.decode())
+        listed = json.loads(self.cstor("image", "layers", "sample", "--format", "json").stdout)
+        self.assertEqual(layers[:3], [entry["id"] for entry in listed])
+        self.assertEqual(self.store.layers[0], {key: value for key, value in listed[0].items()
+                                                if key in self.store.layers[0]})
+        history = json.loads(self.cstor("image", "history", "sample", "--format", "json").stdout)
+        self.assertEqual(["step 2", "step 1", "step 0"], [row["created_by"] for row in history])
+        self.assertIn(b"step 1", self.cstor("image", "history", "sample").stdout)
+        container = json.loads(self.cstor("container", "list", "--format", "json").stdout)[0]
+        self.assertEqual((["web"], "localhost/app:latest", ""),
+                         (container["names"], container["image-name"], container["state"]))
+        self.assertIn(b"web", self.cstor("container", "list").stdout)
+        inspected = json.loads(self.cstor("layer", "inspect", layers[1]).stdout)[0]
+        self.assertEqual(([layers[0]], [self.store.images[0]["id"]], []),
+                         (inspected["lower"], inspected["images"], inspected["faults"]))
+        self.assertEqual(self.store.path(f"overlay-layers/{layers[1]}.tar-split.gz"),
+                         inspected["tar-split"])
+        found = json.loads(self.cstor("container", "inspect", "web").stdout)[0]
+        self.assertEqual("web", found["metadata"]["name"])
+        info = json.loads(self.cstor("store", "info", "--format", "json").stdout)
+        self.assertEqual((2, 4, 1, self.store.root), (info["images"], info["layers"],
+                                                      info["containers"], info["graph-root"]))
+        for words in ("store info", "image inspect sample", "layer inspect " + layers[0],
+                      "container inspect web"):
+            self.assertIn(b"graph-root" if "info" in words else b"created",
+                          self.cstor(*words.split(), "--format", "table").stdout)
+
+    def test_names_cannot_steer_a_terminal(self) -> None:
+        self._root = ""
+        self.store.images[0]["names"] = ["localhost/\x1b[31mred\u202e\n:x", "\ud800"]
+        self.store.save()
+        for words in (["image", "list"], ["image", "inspect", self.store.images[0]["id"]]):
+            for env in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}):
+                shown = self.cstor(*words, env=env).stdout
+                self.assertNotIn(b"\x1b", shown)
+                shown.decode("ascii")
+
+    def test_terminal(self) -> None:
+        """Progress on a terminal, and no tar there."""
+        master, slave = pty.openpty()
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor\n"
+                "cstor.ProgressLine.INTERVAL = 0\n"
+                "sys.exit(cstor.main())")
+        done = self.run_cstor("--root", self.store.root, "layer", "export", self.layer,
+                              command=[sys.executable, "-c", code], stderr=slave)
+        self.assertEqual(self.tar, done.stdout)
+        shown = os.read(master, 4096)
+        self.assertRegex(shown, rb"\r[\d.]+ MB of 3.01 MB \(\d+%\), 0:00 left, [0-4] files, "
+                                rb"[\d.]+ MB/s")
+        self.assertTrue(shown.endswith(b"\r\x1b[K"))
+        self.run_cstor("-q", "--root", self.store.root, "layer", "export", self.layer, stdout=slave,
+                       status=2)
+        os.close(slave)
+        os.close(master)
+
+    def test_tracebacks_only_when_asked(self) -> None:
+        self.cstor("image", "inspect", "nothing", status=3)
+        done = subprocess.run([sys.executable, SCRIPT, "-vv", "--root", self.store.root, "image",
+                               "inspect", "nothing"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertIn(b"Traceback", done.stderr)
+
+    def test_humane_numbers(self) -> None:
+        for size, text in ((0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"),
+                           (999_500, "1 MB"), (675_450_880, "675 MB"), (-1, "unknown"),
+                           (10**16, "10 PB"), (10**19, "1e+04 PB")):
+            self.assertEqual(text, cstor.human_size(size))
+        now = time.time_ns()
+        for seconds, text in ((0, "just now"), (1, "1 second ago"), (119, "1 minute ago"),
+                              (7200, "2 hours ago"), (86400 * 13, "13 days ago"),
+                              (86400 * 14, "2 weeks ago"), (86400 * 59, "8 weeks ago"),
+                              (86400 * 400, "1 year ago")):
+            self.assertEqual(text, cstor.human_age(now - seconds * 10**9 - 10**8))
+        self.assertEqual("", cstor.human_age(None))
+
+
+# ================================================================================================
+# Real stores
+# ================================================================================================
+
+class RealStores(unittest.TestCase):
+    """Whole stores as podman left them, from CSTOR_TEST_STORES."""
+
+    # Layers that have no tar, by archive: how many, and the words that say why.
+    WITHOUT = {"podman5.8": (4, "writable layer"), "podman5.4": (1, "writable layer"),
+               "schema1": (3, "writable layer|unusable layer ID")}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        where = os.environ.get("CSTOR_TEST_STORES", "")
+        need(where and os.path.isdir(where), "CSTOR_TEST_STORES names no directory of real stores")
+        need(os.geteuid() == 0, "only root can unpack owners and devices")
+        need_tools("tar", "xz")
+        cls.dir = tempfile.mkdtemp(prefix="cstor-stores-")
+        cls.addClassCleanup(shutil.rmtree, cls.dir)
+        cls.roots = {}
+        for name in sorted(os.listdir(where)):
+            if name.endswith(".tar.xz"):
+                store = name[:-7]
+                os.mkdir(os.path.join(cls.dir, store))
+                subprocess.run(["tar", "--xattrs", "--xattrs-include=*", "--numeric-owner", "-C",
+                                os.path.join(cls.dir, store), "-xJf", os.path.join(where, name)],
+                               check=True, stderr=subprocess.DEVNULL)
+                cls.roots[store] = os.path.join(cls.dir, store, store)
+
+    dir: str
+    roots: Dict[str, str]
+
+    def test_every_layer_is_rebuilt(self) -> None:
+        self.assertEqual({"composefs", "podman5.4", "podman5.8", "rootless", "schema1"},
+                         set(self.roots))
+        for name, root in self.roots.items():
+            before = snapshot(root)
+            without = []
+            with cstor.Storage.open(root + "/st", runroot=root + "/run") as storage:
+                for layer in storage.layers():
+                    for verify in (True, False):
+                        out = io.BytesIO()
+                        try:
+                            layer.export(out, verify=verify)
+                        except (cstor.Unsupported, cstor.FormatError) as error:
+                            without.append(str(error))
+                            self.assertEqual("", layer.diff_digest)
+                            continue
+                        self.assertEqual(layer.diff_digest, sha256(out.getvalue()))
+                count, words = self.WITHOUT.get(name, (0, ""))
+                self.assertEqual(2 * count, len(without))
+                for reason in without:
+                    self.assertRegex(reason, words)
+                for image in storage.images():
+                    for get in (image.manifest, image.config, image.history):
+                        with contextlib.suppress(cstor.NotFound):
+                            get()
+                for container in storage.containers():
+                    self.assertEqual("created", container.state["state"])
+            self.assertEqual(before, snapshot(root))
+
+    def test_images(self) -> None:
+        self.assertEqual(
+            {"composefs": [("127.0.0.1:5555/foo:zc2", 2, [])],
+             "podman5.4": [("localhost/img3:latest", 2, [])],
+             "podman5.8": [("localhost/img3:latest", 2, []), ("localhost/zc2:latest", 2, [])],
+             "rootless": [("localhost/img3:latest", 2, [])],
+             "schema1": [("localhost/s1:latest", 2, []), ("localhost/s2:latest", 2, []),
+                         ("nomanifest", 1, ["no manifest"]),
+                         ("nolayers", 0, ["no manifest", "no layer"])]},
+            {name: self.images(root) for name, root in self.roots.items()})
+
+    @staticmethod
+    def images(root: str) -> List[Tuple[str, int, List[str]]]:
+        with cstor.Storage.open(root + "/st") as storage:
+            return [(image.names[0], len(image.layers()), image.faults)
+                    for image in storage.images()]
+
+    def test_schema1_configuration(self) -> None:
+        with cstor.Storage.open(self.roots["schema1"] + "/st") as storage:
+            old, new = storage.image("s1").config(), storage.image("s2").config()
+            self.assertEqual(new["rootfs"], old["rootfs"])
+            self.assertEqual((new["config"], new["architecture"], new["os"]),
+                             (old["config"], old["architecture"], old["os"]))
+
+    def test_odd_big_data_keys(self) -> None:
+        with cstor.Storage.open(self.roots["schema1"] + "/st") as storage:
+            image = storage.image("nomanifest")
+            self.assertEqual(13, len(image.big_data_names))
+            for key in image.big_data_names:
+                self.assertEqual(image.record["big-data-sizes"][key], len(image.big_data(key)))
+
+    def test_containers(self) -> None:
+        with cstor.Storage.open(self.roots["podman5.8"] + "/st") as storage:
+            self.assertEqual({"c1", "m1", "rfs", "vol1"},
+                             {c.names[0] for c in storage.containers()})
+            self.assertEqual([True], [c.volatile for c in storage.containers()
+                                      if c.names == ["vol1"]])
+            self.assertTrue(storage.container("rfs").state["rootfs"].startswith("/"))
+            self.assertEqual("/lab/podman5.8/st", storage.recorded_roots()["GraphRoot"])
+
+    def test_damaged_contents_are_named(self) -> None:
+        for name in ("podman5.8", "composefs"):
+            copy = os.path.join(self.dir, "damaged-" + name)
+            subprocess.run(["cp", "-a", self.roots[name] + "/st", copy], check=True)
+            with cstor.Storage.open(copy) as storage:
+                layer = storage.images()[0].layers()[0]
+                with layer.open_file(b"d1/hello") as file:
+                    path = os.readlink(f"/proc/self/fd/{file.fileno()}")
+                with open(path, "r+b") as damaged:
+                    damaged.write(b"H")
+                with self.assertRaises(cstor.IntegrityError) as caught:
+                    layer.export(io.BytesIO())
+                self.assertEqual((b"d1/hello", "CRC-64 44e9cf3f572ad9ac"),
+                                 (caught.exception.name, caught.exception.expected))
+
+
+# ================================================================================================
+# Real podman
+# ================================================================================================
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+FIELDS = (("name", 100), ("mode", 8), ("uid", 8), ("gid", 8), ("size", 12), ("mtime", 12),
+          ("chksum", 8), ("typeflag", 1), ("linkname", 100), ("magic", 8), ("uname", 32),
+          ("gname", 32), ("major", 8), ("minor", 8), ("prefix", 155))
+
+
+def entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", *, size: Union[int, bytes] = -1,
+          padding: bytes = b"\0", signed: bool = False, **fields: bytes) -> bytes:
+    """Return one tar member; ``size`` is the header's, raw when bytes, if not that of ``data``.
+
+    ``fields`` holds other raw header fields; ``signed`` sums the header as Sun's old tar did.
+    """
+    number = len(data) if size == -1 else size
+    mode = b"0000755" if typeflag == b"5" or name.endswith(b"/") else b"0000644"
+    values = {"name": name, "mode": mode, "uid": b"0000000", "gid": b"0000000",
+              "size": number if isinstance(number, bytes) else b"%011o" % number,
+              "mtime": b"14000000000",
+              "chksum": b" " * 8, "typeflag": typeflag, "magic": b"ustar\x0000", **fields}
+    block = bytearray(b"".join(values.get(key, b"").ljust(width, b"\0")
+                               for key, width in FIELDS).ljust(BLOCK, b"\0"))
+    total = sum(block) - 256 * signed * sum(byte > 127 for byte in block)
+    block[148:156] = b"%06o\0 " % (total & 0o777777)
+    return bytes(block) + data + padding * (-len(data) % BLOCK)
+
+
+def pax(records: Dict[bytes, bytes], typeflag: bytes = b"x", name: bytes = b"PaxHeaders/x"
+        ) -> bytes:
+    """Return an extended header."""
+    data = b""
+    for key, value in records.items():
+        body = len(key) + len(value) + 3
+        length = body + len(str(body + len(str(body))))
+        data += b"%d %s=%s\n" % (length, key, value)
+    return entry(name, data, typeflag)
+
+
+def base256(value: int, width: int) -> bytes:
+    """Return a header number in GNU's binary form."""
+    return (value + (1 << 8 * width if value < 0 else 1 << 8 * width - 1)).to_bytes(width, "big")
+
+
+def odd_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield (name, tar) for every kind of tar whose layer can be rebuilt, or is refused."""
+    yield from header_tars()
+    yield from name_tars()
+    yield from end_tars()
+    yield from content_tars()
+    yield from sparse_tars()
+    yield from sparse_by_hand()
+    yield from refused_tars()
+
+
+def header_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield tars of all dialects."""
+    text = b"content\n"
+    v7, gnu = b"", b"ustar  \0"
+    long = b"/".join([b"n" * 60] * 12)
+    yield "v7", (entry(b"d/", typeflag=b"\0", magic=v7) + entry(b"d/f", text, b"\0", magic=v7)
+                 + entry(b"d/l", typeflag=b"1", linkname=b"d/f", magic=v7) + END)
+    yield "v7-dir-with-size", (entry(b"d/", typeflag=b"\0", size=600, magic=v7)
+                               + entry(b"d/f", text, b"\0", magic=v7) + END)
+    yield "ustar-prefix", (entry(b"f" * 100, text, prefix=b"/".join([b"p" * 50] * 3)) + END)
+    yield "name-of-100", entry(b"x" * 50 + b"/" + b"y" * 49, text) + END
+    yield "gnu-long", (
+        entry(b"././@LongLink", long + b"\0", b"L", magic=gnu) + entry(long[:100], text, magic=gnu)
+        + entry(b"././@LongLink", long + b"\0", b"K", magic=gnu)
+        + entry(b"././@LongLink", b"s/" + long + b"\0", b"L", magic=gnu)
+        + entry(b"s/" + long[:98], typeflag=b"2", linkname=long[:100], magic=gnu) + END)
+    yield "pax", (
+        pax({b"path": b"pax/" + long, b"mtime": b"1600000000.123456789", b"uid": b"3000000",
+             b"SCHILY.xattr.user.x": b"a=b\nc\0d", b"comment": "ü".encode()})
+        + entry(b"short", text) + pax({b"linkpath": long})
+        + entry(b"link", typeflag=b"2", linkname=b"short") + END)
+    yield "pax-size", pax({b"size": b"8"}) + entry(b"f", text, size=0) + END
+    for kind, size in (("empty", b""), ("plus", b"+8"), ("zeros", b"0" * 30 + b"8")):
+        yield f"pax-size-{kind}", pax({b"size": size}) + entry(b"f", text) + END
+    yield "pax-size-negative", (pax({b"size": b"-5"}) + entry(b"l", typeflag=b"2", linkname=b"f")
+                                + entry(b"f", text) + END)
+    yield "pax-twice", (pax({b"size": b"3"}) + pax({b"mtime": b"-1.5"}) + entry(b"f", text)
+                        + entry(b"x", b"", b"x") + entry(b"g", text) + END)
+    yield "pax-names-dir", (pax({b"path": b"d/"}) + entry(b"f", typeflag=b"\0", size=99)
+                            + entry(b"g", text) + END)
+    yield "pax-v7", pax({b"path": long}) + entry(b"f", text, b"\0", magic=v7) + END
+    yield "pax-last", entry(b"f", text) + pax({b"comment": b"1"}) + END
+    yield "pax-then-global", (pax({b"size": b"3"}) + pax({b"size": b"3"}, b"g", b"g1")
+                              + entry(b"f", text) + entry(b"g2", typeflag=b"g")
+                              + entry(b"g", text) + pax({b"comment": b"c"}, b"g", b"g3"))
+    yield "gnu-long-twice", (
+        entry(b"L", b"1\0", b"L", magic=gnu) + entry(b"L", b"dir-name/" * 60, b"L", magic=gnu)
+        + entry(b"f", text) + entry(b"L", b"l" * 150, b"L", magic=v7) + entry(b"g", text) + END)
+    yield "pax-then-gnu", (pax({b"mtime": b"1.5"}) + entry(b"L", long + b"\0", b"L", magic=gnu)
+                           + entry(b"f", text, magic=gnu) + END)
+    yield "pax-of-512", pax({b"comment": b"c" * 499}) + entry(b"f", text) + END
+    for name, comment in (("pax-global", b"c" * 40), ("pax-global-512", b"c" * 499)):
+        yield name, (pax({b"comment": comment}, b"g", b"pax_global_header") + entry(b"a", text)
+                     + entry(b"b", text) + END)
+    yield "pax-global-twice", (
+        pax({b"comment": b"1"}, b"g", b"g1") + pax({b"comment": b"2"}, b"g", b"g2")
+        + pax({b"path": b"x/a"}) + entry(b"a", text) + pax({b"comment": b"3"}, b"g", b"g3")
+        + END)
+    yield "base-256", entry(b"f", text, size=base256(8, 12), uid=base256(5_000_000, 8),
+                            mtime=base256(-12345, 12)) + END
+    yield "base-256-negative", (entry(b"f", text, uid=base256(-2, 8))
+                                + entry(b"d", typeflag=b"5", size=base256(1 << 62, 12))
+                                + entry(b"g", text) + END)
+    yield "dir-of-negative-size", (entry(b"d", typeflag=b"5", size=base256(-2, 12))
+                                   + entry(b"g", text) + END)
+    yield "spaces-and-nuls", (
+        entry(b"spaces", text, size=b"         10 ", uid=b"     0 ", mode=b"   644 \0")
+        + entry(b"nuls", text, size=b"10", mtime=b"", uid=b"\0")
+        + entry(b"full", text, size=b"000000000010", uid=b"00000000") + END)
+    yield "signed-sum", entry(b"\xe9\xe8", text, signed=True) + END
+    for flag, kind in ((b"1", "hardlink"), (b"2", "symlink"), (b"5", "dir"), (b"6", "fifo"),
+                       (b"3", "char")):
+        yield f"{kind}-with-size", (entry(b"f", text) + entry(b"it", typeflag=flag, size=1234,
+                                                              linkname=b"f") + entry(b"g", text)
+                                    + END)
+    yield "devices", (entry(b"null", typeflag=b"3", major=b"0000001", minor=b"0000003")
+                      + entry(b"disk", typeflag=b"4", major=b"0000010", minor=b"0000001")
+                      + entry(b"setuid", text, mode=b"0004755")
+                      + entry(b"closed", text, mode=b"0000000")
+                      + entry(b"sticky", typeflag=b"5", mode=b"0001777") + END)
+
+
+def name_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield tars with names of all kinds."""
+    odd = [b"latin1-\xe9\xff", b"<lt>&amp", "u\u2028\u2029x".encode(), b'quote"', b"back\\slash",
+           b"new\nline", b"tab\tbell\a", b"\xed\xa0\x80", "\U0001f600".encode(), b" ", b"-rf"]
+    yield "odd-names", b"".join(entry(name, name * 3) for name in odd) + END
+    yield "odd-dirs", b"".join(entry(name + b"/", typeflag=b"5") + entry(name + b"/" + name, name)
+                               for name in odd) + END
+    yield "dot-names", (entry(b"./", typeflag=b"5") + entry(b"./a", b"a")
+                        + entry(b"./d/./b", b"b") + entry(b"d//c", b"c") + END)
+    yield "absolute-names", (entry(b"/etc", typeflag=b"5")
+                             + entry(b"/etc/x", b"x") + entry(b"//etc//y", b"y") + END)
+    yield "parent-names", (entry(b"x", typeflag=b"5") + entry(b"x/../y", b"y")
+                           + entry(b"../up", b"up") + entry(b"../../x/../../z", b"z") + END)
+    yield "file-with-slash", entry(b"file/", b"content") + END
+    yield "symlinked-dir", (entry(b"real", typeflag=b"5")
+                            + entry(b"lnk", typeflag=b"2", linkname=b"/real")
+                            + entry(b"rel", typeflag=b"2", linkname=b"lnk/../../../real")
+                            + entry(b"lnk/f", b"1") + entry(b"rel/g", b"2") + END)
+    yield "symlinks-outside", (
+        entry(b"a/up", typeflag=b"2", linkname=b"../../../..") + entry(b"a/up/f", b"1")
+        + entry(b"root", typeflag=b"2", linkname=b"/") + entry(b"root/root/g", b"2")
+        + entry(b"host", typeflag=b"2", linkname=b"/etc") + entry(b"etc", typeflag=b"5")
+        + entry(b"host/hostname", b"3") + END)
+    yield "symlink-then-up", (
+        entry(b"r/s", typeflag=b"5") + entry(b"l", typeflag=b"2", linkname=b"r/s")
+        + entry(b"l/../f", b"1") + END)
+    yield "symlink-chain", b"".join(
+        entry(b"l%d" % i, typeflag=b"2", linkname=b"l%d" % (i + 1)) for i in range(39)
+    ) + entry(b"l39", typeflag=b"5") + entry(b"l0/f", b"1") + END
+    yield "hardlink-through-symlink", (
+        entry(b"r/f", b"1") + entry(b"l", typeflag=b"2", linkname=b"r")
+        + entry(b"h", typeflag=b"1", linkname=b"l/f") + END)
+    yield "name-of-255", pax({b"path": b"n" * 255}) + entry(b"f", b"1") + END
+    yield "whiteout-then-file", entry(b"d/.wh.f") + entry(b"d/f", b"1") + END
+    yield "opaque-after-file", entry(b"f", b"1") + entry(b".wh..wh..opq") + END
+    yield "whiteout-parents", (entry(b".wh.d/f", b"1") + entry(b".wh..wh.plnk", typeflag=b"5")
+                               + entry(b".wh..wh.plnk/1.2", b"2") + END)
+    yield "whiteouts", (entry(b"d", typeflag=b"5") + entry(b".wh.x")
+                        + entry(b"d/.wh..wh..opq") + entry(b"d/f", b"new") + entry(b"d/.wh.f2")
+                        + END)
+
+
+def end_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield tars that end, or are padded, in all ways."""
+    one = entry(b"one", b"1" * 700)
+    yield "dirty-padding", (entry(b"a", b"a" * 100, padding=b"x") + entry(b"b", b"b", padding=b"y")
+                            + END)
+    yield "dirty-padding-at-end", entry(b"a", b"a" * 100, padding=b"x")
+    yield "no-padding-at-end", entry(b"a", b"a" * 100)[:BLOCK + 100]
+    yield "no-end", one
+    yield "half-end", one + END[:BLOCK]
+    yield "double-end", one + END * 2
+    yield "zeros", one + bytes(3_000_001)
+    yield "garbage", one + END + bytes(range(256)) * 9000
+    yield "second-tar", one + END + entry(b"two", b"2") + END
+    yield "empty", b""
+    yield "no-members", END
+    yield "one-zero-block", END[:BLOCK]
+    for factor in (1, 200):
+        size = factor * BLOCK
+        yield f"blocking-{factor}", one + END + bytes(-(len(one) + len(END)) % size)
+
+
+def content_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield tars with few large and many small files."""
+    sizes = (1, 511, 512, 513, 1024, 4096, 32767, 32768, 65536)
+    yield "sizes", b"".join(entry(b"s%d" % size, bytes([size % 251]) * size) for size in sizes
+                            ) + END
+    large = bytes(range(1, 256)) * 24000
+    yield "large", entry(b"before", b"1") + entry(b"large", large) + entry(b"after", b"2") + END
+    yield "many", b"".join(
+        entry(b"d%d/e%d" % (d, e), typeflag=b"5")
+        + b"".join(entry(b"d%d/e%d/f%d" % (d, e, f), b"%d" % (d * e * f)) for f in range(10))
+        for d in range(12) for e in range(5)) + END
+
+
+def sparse_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield what GNU tar makes of files with holes in the three formats of --sparse-version."""
+    data, hole = b"data" * 5000, b""
+    shapes: Dict[str, List[bytes]] = {
+        "start": [hole, data], "middle": [data, hole, data], "end": [data, hole],
+        "none": [data], "all": [hole], "runs": [data, hole] * 40 + [b"tail"],
+        "bytes": [b"1", hole, b"2"]}
+    with tempfile.TemporaryDirectory() as folder:
+        for shape, parts in shapes.items():
+            with open(os.path.join(folder, shape), "wb") as file:
+                for part in parts:
+                    file.write(part) if part else file.seek(20480 - file.tell() % 4096, 1)
+                file.truncate()
+        for version in ("0.0", "0.1", "1.0"):
+            for seeking in ("seek", "raw"):
+                yield f"sparse-{version}-{seeking}", subprocess.run(
+                    ["tar", "-cS", "--format=posix", f"--sparse-version={version}",
+                     f"--hole-detection={seeking}", "-C", folder, *shapes],
+                    stdout=subprocess.PIPE, check=True).stdout
+
+
+def sparse_by_hand() -> Iterator[Tuple[str, bytes]]:
+    """Yield sparse headers as GNU tar does not write them."""
+    numbers = (b"major", b"minor", b"name", b"size", b"numblocks", b"map")
+    for name, content, *values in (
+            ("odd-runs", b"12345678", b"0", b"1", b"s", b"5000", b"2", b"10,3,100,5"),
+            ("zero-runs", bytes(8), b"", b"", b"s", b"5000", b"2", b"10,3,100,5"),
+            ("hole", b"", b"", b"", b"", b"700", b"1", b"700,0"),
+            ("no-map", b"", b"0", b"1", b"", b"700", b"0", b""),
+            ("no-size", b"", b"", b"", b"s", b"0", b"0", b""),
+            ("size-alone", b"12345678", b"", b"", b"", b"8", b"", b""),
+            ("no-such-version", b"1", b"2", b"0", b"", b"", b"", b"0,1")):
+        records = {b"GNU.sparse." + key: value for key, value in zip(numbers, values) if value}
+        yield f"sparse-by-hand-{name}", pax(records) + entry(b"f", content) + entry(b"g") + END
+    yield "sparse-1.0-of-nothing", sparse_1_0(b"1\n0\n0\n", b"", 0) + END
+
+
+def sparse_1_0(table: bytes, data: bytes, size: int) -> bytes:
+    """Return a member in sparse format 1.0, whose map stands in front of its data."""
+    return pax({b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.name": b"s",
+                b"GNU.sparse.realsize": b"%d" % size}
+               ) + entry(b"f", table.ljust(BLOCK, b"\0") + data)
+
+
+def refused_tars() -> Iterator[Tuple[str, bytes]]:
+    """Yield tars that podman does not take."""
+    yield "unknown-type", entry(b"f", b"data", b"Z") + END
+    yield "contiguous", entry(b"f", b"data", b"7") + END
+    yield "duplicate", entry(b"f", b"1") + entry(b"./f", b"2") + END
+    yield "duplicate-global", pax({b"comment": b"1"}, b"g", b"g") * 2 + entry(b"f", b"1") + END
+    yield "truncated", entry(b"f", b"1" * 2000)[:1500]
+    yield "quarter-end", entry(b"f", b"1") + END[:100]
+    yield "zero-block-first", END[:BLOCK] + entry(b"f", b"1") + END
+    yield "file-for-root", entry(b"/", b"1") + END
+    yield "dangling-parent", entry(b"l", typeflag=b"2", linkname=b"/no") + entry(b"l/f") + END
+    yield "whiteout-after-file", entry(b"f", b"1") + entry(b".wh.f") + END
+    yield "name-of-256", pax({b"path": b"n" * 256}) + entry(b"f", b"1") + END
+    yield "nul-in-name", pax({b"path": b"a\0b"}) + entry(b"f", b"1") + END
+    yield "negative-size", entry(b"f", b"1", size=base256(-2, 12)) + END
+    yield "bad-sum", entry(b"f", b"1")[:148] + b"000000\0 " + entry(b"f", b"1")[156:] + END
+
+
+def gone_tars() -> Dict[str, bytes]:
+    """Return tars that podman takes although it cannot keep all their bytes."""
+    return {"whiteout-content": entry(b"d/f", b"1") + entry(b"d/.wh.x", b"gone") + END,
+            "aufs-content": entry(b".wh..wh.aufs", b"gone") + END,
+            "sparse-1.0-no-run": sparse_1_0(b"0\n", b"", 0) + END,
+            "no-name": entry(b"", b"gone") + END, "dot": entry(b".", b"gone") + END,
+            "sparse-1.0-odd-runs": sparse_1_0(b"2\n10\n3\n100\n5\n", b"12345678", 5000) + END,
+            "sparse-1.0-zero-run": sparse_1_0(b"2\n0\n8192\n16384\n0\n",
+                                              b"1" + bytes(8191), 16384) + END}
+
+
+def overwritten_tars() -> Dict[str, bytes]:
+    """Return tars whose last member replaces the first one, by way of a symbolic link."""
+    link = entry(b"l", typeflag=b"2", linkname=b".")
+    return {"overwritten": entry(b"f", b"old") + link + entry(b"l/f", b"new") + END,
+            "overwritten-longer": entry(b"f", b"old") + link + entry(b"l/f", b"longer") + END}
+
+
+REFUSED = {name for name, _ in refused_tars()}
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+READ_ALL = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import cstor
+def export(layer):
+    try:
+        return layer.export(sink)
+    except cstor.CstorError as error:
+        return type(error).__name__
+with cstor.Storage.open(sys.argv[2]) as storage, open("/dev/null", "wb") as sink:
+    print(json.dumps([{layer.id: export(layer) for layer in storage.layers()},
+                      [image.id for image in storage.images()],
+                      [container.id for container in storage.containers()], storage.faults]))
+"""
+HOLD_LOCKS = """
+import fcntl, sys
+files = [open(name, "r+b") for name in sys.argv[1:]]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+CHURN = """
+end=$((SECONDS + 5))
+while [ $SECONDS -lt $end ]; do
+    "$@" import -q "$FILE" localhost/churn && "$@" rmi -f localhost/churn
+done >/dev/null
+"""
+
+
+def run(*command: str, **options: Any) -> str:
+    """Return the stdout of a command that must succeed."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120, **options)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)}: status {done.returncode}: {done.stderr}")
+    return done.stdout
+
+
+class Store:
+    """A graph root of its own that podman, buildah and containers-storage write."""
+
+    def __init__(self, folder: str) -> None:
+        self.root, self.runroot = os.path.join(folder, "root"), os.path.join(folder, "run")
+        os.makedirs(folder, exist_ok=True)
+        self.globals = ["--root", self.root, "--runroot", self.runroot,
+                        "--storage-driver", "overlay"]
+
+    def podman(self, *arguments: str, **options: Any) -> str:
+        return run("podman", *self.globals, *arguments, **options)
+
+    def buildah(self, *arguments: str, **options: Any) -> str:
+        return run("buildah", *self.globals, *arguments, **options)
+
+    def close(self) -> None:
+        """Undo the mount of overlay/ on itself that the tools can leave behind."""
+        while subprocess.run(["umount", "-l", self.root + "/overlay"], stderr=subprocess.DEVNULL,
+                             check=False).returncode == 0:
+            pass
+
+
+class RealExport(unittest.TestCase):
+    """One store of podman's with every odd tar, an image of three layers and containers."""
+
+    maxDiff = None
+    folder: tempfile.TemporaryDirectory[str]
+    store: Store
+    tars: Dict[str, bytes]
+    refused: Dict[str, str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need(os.geteuid() == 0, "only root can run podman on a store of its own")
+        need_tools("podman", "buildah", "containers-storage", "tar", "mount", "setpriv")
+        cls.folder = tempfile.TemporaryDirectory(prefix="cstor-real-")
+        cls.addClassCleanup(cls.folder.cleanup)
+        cls.store = Store(cls.path("store"))
+        cls.addClassCleanup(cls.store.close)
+        os.chmod(cls.folder.name, 0o755)
+        cls.tars = {**dict(odd_tars()), **gone_tars(), **overwritten_tars()}
+        cls.refused = {}
+        for name, data in cls.tars.items():
+            cls.import_tar(name, data)
+        for name, pack in (("gzip", gzip.compress), ("bzip2", bz2.compress),
+                           ("xz", lzma.compress)):
+            cls.tars[name] = entry(name.encode(), b"content" * 9999) + END
+            cls.import_tar(name, pack(cls.tars[name]))
+        cls.build_images()
+
+    @classmethod
+    def path(cls, name: str) -> str:
+        return os.path.join(cls.folder.name, name)
+
+    @classmethod
+    def import_tar(cls, name: str, data: bytes) -> None:
+        with open(cls.path("odd.tar"), "wb") as file:
+            file.write(data)
+        try:
+            cls.store.podman("import", "-q", cls.path("odd.tar"), f"localhost/{name}")
+        except AssertionError as error:
+            cls.refused[name] = str(error)
+
+    @classmethod
+    def build_images(cls) -> None:
+        os.mkdir(cls.path("context"))
+        for name in "abc":
+            with open(cls.path("context/" + name), "w", encoding="ascii") as file:
+                file.write(name * 1000)
+        with open(cls.path("context/Dockerfile"), "w", encoding="ascii") as file:
+            file.write("FROM scratch\nCOPY a /\nENV X=1\nCOPY b /\nCOPY c /\nCMD /a\n")
+        cls.store.buildah("bud", "--layers", "-q", "-t", "localhost/three", cls.path("context"))
+        for name in ("quay.io/some/where:1", "docker.io/library/hub:1", "docker.io/own/hub:1"):
+            cls.store.podman("tag", "localhost/three", name)
+        for name, image in (("first", "three"), ("second", "many")):
+            cls.store.podman("create", "--network", "none", "--name", name, f"localhost/{image}",
+                             "/a")
+        cls.store.buildah("from", "--name", "working", "localhost/three")
+
+    def setUp(self) -> None:
+        self.storage = cstor.Storage.open(self.store.root)
+        self.addCleanup(self.storage.close)
+
+    def layer(self, name: str) -> cstor.Layer:
+        return self.storage.image(f"localhost/{name}:latest").layers()[-1]
+
+    def exact(self) -> List[Tuple[str, bytes, cstor.Layer]]:
+        """Return (name, tar, layer) of the layers that can be rebuilt."""
+        without = {*self.refused, *gone_tars(), *overwritten_tars()}
+        return [(name, data, self.layer(name)) for name, data in self.tars.items()
+                if name not in without]
+
+    def command(self, *arguments: str, **options: Any) -> str:
+        return run(sys.executable, cstor.__file__, "--root", self.store.root, *arguments,
+                   **options)
+
+    # -- layers ----------------------------------------------------------------------------------
+
+    def test_podman_refuses(self) -> None:
+        self.assertEqual(set(self.refused), REFUSED, self.refused)
+
+    def test_export(self) -> None:
+        for name, data, layer in self.exact():
+            for verify in (True, False):
+                with self.subTest(tar=name, verify=verify):
+                    self.assertEqual((layer.diff_digest, layer.diff_size),
+                                     (sha256(data), len(data)))
+                    out = io.BytesIO()
+                    returned = layer.export(out, verify=verify)
+                    self.assertEqual(sha256(out.getvalue()), layer.diff_digest)
+                    self.assertEqual(returned, layer.diff_digest if verify else "")
+
+    def test_export_command(self) -> None:
+        target = self.path("exported.tar")
+        for name, data, layer in self.exact():
+            with self.subTest(tar=name):
+                self.command("layer", "export", layer.id, "-o", target)
+                with open(target, "rb") as file:
+                    self.assertEqual(sha256(file.read()), sha256(data))
+
+    def test_gone_bytes(self) -> None:
+        for name in gone_tars():
+            for verify in (True, False):
+                with self.subTest(tar=name, verify=verify), \
+                        self.assertRaises(cstor.Unsupported):
+                    self.layer(name).export(io.BytesIO(), verify=verify)
+
+    def test_compression(self) -> None:
+        for name in ("gzip", "bzip2", "xz", "many"):
+            self.assertEqual(self.layer(name).compression, "none" if name == "many" else name)
+
+    def test_overwritten_files(self) -> None:
+        for name in overwritten_tars():
+            with self.subTest(tar=name), self.assertRaises(cstor.IntegrityError) as caught:
+                self.layer(name).export(io.BytesIO())
+            self.assertEqual(caught.exception.name, b"f")
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def test_image_list(self) -> None:
+        ours = {image["id"]: [image["names"] if "names" in image else [], image["digest"],
+                              (cstor.parse_time(image["created"]) or 0) // 10**9, image["size"]]
+                for image in json.loads(self.command("image", "list", "--format", "json"))}
+        theirs = {image["Id"]: [image.get("Names") or [], image["Digest"], image["Created"],
+                                image["Size"]]
+                  for image in json.loads(self.store.podman("images", "-a", "--format", "json"))}
+        self.assertEqual(ours, theirs)
+
+    def test_layer_list(self) -> None:
+        theirs = json.loads(run("containers-storage", "--graph", self.store.root, "--run",
+                                self.store.runroot, "--storage-driver", "overlay", "layers", "-j"))
+        ours = json.loads(self.command("layer", "list", "--format", "json"))
+        for layer in ours:
+            self.assertEqual([layer.pop(key) for key in ("store", "readonly", "faults")],
+                             [self.store.root, False, []])
+        self.assertEqual(ours, theirs)
+
+    def test_container_list(self) -> None:
+        ours = {container["id"]: [container["names"], container["image"], container["image-name"],
+                                  container["state"]]
+                for container in json.loads(self.command("container", "list", "--format", "json"))}
+        # Before 4.8 podman kept states in a Bolt database, which is not read.
+        in_sqlite = os.path.exists(self.store.root + "/db.sql")
+        theirs = {container["Id"]: [container["Names"], container["ImageID"], container["Image"],
+                                    container["State"] if in_sqlite else ""]
+                  for container in json.loads(self.store.podman("ps", "-a", "--format", "json"))}
+        working = [key for key, value in ours.items() if value[0] == ["working"]]
+        self.assertEqual(len(working), 1)
+        self.assertEqual(ours.pop(working[0])[1], self.storage.image("localhost/three").id)
+        self.assertEqual(ours, theirs)
+
+    def test_history(self) -> None:
+        ours = json.loads(self.command("image", "history", "three", "--format", "json"))
+        theirs = json.loads(self.store.podman("history", "--format", "json", "three"))
+        self.assertEqual([[row["created"], row["created_by"], row.get("size", 0),
+                           row.get("comment", "")] for row in ours],
+                         [[row["created"], row["CreatedBy"], row["size"], row.get("comment", "")]
+                          for row in theirs])
+        self.assertEqual([row["layer"] for row in ours if "layer" in row],
+                         [layer.id for layer in self.storage.image("three").layers()[::-1]])
+
+    def test_references(self) -> None:
+        image = self.storage.image("localhost/three:latest")
+        other = sha256(b"other")
+        references = [
+            image.id, image.id[:12], image.id[:1], "sha256:" + image.id, image.id[:-1],
+            "three", "three:latest", "three:other", "localhost/three", "localhost/three:latest",
+            f"three@{image.digest}", f"localhost/three@{image.digest}", f"three@{other}",
+            f"three:latest@{image.digest}",
+            "docker.io/library/three", "library/three", "other/three", "THREE", "thre",
+            "where:1", "some/where:1", "quay.io/some/where:1", "quay.io/some/where", "where",
+            "quay.io/where:1", "hub:1", "library/hub:1", "docker.io/hub:1", "own/hub:1",
+            "index.docker.io/library/hub:1", "docker.io/own/hub:1", "hub", "sha256:" + other[7:],
+            other[7:], "three:", ":latest"]
+        for reference in references:
+            with self.subTest(reference=reference):
+                try:
+                    theirs = self.store.podman("image", "inspect", reference, "--format",
+                                               "{{.Id}}").strip()
+                except AssertionError:
+                    theirs = ""
+                try:
+                    ours = self.storage.image(reference).id
+                except cstor.NotFound:
+                    ours = ""
+                self.assertEqual(ours, theirs)
+
+    # -- promises --------------------------------------------------------------------------------
+
+    def read_all(self, root: str, *, command: List[str], module: str = "") -> List[Any]:
+        """Read everything in another process; [{layer: digest or error}, images, ...]."""
+        where = module or os.path.dirname(os.path.abspath(cstor.__file__))
+        found: List[Any] = json.loads(run(*command, "-c", READ_ALL, where, root, cwd="/"))
+        return found
+
+    def expected(self, *, closed: str) -> List[Any]:
+        """Return what read_all() must find; ``closed`` for the layer with a file of mode 0."""
+        layers = {layer.id: layer.diff_digest or "Unsupported"
+                  for layer in self.storage.layers()}
+        for tars, error in ((gone_tars(), "Unsupported"), (overwritten_tars(), "IntegrityError")):
+            layers.update((self.layer(name).id, error) for name in tars)
+        layers[self.layer("devices").id] = closed or layers[self.layer("devices").id]
+        return [layers, [image.id for image in self.storage.images()],
+                [container.id for container in self.storage.containers()], []]
+
+    def test_nothing_changes(self) -> None:
+        before = snapshot(self.store.root)
+        found = self.read_all(self.store.root, command=[sys.executable])
+        for command in ("image list", "layer list", "container list", "store info",
+                        "image inspect three", "layer inspect " + self.layer("many").id,
+                        "container inspect first", "image history three", "image layers three"):
+            self.command(*command.split())
+        self.assertEqual(snapshot(self.store.root), before)
+        self.assertEqual(found, self.expected(closed=""))
+
+    def test_read_only_mount(self) -> None:
+        mounted = self.path("read-only")
+        os.mkdir(mounted)
+        run("mount", "--bind", self.store.root, mounted)
+        self.addCleanup(run, "umount", "-l", mounted)
+        run("mount", "-o", "remount,ro,bind", mounted)
+        with self.assertRaises(OSError):
+            os.mkdir(mounted + "/new")
+        found = self.read_all(mounted, command=[sys.executable])
+        self.assertEqual(found, self.expected(closed=""))
+
+    def test_without_privileges(self) -> None:
+        module, copied = self.path("module"), self.path("copied")
+        os.mkdir(module)
+        os.chmod(module, 0o755)
+        shutil.copy(cstor.__file__, module + "/cstor.py")
+        os.chmod(module + "/cstor.py", 0o644)
+        for python in (sys.executable, "/usr/bin/python3"):
+            if subprocess.run([*NOBODY, python, "-c", ""], stderr=subprocess.DEVNULL,
+                              check=False).returncode == 0:
+                break
+        else:
+            need(False, f"no Python that other users may run: {sys.executable} is closed")
+        run("cp", "-a", "--no-preserve=links", self.store.root, copied)
+        run("chown", "-hR", "65534:65534", copied)
+        before = snapshot(copied)
+        found = self.read_all(copied, command=[*NOBODY, python, "-B"], module=module)
+        self.assertEqual(snapshot(copied), before)
+        self.assertEqual(found, self.expected(closed="NeedsUnshare"))
+
+    def read_records(self, root: str) -> Tuple[cstor.Storage, float]:
+        """Return an open storage whose records were read, and the seconds it took."""
+        start = time.monotonic()
+        storage = cstor.Storage.open(root)
+        storage.images()
+        storage.layers()
+        storage.containers()
+        return storage, time.monotonic() - start
+
+    def test_held_locks(self) -> None:
+        locks = [f"{self.store.root}/overlay-{kind}/{kind}.lock"
+                 for kind in ("layers", "images", "containers")]
+        with subprocess.Popen([sys.executable, "-c", HOLD_LOCKS, *locks], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as holder:
+            assert holder.stdin and holder.stdout
+            self.assertEqual(holder.stdout.readline(), b"held\n")
+            storage, seconds = self.read_records(self.store.root)
+            holder.stdin.close()
+        with storage:
+            self.assertLess(seconds, 1)
+            self.assertEqual([layer.id for layer in storage.layers()],
+                             [layer.id for layer in self.storage.layers()])
+            self.assertEqual([image.record for image in storage.images()],
+                             [image.record for image in self.storage.images()])
+
+    def test_while_podman_writes(self) -> None:
+        store = Store(self.path("churned"))
+        self.addCleanup(store.close)
+        with open(self.path("churn.tar"), "wb") as file:
+            file.write(self.tars["many"])
+        store.podman("import", "-q", self.path("churn.tar"), "localhost/stays")
+        exported = gone = 0
+        with subprocess.Popen(["bash", "-c", CHURN, "churn", "podman", *store.globals],
+                              env={**os.environ, "FILE": self.path("churn.tar")}) as churn:
+            while churn.poll() is None:
+                storage, seconds = self.read_records(store.root)
+                with storage:
+                    self.assertLess(seconds, 1)
+                    try:
+                        out = io.BytesIO()
+                        storage.image("localhost/churn").layers()[-1].export(out)
+                        self.assertEqual(out.getvalue(), self.tars["many"])
+                        exported += 1
+                    except (cstor.ImageUnknown, cstor.LayerUnknown):
+                        gone += 1
+        self.assertEqual(churn.returncode, 0)
+        self.assertTrue(exported and gone, (exported, gone))
+
+
+# ================================================================================================
+# Benchmarks
+# ================================================================================================
+
+def make_bench_tar(path: str) -> None:
+    """Write a tar of 67,000 files and 640 MB in directories as of a system with Python packages."""
+    rng = random.Random(42)
+    blob = rng.getrandbits(8 << 20).to_bytes(1 << 20, "big")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        count = 0
+        while count < 67_000:
+            directory = f"usr/lib/python3/dist-packages/p{count % 37:02d}/module{count:05d}"
+            info = tarfile.TarInfo(directory + "/")
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(info)
+            for i in range(rng.randint(5, 40)):
+                kind = rng.random()
+                low, high = (0, 2000) if kind < .5 else (2000, 16000) if kind < .9 \
+                    else (16000, 60000) if kind < .9995 else (1 << 20, 4 << 20)
+                size = rng.randint(low, high)
+                info = tarfile.TarInfo(f"{directory}/file{i:03d}.py")
+                info.size, info.mtime = size, 1700000000 + i
+                start = rng.randint(0, 1 << 19)
+                tar.addfile(info, io.BytesIO((blob[start:] + blob * (size >> 20) + blob)[:size]
+                                             if size > 1 << 19 else blob[start:start + size]))
+                count += 1
+
+
+def timed(command: Sequence[str], pipe: bool) -> float:
+    """Run a command into /dev/null, or through a pipe; return the seconds it takes."""
+    start = time.monotonic()
+    reader = None
+    if pipe:
+        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    out = reader.stdin if reader else subprocess.DEVNULL
+    if subprocess.call(command, stdout=out, stderr=subprocess.DEVNULL):
+        raise SystemExit(f"failed: {' '.join(command)}")
+    if reader:
+        reader.communicate()
+    return time.monotonic() - start
+
+
+def compare(title: str, ours: Sequence[str], peer: Sequence[str], target: float, *,
+            pipe: bool = False, runs: int = 7) -> None:
+    """Run two commands in turn and print the medians, and the median of the ratios."""
+    for command in (ours, peer):
+        timed(command, pipe)
+    pairs = [(timed(ours, pipe), timed(peer, pipe)) for _ in range(runs)]
+
+    def median(values: Iterable[float]) -> float:
+        return sorted(values)[runs // 2]
+
+    ratio = median(a / b for a, b in pairs)
+    print(f"{title:44} {median(a for a, _ in pairs):8.3f} s {median(b for _, b in pairs):8.3f} s "
+          f"{ratio:6.2f}  wanted {target:4.2f}  {'met' if ratio <= target else 'MISSED'}",
+          flush=True)
+
+
+def bench(where: str = "") -> int:
+    """Print the rows of the speed table side by side with the peers."""
+    for tool in ("podman", "containers-storage", "tar"):
+        if not shutil.which(tool):
+            print(f"skipped: {tool} is not installed (make lab installs it)")
+            return 0
+    if os.geteuid():
+        print("skipped: the peers need root")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="cstor-bench-", dir=where or "/var/tmp") as directory:
+        root, run = os.path.join(directory, "root"), os.path.join(directory, "run")
+        podman = ["podman", "--root", root, "--runroot", run, "--storage-driver", "overlay"]
+        archive = os.path.join(directory, "layer.tar")
+        print("making a store of 67,000 files ...", flush=True)
+        make_bench_tar(archive)
+        try:
+            subprocess.run([*podman, "import", "-q", archive, "localhost/bench"], check=True,
+                           stdout=subprocess.DEVNULL)
+            os.unlink(archive)
+            bench_rows(root, run, podman)
+        finally:
+            subprocess.run(["umount", "-l", os.path.join(root, "overlay")],
+                           stderr=subprocess.DEVNULL)
+    return 0
+
+
+def bench_rows(root: str, run: str, podman: Sequence[str]) -> None:
+    """Print one row for each comparison."""
+    with cstor.Storage.open(root) as storage:
+        layer = storage.layers()[0]
+        size, count = layer.diff_size, sum(1 for member in layer.members())
+    ours = [sys.executable, SCRIPT, "--root", root]
+    print(f"{size >> 20} MiB in {count} members, Python {sys.version.split()[0]}, "
+          f"{os.cpu_count()} CPUs; medians of runs in turn\n"
+          f"{'':44} {'cstor':>10} {'peer':>10} {'ratio':>6}")
+    compare("layer export / containers-storage diff -u", [*ours, "layer", "export", layer.id],
+            ["containers-storage", "--graph", root, "--run", run, "diff", "-u", layer.id], 0.6)
+    compare("layer export --no-verify | / tar -c |",
+            [*ours, "layer", "export", "--no-verify", layer.id],
+            ["tar", "-c", "-C", os.path.join(root, "overlay", layer.id, "diff"), "."], 1.5,
+            pipe=True)
+    peak = peak_memory(*ours[2:], "layer", "export", layer.id)
+    print(f"peak memory of layer export: {peak >> 10} MiB, wanted 64 MiB")
+    compare("image list / podman images", [*ours, "image", "list"], [*podman, "images"], 1.5,
+            runs=15)
+    os.environ["PYTHONPATH"], environ = HERE, dict(os.environ)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = cache
+        compare("image list as -m cstor / podman images",
+                [sys.executable, "-m", "cstor", *ours[2:], "image", "list"], [*podman, "images"],
+                1.0, runs=15)
+    os.environ.clear()
+    os.environ.update(environ)
+    bench_crc64()
+
+
+def bench_crc64() -> None:
+    """Compare crc64() with a loop over its table."""
+    data = random.Random(1).getrandbits(8 << 26).to_bytes(1 << 26, "big")
+
+    def rate(function: Callable[[bytes], object], sample: bytes) -> float:
+        best = 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            function(sample)
+            best = max(best, len(sample) / 1e6 / (time.perf_counter() - start))
+        return best
+
+    def table(sample: bytes) -> int:
+        crc = cstor._ONES
+        for byte in sample:
+            crc = cstor._TABLE[(crc ^ byte) & 255] ^ crc >> 8
+        return crc ^ cstor._ONES
+
+    fast, slow = rate(cstor.crc64, data), rate(table, data[:1 << 21])
+    print(f"{'CRC-64 / bytewise table':44} {fast:5.0f} MB/s {slow:5.1f} MB/s {fast / slow:6.1f}  "
+          f"wanted 30 times, 300 MB/s  {'met' if fast >= max(300, 30 * slow) else 'MISSED'}")
+
+
+# ================================================================================================
+# Running
+# ================================================================================================
+
+class Result(unittest.TextTestResult):
+    """Counts what passed."""
+
+    def __init__(self, stream: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(stream, *args, **kwargs)
+        self.passed = 0
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed += 1
+
+
+def run_tests(names: Sequence[str]) -> int:
+    """Run the tests whose names contain one of ``names``, or all; return the exit status."""
+    suite = unittest.TestSuite()
+    for group in unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]):
+        assert isinstance(group, unittest.TestSuite)
+        chosen = unittest.TestSuite()
+        for test in group:
+            assert isinstance(test, unittest.TestCase)
+            if not names or any(name in test.id() for name in names):
+                chosen.addTest(test)
+        suite.addTest(chosen)
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=1, buffer=True).run(suite)
+    assert isinstance(result, Result)
+    for test, reason in result.skipped:
+        print(f"skipped {test}: {reason}")
+    failed = len(result.failures) + len(result.errors)
+    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped")
+    return 0 if result.wasSuccessful() and result.passed else 1
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--make-store"] and len(sys.argv) == 3:
+        make_sample(os.path.abspath(sys.argv[2]))
+        return 0
+    if sys.argv[1:2] == ["--bench"]:
+        return bench(*sys.argv[2:3])
+    return run_tests(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
