@@ -39,7 +39,7 @@ Sections, each built only from those above it:
      7 store               records of layers, images and containers; big data; podman's db.sql
      8 references          names, digests, ID prefixes
      9 layers              where the bytes of one file are
-    10 tar headers         the few fields that place a file's bytes in a tar
+    10 tar headers         types, sizes, owners, times, links, xattrs
     11 tar-split           entries, members, pieces; writing and verifying the tar
     12 library             Storage, Image, Layer, Container
     13 command line        output, progress, one function per command
@@ -1174,11 +1174,13 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
     data: List[bytes] = []
     lock_fd = _open_lock(root, lock)
     try:
-        locked = lock_fd >= 0 and _lock_shared(lock_fd, patience)
+        if lock_fd >= 0:
+            _lock_shared(lock_fd, patience)
+        # Also with the lock: it is the process's, and another thread that closes the file drops it.
         for _ in range(10):
             before = _state(root, lock_fd, names)
             data = [_read_json(root, name) for name in names]
-            if locked or _state(root, lock_fd, names) == before:
+            if _state(root, lock_fd, names) == before:
                 break
     finally:
         if lock_fd >= 0:
@@ -1194,15 +1196,15 @@ def _open_lock(root: Directory, lock: bytes) -> int:
         return -1
 
 
-def _lock_shared(fd: int, patience: Patience) -> bool:
+def _lock_shared(fd: int, patience: Patience) -> None:
     while True:
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
+            return
         except OSError as error:
             # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
             if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.wait():
-                return False
+                return
 
 
 def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> List[object]:
@@ -2445,9 +2447,10 @@ class LayerFiles:
 # ================================================================================================
 # 10. Tar headers
 #
-# Read as Go's archive/tar does, since that is what split the tar.  The headers themselves come
-# verbatim from tar-split; only what decides how many bytes of content follow is looked at here:
-# type, size, and the pax records of sparse files.
+# Read as Go's archive/tar does, since that is what split the tar.  The headers come verbatim from
+# tar-split, and so does each member's name.  A header is found by its place in the stream: special
+# headers (pax, GNU long names) stand before it with their lengths.  What decides how many bytes of
+# content follow is read at once, the other fields when they are first asked for.
 # ================================================================================================
 
 class Member:
@@ -2458,9 +2461,27 @@ class Member:
     and devices), ``header`` all header blocks verbatim, with those of pax and GNU long names.
     ``sparse`` is None, a list of (offset, length), or "1.0" when the map stood in front of the
     content and has to be found again.
+
+    ``mode`` (permissions, 0 to 0o7777), ``uid``, ``gid``, ``mtime_ns`` (since 1970),
+    ``linkname``, ``uname``, ``gname`` (bytes), ``devmajor``, ``devminor``, ``xattrs`` (name to
+    value, bytes) and ``pax`` (all records of its pax header) are read when they are first asked
+    for, which raises FormatError for a malformed field.
     """
 
-    __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "_checksum")
+    __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "_checksum",
+                 "mode", "uid", "gid", "mtime_ns", "linkname", "uname", "gname", "devmajor",
+                 "devminor", "xattrs", "pax")
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    linkname: bytes
+    uname: bytes
+    gname: bytes
+    devmajor: int
+    devminor: int
+    xattrs: Dict[bytes, bytes]
+    pax: Dict[bytes, bytes]
 
     def __init__(self, header: bytes, name: bytes, size: int, checksum: bytes) -> None:
         self.header, self.name, self.size, self._checksum = header, name, size, checksum
@@ -2473,7 +2494,10 @@ class Member:
                     return
             except ValueError:
                 pass
-        self._read_header()
+        self._measure()
+
+    def __repr__(self) -> str:
+        return f"<Member {display(self.name)}>"
 
     @property
     def checksum(self) -> Optional[int]:
@@ -2481,52 +2505,88 @@ class Member:
         return int.from_bytes(binascii.a2b_base64(self._checksum), "big") \
             if self._checksum else None
 
-    def _read_header(self) -> None:
-        stored = self._read_specials()
-        if self.typeflag == PAX_GLOBAL:
-            # Its records stand in the header; Go leaves their padding to the next entry.
-            self.stored, self.padding = 0, -len(self.header) % BLOCK
-            return
-        self.stored, self.padding = stored, -stored % BLOCK
-        if self.sparse is None and stored != self.size and not self.is_header_only():
-            raise FormatError(f'"{display(self.name)}": {stored} bytes by its header, {self.size} '
-                              "by tar-split")
+    @property
+    def type(self) -> str:
+        """reg, dir, symlink, hardlink, char, block, fifo, or global (for all that follows)."""
+        if self.typeflag == b"\0" and self.name.endswith(b"/"):
+            return "dir"  # a v7 archive marks a directory by its name alone
+        return {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir",
+                b"6": "fifo", PAX_GLOBAL: "global"}.get(self.typeflag, "reg")
 
     def is_header_only(self) -> bool:
         """Whether no content follows, whatever the size field says."""
-        # A v7 archive marks a directory by its name alone.
-        return self.typeflag in HEADER_ONLY or self.typeflag == b"\0" and self.name.endswith(b"/")
+        return self.typeflag in HEADER_ONLY or self.type == "dir"
 
-    def _read_specials(self) -> int:
-        """Read what stands before the last header block; return the bytes stored."""
-        header, at = self.header, 0
+    def _scan(self) -> Tuple[bytes, int, Dict[bytes, bytes], bytes]:
+        """Return the last header block, where it ends, the pax records and the GNU long link."""
+        header, at, link = self.header, 0, b""
         pax: Dict[bytes, bytes] = {}
         while True:
-            if len(header) < at + BLOCK:
+            block = header[at:at + BLOCK]
+            if len(block) < BLOCK:
                 raise FormatError(f'"{display(self.name)}": truncated header')
-            self.typeflag = header[at + TYPE_AT:at + TYPE_AT + 1]
-            size = parse_number(header[at:at + BLOCK][SIZE_AT])
             at += BLOCK
-            if self.typeflag not in SPECIALS:
-                break
+            flag = block[TYPE_AT:TYPE_AT + 1]
+            if flag not in SPECIALS:
+                return block, at, pax, link
+            size = parse_number(block[SIZE_AT])
             if not 0 <= size <= MAX_SPECIAL:
                 raise FormatError(f'"{display(self.name)}": a header of {size} bytes, more than '
                                   f"{MAX_SPECIAL}")
-            if self.typeflag == b"x":
-                pax = parse_pax(header[at:at + size])
+            data = header[at:at + size]
+            if flag == b"x":
+                pax = parse_pax(data)
+            elif flag == b"K":
+                link = data.partition(b"\0")[0]
             at += size + -size % BLOCK
+
+    def _measure(self) -> None:
+        """Find the type and how many bytes are stored."""
+        block, at, pax, _ = self._scan()
+        self.typeflag = block[TYPE_AT:TYPE_AT + 1]
+        self.stored = 0
         if self.typeflag == PAX_GLOBAL:
-            return 0
-        if at != len(header):
-            raise FormatError(f'"{display(self.name)}": {len(header) - at} bytes after its header')
-        if self.is_header_only():
-            return 0
-        if pax.get(b"size"):  # Go takes an empty value for a record that was withdrawn
-            size = parse_decimal(pax[b"size"])
-        if size < 0:
-            raise FormatError(f'"{display(self.name)}": a size of {size}')
-        self.sparse = self._sparse_map(pax)
-        return size
+            # Its records stand in the header; Go leaves their padding to the next entry.
+            self.padding = -len(self.header) % BLOCK
+            return
+        if at != len(self.header):
+            raise FormatError(f'"{display(self.name)}": {len(self.header) - at} bytes after its '
+                              "header")
+        if not self.is_header_only():
+            # Go takes an empty value for a record that was withdrawn.
+            self.stored = parse_decimal(pax[b"size"]) if pax.get(b"size") \
+                else parse_number(block[SIZE_AT])
+            self.sparse = self._sparse_map(pax)
+            if self.stored < 0 or self.sparse is None and self.stored != self.size:
+                raise FormatError(f'"{display(self.name)}": {self.stored} bytes by its header, '
+                                  f"{self.size} by tar-split")
+        self.padding = -self.stored % BLOCK
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.__slots__:
+            raise AttributeError(name)
+        block, at, pax, link = self._scan()
+        check_sum(block)
+        if self.typeflag == PAX_GLOBAL:
+            pax = parse_pax(self.header[at:])
+        self.pax = pax
+        self.mode = parse_number(block[100:108]) & 0o7777
+        self.uid, self.gid = (
+            parse_decimal(pax[key]) if pax.get(key) else parse_number(block[place])
+            for key, place in ((b"uid", slice(108, 116)), (b"gid", slice(116, 124))))
+        self.mtime_ns = parse_pax_time(pax[b"mtime"]) if pax.get(b"mtime") \
+            else parse_number(block[136:148]) * 10**9
+        self.linkname = pax.get(b"linkpath") or link or text_field(block[157:257])
+        # What follows the magic means something else, or nothing, in a v7 archive.
+        new = block[257:262] == b"ustar"
+        self.uname, self.gname = (
+            pax.get(key) or (text_field(block[place]) if new else b"")
+            for key, place in ((b"uname", slice(265, 297)), (b"gname", slice(297, 329))))
+        device = new and self.typeflag in b"34"
+        self.devmajor = parse_number(block[329:337]) if device else 0
+        self.devminor = parse_number(block[337:345]) if device else 0
+        self.xattrs = pax_xattrs(pax)
+        return object.__getattribute__(self, name)
 
     @staticmethod
     def _sparse_map(pax: Dict[bytes, bytes]) -> Union[None, str, List[Tuple[int, int]]]:
@@ -2542,6 +2602,51 @@ class Member:
         if len(numbers) % 2 or len(numbers) > 2 * MAX_EXTENTS or min(numbers, default=0) < 0:
             raise FormatError("malformed GNU.sparse.map")
         return list(zip(numbers[::2], numbers[1::2]))
+
+
+def text_field(field: bytes) -> bytes:
+    """Return a text field of a header, which ends at the first NUL."""
+    return field.partition(b"\0")[0]
+
+
+def check_sum(block: bytes) -> None:
+    """Compare a header block's checksum; old tars of Sun and NeXT summed signed bytes.
+
+    Raises FormatError.
+    """
+    stored = parse_number(block[148:156])
+    rest = block[:148] + b" " * 8 + block[156:]
+    unsigned = sum(rest)
+    if stored not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)):
+        raise FormatError(f"wrong header checksum: expected {stored}, got {unsigned}")
+
+
+def parse_pax_time(text: bytes) -> int:
+    """Return a pax time, seconds with a decimal fraction, in nanoseconds; FormatError."""
+    match = re.fullmatch(rb"(-?)(\d{1,18})(?:\.(\d*))?", text)
+    if not match:
+        raise FormatError(f'malformed pax time: "{display(text[:40])}"')
+    value = int(match[2]) * 10**9 + int((match[3] or b"")[:9].ljust(9, b"0"))
+    return -value if match[1] else value
+
+
+def pax_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
+    """Return the extended attributes of a pax header.
+
+    SCHILY.xattr.NAME holds the value as it is (star, GNU tar, Go), LIBARCHIVE.xattr.NAME its base64
+    under a percent-encoded name (bsdtar, which writes both).  Raises FormatError.
+    """
+    found = {}
+    for key, value in pax.items():
+        if key.startswith(b"LIBARCHIVE.xattr."):
+            name = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), key[17:])
+            try:
+                found[name] = binascii.a2b_base64(value + b"=" * (-len(value) % 4))
+            except binascii.Error:
+                raise FormatError(f'malformed xattr "{display(name)}" in a pax header') from None
+    found.update((key[13:], value) for key, value in pax.items()
+                 if key.startswith(b"SCHILY.xattr."))
+    return found
 
 
 def parse_number(field: bytes) -> int:

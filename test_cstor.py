@@ -29,6 +29,7 @@ import random
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import tarfile
@@ -1786,6 +1787,138 @@ class Files(StoreTest):
 # ================================================================================================
 # 10. Tar headers
 # ================================================================================================
+
+class Fields(StoreTest):
+    """The fields of members, against tarfile, GNU tar and the files themselves."""
+
+    FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+    def members(self, tar: bytes) -> List[cstor.Member]:
+        store = StoreBuilder(tempfile.mkdtemp(dir=self.dir))
+        layer = store.layer(None)
+        store.tar_split(layer, tar)
+        store.save()
+        with cstor.Storage.open(store.root) as storage:
+            return list(storage.layer(layer).members())
+
+    @staticmethod
+    def random_info(rng: random.Random, kind: str, name: str) -> tarfile.TarInfo:
+        info = tarfile.TarInfo(name)
+        wide = kind != "ustar"
+        info.type = rng.choice((tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE,
+                                tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE))
+        info.mode = rng.choice((0, 0o644, 0o4755, 0o7777))
+        ids = (0, 1000, 2097151, *((2097152, 2**32 - 2) if wide else ()))
+        info.uid, info.gid = rng.choice(ids), rng.choice(ids)
+        info.mtime = rng.choice((0, 1, 1700000000, *((-1, -5000000000, 2**35) if wide else ()),
+                                 *((1700000000.5, -1.25) if kind == "pax" else ())))
+        info.uname = rng.choice(("", "root", "caf\u00e9" if wide else "x", "u" * 31))
+        info.gname = rng.choice(("", "wheel"))
+        if info.type in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info.linkname = rng.choice(("a", "../b c", "l" * 100, *(("l" * 300, "\udcff") if wide
+                                                                  else ())))
+        if info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
+            info.devmajor, info.devminor = rng.choice(((1, 3), (255, 2097151)))
+        return info
+
+    def test_fields_against_tarfile(self) -> None:
+        rng = random.Random(4)
+        types = {tarfile.REGTYPE: "reg", tarfile.DIRTYPE: "dir", tarfile.SYMTYPE: "symlink",
+                 tarfile.LNKTYPE: "hardlink", tarfile.CHRTYPE: "char", tarfile.BLKTYPE: "block",
+                 tarfile.FIFOTYPE: "fifo"}
+        for kind, number in self.FORMATS.items():
+            out = io.BytesIO()
+            infos = []
+            with tarfile.open(fileobj=out, mode="w", format=number,
+                              errors="surrogateescape") as tar:
+                for i in range(300):
+                    name = f"{i}/" + rng.choice(("x", "n" * 90 + "/" + "m" * 90, "p" * 140 + "/q"))
+                    info = self.random_info(rng, kind, name)
+                    info.size = rng.choice((0, 1, 511, 512, 513)) if info.isreg() else 0
+                    tar.addfile(info, io.BytesIO(b"z" * info.size))
+                    infos.append(info)
+            members = self.members(out.getvalue())
+            self.assertEqual(len(infos), len(members))
+            for info, member in zip(infos, members):
+                self.assertEqual(
+                    (info.name.encode(), types[info.type], info.size, info.mode, info.uid, info.gid,
+                     int(info.mtime * 4) * 25 * 10**7, info.linkname.encode(
+                         "utf-8", "surrogateescape"), info.uname.encode(), info.gname.encode(),
+                     info.devmajor, info.devminor),
+                    (member.name.rstrip(b"/"), member.type, member.size, member.mode, member.uid,
+                     member.gid, member.mtime_ns, member.linkname, member.uname, member.gname,
+                     member.devmajor, member.devminor), (kind, info.name))
+
+    def test_fields_of_archives_by_gnu_tar(self) -> None:
+        need_tools("tar")
+        tree = os.path.join(self.dir, "tree")
+        os.makedirs(os.path.join(tree, "d" * 60, "e" * 60))
+        for i, name in enumerate(("plain", "d" * 60 + "/" + "e" * 60 + "/" + "f" * 60, "caf\u00e9",
+                                  "latin1-\udce9")):
+            path = os.path.join(tree, name)
+            with open(os.fsencode(path), "wb") as file:
+                file.write(b"x" * (i * 300))
+            os.chmod(os.fsencode(path), (0o644, 0o4711, 0o2755, 0o1600)[i])
+            os.utime(os.fsencode(path), ns=(0, 1700000000_123456789 + i))
+        os.symlink("../" + "t" * 90, os.path.join(tree, "short"))
+        os.symlink("/" + "t" * 190, os.path.join(tree, "link"))
+        os.mkfifo(os.path.join(tree, "fifo"))
+        for kind in ("v7", "oldgnu", "gnu", "ustar", "posix"):
+            if kind in ("gnu", "posix"):
+                os.utime(tree, ns=(0, -1500000000))
+            command = ["tar", "-C", self.dir, f"--format={kind}", "--sort=name", "-cf", "-", "tree"]
+            tar = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                 check=False).stdout
+            members = self.members(tar)
+            listed = subprocess.run(["tar", "--quoting-style=literal", "-tf", "-"], input=tar,
+                                    stdout=subprocess.PIPE, check=True).stdout
+            self.assertEqual(listed.split(b"\n")[:-1], [member.name for member in members])
+            for member in members:
+                place = os.path.join(os.fsencode(self.dir), member.name)
+                status = os.lstat(place)
+                mtime = status.st_mtime_ns
+                if kind != "posix":
+                    mtime -= mtime % 10**9
+                link = os.readlink(place) if stat.S_ISLNK(status.st_mode) else b""
+                if kind == "v7":
+                    link = link[:100]  # GNU tar cuts it
+                self.assertEqual(
+                    (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, mtime, link),
+                    (member.mode, member.uid, member.gid, member.mtime_ns, member.linkname),
+                    (kind, member.name))
+
+    def test_xattrs(self) -> None:
+        tar = make_tar(("f", b"x"), pax_headers={
+            "SCHILY.xattr.user.a": "v=1\n", "SCHILY.xattr.security.capability": "\x01\x02",
+            "LIBARCHIVE.xattr.user.a": "d3Jvbmc", "LIBARCHIVE.xattr.user.b%3Dc": "AP8",
+            "comment": "c"})
+        member = self.members(tar)[0]
+        self.assertEqual({b"user.a": b"v=1\n", b"security.capability": b"\x01\x02",
+                          b"user.b=c": b"\x00\xff"}, member.xattrs)
+        self.assertEqual(b"c", member.pax[b"comment"])
+        self.assertRaises(cstor.FormatError, getattr, self.members(make_tar(
+            ("f", b"x"), pax_headers={"LIBARCHIVE.xattr.a": "A"}))[0], "xattrs")
+        self.assertRaises(AttributeError, getattr, member, "colour")
+
+    def test_checksums_of_headers(self) -> None:
+        tar = bytearray(make_tar(("f", b"x"), uname="caf\u00e9"))
+        block = bytes(tar[1024:1536]) if tar[156:157] == b"x" else bytes(tar[:512])
+        cstor.check_sum(block)
+        signed = sum(byte - 256 * (byte > 127) for byte in block[:148] + b" " * 8 + block[156:])
+        cstor.check_sum(block[:148] + b"%06o\0 " % signed + block[156:])
+        for i in range(512):
+            damaged = block[:i] + bytes([block[i] ^ 1]) + block[i + 1:]
+            if not 154 <= i < 156:  # the checksum's own end
+                self.assertRaises(cstor.FormatError, cstor.check_sum, damaged)
+
+    def test_times(self) -> None:
+        for text, ns in ((b"0", 0), (b"1.5", 1500000000), (b"-1.25", -1250000000),
+                         (b"7.", 7 * 10**9),
+                         (b"1.1234567899", 1123456789), (b"-0.5", -500000000)):
+            self.assertEqual(ns, cstor.parse_pax_time(text))
+        for text in (b"", b"-", b".5", b"1e5", b"1.5x", b"9" * 19, b" 1"):
+            self.assertRaises(cstor.FormatError, cstor.parse_pax_time, text)
+
 
 class Headers(unittest.TestCase):
     def test_numbers(self) -> None:
