@@ -21,7 +21,7 @@ demo: ## make a sample store and do the main job on it; needs Python alone
 	  $(PYTHON) cstor.py --root $(DEMO)/store layer export $$digest -o $(DEMO)/layer.tar; \
 	  echo "$${digest#sha256:}  $(DEMO)/layer.tar" | sha256sum -c -; \
 	done
-	$(PYTHON) cstor.py --root $(DEMO)/store layer export -v $$($(PYTHON) cstor.py \
+	$(PYTHON) cstor.py --root $(DEMO)/store layer export $$($(PYTHON) cstor.py \
 	    --root $(DEMO)/store image layers sample --no-trunc | sed -n '3s/ .*//p') | tar -tvf -
 	rm -rf $(DEMO)
 

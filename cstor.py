@@ -31,7 +31,7 @@ where O_NOATIME is not allowed).  It holds shared locks only while it reads the 
 Sections, each built only from those above it:
 
      1 constants           what is on disk, by origin
-     2 errors              one tree, every message ends in what to do next
+     2 errors              one tree; a hint says what to do next
      3 file descriptors    opening beneath a root, full reads, copies
      4 checksums           CRC-64/ISO of tar-split, digests
      5 configuration       storage.conf, drop-ins, environment
@@ -735,7 +735,7 @@ def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[i
     for scheme in (search.new_scheme, search.old_scheme):
         try:
             found.append(scheme())
-        except (FormatError, OSError) as error:  # in a file that the other may not look at
+        except (CstorError, OSError) as error:  # in a file that the other may not look at
             failure = failure or error
     for config in found:
         if holds_store(config.graphroot):
@@ -852,9 +852,11 @@ class _ConfigSearch:
         return {}
 
     def _read(self, path: str, config: Config) -> Dict[str, Any]:
-        if not path:
-            raise FormatError("CONTAINERS_STORAGE_CONF is set but empty",
-                              hint="unset it, or let it name a storage.conf")
+        variables = "CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE"
+        named = [name for name in variables if self.environ.get(name) == path]
+        if not os.path.exists(path) and named:
+            raise NotFound(f'{named[0]} names no file: "{display(path)}"',
+                           hint="unset it, or let it name a storage.conf")
         with open(path, "rb") as file:
             data = file.read(MAX_SPECIAL + 1)
         if len(data) > MAX_SPECIAL:
@@ -975,13 +977,13 @@ class TomlSubset:
                 continue
             self._take(self.SPACE)
             if self.text.startswith("[", self.at):
-                table = self._header()
+                table = self._header().lower()  # Go's decoder matches names whatever their case
                 if table in tables:
                     self._refuse(f"table [{table}] is defined twice")
                 tables.add(table)
             else:
                 key, value = self._pair()
-                self._store(values, f"{table}.{key}" if table else key, value)
+                self._store(values, (f"{table}.{key}" if table else key).lower(), value)
             if not self._take(self.END):
                 self._refuse("expected the end of the line")
         return values
@@ -1112,7 +1114,8 @@ class TomlSubset:
         values: Dict[str, Any] = {}
         self._take(self.SPACE)
         while not self.text.startswith("}", self.at):
-            self._store(values, *self._pair())
+            key, value = self._pair()
+            self._store(values, key.lower(), value)
             self._take(self.SPACE)
             if not self.text.startswith("}", self.at):
                 self._expect(",")
@@ -1553,6 +1556,36 @@ class ImageRecord(Record):
         manifest = self.manifest()
         return manifest.get("mediaType") in (OCI_INDEX, DOCKER_LIST) or "manifests" in manifest
 
+    def instances(self) -> List[Tuple[str, ImageRecord]]:
+        """Return (``os/arch[/variant]``, image) for each instance of this list in the storage."""
+        found = []
+        for entry in as_list(self.manifest().get("manifests")):
+            if not isinstance(entry, dict):
+                continue
+            platform = entry.get("platform")
+            words = [str(platform.get(key)) for key in ("os", "architecture", "variant")
+                     if platform.get(key)] if isinstance(platform, dict) else []
+            found += [("/".join(words), image) for image in self.storage.image_records()
+                      if image.layer and entry.get("digest") in image.digests]
+        return found
+
+    def single(self) -> ImageRecord:
+        """Return this image, or of a manifest list the instance for this machine.
+
+        Raises Unsupported when the storage has none.
+        """
+        if not self.is_list:
+            return self
+        machine = os.uname().machine
+        here = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+        instances = self.instances()
+        for platform, image in instances:
+            if platform.split("/")[:2] == ["linux", here.get(machine, machine)]:
+                return image
+        names = ", ".join(f"{image.id[:12]} ({platform})" for platform, image in instances)
+        raise Unsupported(f"image {self.id} is a manifest list without an instance for this "
+                          "machine", hint=f"its instances here: {names or 'none'}")
+
     def config_bytes(self) -> bytes:
         """Return the image configuration as stored; for schema1 as containers/image makes it.
 
@@ -1564,7 +1597,9 @@ class ImageRecord(Record):
         config = manifest.get("config")
         digest = config.get("digest") if isinstance(config, dict) else None
         if not isinstance(digest, str):
-            raise Unsupported(f"image {self.id}: its manifest names no configuration")
+            raise Unsupported(f"image {self.id}: " + (
+                "it is a manifest list, which has no configuration" if self.is_list
+                else "its manifest names no configuration"))
         return self.big_data(digest)
 
     def config(self) -> Dict[str, Any]:
@@ -1667,19 +1702,27 @@ class Metadata:
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
                  stores: Sequence[str] = ()) -> None:
-        self.graphroot, self.runroot, self.imagestore = graphroot, runroot, imagestore
+        self.graphroot, self.runroot, self.imagestore = (
+            os.path.abspath(path) if path else "" for path in (graphroot, runroot, imagestore))
         self.faults: List[str] = []
         self._own: List[Directory] = []
         self._additional: List[Directory] = []
         self._run: Optional[Directory] = None
+        self._graph: Optional[Directory] = None
         try:
-            self._own.append(self._open_graphroot())
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
             for store in stores:
                 self._open_other(store, self._additional, "additional image store")
+            try:
+                self._graph = self._open_graphroot()
+                self._own.insert(0, self._graph)
+            except NotFound as error:  # nothing was made yet but what other stores hold
+                if not self.roots:
+                    raise
+                self.faults.append(str(error))
             if runroot and os.path.isdir(runroot):
-                self._run = Directory.at(runroot)
+                self._run = Directory.at(self.runroot)
         except BaseException:
             self.close()
             raise
@@ -1706,9 +1749,15 @@ class Metadata:
         try:
             if not os.path.isabs(path):
                 raise OSError(errno.EINVAL, "not an absolute path")
-            roots.append(Directory.at(path))
+            root = Directory.at(path)
         except OSError as error:
             self.faults.append(f"{word} {path}: {error.strerror or error}")
+            return
+        if any(os.path.samestat(os.fstat(root.fd), os.fstat(other.fd)) for other in self.roots) \
+                or os.path.realpath(path) == os.path.realpath(self.graphroot):
+            root.close()  # named twice
+        else:
+            roots.append(root)
 
     def reload(self) -> None:
         """Forget all records, so that the next call reads them again."""
@@ -1731,6 +1780,11 @@ class Metadata:
     def roots(self) -> List[Directory]:
         """All roots in search order: graph root, imagestore, additional stores."""
         return self._own + self._additional
+
+    @property
+    def additional_stores(self) -> List[str]:
+        """The paths of the additional image stores that could be opened."""
+        return [root.path for root in self._additional]
 
     def find(self, name: bytes, first: Optional[Directory] = None) -> Optional[Directory]:
         """Return the root that has ``name``, looking in ``first`` first; None when none has it.
@@ -1772,7 +1826,7 @@ class Metadata:
     def container_records(self) -> Tuple[ContainerRecord, ...]:
         """Return all containers of podman, buildah and CRI-O."""
         if self._containers is None:
-            self._containers = self._load(self.KINDS[2], self._own[:1])
+            self._containers = self._load(self.KINDS[2], [self._graph] if self._graph else [])
             known = {image.id for image in self.image_records()}
             for container in self._containers:
                 if container.image and container.image not in known:
@@ -1801,9 +1855,8 @@ class Metadata:
         found: List[R] = []
         seen: Set[str] = set()
         sources: List[Tuple[Directory, List[bytes], bool]] = []
-        graphroot = self._own[0]
         for root in own:
-            sources.append((root, [plain, volatile] if root is graphroot and kind != IMAGES
+            sources.append((root, [plain, volatile] if root is self._graph and kind != IMAGES
                             else [plain], False))
         if self._run and kind != IMAGES:
             sources.append((self._run, [volatile], False))
@@ -1813,7 +1866,7 @@ class Metadata:
             lock = kind + b"/" + word + b".lock"
             for path, data in zip(paths, read_consistently(root, lock, paths, self._patience)):
                 for item in self._array(data, root.host_path(path)):
-                    record = new(self, graphroot if root is self._run else root, item,
+                    record = new(self, self._graph or root if root is self._run else root, item,
                                  volatile=path.endswith(volatile), readonly=readonly)
                     if readonly or not record.id or record.id not in seen:
                         found.append(record)
@@ -1921,12 +1974,17 @@ class Metadata:
     def podman_containers(self) -> Dict[str, Dict[str, Any]]:
         """Return what podman's db.sql says of each container, by ID; {} without a database.
 
-        Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), exit_code, labels,
-        and mounted, pid, started of the state.  A damaged database is named in ``faults``.
+        Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), exit-code, labels,
+        and mounted, pid, started of the state.  A database that is damaged, or of podman before
+        4.8 (BoltDB, which is not read), is named in ``faults``.
         """
         if self._podman is None:
             self._podman = {}
-            for root in [self._own[0]] + ([self._run] if self._run else []):
+            roots = [root for root in (self._graph, self._run) if root]
+            if self._graph and self._graph.exists(b"libpod/bolt_state.db"):
+                self.faults.append("podman's database is libpod/bolt_state.db, which is not read: "
+                                   "states, pods and rootfs paths of its containers are unknown")
+            for root in roots:
                 for row in self._podman_rows(root, _PODMAN_QUERY):
                     try:
                         container_id, entry = podman_container(row)
@@ -1937,9 +1995,10 @@ class Metadata:
 
     def recorded_roots(self) -> Dict[str, str]:
         """Return GraphRoot, RunRoot and GraphDriver as podman's database recorded them, or {}."""
-        for row in self._podman_rows(self._own[0],
-                                     "SELECT GraphRoot, RunRoot, GraphDriver FROM DBConfig"):
-            return dict(zip(("GraphRoot", "RunRoot", "GraphDriver"), map(str, row)))
+        if self._graph:
+            for row in self._podman_rows(self._graph,
+                                         "SELECT GraphRoot, RunRoot, GraphDriver FROM DBConfig"):
+                return dict(zip(("GraphRoot", "RunRoot", "GraphDriver"), map(str, row)))
         return {}
 
     def _podman_rows(self, root: Directory, query: str) -> List[Tuple[Any, ...]]:
@@ -1951,27 +2010,28 @@ class Metadata:
             return []
 
 
-_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.ExitCode, s.JSON, p.Name
+_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name
 FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
 LEFT JOIN PodConfig p ON p.ID = c.PodID"""
 
 
 def podman_container(row: Tuple[Any, ...]) -> Tuple[str, Dict[str, Any]]:
     """Turn a row of _PODMAN_QUERY into (ID, entry)."""
-    container_id, name, config_json, state, exit_code, state_json, pod = row
+    container_id, name, config_json, state, state_json, pod = row
     parts = []
     for text in (config_json, state_json):
         data = text if isinstance(text, bytes) else str(text or "{}").encode("utf-8", "replace")
         value = parse_json(data, "db.sql")
         parts.append(value if isinstance(value, dict) else {})
     config, status = parts
+    # podman 5.8 leaves the columns State and ExitCode as they were when it made the row.
+    state = status.get("state", state)
     known = isinstance(state, int) and 0 <= state < len(CONTAINER_STATE)
     return str(container_id), {
         "name": str(name), "state": CONTAINER_STATE[state if known else 0],
-        "exit_code": exit_code if isinstance(exit_code, int) else None,
-        "pod": str(pod or ""), "pod_id": str(config.get("pod") or ""),
-        "rootfs": str(config.get("rootfs") or ""),
-        "image_name": str(config.get("rootfsImageName") or ""), "labels": config.get("labels"),
+        "exit-code": status.get("exitCode", 0), "pod": str(pod or ""),
+        "pod-id": str(config.get("pod") or ""), "rootfs": str(config.get("rootfs") or ""),
+        "image-name": str(config.get("rootfsImageName") or ""), "labels": config.get("labels"),
         "mounted": bool(status.get("mounted")), "mountpoint": status.get("mountPoint") or "",
         "pid": status.get("pid") or 0, "started": status.get("startedTime") or "",
     }
@@ -2118,8 +2178,9 @@ def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> List[Imag
     found: List[ImageRecord] = []
     if len(normalize_name(name)) == 1 or text.endswith(":"):  # not short, not a reference
         return found
+    own = {image.id for image in images if not image.readonly}
     for image in images:
-        for other in image.names:
+        for other in image.names if not (image.readonly and image.id in own) else ():
             their_name, their_tag, _ = split_reference(other)
             if (their_name == name or their_name.endswith("/" + name)) and (
                     digest in image.digests if digest else their_tag == (tag or "latest")):
@@ -2365,6 +2426,9 @@ class LayerFiles:
                     raise Unsupported(f'layer {self.layer.id}: "{display(name)}" names the root: '
                                       "containers/storage does not keep its content")
                 if not stat.S_ISREG(mode):
+                    if size is None:  # the caller does not know from the tar that it is a file
+                        raise Unsupported(f'layer {self.layer.id}: "{display(name)}" is a '
+                                          f"{file_type(mode)}, not a regular file")
                     raise self._wrong(name, "is not a regular file on disk", "regular file",
                                       file_type(mode))
                 if size is not None and held != size:
@@ -2898,8 +2962,10 @@ def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
             why = "it was pulled without, or the file is lost"
         else:
             why = "it is the writable layer of a container, or was made by create-layer"
-        raise Unsupported(f"layer {layer.id} has no tar-split data: {why}; its tar cannot be "
-                          "rebuilt")
+        raise Unsupported(
+            f"layer {layer.id} has no tar-split data: {why}; its tar cannot be rebuilt",
+            hint="of a split store it is below the graph root: --root GRAPHROOT --imagestore DIR"
+                 if layer.diff_digest else "")
     return root.open(name), root.host_path(name)
 
 
@@ -3286,10 +3352,12 @@ class Storage(Metadata):
     config: Optional[Config] = None
 
     @classmethod
-    def discover(cls, *, stores: Sequence[str] = (), runroot: str = "") -> Storage:
+    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = ()
+                 ) -> Storage:
         """Open the storage that podman would use for this user: see load_config().
 
-        ``stores`` are further additional image stores.  Raises NotFound, Unsupported, FormatError.
+        ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
+        additional image stores.  Raises NotFound, Unsupported, FormatError.
         """
         config = load_config()
         if config.driver not in ("", "overlay"):
@@ -3297,16 +3365,17 @@ class Storage(Metadata):
                               "read",
                               hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
                                    "a store of the overlay driver anyway")
-        arguments = (runroot or config.runroot, config.imagestore, [*config.stores, *stores])
-        storage = cls(config.graphroot, *arguments)
+        imagestore = imagestore or config.imagestore
+        storage = cls(config.graphroot, runroot or config.runroot, imagestore,
+                      [*config.stores, *stores])
         storage.config = config
-        # podman goes on with the graph root of its database when the configuration has changed.
-        recorded = storage.recorded_roots().get("GraphRoot", "")
-        if recorded and os.path.realpath(recorded) != os.path.realpath(config.graphroot) \
-                and holds_store(recorded):
-            storage.close()
-            storage = cls(recorded, *arguments)
-            storage.config = config
+        if not runroot and not os.path.isdir(config.runroot):
+            # podman goes on with the run root of its database when the configuration has changed.
+            recorded = storage.recorded_roots().get("RunRoot", "")
+            if os.path.isdir(recorded):
+                storage.close()
+                storage = cls(config.graphroot, recorded, imagestore, [*config.stores, *stores])
+                storage.config = config
         return storage
 
     @classmethod
@@ -3472,6 +3541,12 @@ class Output:
         if not path or path.endswith("/"):
             raise _UsageError(f'no file name: "{path}"')
         self._target = os.path.realpath(path)
+        try:
+            self._open()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
+
+    def _open(self) -> None:
         if os.path.exists(self._target) and not os.path.isfile(self._target):
             self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
             return
@@ -3484,19 +3559,24 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, failure: Optional[Type[BaseException]], *_: object) -> None:
-        if not self._target:
-            return
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 *_: object) -> None:
+        if self._target:
+            self._finish(error is None)
+        # Errors of the source name a file: those without one are of the target.
+        if isinstance(error, OSError) and error.errno and error.filename is None \
+                and (self._target or not isinstance(error, BrokenPipeError)):
+            raise CstorError(f"{display(self._target or 'stdout')}: {error.strerror}")
+
+    def _finish(self, whole: bool) -> None:
         try:
             os.close(self.fd)  # NFS and quotas report a failed write here
-            if self._temporary and failure is None:
+            if self._temporary and whole:
                 os.replace(self._temporary, self._target)
                 self._temporary = ""
         finally:
             if self._temporary:
                 os.unlink(self._temporary)
-        if isinstance(failure, type) and issubclass(failure, BrokenPipeError):
-            raise CstorError(f"{display(self._target)}: its reader is gone")
 
 
 def unwind_on_signals() -> None:
@@ -3532,14 +3612,23 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
             repository, tag, digest = split_reference(name)
             rows.append([repository, tag or ("<none>" if digest or not image.names else ""),
                          short_id(image.id, args), human_age(image.created_ns),
-                         human_size(image.size), "; ".join(image.faults)])
-    print_table(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "FAULTS"], rows)
+                         "list" if is_list(image) else human_size(image.size),
+                         "yes" if image.readonly else "", "; ".join(image.faults)])
+    print_table(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"], rows)
+
+
+def is_list(image: Image) -> bool:
+    """Tell whether an image is a manifest list, as far as its manifest can be read."""
+    try:
+        return image.is_list
+    except (CstorError, OSError):
+        return False  # its faults say why
 
 
 def image_json(image: Image) -> Dict[str, Any]:
-    """Return an image's record with what listings add: size, store, readonly, faults."""
-    return {**image.record, "size": image.size, "store": image.root.path,
-            "readonly": image.readonly, "faults": image.faults}
+    """Return an image's record with what listings add: size, manifest-list, store, faults ..."""
+    return {**image.record, "size": image.size, "manifest-list": is_list(image),
+            "store": image.root.path, "readonly": image.readonly, "faults": image.faults}
 
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
@@ -3555,7 +3644,7 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
                 entry[key] = [layer.id for layer in value] if key == "layers" else value
             except CstorError as error:
                 entry[key] = None
-                if str(error) not in entry["faults"]:
+                if not entry["manifest-list"] and str(error) not in entry["faults"]:
                     entry["faults"] = [*entry["faults"], str(error)]
         found.append(entry)
     print_inspected(found, args)
@@ -3574,12 +3663,13 @@ def print_inspected(found: List[Dict[str, Any]], args: Any) -> None:
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
     """list the layers of an image, base first"""
-    print_layers(storage.image(args.image).layers(), args)
+    image: Any = storage.image(args.image).single()
+    print_layers(image.layers(), args)
 
 
 def cmd_image_history(storage: Storage, args: Any) -> None:
     """show the history of an image, newest first"""
-    history = storage.image(args.image).history()[::-1]
+    history = storage.image(args.image).single().history()[::-1]
     if args.format == "json":
         print_json(history)
         return
@@ -3634,10 +3724,12 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
             root, path = overlay_file(layer, b"diff")
             entry["diff"] = root.host_path(path) if root else None
             entry["lower"] = layer.lower_ids()
+            entry["tar-split"] = None
             fd, entry["tar-split"] = open_tar_split(layer)
             os.close(fd)
         except CstorError as error:
-            entry["faults"] = [*layer.faults, str(error)]
+            if layer.diff_digest:  # a writable layer has none
+                entry["faults"] = [*layer.faults, str(error)]
         found.append(entry)
     print_inspected(found, args)
 
@@ -3668,8 +3760,11 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
 def container_json(container: Container) -> Dict[str, Any]:
     """Return a container's record with image-name, and state, pod and rootfs of podman's."""
     details, state = container.details(), container.state
+    names = [name for image in container.storage.image_records() if image.id == container.image
+             for name in image.names]
     return {**container.record,
-            "image-name": details.get("image-name") or state.get("image_name") or "",
+            "image-name": details.get("image-name") or state.get("image-name")
+            or (names[0] if names else ""),
             "state": state.get("state", ""), "pod": state.get("pod") or details.get("pod-name", ""),
             "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
             "store": container.root.path, "faults": container.faults}
@@ -3680,27 +3775,30 @@ def cmd_container_inspect(storage: Storage, args: Any) -> None:
     found = []
     for reference in args.container:
         container = storage.container(reference)
-        found.append({**container_json(container), "metadata": container.details()
-                      or container.metadata, "podman": container.state})
+        found.append({**container_json(container), "details": container.details(),
+                      "podman": container.state})
     print_inspected(found, args)
 
 
 def cmd_store_info(storage: Storage, args: Any) -> None:
     """show where the storage is and what is in it"""
     config = storage.config
+    recorded = storage.recorded_roots()
+    of_root = recorded.get("GraphRoot", storage.graphroot)
+    if os.path.realpath(of_root) != os.path.realpath(storage.graphroot):
+        storage.faults.append(f"podman's database is of another graph root: {of_root}")
     info = {
         "driver": "overlay",
         "graph-root": storage.graphroot, "run-root": storage.runroot,
         "imagestore": storage.imagestore,
-        "additional-image-stores": [root.path for root in storage.roots[1 + bool(
-            storage.imagestore):]],
+        "additional-image-stores": storage.additional_stores,
         "configuration": config.files if config else [],
         "scheme": config.scheme if config else "--root",
         "rootless": config.rootless if config else os.geteuid() != 0,
         "transient-store": bool(config and config.transient_store),
         "images": len(storage.images()), "layers": len(storage.layers()),
         "containers": len(storage.containers()),
-        "podman-database": storage.recorded_roots(),
+        "podman-database": recorded,
         "faults": storage.faults,
     }
     if args.format == "json":
@@ -3739,6 +3837,10 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], None], str]] = [
     ("store info", cmd_store_info, ""),
     ("resolve-link", cmd_resolve_link, "LINK"),
 ]
+ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
+             "LAYER": "ID, name, DiffID, short link, or the start of an ID or DiffID",
+             "CONTAINER": "name, ID or the start of an ID",
+             "LINK": "26 characters, as in overlay/l"}
 GROUPS = {"image": "images", "layer": "layers", "container": "containers",
           "store": "the storage as a whole"}
 
@@ -3755,6 +3857,10 @@ def make_parser(words: Sequence[str] = ()) -> Any:
     if not chosen or {"-h", "--help"} & set(words):
         chosen = COMMANDS
 
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise _UsageError(f"{message} (see {self.prog} --help)")
+
     def formatter(prog: str) -> argparse.HelpFormatter:
         try:
             width = os.get_terminal_size().columns
@@ -3762,43 +3868,50 @@ def make_parser(words: Sequence[str] = ()) -> Any:
             width = 100
         return argparse.HelpFormatter(prog, width=min(width, 100) - 2, max_help_position=28)
 
-    def add_globals(parser: Any, *, top: bool) -> Any:
-        # Given before the command or after it; the default is set once, at the top.
-        def add(*names: str, default: Any = None, **kwargs: Any) -> None:
-            parser.add_argument(*names, default=default if top else argparse.SUPPRESS, **kwargs)
-
-        add("--root", metavar="DIR", help="graph root, instead of the configured one")
-        add("--runroot", metavar="DIR", default="", help="run root, where volatile records can be")
-        add("--store", metavar="DIR", action="append", dest="store" if top else "more_stores",
-            help="additional image store; may be repeated")
-        add("--no-helper", action="store_true", default=False,
-            help="never enter a user namespace")
-        add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
-        add("-v", "--verbose", action="count", default=0, help="say more; twice: tracebacks")
-        return parser
-
     name = os.path.basename(sys.argv[0])
     program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
-    parser = add_globals(argparse.ArgumentParser(
-        prog=program, formatter_class=formatter, description="Read images of containers/storage: "
-        "no podman, no root, no mount, no writes.", epilog="Exit status: 0 done, 1 the answer is "
-        "no, 2 usage, 3 not found or ambiguous, 4 content fails its checksum, 5 permission, 6 "
-        "malformed or unsupported data or other failure."), top=True)
+    parser = _add_globals(Parser(
+        prog=program, formatter_class=formatter, allow_abbrev=False,
+        description="Read images of containers/storage: no podman, no root, no mount, no writes.",
+        epilog="Exit status: 0 done, 1 the answer is no, 2 usage, 3 not found or ambiguous, "
+        "4 content fails its checksum, 5 permission, 6 malformed or unsupported data or other "
+        "failure."), 0)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=program)
     groups: Dict[str, Any] = {}
     for command, function, arguments in chosen:
         group, _, verb = command.rpartition(" ")
         if group and group not in groups:
-            groups[group] = commands.add_parser(
-                group, help=GROUPS[group], formatter_class=formatter).add_subparsers(
+            groups[group] = _add_globals(commands.add_parser(
+                group, help=GROUPS[group], formatter_class=formatter, allow_abbrev=False),
+                1).add_subparsers(
                     metavar="COMMAND", required=True, prog=f"{program} {group}")
         sub = (groups[group] if group else commands).add_parser(
             verb, help=function.__doc__, description=function.__doc__, formatter_class=formatter,
-            aliases=["ls"] if verb == "list" else [])
+            allow_abbrev=False, aliases=["ls"] if verb == "list" else [])
         sub.set_defaults(function=function)
-        add_globals(sub, top=False)
+        _add_globals(sub, 2)
         _add_arguments(sub, arguments.split(), inspect=verb == "inspect")
+    return parser
+
+
+def _add_globals(parser: Any, level: int) -> Any:
+    """Add the global options: at level 0 with their defaults, below (given later) without."""
+    import argparse
+
+    def add(*names: str, default: Any = None, **kwargs: Any) -> None:
+        parser.add_argument(*names, default=argparse.SUPPRESS if level else default, **kwargs)
+
+    add("--root", metavar="DIR", help="graph root, instead of the configured one")
+    add("--runroot", metavar="DIR", default="", help="run root, where volatile records can be")
+    add("--imagestore", metavar="DIR", default="",
+        help="where images are, when they are split off the graph root")
+    add("--store", metavar="DIR", action="append", default=[], dest=f"store{level}",
+        help="additional image store; may be repeated")
+    add("--no-helper", action="store_true", default=False,
+        help="never enter a user namespace")
+    add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
+    add("-v", "--verbose", action="count", default=0, help="say more; twice: tracebacks")
     return parser
 
 
@@ -3810,10 +3923,10 @@ def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
         elif name == "--no-verify":
             parser.add_argument(name, action="store_true", help="skip the checksums; sizes are "
                                 "still checked")
-        elif name.endswith("+"):
-            parser.add_argument(name[:-1].lower(), metavar=name[:-1], nargs="+")
         else:
-            parser.add_argument(name.lower(), metavar=name)
+            word = name.rstrip("+")
+            parser.add_argument(word.lower(), metavar=word, help=ARGUMENTS[word],
+                                nargs="+" if name.endswith("+") else None)
     if "-o" not in names:
         parser.add_argument("--format", choices=("table", "json"),
                             default="json" if inspect else "table")
@@ -3822,12 +3935,20 @@ def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
 
 def open_storage(args: Any) -> Storage:
     """Open the storage that the global options ask for."""
-    stores = (args.store or []) + getattr(args, "more_stores", [])
+    stores = [os.path.abspath(path) for level in range(3)
+              for path in getattr(args, f"store{level}", [])]
+    for path in [*stores, args.imagestore]:
+        if path and not holds_store(path):
+            raise NotFound(f"no containers/storage store at {path}",
+                           hint="a store is a directory that holds overlay-images")
+    if args.runroot and not os.path.isdir(args.runroot):
+        raise NotFound(f"no directory: {args.runroot}", hint="--runroot names the run root")
     if args.root == "":
         raise _UsageError("--root is empty")
+    imagestore = os.path.abspath(args.imagestore) if args.imagestore else ""
     if args.root:
-        return Storage.open(args.root, runroot=args.runroot, stores=stores)
-    return Storage.discover(stores=stores, runroot=args.runroot)
+        return Storage.open(args.root, runroot=args.runroot, imagestore=imagestore, stores=stores)
+    return Storage.discover(runroot=args.runroot, imagestore=imagestore, stores=stores)
 
 
 def say(message: str) -> None:
@@ -3870,7 +3991,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
         words = sys.argv[1:] if argv is None else argv
-        args = make_parser(words).parse_args(words)
+        try:
+            args = make_parser(words).parse_args(words)
+        except _UsageError:
+            args = make_parser().parse_args(words)  # says what all the choices are
         verbose = args.verbose
         if sys.stdout is None:
             raise CstorError("stdout is closed")

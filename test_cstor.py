@@ -820,8 +820,8 @@ class Discovery(StoreTest):
         config = self.system(files, {"CONTAINERS_STORAGE_CONF": "@/mine.conf",
                                      "CONTAINERS_STORAGE_CONF_OVERRIDE": "@/over.conf"})
         self.assertEqual(("mine", self.dir + "/over"), (self.where(config), config.runroot))
-        self.assertRaises(FileNotFoundError, self.system, files,
-                          {"CONTAINERS_STORAGE_CONF": "@/missing"})
+        with self.assertRaisesRegex(cstor.NotFound, "CONTAINERS_STORAGE_CONF names no file"):
+            self.system(files, {"CONTAINERS_STORAGE_CONF": "@/missing"})
 
     def test_an_error_in_a_file_that_is_not_looked_at(self) -> None:
         files = {"etc/containers/storage.conf": "[storage\n",
@@ -924,14 +924,33 @@ class Discovery(StoreTest):
         self.assertRaises(cstor.NotFound, cstor.Storage.open, os.path.join(self.dir, "missing"))
         self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir)
 
-    def test_graph_root_recorded_by_podman_is_followed(self) -> None:
+    def test_what_podman_recorded(self) -> None:
+        """The configured graph root stays, as for a copy of a store; the run root is podman's."""
         store = self.sample()
-        configured = StoreBuilder(os.path.join(self.dir, "configured")).save()
-        make_database(configured.root, graphroot=store.root).close()
-        done = self.run_cstor("store", "info", "--format", "json",
-                              env={"CONTAINERS_GRAPHROOT": configured.root})
-        self.assertEqual(store.root, json.loads(done.stdout)["graph-root"])
+        run = StoreBuilder(os.path.join(self.dir, "run"))
+        run.write("overlay-containers/volatile-containers.json", json.dumps(
+            [{"id": "c" * 64, "names": ["volatile"], "image": "", "layer": store.layers[0]["id"]}]))
+        make_database(store.root, graphroot="/elsewhere", runroot=run.root).close()
+        env = {"CONTAINERS_GRAPHROOT": store.root, "CONTAINERS_RUNROOT": "/nonexistent"}
+        done = self.run_cstor("store", "info", "--format", "json", env=env)
+        info = json.loads(done.stdout)
+        self.assertEqual((store.root, run.root, 2), (info["graph-root"], info["run-root"],
+                                                     info["containers"]))
+        self.assertIn(b"warning: podman's database is of another graph root: /elsewhere",
+                      done.stderr)
 
+    def test_additional_stores_without_a_store_of_ones_own(self) -> None:
+        store = self.sample()
+        config = {"etc/containers/storage.conf":
+                  '[storage]\ngraphroot="@/none"\n[Storage.Options]\nAdditionalImageStores=["@/store"]\n'}
+        found = self.system(config)
+        self.assertEqual([store.root], found.stores)
+        with cstor.Storage.open(found.graphroot, stores=found.stores) as storage:
+            self.assertEqual((2, 4, 0), (len(storage.images()), len(storage.layers()),
+                                         len(storage.containers())))
+            self.assertEqual([f"no storage at {self.dir}/none"], storage.faults)
+            layer = storage.image("sample").layers()[0]
+            self.assertEqual(store.tars[layer.id], self.export(layer))
 
 # ================================================================================================
 # 6. Locks
@@ -1015,7 +1034,7 @@ class Locks(StoreTest):
 # 7. Store
 # ================================================================================================
 
-def make_database(root: str, *, graphroot: str = "/g", wal: bool = False,
+def make_database(root: str, *, graphroot: str = "/g", runroot: str = "/r", wal: bool = False,
                   containers: Sequence[Tuple[str, str, int, Dict[str, Any]]] = ()
                   ) -> sqlite3.Connection:
     """Write the part of podman's db.sql that is read; return the open connection."""
@@ -1030,12 +1049,13 @@ def make_database(root: str, *, graphroot: str = "/g", wal: bool = False,
         CREATE TABLE ContainerState(ID TEXT, State INTEGER, ExitCode INTEGER, JSON TEXT);
         CREATE TABLE PodConfig(ID TEXT, Name TEXT);
         INSERT INTO PodConfig VALUES('p1', 'the-pod');""")
-    database.execute("INSERT INTO DBConfig VALUES(1, ?, '/r', 'overlay')", (graphroot,))
+    database.execute("INSERT INTO DBConfig VALUES(1, ?, ?, 'overlay')", (graphroot, runroot))
     for container_id, name, state, config in containers:
         database.execute("INSERT INTO ContainerConfig VALUES(?, ?, ?, ?)",
                          (container_id, name, config.get("pod"), json.dumps(config).encode()))
-        database.execute("INSERT INTO ContainerState VALUES(?, ?, 0, ?)",
-                         (container_id, state, '{"pid":7,"mounted":true}'))
+        # As podman 5.8 leaves it: the columns are those of the container when it was made.
+        database.execute("INSERT INTO ContainerState VALUES(?, 1, 0, ?)", (container_id, json.dumps(
+            {"pid": 7, "mounted": True, "state": state, "exitCode": 3})))
     database.commit()
     return database
 
@@ -1222,10 +1242,41 @@ class Records(StoreTest):
                 [(row.get("created_by", ""), row.get("layer")) for row in old.history()])
             self.assertEqual([], storage.image("2" * 64).faults)
             self.assertTrue(storage.image("2" * 64).is_list)
+            self.assertRaises(cstor.Unsupported, storage.image("2" * 64).single)
             self.assertRaises(cstor.Unsupported, storage.image("2" * 64).config)
         shown = json.loads(self.run_cstor("--root", store.root, "image", "inspect", "list:1",
                                           "oci:1").stdout)
         self.assertEqual((None, [base, top]), (shown[0]["config"], shown[1]["layers"]))
+
+    def test_manifest_lists_stand_for_the_instance_of_this_machine(self) -> None:
+        store = self.builder()
+        layer = store.layer(make_tar(("f", b"x")))
+        ids = {arch: store.image(layer, f"localhost/{arch}:1", id=ident * 64)
+               for arch, ident in (("amd64", "3"), ("arm64", "4"), ("s390x", "5"))}
+        entries = [{"digest": sha256(arch.encode()),
+                    "platform": {"os": "linux", "architecture": arch}} for arch in ids]
+        for image, entry in zip(store.images, entries):
+            image["digest"] = entry["digest"]
+        index = {"id": "e" * 64, "names": ["localhost/list:1"]}
+        store.big_data(index, "manifest", json.dumps({"manifests": [*entries, 5, {"digest": 7}]}
+                                                     ).encode())
+        store.images.append(index)
+        store.save()
+        here = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+        with self.open(store) as storage:
+            found = storage.image("list:1")
+            self.assertEqual({f"linux/{arch}": image for arch, image in ids.items()},
+                             {platform: image.id for platform, image in found.instances()})
+            if here in ids:
+                self.assertEqual(ids[here], found.single().id)
+            self.assertEqual([], found.faults)
+        with mock.patch("os.uname", lambda: mock.Mock(machine="riscv64")), \
+                cstor.Storage.open(store.root) as storage, \
+                self.assertRaises(cstor.Unsupported) as caught:
+            storage.image("list:1").single()
+        self.assertRegex(caught.exception.hint, r"4{12} \(linux/arm64\)")
+        listed = self.run_cstor("--root", store.root, "image", "list").stdout.decode()
+        self.assertRegex(listed, r"localhost/list +1 +e{12} .* list\n")
 
     def test_big_data_is_checked(self) -> None:
         store = self.sample()
@@ -1363,8 +1414,8 @@ class Database(StoreTest):
     def check_read(self, store: StoreBuilder, rootfs: str) -> None:
         with self.open(store) as storage:
             state = storage.container("web").state
-            self.assertEqual(("running", "the-pod", rootfs, 7, True), tuple(
-                state[key] for key in ("state", "pod", "rootfs", "pid", "mounted")))
+            self.assertEqual(("running", 3, "the-pod", rootfs, 7, True), tuple(
+                state[key] for key in ("state", "exit-code", "pod", "rootfs", "pid", "mounted")))
             self.assertEqual([], storage.faults)
         self.assertEqual(self._before, snapshot(store.root))
         self._root = ""
@@ -2540,10 +2591,33 @@ class CommandLine(StoreTest):
                           ["image", "ls", "--root", self.store.root],
                           ["--store", self.store.root, "image", "list", "--root", self.store.root]):
             self.assertIn(b"sample", self.run_cstor(*arguments).stdout)
-        done = self.run_cstor("--store", "/a", "store", "info", "--root", self.store.root,
-                              "--store", "/b")
-        self.assertIn(b"/a", done.stderr)
-        self.assertIn(b"/b", done.stderr)
+        others = [os.path.join(self.dir, name) for name in "abc"]
+        for other in others:
+            os.makedirs(os.path.join(other, "overlay-images"))
+        done = self.run_cstor("--store", others[0], "store", "--store", others[1], "info", "--root",
+                              self.store.root, "--store", "c", "--store", self.store.root,
+                              "--store", others[0], "--format", "json", cwd=self.dir)
+        self.assertEqual(others, json.loads(done.stdout)["additional-image-stores"])
+
+    def test_wrong_use_is_one_line(self) -> None:
+        for arguments, words in (
+                (["--format", "json", "image", "list"], b"choose from .*store"),
+                (["image", "lost"], b"choose from .*history"), (["layer", "export"], b"LAYER"),
+                (["image", "list", "--roo", "x"], b"--roo"), ([], b"COMMAND")):
+            done = self.run_cstor(*arguments, status=2)
+            self.assertRegex(done.stderr, rb"\Acstor: error: [^\n]*" + words
+                             + rb"[^\n]*--help\)\n\Z")
+        for arguments in (["--store", "/none"], ["--store", self.dir], ["--imagestore", "/none"],
+                          ["--runroot", "/none"]):
+            self.cstor(*arguments, "image", "list", status=3)
+
+    def test_errors_name_the_target(self) -> None:
+        for target in (self.dir + "/none/x", "/dev/full"):
+            done = self.cstor("layer", "export", self.layer, "-o", target, status=6)
+            self.assertIn(target.encode() + b": No ", done.stderr)
+        with open("/dev/full", "wb") as full:
+            done = self.cstor("layer", "export", self.layer, stdout=full, status=6)
+        self.assertIn(b"stdout: No space left", done.stderr)
 
     def test_every_way_to_run_it(self) -> None:
         expected = self.cstor("image", "list", "--format", "json").stdout
@@ -2595,7 +2669,8 @@ class CommandLine(StoreTest):
         self.assertEqual(self.store.path(f"overlay-layers/{layers[1]}.tar-split.gz"),
                          inspected["tar-split"])
         found = json.loads(self.cstor("container", "inspect", "web").stdout)[0]
-        self.assertEqual("web", found["metadata"]["name"])
+        self.assertEqual("web", found["details"]["name"])
+        self.assertEqual(self.store.containers[0]["metadata"], found["metadata"])
         info = json.loads(self.cstor("store", "info", "--format", "json").stdout)
         self.assertEqual((2, 4, 1, self.store.root), (info["images"], info["layers"],
                                                       info["containers"], info["graph-root"]))
