@@ -3972,9 +3972,9 @@ def exit_status(error: BaseException) -> int:
 def describe(error: Exception) -> str:
     """Spell an error on one line: what, where, and the next step."""
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror
-        if error.filename is not None:
-            text = f"{display(os.fsencode(error.filename))}: {text}"
+        # What is read has a name, and so has the target of -o.
+        place = "stdout" if error.filename is None else display(os.fsencode(error.filename))
+        text = f"{place}: {error.strerror}"
     else:
         text = display(str(error)) or type(error).__name__
     if isinstance(error, Ambiguous):
@@ -3985,40 +3985,49 @@ def describe(error: Exception) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
-    verbose = 0
+    words = sys.argv[1:] if argv is None else argv
+    status = 0
     try:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
-        words = sys.argv[1:] if argv is None else argv
+        _run(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        status = EXIT_PIPE
+    except (CstorError, OSError, _UsageError, MemoryError) as error:
+        if sum(word.count("v") for word in words if re.fullmatch("-v+|--verbose", word)) > 1:
+            raise
+        say(f"error: {describe(error)}")
+        status = exit_status(error)
+    except KeyboardInterrupt:
+        status = 130
+    except _Stopped as error:
+        status = 128 + int(error.args[0])
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        # Python flushes stdout again at exit: let it do so into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return status
+
+
+def _run(words: Sequence[str]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
+    try:
         try:
             args = make_parser(words).parse_args(words)
         except _UsageError:
             args = make_parser().parse_args(words)  # says what all the choices are
-        verbose = args.verbose
-        if sys.stdout is None:
-            raise CstorError("stdout is closed")
-        with open_storage(args) as storage:
-            args.function(storage, args)
-            if not args.quiet:
-                for fault in storage.faults:
-                    say(f"warning: {display(fault)}")
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return 0
-    except BrokenPipeError:
-        # Python flushes stdout again at exit: let it do so into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_PIPE
-    except (CstorError, OSError, _UsageError, MemoryError) as error:
-        if verbose >= 2:
-            raise
-        say(f"error: {describe(error)}")
-        return exit_status(error)
-    except KeyboardInterrupt:
-        return 130
-    except _Stopped as error:
-        return 128 + int(error.args[0])
+    except SystemExit:  # argparse, after --help and --version
+        return
+    if sys.stdout is None:
+        raise CstorError("stdout is closed")
+    with open_storage(args) as storage:
+        args.function(storage, args)
+        for fault in storage.faults if not args.quiet else ():
+            say(f"warning: {display(fault)}")
 
 
 if __name__ == "__main__":

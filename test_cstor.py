@@ -2537,7 +2537,8 @@ class CommandLine(StoreTest):
             self.assertEqual({"store", "slow.py"}, set(os.listdir(self.dir)))
 
     def test_closed_pipes_end_quietly(self) -> None:
-        for arguments in (["layer", "export", self.layer], ["layer", "list", "--format", "json"]):
+        for arguments in (["layer", "export", self.layer], ["layer", "list", "--format", "json"],
+                          ["--help"], ["image", "list"]):
             for verify in ([], ["--no-verify"]) if "export" in arguments else ([],):
                 reader, writer = os.pipe()
                 os.close(reader)
@@ -2615,9 +2616,10 @@ class CommandLine(StoreTest):
         for target in (self.dir + "/none/x", "/dev/full"):
             done = self.cstor("layer", "export", self.layer, "-o", target, status=6)
             self.assertIn(target.encode() + b": No ", done.stderr)
-        with open("/dev/full", "wb") as full:
-            done = self.cstor("layer", "export", self.layer, stdout=full, status=6)
-        self.assertIn(b"stdout: No space left", done.stderr)
+        for arguments in (["layer", "export", self.layer], ["image", "list"], ["--help"]):
+            with open("/dev/full", "wb") as full:
+                done = self.cstor(*arguments, stdout=full, status=6)
+            self.assertEqual(b"cstor: error: stdout: No space left on device\n", done.stderr)
 
     def test_every_way_to_run_it(self) -> None:
         expected = self.cstor("image", "list", "--format", "json").stdout
