@@ -157,7 +157,8 @@ def split_tar(tar: bytes) -> Iterator[Dict[str, Any]]:
         for info in members:
             segment = tar[at:info.offset_data]
             yield numbered({"type": 2, "payload": base64.b64encode(segment).decode()})
-            name = info.name.encode("utf-8", "surrogateescape") + (b"/" if info.isdir() else b"")
+            name = info.name.rstrip("/").encode("utf-8", "surrogateescape")  # 3.9 keeps some "/"
+            name += b"/" if info.isdir() else b""
             size = info.size if info.isreg() else 0
             at = info.offset_data + size
             entry: Dict[str, Any] = {"type": 1}
