@@ -927,7 +927,8 @@ def merge_config(values: Dict[str, Any], later: Dict[str, Any]) -> None:
     """Lay a later file over ``values``: key by key; arrays replace, or append when they say so."""
     for key, value in later.items():
         if isinstance(value, _Appended):
-            value = [*values.get(key, []), *value]
+            before = values.get(key)
+            value = [*(before if isinstance(before, list) else []), *value]
         values[key] = value
 
 
@@ -1566,7 +1567,7 @@ class ImageRecord(Record):
             words = [str(platform.get(key)) for key in ("os", "architecture", "variant")
                      if platform.get(key)] if isinstance(platform, dict) else []
             found += [("/".join(words), image) for image in self.storage.image_records()
-                      if image.layer and entry.get("digest") in image.digests]
+                      if image.layer and str(entry.get("digest")) in image.digests]
         return found
 
     def single(self) -> ImageRecord:

@@ -745,6 +745,11 @@ class Toml(unittest.TestCase):
                 f"[storage.options]\nadditionalimagestores={text}\n"))
             self.assertEqual({"storage.options.additionalimagestores": result}, values)
 
+    def test_appending_to_what_is_no_array(self) -> None:
+        values: Dict[str, Any] = {"x": 1}
+        cstor.merge_config(values, self.parse("x = ['a', {append=true}]\n"))
+        self.assertEqual({"x": ["a"]}, values)
+
     def test_what_is_not_understood_is_refused_with_its_line(self) -> None:
         for text, line in (("[storage", 1), ("a = ", 1), ("\n\nx", 3), ('a = "b', 1), ("[[a]]", 1),
                            ('a = """x"""', 1), ("a = 1\na = 2", 2), ("[t]\n[t]", 2),
@@ -1259,7 +1264,7 @@ class Records(StoreTest):
         for image, entry in zip(store.images, entries):
             image["digest"] = entry["digest"]
         index = {"id": "e" * 64, "names": ["localhost/list:1"]}
-        store.big_data(index, "manifest", json.dumps({"manifests": [*entries, 5, {"digest": 7}]}
+        store.big_data(index, "manifest", json.dumps({"manifests": [*entries, 5, {"digest": []}]}
                                                      ).encode())
         store.images.append(index)
         store.save()
