@@ -25,6 +25,11 @@ demo: ## make a sample store and do the main job on it; needs Python alone
 	    $(DEMO)/layer.tar $$digest; \
 	  $(PYTHON) -m tarfile -l $(DEMO)/layer.tar; \
 	done
+	$(PYTHON) cstor.py --root $(DEMO)/store image files -l sample
+	$(PYTHON) cstor.py --root $(DEMO)/store image cat sample /bin/sh /etc/os-release
+	$(PYTHON) cstor.py --root $(DEMO)/store image cp sample:/srv $(DEMO)/srv
+	ls -l $(DEMO)/srv
+	$(PYTHON) cstor.py --root $(DEMO)/store image blame sample --hidden
 	rm -rf $(DEMO)
 
 test: ## run all tests; those that lack something are skipped with the reason
@@ -47,6 +52,11 @@ lint: ## mypy --strict and ruff, from .lab or the PATH
 bench: ## measure against the peers (podman, root, some minutes)
 	$(PYTHON) test_cstor.py --bench
 
-install: ## leave a cstor command below $(DESTDIR)$(prefix)
-	install -d $(DESTDIR)$(prefix)/bin
-	install -m 755 cstor.py $(DESTDIR)$(prefix)/bin/cstor
+install: ## leave a cstor command below $(DESTDIR)$(prefix), compiled once and for all
+	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(prefix)/lib/cstor
+	install -m 644 cstor.py $(DESTDIR)$(prefix)/lib/cstor/cstor.py
+	$(PYTHON) -m compileall -q -f $(DESTDIR)$(prefix)/lib/cstor
+	printf '#!%s\nimport sys\nsys.path.insert(0, "%s/lib/cstor")\nimport cstor\nsys.exit(cstor.main())\n' \
+	    "$(if $(findstring /,$(PYTHON)),$(PYTHON),/usr/bin/env $(PYTHON))" $(prefix) \
+	    > $(DESTDIR)$(prefix)/bin/cstor
+	chmod 755 $(DESTDIR)$(prefix)/bin/cstor
