@@ -41,8 +41,10 @@ Sections, each built only from those above it:
      9 layers              where the bytes of one file are
     10 tar headers         types, sizes, owners, times, links, xattrs
     11 tar-split           entries, members, pieces; writing and verifying the tar
-    12 library             Storage, Image, Layer, Container
-    13 command line        output, progress, one function per command
+    12 tree                the merged view: walk, look up, read, compare; table of contents
+    13 extract             files out into a directory, or as a tar
+    14 library             Storage, Image, Layer, Container
+    15 command line        output, progress, one function per command
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -84,14 +86,16 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
     R = TypeVar("R", bound="Record")
+    L = TypeVar("L", bound="LayerTree")
     Progress = Callable[[int, int], None]  # bytes and files done so far
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
-    "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerUnknown", "Member", "NeedsUnshare",
-    "NotFound", "ProtocolError", "Storage", "Unsupported", "crc64", "load_config", "main",
+    "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerTree", "LayerUnknown", "Member",
+    "NeedsUnshare", "Node", "NotFound", "ProtocolError", "Storage", "Tree", "Unsupported", "crc64",
+    "load_config", "main", "spell", "unspell",
 ]
 
 
@@ -124,11 +128,28 @@ SIZE_AT = slice(124, 136)  # the size field: octal, ended by a space or NUL, or 
 HEADER_ONLY = b"123456"  # link, symlink, char, block, directory, FIFO: no data whatever size says
 SPECIALS = b"xLK"  # headers about the next header: pax, GNU long name, GNU long link
 PAX_GLOBAL = b"g"
+PAX_NAMES = (b"path", b"linkpath", b"uname", b"gname")  # records that hold no NUL
+TAR_TYPES = {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir",
+             b"6": "fifo", PAX_GLOBAL: "global"}  # all others are regular files, as for Go
 # How GNU tar maps a sparse file: the size of blocks that are looked at, and whether an empty run
 # always ends the map.  First --hole-detection=seek (the default since 1.29), then raw.
 SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
 
-# overlayfs: the kernel as root, the kernel in a user namespace.
+# Whiteouts of AUFS, which OCI took over.
+OPAQUE_MARKER = b".wh..wh..opq"
+AUFS_BOOKKEEPING = rb"(?:^|/)\.wh\.\.wh\.(?!\.opq\Z)"
+
+# Files on disk as the TOC of eStargz names them.
+WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
+         "block": "block device", "fifo": "FIFO", "socket": "socket", "whiteout": "whiteout"}
+NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
+              stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
+              stat.S_IFSOCK: "socket"}
+
+# overlayfs: the kernel as root, the kernel in a user namespace; and what keeps xattrs of its own.
+NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
+OVERLAY_XATTRS = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.",
+                  b"user.containers.override_stat")
 METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
 
 # Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
@@ -137,6 +158,8 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_IN_ROOT = 0x10
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 # Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
@@ -147,9 +170,16 @@ MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about
 MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
 MAX_HEADERS = 8 << 20  # all that stands before one file's data
 MAX_OBJECT = 4 << 20  # one JSON object of a stream
+MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
+MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
+MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
+MAX_XATTRS = 64 << 20  # all xattrs of one tree
+MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
+HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes at a time
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
+SMALL_TAR_SPLIT = 64 << 10  # compressed bytes that are read in some milliseconds
 READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
 LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
 
@@ -256,6 +286,26 @@ def display(name: Union[str, bytes]) -> str:
                    c.encode("unicode_escape").decode("ascii") for c in name)
 
 
+def spell(name: bytes) -> str:
+    """Spell a name for JSON without loss: UTF-8 as it is, any other byte as U+EF00 plus its value.
+
+    The characters U+EF80 to U+EFFF (private use; the rule is that of MirBSD's OPTU-8) are spelled
+    by their three bytes, so that unspell() gives every name back.
+    """
+    text = name.decode("utf-8", "surrogateescape")
+    if text.isascii():
+        return text
+    text = re.sub("[\uef80-\uefff]",
+                  lambda m: m[0].encode().decode("ascii", "surrogateescape"), text)
+    return re.sub("[\udc80-\udcff]", lambda m: chr(ord(m[0]) + 0xEF00 - 0xDC00), text)
+
+
+def unspell(text: str) -> bytes:
+    """Return the name that spell() made a string of."""
+    text = re.sub("[\uef80-\uefff]", lambda m: chr(ord(m[0]) - 0xEF00 + 0xDC00), text)
+    return text.encode("utf-8", "surrogateescape")
+
+
 # ================================================================================================
 # 3. File descriptors
 #
@@ -341,10 +391,12 @@ def open_in_root(root_fd: int, name: bytes) -> int:
 
     Symbolic links are followed as if ``root_fd`` were "/".  Raises OSError as open(2) does.
     """
-    global _have_openat2
+    global _have_openat2, _walks_left
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
-    if _have_openat2:
+    if _walks_left:  # some walks are cheaper than the import of ctypes
+        _walks_left -= 1
+    elif _have_openat2:
         try:
             return _openat2(root_fd, name.strip(b"/") or b".", OPEN_DIRECTORY)
         except OSError as error:
@@ -358,6 +410,7 @@ def open_in_root(root_fd: int, name: bytes) -> int:
 
 
 _have_openat2 = True
+_walks_left = 16
 
 
 class Directory:
@@ -1342,6 +1395,26 @@ def parse_time(text: str) -> Optional[int]:
     return seconds * 10**9 + int((match[7] or "").ljust(9, "0"))
 
 
+def has_rfc3339(moment: int) -> bool:
+    """Tell whether a time in nanoseconds since 1970 is of the years 1 to 9999."""
+    return -62135596800 * 10**9 <= moment < 253402300800 * 10**9
+
+
+def format_time(moment: int) -> str:
+    """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does."""
+    days, rest = divmod(moment, 86400 * 10**9)
+    days += 719468  # from 1 March of the year 0, in eras of 400 years
+    era, day = divmod(days, 146097)
+    year = (day - day // 1460 + day // 36524 - day // 146096) // 365
+    day -= 365 * year + year // 4 - year // 100
+    month = (5 * day + 2) // 153
+    seconds, nanoseconds = divmod(rest, 10**9)
+    fraction = f".{nanoseconds:09d}".rstrip("0") if nanoseconds else ""
+    return (f"{400 * era + year + (month >= 10):04d}-{(month + 2) % 12 + 1:02d}-"
+            f"{day - (153 * month + 2) // 5 + 1:02d}T{seconds // 3600:02d}:"
+            f"{seconds // 60 % 60:02d}:{seconds % 60:02d}{fraction}Z")
+
+
 def as_list(value: Any) -> List[Any]:
     """Return ``value`` when it is a list, else an empty one."""
     return value if isinstance(value, list) else []
@@ -1422,6 +1495,11 @@ class Record:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
+
+    @property
+    def title(self) -> str:
+        """What people call it: its first name, or the start of its ID."""
+        return display(self.names[0] if self.names else self.id[:12])
 
     def _take(self, key: str, default: T) -> T:
         """Return a field, or ``default`` when it is missing, null or of another type."""
@@ -2446,6 +2524,15 @@ class LayerFiles:
                 raise FormatError(f'name with a NUL byte: "{display(name)}"') from None
         raise self._missing(name, size)
 
+    def lies_at(self, fd: int, name: bytes) -> bool:
+        """Tell whether an open file is the layer's own at just this place, behind no link."""
+        try:
+            place, root = (os.readlink(f"/proc/self/fd/{number}".encode())
+                           for number in (fd, self._diffs[0].fd))
+        except OSError:  # no /proc
+            return False
+        return place == root + b"/" + name
+
     def _place(self, name: bytes) -> bytes:
         """Return where below ``diff`` the content of ``name`` is."""
         wanted = clean_name(name)
@@ -2533,7 +2620,7 @@ class Member:
     for, which raises FormatError for a malformed field.
     """
 
-    __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "_checksum",
+    __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "base64",
                  "mode", "uid", "gid", "mtime_ns", "linkname", "uname", "gname", "devmajor",
                  "devminor", "xattrs", "pax")
     mode: int
@@ -2549,7 +2636,7 @@ class Member:
     pax: Dict[bytes, bytes]
 
     def __init__(self, header: bytes, name: bytes, size: int, checksum: bytes) -> None:
-        self.header, self.name, self.size, self._checksum = header, name, size, checksum
+        self.header, self.name, self.size, self.base64 = header, name, size, checksum
         self.sparse: Union[None, str, List[Tuple[int, int]]] = None
         self.typeflag = header[TYPE_AT:TYPE_AT + 1]
         if size and len(header) == BLOCK and self.typeflag == b"0":  # most members, in short
@@ -2567,25 +2654,45 @@ class Member:
     @property
     def checksum(self) -> Optional[int]:
         """The CRC-64/ISO of the content; None for members of size 0."""
-        return int.from_bytes(binascii.a2b_base64(self._checksum), "big") \
-            if self._checksum else None
+        return int.from_bytes(binascii.a2b_base64(self.base64), "big") if self.base64 else None
 
     @property
     def type(self) -> str:
         """reg, dir, symlink, hardlink, char, block, fifo, or global (for all that follows)."""
         if self.typeflag == b"\0" and self.name.endswith(b"/"):
             return "dir"  # a v7 archive marks a directory by its name alone
-        return {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir",
-                b"6": "fifo", PAX_GLOBAL: "global"}.get(self.typeflag, "reg")
+        return TAR_TYPES.get(self.typeflag, "reg")
 
     def is_header_only(self) -> bool:
         """Whether no content follows, whatever the size field says."""
         return self.typeflag in HEADER_ONLY or self.type == "dir"
 
-    def _scan(self) -> Tuple[bytes, int, Dict[bytes, bytes], bytes]:
-        """Return the last header block, where it ends, the pax records and the GNU long link."""
-        header, at, link = self.header, 0, b""
+    @classmethod
+    def parse(cls, header: bytes) -> Member:
+        """Make a member from its header blocks alone, as they stand in a tar.
+
+        Its ``checksum`` is None: that is known from tar-split only.
+        """
+        member = cls.__new__(cls)
+        member.header, member.name = header, b""
+        block, _, pax, gnu = member._scan()
+        prefix = b""
+        if block[257:263] == b"ustar\0":
+            prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500])  # star, ustar
+        cls.__init__(member, header, gnu.get(b"L") or pax.get(b"path") or (
+            prefix + b"/" if prefix else b"") + text_field(block[:100]), -1, b"")
+        member.size = member.stored
+        if member.sparse is not None:
+            size = pax.get(b"GNU.sparse.size") or pax.get(b"GNU.sparse.realsize")
+            member.size = parse_decimal(size) if size else member.stored
+            member.name = pax.get(b"GNU.sparse.name") or member.name
+        return member
+
+    def _scan(self) -> Tuple[bytes, int, Dict[bytes, bytes], Dict[bytes, bytes]]:
+        """Return the last header block, where it ends, the pax records and the GNU long names."""
+        header, at = self.header, 0
         pax: Dict[bytes, bytes] = {}
+        gnu: Dict[bytes, bytes] = {}  # by typeflag: L, the name, and K, the target of a link
         while True:
             block = header[at:at + BLOCK]
             if len(block) < BLOCK:
@@ -2593,7 +2700,7 @@ class Member:
             at += BLOCK
             flag = block[TYPE_AT:TYPE_AT + 1]
             if flag not in SPECIALS:
-                return block, at, pax, link
+                return block, at, pax, gnu
             size = parse_number(block[SIZE_AT])
             if not 0 <= size <= MAX_SPECIAL:
                 raise FormatError(f'"{display(self.name)}": a header of {size} bytes, more than '
@@ -2601,8 +2708,8 @@ class Member:
             data = header[at:at + size]
             if flag == b"x":
                 pax = parse_pax(data)
-            elif flag == b"K":
-                link = data.partition(b"\0")[0]
+            else:
+                gnu[flag] = text_field(data)
             at += size + -size % BLOCK
 
     def _measure(self) -> None:
@@ -2622,7 +2729,7 @@ class Member:
             self.stored = parse_decimal(pax[b"size"]) if pax.get(b"size") \
                 else parse_number(block[SIZE_AT])
             self.sparse = self._sparse_map(pax)
-            if self.stored < 0 or self.sparse is None and self.stored != self.size:
+            if self.stored < 0 or self.sparse is None and self.stored != self.size >= 0:
                 raise FormatError(f'"{display(self.name)}": {self.stored} bytes by its header, '
                                   f"{self.size} by tar-split")
         self.padding = -self.stored % BLOCK
@@ -2630,43 +2737,75 @@ class Member:
     def __getattr__(self, name: str) -> Any:
         if name not in self.__slots__:
             raise AttributeError(name)
-        block, at, pax, link = self._scan()
-        check_sum(block)
-        if self.typeflag == PAX_GLOBAL:
-            pax = parse_pax(self.header[at:])
-        self.pax = pax
-        self.mode = parse_number(block[100:108]) & 0o7777
-        self.uid, self.gid = (
-            parse_decimal(pax[key]) if pax.get(key) else parse_number(block[place])
-            for key, place in ((b"uid", slice(108, 116)), (b"gid", slice(116, 124))))
-        self.mtime_ns = parse_pax_time(pax[b"mtime"]) if pax.get(b"mtime") \
-            else parse_number(block[136:148]) * 10**9
-        self.linkname = pax.get(b"linkpath") or link or text_field(block[157:257])
-        # What follows the magic means something else, or nothing, in a v7 archive.
-        new = block[257:262] == b"ustar"
-        self.uname, self.gname = (
-            pax.get(key) or (text_field(block[place]) if new else b"")
-            for key, place in ((b"uname", slice(265, 297)), (b"gname", slice(297, 329))))
-        device = new and self.typeflag in b"34"
-        self.devmajor = parse_number(block[329:337]) if device else 0
-        self.devminor = parse_number(block[337:345]) if device else 0
-        self.xattrs = pax_xattrs(pax)
+        if name == "xattrs":
+            self.xattrs = pax_xattrs(self.pax)
+        else:
+            self.read_fields()
         return object.__getattribute__(self, name)
+
+    def read_fields(self) -> None:
+        """Read the fields that are not read at once.  Raises FormatError for a malformed one."""
+        block, pax, gnu = self.header, _NO_RECORDS, _NO_RECORDS
+        if len(block) != BLOCK:
+            block, at, pax, gnu = self._scan()
+            if self.typeflag == PAX_GLOBAL:
+                pax = parse_pax(self.header[at:])
+        check_sum(block)
+        self.pax = pax
+        self.mode = number_field(block[100:108]) & 0o7777
+        self.uid, self.gid = number_field(block[108:116]), number_field(block[116:124])
+        self.mtime_ns = number_field(block[136:148]) * 10**9
+        self.linkname = text_field(block[157:257]) if block[157] else b""
+        self.uname = self.gname = b""
+        self.devmajor = self.devminor = 0
+        # What follows the magic means something else, or nothing, in a v7 archive.
+        if block[257:263] == b"ustar\0" or block[257:265] == b"ustar  \0":
+            self.uname, self.gname = text_field(block[265:297]), text_field(block[297:329])
+            if self.typeflag in b"34":
+                self.devmajor = parse_number(block[329:337])
+                self.devminor = parse_number(block[337:345])
+        if pax or gnu:
+            self._override(pax, gnu)
+
+    def _override(self, pax: Dict[bytes, bytes], gnu: Dict[bytes, bytes]) -> None:
+        """Let the special headers count, where they are not empty."""
+        if pax.get(b"uid"):
+            self.uid = parse_decimal(pax[b"uid"])
+        if pax.get(b"gid"):
+            self.gid = parse_decimal(pax[b"gid"])
+        if pax.get(b"mtime"):
+            self.mtime_ns = parse_pax_time(pax[b"mtime"])
+        self.uname = pax.get(b"uname") or self.uname
+        self.gname = pax.get(b"gname") or self.gname
+        self.linkname = gnu.get(b"K") or pax.get(b"linkpath") or self.linkname
 
     @staticmethod
     def _sparse_map(pax: Dict[bytes, bytes]) -> Union[None, str, List[Tuple[int, int]]]:
         """Recognize the sparse formats of GNU tar's --sparse-version as Go does."""
-        version = (pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor"))
-        if version == (b"1", b"0"):
-            return "1.0"
+        version = pax.get(b"GNU.sparse.major", b"") + b"." + pax.get(b"GNU.sparse.minor", b"")
         text = pax.get(b"GNU.sparse.map", b"")
-        if version not in ((b"0", b"0"), (b"0", b"1"), (None, None)) \
-                or not text and version == (None, None):
+        if version == b"1.0":
+            return version.decode()
+        if version not in (b"0.0", b"0.1", b".") or not text and version == b".":
             return None
         numbers = [parse_decimal(number) for number in text.split(b",")] if text else []
         if len(numbers) % 2 or len(numbers) > 2 * MAX_EXTENTS or min(numbers, default=0) < 0:
             raise FormatError("malformed GNU.sparse.map")
         return list(zip(numbers[::2], numbers[1::2]))
+
+
+_NO_RECORDS: Dict[bytes, bytes] = {}
+_numbers: Dict[bytes, int] = {}
+
+
+def number_field(field: bytes) -> int:
+    """Do what parse_number() does, and keep the results: a tar has few different ones."""
+    value = _numbers.get(field)
+    if value is None:
+        if len(_numbers) > 4096:
+            _numbers.clear()
+        value = _numbers[field] = parse_number(field)
+    return value
 
 
 def text_field(field: bytes) -> bytes:
@@ -2679,20 +2818,24 @@ def check_sum(block: bytes) -> None:
 
     Raises FormatError.
     """
-    stored = parse_number(block[148:156])
+    stored = number_field(block[148:156])
+    # The low half of adler32 is 1 + the sum of so few bytes, and much faster than sum().
+    unsigned = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2 \
+        - sum(block[148:156]) + 8 * 32
+    if stored == unsigned:
+        return
     rest = block[:148] + b" " * 8 + block[156:]
-    unsigned = sum(rest)
-    if stored not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)):
+    if stored != unsigned - 256 * sum(byte > 127 for byte in rest):
         raise FormatError(f"wrong header checksum: expected {stored}, got {unsigned}")
 
 
 def parse_pax_time(text: bytes) -> int:
     """Return a pax time, seconds with a decimal fraction, in nanoseconds; FormatError."""
-    match = re.fullmatch(rb"(-?)(\d{1,18})(?:\.(\d*))?", text)
-    if not match:
+    seconds, _, fraction = text.partition(b".")
+    if fraction.strip(b"0123456789"):
         raise FormatError(f'malformed pax time: "{display(text[:40])}"')
-    value = int(match[2]) * 10**9 + int((match[3] or b"")[:9].ljust(9, b"0"))
-    return -value if match[1] else value
+    nanoseconds = int(fraction[:9].ljust(9, b"0"))
+    return parse_decimal(seconds) * 10**9 + (-nanoseconds if text[:1] == b"-" else nanoseconds)
 
 
 def pax_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
@@ -2709,9 +2852,227 @@ def pax_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
                 found[name] = binascii.a2b_base64(value + b"=" * (-len(value) % 4))
             except binascii.Error:
                 raise FormatError(f'malformed xattr "{display(name)}" in a pax header') from None
-    found.update((key[13:], value) for key, value in pax.items()
-                 if key.startswith(b"SCHILY.xattr."))
-    return found
+    return {**found, **star_xattrs(pax)}
+
+
+def star_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
+    """Return the extended attributes of a pax header that Go knows, and so containers/storage."""
+    return {key[13:]: value for key, value in pax.items()
+            if value and key.startswith(b"SCHILY.xattr.")}  # empty: withdrawn
+
+
+def tar_header(name: bytes, typeflag: bytes, *, mode: int = 0o644, uid: int = 0, gid: int = 0,
+               size: int = 0, mtime_ns: int = 0, linkname: bytes = b"", uname: bytes = b"",
+               gname: bytes = b"", devmajor: int = 0, devminor: int = 0,
+               xattrs: Optional[Mapping[bytes, bytes]] = None) -> bytes:
+    """Return the header of one entry: ustar where it holds every field, else with a pax header.
+
+    The same fields give the same bytes.  An xattr without a value has no spelling that Go reads: to
+    Go the record is withdrawn.  Raises FormatError for what neither can hold: a NUL in a name, a
+    device number of more than 21 bits, more than 1 MiB of records.
+    """
+    pax: Dict[bytes, bytes] = {}
+    for key, value in (xattrs or {}).items():
+        if b"\0" in key:
+            raise FormatError(f'"{display(name)}" does not fit into a tar')
+        if b"=" in key:  # star's spelling has no room for it
+            pax[b"LIBARCHIVE.xattr." + key.replace(b"%", b"%25").replace(b"=", b"%3D")] = \
+                binascii.b2a_base64(value, newline=False)
+        else:
+            pax[b"SCHILY.xattr." + key] = value
+
+    def text(key: bytes, value: bytes, width: int, most: int) -> bytes:
+        if len(value) > most:
+            pax[key] = value
+        return value[:most].ljust(width, b"\0")
+
+    def number(key: bytes, value: int, width: int) -> bytes:
+        if not 0 <= value < 8 ** (width - 1):
+            pax[key] = b"%d" % value
+            value = 0
+        return b"%0*o\0" % (width - 1, value)
+
+    prefix, base = split_name(name)
+    if not base:
+        pax[b"path"] = name
+    seconds, fraction = divmod(abs(mtime_ns), 10**9)
+    front = (text(b"", base or name[:100], 100, 100) + number(b"mode", mode & 0o7777, 8)
+             + number(b"uid", uid, 8) + number(b"gid", gid, 8) + number(b"size", size, 12)
+             + number(b"mtime", seconds if mtime_ns >= 0 else 0, 12))
+    if fraction or mtime_ns < 0:
+        pax[b"mtime"] = b"%s%d.%09d" % (b"-" if mtime_ns < 0 else b"", seconds, fraction)
+        pax[b"mtime"] = pax[b"mtime"].rstrip(b"0").rstrip(b".")
+    back = (text(b"linkpath", linkname, 100, 100) + b"ustar\x0000"
+            + text(b"uname", uname, 32, 31) + text(b"gname", gname, 32, 31)
+            + number(b"devmajor", devmajor, 8) + number(b"devminor", devminor, 8) + prefix)
+    if {b"devmajor", b"devminor"} & set(pax) or b"\0" in name + linkname + uname + gname:
+        raise FormatError(f'"{display(name)}" does not fit into a tar')
+    header = seal_header(front, typeflag, back)
+    if not pax:
+        return header
+    records = pax_records(pax)
+    front = ((b"PaxHeaders/" + (base or name).rstrip(b"/").rpartition(b"/")[2])[:100].ljust(
+        100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" % len(records) + b"0" * 11
+        + b"\0")
+    return (seal_header(front, b"x", bytes(100) + b"ustar\x0000") + records
+            + bytes(-len(records) % BLOCK) + header)
+
+
+def seal_header(front: bytes, typeflag: bytes, back: bytes) -> bytes:
+    """Join what stands before and after checksum and typeflag, and fill in the checksum."""
+    block = (front + b" " * 8 + typeflag + back).ljust(BLOCK, b"\0")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def split_name(name: bytes) -> Tuple[bytes, bytes]:
+    """Split a name into ustar's prefix (155 bytes) and name (100); two empty ones if it can't."""
+    if len(name) <= 100:
+        return b"", name
+    at = name.find(b"/", max(1, len(name) - 101))
+    if 0 < at <= 155 and at < len(name) - 1:
+        return name[:at], name[at + 1:]
+    return b"", b""
+
+
+def pax_records(pax: Mapping[bytes, bytes]) -> bytes:
+    """Return pax records, sorted; hdrcharset comes first when a name is not UTF-8 (POSIX pax).
+
+    Raises FormatError for more than 1 MiB, which Go's reader refuses.
+    """
+    rows = sorted(pax.items())
+    if not all(is_utf8(pax.get(key, b"")) for key in PAX_NAMES):
+        rows.insert(0, (b"hdrcharset", b"BINARY"))
+    records = []
+    for key, value in rows:
+        rest = len(key) + len(value) + 3  # a space, "=" and a newline
+        length = rest + len(str(rest))
+        length = rest + len(str(length))  # the digits of the length count as well
+        records.append(b"%d %s=%s\n" % (length, key, value))
+    data = b"".join(records)
+    if len(data) > MAX_SPECIAL:
+        raise FormatError(f"a pax header of {len(data)} bytes, more than {MAX_SPECIAL}")
+    return data
+
+
+def is_utf8(text: bytes) -> bool:
+    """Tell whether bytes are valid UTF-8."""
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def read_tar(read: Callable[[int], bytes], file: str) -> Iterator[Tuple[Member, Iterator[bytes]]]:
+    """Yield the members of a physical tar, each with the chunks of its content, expanded.
+
+    ``read(n)`` returns n bytes, or fewer at the end.  The content is good until the next member is
+    asked for.  Raises FormatError with the offset, Unsupported for GNU tar's old sparse files.
+    """
+    at = holes = 0
+
+    def take(count: int, short: bool = False) -> bytes:
+        nonlocal at
+        data = read(count)
+        at += len(data)
+        if len(data) < count and not short:
+            raise FormatError("truncated tar", file=file, offset=at)
+        return data
+
+    while True:
+        start = at
+        try:
+            header = read_header(lambda: take(BLOCK, short=True), take)
+            if not header:
+                return
+            member = Member.parse(header)
+        except FormatError as error:
+            words = f"no tar: {error}" if not start else str(error)
+            raise error if error.file else FormatError(words, file=file, offset=start) from None
+        if member.typeflag == b"S":
+            raise Unsupported(f'{file}: "{display(member.name)}" is a sparse file of GNU tar\'s '
+                              "old format")
+        holes += member.size - member.stored
+        if holes > MAX_EXPANDED:
+            raise Unsupported(f'{file}: "{display(member.name)}": sparse files with holes of more '
+                              f"than {MAX_EXPANDED >> 30} GiB")
+        end = at + member.stored
+        yield member, expand_content(member, take)
+        for count in split_count(end - at):  # what was not asked for
+            take(count)
+        take(member.padding, short=True)
+
+
+def read_header(next_block: Callable[[], bytes], take: Callable[[int], bytes]) -> bytes:
+    """Return all header blocks of one member, b"" at the end of the archive or of the file."""
+    parts: List[bytes] = []
+    size = 0
+    while True:
+        block = next_block()
+        if not block.strip(b"\0"):
+            return b""
+        check_sum(block.ljust(BLOCK, b"\0"))
+        parts.append(block)
+        flag = block[TYPE_AT:TYPE_AT + 1]
+        if flag not in SPECIALS + PAX_GLOBAL:
+            return b"".join(parts)
+        length = parse_number(block[SIZE_AT])
+        if not 0 <= length <= MAX_SPECIAL or size > MAX_HEADERS:
+            raise FormatError(f"headers of more than {MAX_SPECIAL} bytes")
+        parts.append(take(length + -length % BLOCK))
+        size += BLOCK + length
+        if flag == PAX_GLOBAL:  # its records count for nothing, as for Go
+            parts = []
+
+
+def expand_content(member: Member, take: Callable[[int], bytes]) -> Iterator[bytes]:
+    """Yield the content of a member of a physical tar; the holes of sparse files as zeros."""
+    left = member.stored
+    runs = member.sparse
+    if runs == "1.0":
+        runs, used = read_sparse_map(take)
+        left -= used
+    done = 0
+    for offset, length in runs if isinstance(runs, list) else [(0, left)]:
+        if offset < done or length > left or offset + length > member.size:
+            raise FormatError(f'"{display(member.name)}": malformed sparse map')
+        yield from chunks_of_zeros(offset - done)
+        for count in split_count(length):
+            yield take(count)
+        done, left = offset + length, left - length
+    if left:
+        raise FormatError(f'"{display(member.name)}": malformed sparse map')
+    yield from chunks_of_zeros(member.size - done)
+
+
+def read_sparse_map(take: Callable[[int], bytes]) -> Tuple[List[Tuple[int, int]], int]:
+    """Read the map in front of the content (sparse format 1.0): the runs, and its bytes."""
+    parts = [take(BLOCK)]
+    count = parse_decimal(parts[0].partition(b"\n")[0])
+    if not 0 <= count <= MAX_EXTENTS:
+        raise FormatError("malformed sparse map")
+    lines = parts[0].count(b"\n")
+    while lines <= 2 * count and len(parts) < MAX_HEADERS // BLOCK * 8:
+        parts.append(take(BLOCK))
+        lines += parts[-1].count(b"\n")
+    text = b"".join(parts)
+    numbers = text.split(b"\n", 2 * count + 1)
+    values = [parse_decimal(number) for number in numbers[1:2 * count + 1]]
+    if len(values) != 2 * count or min(values, default=0) < 0:
+        raise FormatError("malformed sparse map")
+    return list(zip(values[::2], values[1::2])), len(text)
+
+
+def split_count(count: int) -> Iterator[int]:
+    """Yield the sizes of chunks that make up ``count`` bytes."""
+    while count > 0:
+        yield min(count, CHUNK)
+        count -= CHUNK
+
+
+def chunks_of_zeros(count: int) -> Iterator[bytes]:
+    """Yield ``count`` zero bytes in chunks."""
+    return (bytes(part) for part in split_count(count))
 
 
 def parse_number(field: bytes) -> int:
@@ -2738,9 +3099,10 @@ def parse_decimal(text: bytes) -> int:
     Raises FormatError, also for what 64 bits cannot hold.
     """
     digits = text[1:] if text[:1] in (b"+", b"-") else text
-    if not digits.isdigit() or len(digits.lstrip(b"0")) > 19 or int(digits) >> 63:
+    value = digits.lstrip(b"0")[:20] or b"0"
+    if not digits.isdigit() or len(value) > 19 or int(value) >> 63:
         raise FormatError(f'malformed pax number: "{display(text[:40])}"')
-    return int(text)
+    return -int(value) if text[:1] == b"-" else int(value)
 
 
 def parse_pax(data: bytes) -> Dict[bytes, bytes]:
@@ -2757,7 +3119,8 @@ def parse_pax(data: bytes) -> Dict[bytes, bytes]:
         length = parse_decimal(data[at:space]) if space > at else 0
         record = data[space + 1:at + length]
         key, equals, value = record[:-1].partition(b"=")
-        if not equals or not key or record[-1:] != b"\n" or not 0 < length <= len(data) - at:
+        if not equals or not key or record[-1:] != b"\n" or not 0 < length <= len(data) - at \
+                or b"\0" in (record if key in PAX_NAMES else key):
             raise FormatError("malformed pax record")
         if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
             if (key == b"GNU.sparse.numbytes") != len(runs) % 2:
@@ -2977,25 +3340,61 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
     """
     fd, path = open_tar_split(layer)
     try:
-        pending, padding, too_long = b"", 0, False
+        pending: List[bytes] = []
+        length = padding = 0
         for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
+            length += len(segment)
             if name is None:
-                too_long = too_long or len(pending) + len(segment) > MAX_HEADERS
-                pending = b"" if too_long else pending + segment
+                if length <= MAX_HEADERS:
+                    pending.append(segment)
                 yield segment, None
                 continue
-            header = pending + segment if pending else segment
-            if too_long or len(header) > MAX_HEADERS:
+            if length > MAX_HEADERS:
                 raise FormatError(f'"{display(name)}": more than {MAX_HEADERS} bytes of headers',
                                   file=path)
+            header = b"".join([*pending, segment]) if pending else segment
             try:
                 member = Member(header[padding:], name, size, checksum)
             except FormatError as error:
                 raise FormatError(str(error), file=path) from None
-            padding, pending = member.padding, b""
+            padding, length = member.padding, 0
+            if pending:
+                pending = []
             yield segment, member
     finally:
         os.close(fd)
+
+
+def find_regular(layer: LayerRecord, name: bytes) -> Optional[Tuple[int, bytes]]:
+    """Return (size, CRC-64 in base64) of a regular file that holds something, by its plain name.
+
+    The text of tar-split is searched up to that entry, a hundred times as fast as it is read.  None
+    when nothing is found so simply, which does not mean that there is nothing.
+    """
+    if not re.fullmatch(rb"[ !#-%'-;=?-\[\]-~]+", name) or b"/.wh." in b"/" + name:
+        return None  # JSON may spell it otherwise; it may be no file
+    fd, path = open_tar_split(layer)
+    try:
+        needle, pair = name + b'"', re.compile(TarSplit.PAIR)
+        before = b""
+        for chunk in gunzip(fd, path):
+            # Joined only where something was found, or could be across the border.
+            seam = before[-len(needle):] + chunk[:len(needle)]
+            if needle in chunk or needle in seam:
+                text = before + chunk
+                at = text.find(needle, max(0, len(before) - len(needle)))
+                while at >= 0:
+                    entry = text.rfind(b'{"type":1,', 0, at)
+                    match = pair.match(text, text.rfind(TarSplit.SEGMENT, 0, max(entry, 0)))
+                    header = binascii.a2b_base64(match[1])[-BLOCK:] if match else b""
+                    if match and match[2] in (name, b"./" + name, b"/" + name) and match[5] \
+                            and len(header) == BLOCK and header[TYPE_AT] in b"0\0":
+                        return int(match[4]), match[5]
+                    at = text.find(needle, at + 1)
+            before = chunk
+    finally:
+        os.close(fd)
+    return None
 
 
 def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = None
@@ -3289,7 +3688,1364 @@ def crc64_file(fd: int) -> int:
 
 
 # ================================================================================================
-# 12. Library
+# 12. Tree
+#
+# What a container sees: the layers of an image merged as overlayfs merges them.  A LayerTree holds
+# what one layer has, built from the headers as containers/storage unpacks them:
+#   .wh.NAME         hides NAME of the layers below, .wh..wh..opq all that they have in a directory;
+#                    neither touches its own layer, wherever it stands in the tar
+#   .wh..wh.*        else is bookkeeping of AUFS and is passed over
+#   a hard link      is another name of the file; owner, mode and time of its header count for it
+#   a parent         that has no entry is made: root's, mode 0755; that is a link, is followed
+#   char device 0,0  is a whiteout: to overlayfs there is no difference
+#   times            before 1970 or after 2262 become 1970, but for symbolic links (Go's Chtimes)
+# A writable layer has no tar-split and is read from disk, where whiteouts, opaque directories,
+# renamed directories (redirect) and stubs (metacopy) are devices and xattrs.
+# ================================================================================================
+
+class Node:
+    """One file of a layer: all names of a hard-link group share it.
+
+    ``type`` is reg, dir, symlink, char, block, fifo, socket or whiteout.  ``mode`` (0 to 0o7777),
+    ``mtime_ns``, ``size`` and ``linkname`` (a symbolic link's target) are as a container sees them.
+    ``children`` (of a directory) maps names to nodes.  ``opaque`` directories hide what the layers
+    below have in them; ``implicit`` ones have no entry of their own.  ``tree`` is the LayerTree.
+    """
+
+    __slots__ = ("tree", "parent", "name", "type", "mode", "owner", "mtime_ns", "size", "linkname",
+                 "opaque", "implicit", "children", "extra", "_checksum")
+
+    def __init__(self, tree: LayerTree, parent: Optional[Node], name: bytes, kind: str) -> None:
+        self.tree, self.parent, self.name, self.type = tree, parent, name, kind
+        self.mode, self.mtime_ns, self.size = 0o755, 0, 0
+        self.owner: Tuple[int, int, bytes, bytes] = (0, 0, b"", b"")
+        self.linkname = b""
+        self.opaque = self.implicit = False
+        self.children: Dict[bytes, Node] = {} if kind == "dir" else _NO_CHILDREN
+        self.extra: Dict[str, Any] = _NO_EXTRA
+        self._checksum: Union[None, int, bytes] = None
+
+    def __repr__(self) -> str:
+        return f"<Node {display(self.path)}>"
+
+    @property
+    def path(self) -> bytes:
+        """The (first) name in its layer, relative."""
+        parts, node = [], self
+        while node.parent is not None:
+            parts.append(node.name)
+            node = node.parent
+        return b"/".join(parts[::-1]) or node.name
+
+    @property
+    def uid(self) -> int:
+        """The owner's ID in the container; ``owner`` is (uid, gid, user name, group name)."""
+        return self.owner[0]
+
+    @property
+    def gid(self) -> int:
+        """The group's ID in the container."""
+        return self.owner[1]
+
+    @property
+    def xattrs(self) -> Dict[bytes, bytes]:
+        """Extended attributes, name to value, without those that overlayfs and its kin keep."""
+        found: Dict[bytes, bytes] = self.extra.get("xattrs", {})
+        return {name: value for name, value in found.items()
+                if not name.startswith(OVERLAY_XATTRS)}
+
+    @property
+    def device(self) -> Tuple[int, int]:
+        """Major and minor number; (0, 0) for what is no device."""
+        numbers: Tuple[int, int] = self.extra.get("device", (0, 0))
+        return numbers
+
+    @property
+    def checksum(self) -> Optional[int]:
+        """The CRC-64/ISO of the content as recorded; None when it is not."""
+        if isinstance(self._checksum, bytes):
+            return int.from_bytes(binascii.a2b_base64(self._checksum), "big")
+        return self._checksum
+
+    def describe(self, member: Member) -> None:
+        """Take what a header says; of a hard link all but what is of its target."""
+        member.read_fields()
+        self.mode, self.mtime_ns = member.mode, member.mtime_ns
+        self.owner = self.tree.intern((member.uid, member.gid, member.uname, member.gname))
+        kind = member.type
+        if kind == "reg":
+            self.size, self._checksum = member.size, member.base64
+        elif kind == self.type:  # no other name of something else
+            if kind in ("symlink", "hardlink"):
+                self.linkname = member.linkname
+            elif kind in ("char", "block"):
+                self.extra = {"device": (member.devmajor, member.devminor)}
+        xattrs = star_xattrs(member.pax) if member.pax else None
+        if xattrs:
+            self.extra = {**self.extra, "xattrs": xattrs}
+
+    def find(self, parts: Sequence[bytes]) -> Optional[Node]:
+        """Return what is at a path below this directory in its own layer, a whiteout too."""
+        node: Optional[Node] = self
+        for part in parts:
+            node = node.children.get(part) if node else None
+        return node
+
+
+_NO_CHILDREN: Dict[bytes, Node] = {}
+_NO_EXTRA: Dict[str, Any] = {}
+
+
+class LayerTree:
+    """The tree of one layer, from its headers; read when it is first asked for.
+
+    A context manager; owns the layer's directories once a content was opened.
+    """
+
+    whiteouts = True  # names beginning with .wh. have their meaning
+
+    def __init__(self, layer: Optional[LayerRecord]) -> None:
+        self.layer = layer
+        self.linked: Dict[Node, List[Tuple[Node, bytes]]] = {}  # by node, its further names
+        self._root: Optional[Node] = None
+        self._files: Optional[LayerFiles] = None
+        self._owners: Dict[Any, Any] = {}
+        self._at: Optional[bytes] = None  # the directory of the last entry
+        self._directory: Any = None
+        self._count = self._steps = self._xattrs = 0  # against MAX_ENTRIES and its kin
+
+    def close(self) -> None:
+        """Close what content was opened through; harmless when repeated."""
+        if self._files:
+            self._files.close()
+            self._files = None
+
+    def __enter__(self: L) -> L:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def label(self) -> str:
+        """What it is, for messages."""
+        return f"layer {self.layer.id}" if self.layer else "tree"
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the entries were read already, or can be read in a moment."""
+        if self._root is None and self.layer:
+            fd, _ = open_tar_split(self.layer)
+            try:
+                return os.fstat(fd).st_size < SMALL_TAR_SPLIT
+            finally:
+                os.close(fd)
+        return True
+
+    @property
+    def root(self) -> Node:
+        """The root directory.  Raises FormatError, Unsupported, NeedsUnshare."""
+        if self._root is None:
+            self._root = Node(self, None, b"", "dir")
+            self._root.implicit, self._root.mode = True, 0o555  # as containers/storage makes it
+            try:
+                self._load()
+            except BaseException:
+                self._root = None
+                raise
+        return self._root
+
+    def _load(self) -> None:
+        for _, member in read_members(self.layer) if self.layer else ():
+            if member is not None:
+                self.add(member)
+
+    def intern(self, value: T) -> T:
+        """Return an equal value that was seen before, so that each is kept once."""
+        return self._owners.setdefault(value, value)  # type: ignore[no-any-return]
+
+    def add(self, member: Member) -> None:
+        """Enter one member of the tar.  Raises FormatError."""
+        kind = member.type
+        name = member.name
+        parent, _, base = name.rpartition(b"/")
+        if parent != self._at or base in (b"", b".", b"..") or base.startswith(b".wh.") \
+                or b"\0" in base:
+            name = clean_name(name)
+            parent, _, base = name.rpartition(b"/")
+        if kind == "global" or self.whiteouts and b".wh..wh." in name \
+                and re.search(AUFS_BOOKKEEPING, name):
+            return
+        if len(name) > MAX_PATH:
+            raise FormatError(f'name too long: "{display(name[:80])}..."', file=self.label)
+        whiteout = self.whiteouts and base.startswith(b".wh.")
+        if parent != self._at:
+            self._at = None
+            self._directory = self._make_directory(parent, "skip" if whiteout else "make")
+            if self._directory is None:  # rm -rf d can give .wh.d and d/.wh.f: Go passes over it
+                return
+            self._at = parent
+        directory = self._directory
+        if not base:
+            if kind != "dir":  # Go makes nothing of a file that is named ""
+                return
+            node = self.root
+        elif whiteout:
+            self._add_whiteout(directory, base)
+            return
+        elif kind == "hardlink":
+            node = self._add_link(directory, base, member)
+        else:
+            node = self._add_node(directory, base, kind)
+        try:
+            self._apply(node, member)
+        except FormatError as error:
+            raise FormatError(f'"{display(member.name)}": {error}', file=self.label) from None
+
+    def _apply(self, node: Node, member: Member) -> None:
+        """Give a node what a header says, as Go and the kernel take it."""
+        kind, mtime, owner, extra = member.type, node.mtime_ns, node.owner, node.extra
+        node.describe(member)
+        if len(member.linkname) > MAX_PATH or kind == "symlink" and not member.linkname:
+            raise FormatError("its link is empty or too long")
+        node.implicit = False
+        if node.type == "symlink":  # a hard link's header sets its owner, not mode and time
+            node.mode = 0o777
+            node.mtime_ns = mtime if kind == "hardlink" else \
+                (node.mtime_ns + (1 << 63)) % (1 << 64) - (1 << 63)  # Go's UnixNano()
+        elif not 0 <= node.mtime_ns < 1 << 63:
+            node.mtime_ns = 0
+        uid, gid, uname, gname = node.owner
+        if not (0 <= uid < NO_ID and 0 <= gid < NO_ID):  # -1: chown(2) changes nothing
+            uid, gid = (old if new & NO_ID == NO_ID else new & NO_ID
+                        for old, new in ((owner[0], uid), (owner[1], gid)))
+            node.owner = self.intern((uid, gid, uname, gname))
+        if node.extra is extra and not extra:
+            return
+        xattrs = star_xattrs(member.pax)
+        if kind == "hardlink":  # its xattrs are added; a change of owner takes capabilities
+            before = dict(extra.get("xattrs", {}))
+            if owner[:2] != node.owner[:2]:
+                before.pop(b"security.capability", None)
+            node.extra = {**extra, "xattrs": {**before, **xattrs}}
+        elif kind in ("char", "block"):
+            device = member.devmajor & 0xFFF, member.devminor & 0xFFFFF
+            node.extra = {**node.extra, "device": device}
+            if kind == "char" and self.whiteouts and device == (0, 0):
+                node.type = "whiteout"
+        self._xattrs += sum(map(len, xattrs.values()))
+        if self._xattrs > MAX_XATTRS or any(len(key) > 255 or len(value) > 64 << 10
+                                            for key, value in xattrs.items()):
+            raise FormatError("its xattrs are too long, or too many in all")
+
+    def _add_node(self, directory: Node, base: bytes, kind: str) -> Node:
+        old = directory.children.get(base)
+        if old is not None and old.type == kind == "dir":
+            return old
+        self._count += 1
+        if self._count > MAX_ENTRIES:
+            raise FormatError(f"more than {MAX_ENTRIES} entries", file=self.label)
+        node = Node(self, directory, base, kind)
+        if old is not None:
+            node.opaque = kind == "dir" and (old.type == "whiteout" or old.opaque)
+        self._put(directory, base, node)
+        return node
+
+    def _put(self, directory: Node, base: bytes, node: Node) -> None:
+        """Give a name to a node, and take it from another."""
+        old = directory.children.get(base)
+        directory.children[base] = node
+        if old is not None:
+            self._at = None  # a directory that is no more may be the last entry's
+
+    def _add_link(self, directory: Node, base: bytes, member: Member) -> Node:
+        """Give the target one more name."""
+        parent, _, last = clean_name(member.linkname).rpartition(b"/")
+        above = self._make_directory(parent, "look")
+        node: Optional[Node] = above.children.get(last) if above else None
+        if node is None or node.type == "dir":
+            raise FormatError(f'"{display(member.name)}" is a hard link to '
+                              f'"{display(member.linkname[:200])}", which is no file of its layer',
+                              file=self.label)
+        if directory.children.get(base) is not node:
+            self._put(directory, base, node)
+            self.linked.setdefault(node, []).append((directory, base))
+        return node
+
+    def _add_whiteout(self, directory: Node, base: bytes) -> None:
+        if base == OPAQUE_MARKER:
+            directory.opaque = True
+            return
+        target = base[4:]
+        if target in (b"", b".", b".."):
+            raise FormatError(f'malformed whiteout: "{display(base)}"', file=self.label)
+        old = directory.children.get(target)
+        if old is None:
+            directory.children[target] = Node(self, directory, target, "whiteout")
+        else:
+            old.opaque = old.type == "dir"
+
+    def _make_directory(self, path: bytes, how: str) -> Any:
+        """Return the directory ``path``, links followed.
+
+        What is missing is made, but not to "look".  What is no directory is an error to "make", and
+        gives None to "skip".
+        """
+        node, links = self.root, 0
+        todo = path.split(b"/")[::-1]
+        while todo:
+            part = todo.pop()
+            if part in (b"", b"."):
+                continue
+            if part == b"..":
+                node = node.parent or node
+                continue
+            child: Optional[Node] = node.children.get(part)
+            if child is not None and child.type == "symlink":
+                links += 1
+                todo += child.linkname.split(b"/")[::-1]
+                self._steps += len(todo)
+                if links > MAX_SYMLINKS or self._steps > MAX_STEPS:
+                    raise FormatError(f'"{display(path)}" is behind a loop of symbolic links',
+                                      file=self.label)
+                if child.linkname.startswith(b"/"):
+                    node = self.root
+                continue
+            if child is None or child.type != "dir":
+                if how == "look" or child is not None and how == "skip":
+                    return None
+                if child is not None and child.type != "whiteout":
+                    raise FormatError(f'"{display(path)}" is no directory, and has entries',
+                                      file=self.label)
+                child = self._add_node(node, part, "dir")
+                child.implicit = True
+            node = child
+        if links and len(node.path) > MAX_PATH:
+            raise FormatError(f'name too long: "{display(node.path[:80])}..."', file=self.label)
+        return node
+
+    def open(self, node: Node) -> int:
+        """Open the content of a regular file of this layer; see LayerFiles.open()."""
+        assert self.layer
+        if self._files is None:
+            self._files = LayerFiles(self.layer)
+        for parent, name in self.linked.get(node, ()):
+            if self.root.find(node.path.split(b"/")) is node:
+                break
+            node.parent, node.name = parent, name  # the first name was given to another file
+        return self._files.open(node.path, node.size)
+
+    def read_small(self, path: bytes) -> Optional[bytes]:
+        """Return the content of a small regular file, checked, without reading all entries.
+
+        None when that cannot be told so simply: all entries have to be read then.
+        """
+        assert self.layer
+        found = find_regular(self.layer, path)
+        if found is None or found[0] > CHUNK:
+            return None
+        node = Node(self, None, path, "reg")
+        node.size, node._checksum = found
+        fd = self.open(node)
+        try:
+            assert self._files
+            data = os.pread(fd, node.size, 0) if self._files.lies_at(fd, path) else b""
+        finally:
+            os.close(fd)
+        return data if len(data) == node.size and crc64(data) == node.checksum else None
+
+
+class DiskTree(LayerTree):
+    """The tree of a directory: a container's writable layer, or any host directory.
+
+    ``overlay`` says that whiteouts and the like have their meaning.  Owns ``directory``.
+    """
+
+    def __init__(self, directory: Directory, layer: Optional[LayerRecord] = None, *,
+                 overlay: bool = True) -> None:
+        super().__init__(layer)
+        self.directory = directory
+        self.whiteouts = overlay
+        self.below: Optional[Tree] = None  # what a renamed directory or a stub points to
+        self._groups: Dict[Tuple[int, int], Node] = {}
+        self._moved: List[Node] = []
+        self._stubs: List[Node] = []
+
+    at_hand = True
+
+    @property
+    def label(self) -> str:
+        return self.directory.path
+
+    def close(self) -> None:
+        self.directory.close()
+
+    def _load(self) -> None:
+        root = self.root
+        self._fill(root, self.directory.fd, b".")
+        todo = [(root, b"")]
+        while todo:
+            above, path = todo.pop()
+            try:
+                names = self.directory.listdir(path or b".")
+                fd = self.directory.parent(path)
+                for name in names:
+                    node = self._enter(above, fd, name)
+                    if node is not None and node.type == "dir":
+                        todo.append((node, path + b"/" + name if path else name))
+            except OSError as error:
+                raise with_path(error, self.directory.host_path(path)) from None
+        if self.below:
+            self._join(self.below)
+
+    def _join(self, below: Tree) -> None:
+        """Fill in what renamed directories and stubs take from the layers below."""
+        for node in self._moved:
+            nodes, _ = below._find(lower_path(node), top=False)
+            if not node.opaque and nodes and nodes[0].type == "dir":
+                self._graft(node, nodes, below)
+        for node in self._stubs:
+            nodes, _ = below._find(lower_path(node))
+            if nodes and nodes[0].type == "reg" and nodes[0].size == node.size:
+                node.extra = {**node.extra, "data": nodes[0]}
+
+    def _graft(self, directory: Node, nodes: Sequence[Node], below: Tree) -> None:
+        """Put into a renamed directory what the layers below have at its old place."""
+        todo = [(directory, nodes)]
+        while todo:
+            directory, nodes = todo.pop()
+            directory.opaque = True  # nothing else of the layers below belongs here
+            for name, found in below._merge(nodes):
+                child = directory.children.get(name)
+                if child is None and found[0].type != "dir":
+                    directory.children[name] = found[0]
+                    continue
+                if child is None:
+                    child = self._add_node(directory, name, "dir")
+                    for field in ("mode", "owner", "mtime_ns", "extra", "implicit"):
+                        setattr(child, field, getattr(found[0], field))
+                elif child.type != "dir" or child.opaque or "redirect" in child.extra \
+                        or found[0].type != "dir":
+                    continue
+                todo.append((child, found))
+
+    def _enter(self, above: Node, fd: int, name: bytes) -> Optional[Node]:
+        """Enter one name; return its node, None for what is no file of its own."""
+        self._count += 1
+        if self._count > MAX_ENTRIES:
+            raise FormatError(f"more than {MAX_ENTRIES} entries", file=self.label)
+        if self.whiteouts and name.startswith(b".wh."):
+            if name in (OPAQUE_MARKER, b".wh..opq"):  # AUFS, and fuse-overlayfs
+                above.opaque = True
+            elif not name.startswith(b".wh..wh."):
+                self._add_whiteout(above, name)
+            return None
+        node = Node(self, above, name, "reg")
+        status = self._fill(node, fd, name)
+        if status is None:
+            return None
+        old = above.children.get(name)
+        if old is not None and old.type == "whiteout":
+            node.opaque = node.type == "dir"
+        group = (status.st_dev, status.st_ino)
+        if status.st_nlink > 1 and node.type not in ("dir", "whiteout"):
+            node = self._groups.setdefault(group, node)
+            if node.name != name or node.parent is not above:
+                self.linked.setdefault(node, []).append((above, name))
+        above.children[name] = node
+        return node
+
+    def _fill(self, node: Node, fd: int, name: bytes) -> Optional[os.stat_result]:
+        """Set a node's fields by lstat(2) and xattrs; None when the file has just vanished."""
+        try:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            node.linkname = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else b""
+            xattrs = read_xattrs(fd, name)
+        except FileNotFoundError:
+            if not os.path.exists("/proc/self/fd"):
+                raise Unsupported("extended attributes are read through /proc, which is not "
+                                  "mounted") from None
+            return None
+        node.type = NODE_TYPES.get(stat.S_IFMT(status.st_mode), "reg")
+        node.mode, node.mtime_ns = stat.S_IMODE(status.st_mode), status.st_mtime_ns
+        uid, gid = status.st_uid, status.st_gid
+        if self.layer:
+            uid, gid = map_id(uid, self.layer.uidmap), map_id(gid, self.layer.gidmap)
+        node.size = status.st_size if node.type == "reg" else 0
+        if node.type == "dir":
+            node.children = {}
+        node.implicit = False
+        device = os.major(status.st_rdev), os.minor(status.st_rdev)
+        extra: Dict[str, Any] = {"xattrs": xattrs} if xattrs else {}
+        if self.whiteouts:
+            self._interpret(node, xattrs, extra)
+            uid, gid, device = self._override(node, xattrs, (uid, gid, device))
+        if node.type in ("char", "block"):
+            extra["device"] = device
+            if self.whiteouts and node.type == "char" and device == (0, 0):
+                node.type = "whiteout"
+        node.owner = self.intern((uid, gid, b"", b""))
+        node.extra = extra or _NO_EXTRA
+        return status
+
+    def _interpret(self, node: Node, xattrs: Dict[bytes, bytes], extra: Dict[str, Any]) -> None:
+        """Read what overlayfs and fuse-overlayfs say in xattrs."""
+        for prefix in (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs."):
+            if xattrs.get(prefix + b"opaque") == b"y":
+                node.opaque = node.type == "dir"
+            if prefix + b"whiteout" in xattrs and node.type == "reg" and not node.size:
+                node.type = "whiteout"
+            if xattrs.get(prefix + b"redirect"):
+                extra["redirect"] = xattrs[prefix + b"redirect"]
+                if node.type == "dir":
+                    self._moved.append(node)
+            if prefix + b"metacopy" in xattrs and node.type == "reg":
+                extra["data"] = None
+                self._stubs.append(node)
+
+    @staticmethod
+    def _override(node: Node, xattrs: Dict[bytes, bytes], found: Tuple[int, int, Tuple[int, int]]
+                  ) -> Tuple[int, int, Tuple[int, int]]:
+        """Return owner and device as force_mask keeps them in an xattr; set type and mode too."""
+        override = re.fullmatch(
+            rb"(\d{1,10}):(\d{1,10}):([0-7]{1,7})"
+            rb"(?::(file|dir|pipe|socket|char|block)(?:-(\d{1,10})-(\d{1,10}))?)?",
+            xattrs.get(b"user.containers.override_stat", b""))
+        if not override:
+            return found
+        uid, gid, device = int(override[1]), int(override[2]), found[2]
+        node.mode = int(override[3], 8) & 0o7777
+        if override[4] and override[4] not in (b"file", b"dir"):
+            word = override[4].decode()
+            node.type = {"pipe": "fifo"}.get(word, word)
+            node.size = 0
+            device = int(override[5] or 0), int(override[6] or 0)
+        return uid, gid, device
+
+    def open(self, node: Node) -> int:
+        """Open the content of a regular file; IntegrityError when it has changed its type."""
+        path = node.path
+        if "data" in node.extra:
+            below: Optional[Node] = node.extra["data"]
+            if below is None:
+                raise IntegrityError("its content is not in the layers below", name=path,
+                                     layer=self.layer.id if self.layer else "")
+            return below.tree.open(below)
+        fd = self.directory.open(path)
+        if os.fstat(fd).st_size != node.size:
+            os.close(fd)
+            raise IntegrityError(f'{self.directory.host_path(path)}: changed while it was read')
+        return fd
+
+
+class TarTree(LayerTree):
+    """The tree of a tar file, plain or compressed by gzip, bzip2 or xz.
+
+    ``whiteouts`` says that they have their meaning, as in the tar of a layer.
+    """
+
+    def __init__(self, path: str, *, whiteouts: bool = False) -> None:
+        super().__init__(None)
+        self.file, self.whiteouts = path, whiteouts
+
+    at_hand = True
+
+    @property
+    def label(self) -> str:
+        return self.file
+
+    def _load(self) -> None:
+        file, reader, damage = open_compressed(self.file)
+        try:
+            for member, content in read_tar(reader.read, self.file):
+                crc = 0
+                for data in content:
+                    crc = crc64(data, crc)
+                member.base64 = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False) \
+                    if member.size else b""
+                self.add(member)
+        except damage as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise FormatError(f"damaged: {error}", file=self.file) from None
+        finally:
+            reader.close()
+            file.close()
+
+    def open(self, node: Node) -> int:
+        raise Unsupported(f"{self.file}: only what is in its headers is known")
+
+
+def open_compressed(path: str) -> Tuple[Any, Any, Tuple[Type[Exception], ...]]:
+    """Open a file, plain or compressed by gzip, bzip2 or xz.
+
+    Return the file, what reads it, and what damage raises.
+    """
+    file = open(path, "rb")
+    try:
+        magic = file.peek(6)[:6]
+        if magic.startswith(b"\x1f\x8b"):
+            import gzip
+
+            return file, gzip.GzipFile(fileobj=file), (EOFError, zlib.error, gzip.BadGzipFile)
+        if magic.startswith(b"BZh"):
+            import bz2
+
+            return file, bz2.BZ2File(file), (EOFError, OSError)
+        if magic == b"\xfd7zXZ\0":
+            import lzma
+
+            return file, lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
+        if magic.startswith(b"\x28\xb5\x2f\xfd"):
+            raise Unsupported(f"{path}: compressed by zstd", hint="unpack it with zstd -d first")
+    except BaseException:
+        file.close()
+        raise
+    return file, file, ()
+
+
+def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
+    """Return the extended attributes of a file that is not followed; {} where there are none."""
+    place = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+    try:
+        return {os.fsencode(key): os.getxattr(place, key, follow_symlinks=False)
+                for key in os.listxattr(place, follow_symlinks=False)
+                if key != "security.selinux"}  # the label of this place, not of the file
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA, errno.EPERM):
+            return {}
+        raise
+
+
+def map_id(number: int, mappings: Sequence[Any]) -> int:
+    """Return the ID in the container for one on disk; 65534 for one that no mapping covers."""
+    for entry in mappings:
+        inside, outside, size = (entry.get(key) if isinstance(entry, dict) else None
+                                 for key in ("container_id", "host_id", "size"))
+        if isinstance(inside, int) and isinstance(outside, int) and isinstance(size, int) \
+                and outside <= number < outside + size:
+            return inside + number - outside
+    return 65534 if mappings else number
+
+
+class Tree:
+    """The merged view of several LayerTrees, the top one first.
+
+    Paths are bytes, relative to the root of the image; a leading "/" does not matter.  With ``raw``
+    whiteouts are seen, as what they are.  A context manager; owns the LayerTrees.
+    """
+
+    def __init__(self, layers: Sequence[LayerTree], label: str = "", *, raw: bool = False) -> None:
+        self.layers = list(layers) or [LayerTree(None)]
+        self.label, self.raw = label, raw
+
+    def close(self) -> None:
+        """Close all layers; harmless when repeated."""
+        for layer in self.layers:
+            layer.close()
+
+    def __enter__(self) -> Tree:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- looking up ----------------------------------------------------------------------------
+
+    def _find(self, parts: Sequence[bytes], first: int = 0, top: bool = True
+              ) -> Tuple[List[Node], Optional[Node]]:
+        """Follow a path without links through the layers from ``first`` on.
+
+        Return the visible nodes at its end (one, or directories to be merged; with ``top`` the
+        first is enough), or none and what stands in the way: a file or link above.
+        """
+        found: List[Node] = []
+        seen = 0  # so many components are directories in layers above
+        for number in range(first, len(self.layers)):
+            node = self.layers[number].root
+            last = node.opaque
+            for depth, part in enumerate(parts, 1):
+                child = node.children.get(part)
+                if child is None:
+                    break
+                if child.type == "whiteout" or child.type != "dir" and depth <= seen:
+                    return found, None
+                if child.type != "dir" and depth < len(parts):
+                    return found, child
+                node, seen = child, max(seen, depth)
+                last = last or node.opaque
+            else:
+                found.append(node)
+                if top or node.type != "dir":
+                    return found, None
+            if last:
+                break
+        return found, None
+
+    def lookup(self, path: bytes, *, follow: bool = True) -> Tuple[bytes, Node]:
+        """Return (path without links, node); ``follow`` is about the last component.
+
+        Symbolic links lead nowhere outside: "/" and ".." stop at the image's root.  Raises
+        NotFound, FormatError for a loop.
+        """
+        done: List[bytes] = []
+        todo = path.split(b"/")[::-1]
+        links = steps = 0
+        while todo:
+            part = todo.pop()
+            steps += len(done)
+            if part in (b"", b".", b".."):
+                del done[len(done) - (part == b".."):]
+                continue
+            nodes, _ = self._find([*done, part])
+            if not nodes or todo and nodes[0].type not in ("dir", "symlink"):
+                place = b"/" + b"/".join([*done, part])
+                where = f', where a link leads to "{display(place)}"' * bool(links)
+                raise NotFound(f'no such file in {self.label}: "{display(path)}"{where}' + (
+                    f': "{display(place)}" is not a directory' if nodes else ""))
+            node = nodes[0]
+            if node.type == "symlink" and (follow or todo):
+                links += 1
+                if links > MAX_SYMLINKS or steps > MAX_STEPS // 16:
+                    raise FormatError(f'"{display(path)}": too many levels of symbolic links')
+                if node.linkname.startswith(b"/"):
+                    done = []
+                todo += node.linkname.split(b"/")[::-1]
+                continue
+            done.append(part)
+        return b"/".join(done), self._find(done)[0][0] if done else self.root
+
+    @property
+    def root(self) -> Node:
+        """The root directory, as the topmost layer has it that has an entry for it."""
+        roots = [layer.root for layer in self.layers]
+        return next((root for root in roots if not root.implicit), roots[0])
+
+    # -- walking -------------------------------------------------------------------------------
+
+    def walk(self, path: bytes = b"") -> Iterator[Tuple[bytes, Node, Optional[bytes]]]:
+        """Yield (path, node, first name) of ``path`` and all below it, sorted, depth first.
+
+        "First name" is that of a hard-link group which was yielded before, else None.
+        """
+        path = clean_name(path)
+        nodes, _ = self._find(path.split(b"/") if path else [], top=False)
+        if not nodes:
+            return
+        firsts: Dict[Node, bytes] = {}
+        yield path, nodes[0] if path else self.root, None
+        todo = [(path + b"/" if path else b"", self._merge(nodes))]
+        while todo:
+            prefix, children = todo[-1]
+            item = next(children, None)
+            if item is None:
+                todo.pop()
+                continue
+            name, nodes = item
+            node = nodes[0]
+            name = prefix + name
+            first = firsts.setdefault(node, name) if node in node.tree.linked else name
+            yield name, node, first if first != name else None
+            if node.type == "dir":
+                todo.append((name + b"/", self._merge(nodes)))
+
+    def _merge(self, nodes: Sequence[Node]) -> Iterator[Tuple[bytes, List[Node]]]:
+        """Yield (name, visible nodes) in merged directories, sorted by name."""
+        if nodes[0].type != "dir":
+            return
+        merged: Dict[bytes, List[Node]] = {}
+        closed: Set[bytes] = set()
+        for directory in nodes:
+            for name, child in directory.children.items():
+                if name not in merged:
+                    merged[name] = [child]
+                elif name in closed:
+                    continue
+                elif child.type == "dir":
+                    merged[name].append(child)
+                if child.type != "dir" or child.opaque:
+                    closed.add(name)
+        for name in sorted(merged):
+            if self.raw or merged[name][0].type != "whiteout":
+                yield name, merged[name]
+
+    def glob(self, patterns: Sequence[str]) -> Iterator[Tuple[bytes, Node, Optional[bytes]]]:
+        """Yield what walk() yields for the paths that fit a pattern; see compile_patterns()."""
+        fits = compile_patterns(patterns)
+        return (item for item in self.walk() if fits(item[0]))
+
+    # -- contents ------------------------------------------------------------------------------
+
+    def open(self, node: Node) -> int:
+        """Open the content of a regular file and return its descriptor.
+
+        Raises CstorError for what is no regular file, and as LayerFiles.open() does.
+        """
+        if node.type != "reg":
+            raise CstorError(f'"/{display(node.path)}" is a {WORDS[node.type]}, not a regular file',
+                             hint="cp copies directories" if node.type == "dir" else "")
+        return node.tree.open(node)
+
+    def content(self, node: Node) -> Iterator[bytes]:
+        """Yield the content of a regular file; its size and CRC-64 are checked at the end."""
+        fd = self.open(node)
+        try:
+            yield from checked_content(fd, node)
+        finally:
+            os.close(fd)
+
+    def crc64(self, node: Node) -> int:
+        """Return the CRC-64 of a regular file's content: as recorded, or by reading it."""
+        crc = node.checksum
+        if crc is None:
+            crc = 0
+            for data in self.content(node):
+                crc = crc64(data, crc)
+        return crc
+
+    def read(self, path: bytes, *, follow: bool = True) -> Iterator[bytes]:
+        """Yield the content of the regular file ``path``, checked; see lookup() and content()."""
+        data = None
+        if clean_name(path) == path.strip(b"/"):  # ".." after a link is not known by its text
+            try:
+                data = self._read_small(path.strip(b"/"))
+            except (CstorError, OSError, ValueError):
+                pass  # the long way says what is wrong
+        if data is not None and not path.endswith(b"/"):
+            yield data
+        else:
+            yield from self.content(self.lookup(path, follow=follow)[1])
+
+    def _read_small(self, path: bytes) -> Optional[bytes]:
+        """Read a small file of a large layer that was not read yet; None when that is not so.
+
+        Only the layers above it have to be known, and they are mostly small.
+        """
+        parts = path.split(b"/")
+        for layer in self.layers:
+            if not layer.at_hand:
+                return layer.read_small(path)
+            node = layer.root
+            for part in parts:
+                child = node.children.get(part)
+                if node.opaque or child and child.type != "dir":
+                    return None
+                if child is None:
+                    break
+                node = child
+            else:
+                return None
+        return None
+
+
+def checked_content(fd: int, node: Node) -> Iterator[bytes]:
+    """Yield the content of a node from its open file.  Raises IntegrityError at the end."""
+    layer = node.tree.layer.id if node.tree.layer else ""
+    crc = at = 0
+    while at < node.size:
+        try:
+            data = os.pread(fd, min(CHUNK, node.size - at), at)
+        except OSError as error:
+            raise with_path(error, f"{node.tree.label}: {display(node.path)}") from None
+        if not data:
+            raise IntegrityError("the file shrank while it was read", layer=layer, name=node.path,
+                                 expected=f"{node.size} bytes", actual=str(at))
+        at += len(data)
+        if node.checksum is not None:
+            crc = crc64(data, crc)
+        yield data
+    if node.size and node.checksum not in (None, crc):
+        raise IntegrityError("file integrity checksum failed", layer=layer, name=node.path,
+                             expected=f"CRC-64 {node.checksum:016x}", actual=f"{crc:016x}")
+
+
+def lower_path(node: Node) -> List[bytes]:
+    """Return where the layers below have what ``node`` is made of: renamed files lie elsewhere."""
+    parts: List[bytes] = []
+    at: Optional[Node] = node
+    while at is not None and at.parent is not None:
+        redirect = at.extra.get("redirect", b"")
+        if redirect.startswith(b"/"):
+            return clean_name(redirect).split(b"/") + parts
+        parts.insert(0, redirect or at.name)
+        at = at.parent
+    return parts
+
+
+def compile_patterns(patterns: Sequence[str]) -> Callable[[bytes], bool]:
+    """Return a test whether a relative path fits one of the patterns; without any, all do.
+
+    ``*`` and ``?`` stop at "/", ``**`` does not; ``[a-z]`` and ``[!a-z]`` are sets.  A pattern
+    without "/" is about the last component, any other about the whole path.  A pattern without
+    ``*?[`` means everything below that path as well.
+    """
+    alternatives = []
+    for pattern in patterns:
+        name = re.sub(r"\*\*+(?=/|\Z)", "**", re.sub(r"(?:\*\*/)+", "**/", pattern.strip("/")))
+        text = "" if "/" in pattern.rstrip("/") else "(?:.*/)?"
+        for token in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", name, re.DOTALL):
+            text += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token) or (
+                translate_set(token) if len(token) > 2 else re.escape(token))
+        if not name:
+            text = ".*"
+        elif not re.search(r"[*?\[]", name):
+            text += "(?:/.*)?"
+        else:
+            text += "(?<!\\A)"  # no pattern but "/" is about the root
+        alternatives.append(f"(?:{text})")
+    fits = re.compile("|".join(alternatives) or ".*", re.DOTALL).fullmatch
+    return lambda path: bool(fits(path.decode("utf-8", "surrogateescape"))
+                             or not path.isascii() and fits(spell(path)))
+
+
+def translate_set(token: str) -> str:
+    """Return the regular expression of a set like ``[a-z]`` or ``[!a-z]``; "/" is in none."""
+    inside = token[1:-1]
+    negated = inside.startswith("!")
+    items = ""
+    for start, end, single in re.findall(r"(.)-(.)|(.)", inside[negated:], re.DOTALL):
+        if single:
+            items += re.escape(single)
+        elif start <= end:
+            items += f"{re.escape(start)}-{re.escape(end)}"
+    if not items:  # nothing but ranges that are the wrong way round
+        return "[^/]" if negated else "(?!)"
+    return f"(?!/)[{'^' * negated}{items}]"
+
+
+def layer_tree(layer: LayerRecord) -> LayerTree:
+    """Return the tree of one layer: from tar-split, or from disk for a writable layer."""
+    name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
+    if layer.diff_digest or layer.toc_digest or layer.incomplete \
+            or layer.storage.find(name, layer.root):
+        return LayerTree(layer)
+    root, path = overlay_file(layer, b"diff")
+    if root is None:
+        raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
+                                            f"{layer.id}/diff")
+    return DiskTree(root.directory(path), layer)
+
+
+def merged_tree(layers: Sequence[LayerRecord], label: str,
+                known: Optional[Dict[str, LayerTree]] = None) -> Tree:
+    """Return the tree of layers given base first; ``known`` shares trees with other images."""
+    known = {} if known is None else known
+    for number, layer in enumerate(layers):
+        if layer.id not in known:
+            known[layer.id] = tree = layer_tree(layer)
+            if isinstance(tree, DiskTree):
+                tree.below = Tree([known[below.id] for below in layers[:number][::-1]])
+    return Tree([known[layer.id] for layer in reversed(layers)], label)
+
+
+# -- table of contents ---------------------------------------------------------------------------
+
+def toc_entry(name: bytes, node: Node, *, first: Optional[bytes] = None, links: int = 0,
+              digest: str = "") -> Dict[str, Any]:
+    """Return an entry of a TOC by the rules of eStargz; names are spelled by spell().
+
+    ``first`` makes it a hard link to that name; ``links`` is the number of names.  A time outside
+    the years 1 to 9999 is left out: RFC 3339 has no word for it.
+    """
+    kind = "hardlink" if first is not None else node.type
+    entry: Dict[str, Any] = {"name": spell(name) + "/" * (kind == "dir" and name[-1:] != b"/"),
+                             "type": kind}
+    if kind == "reg":
+        entry["size"] = node.size
+    if not node.implicit and has_rfc3339(node.mtime_ns):
+        entry["modtime"] = format_time(node.mtime_ns)
+    if kind in ("symlink", "hardlink"):
+        entry["linkName"] = spell(node.linkname if first is None else first)
+    uid, gid, uname, gname = node.owner
+    entry.update(mode=node.mode, uid=uid, gid=gid)
+    if uname:
+        entry["userName"] = spell(uname)
+    if gname:
+        entry["groupName"] = spell(gname)
+    if kind in ("char", "block"):
+        entry["devMajor"], entry["devMinor"] = node.device
+    if node.extra and node.xattrs:
+        entry["xattrs"] = {spell(key): binascii.b2a_base64(value, newline=False).decode()
+                           for key, value in sorted(node.xattrs.items())}
+    if links > 1 and kind == "reg":
+        entry["NumLink"] = links
+    if digest:
+        entry["digest"] = digest
+    return entry
+
+
+def layer_entries(layer: LayerRecord) -> Iterator[Tuple[bytes, Node]]:
+    """Yield (name as in the tar, node) of each member of a layer, as its header has it."""
+    tree = LayerTree(layer)
+    for _, member in read_members(layer):
+        if member is not None and member.type != "global":
+            node = Node(tree, None, clean_name(member.name), member.type)
+            try:
+                node.describe(member)
+            except FormatError as error:
+                raise FormatError(f'"{display(member.name)}": {error}',
+                                  file=f"layer {layer.id}") from None
+            yield member.name, node
+
+
+def layer_toc(layer: LayerRecord, *, digests: bool = False, progress: Optional[Progress] = None
+              ) -> Iterator[Dict[str, Any]]:
+    """Yield the entries of a layer's TOC, in the order of the tar, whiteouts among them."""
+    links: Dict[bytes, int] = {}
+    for _, member in read_members(layer):
+        if member is not None and member.type == "hardlink":
+            target = clean_name(member.linkname)
+            links[target] = links.get(target, 1) + 1
+    items = ((name, node, None) for name, node in layer_entries(layer))
+    with layer_tree(layer) as tree:
+        for name, node, _, digest in hash_contents(items, tree.open, digests, progress):
+            yield toc_entry(name, node, links=links.get(node.name, 0), digest=digest)
+
+
+def tree_toc(tree: Tree, *, digests: bool = False, progress: Optional[Progress] = None
+             ) -> Iterator[Dict[str, Any]]:
+    """Yield the entries of a merged tree's TOC, sorted; the root only when a layer has it."""
+    links: Dict[Node, int] = {}
+    if any(layer.root and layer.linked for layer in tree.layers):
+        for _, node, _ in tree.walk():
+            if node in node.tree.linked:
+                links[node] = links.get(node, 0) + 1
+    for name, node, first, digest in hash_contents(tree.walk(), tree.open, digests, progress):
+        if (name or not node.implicit) and node.type != "socket":  # eStargz has no word for it
+            yield toc_entry(name or b".", node, first=first, links=links.get(node, 0),
+                            digest=digest)
+
+
+def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
+                  opener: Callable[[Node], int], wanted: bool, progress: Optional[Progress]
+                  ) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
+    """Add the sha256 of each regular file, checked by size and CRC-64, to what walk() yields.
+
+    "" for what is no file, is empty, or was yielded before.  Files are opened here in order and
+    read by threads, in batches: read(2) and hashlib leave the interpreter to others.
+    """
+    if not wanted:
+        for name, node, first in items:
+            yield name, node, first, ""
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    batches: List[Any] = []  # (what walk() yields with a descriptor or -1 each, future)
+    size = files = 0
+
+    def finish(keep: int) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
+        nonlocal size, files
+        while len(batches) > keep:
+            batch, future = batches.pop(0)
+            for (name, node, first, fd), digest in zip(batch, future.result()):
+                yield name, node, first, digest
+                size, files = size + node.size * (fd >= 0), files + (fd >= 0)
+            if progress:
+                progress(size, files)
+
+    batch: List[Tuple[bytes, Node, Optional[bytes], int]] = []
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        try:
+            room = HASH_BATCH
+            for name, node, first in items:
+                hashed = node.type == "reg" and node.size > 0 and first is None
+                batch.append((name, node, first, opener(node) if hashed else -1))
+                room -= node.size + HASH_BATCH // 64
+                if room < 0:
+                    batches.append((batch, pool.submit(hash_batch, batch)))
+                    batch, room = [], HASH_BATCH
+                    yield from finish(3)
+            batches.append((batch, pool.submit(hash_batch, batch)))
+            batch = []
+            yield from finish(0)
+        finally:
+            for rest in [batch, *(rest for rest, future in batches if future.cancel())]:
+                close_batch(rest)
+
+
+def hash_batch(batch: Sequence[Tuple[bytes, Node, Optional[bytes], int]]) -> List[str]:
+    """Return the sha256 digest of each open file, "" for a descriptor of -1; close them all."""
+    import hashlib
+
+    digests = []
+    try:
+        for _, node, _, fd in batch:
+            digest = hashlib.sha256()
+            for data in checked_content(fd, node) if fd >= 0 else ():
+                digest.update(data)
+            digests.append(f"sha256:{digest.hexdigest()}" if fd >= 0 else "")
+    finally:
+        close_batch(batch)
+    return digests
+
+
+def close_batch(batch: Sequence[Tuple[bytes, Node, Optional[bytes], int]]) -> None:
+    """Close the descriptors of a batch."""
+    for *_, fd in batch:
+        if fd >= 0:
+            os.close(fd)
+
+
+# -- comparing -----------------------------------------------------------------------------------
+
+DIFFERENCES = ("type", "mode", "owner", "size", "content", "time", "link", "device", "xattr")
+
+
+def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
+               ) -> Iterator[Tuple[bytes, Optional[Node], Optional[Node], List[str]]]:
+    """Yield (path, old node, new node, what differs) for each path that is not the same in both.
+
+    A node of None means added or deleted; what differs are words of DIFFERENCES.  Contents are
+    compared by size and CRC-64, and read only where no CRC-64 is recorded.
+    """
+    walks = [iter(tree.walk()) for tree in (old, new)]
+    items = [next(walk, None) for walk in walks]
+    groups: Tuple[Dict[Node, bytes], Dict[Node, bytes]] = ({}, {})
+
+    def order(item: Optional[Tuple[bytes, Node, Optional[bytes]]]) -> Tuple[bool, bytes]:
+        return (True, b"") if item is None else (False, item[0].replace(b"/", b"\0"))
+
+    while items[0] or items[1]:
+        keys = order(items[0]), order(items[1])
+        left = items[0] if keys[0] <= keys[1] else None
+        right = items[1] if keys[1] <= keys[0] else None
+        if left:
+            items[0] = next(walks[0], None)
+        if right:
+            items[1] = next(walks[1], None)
+        if left and right:
+            path, a, b = left[0], left[1], right[1]
+            what = [] if a is b else compare_nodes(old, a, new, b, ignore)
+            if a in a.tree.linked or b in b.tree.linked:  # are the same names one file in both?
+                names = [group.setdefault(node, path) for group, node in zip(groups, (a, b))]
+                if names[0] != names[1] and not {"link", "type"} & {*what, *ignore}:
+                    what = [word for word in DIFFERENCES if word in (*what, "link")]
+            if what:
+                yield path, a, b, what
+        elif left:
+            yield left[0], left[1], None, []
+        elif right:
+            yield right[0], None, right[1], []
+
+
+def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str]) -> List[str]:
+    """Return in which of DIFFERENCES two nodes of one path differ."""
+    if a.type != b.type or a.type == "whiteout":
+        return ["type"] if a.type != b.type and "type" not in ignore else []
+    no_entry = a.implicit or b.implicit  # a directory's time is any then, and all of a root
+    any_root = no_entry and not a.parent and not b.parent
+    same = {
+        "type": not (old.raw and new.raw) or a.opaque == b.opaque,
+        "mode": a.mode == b.mode or any_root,
+        "owner": a.owner[:2] == b.owner[:2] or any_root,
+        "size": a.size == b.size,
+        "time": a.mtime_ns == b.mtime_ns or no_entry,
+        "link": a.linkname == b.linkname,
+        "device": a.device == b.device,
+        "xattr": a.xattrs == b.xattrs or any_root,
+    }
+    if a.type == "reg" and "content" not in ignore:
+        same["content"] = a.size == b.size and (
+            not a.size or old.crc64(a) == new.crc64(b))
+    return [word for word in DIFFERENCES if not same.get(word, True) and word not in ignore]
+
+
+def older_nodes(tree: Tree, path: bytes, node: Node) -> List[Node]:
+    """Return what a visible node hides: what layers below have at its path, newest first.
+
+    Neither directories that are merged into it, nor what layers in between had hidden before.
+    """
+    found: List[Node] = []
+    parts = path.split(b"/") if path else []
+    merged = node.type == "dir" and not node.opaque
+    for layer in tree.layers[tree.layers.index(node.tree) + 1:]:
+        older = layer.root.find(parts)
+        merged = merged and older is not None and older.type == "dir"
+        if older is not None and older.type != "whiteout" and not merged:
+            found.append(older)
+        how = hides(layer, parts)
+        if how in ("whiteout", "opaque directory") or how and older is None:
+            break
+    return found
+
+
+def hidden_nodes(tree: Tree) -> Iterator[Tuple[bytes, Node, LayerTree, str, int]]:
+    """Yield (path, node, layer that hides it, how, bytes) for every file that nobody sees any more.
+
+    "How" is whiteout, opaque directory, or replaced.  Bytes are those that it wastes: 0 while the
+    file has another name that is seen, or was yielded before.  Layers come base first.
+    """
+    visible = {path: node for path, node, _ in tree.walk()}
+    counted = set(visible.values())
+    for number in range(len(tree.layers) - 1, 0, -1):
+        layer = tree.layers[number]
+        for path, node, _ in Tree([layer]).walk():
+            if node.type == "dir" or visible.get(path) is node or node.tree is not layer:
+                continue
+            for above in tree.layers[number - 1::-1]:
+                how = hides(above, path.split(b"/"))
+                if how:
+                    yield path, node, above, how, 0 if node in counted else node.size
+                    counted.add(node)
+                    break
+
+
+def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
+    """Tell how a layer hides a file of a layer below; "" when it does not."""
+    node = layer.root
+    for part in parts:
+        if node.opaque:
+            return "opaque directory"
+        child = node.children.get(part)
+        if child is None:
+            return ""
+        if child.type != "dir":
+            return "whiteout" if child.type == "whiteout" else "replaced"
+        node = child
+    return "replaced"
+
+
+# ================================================================================================
+# 13. Extract
+#
+# Files out into a directory.  Everything is made beneath one directory's descriptor, in directories
+# that were made just now; no link is followed.  What can be looked at but not kept by a plain copy
+# (owners, setuid, xattrs, devices) is left out.
+# ================================================================================================
+
+def copy_out(tree: Tree, path: bytes, dir_fd: int, name: bytes,
+             progress: Optional[Progress] = None) -> List[bytes]:
+    """Copy the directory ``path`` of a tree to the new directory ``name``, with modes and times.
+
+    Return the paths of devices, sockets and whiteouts, which are passed over.  Raises
+    IntegrityError and OSError; what was made until then is left to the caller.
+    """
+    left_out: List[bytes] = []
+    made: List[Tuple[bytes, Node]] = []  # directories
+    size = files = 0
+    os.mkdir(name, 0o700, dir_fd=dir_fd)
+    top = into = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)
+    at = b""  # the place of the directory ``into``
+    try:
+        for place, node, first in tree.walk(path):
+            relative = place[len(path):].lstrip(b"/")
+            parent, _, base = relative.rpartition(b"/")
+            if parent != at:
+                if into != top:
+                    os.close(into)
+                into = top  # should the next line fail
+                into = os.open(parent, OPEN_NEW_DIRECTORY, dir_fd=top) if parent else top
+                at = parent
+            if node.type == "dir":
+                if relative:
+                    os.mkdir(base, 0o700, dir_fd=into)
+                made.append((relative or b".", node))
+            elif node.type not in ("reg", "symlink", "fifo"):
+                left_out.append(place)
+            elif first is not None:
+                os.link(first[len(path):].lstrip(b"/"), base, src_dir_fd=top, dst_dir_fd=into,
+                        follow_symlinks=False)
+            elif node.type == "symlink":
+                os.symlink(node.linkname, base, dir_fd=into)
+                os.utime(base, ns=(node.mtime_ns, node.mtime_ns), dir_fd=into,
+                         follow_symlinks=False)
+            elif node.type == "fifo":
+                os.mkfifo(base, dir_fd=into)
+                os.chmod(base, node.mode & 0o777, dir_fd=into)
+            else:
+                fd = os.open(base, OPEN_NEW_FILE, 0o600, dir_fd=into)
+                try:
+                    copy_content(tree, node, fd)
+                finally:
+                    os.close(fd)
+                size, files = size + node.size, files + 1
+                if progress:
+                    progress(size, files)
+        for relative, node in reversed(made):  # now that nothing more is put into them
+            if not node.implicit:
+                os.utime(relative, ns=(node.mtime_ns, node.mtime_ns), dir_fd=top)
+            os.chmod(relative, node.mode & 0o1777, dir_fd=top)
+    finally:
+        for fd in {top, into}:
+            os.close(fd)
+    return left_out
+
+
+def remove_tree(dir_fd: int, name: bytes) -> None:
+    """Remove a directory that copy_out() began, however deep and closed; none is fine as well."""
+    try:
+        top = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return
+    folders = [b"."]
+    try:
+        for folder in folders:
+            os.chmod(folder, 0o700, dir_fd=top)
+            fd = os.open(folder, OPEN_NEW_DIRECTORY, dir_fd=top)
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(folder + b"/" + os.fsencode(entry.name))
+                        else:
+                            os.unlink(entry.name, dir_fd=fd)
+            finally:
+                os.close(fd)
+        for folder in folders[:0:-1]:
+            os.rmdir(folder, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=dir_fd)
+
+
+def copy_content(tree: Tree, node: Node, fd: int) -> None:
+    """Write the content of a regular file, checked, to a new file; then set its mode and time."""
+    for data in tree.content(node):
+        write_all(fd, data)
+    if stat.S_ISREG(os.fstat(fd).st_mode):  # not of a device that stands for the file
+        os.fchmod(fd, node.mode & 0o777)
+        os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
+
+
+def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] = None
+            ) -> Iterator[bytes]:
+    """Yield a tar of ``path`` and all below it, whose names begin with ``name``.
+
+    Sorted, with owners, xattrs, hard links and times in nanoseconds; the same tree gives the same
+    bytes.  Whiteouts are seen of a raw tree only; sockets are left out, as tar does.
+    """
+    prefix = name + b"/" if name else b""
+    flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
+    size = files = 0
+    for place, node, first in tree.walk(path):
+        relative = place[len(path):].lstrip(b"/")
+        entry = prefix + relative if relative else name or b"."
+        if node.type == "whiteout":
+            folder, _, base = entry.rpartition(b"/")
+            yield tar_header(folder + b"/.wh." + base if folder else b".wh." + base, b"0", mode=0)
+        if node.type not in flags:
+            continue
+        uid, gid, uname, gname = node.owner
+        link = prefix + first[len(path):].lstrip(b"/") if first is not None else node.linkname
+        major, minor = node.device
+        yield tar_header(
+            entry + b"/" * (node.type == "dir"), b"1" if first is not None else flags[node.type],
+            mode=node.mode, uid=uid, gid=gid, uname=uname, gname=gname, linkname=link,
+            size=node.size if first is None else 0, mtime_ns=node.mtime_ns, devmajor=major,
+            devminor=minor, xattrs=node.xattrs)
+        if tree.raw and node.opaque:
+            yield tar_header(entry + b"/" + OPAQUE_MARKER, b"0", mode=0)
+        if node.type == "reg" and first is None:
+            yield from tree.content(node)
+            yield bytes(-node.size % BLOCK)
+            size, files = size + node.size, files + 1
+            if progress:
+                progress(size, files)
+    yield bytes(2 * BLOCK)
+
+
+# ================================================================================================
+# 14. Library
 # ================================================================================================
 
 class Layer(LayerRecord):
@@ -3329,6 +5085,14 @@ class Layer(LayerRecord):
         """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
         return verify_files(self)
 
+    def tree(self) -> Tree:
+        """Return the tree of this layer alone, with its whiteouts."""
+        return Tree([layer_tree(self)], f"layer {self.id[:12]}", raw=True)
+
+    def toc(self, *, digests: bool = False) -> Dict[str, Any]:
+        """Return the table of contents: members in the order of the tar, whiteouts among them."""
+        return {"version": 1, "entries": list(layer_toc(self, digests=digests))}
+
 
 class Image(ImageRecord):
     """One image of a storage; made by Storage.image() and Storage.images()."""
@@ -3338,9 +5102,36 @@ class Image(ImageRecord):
         chain: Tuple[Any, ...] = self.storage.image_chain(self)
         return chain
 
+    def tree(self, known: Optional[Dict[str, LayerTree]] = None) -> Tree:
+        """Return the merged tree, of a manifest list that of the instance for this machine.
+
+        ``known`` keeps the trees of layers by ID, to be shared with other images.
+        """
+        image: Any = self.single()
+        return merged_tree(image.layers(), f"image {self.title}", known)
+
+    def toc(self, *, digests: bool = False) -> Dict[str, Any]:
+        """Return the table of contents of the merged tree, sorted; see toc_entry()."""
+        with self.tree() as tree:
+            return {"version": 1, "entries": list(tree_toc(tree, digests=digests))}
+
 
 class Container(ContainerRecord):
     """One container of a storage; made by Storage.container() and Storage.containers()."""
+
+    def tree(self, known: Optional[Dict[str, LayerTree]] = None) -> Tree:
+        """Return the merged tree of its image's layers and its own writable one.
+
+        Of ``podman --rootfs`` it is the directory that was given.
+        """
+        rootfs = self.state.get("rootfs", "")
+        if rootfs:
+            return Tree([DiskTree(Directory.at(rootfs), overlay=False)], f"container {self.title}")
+        if not self.image and not self.state and self.details().get("name"):
+            raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
+                              "podman that knows the directory is not read",
+                              hint="`container inspect` and `store info` say why")
+        return merged_tree(self.storage.chain(self.layer), f"container {self.title}", known)
 
 
 class Storage(Metadata):
@@ -3435,10 +5226,10 @@ class Storage(Metadata):
 
 
 # ================================================================================================
-# 13. Command line
+# 15. Command line
 # ================================================================================================
 
-EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 2, 3, 4, 5, 6
+EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
 EXIT_PIPE = 141
 
 
@@ -3491,6 +5282,11 @@ def short_id(text: str, args: Any) -> str:
     return text if args.no_trunc else text.replace("sha256:", "", 1)[:12]
 
 
+def short_step(command: str, args: Any, width: int = 40) -> str:
+    """Cut a history line unless --no-trunc is given."""
+    return command if args.no_trunc or len(command) <= width else command[:width - 3] + "..."
+
+
 class ProgressLine:
     """One line on a terminal's stderr that tells how far a long job is; silent elsewhere."""
 
@@ -3531,11 +5327,11 @@ class Output:
     block ends by an exception the unfinished file is removed.
     """
 
-    def __init__(self, path: Optional[str]) -> None:
+    def __init__(self, path: Optional[str], *, text: bool = False) -> None:
         self._target = self._temporary = ""
         if path in (None, "-"):
             self.fd = sys.stdout.fileno()
-            if os.isatty(self.fd):
+            if os.isatty(self.fd) and not text:
                 raise _UsageError("refusing to write a tar to a terminal: use -o FILE or redirect")
             widen_pipe(self.fd)
             return
@@ -3681,10 +5477,8 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
             age = human_age(parse_time(created)) if isinstance(created, str) else ""
         except FormatError:
             age = str(created)
-        command = str(row.get("created_by") or "")
-        if not args.no_trunc and len(command) > 60:
-            command = command[:57] + "..."
-        rows.append([short_id(row.get("layer", ""), args) or "<empty>", age, command,
+        rows.append([short_id(row.get("layer", ""), args) or "<empty>", age,
+                     short_step(str(row.get("created_by") or ""), args, 60),
                      human_size(row.get("size", 0)), str(row.get("comment") or "")])
     print_table(["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows)
 
@@ -3781,6 +5575,326 @@ def cmd_container_inspect(storage: Storage, args: Any) -> None:
     print_inspected(found, args)
 
 
+# -- commands that look inside -------------------------------------------------------------------
+
+def open_tree(storage: Storage, args: Any) -> Tree:
+    """Return the tree of the image, layer or container that the arguments name."""
+    tree: Tree = getattr(storage, args.kind)(getattr(args, args.kind)).tree()
+    return tree
+
+
+def path_of(tree: Tree, text: str) -> bytes:
+    """Return the path that an argument names: as it is, or else as JSON spells it."""
+    path = os.fsencode(text)
+    if unspell(text) != path:
+        try:
+            tree.lookup(path, follow=False)
+        except NotFound:
+            return unspell(text)
+    return path
+
+
+def peek(items: Iterator[T]) -> Tuple[Optional[T], Iterator[T]]:
+    """Return the first item, or None, and an iterator of all: errors come before any output."""
+    first = next(items, None)
+    return first, (item for part in ([] if first is None else [first], items) for item in part)
+
+
+def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
+                  indent: Optional[int] = 2) -> None:
+    """Print JSON values inside ``head`` and ``tail`` as they come."""
+    encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
+    _, entries = peek(entries)
+    sys.stdout.write(head)
+    parts: List[str] = []
+    between = "\n"
+    for entry in entries:
+        text = encode(entry)
+        parts.append(between + ("  " + text.replace("\n", "\n  ") if indent else text))
+        between = ",\n"
+        if len(parts) > 500:
+            sys.stdout.write("".join(parts))
+            parts = []
+    sys.stdout.write("".join(parts) + f"\n{tail}\n")
+
+
+def cmd_toc(storage: Storage, args: Any) -> None:
+    """print the table of contents as JSON, by the rules of eStargz"""
+    with ProgressLine(0, args.quiet or not args.digests) as progress:
+        options: Any = {"digests": args.digests, "progress": progress}
+        with open_tree(storage, args) as tree:
+            entries = layer_toc(storage.layer(args.layer), **options) if args.kind == "layer" \
+                else tree_toc(tree, **options)
+            print_entries(entries, head='{"version":1,"entries":[', tail="]}",
+                          indent=2 if args.pretty else None)
+
+
+def cmd_files(storage: Storage, args: Any) -> None:
+    """list files by name: all, or those that fit a pattern"""
+    with open_tree(storage, args) as tree:
+        items: Iterator[Any] = ((b"/" + path, node, first)
+                                for path, node, first in tree.glob(args.pattern))
+        if args.kind == "layer" and not isinstance(tree.layers[0], DiskTree):
+            fits = compile_patterns(args.pattern)  # names as in the tar, whiteouts among them
+            items = ((name, node, None) for name, node in layer_entries(storage.layer(args.layer))
+                     if fits(node.name))
+        first_item, items = peek(items)
+        if first_item is None:
+            need_match(tree, args.pattern)
+        if args.format == "json":
+            print_entries(file_json(*item) for item in items)
+            return
+        raw = args.null or not sys.stdout.isatty()
+        sys.stdout.flush()
+        for path, node, first in items:
+            name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
+                            (path, node.linkname if first is None else b"/" + first))
+            sys.stdout.buffer.write((long_line(name, target, node, first is not None)
+                                     if args.long else name) + (b"\0" if args.null else b"\n"))
+        sys.stdout.buffer.flush()
+
+
+def need_match(tree: Tree, patterns: Sequence[str]) -> None:
+    """Raise NotFound: nothing fits, where patterns were given."""
+    if patterns:
+        raise NotFound(f"no file in {tree.label} fits " + ", ".join(map(display, patterns)),
+                       hint="a pattern with a slash is about the whole path, ** crosses slashes"
+                       if any("/" in pattern for pattern in patterns) else "")
+
+
+def file_json(path: bytes, node: Node, first: Optional[bytes] = None) -> Dict[str, Any]:
+    """Return what is known of a file, as in a TOC, with its path and layer."""
+    entry = toc_entry(path, node, first=None if first is None else b"/" + first)
+    entry.pop("name")
+    return {"path": spell(path), **entry, "layer": node.tree.layer.id if node.tree.layer else ""}
+
+
+def long_line(path: bytes, target: bytes, node: Node, hard: bool) -> bytes:
+    """Return a line like that of ``ls -l``; "+" after the mode says that there are xattrs."""
+    bits = {word: kind for kind, word in NODE_TYPES.items()}.get(node.type, 0)
+    letters = stat.filemode(bits | node.mode)
+    hard = hard or node.type == "hardlink"
+    size = f"{node.device[0]}, {node.device[1]}" if node.type in ("char", "block") \
+        else str(node.size)
+    owner, group = (display(name) if name else str(number) for name, number in
+                    zip(node.owner[2:], node.owner[:2]))
+    moment = "-" if node.implicit else str(node.mtime_ns // 10**9) \
+        if not has_rfc3339(node.mtime_ns) else format_time(node.mtime_ns)[:19].replace("T", " ")
+    text = (f"{'h' + letters[1:] if hard else letters}"
+            f"{'+' if node.extra and node.xattrs else ' '} "
+            f"{owner:>8} {group:>8} {size:>12} {moment:19} ").encode()
+    return text + path + ((b" link to " if hard else b" -> ") + target if target else b"")
+
+
+def cmd_stat(storage: Storage, args: Any) -> None:
+    """show all that is known of files"""
+    found = []
+    with open_tree(storage, args) as tree:
+        for text in args.path:
+            path, node = tree.lookup(path_of(tree, text), follow=args.follow)
+            entry = file_json(b"/" + path, node)
+            if node.checksum is not None and node.size:
+                entry["crc64"] = f"{node.checksum:016x}"
+            if args.format == "json":
+                found.append(entry)
+            else:
+                names = {"path": b"/" + path, "linkName": node.linkname}
+                print_table(["KEY", "VALUE"], [
+                    [key, display(names[key]) if key in names else f"{value:04o}" if key == "mode"
+                     else ", ".join(f"{display(name)}={display(content)}" for name, content in
+                                    sorted(node.xattrs.items())) if key == "xattrs"
+                     else value if isinstance(value, str) else json.dumps(value)]
+                    for key, value in entry.items()])
+    if args.format == "json":
+        print_json(found)
+
+
+def cmd_cat(storage: Storage, args: Any) -> None:
+    """write the contents of files, checked, to stdout"""
+    with open_tree(storage, args) as tree, Output(args.output, text=True) as output:
+        for path in args.path:
+            for data in tree.read(path_of(tree, path), follow=not args.no_follow):
+                write_all(output.fd, data)
+
+
+def cmd_cp(storage: Storage, args: Any) -> None:
+    """copy a file or directory out, "-" as a tar to stdout; owners become yours"""
+    reference, colon, text = args.source.partition(":/") if ":/" in args.source \
+        else args.source.rpartition(":")
+    if not colon or not reference or not args.dest:
+        raise _UsageError(f'expected {args.kind.upper()}:PATH, got "{args.source}"')
+    with getattr(storage, args.kind)(reference).tree() as tree:
+        path, node = tree.lookup(path_of(tree, text))
+        name = path.rpartition(b"/")[2]
+        if args.dest == "-":
+            with Output(None) as output, ProgressLine(0, args.quiet) as progress:
+                for data in tar_out(tree, path, name, progress):
+                    write_all(output.fd, data)
+            return
+        dest = os.path.abspath(args.dest)
+        if os.path.isdir(dest):
+            dest = os.path.join(dest, os.fsdecode(name)) if name else dest
+        elif args.dest.endswith("/"):
+            raise NotFound(f"no such directory: {args.dest}")
+        if node.type == "dir":
+            copy_directory(tree, path, dest, args)
+        else:
+            with Output(dest) as output:
+                copy_content(tree, node, output.fd)
+
+
+def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
+    """Copy a directory to a new name or in place of an empty directory, where it appears whole."""
+    if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest)
+                                  or os.listdir(dest)):
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
+    unwind_on_signals()
+    above, name = os.path.split(dest)
+    temporary = f".cstor-{os.urandom(6).hex()}.partial"
+    fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with ProgressLine(0, args.quiet) as progress:
+            left_out = copy_out(tree, path, fd, os.fsencode(temporary), progress)
+        os.rename(os.fsencode(temporary), os.fsencode(name), src_dir_fd=fd, dst_dir_fd=fd)
+    except OSError as error:
+        if isinstance(error, CstorError) or isinstance(error.filename, str):
+            raise  # of the store: names of the target are bytes
+        raise OSError(error.errno, error.strerror, dest) from None
+    finally:
+        try:
+            remove_tree(fd, os.fsencode(temporary))
+        except OSError as error:  # it must not hide why we are here
+            say(f"warning: {display(os.path.join(above, temporary))} stays: {error.strerror}")
+        os.close(fd)
+    for place in left_out:
+        say(f"warning: left out, as it is a device, socket or whiteout: "
+            f"/{display(place)}")
+
+
+def cmd_diff(storage: Storage, args: Any) -> int:
+    """compare two images, or an image with a layer, container, directory or tar file"""
+    known: Dict[str, LayerTree] = {}
+    sides = [open_side(storage, text, known) for text in (args.a, args.b)]
+    raw = all(side is None or side.raw for side in sides) and any(sides)
+    with (sides[0] or open_path(args.a, raw)) as old, (sides[1] or open_path(args.b, raw)) as new:
+        old.raw = new.raw = raw  # whiteouts count where layers are compared
+        first, found = peek(diff_trees(old, new, args.ignore))
+        if args.format == "json":
+            print_entries({"path": spell(b"/" + path),
+                           "change": "changed" if a and b else "deleted" if a else "added",
+                           "what": what, "a": file_json(b"/" + path, a) if a else None,
+                           "b": file_json(b"/" + path, b) if b else None}
+                          for path, a, b, what in found)
+        else:
+            for path, a, b, what in found:
+                letter = "C" if a and b else "D" if a else "A"
+                print(f"{letter} /{display(path)}" + (f"  {','.join(what)}" if what else ""))
+        return 0 if first is None else EXIT_NO
+
+
+PATH_SIDE = r"(?:dir:|tar:(?=.)|(?=[/.])|(?=-\Z))(.*)"
+
+
+def open_side(storage: Storage, text: str, known: Dict[str, LayerTree]) -> Optional[Tree]:
+    """Return the tree of one side of a comparison, None for a path of the host.
+
+    An image, container or layer is looked for in this order, unless ``image:`` and the like leave
+    no doubt.
+    """
+    if re.fullmatch(PATH_SIDE, text, re.DOTALL):
+        return None
+    kind, _, rest = text.partition(":")
+    unknown: Optional[NotFound] = None
+    for word in ("image", "container", "layer"):
+        for reference in [text] + [rest] * (word == kind and bool(rest)):
+            try:
+                found = getattr(storage, word)(reference)
+                tree: Tree = found.tree() if word == "layer" else found.tree(known)
+                return tree
+            except Ambiguous:
+                raise
+            except NotFound as error:
+                unknown = unknown or error
+    assert unknown
+    unknown.hint = "no container or layer has this name either; a path begins with / or ./"
+    raise unknown
+
+
+def open_path(text: str, raw: bool) -> Tree:
+    """Return the tree of a directory or tar file of the host; "-" is a tar on stdin."""
+    match = re.fullmatch(PATH_SIDE, text, re.DOTALL)
+    path = match[1] if match else text
+    if os.path.isdir(path):
+        return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
+    if path != "-" and not os.path.exists(path):
+        raise NotFound(f"no such file or directory: {path}")
+    return Tree([TarTree("/dev/stdin" if path == "-" else path, whiteouts=raw)], path)
+
+
+def cmd_blame(storage: Storage, args: Any) -> None:
+    """show which layer and step brought each file and what it hides, or with --hidden what is
+    hidden"""
+    image: Any = storage.image(args.image).single()
+    try:
+        steps = {row["layer"]: str(row.get("created_by") or "") for row in image.history()
+                 if "layer" in row}
+    except NotFound:
+        steps = {}  # an image without a manifest
+    with image.tree() as tree:
+        first, rows = peek((hidden_rows if args.hidden else blame_rows)(
+            tree, steps, compile_patterns(args.pattern)))
+        if first is None and not args.hidden:
+            need_match(tree, args.pattern)
+        if args.format == "json":
+            print_entries(rows)
+            return
+        count = wasted = 0
+        print(f"{'LAYER':12}  {'WASTED' if args.hidden else 'SIZE':>9}  {'STEP':40}  PATH")
+        for row in rows:
+            count, wasted = count + 1, wasted + row.get("wasted", 0)
+            size = row.get("wasted" if args.hidden else "size")
+            gloss = f"{row['how']} in {short_id(row['hidden-by'], args)}" if args.hidden \
+                else ", ".join(f"hides {short_id(item['layer'], args)} "
+                               f"({human_size(item.get('size', 0))})" for item in row["hides"])
+            print(f"{short_id(row['layer'], args):12}  "
+                  f"{'' if size is None else human_size(size):>9}  "
+                  f"{display(short_step(row['created-by'], args)):40}  "
+                  f"{display(unspell(row['path']))}" + (f"  ({gloss})" if gloss else ""))
+    if args.hidden:
+        print(f"{count} hidden, {human_size(wasted)} wasted; `layer cat LAYER PATH` still shows "
+              "them")
+
+
+def blame_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
+               ) -> Iterator[Dict[str, Any]]:
+    """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
+    for path, node, _ in tree.walk():
+        if path and fits(path):
+            row = layer_row(path, node, steps)
+            row["hides"] = [layer_row(path, older, steps)
+                            for older in older_nodes(tree, path, node)]
+            yield row
+
+
+def layer_row(path: bytes, node: Node, steps: Dict[str, str]) -> Dict[str, Any]:
+    """Return the JSON of one file of one layer."""
+    layer = node.tree.layer.id if node.tree.layer else ""
+    row: Dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
+                           "created-by": steps.get(layer, "")}
+    if node.type == "reg":
+        row["size"] = node.size
+    return row
+
+
+def hidden_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
+                ) -> Iterator[Dict[str, Any]]:
+    """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
+    for path, node, above, how, wasted in hidden_nodes(tree):
+        if fits(path):
+            yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
+                   "hidden-by": above.layer.id if above.layer else ""}
+
+
 def cmd_store_info(storage: Storage, args: Any) -> None:
     """show where the storage is and what is in it"""
     config = storage.config
@@ -3824,24 +5938,55 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 # -- arguments -----------------------------------------------------------------------------------
 
-# Words of the command, function, arguments; "+" after an argument = one or more.
-COMMANDS: List[Tuple[str, Callable[[Storage, Any], None], str]] = [
-    ("image list", cmd_image_list, ""),
-    ("image inspect", cmd_image_inspect, "IMAGE+"),
-    ("image layers", cmd_image_layers, "IMAGE"),
-    ("image history", cmd_image_history, "IMAGE"),
-    ("layer list", cmd_layer_list, ""),
-    ("layer inspect", cmd_layer_inspect, "LAYER+"),
+# Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
+COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
+    ("image list", cmd_image_list, "--format --no-trunc"),
+    ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
+    ("image layers", cmd_image_layers, "IMAGE --format --no-trunc"),
+    ("image history", cmd_image_history, "IMAGE --format --no-trunc"),
+    ("image toc", cmd_toc, "IMAGE --digests --pretty"),
+    ("image files", cmd_files, "IMAGE PATTERN* -l -0 --format"),
+    ("image stat", cmd_stat, "IMAGE PATH+ --follow --format"),
+    ("image cat", cmd_cat, "IMAGE PATH+ -o --no-follow"),
+    ("image cp", cmd_cp, "IMAGE:PATH DEST"),
+    ("image diff", cmd_diff, "A B --ignore --format"),
+    ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
+    ("layer list", cmd_layer_list, "--format --no-trunc"),
+    ("layer inspect", cmd_layer_inspect, "LAYER+ --format"),
+    ("layer toc", cmd_toc, "LAYER --digests --pretty"),
+    ("layer files", cmd_files, "LAYER PATTERN* -l -0 --format"),
+    ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
+    ("layer cat", cmd_cat, "LAYER PATH+ -o --no-follow"),
+    ("layer cp", cmd_cp, "LAYER:PATH DEST"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify"),
-    ("container list", cmd_container_list, ""),
-    ("container inspect", cmd_container_inspect, "CONTAINER+"),
-    ("store info", cmd_store_info, ""),
-    ("resolve-link", cmd_resolve_link, "LINK"),
+    ("container list", cmd_container_list, "--format --no-trunc"),
+    ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
+    ("container files", cmd_files, "CONTAINER PATTERN* -l -0 --format"),
+    ("container stat", cmd_stat, "CONTAINER PATH+ --follow --format"),
+    ("container cat", cmd_cat, "CONTAINER PATH+ -o --no-follow"),
+    ("container cp", cmd_cp, "CONTAINER:PATH DEST"),
+    ("store info", cmd_store_info, "--format"),
+    ("resolve-link", cmd_resolve_link, "LINK --format"),
 ]
 ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "LAYER": "ID, name, DiffID, short link, or the start of an ID or DiffID",
              "CONTAINER": "name, ID or the start of an ID",
-             "LINK": "26 characters, as in overlay/l"}
+             "LINK": "26 characters, as in overlay/l",
+             "PATH": "path inside, with or without a leading slash",
+             "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z]; without a slash it is about the "
+                        "last component",
+             "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
+             "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
+                  "or tar: before it leaves no doubt",
+             "B": "like A",
+             **{f"{word}:PATH": f"{word.lower()} and the path inside" for word in (
+                 "IMAGE", "LAYER", "CONTAINER")}}
+SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
+            "--no-trunc": "full IDs and commands",
+            "--pretty": "indented JSON", "--digests": "add the sha256 of each file, checked",
+            "--follow": "follow a link at the end of a path",
+            "--no-follow": "refuse a link at the end of a path",
+            "--hidden": "list files that other layers hide, and the bytes that they waste"}
 GROUPS = {"image": "images", "layer": "layers", "container": "containers",
           "store": "the storage as a whole"}
 
@@ -3890,7 +6035,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
         sub = (groups[group] if group else commands).add_parser(
             verb, help=function.__doc__, description=function.__doc__, formatter_class=formatter,
             allow_abbrev=False, aliases=["ls"] if verb == "list" else [])
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=function, kind=group)
         _add_globals(sub, 2)
         _add_arguments(sub, arguments.split(), inspect=verb == "inspect")
     return parser
@@ -3921,17 +6066,26 @@ def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
         if name == "-o":
             parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE, which "
                                 "appears when it is whole and verified; default: stdout")
-        elif name == "--no-verify":
-            parser.add_argument(name, action="store_true", help="skip the checksums; sizes are "
-                                "still checked")
+        elif name == "--format":
+            parser.add_argument("--format", choices=("table", "json"),
+                                default="json" if inspect else "table")
+        elif name == "--ignore":
+            parser.add_argument("--ignore", metavar="WHAT", action="append", default=[],
+                                choices=DIFFERENCES, help="what may differ: "
+                                + ", ".join(DIFFERENCES) + "; may be repeated")
+        elif name == "-l":
+            parser.add_argument("-l", "--long", action="store_true",
+                                help="mode (+ = has xattrs), owner, group, size, time (UTC), link")
+        elif name == "-0":
+            parser.add_argument("-0", "--null", action="store_true",
+                                help="names as they are, each ended by a NUL byte")
+        elif name in SWITCHES:
+            parser.add_argument(name, action="store_true", help=SWITCHES[name])
         else:
-            word = name.rstrip("+")
-            parser.add_argument(word.lower(), metavar=word, help=ARGUMENTS[word],
-                                nargs="+" if name.endswith("+") else None)
-    if "-o" not in names:
-        parser.add_argument("--format", choices=("table", "json"),
-                            default="json" if inspect else "table")
-        parser.add_argument("--no-trunc", action="store_true", help="full IDs and commands")
+            word = name.rstrip("+*")
+            parser.add_argument("source" if ":" in word else word.lower(), metavar=word,
+                                help=ARGUMENTS[word],
+                                nargs=name[-1] if name[-1] in "+*" else None)
 
 
 def open_storage(args: Any) -> Storage:
@@ -3989,7 +6143,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     status = 0
     try:
-        _run(words)
+        status = _run(words)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -4012,23 +6166,29 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return status
 
 
-def _run(words: Sequence[str]) -> None:
+def _run(words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
     try:
+        parser = make_parser(words)
         try:
-            args = make_parser(words).parse_args(words)
+            args, more = parser.parse_known_args(words)
         except _UsageError:
-            args = make_parser().parse_args(words)  # says what all the choices are
+            args, more = make_parser().parse_known_args(words)  # says what all the choices are
+        if "pattern" in args and not any(word.startswith("-") for word in more):
+            args.pattern += more  # argparse takes none for all after an option
+        elif more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
     except SystemExit:  # argparse, after --help and --version
-        return
+        return 0
     if sys.stdout is None:
         raise CstorError("stdout is closed")
     with open_storage(args) as storage:
-        args.function(storage, args)
+        status = args.function(storage, args)
         for fault in storage.faults if not args.quiet else ():
             say(f"warning: {display(fault)}")
+    return status or 0
 
 
 if __name__ == "__main__":
