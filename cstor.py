@@ -3763,6 +3763,9 @@ class Node:
     @property
     def checksum(self) -> Optional[int]:
         """The CRC-64/ISO of the content as recorded; None when it is not."""
+        if self.extra.get("data"):  # a stub: the content is that of another node
+            recorded: Optional[int] = self.extra["data"].checksum
+            return recorded
         if isinstance(self._checksum, bytes):
             return int.from_bytes(binascii.a2b_base64(self._checksum), "big")
         return self._checksum
@@ -3942,9 +3945,6 @@ class LayerTree:
         old = directory.children.get(base)
         if old is not None and old.type == kind == "dir":
             return old
-        self._count += 1
-        if self._count > MAX_ENTRIES:
-            raise FormatError(f"more than {MAX_ENTRIES} entries", file=self.label)
         node = Node(self, directory, base, kind)
         if old is not None:
             node.opaque = kind == "dir" and (old.type == "whiteout" or old.opaque)
@@ -3953,10 +3953,12 @@ class LayerTree:
 
     def _put(self, directory: Node, base: bytes, node: Node) -> None:
         """Give a name to a node, and take it from another."""
-        old = directory.children.get(base)
-        directory.children[base] = node
-        if old is not None:
+        self._count += 1
+        if self._count > MAX_ENTRIES:
+            raise FormatError(f"more than {MAX_ENTRIES} entries", file=self.label)
+        if base in directory.children:
             self._at = None  # a directory that is no more may be the last entry's
+        directory.children[base] = node
 
     def _add_link(self, directory: Node, base: bytes, member: Member) -> Node:
         """Give the target one more name."""
@@ -3981,7 +3983,7 @@ class LayerTree:
             raise FormatError(f'malformed whiteout: "{display(base)}"', file=self.label)
         old = directory.children.get(target)
         if old is None:
-            directory.children[target] = Node(self, directory, target, "whiteout")
+            self._add_node(directory, target, "whiteout")
         else:
             old.opaque = old.type == "dir"
 
@@ -4101,11 +4103,11 @@ class DiskTree(LayerTree):
     def _join(self, below: Tree) -> None:
         """Fill in what renamed directories and stubs take from the layers below."""
         for node in self._moved:
-            nodes, _ = below._find(lower_path(node), top=False)
+            nodes = below._find(lower_path(node), top=False)
             if not node.opaque and nodes and nodes[0].type == "dir":
                 self._graft(node, nodes, below)
         for node in self._stubs:
-            nodes, _ = below._find(lower_path(node))
+            nodes = below._find(lower_path(node))
             if nodes and nodes[0].type == "reg" and nodes[0].size == node.size:
                 node.extra = {**node.extra, "data": nodes[0]}
 
@@ -4131,9 +4133,6 @@ class DiskTree(LayerTree):
 
     def _enter(self, above: Node, fd: int, name: bytes) -> Optional[Node]:
         """Enter one name; return its node, None for what is no file of its own."""
-        self._count += 1
-        if self._count > MAX_ENTRIES:
-            raise FormatError(f"more than {MAX_ENTRIES} entries", file=self.label)
         if self.whiteouts and name.startswith(b".wh."):
             if name in (OPAQUE_MARKER, b".wh..opq"):  # AUFS, and fuse-overlayfs
                 above.opaque = True
@@ -4152,7 +4151,7 @@ class DiskTree(LayerTree):
             node = self._groups.setdefault(group, node)
             if node.name != name or node.parent is not above:
                 self.linked.setdefault(node, []).append((above, name))
-        above.children[name] = node
+        self._put(above, name, node)
         return node
 
     def _fill(self, node: Node, fd: int, name: bytes) -> Optional[os.stat_result]:
@@ -4352,35 +4351,32 @@ class Tree:
 
     # -- looking up ----------------------------------------------------------------------------
 
-    def _find(self, parts: Sequence[bytes], first: int = 0, top: bool = True
-              ) -> Tuple[List[Node], Optional[Node]]:
-        """Follow a path without links through the layers from ``first`` on.
+    def _find(self, parts: Sequence[bytes], *, top: bool = True) -> List[Node]:
+        """Return the nodes that are seen at a path without links; none when there is no such file.
 
-        Return the visible nodes at its end (one, or directories to be merged; with ``top`` the
-        first is enough), or none and what stands in the way: a file or link above.
+        That is one node, or directories to be merged, of which the first is enough with ``top``.
         """
         found: List[Node] = []
         seen = 0  # so many components are directories in layers above
-        for number in range(first, len(self.layers)):
-            node = self.layers[number].root
+        for layer in self.layers:
+            node = layer.root
             last = node.opaque
             for depth, part in enumerate(parts, 1):
                 child = node.children.get(part)
                 if child is None:
                     break
-                if child.type == "whiteout" or child.type != "dir" and depth <= seen:
-                    return found, None
-                if child.type != "dir" and depth < len(parts):
-                    return found, child
+                if child.type != "dir" and (depth <= seen or depth < len(parts)
+                                            or child.type == "whiteout"):
+                    return found
                 node, seen = child, max(seen, depth)
                 last = last or node.opaque
             else:
                 found.append(node)
                 if top or node.type != "dir":
-                    return found, None
+                    break
             if last:
                 break
-        return found, None
+        return found
 
     def lookup(self, path: bytes, *, follow: bool = True) -> Tuple[bytes, Node]:
         """Return (path without links, node); ``follow`` is about the last component.
@@ -4397,7 +4393,7 @@ class Tree:
             if part in (b"", b".", b".."):
                 del done[len(done) - (part == b".."):]
                 continue
-            nodes, _ = self._find([*done, part])
+            nodes = self._find([*done, part])
             if not nodes or todo and nodes[0].type not in ("dir", "symlink"):
                 place = b"/" + b"/".join([*done, part])
                 where = f', where a link leads to "{display(place)}"' * bool(links)
@@ -4413,7 +4409,7 @@ class Tree:
                 todo += node.linkname.split(b"/")[::-1]
                 continue
             done.append(part)
-        return b"/".join(done), self._find(done)[0][0] if done else self.root
+        return b"/".join(done), self._find(done)[0] if done else self.root
 
     @property
     def root(self) -> Node:
@@ -4429,7 +4425,7 @@ class Tree:
         "First name" is that of a hard-link group which was yielded before, else None.
         """
         path = clean_name(path)
-        nodes, _ = self._find(path.split(b"/") if path else [], top=False)
+        nodes = self._find(path.split(b"/") if path else [], top=False)
         if not nodes:
             return
         firsts: Dict[Node, bytes] = {}

@@ -2908,10 +2908,13 @@ class Trees(TreeTest):
                 list(tree.walk())
 
     def test_limits(self) -> None:
-        tar = b"".join(entry(b"%d/" % i + b"d/" * 40) for i in range(30))
-        with mock.patch.object(cstor, "MAX_ENTRIES", 1000), self.tree(tar, files=False) as tree, \
-                self.assertRaisesRegex(cstor.FormatError, "more than 1000 entries"):
-            list(tree.walk())
+        for tar in (b"".join(entry(b"%d/" % i + b"d/" * 40) for i in range(30)),
+                    b"".join(entry(b".wh.%d" % i) for i in range(1001)),
+                    entry(b"a") + b"".join(link(b"%d" % i, b"a", b"1") for i in range(1001))):
+            with mock.patch.object(cstor, "MAX_ENTRIES", 1000), \
+                    self.tree(tar, files=False) as tree, \
+                    self.assertRaisesRegex(cstor.FormatError, "more than 1000 entries"):
+                list(tree.walk())
         with mock.patch.object(cstor, "MAX_STEPS", 1000), self.tree(
                 link(b"l", b"./" * 40 + b"r") + b"".join(entry(b"l/%d/x" % i) for i in range(99)),
                 files=False) as tree, self.assertRaisesRegex(cstor.FormatError, "loop of symbolic"):
