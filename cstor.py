@@ -2483,6 +2483,8 @@ class LayerFiles:
         it is missing, of another type or size, NeedsUnshare when it is closed to this user, and
         LayerUnknown when the whole layer was removed meanwhile.
         """
+        if size == 0 and self._objects is not None:
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # there is no empty object
         parent, _, base = name.rpartition(b"/")
         if parent != self._raw_parent:
             self._raw_parent, self._parent = parent, clean_name(parent)

@@ -4191,6 +4191,35 @@ class RealStores(unittest.TestCase):
                     self.assertEqual("created", container.state["state"])
             self.assertEqual(before, snapshot(root))
 
+    def test_names_in_tocs_and_contents_of_trees(self) -> None:
+        tar, layers, files = os.path.join(self.dir, "layer.tar"), 0, 0
+        for root in self.roots.values():
+            with cstor.Storage.open(root + "/st", runroot=root + "/run") as storage:
+                for layer in storage.layers():
+                    if not layer.diff_digest:
+                        continue
+                    with open(tar, "wb") as out:
+                        layer.export(out)
+                    listed = subprocess.run(["tar", "--quoting-style=literal", "-tPf", tar],
+                                            stdout=subprocess.PIPE, check=True).stdout
+                    self.assertEqual(listed, b"".join(
+                        cstor.unspell(item["name"]) + b"\n" for item in layer.toc()["entries"]))
+                    self.assertEqual([], [
+                        member for member in layer.members()
+                        if cstor.Member.parse(member.header).name != member.name])
+                    layers += 1
+                for thing in (*storage.images(), *storage.containers()):
+                    if isinstance(thing, cstor.Container) and thing.state.get("rootfs"):
+                        continue  # its directory is not in the archive
+                    with thing.tree() as tree:
+                        for path, node, _ in tree.walk():
+                            if node.type == "reg":
+                                self.assertEqual(node.size, sum(map(len, tree.content(node))))
+                                self.assertIs(node, tree.lookup(path)[1])
+                                files += 1
+        self.assertEqual(13, layers)
+        self.assertGreater(files, layers)
+
     def test_images(self) -> None:
         self.assertEqual(
             {"composefs": [("127.0.0.1:5555/foo:zc2", 2, [])],
