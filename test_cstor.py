@@ -4208,7 +4208,8 @@ class RealStores(unittest.TestCase):
                         member for member in layer.members()
                         if cstor.Member.parse(member.header).name != member.name])
                     layers += 1
-                for thing in (*storage.images(), *storage.containers()):
+                things: List[Any] = [*storage.images(), *storage.containers()]
+                for thing in things:
                     if isinstance(thing, cstor.Container) and thing.state.get("rootfs"):
                         continue  # its directory is not in the archive
                     with thing.tree() as tree:
@@ -4219,6 +4220,18 @@ class RealStores(unittest.TestCase):
                                 files += 1
         self.assertEqual(13, layers)
         self.assertGreater(files, layers)
+
+    def test_one_image_has_one_toc_wherever_it_lies(self) -> None:
+        """As root, rootless, by composefs, from schema1: the headers say what the files are."""
+        tocs: Dict[Tuple[str, ...], List[str]] = {}
+        for root in self.roots.values():
+            with cstor.Storage.open(root + "/st") as storage:
+                for image in storage.images():
+                    chain = tuple(layer.diff_digest for layer in image.layers())
+                    if all(chain) and chain:
+                        tocs.setdefault(chain, []).append(json.dumps(image.toc(digests=True)))
+        self.assertEqual([2, 5], sorted(map(len, tocs.values())))
+        self.assertEqual([1, 1], [len(set(same)) for same in tocs.values()])
 
     def test_images(self) -> None:
         self.assertEqual(
