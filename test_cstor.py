@@ -3434,6 +3434,11 @@ class HostileTrees(StoreTest):
             os.chmod(path, 0o755)
         self._canary = snapshot(self.canary)
         os.chown(self.out, 65534, 65534)
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+        self.assertEqual(4, cstor.main(["-q", "--root", store.root, "image", "cp", "x:/",
+                                        self.dir + "/warm"]))  # imports what only root may read
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), handlers):
+            signal.signal(number, handler)
         for status, data, mode in ((4, "evil", 0o755), (5, "good", 0), (0, "good", 0o755)):
             store.write(f"overlay/{1:064x}/diff/z", data)
             os.chmod(content, mode)
