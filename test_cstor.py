@@ -5500,7 +5500,8 @@ class RealTree(unittest.TestCase):
             run("skopeo", "copy", "-q", f"oci:{cls.path('layout')}:{name}",
                 f"containers-storage:[overlay@{store.root}+{store.runroot}]localhost/{name}")
         else:  # with its options
-            image = store.podman("pull", "-q", f"oci:{cls.path('layout')}:{name}").strip()
+            # A relative path: podman takes it for a name, which must not end in "_", say.
+            image = store.podman("pull", "-q", f"oci:layout:{name}", cwd=cls.folder.name).strip()
             store.podman("tag", image, f"localhost/{name}")
 
     @classmethod
