@@ -30,6 +30,8 @@ demo: ## make a sample store and do the main job on it; needs Python alone
 	$(PYTHON) cstor.py --root $(DEMO)/store image cp sample:/srv $(DEMO)/srv
 	ls -l $(DEMO)/srv
 	$(PYTHON) cstor.py --root $(DEMO)/store image blame sample --hidden
+	$(PYTHON) cstor.py --root $(DEMO)/store image extract sample $(DEMO)/root
+	ls -lR $(DEMO)/root
 	rm -rf $(DEMO)
 
 test: ## run all tests; those that lack something are skipped with the reason

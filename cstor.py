@@ -20,6 +20,7 @@ As a command::
     cstor.py image list
     cstor.py image layers alpine
     cstor.py layer export 3c42d5a -o layer.tar
+    cstor.py image extract alpine /srv/alpine
     cstor.py --root /mnt/disk/containers/storage layer list --format json
     cstor.py container list
     ssh HOST python3 - image list --format json < cstor.py
@@ -42,7 +43,7 @@ Sections, each built only from those above it:
     10 tar headers         types, sizes, owners, times, links, xattrs
     11 tar-split           entries, members, pieces; writing and verifying the tar
     12 tree                the merged view: walk, look up, read, compare; table of contents
-    13 extract             files out into a directory, or as a tar
+    13 extract             files out into a directory, by reflink, or as a tar
     14 library             Storage, Image, Layer, Container
     15 command line        output, progress, one function per command
 """
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     R = TypeVar("R", bound="Record")
     L = TypeVar("L", bound="LayerTree")
+    D = TypeVar("D", bound="Directory")
     Progress = Callable[[int, int], None]  # bytes and files done so far
 
 __version__ = "0.1.0"
@@ -95,7 +97,7 @@ __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
     "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerTree", "LayerUnknown", "Member",
     "NeedsUnshare", "Node", "NotFound", "ProtocolError", "Storage", "Tree", "Unsupported", "crc64",
-    "load_config", "main", "spell", "unspell",
+    "extract_tree", "load_config", "main", "spell", "unspell",
 ]
 
 
@@ -145,6 +147,7 @@ WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character devi
 NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
               stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
               stat.S_IFSOCK: "socket"}
+FILE_TYPES = {word: kind for kind, word in NODE_TYPES.items()}
 
 # overlayfs: the kernel as root, the kernel in a user namespace; and what keeps xattrs of its own.
 NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
@@ -155,7 +158,12 @@ METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
 # Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
 SYS_OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
+# _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
+FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
+    else 0x40049409
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -177,7 +185,8 @@ MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
-HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes at a time
+HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes, or a process extracts, at a time
+MAX_WORKERS = 8  # processes that extract
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
 SMALL_TAR_SPLIT = 64 << 10  # compressed bytes that are read in some milliseconds
 READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
@@ -315,8 +324,8 @@ def unspell(text: str) -> bytes:
 # The last component is never followed, and only regular files are opened.
 # ================================================================================================
 
-def _openat2(dir_fd: int, name: bytes, flags: int) -> int:
-    """Call openat2(2) with RESOLVE_IN_ROOT; raise OSError, ENOSYS where it cannot be called."""
+def _openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
+    """Call openat2(2) with RESOLVE_*; raise OSError, ENOSYS where it cannot be called."""
     import ctypes
 
     class OpenHow(ctypes.Structure):
@@ -328,8 +337,8 @@ def _openat2(dir_fd: int, name: bytes, flags: int) -> int:
     size = ctypes.c_size_t(ctypes.sizeof(OpenHow))
     number = ctypes.c_long(SYS_OPENAT2)
 
-    def openat2(dir_fd: int, name: bytes, flags: int) -> int:
-        how = OpenHow(flags, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    def openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
+        how = OpenHow(flags, 0, resolve | RESOLVE_NO_MAGICLINKS)
         for _ in range(32):  # EAGAIN: a rename elsewhere made the kernel doubt a ".."
             fd: int = libc.syscall(number, ctypes.c_int(dir_fd), ctypes.c_char_p(name),
                                    ctypes.byref(how), size)
@@ -341,7 +350,29 @@ def _openat2(dir_fd: int, name: bytes, flags: int) -> int:
         raise OSError(code, os.strerror(code), os.fsdecode(name))
 
     globals()["_openat2"] = openat2  # set up once; ctypes costs 5 ms
-    return openat2(dir_fd, name, flags)
+    return openat2(dir_fd, name, flags, resolve)
+
+
+def _try_openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
+    """Call openat2(2); -1 where it cannot be called, now or for so few openings."""
+    global _have_openat2, _walks_left
+    if _walks_left:  # some walks are cheaper than the import of ctypes
+        _walks_left -= 1
+    elif _have_openat2:
+        try:
+            return _openat2(dir_fd, name, flags, resolve)
+        except OSError as error:
+            # EPERM cannot come from opening a directory: it is a seccomp filter that says no.
+            if error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+        except (ImportError, AttributeError):  # a Python without ctypes
+            pass
+        _have_openat2 = False
+    return -1
+
+
+_have_openat2 = True
+_walks_left = 16
 
 
 def _walk_in_root(root_fd: int, name: bytes) -> int:
@@ -391,26 +422,33 @@ def open_in_root(root_fd: int, name: bytes) -> int:
 
     Symbolic links are followed as if ``root_fd`` were "/".  Raises OSError as open(2) does.
     """
-    global _have_openat2, _walks_left
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
-    if _walks_left:  # some walks are cheaper than the import of ctypes
-        _walks_left -= 1
-    elif _have_openat2:
+    fd = _try_openat2(root_fd, name.strip(b"/") or b".", OPEN_DIRECTORY, RESOLVE_IN_ROOT)
+    return fd if fd >= 0 else _walk_in_root(root_fd, name)
+
+
+def open_beneath(root_fd: int, name: bytes, flags: int = OPEN_DIRECTORY) -> int:
+    """Open the directory ``name`` beneath ``root_fd``, where no component may be a link.
+
+    ``name`` is clean: relative, without ".." (or b"." alone).  Raises OSError: ELOOP or ENOTDIR
+    for a link.
+    """
+    if b"/" in name:
+        fd = _try_openat2(root_fd, name, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+        if fd >= 0:
+            return fd
+    fd = root_fd
+    parts = name.split(b"/")
+    for depth, part in enumerate(parts, 1):
+        above = fd
         try:
-            return _openat2(root_fd, name.strip(b"/") or b".", OPEN_DIRECTORY)
-        except OSError as error:
-            # EPERM cannot come from opening with O_PATH: it is a seccomp filter that says no.
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
-        except (ImportError, AttributeError):  # a Python without ctypes
-            pass
-        _have_openat2 = False
-    return _walk_in_root(root_fd, name)
-
-
-_have_openat2 = True
-_walks_left = 16
+            fd = os.open(part, (flags if depth == len(parts) else OPEN_DIRECTORY) | os.O_NOFOLLOW,
+                         dir_fd=above)
+        finally:
+            if above != root_fd:
+                os.close(above)
+    return fd
 
 
 class Directory:
@@ -431,7 +469,7 @@ class Directory:
         self._flags = OPEN_FILE | os.O_NOATIME
 
     @classmethod
-    def at(cls, path: str) -> Directory:
+    def at(cls: Type[D], path: str) -> D:
         """Open the host directory ``path``, links followed."""
         try:
             return cls(path, os.open(path, OPEN_DIRECTORY))
@@ -445,7 +483,7 @@ class Directory:
                 os.close(fd)
         self.fd = self._parent_fd = -1
 
-    def __enter__(self) -> Directory:
+    def __enter__(self: D) -> D:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -568,6 +606,25 @@ class Directory:
         return data
 
 
+class Target(Directory):
+    """A directory in which files are made: no link at all is followed below it."""
+
+    __slots__ = ()
+
+    def _open_parent(self, name: bytes) -> int:
+        return open_beneath(self.fd, name)
+
+    def explain(self, error: OSError, name: bytes) -> OSError:
+        """Return ``error`` again with the path in the target; errors of the store as they are."""
+        if isinstance(error, CstorError) or isinstance(error.filename, str) \
+                and not error.filename.startswith("/proc/self/fd/"):
+            return error
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            return OSError(error.errno, "another process put a link or file where a directory was",
+                           self.host_path(name))
+        return OSError(error.errno, error.strerror, self.host_path(name))
+
+
 def with_path(error: OSError, path: str) -> OSError:
     """Return ``error`` again with the path in the store; NeedsUnshare when it is closed to us."""
     if isinstance(error, CstorError):
@@ -619,51 +676,129 @@ def widen_pipe(fd: int) -> None:
 
 
 class Copier:
-    """Copies ranges of files to one descriptor by the fastest call that the kernel takes.
+    """Copies ranges of files by the fastest call that the kernel takes.
 
     copy_file_range(2), then sendfile(2), then read and write: what fails once with "not here" is
-    not tried again for this target.
+    not tried again, so that there is one Copier for each pair of file systems.  Threads can share
+    it.
     """
 
     NOT_HERE = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM,
                           errno.EBADF, errno.ETXTBSY, errno.EAGAIN})
 
-    def __init__(self, out_fd: int) -> None:
-        self.out_fd = out_fd
-        self._ways: List[Callable[[int, int, int], int]] = [self._read_write, self._sendfile]
+    def __init__(self) -> None:
+        self._ways: List[Callable[[int, int, int, int], int]] = [self._read_write, self._sendfile]
         if hasattr(os, "copy_file_range"):
             self._ways.append(self._copy_file_range)
 
-    def copy(self, fd: int, offset: int, count: int) -> int:
+    def copy(self, fd: int, offset: int, count: int, out_fd: int) -> int:
         """Copy ``count`` bytes of ``fd`` from ``offset``; return how many there were."""
         done = 0
         while done < count:
             way = self._ways[-1]
             try:
-                n = way(fd, offset + done, count - done)
+                n = way(fd, offset + done, count - done, out_fd)
             except OSError as error:
-                if error.errno not in self.NOT_HERE or len(self._ways) == 1:
+                if error.errno not in self.NOT_HERE or way == self._read_write:
                     raise
-                self._ways.pop()
-                continue
+                n = 0
             if n == 0:
-                if len(self._ways) == 1:
+                if way == self._read_write:
                     break
-                self._ways.pop()  # some file systems answer 0 to copy_file_range: ask read(2)
-                continue
+                # Some file systems answer 0 to copy_file_range: ask read(2).
+                self._ways = [other for other in self._ways if other != way]
             done += n
         return done
 
-    def _copy_file_range(self, fd: int, offset: int, count: int) -> int:
-        return os.copy_file_range(fd, self.out_fd, min(count, 1 << 30), offset_src=offset)
+    def _copy_file_range(self, fd: int, offset: int, count: int, out_fd: int) -> int:
+        return os.copy_file_range(fd, out_fd, min(count, 1 << 30), offset_src=offset)
 
-    def _sendfile(self, fd: int, offset: int, count: int) -> int:
-        return os.sendfile(self.out_fd, fd, offset, min(count, 1 << 30))
+    def _sendfile(self, fd: int, offset: int, count: int, out_fd: int) -> int:
+        return os.sendfile(out_fd, fd, offset, min(count, 1 << 30))
 
-    def _read_write(self, fd: int, offset: int, count: int) -> int:
-        data = os.pread(fd, min(count, CHUNK), offset)
-        write_all(self.out_fd, data)
+    def _read_write(self, fd: int, offset: int, count: int, out_fd: int) -> int:
+        try:
+            data = os.pread(fd, min(count, CHUNK), offset)
+        except OSError as error:  # not an error of the target
+            raise with_path(error, os.readlink(f"/proc/self/fd/{fd}")) from None
+        write_all(out_fd, data)
         return len(data)
+
+
+class Ladder:
+    """Fills new files with contents: by FICLONE, or else by a Copier.
+
+    What refuses a whole pair of file systems is not asked again; ``mode`` is auto, reflink (nothing
+    else will do), or copy.  Threads can share it.
+    """
+
+    # What says no for a pair of file systems, and what may be so for one file of them: on btrfs
+    # EINVAL is for a file without checksums, anywhere ETXTBSY for a swap file.
+    NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
+    NOT_THIS = frozenset({errno.EINVAL, errno.EPERM, errno.ETXTBSY})
+    PATIENCE = 8  # files in a row that are refused before a pair is that never took one
+
+    def __init__(self, mode: str = "auto") -> None:
+        self.mode = mode
+        self._refused: Dict[Tuple[int, int], str] = {}  # by devices, why
+        self._strikes: Dict[Tuple[int, int], int] = {}  # below 0: a file was shared
+        self._copiers: Dict[Tuple[int, int], Copier] = {}
+
+    def fill(self, fd: int, size: int, out_fd: int, devices: Tuple[int, int]) -> str:
+        """Give the new file ``out_fd`` the content of ``fd``; return why it was copied, "" if not.
+
+        ``devices`` are those where both are said to lie.  Raises OSError, IntegrityError when
+        ``fd`` is changed meanwhile, Unsupported when mode "reflink" cannot be had.
+        """
+        why = "--link-mode copy" if self.mode == "copy" else self._refused.get(devices, "")
+        if not why:
+            try:
+                fcntl.ioctl(out_fd, FICLONE, fd)
+                self._strikes[devices] = -1
+                return ""
+            except OSError as error:
+                if error.errno not in self.NEVER | self.NOT_THIS:
+                    raise
+                why = f"FICLONE: {os.strerror(error.errno or 0)}"
+                if self.mode == "reflink":
+                    raise Unsupported(f"cannot be shared by reflink: {why}",
+                                      hint="--link-mode auto copies what cannot be") from None
+                devices = os.fstat(fd).st_dev, os.fstat(out_fd).st_dev
+                strikes = self._strikes.get(devices, 0)
+                if strikes >= 0:
+                    self._strikes[devices] = strikes + 1
+                    if error.errno in self.NEVER or strikes >= self.PATIENCE:
+                        self._refused[devices] = why
+        copier = self._copiers.setdefault(devices, Copier())
+        before = os.fstat(fd)
+        for offset, length in data_runs(fd, size) if before.st_blocks * 512 < size \
+                else ((0, size),):
+            if offset:
+                os.lseek(out_fd, offset, os.SEEK_SET)
+            copier.copy(fd, offset, length, out_fd)
+        if before.st_blocks * 512 < size:
+            os.ftruncate(out_fd, size)
+        after = os.fstat(fd)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise IntegrityError("changed while it was read")
+        return why
+
+
+def data_runs(fd: int, size: int) -> Iterator[Tuple[int, int]]:
+    """Yield (offset, length) of what is no hole in a file."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            start, end = end, size  # a file system that knows no holes
+        if start < end:
+            yield start, end - start
 
 
 # ================================================================================================
@@ -2410,11 +2545,12 @@ def read_objects(chunks: Iterator[bytes], file: str) -> Dict[bytes, bytes]:
     return found
 
 
-def removed(layer: LayerRecord) -> Optional[LayerUnknown]:
+def removed(layer: LayerRecord, name: bytes = b"") -> Optional[LayerUnknown]:
     """Return an error when a layer is no longer recorded as it was, else None."""
     if layer.storage.is_current(layer):
         return None
-    return LayerUnknown(f"layer not known: {layer.id}: it was removed while it was read")
+    what = f'"{display(name)}"' if name else "it"
+    return LayerUnknown(f"layer not known: {layer.id}: it was removed while {what} was read")
 
 
 class LayerFiles:
@@ -2578,7 +2714,7 @@ class LayerFiles:
 
     def _missing(self, name: bytes, size: Optional[int]) -> CstorError:
         """Return the error for a file that is nowhere."""
-        gone = removed(self.layer)
+        gone = removed(self.layer, name)
         if gone:
             return gone
         last = clean_name(name).rpartition(b"/")[2]
@@ -3510,7 +3646,7 @@ class TarSink:
         self.files = 0
         self._layer, self._progress = layer, progress
         self._out = os.dup(out) if isinstance(out, int) else out  # the thread may outlive us
-        self._copier = Copier(self._out) if isinstance(self._out, int) and not hashing else None
+        self._copier = Copier() if isinstance(self._out, int) and not hashing else None
         self._hash: Any = None
         if hashing:
             import hashlib
@@ -3582,7 +3718,8 @@ class TarSink:
         if self._copier and left >= self.KERNEL_COPY:
             self._drain()
             self.size += left
-            left -= self._copier.copy(piece.fd, at, left)
+            assert isinstance(self._out, int)
+            left -= self._copier.copy(piece.fd, at, left, self._out)
             if left:
                 raise self._shrank(piece, left)
         while left:
@@ -4611,6 +4748,20 @@ def translate_set(token: str) -> str:
     return f"(?!/)[{'^' * negated}{items}]"
 
 
+def need_match(tree: Tree, patterns: Sequence[str]) -> None:
+    """Raise NotFound: nothing fits, where patterns were given."""
+    if patterns:
+        raise NotFound(f"no file in {tree.label} fits " + ", ".join(map(display, patterns)),
+                       hint="a pattern with a slash is about the whole path, ** crosses slashes"
+                       if any("/" in pattern for pattern in patterns) else "")
+
+
+def peek(items: Iterator[T]) -> Tuple[Optional[T], Iterator[T]]:
+    """Return the first item, or None, and an iterator of all: errors come before any output."""
+    first = next(items, None)
+    return first, (item for part in ([] if first is None else [first], items) for item in part)
+
+
 def layer_tree(layer: LayerRecord) -> LayerTree:
     """Return the tree of one layer: from tar-split, or from disk for a writable layer."""
     name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
@@ -4906,94 +5057,949 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
 # ================================================================================================
 # 13. Extract
 #
-# Files out into a directory.  Everything is made beneath one directory's descriptor, in directories
-# that were made just now; no link is followed.  What can be looked at but not kept by a plain copy
-# (owners, setuid, xattrs, devices) is left out.
+# Files out into a directory: first all directories, then files, directory by directory, shared out
+# to processes, then hard links, then the metadata of directories, deepest first, since what is made
+# in them changes their times.  Processes, as threads spend the gain on handing over the interpreter
+# at each system call (2 CPUs, 67,000 reflinks: one 2.8 s, two threads 2.3 s, two processes 1.5 s).
+#
+# Nothing leaves the target: its directories are opened from its descriptor, no component may be a
+# link, and files are made where none is (O_EXCL).  What no open descriptor can be had of (links,
+# devices) is looked at again before its metadata are set.  Files are made closed, and set in the
+# order owner, xattrs, mode, time: chown(2) takes setuid and capabilities away, and user.* xattrs
+# need the write permission that a mode of 0444 has not.
 # ================================================================================================
 
-def copy_out(tree: Tree, path: bytes, dir_fd: int, name: bytes,
-             progress: Optional[Progress] = None) -> List[bytes]:
-    """Copy the directory ``path`` of a tree to the new directory ``name``, with modes and times.
+LINK_MODES = ("auto", "reflink", "hardlink", "copy")
+
+
+def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] = (), *,
+                 top: bytes = b"", whiteouts: bool = True) -> Iterator[Tuple[bytes, Node]]:
+    """Yield (path below ``top``, node) of what fits ``paths`` (all, without any) to be extracted.
+
+    A directory brings all that is in it, and comes after those that it lies in and before what it
+    holds.  ``exclude`` leaves out what fits, with all below.  The root comes first, but not when it
+    is only what the selected files lie in.  Of a raw tree whiteouts are files called .wh.NAME.
+    """
+    fits = compile_patterns(paths)
+    omits = compile_patterns(exclude) if exclude else lambda path: False
+    inside: Optional[bytes] = None  # what begins so is in a directory that was selected
+    outside: Optional[bytes] = None  # ... excluded
+    above: List[Tuple[bytes, Node]] = []  # directories that nothing was taken from yet
+    cut = len(top) + 1 if top else 0
+    for place, node, _ in tree.walk(top):
+        if outside is not None and place.startswith(outside):
+            continue
+        outside = None
+        path, below = place[cut:], place + b"/" if place else b""
+        if omits(place):
+            outside = below
+            continue
+        if inside is None or not place.startswith(inside):
+            inside = None
+            while above and not path.startswith(above[-1][0] + b"/"):
+                above.pop()
+            if not fits(place):
+                if node.type == "dir" and path:
+                    above.append((path, node))
+                continue
+            if node.type == "dir":
+                inside = below
+            yield from above
+            above = []
+        if node.type != "whiteout":
+            yield path, node
+        elif whiteouts:
+            folder, slash, base = path.rpartition(b"/")
+            yield folder + slash + b".wh." + base, node
+        if tree.raw and node.opaque and whiteouts:
+            marker = Node(node.tree, node, OPAQUE_MARKER, "whiteout")
+            yield (path + b"/" if path else b"") + OPAQUE_MARKER, marker
+
+
+def strip_components(items: Iterator[Tuple[bytes, Node]], count: int
+                     ) -> Iterator[Tuple[bytes, Node]]:
+    """Take ``count`` components off the front of paths, and what has no more of them out.
+
+    Raises CstorError when two files come to the same path.
+    """
+    seen: Dict[bytes, Tuple[bytes, str]] = {}
+    for path, node in items:
+        rest = b"/".join(path.split(b"/")[count:])
+        if not rest:
+            continue
+        other, kind = seen.setdefault(rest, (path, node.type))
+        if other != path and not kind == node.type == "dir":
+            raise CstorError(f'"/{display(other)}" and "/{display(path)}" both come to '
+                             f'"{display(rest)}" without {count} components')
+        if other == path:
+            yield rest, node
+
+
+class OwnerMap:
+    """Shifts owners: ranges (first ID inside, first ID outside, count), for users and groups.
+
+    ``ranges`` are texts INSIDE:OUTSIDE:COUNT, with u: or g: in front when they are not for both.
+    Raises ValueError.
+    """
+
+    def __init__(self, ranges: Sequence[str]) -> None:
+        self.users: List[Tuple[int, int, int]] = []
+        self.groups: List[Tuple[int, int, int]] = []
+        for text in ranges:
+            match = re.fullmatch(r"(?:([ug]):)?(\d{1,10}):(\d{1,10}):(\d{1,10})", text)
+            numbers = tuple(map(int, match.groups()[1:])) if match else ()
+            if not match or not numbers[2] or max(numbers[0], numbers[1]) + numbers[2] > NO_ID:
+                raise ValueError(f'expected [u:|g:]INSIDE:OUTSIDE:COUNT, got "{text}"')
+            for letter, mappings in (("u", self.users), ("g", self.groups)):
+                if match[1] in (None, letter):
+                    mappings.append((numbers[0], numbers[1], numbers[2]))
+
+    @staticmethod
+    def shift(number: int, mappings: Sequence[Tuple[int, int, int]]) -> int:
+        """Return the ID outside; without any mapping it is the same.  Raises ValueError."""
+        for inside, outside, count in mappings:
+            if inside <= number < inside + count:
+                return outside + number - inside
+        if mappings:
+            raise ValueError(f"ID {number} is not covered by --owner-map")
+        return number
+
+    def capability(self, value: bytes) -> bytes:
+        """Return security.capability for the shifted root: capabilities(7), namespaced ones.
+
+        Version 2 has 20 bytes and is of the root that owns the machine; version 3 names its root.
+        """
+        root = self.shift(0, self.users) if any(
+            inside == 0 for inside, _, _ in self.users) else 0
+        if not root or len(value) != 20 or value[3] != 2:
+            return value
+        return value[:3] + b"\x03" + value[4:] + root.to_bytes(4, "little")
+
+
+class Tally:
+    """What was made and how; each process keeps its own."""
+
+    __slots__ = ("counts", "refused", "unset", "left_out")
+
+    def __init__(self) -> None:
+        self.counts: Dict[str, int] = {}  # by type of file, and bytes by the way they came
+        self.refused: Dict[str, Tuple[int, int]] = {}  # files and bytes, by why they are not shared
+        self.unset: Dict[str, int] = {}  # what could not be set
+        self.left_out: List[bytes] = []  # paths of what could not be made
+
+    def count(self, word: str, number: int = 1) -> None:
+        """Count files or bytes."""
+        self.counts[word] = self.counts.get(word, 0) + number
+
+    def refuse(self, why: str, files: int, size: int) -> None:
+        """Count files that are not shared."""
+        before = self.refused.get(why, (0, 0))
+        self.refused[why] = before[0] + files, before[1] + size
+
+    def note(self, what: str, number: int = 1) -> None:
+        """Count what cannot be set."""
+        self.unset[what] = self.unset.get(what, 0) + number
+
+    def plain(self) -> Tuple[Any, ...]:
+        """Return all as plain data."""
+        return self.counts, self.refused, self.unset, self.left_out
+
+    def add(self, counts: Dict[str, int], refused: Dict[str, Tuple[int, int]],
+            unset: Dict[str, int], left_out: List[bytes]) -> None:
+        """Add what another process counted."""
+        for word, number in counts.items():
+            self.count(word, number)
+        for why, (files, size) in refused.items():
+            self.refuse(why, files, size)
+        for what, number in unset.items():
+            self.note(what, number)
+        self.left_out += left_out
+
+
+class SignalsHeld:
+    """A context in which SIGINT, SIGTERM and SIGHUP wait, so that cleaning up is done whole."""
+
+    def __enter__(self) -> SignalsHeld:
+        import signal
+
+        self.before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+
+
+def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Callable[[], T],
+              tick: Callable[[int], None]) -> List[T]:
+    """Call ``work`` for each number below ``jobs`` in several processes, of which this is one.
+
+    Return what ``report`` returns in the others at the end.  ``tick`` is told here how many jobs
+    were begun.  The first error of any is raised, and none goes on then.
+    """
+    import signal
+
+    # Numbers of lots lie in a pipe that all read from, four bytes at a time.  A page of them always
+    # fits.  (A memfd does not do: two reads at the same offset can meet.)
+    size = -(-jobs // 1024) or 1
+    tokens, write_fd = os.pipe()
+    workers: Dict[int, int] = {}  # process ID, end of the pipe that its report comes through
+
+    def take_lots() -> Iterator[int]:
+        while True:
+            token = os.read(tokens, 4)
+            if not token:
+                return
+            yield int.from_bytes(token, "big")
+
+    def do_lot(number: int) -> None:
+        for job in range(number * size, min(number * size + size, jobs)):
+            work(job)
+
+    try:
+        with open(write_fd, "wb") as pipe:
+            pipe.write(b"".join(lot.to_bytes(4, "big") for lot in range(-(-jobs // size))))
+        with SignalsHeld() as held:
+            for _ in range(processes - 1):
+                if not fork_worker(workers, held.before, tokens, map(do_lot, take_lots()), report):
+                    break  # the system has no more processes for us
+        for lot in take_lots():
+            tick(lot * size)
+            do_lot(lot)
+        return [finish_worker(workers, pid) for pid in list(workers)]
+    finally:
+        with SignalsHeld():
+            os.close(tokens)
+            for pid, fd in workers.items():  # after an error
+                os.close(fd)
+                try:
+                    os.kill(pid, signal.SIGTERM)
+                except ProcessLookupError:
+                    pass
+            for pid in workers:
+                wait_for(pid)
+
+
+def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterator[object],
+                report: Callable[[], Any]) -> bool:
+    """Start a process that consumes ``work``, and enter it in ``workers``; signals are held."""
+    import gc
+    import marshal
+    import signal
+
+    parent = os.getpid()
+    try:
+        read_fd, write_fd = os.pipe()
+    except OSError:
+        return False
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(read_fd)
+        os.close(write_fd)
+        return False
+    if pid:
+        os.close(write_fd)
+        workers[pid] = read_fd
+        return True
+    try:
+        for fd in (read_fd, *workers.values()):  # so that who writes to nobody gets EPIPE
+            os.close(fd)
+        # A terminal tells all of a group; we hear from the parent, by SIGTERM.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            gc.disable()  # it would touch, and so copy, all memory that we share
+            for _ in work:
+                if os.getppid() != parent:
+                    break
+            answer = marshal.dumps((report(), None))
+        except BaseException as error:
+            os.read(tokens, 4096)  # nobody is to begin another lot
+            answer = marshal.dumps((None, pack_error(error)))
+        write_all(write_fd, answer)
+    finally:
+        os._exit(0)
+
+
+def pack_error(error: BaseException) -> Tuple[Any, ...]:
+    """Return an exception as plain data (pickle asks for a module that can be imported)."""
+    args = (error.errno, error.strerror, error.filename) if type(error) is not NeedsUnshare \
+        and isinstance(error, OSError) else error.args
+    plain = {key: value for key, value in vars(error).items()
+             if isinstance(value, (str, bytes, int, list, type(None)))}
+    return type(error).__name__, tuple(
+        arg if isinstance(arg, (str, bytes, int, type(None))) else str(arg) for arg in args), plain
+
+
+def unpack_error(name: str, args: Tuple[Any, ...], plain: Dict[str, Any]) -> BaseException:
+    """Return the exception that pack_error() was given, if it is one of ours or of Python's."""
+    import builtins
+
+    kind = globals().get(name) or vars(builtins).get(name)
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        return CstorError(f"{name}: {' '.join(map(str, args))}")
+    error: BaseException = kind.__new__(kind, *args)
+    error.args = args[:2] if isinstance(error, OSError) else args
+    vars(error).update(plain)
+    return error
+
+
+def finish_worker(workers: Dict[int, int], pid: int) -> Any:
+    """Return the report of a process that has nothing more to do; raise its error."""
+    import marshal
+
+    data = b"".join(iter(lambda: os.read(workers[pid], CHUNK), b""))
+    os.close(workers.pop(pid))
+    status = wait_for(pid)
+    try:
+        answer, error = marshal.loads(data)
+    except (EOFError, ValueError, TypeError):
+        raise CstorError("a worker process ended before its time, with wait status "
+                         f"{status}") from None
+    if error:
+        raise unpack_error(*error)
+    return answer
+
+
+def wait_for(pid: int) -> int:
+    """Wait for the end of a child; return its status as waitpid(2) does."""
+    try:
+        return os.waitpid(pid, 0)[1]
+    except ChildProcessError:  # whoever ignores SIGCHLD has no children to wait for
+        return 0
+
+
+def default_workers() -> int:
+    """Return how many processes are to be used: one where fork(2) could harm running threads."""
+    threading = sys.modules.get("threading")
+    if threading and threading.active_count() > 1:
+        return 1
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
+class _LeftOut(Exception):
+    """A file that cannot be made here, or is not to be made: a device, mostly."""
+
+
+class Extraction:
+    """Makes the files of a tree in a Target; summary() tells what was done.
+
+    ``link_mode`` is one of LINK_MODES.  ``owners``: True sets them or fails, False leaves them,
+    None sets them when we are root, as far as the kernel lets us.  ``owner_map``: see OwnerMap.
+    ``verify`` reads back what was made and compares its CRC-64.  ``merge`` says that files may be
+    there, which are replaced.  ``plain`` is for copies of one's own: no owners, setuid, xattrs,
+    devices.
+    """
+
+    def __init__(self, target: Target, *, link_mode: str = "auto", owners: Optional[bool] = None,
+                 owner_map: Sequence[str] = (), verify: bool = False, merge: bool = False,
+                 plain: bool = False, workers: int = 0, progress: Optional[Progress] = None
+                 ) -> None:
+        self.target, self.verify, self.merge, self.plain = target, verify, merge, plain
+        self.tally, self._workers, self._progress = Tally(), workers, progress
+        self._map = OwnerMap(owner_map)
+        self._us = os.geteuid(), os.getegid()
+        self._set_owners = not plain and (self._us[0] == 0 if owners is None else owners
+                                          ) or bool(owner_map)
+        self._insist = owners or bool(owner_map)
+        self._hardlinks, self._ladder = link_mode == "hardlink", Ladder(link_mode)
+        self._shared: Set[Tuple[int, int]] = set()  # inodes of the store that have a link in it
+        self._device = os.fstat(target.fd).st_dev
+        self._devices: Dict[LayerTree, Tuple[int, int]] = {}  # of a layer's files and the target
+        self._firsts: Dict[Node, bytes] = {}  # of files with several names, the path made first
+        self._links: List[Tuple[bytes, bytes]] = []  # hard links to make: path, first path
+        self._folders: List[Tuple[bytes, Node]] = []  # whose metadata are to be set
+        self._directories = 0
+        self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
+
+    # -- planning --------------------------------------------------------------------------------
+
+    def run(self, items: Iterable[Tuple[bytes, Node]]) -> None:
+        """Make all ``items``, as select_nodes() yields them.
+
+        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; what was made until
+        then stays.
+        """
+        batches = list(self._batches(items))
+        # Which of the store's files were shared by hard links is for one process to know.
+        workers = 1 if self._hardlinks else self._workers or default_workers()
+        for counted in share_out(len(batches), min(workers, len(batches) // 2 or 1),
+                                 lambda number: self._make_batch(batches[number]),
+                                 self.tally.plain, self._ticker(batches)):
+            self.tally.add(*counted)
+        self.tally.count("dir", self._directories)
+        self._make_links()
+        self._finish_directories()
+
+    def _batches(self, items: Iterable[Tuple[bytes, Node]]) -> Iterator[List[Any]]:
+        """Make directories, and yield other files in batches: directory, name, node, and so on.
+
+        Two workers in one directory wait for each other in the kernel: none is split but one of
+        sixteen times a batch.  The lists are flat: a tuple for each of 500,000 files takes 30 MB.
+        """
+        batch: List[Any] = []
+        room = HASH_BATCH
+        for path, node in items:
+            if node.type == "dir":
+                self._make_directory(path, node)
+                continue
+            if node in node.tree.linked and not self._is_first(path, node):
+                continue
+            parent, _, base = path.rpartition(b"/")
+            if room < 0 and (parent != batch[-3] or room < -16 * HASH_BATCH):
+                yield batch
+                batch, room = [], HASH_BATCH
+            if batch and parent == batch[-3]:
+                parent = batch[-3]
+            batch += (parent, node.name if node.name == base else base, node)
+            room -= node.size + HASH_BATCH // 64
+        yield batch
+
+    def _ticker(self, batches: Sequence[List[Any]]) -> Callable[[int], None]:
+        """Return what tells the progress, given how many batches were begun."""
+        begun = size = files = 0
+
+        def tick(number: int) -> None:
+            nonlocal begun, size, files
+            if self._progress:
+                for batch in batches[begun:number]:
+                    size += sum(node.size for node in batch[2::3])
+                    files += len(batch) // 3
+                begun = number
+                self._progress(size, files)
+
+        return tick
+
+    def _is_first(self, path: bytes, node: Node) -> bool:
+        """Tell whether this name of several is to be made, and not to be a link to that one."""
+        first = self._firsts.setdefault(node, path)
+        if first != path:
+            self._links.append((path, first))
+        return first == path
+
+    def _make_directory(self, path: bytes, node: Node) -> None:
+        made = not self.merge
+        if path:
+            parent, _, base = path.rpartition(b"/")
+            try:
+                made = self._mkdir(self.target.parent(parent), base)
+            except OSError as error:
+                raise self.target.explain(error, path) from None
+        if made or not node.implicit:  # what nobody wrote down is not to be put on what was there
+            self._folders.append((path, node))
+        self._directories += 1
+
+    def _mkdir(self, dir_fd: int, base: bytes) -> bool:
+        """Make a directory; return whether there was none."""
+        try:
+            os.mkdir(base, 0o700, dir_fd=dir_fd)
+        except FileExistsError:
+            if not self.merge:
+                raise
+            if stat.S_ISDIR(os.stat(base, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+                return False
+            os.unlink(base, dir_fd=dir_fd)
+            os.mkdir(base, 0o700, dir_fd=dir_fd)
+        return True
+
+    def _make_links(self) -> None:
+        absent = set(self.tally.left_out)
+        with Target(self.target.path, os.dup(self.target.fd)) as sources:
+            for path, first in self._links:
+                if first in absent:
+                    self.tally.left_out.append(path)
+                    continue
+                parent, _, base = path.rpartition(b"/")
+                folder, _, name = first.rpartition(b"/")
+                try:
+                    self._make(self._link, self.target.parent(parent), base,
+                               sources.parent(folder), name)
+                except OSError as error:
+                    raise self.target.explain(error, path) from None
+
+    def _finish_directories(self) -> None:
+        for path, node in reversed(self._folders):
+            fd = -1
+            try:
+                fd = open_beneath(self.target.fd, path or b".", OPEN_NEW_DIRECTORY)
+                self._describe(fd, os.fstat(fd), node)
+            except OSError as error:
+                raise self.target.explain(error, path) from None
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    # -- making files ----------------------------------------------------------------------------
+
+    def _make_batch(self, batch: List[Any]) -> None:
+        triples = iter(batch)
+        for parent, base, node in zip(triples, triples, triples):
+            fd = node.tree.open(node) if node.type == "reg" and node.size else -1
+            try:
+                self._make(self._create, self.target.parent(parent), base, node, fd)
+            except _LeftOut:
+                self.tally.left_out.append(parent + b"/" + base if parent else base)
+            except OSError as error:
+                raise self.target.explain(error, parent + b"/" + base if parent else base
+                                          ) from None
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    def _make(self, create: Callable[..., None], dir_fd: int, base: bytes, *args: Any) -> None:
+        """Let ``create`` make a file; one in its place is replaced when the new one is whole."""
+        try:
+            create(dir_fd, base, *args)
+            return
+        except FileExistsError:
+            if not self.merge:
+                raise
+        place = b".cstor-%s.partial" % os.urandom(6).hex().encode()
+        create(dir_fd, place, *args)
+        try:
+            try:
+                os.rename(place, base, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            except IsADirectoryError:
+                os.rmdir(base, dir_fd=dir_fd)
+                os.rename(place, base, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        finally:
+            try:  # after an error, and where both are names of one file: rename(2) does nothing
+                os.unlink(place, dir_fd=dir_fd)
+            except FileNotFoundError:
+                pass
+
+    def _link(self, dir_fd: int, base: bytes, from_fd: int, name: bytes) -> None:
+        os.link(name, base, src_dir_fd=from_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        self.tally.count("hardlink")
+
+    def _create(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
+        if self.plain and node.type not in ("reg", "symlink", "fifo"):
+            raise _LeftOut
+        if node.type == "reg":
+            if not (self._hardlinks and fd >= 0 and self._share(dir_fd, base, node, fd)):
+                self._create_regular(dir_fd, base, node, fd)
+        else:
+            self._create_special(dir_fd, base, node)
+        self.tally.count(node.type)
+
+    def _create_regular(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
+        # Made as open as it will be only when it is ours to the end: then nothing is left to set.
+        ours = not node.extra and self._owner(node) == self._us
+        new = os.open(base, OPEN_NEW_FILE ^ (os.O_WRONLY ^ os.O_RDWR) * self.verify,
+                      node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
+        try:
+            if node.size:
+                self._fill(new, node, fd)
+            status = os.fstat(new)
+            self._check(new, status, node)
+            self._describe(new, status, node)
+        except BaseException:
+            os.unlink(base, dir_fd=dir_fd)
+            raise
+        finally:
+            os.close(new)
+
+    def _fill(self, new: int, node: Node, fd: int) -> None:
+        devices = self._devices.get(node.tree)
+        if devices is None:
+            devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
+        try:
+            why = self._ladder.fill(fd, node.size, new, devices)
+        except Unsupported as error:
+            raise Unsupported(f'"/{display(node.path)}" {error}', hint=error.hint) from None
+        except IntegrityError as error:
+            raise self._wrong(node, str(error)) from None
+        self.tally.count("bytes", node.size)
+        self.tally.count("bytes-copied" if why else "bytes-reflinked", node.size)
+        if why:
+            self.tally.refuse(why, 1, node.size)
+
+    def _check(self, fd: int, status: os.stat_result, node: Node) -> None:
+        """Compare what a file holds with what was promised."""
+        if status.st_size != node.size:
+            raise self._wrong(node, "changed while it was read", f"{node.size} bytes",
+                              str(status.st_size))
+        if self.verify and node.size and node.checksum is not None:
+            crc = crc64_file(fd)
+            if crc != node.checksum:
+                raise self._wrong(node, "file integrity checksum failed",
+                                  f"CRC-64 {node.checksum:016x}", f"{crc:016x}")
+
+    @staticmethod
+    def _wrong(node: Node, message: str, expected: str = "", actual: str = "") -> IntegrityError:
+        return IntegrityError(message, layer=node.tree.layer.id if node.tree.layer else "",
+                              name=node.path, expected=expected, actual=actual)
+
+    def _share(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
+        """Give the store's own file one more name, if it has all metadata that are wanted.
+
+        Nothing of its inode is set; the kernel counts the name and notes the time.
+        """
+        status = os.fstat(fd)
+        self._check(fd, status, node)
+        inode = status.st_dev, status.st_ino
+        why = "it is another file, too" if inode in self._shared else ""
+        if (stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid), status.st_mtime_ns,
+                fd_xattrs(fd)) != (node.mode, self._owner(node), node.mtime_ns, node.xattrs):
+            why = "its mode, owner, time or xattrs in the store are others"
+        try:
+            if not why:
+                os.link(f"/proc/self/fd/{fd}", base, dst_dir_fd=dir_fd, follow_symlinks=True)
+                self._shared.add(inode)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOENT,
+                                   errno.EOPNOTSUPP):
+                raise
+            why = error.strerror or ""
+        if why:
+            self.tally.refuse(f"link: {why}", 1, node.size)
+            return False
+        self.tally.count("bytes", node.size)
+        self.tally.count("bytes-hardlinked", node.size)
+        return True
+
+    def _create_special(self, dir_fd: int, base: bytes, node: Node) -> None:
+        """Make a symbolic link, device, FIFO or socket, or the empty file of a whiteout."""
+        kind = FILE_TYPES.get(node.type, stat.S_IFREG)
+        if node.type == "symlink":
+            os.symlink(node.linkname, base, dir_fd=dir_fd)
+        else:
+            try:
+                os.mknod(base, kind | 0o600, os.makedev(*node.device), dir_fd=dir_fd)
+            except PermissionError:
+                if node.type not in ("char", "block"):
+                    raise
+                raise _LeftOut from None
+        fd = -1
+        try:
+            fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+            status = os.fstat(fd)
+            if stat.S_IFMT(status.st_mode) != kind or status.st_nlink != 1:
+                raise OSError(errno.EBUSY, "another process put something else in its place")
+            place = f"/proc/self/fd/{fd}"
+            if node.type == "whiteout":
+                os.chmod(place, 0)
+                os.utime(place, ns=(0, 0))
+            else:
+                self._describe(place, status, node)
+        except BaseException:
+            os.unlink(base, dir_fd=dir_fd)
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    # -- metadata --------------------------------------------------------------------------------
+
+    def _owner(self, node: Node) -> Tuple[int, int]:
+        """Return the owner that a file should have."""
+        if self.plain:
+            return self._us
+        uid, gid = node.owner[:2]
+        if self._map.users or self._map.groups:
+            try:
+                return self._map.shift(uid, self._map.users), self._map.shift(gid, self._map.groups)
+            except ValueError as error:
+                raise CstorError(f'"/{display(node.path)}": {error}') from None
+        return uid, gid
+
+    def _describe(self, place: Union[int, str], status: os.stat_result, node: Node) -> None:
+        """Set owner, xattrs, mode and time, by a descriptor or its path below /proc/self/fd."""
+        found, wanted = (status.st_uid, status.st_gid), self._owner(node)
+        if found != wanted and self._chown(place, wanted, node):
+            found = wanted
+        xattrs = node.xattrs if node.extra and not self.plain else _NO_RECORDS
+        if self._no_acls and node.type != "symlink":
+            remove_acls(place)
+        for name, value in xattrs.items():
+            self._set_xattr(place, name, value)
+        if node.type != "symlink":
+            mode = node.mode
+            if node.type == "dir":
+                mode &= 0o1777 if self.plain else 0o7777
+                if node.implicit and node.parent is None and self._us[0]:
+                    mode |= stat.S_IWUSR  # 0555 is containers/storage's; a user has to remove it
+            elif self.plain:
+                mode &= 0o777
+            elif found != wanted:  # a program that becomes another user than it was made for
+                drop = stat.S_ISUID * (found[0] != wanted[0]) | stat.S_ISGID * (
+                    found[1] != wanted[1])
+                if mode & drop:
+                    self.tally.note("setuid")
+                mode &= ~drop
+            if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL among them sets it, too
+                os.chmod(place, mode)
+        if not node.implicit:
+            os.utime(place, ns=(node.mtime_ns, node.mtime_ns))
+
+    def _chown(self, place: Union[int, str], owner: Tuple[int, int], node: Node) -> bool:
+        if self._set_owners:
+            try:
+                os.chown(place, *owner)
+                return True
+            except OSError as error:
+                # EINVAL: an ID that the user namespace does not know.
+                if error.errno not in (errno.EPERM, errno.EINVAL):
+                    raise
+                if self._insist:
+                    raise NeedsUnshare(
+                        f'"/{display(node.path)}" cannot be given to {owner[0]}:{owner[1]}: '
+                        f"{error.strerror}", hint="run it as root, or let --no-same-owner leave "
+                        "owners as they are") from None
+        self.tally.note("owner")
+        return False
+
+    def _set_xattr(self, place: Union[int, str], name: bytes, value: bytes) -> None:
+        if name == b"security.capability":
+            value = self._map.capability(value)
+        try:
+            os.setxattr(place, name, value)
+        except OSError as error:
+            # EINVAL: a label that this machine's SELinux does not know.
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP) \
+                    and (error.errno, name) != (errno.EINVAL, b"security.selinux"):
+                raise OSError(error.errno, f"xattr {display(name)} of {len(value)} bytes: "
+                              f"{error.strerror}") from None
+            self.tally.note("xattr")
+
+    def summary(self) -> Dict[str, Any]:
+        """Return what was made and how, as numbers of files and bytes, to be shown as JSON.
+
+        ``refused`` tells why files were not shared, ``unset`` how many files lack an owner, a
+        setuid bit or an xattr, ``left-out`` what could not be made at all.
+        """
+        count = self.tally.counts.get
+        return {
+            "files": count("reg", 0), "directories": count("dir", 0),
+            "symlinks": count("symlink", 0), "hardlinks": count("hardlink", 0),
+            "devices": count("char", 0) + count("block", 0), "fifos": count("fifo", 0),
+            "sockets": count("socket", 0), "whiteouts": count("whiteout", 0),
+            "bytes": count("bytes", 0), "bytes-reflinked": count("bytes-reflinked", 0),
+            "bytes-hardlinked": count("bytes-hardlinked", 0),
+            "bytes-copied": count("bytes-copied", 0),
+            "refused": [{"why": why, "files": files, "bytes": size}
+                        for why, (files, size) in sorted(self.tally.refused.items())],
+            "unset": dict(sorted(self.tally.unset.items())),
+            "left-out": [spell(b"/" + path) for path in sorted(self.tally.left_out)]}
+
+
+def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
+                 exclude: Sequence[str] = (), strip: int = 0, whiteouts: bool = True,
+                 force: bool = False, clean: Optional[bool] = None, **options: Any
+                 ) -> Dict[str, Any]:
+    """Put the files of a tree into ``directory``, which is made, or is empty, or ``force``.
+
+    ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
+    With ``clean`` (None: if the directory is made here) nothing is left there after an error.
+    ``options`` are those of Extraction.  Return its summary().  Raises as Extraction.run() does,
+    and NotFound when nothing fits.
+    """
+    if not directory or strip < 0 or force and clean:
+        raise ValueError("no directory is named" if not directory else "strip is negative"
+                         if strip < 0 else "clean would remove what force finds")
+    refuse_storage(tree, directory)
+    items = select_nodes(tree, paths, exclude, whiteouts=whiteouts)
+    if strip:
+        items = strip_components(items, strip)
+    first, items = peek(items)
+    if first is None:
+        need_match(tree, paths)
+    filling = Filling(directory, force=force, clean=clean)
+    with filling as target:
+        extraction = Extraction(target, merge=force, **options)
+        extraction.run(items)
+        if filling.made and (first is None or first[0]):  # the root was not selected
+            os.chmod(f"/proc/self/fd/{target.fd}", filling.mode)
+        if not is_at(target, directory):
+            raise OSError(errno.ESTALE, "it was moved or removed while it was filled", directory)
+    return extraction.summary()
+
+
+class Filling:
+    """A context that makes a directory to be filled, or opens one that is empty, or any by force.
+
+    After an error what was made in it is removed, if ``clean`` (None: if it is made here); the
+    error's hint says what stays.  ``made`` tells whether it was made, and ``mode`` as what: until
+    it is filled it is closed to others.
+    """
+
+    def __init__(self, directory: str, *, force: bool = False, clean: Optional[bool] = None
+                 ) -> None:
+        self.directory, self._force, self._clean = directory, force, clean
+        self.made, self.mode = False, 0
+        self._target: Optional[Target] = None
+
+    def __enter__(self) -> Target:
+        try:
+            with SignalsHeld():
+                self._target = self._open()
+            return self._target
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+
+    def _open(self) -> Target:
+        if not os.path.lexists(self.directory):
+            self.made = True
+            target, self.mode = make_target(self.directory)
+            return target
+        target = Target.at(self.directory)
+        if not self._force and target.listdir(b"."):
+            target.close()
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.directory)
+        return target
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 *_: object) -> None:
+        if self._target is None:
+            return
+        with self._target as target:
+            if error is None:
+                return
+            with SignalsHeld():
+                left = f"{self.directory} is left incomplete"
+                if self.made if self._clean is None else self._clean:
+                    left = remove_failed(target, self.directory if self.made else "")
+            vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), left]))
+
+
+def refuse_storage(tree: Tree, directory: str) -> None:
+    """Raise CstorError when a directory is inside the storage that the tree comes from."""
+    place = os.path.realpath(directory)
+    for layer in tree.layers:
+        for root in layer.layer.storage.roots if layer.layer else ():
+            store = os.path.realpath(root.path)
+            if os.path.commonpath((place, store)) == store:
+                raise CstorError(f"{directory} is inside the storage at {root.path}")
+
+
+def make_target(directory: str) -> Tuple[Target, int]:
+    """Make a directory and open it, closed to others; return it with the mode that it had.
+
+    What is made in it inherits no group and no ACL from where it lies.  Raises OSError, also when
+    somebody else put another directory in its place.
+    """
+    above, name = os.path.split(directory.rstrip("/"))
+    folder = -1
+    try:
+        folder = os.open(above or ".", OPEN_DIRECTORY)
+        os.mkdir(name, dir_fd=folder)
+        fd = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, directory) from None
+    finally:
+        if folder >= 0:
+            os.close(folder)
+    try:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or os.listdir(fd):
+            raise OSError(errno.EBUSY, "another process put something else in its place", directory)
+        remove_acls(fd)
+        os.fchmod(fd, 0o700)
+        return Target(directory, os.open(b".", OPEN_DIRECTORY, dir_fd=fd)), \
+            stat.S_IMODE(status.st_mode)
+    finally:
+        os.close(fd)
+
+
+def is_at(target: Target, directory: str) -> bool:
+    """Tell whether a target is still where it was."""
+    try:
+        return os.path.samestat(os.stat(directory), os.fstat(target.fd))
+    except FileNotFoundError:
+        return False
+
+
+def has_default_acl(target: Target) -> bool:
+    """Tell whether what is made in a directory gets an ACL."""
+    try:
+        return "system.posix_acl_default" in os.listxattr(f"/proc/self/fd/{target.fd}")
+    except OSError:  # none are known there
+        return False
+
+
+def remove_acls(place: Union[int, str]) -> None:
+    """Remove the ACLs that a new file has inherited, if any."""
+    try:
+        for name in {"system.posix_acl_access", "system.posix_acl_default"} \
+                & set(os.listxattr(place)):
+            os.removexattr(place, name)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENODATA):
+            raise
+
+
+def fd_xattrs(fd: int) -> Dict[bytes, bytes]:
+    """Return the extended attributes of an open file but for the label of its place."""
+    try:
+        return {os.fsencode(key): os.getxattr(fd, key) for key in os.listxattr(fd)
+                if key != "security.selinux"}
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return {}
+
+
+def remove_failed(target: Target, directory: str) -> str:
+    """Remove what a failed run made, and ``directory`` unless ""; return what stays, and why."""
+    if directory and not is_at(target, directory):
+        return f"{directory} was moved or removed, and what it holds stays"
+    try:
+        remove_content(target)
+        if directory:
+            os.rmdir(directory)
+    except OSError as error:  # it must not hide why we are here
+        return f"{directory or target.path} stays: {error.strerror}"
+    return ""
+
+
+def remove_content(target: Target) -> None:
+    """Remove all that is in a directory, however deep and closed; no link is followed."""
+    folders = [b""]
+    for folder in folders:
+        try:
+            fd = open_beneath(target.fd, folder or b".")
+            try:
+                if os.geteuid():  # what has its final mode may be closed to its owner
+                    os.chmod(f"/proc/self/fd/{fd}", 0o700)
+                inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
+            finally:
+                os.close(fd)
+            try:
+                with os.scandir(inside) as entries:
+                    for entry in entries:
+                        name = os.fsencode(entry.name)
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(folder + b"/" + name if folder else name)
+                        else:
+                            os.unlink(name, dir_fd=inside)
+            finally:
+                os.close(inside)
+        except OSError as error:
+            raise target.explain(error, folder) from None
+    for folder in folders[:0:-1]:
+        parent, _, base = folder.rpartition(b"/")
+        try:
+            os.rmdir(base, dir_fd=target.parent(parent))
+        except OSError as error:
+            raise target.explain(error, folder) from None
+
+
+def copy_out(tree: Tree, path: bytes, target: Target, progress: Optional[Progress] = None
+             ) -> List[bytes]:
+    """Copy the directory ``path`` of a tree into an empty one, contents checked, as our own.
 
     Return the paths of devices, sockets and whiteouts, which are passed over.  Raises
     IntegrityError and OSError; what was made until then is left to the caller.
     """
-    left_out: List[bytes] = []
-    made: List[Tuple[bytes, Node]] = []  # directories
-    size = files = 0
-    os.mkdir(name, 0o700, dir_fd=dir_fd)
-    top = into = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)
-    at = b""  # the place of the directory ``into``
-    try:
-        for place, node, first in tree.walk(path):
-            relative = place[len(path):].lstrip(b"/")
-            parent, _, base = relative.rpartition(b"/")
-            if parent != at:
-                if into != top:
-                    os.close(into)
-                into = top  # should the next line fail
-                into = os.open(parent, OPEN_NEW_DIRECTORY, dir_fd=top) if parent else top
-                at = parent
-            if node.type == "dir":
-                if relative:
-                    os.mkdir(base, 0o700, dir_fd=into)
-                made.append((relative or b".", node))
-            elif node.type not in ("reg", "symlink", "fifo"):
-                left_out.append(place)
-            elif first is not None:
-                os.link(first[len(path):].lstrip(b"/"), base, src_dir_fd=top, dst_dir_fd=into,
-                        follow_symlinks=False)
-            elif node.type == "symlink":
-                os.symlink(node.linkname, base, dir_fd=into)
-                os.utime(base, ns=(node.mtime_ns, node.mtime_ns), dir_fd=into,
-                         follow_symlinks=False)
-            elif node.type == "fifo":
-                os.mkfifo(base, dir_fd=into)
-                os.chmod(base, node.mode & 0o777, dir_fd=into)
-            else:
-                fd = os.open(base, OPEN_NEW_FILE, 0o600, dir_fd=into)
-                try:
-                    copy_content(tree, node, fd)
-                finally:
-                    os.close(fd)
-                size, files = size + node.size, files + 1
-                if progress:
-                    progress(size, files)
-        for relative, node in reversed(made):  # now that nothing more is put into them
-            if not node.implicit:
-                os.utime(relative, ns=(node.mtime_ns, node.mtime_ns), dir_fd=top)
-            os.chmod(relative, node.mode & 0o1777, dir_fd=top)
-    finally:
-        for fd in {top, into}:
-            os.close(fd)
-    return left_out
-
-
-def remove_tree(dir_fd: int, name: bytes) -> None:
-    """Remove a directory that copy_out() began, however deep and closed; none is fine as well."""
-    try:
-        top = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)
-    except FileNotFoundError:
-        return
-    folders = [b"."]
-    try:
-        for folder in folders:
-            os.chmod(folder, 0o700, dir_fd=top)
-            fd = os.open(folder, OPEN_NEW_DIRECTORY, dir_fd=top)
-            try:
-                with os.scandir(fd) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(folder + b"/" + os.fsencode(entry.name))
-                        else:
-                            os.unlink(entry.name, dir_fd=fd)
-            finally:
-                os.close(fd)
-        for folder in folders[:0:-1]:
-            os.rmdir(folder, dir_fd=top)
-    finally:
-        os.close(top)
-    os.rmdir(name, dir_fd=dir_fd)
+    extraction = Extraction(target, plain=True, verify=True, progress=progress)
+    extraction.run(select_nodes(tree, top=path))
+    return [path + b"/" + place if path else place for place in sorted(extraction.tally.left_out)]
 
 
 def copy_content(tree: Tree, node: Node, fd: int) -> None:
@@ -5087,6 +6093,11 @@ class Layer(LayerRecord):
         """Return the tree of this layer alone, with its whiteouts."""
         return Tree([layer_tree(self)], f"layer {self.id[:12]}", raw=True)
 
+    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
+        """Put the files of this layer alone into a directory; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
+
     def toc(self, *, digests: bool = False) -> Dict[str, Any]:
         """Return the table of contents: members in the order of the tar, whiteouts among them."""
         return {"version": 1, "entries": list(layer_toc(self, digests=digests))}
@@ -5107,6 +6118,11 @@ class Image(ImageRecord):
         """
         image: Any = self.single()
         return merged_tree(image.layers(), f"image {self.title}", known)
+
+    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
+        """Put the root file system into a directory; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
 
     def toc(self, *, digests: bool = False) -> Dict[str, Any]:
         """Return the table of contents of the merged tree, sorted; see toc_entry()."""
@@ -5130,6 +6146,11 @@ class Container(ContainerRecord):
                               "podman that knows the directory is not read",
                               hint="`container inspect` and `store info` say why")
         return merged_tree(self.storage.chain(self.layer), f"container {self.title}", known)
+
+    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
+        """Put its root file system into a directory, as it sees it; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
 
 
 class Storage(Metadata):
@@ -5232,7 +6253,7 @@ EXIT_PIPE = 141
 
 
 class _Stopped(BaseException):
-    """SIGTERM or SIGHUP came: unwind and clean up."""
+    """SIGINT, SIGTERM or SIGHUP came: unwind and clean up."""
 
 
 def print_json(value: Any) -> None:
@@ -5375,18 +6396,33 @@ class Output:
 
 
 def unwind_on_signals() -> None:
-    """Let SIGTERM and SIGHUP raise, so that what was begun is cleaned up."""
+    """Let the first SIGINT, SIGTERM or SIGHUP raise, so that what was begun is cleaned up whole."""
     import signal
 
     def stop(number: int, _: object) -> None:
+        for other in _handlers:
+            signal.signal(other, lambda *_: None)
         raise _Stopped(number)
 
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before in (signal.SIG_DFL, signal.default_int_handler):
+                _handlers[number] = before
                 signal.signal(number, stop)
     except ValueError:  # not in the main thread: signals are not ours to handle
         pass
+
+
+_handlers: Dict[int, Any] = {}  # that unwind_on_signals() replaced
+
+
+def restore_signals() -> None:
+    """Put back what unwind_on_signals() replaced."""
+    import signal
+
+    while _handlers:
+        signal.signal(*_handlers.popitem())
 
 
 class _UsageError(Exception):
@@ -5592,12 +6628,6 @@ def path_of(tree: Tree, text: str) -> bytes:
     return path
 
 
-def peek(items: Iterator[T]) -> Tuple[Optional[T], Iterator[T]]:
-    """Return the first item, or None, and an iterator of all: errors come before any output."""
-    first = next(items, None)
-    return first, (item for part in ([] if first is None else [first], items) for item in part)
-
-
 def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
                   indent: Optional[int] = 2) -> None:
     """Print JSON values inside ``head`` and ``tail`` as they come."""
@@ -5652,14 +6682,6 @@ def cmd_files(storage: Storage, args: Any) -> None:
         sys.stdout.buffer.flush()
 
 
-def need_match(tree: Tree, patterns: Sequence[str]) -> None:
-    """Raise NotFound: nothing fits, where patterns were given."""
-    if patterns:
-        raise NotFound(f"no file in {tree.label} fits " + ", ".join(map(display, patterns)),
-                       hint="a pattern with a slash is about the whole path, ** crosses slashes"
-                       if any("/" in pattern for pattern in patterns) else "")
-
-
 def file_json(path: bytes, node: Node, first: Optional[bytes] = None) -> Dict[str, Any]:
     """Return what is known of a file, as in a TOC, with its path and layer."""
     entry = toc_entry(path, node, first=None if first is None else b"/" + first)
@@ -5669,8 +6691,7 @@ def file_json(path: bytes, node: Node, first: Optional[bytes] = None) -> Dict[st
 
 def long_line(path: bytes, target: bytes, node: Node, hard: bool) -> bytes:
     """Return a line like that of ``ls -l``; "+" after the mode says that there are xattrs."""
-    bits = {word: kind for kind, word in NODE_TYPES.items()}.get(node.type, 0)
-    letters = stat.filemode(bits | node.mode)
+    letters = stat.filemode(FILE_TYPES.get(node.type, 0) | node.mode)
     hard = hard or node.type == "hardlink"
     size = f"{node.device[0]}, {node.device[1]}" if node.type in ("char", "block") \
         else str(node.size)
@@ -5747,26 +6768,72 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
                                   or os.listdir(dest)):
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
     unwind_on_signals()
-    above, name = os.path.split(dest)
-    temporary = f".cstor-{os.urandom(6).hex()}.partial"
-    fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    temporary = os.path.join(os.path.dirname(dest), f".cstor-{os.urandom(6).hex()}.partial")
     try:
-        with ProgressLine(0, args.quiet) as progress:
-            left_out = copy_out(tree, path, fd, os.fsencode(temporary), progress)
-        os.rename(os.fsencode(temporary), os.fsencode(name), src_dir_fd=fd, dst_dir_fd=fd)
+        with Filling(temporary) as target, ProgressLine(0, args.quiet) as progress:
+            target.path = dest
+            left_out = copy_out(tree, path, target, progress)
+            os.rename(temporary, dest)
     except OSError as error:
-        if isinstance(error, CstorError) or isinstance(error.filename, str):
-            raise  # of the store: names of the target are bytes
+        if isinstance(error, CstorError) or not str(error.filename).startswith(temporary):
+            raise
         raise OSError(error.errno, error.strerror, dest) from None
-    finally:
-        try:
-            remove_tree(fd, os.fsencode(temporary))
-        except OSError as error:  # it must not hide why we are here
-            say(f"warning: {display(os.path.join(above, temporary))} stays: {error.strerror}")
-        os.close(fd)
     for place in left_out:
         say(f"warning: left out, as it is a device, socket or whiteout: "
             f"/{display(place)}")
+
+
+def cmd_extract(storage: Storage, args: Any) -> None:
+    """put files into a directory: by reflinks where they can be had, with all metadata"""
+    if not args.dir:
+        raise _UsageError("no directory is named")
+    directory = os.path.abspath(args.dir)
+    if args.strip_components < 0:
+        raise _UsageError("--strip-components takes a number of at least 0")
+    if args.force and args.clean_on_error:
+        raise _UsageError("--clean-on-error would remove what --force finds in the directory")
+    try:
+        OwnerMap(args.owner_map)
+    except ValueError as error:
+        raise _UsageError(f"--owner-map: {error}") from None
+    if args.owner_map and args.same_owner is False:
+        raise _UsageError("--owner-map needs owners to be set, which --no-same-owner forbids")
+    unwind_on_signals()
+    selection: Any = {"paths": args.path, "exclude": args.exclude,
+                      "whiteouts": not getattr(args, "no_whiteouts", False)}
+    with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
+        if progress.active:
+            progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
+        summary = extract_tree(
+            tree, directory, strip=args.strip_components, force=args.force,
+            clean=args.clean_on_error, link_mode="copy" if args.no_reflinks else args.link_mode,
+            owners=args.same_owner, owner_map=args.owner_map, verify=args.verify,
+            progress=progress, **selection)
+    if args.format == "json":
+        print_json({"directory": spell(os.fsencode(directory)), **summary})
+    elif not args.quiet:
+        print_summary(summary)
+    for words, count in (("owner", "files keep your own owner"),
+                         ("setuid", "programs lose setuid or setgid, as their owner is another"),
+                         ("xattr", "extended attributes cannot be set")):
+        if words in summary["unset"] and not args.quiet:
+            say(f"warning: {summary['unset'][words]} {count}")
+    if summary["left-out"] and not args.quiet:
+        say(f"warning: {len(summary['left-out'])} devices cannot be made by this user: "
+            + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
+
+
+def print_summary(summary: Dict[str, Any]) -> None:
+    """Print what an extraction made, on two lines."""
+    words = ("files", "directories", "symlinks", "hardlinks", "devices", "fifos", "sockets",
+             "whiteouts")
+    print(", ".join(f"{summary[word]} {word}" for word in words
+                    if summary[word] or word in words[:2]))
+    parts = [f"{human_size(summary[key])} {gloss}" for key, gloss in (
+        ("bytes-reflinked", "shared by reflink"), ("bytes-hardlinked", "shared by hard link"),
+        ("bytes-copied", "copied")) if summary[key]]
+    why = [f"{row['why']}, {row['files']} files" for row in summary["refused"]]
+    print((", ".join(parts) or "0 B") + (f" ({'; '.join(why)})" if why else ""))
 
 
 def cmd_diff(storage: Storage, args: Any) -> int:
@@ -5936,6 +7003,8 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 # -- arguments -----------------------------------------------------------------------------------
 
+EXTRACT_OPTIONS = ("DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
+                   "--same-owner --owner-map --force --clean-on-error --format")
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
 COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("image list", cmd_image_list, "--format --no-trunc"),
@@ -5947,6 +7016,7 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("image stat", cmd_stat, "IMAGE PATH+ --follow --format"),
     ("image cat", cmd_cat, "IMAGE PATH+ -o --no-follow"),
     ("image cp", cmd_cp, "IMAGE:PATH DEST"),
+    ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS}"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "--format --no-trunc"),
@@ -5956,6 +7026,7 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
     ("layer cat", cmd_cat, "LAYER PATH+ -o --no-follow"),
     ("layer cp", cmd_cp, "LAYER:PATH DEST"),
+    ("layer extract", cmd_extract, f"LAYER {EXTRACT_OPTIONS} --no-whiteouts"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify"),
     ("container list", cmd_container_list, "--format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
@@ -5963,6 +7034,7 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("container stat", cmd_stat, "CONTAINER PATH+ --follow --format"),
     ("container cat", cmd_cat, "CONTAINER PATH+ -o --no-follow"),
     ("container cp", cmd_cp, "CONTAINER:PATH DEST"),
+    ("container extract", cmd_extract, f"CONTAINER {EXTRACT_OPTIONS}"),
     ("store info", cmd_store_info, "--format"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
 ]
@@ -5974,6 +7046,7 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z]; without a slash it is about the "
                         "last component",
              "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
+             "DIR": "directory to make or to fill; it must be empty, but for --force",
              "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
                   "or tar: before it leaves no doubt",
              "B": "like A",
@@ -5984,7 +7057,32 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
             "--pretty": "indented JSON", "--digests": "add the sha256 of each file, checked",
             "--follow": "follow a link at the end of a path",
             "--no-follow": "refuse a link at the end of a path",
-            "--hidden": "list files that other layers hide, and the bytes that they waste"}
+            "--hidden": "list files that other layers hide, and the bytes that they waste",
+            "--no-reflinks": "the same as --link-mode copy",
+            "--verify": "read back what was made and compare its CRC-64",
+            "--force": "merge into a directory that is not empty: files are replaced, links "
+                       "are not followed",
+            "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}
+# Options that take a value, or can be negated.
+OPTIONS: Dict[str, Dict[str, Any]] = {
+    "--ignore": {"metavar": "WHAT", "action": "append", "default": [], "choices": DIFFERENCES,
+                 "help": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated"},
+    "--path": {"metavar": "PATTERN", "action": "append", "default": [],
+               "help": "only what fits, with all below and the directories above; may be repeated"},
+    "--exclude": {"metavar": "PATTERN", "action": "append", "default": [],
+                  "help": "not what fits, nor what is below; may be repeated"},
+    "--strip-components": {"metavar": "N", "type": int, "default": 0,
+                           "help": "take N leading components off the paths"},
+    "--link-mode": {"choices": LINK_MODES, "default": "auto",
+                    "help": "auto: reflink, else copy; reflink: nothing else; hardlink: share the "
+                            "store's own files where all their metadata are right; copy"},
+    "--owner-map": {"metavar": "[u:|g:]IN:OUT:COUNT", "action": "append", "default": [],
+                    "help": "shift owners: IDs from IN on become OUT and so on; may be repeated"},
+    "--same-owner": {"negated": "leave files to you", "default": None,
+                     "help": "set owners or fail; default: as root, as far as the kernel lets us"},
+    "--clean-on-error": {"negated": "leave what was made until then", "default": None,
+                         "help": "leave nothing in DIR after an error; default: when DIR is made"},
+}
 GROUPS = {"image": "images", "layer": "layers", "container": "containers",
           "store": "the storage as a whole"}
 
@@ -6067,10 +7165,15 @@ def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
         elif name == "--format":
             parser.add_argument("--format", choices=("table", "json"),
                                 default="json" if inspect else "table")
-        elif name == "--ignore":
-            parser.add_argument("--ignore", metavar="WHAT", action="append", default=[],
-                                choices=DIFFERENCES, help="what may differ: "
-                                + ", ".join(DIFFERENCES) + "; may be repeated")
+        elif name in OPTIONS:
+            options = dict(OPTIONS[name])
+            negated = options.pop("negated", "")
+            if negated:  # what BooleanOptionalAction does, with a help for each
+                word = name[2:].replace("-", "_")
+                parser.add_argument("--no-" + name[2:], action="store_false", dest=word,
+                                    default=None, help=negated)
+                options["action"] = "store_true"
+            parser.add_argument(name, **options)
         elif name == "-l":
             parser.add_argument("-l", "--long", action="store_true",
                                 help="mode (+ = has xattrs), owner, group, size, time (UTC), link")
@@ -6126,7 +7229,8 @@ def describe(error: Exception) -> str:
     """Spell an error on one line: what, where, and the next step."""
     if isinstance(error, OSError) and error.strerror:
         # What is read has a name, and so has the target of -o.
-        place = "stdout" if error.filename is None else display(os.fsencode(error.filename))
+        place = display(os.fsencode(error.filename)) \
+            if isinstance(error.filename, (str, bytes)) else "stdout"
         text = f"{place}: {error.strerror}"
     else:
         text = display(str(error)) or type(error).__name__
@@ -6151,10 +7255,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         say(f"error: {describe(error)}")
         status = exit_status(error)
-    except KeyboardInterrupt:
-        status = 130
-    except _Stopped as error:
-        status = 128 + int(error.args[0])
+    except (KeyboardInterrupt, _Stopped) as error:
+        status = 128 + int(error.args[0]) if error.args else 130
+        if getattr(error, "hint", ""):  # what it leaves behind
+            say(f"interrupted: {display(vars(error)['hint'])}")
+    if _handlers:
+        restore_signals()
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -27,6 +27,7 @@ import lzma
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -51,6 +52,8 @@ sys.path.insert(0, HERE)
 import cstor  # noqa: E402
 
 SCRIPT = os.path.join(HERE, "cstor.py")
+UMASK = os.umask(0o22)
+os.umask(UMASK)
 FULL = bool(os.environ.get("CSTOR_TEST_FULL"))  # real trees of 50,000 files
 IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
 
@@ -386,11 +389,11 @@ def make_sample(root: str) -> StoreBuilder:
     return store.save()
 
 
-def on_terminal(*args: str) -> bytes:
-    """Return what the script prints on a terminal."""
+def on_terminal(*args: str, script: bool = True) -> bytes:
+    """Return what the script, or Python without it, prints on a terminal."""
     pid, fd = pty.fork()
     if not pid:
-        os.execve(sys.executable, [sys.executable, SCRIPT, *args], IDLE)
+        os.execve(sys.executable, [sys.executable, *[SCRIPT] * script, *args], IDLE)
     output = b""
     with contextlib.suppress(OSError):  # EIO: the other end is closed
         while True:
@@ -521,10 +524,10 @@ class House(unittest.TestCase):
         self.assertEqual([], used)
 
     def test_imports_are_of_the_standard_library(self) -> None:
-        allowed = {"__future__", "argparse", "binascii", "bz2", "concurrent.futures",
-                   "ctypes", "errno", "fcntl", "gzip", "hashlib", "json", "lzma", "os", "pwd",
-                   "queue", "re", "select", "signal", "sqlite3", "stat", "sys",
-                   "tempfile", "threading", "time", "typing", "zlib"}
+        allowed = {"__future__", "argparse", "binascii", "builtins", "bz2", "concurrent.futures",
+                   "ctypes", "errno", "fcntl", "gc", "gzip", "hashlib", "json", "lzma",
+                   "marshal", "os", "pwd", "queue", "re", "select", "signal", "sqlite3", "stat",
+                   "sys", "tempfile", "threading", "time", "typing", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -556,9 +559,9 @@ class House(unittest.TestCase):
         done = subprocess.run([sys.executable, "-I", "-S", "-c",
                                f"import sys; sys.path.insert(0, {HERE!r}); {code}"],
                               stdout=subprocess.PIPE, check=True)
-        dear = {"argparse", "ctypes", "dataclasses", "datetime", "hashlib", "pathlib", "queue",
-                "signal", "socket", "sqlite3", "subprocess", "tarfile", "tempfile", "threading",
-                "typing"}
+        dear = {"argparse", "ctypes", "dataclasses", "datetime", "hashlib", "pathlib", "pickle",
+                "queue", "signal", "socket", "sqlite3", "subprocess", "tarfile", "tempfile",
+                "threading", "typing"}
         self.assertEqual(set(), dear & set(done.stdout.decode().split()))
 
     def test_readme_lists_the_commands(self) -> None:
@@ -606,7 +609,8 @@ class Openings(StoreTest):
         results: List[object] = []
         fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
         ways: Tuple[Callable[[], int], ...] = (
-            lambda: cstor._openat2(fd, name.strip(b"/") or b".", cstor.OPEN_DIRECTORY),
+            lambda: cstor._openat2(fd, name.strip(b"/") or b".", cstor.OPEN_DIRECTORY,
+                                   cstor.RESOLVE_IN_ROOT),
             lambda: cstor._walk_in_root(fd, name))
         try:
             for way in ways:
@@ -622,7 +626,7 @@ class Openings(StoreTest):
 
     def need_openat2(self) -> None:
         try:
-            os.close(cstor._openat2(3, b".", cstor.OPEN_DIRECTORY))
+            os.close(cstor._openat2(3, b".", cstor.OPEN_DIRECTORY, cstor.RESOLVE_BENEATH))
         except OSError as error:
             need(error.errno not in (errno.ENOSYS, errno.EPERM), "the kernel has no openat2")
 
@@ -713,10 +717,10 @@ class Openings(StoreTest):
         for flags, ways in ((os.O_APPEND, 1), (0, 3 if hasattr(os, "copy_file_range") else 2)):
             target = os.path.join(self.dir, f"target{flags}")
             out = os.open(target, os.O_WRONLY | os.O_CREAT | flags)
-            copier = cstor.Copier(out)
-            self.assertEqual(300_000, copier.copy(fd, 1, 300_000))
+            copier = cstor.Copier()
+            self.assertEqual(300_000, copier.copy(fd, 1, 300_000, out))
             self.assertEqual(ways, len(copier._ways))
-            self.assertEqual(11, copier.copy(fd, len(data) - 11, 50))
+            self.assertEqual(11, copier.copy(fd, len(data) - 11, 50, out))
             os.close(out)
             with open(target, "rb") as file:
                 self.assertEqual(data[1:] + data[-11:], file.read())
@@ -3156,8 +3160,8 @@ class Contents(TreeTest):
                  for path, node, above, how, wasted in cstor.hidden_nodes(tree)})
 
 
-class HostileTrees(StoreTest):
-    """Layers that nobody built in good faith: the right answer or a clear error, and no harm."""
+class HostileStores(StoreTest):
+    """Makes stores of layers that nobody built in good faith, beside a canary that may not move."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -3225,6 +3229,10 @@ class HostileTrees(StoreTest):
         self.assertNotIn(b"CANARY", done.stdout + done.stderr)
         self._root = ""
         return bytes(done.stdout)
+
+
+class HostileTrees(HostileStores):
+    """The right answer or a clear error, and no harm."""
 
     def files(self, store: StoreBuilder) -> List[bytes]:
         return self.cstor(store, "image", "files", "-0", "x").split(b"\0")[:-1]
@@ -3507,11 +3515,15 @@ class Copies(TreeTest):
         entry(b"d/fifo", typeflag=b"6"), entry(b"d/latin-\xe9", b"l"),
         entry(b"d/null", typeflag=b"3", major=b"0000001", minor=b"0000003")))
 
+    def copy(self, tree: cstor.Tree, path: bytes) -> List[bytes]:
+        """Copy a directory to a new one called "copy"."""
+        os.mkdir(os.path.join(self.dir, "copy"), 0o700)
+        with cstor.Target.at(os.path.join(self.dir, "copy")) as target:
+            return cstor.copy_out(tree, path, target)
+
     def test_a_directory_is_copied(self) -> None:
         with self.tree(self.TAR) as tree:
-            fd = os.open(self.dir, os.O_RDONLY)
-            self.addCleanup(os.close, fd)
-            self.assertEqual([b"d/null"], cstor.copy_out(tree, b"d", fd, b"copy"))
+            self.assertEqual([b"d/null"], self.copy(tree, b"d"))
         top = os.fsencode(os.path.join(self.dir, "copy"))
         found = {}
         for folder, folders, files in os.walk(top):
@@ -3535,9 +3547,7 @@ class Copies(TreeTest):
     def test_a_hard_linked_device_is_left_out(self) -> None:
         device = entry(b"d/dev", typeflag=b"3", major=b"0000001", minor=b"0000003")
         with self.tree(device + link(b"d/other", b"d/dev", b"1"), files=False) as tree:
-            fd = os.open(self.dir, os.O_RDONLY)
-            self.addCleanup(os.close, fd)
-            self.assertEqual([b"d/dev", b"d/other"], cstor.copy_out(tree, b"d", fd, b"copy"))
+            self.assertEqual([b"d/dev", b"d/other"], self.copy(tree, b"d"))
 
     def test_a_tree_as_a_tar(self) -> None:
         with self.tree(self.TAR) as tree:
@@ -3590,6 +3600,1382 @@ class Copies(TreeTest):
             for source in ("t:/d", "t:/d/closed/in"):
                 self.run_cstor(*ours, "image", "cp", source, target, status=4)
             self.assertEqual(before, set(os.listdir(self.dir)))
+
+
+class Ladders(StoreTest):
+    """How contents get into new files."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.data = os.urandom(100_000)
+        self.source = self.file("source", self.data)
+
+    def file(self, name: str, data: bytes) -> int:
+        """Make a file and return its descriptor."""
+        path = os.path.join(self.dir, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def cleanups(self) -> None:
+        self.doCleanups()
+
+    def fill(self, ladder: cstor.Ladder, error: int = 0, devices: Tuple[int, int] = (1, 2)
+             ) -> Tuple[str, bytes, int]:
+        """Fill a file; FICLONE answers ``error``.  Return why, the content, how often it ran."""
+        path = os.path.join(self.dir, "target")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+
+        def clone(out_fd: int, request: int, fd: int) -> int:
+            self.assertEqual(cstor.FICLONE, request)
+            if error:
+                raise OSError(error, os.strerror(error))
+            os.pwrite(out_fd, b"cloned", 0)
+            return 0
+
+        try:
+            with mock.patch("fcntl.ioctl", side_effect=clone) as ioctl:
+                why = ladder.fill(self.source, len(self.data), fd, devices)
+            return why, os.pread(fd, 1 << 20, 0), ioctl.call_count
+        finally:
+            os.close(fd)
+
+    def test_what_says_no_for_good_is_asked_once_for_each_pair(self) -> None:
+        status = os.fstat(self.source)
+        here = status.st_dev, status.st_dev
+        for error in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS):
+            ladder = cstor.Ladder()
+            why = "FICLONE: " + os.strerror(error)
+            self.assertEqual((why, self.data, 1), self.fill(ladder, error, here))
+            self.assertEqual((why, self.data, 0), self.fill(ladder, 0, here))
+            self.assertEqual(("", b"cloned", 1), self.fill(ladder, 0, (7, 8)))
+
+    def test_what_may_be_of_one_file_is_asked_again(self) -> None:
+        status = os.fstat(self.source)
+        here = status.st_dev, status.st_dev
+        for error in (errno.EINVAL, errno.EPERM, errno.ETXTBSY):
+            ladder = cstor.Ladder()
+            why = "FICLONE: " + os.strerror(error)
+            for _ in range(cstor.Ladder.PATIENCE + 1):  # none was ever shared
+                self.assertEqual((why, self.data, 1), self.fill(ladder, error, here))
+            self.assertEqual((why, self.data, 0), self.fill(ladder, error, here))
+            ladder = cstor.Ladder()
+            self.assertEqual(("", b"cloned", 1), self.fill(ladder, 0, here))
+            for _ in range(3 * cstor.Ladder.PATIENCE):
+                self.assertEqual((why, self.data, 1), self.fill(ladder, error, here))
+
+    def test_any_other_error_is_one(self) -> None:
+        for error in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EBADF):
+            with self.assertRaises(OSError) as caught:
+                self.fill(cstor.Ladder(), error)
+            self.assertEqual(error, caught.exception.errno)
+
+    def test_modes(self) -> None:
+        why, data, calls = self.fill(cstor.Ladder("copy"))
+        self.assertEqual(("--link-mode copy", self.data, 0), (why, data, calls))
+        with self.assertRaisesRegex(cstor.Unsupported, "reflink: FICLONE: Operation not supp"):
+            self.fill(cstor.Ladder("reflink"), errno.EOPNOTSUPP)
+        self.assertEqual(("", b"cloned", 1), self.fill(cstor.Ladder("reflink")))
+
+    def test_holes_stay_holes(self) -> None:
+        size = 40 << 20
+        runs = [(1 << 20, b"one"), (17 << 20, b"two" * 3000)]
+        for tail in (b"", b"end"):
+            source = os.path.join(self.dir, "sparse")
+            with open(source, "wb") as file:
+                for offset, data in runs:
+                    os.pwrite(file.fileno(), data, offset)
+                file.truncate(size)
+                os.pwrite(file.fileno(), tail, size - len(tail))
+            fd, out = os.open(source, os.O_RDONLY), os.open(
+                os.path.join(self.dir, "copy"), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            try:
+                need(os.fstat(fd).st_blocks * 512 < 1 << 20, "the file system keeps no holes")
+                cstor.Ladder("copy").fill(fd, size, out, (0, 0))
+                self.assertEqual(size, os.fstat(out).st_size)
+                self.assertEqual(list(cstor.data_runs(fd, size)), list(cstor.data_runs(out, size)))
+                self.assertLessEqual(os.fstat(out).st_blocks, os.fstat(fd).st_blocks + 8)
+                with open(fd, "rb", closefd=False) as a, open(out, "rb", closefd=False) as b:
+                    self.assertEqual(hashlib.sha256(a.read()).digest(),
+                                     hashlib.sha256(b.read()).digest())
+            finally:
+                os.close(fd)
+                os.close(out)
+
+    def test_a_file_that_is_written_to_meanwhile(self) -> None:
+        def slow(copier: cstor.Copier, fd: int, offset: int, count: int, out_fd: int) -> int:
+            with open(os.path.join(self.dir, "source"), "r+b") as file:
+                file.write(b"other")
+            os.utime(os.path.join(self.dir, "source"), ns=(5, 5))
+            return count
+
+        with mock.patch.object(cstor.Copier, "copy", slow), \
+                self.assertRaisesRegex(cstor.IntegrityError, "changed while"):
+            self.fill(cstor.Ladder("copy"))
+
+
+class Extracts(TreeTest):
+    """What `extract` makes of trees by hand; against podman's mounts see RealTree."""
+
+    BASE = b"".join((
+        entry(b"./", typeflag=b"5", mode=b"0000711"), entry(b"bin/", typeflag=b"5"),
+        entry(b"bin/su", b"su" * 999, mode=b"0004755"), link(b"bin/sh", b"su"),
+        link(b"bin/su2", b"bin/su", b"1", mode=b"0004755"),
+        entry(b"etc/", typeflag=b"5", mode=b"0000700"), entry(b"etc/empty", mode=b"0000000"),
+        pax({b"mtime": b"7.000000009"}), entry(b"etc/shadow", b"secret", mode=b"0000640"),
+        entry(b"run/", typeflag=b"5", mode=b"0001777"), entry(b"run/fifo", typeflag=b"6"),
+        entry(b"usr/lib/deep/x.pyc", b"x" * 70_000), entry(b"usr/lib/deep/x.py", b"y")))
+    TOP = entry(b"etc/.wh.empty") + entry(b"usr/lib/.wh..wh..opq") + entry(b"usr/lib/new", b"n")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.out = os.path.join(self.dir, "out")
+        self.addCleanup(subprocess.run, ["rm", "-rf", self.out], check=True)
+
+    def names(self, top: str = "") -> List[str]:
+        """Return all paths below the target, sorted."""
+        found = snapshot(top or self.out)
+        return sorted({os.path.relpath(os.fsdecode(path), top or self.out) for path in found}
+                      - {"."})
+
+    def same(self, tree: cstor.Tree, *, owners: bool = True) -> None:
+        """Compare the whole target with the tree."""
+        found = tree_differences(self.out, tree)
+        self.assertEqual([], [row for row in found if owners or row[1] != "owner"])
+
+    def test_everything_is_as_in_the_tree(self) -> None:
+        root = os.geteuid() == 0
+        for workers in (1, 2, 3):
+            with self.tree(self.BASE, self.TOP) as tree:
+                done = cstor.extract_tree(tree, self.out, workers=workers,
+                                          owners=None if root else False)
+                if root:
+                    self.same(tree)
+            self.assertEqual(
+                (3, 6, 1, 1, 1, 2005),
+                tuple(done[key] for key in ("files", "directories", "symlinks", "hardlinks",
+                                            "fifos", "bytes")))
+            self.assertEqual(done["bytes"], done["bytes-reflinked"] + done["bytes-copied"])
+            subprocess.run(["rm", "-rf", self.out], check=True)
+
+    def test_many_files_by_many_workers(self) -> None:
+        rng = random.Random(5)
+        tar = b"".join(entry(b"d%d/e%d/f%d" % (i % 7, i % 31, i), rng.getrandbits(
+            8 * (i % 999 + 1)).to_bytes(i % 999 + 1, "big")) for i in range(3000))
+        with self.tree(tar) as tree:
+            for workers in (1, 2, 5):
+                done = cstor.extract_tree(tree, self.out, workers=workers, verify=True)
+                self.assertEqual(3000, done["files"])
+                self.assertEqual(sum(i % 999 + 1 for i in range(3000)), done["bytes"])
+                if os.geteuid() == 0:
+                    self.same(tree)
+                self.assertEqual(3000, sum(len(files) for _, _, files in os.walk(self.out)))
+                shutil.rmtree(self.out)
+
+    def test_threads_keep_us_from_forking(self) -> None:
+        self.assertEqual(min(len(os.sched_getaffinity(0)), cstor.MAX_WORKERS),
+                         cstor.default_workers())
+        event = threading.Event()
+        thread = threading.Thread(target=event.wait)
+        thread.start()
+        try:
+            self.assertEqual(1, cstor.default_workers())
+            with self.tree(self.BASE) as tree, mock.patch.object(os, "fork") as fork:
+                cstor.extract_tree(tree, self.out)
+            fork.assert_not_called()
+        finally:
+            event.set()
+            thread.join()
+
+    def test_an_error_in_any_worker_is_raised_as_it_is(self) -> None:
+        for number in range(6):
+            log = os.open(os.path.join(self.dir, "log"), os.O_RDWR | os.O_CREAT | os.O_TRUNC
+                          | os.O_APPEND)
+
+            def work(job: int, number: int = number, log: int = log) -> None:
+                os.write(log, b"%d\n" % job)
+                if job == 300:
+                    raise ERRORS[number]
+                time.sleep(0.0005)
+
+            with self.assertRaises(BaseException) as caught:
+                cstor.share_out(4000, 3, work, lambda: None, lambda begun: None)
+            self.assertIs(type(ERRORS[number]), type(caught.exception))
+            self.assertEqual(str(ERRORS[number]), str(caught.exception))
+            self.assertEqual(vars(ERRORS[number]), vars(caught.exception))
+            lines = os.pread(log, 1 << 20, 0).split()
+            self.assertEqual(len(lines), len(set(lines)), "a job was done twice")
+            self.assertLess(len(lines), 3000, "the others went on")
+            os.close(log)
+        for jobs in (0, 1, 2, 1023, 1024, 1025, 3000):
+            seen: List[int] = []
+            reports = cstor.share_out(jobs, 3, seen.append, seen.copy, lambda begun: None)
+            self.assertEqual(list(range(jobs)), sorted(seen + [
+                job for report in reports for job in report]))
+            self.assertEqual(2, len(reports))
+
+    def test_without_more_processes(self) -> None:
+        with mock.patch.object(os, "fork", side_effect=BlockingIOError(errno.EAGAIN, "no")):
+            seen: List[int] = []
+            self.assertEqual([], cstor.share_out(2000, 4, seen.append, seen.copy,
+                                                 lambda begun: None))
+        self.assertEqual(list(range(2000)), seen)
+
+    def test_errors_as_plain_data(self) -> None:
+        for error in (cstor.Ambiguous("two", ["a", "b"], hint="say which"), MemoryError(),
+                      FileNotFoundError(errno.ENOENT, "No such file", "/x"), KeyboardInterrupt()):
+            again = cstor.unpack_error(*cstor.pack_error(error))
+            self.assertEqual((type(error), str(error), vars(error)),
+                             (type(again), str(again), vars(again)))
+        again = cstor.unpack_error("Strange", ("x", 1), {})
+        self.assertEqual((cstor.CstorError, "Strange: x 1"), (type(again), str(again)))
+        again = cstor.unpack_error(*cstor.pack_error(ValueError(object(), 2)))
+        self.assertIsInstance(again, ValueError)
+
+    def test_a_module_that_nobody_can_import(self) -> None:
+        """Vendored by importlib, without an entry in sys.modules; workers report all the same."""
+        code = textwrap.dedent(f"""
+            import importlib.util, sys
+            spec = importlib.util.spec_from_file_location("strange", {SCRIPT!r})
+            cstor = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(cstor)
+            def work(job):
+                if job == 600 and len(sys.argv) > 1:
+                    raise cstor.IntegrityError("wrong", layer="l", name=b"n")
+            try:
+                print(len(cstor.share_out(900, 3, work, list, lambda begun: None)))
+            except cstor.IntegrityError as error:
+                print(error, error.name)
+            """)
+        for args, expected in (([], b"2\n"), (["x"], b"layer l: \"n\": wrong b'n'\n")):
+            done = subprocess.run([sys.executable, "-c", code, *args], stdout=subprocess.PIPE,
+                                  check=True)
+            self.assertEqual(expected, done.stdout)
+
+    def test_a_large_report_to_nobody(self) -> None:
+        """A worker that has much to tell ends when its parent fails or dies."""
+        code = textwrap.dedent(f"""
+            import os, sys, time
+            sys.path.insert(0, {HERE!r})
+            import cstor
+            parent = os.getpid()
+            def work(job):
+                if os.getpid() != parent:
+                    time.sleep(0.01)
+                elif job:
+                    time.sleep(1)
+                    if sys.argv[1] == "die":
+                        os.kill(parent, 9)
+                    raise cstor.NotFound("as planned")
+            try:
+                cstor.share_out(100, 3, work, lambda: b"x" * 1000000, lambda begun: None)
+            except cstor.NotFound:
+                print("done")
+            """)
+        for word, status, output in (("fail", 0, b"done\n"), ("die", -9, b"")):
+            with subprocess.Popen([sys.executable, "-c", code, word], stdout=subprocess.PIPE,
+                                  start_new_session=True) as process:
+                self.assertEqual(output, process.communicate(timeout=30)[0])
+                self.assertEqual(status, process.returncode)
+            self.gone(process.pid)
+
+    def gone(self, group: int) -> None:
+        """Wait until no process of a group is left."""
+        for _ in range(400):
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.025)
+        self.fail("processes went on")
+
+    def test_a_worker_that_is_killed(self) -> None:
+        parent = os.getpid()
+
+        def work(job: int) -> None:
+            time.sleep(0.001)
+            if os.getpid() != parent and job > 50:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with self.assertRaisesRegex(cstor.CstorError, "worker process ended before its time.* 9"):
+            cstor.share_out(400, 2, work, lambda: None, lambda begun: None)
+        with self.assertRaises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+
+    def test_metadata_is_not_opened_for_others_on_the_way(self) -> None:
+        """Modes are never wider than in the image, nor is what is inside a new directory seen."""
+        seen: List[Tuple[str, int]] = []
+        real = os.chmod
+
+        def chmod(place: Any, mode: int, **kwargs: Any) -> None:
+            path = os.readlink(f"/proc/self/fd/{place}" if isinstance(place, int) else place)
+            seen.append((os.path.relpath(path, self.out), mode))
+            self.assertEqual(0, stat.S_IMODE(os.stat(place).st_mode) & ~mode & 0o077)
+            self.assertEqual(0o700, stat.S_IMODE(os.stat(self.out).st_mode))
+            real(place, mode, **kwargs)
+
+        before = os.umask(0)
+        try:
+            with self.tree(self.BASE) as tree, mock.patch.object(os, "chmod", chmod):
+                cstor.extract_tree(tree, self.out, workers=1)
+        finally:
+            os.umask(before)
+        self.assertEqual((".", 0o711), seen[-1])
+        self.assertIn(("bin/su", 0o4755), seen)
+
+    def test_where_it_lies_leaves_no_trace(self) -> None:
+        """A setgid bit and an ACL of the directory above are not for what is extracted."""
+        need(os.geteuid() == 0, "needs root, to set what users may not")
+        above = os.path.join(self.dir, "above")
+        os.mkdir(above)
+        os.chown(above, 0, 1234)
+        os.chmod(above, 0o2777)
+        acl = b"\2\0\0\0" + b"".join(tag + b"\7\0" + (who).to_bytes(4, "little") for tag, who in (
+            (b"\1\0", 2**32 - 1), (b"\2\0", 4321), (b"\4\0", 2**32 - 1), (b"\x10\0", 2**32 - 1),
+            (b"\x20\0", 2**32 - 1)))
+        try:
+            os.setxattr(above, "system.posix_acl_default", acl)
+        except OSError as error:
+            need(error.errno != errno.EOPNOTSUPP, "the file system has no ACLs")
+            raise
+        self.out = os.path.join(above, "out")
+        for umask in (0, 0o77):
+            before = os.umask(umask)
+            try:
+                with self.tree(self.BASE, self.TOP) as tree:
+                    cstor.extract_tree(tree, self.out)
+                    self.same(tree)
+            finally:
+                os.umask(before)
+            shutil.rmtree(self.out)
+
+    # -- selection -------------------------------------------------------------------------------
+
+    def selected(self, **options: Any) -> List[str]:
+        subprocess.run(["rm", "-rf", self.out], check=True)
+        with self.tree(self.BASE) as tree:
+            cstor.extract_tree(tree, self.out, owners=False, **options)
+        return self.names()
+
+    def test_paths_and_exclusions(self) -> None:
+        deep = ["usr", "usr/lib", "usr/lib/deep"]
+        for paths, exclude, expected in (
+                (["etc"], [], ["etc", "etc/empty", "etc/shadow"]),
+                (["/etc/"], ["shadow"], ["etc", "etc/empty"]),
+                (["*.py"], [], [*deep, "usr/lib/deep/x.py"]),
+                (["usr/l*"], [], [*deep, "usr/lib/deep/x.py", "usr/lib/deep/x.pyc"]),
+                (["*.py*", "run/fifo"], ["**/x.pyc"],
+                 ["run", "run/fifo", *deep, "usr/lib/deep/x.py"]),
+                (["bin/su2", "bin/sh"], [], ["bin", "bin/sh", "bin/su2"]),
+                ([], ["usr", "etc", "bin/su*"], ["bin", "bin/sh", "run", "run/fifo"]),
+                ([], ["/"], [])):
+            with self.subTest(paths=paths, exclude=exclude):
+                self.assertEqual(expected, self.selected(paths=paths, exclude=exclude))
+                status = os.stat(self.out)
+                self.assertEqual(0o755 if paths or exclude == ["/"] else 0o711,
+                                 stat.S_IMODE(status.st_mode))
+
+    def test_selected_links_of_one_file(self) -> None:
+        self.selected(paths=["bin/su2"])
+        self.assertEqual(1, os.stat(self.out + "/bin/su2").st_nlink)
+        with open(self.out + "/bin/su2", "rb") as file:
+            self.assertEqual(b"su" * 999, file.read())
+        self.selected(paths=["bin/su2", "bin/su"])
+        self.assertTrue(os.path.samefile(self.out + "/bin/su2", self.out + "/bin/su"))
+        self.assertEqual(2, os.stat(self.out + "/bin/su2").st_nlink)
+
+    def test_metadata_of_directories_above(self) -> None:
+        self.selected(paths=["run/fifo"])
+        self.assertEqual(0o1777, stat.S_IMODE(os.stat(self.out + "/run").st_mode))
+
+    def test_strip_components(self) -> None:
+        self.assertEqual(["x.py", "x.pyc"], self.selected(paths=["usr/lib/deep"], strip=3))
+        self.assertEqual(["deep", "deep/x.py", "deep/x.pyc"],
+                         self.selected(paths=["usr"], strip=2))
+        self.assertEqual(["empty", "fifo", "shadow", "sh", "su", "su2"],
+                         sorted(self.selected(exclude=["usr"], strip=1),
+                                key=["empty", "fifo", "shadow", "sh", "su", "su2"].index))
+        self.assertEqual([], self.selected(strip=9))
+        with self.tree(self.BASE + entry(b"run/sh", b"other")) as tree, \
+                self.assertRaisesRegex(cstor.CstorError, "bin/sh.*run/sh.*both come to"):
+            cstor.extract_tree(tree, self.out + "2", strip=1)
+        self.assertFalse(os.path.lexists(self.out + "2"))
+
+    def test_nothing_that_fits(self) -> None:
+        with self.tree(self.BASE) as tree, self.assertRaises(cstor.NotFound):
+            cstor.extract_tree(tree, self.out, paths=["nope"])
+        self.assertFalse(os.path.lexists(self.out))
+
+    def test_whiteouts_of_a_raw_layer(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage:
+            layer = storage.image("t").layers()[-1]
+            done = layer.extract(self.out, owners=False)
+            self.assertEqual(["etc", "etc/.wh.empty", "usr", "usr/lib", "usr/lib/.wh..wh..opq",
+                              "usr/lib/new"], self.names())
+            self.assertEqual(2, done["whiteouts"])
+            status = os.stat(self.out + "/etc/.wh.empty")
+            self.assertEqual((stat.S_IFREG, 0, 0), (status.st_mode, status.st_size,
+                                                    status.st_mtime_ns))
+            shutil.rmtree(self.out)
+            layer.extract(self.out, owners=False, whiteouts=False)
+            self.assertEqual(["etc", "usr", "usr/lib", "usr/lib/new"], self.names())
+
+    # -- targets ---------------------------------------------------------------------------------
+
+    def test_targets(self) -> None:
+        with self.tree(self.BASE) as tree:
+            for path, error in ((self.dir + "/no/out", errno.ENOENT), (__file__, errno.ENOTDIR),
+                                (self.dir, errno.ENOTEMPTY)):
+                with self.assertRaises(OSError) as caught:
+                    cstor.extract_tree(tree, path)
+                self.assertEqual((error, path), (caught.exception.errno,
+                                                 caught.exception.filename))
+            os.mkdir(self.out)
+            cstor.extract_tree(tree, self.out, owners=False)  # an empty one
+            self.assertEqual(0o711, stat.S_IMODE(os.stat(self.out).st_mode))
+
+    def test_merging_replaces_and_follows_no_link(self) -> None:
+        outside = os.path.join(self.dir, "outside")
+        os.makedirs(outside + "/lib")
+        for name in ("kept", "shadow", "lib/x"):
+            with open(os.path.join(outside, name), "w", encoding="ascii") as file:
+                file.write("outside")
+        before = snapshot(outside)
+        os.makedirs(self.out + "/etc/shadow")  # an empty directory where a file comes
+        os.symlink(outside, self.out + "/usr")
+        os.makedirs(self.out + "/bin")
+        os.symlink(outside + "/kept", self.out + "/bin/su")
+        os.link(outside + "/shadow", self.out + "/bin/su2")
+        os.mkdir(self.out + "/mine")
+        with open(self.out + "/run", "w", encoding="ascii") as file:
+            file.write("a file where a directory comes")
+        with self.tree(self.BASE) as tree:
+            cstor.extract_tree(tree, self.out, force=True)
+            self.assertEqual([b"mine"], [row[0] for row in tree_differences(self.out, tree)
+                                         if row[1] != "owner"])
+            after = snapshot(outside)
+            key = os.fsencode(outside + "/shadow")
+            self.assertEqual(1, after[key][2])  # the link that was replaced is gone
+            for found in (before, after):
+                found[key] = found[key][:2] + found[key][3:-1]
+            self.assertEqual(before, after)
+            cstor.extract_tree(tree, self.out, force=True)  # once more
+            self.assertEqual([b"mine"], [row[0] for row in tree_differences(self.out, tree)
+                                         if row[1] != "owner"])
+            os.unlink(self.out + "/etc/shadow")
+            os.mkdir(self.out + "/etc/shadow")
+            open(self.out + "/etc/shadow/mine", "w").close()
+            with self.assertRaisesRegex(OSError, "not empty.*etc/shadow") as caught:
+                cstor.extract_tree(tree, self.out, force=True)
+            self.assertIn("left incomplete", vars(caught.exception)["hint"])
+            self.assertTrue(os.path.exists(self.out + "/etc/shadow/mine"))
+            self.assertEqual([], [name for name in self.names() if ".partial" in name])
+
+    def test_a_failed_merge_loses_nothing(self) -> None:
+        with self.opened(self.BASE) as storage:
+            path = os.path.join(storage.graphroot, "overlay", "0" * 64, "diff/etc/shadow")
+            with open(path, "w", encoding="ascii") as file:
+                file.write("secret and more")
+            os.makedirs(self.out + "/etc")
+            with open(self.out + "/etc/shadow", "w", encoding="ascii") as file:
+                file.write("mine")
+            with self.assertRaises(cstor.IntegrityError), storage.image("t").tree() as tree:
+                cstor.extract_tree(tree, self.out, force=True)
+            with open(self.out + "/etc/shadow", encoding="ascii") as file:
+                self.assertEqual("mine", file.read())
+            self.assertEqual([], [name for name in self.names() if ".partial" in name])
+
+    # -- failures --------------------------------------------------------------------------------
+
+    def test_what_a_failed_run_leaves(self) -> None:
+        with self.opened(self.BASE) as storage, storage.image("t").tree() as tree:
+            content = os.path.join(storage.graphroot, "overlay", "0" * 64, "diff/etc/shadow")
+            error = cstor.IntegrityError
+            for damage in (["truncate", "-s3"], ["rm"], ["mkfifo"]):
+                subprocess.run([*damage, content], check=True)
+                with self.assertRaisesRegex(error, "etc/shadow"):
+                    cstor.extract_tree(tree, self.out)
+                self.assertFalse(os.path.lexists(self.out))
+                with self.assertRaisesRegex(error, "etc/shadow") as caught:
+                    cstor.extract_tree(tree, self.out, clean=False)
+                self.assertEqual(f"{self.out} is left incomplete", caught.exception.hint)
+                self.assertNotIn("etc/shadow", self.names())
+                subprocess.run(["rm", "-rf", self.out], check=True)
+                os.mkdir(self.out)  # it was there before: so it stays
+                with self.assertRaises(error) as caught:
+                    cstor.extract_tree(tree, self.out, clean=True)
+                self.assertEqual([], os.listdir(self.out))
+                os.rmdir(self.out)
+
+    def test_a_closed_tree_is_removed_by_its_owner(self) -> None:
+        with self.opened(self.BASE + entry(b"z/", typeflag=b"5", mode=b"0000000")
+                         + entry(b"z/y/f", b"1")) as storage, storage.image("t").tree() as tree:
+            for path in snapshot(self.dir):
+                if not os.path.islink(path):
+                    os.chmod(path, 0o755)
+            for uid in {0, 65534} if os.geteuid() == 0 else {os.geteuid()}:
+                target = tempfile.mkdtemp(dir=self.dir)
+                os.chown(target, uid, -1)
+                pid = os.fork()
+                if not pid:
+                    status = 9
+                    try:
+                        os.setresuid(uid, uid, uid)
+                        with mock.patch.object(cstor, "is_at", side_effect=[False, True]):
+                            cstor.extract_tree(tree, target + "/out", workers=1, owners=False)
+                    except OSError as error:
+                        status = 0 if "moved while" in str(error) else 8
+                    finally:
+                        os._exit(status)
+                self.assertEqual(0, os.waitpid(pid, 0)[1])
+                self.assertEqual([], self.names(target))
+
+    def test_a_checksum_is_compared_when_asked(self) -> None:
+        with self.opened(self.BASE) as storage:
+            content = os.path.join(storage.graphroot, "overlay", "0" * 64, "diff/etc/shadow")
+            with open(content, "r+b") as file:
+                file.write(b"S")
+            with storage.image("t").tree() as tree:
+                done = cstor.extract_tree(tree, self.out)
+                self.assertEqual(5, done["files"])
+                with open(self.out + "/etc/shadow", "rb") as file:
+                    self.assertEqual(b"Secret", file.read())
+                shutil.rmtree(self.out)
+                for mode in ("auto", "copy", "hardlink"):
+                    with self.assertRaisesRegex(cstor.IntegrityError, "etc/shadow.*integrity"):
+                        cstor.extract_tree(tree, self.out, verify=True, link_mode=mode)
+                    self.assertFalse(os.path.lexists(self.out))
+
+    def test_a_target_that_is_moved_or_removed_meanwhile(self) -> None:
+        real = cstor.Extraction._make_links
+        for command in (["mv", self.out, self.out + "-moved"], ["rm", "-rf", self.out]):
+            def links(extraction: cstor.Extraction, command: Any = command) -> None:
+                subprocess.run(command, check=True)
+                real(extraction)
+
+            with self.tree(self.BASE) as tree, \
+                    mock.patch.object(cstor.Extraction, "_make_links", links), \
+                    self.assertRaises(OSError) as caught:
+                cstor.extract_tree(tree, self.out)
+            self.assertIn(self.out, str(caught.exception))
+            self.assertEqual(f"{self.out} was moved or removed, and what it holds stays",
+                             vars(caught.exception)["hint"])
+            self.assertFalse(os.path.lexists(self.out))
+            self.assertEqual(command[0] == "mv", os.path.exists(self.out + "-moved/bin/su"))
+            subprocess.run(["rm", "-rf", self.out + "-moved"], check=True)
+
+    def test_what_was_there_keeps_metadata_that_no_header_gives(self) -> None:
+        os.makedirs(self.out + "/usr/lib", 0o700)
+        os.chmod(self.out, 0o700)
+        with self.tree(self.BASE[512:]) as tree:  # without "./"
+            self.assertTrue(tree.root.implicit)
+            cstor.extract_tree(tree, self.out, force=True, owners=False)
+        modes = [stat.S_IMODE(os.stat(os.path.join(self.out, name)).st_mode)
+                 for name in (".", "usr", "usr/lib", "usr/lib/deep", "run")]
+        self.assertEqual([0o700, 0o755 & ~UMASK, 0o700, 0o755, 0o1777], modes)
+
+    def test_guards_of_the_library(self) -> None:
+        os.mkdir(self.out)
+        open(self.out + "/mine", "w").close()
+        with self.opened(self.BASE) as storage, storage.image("t").tree() as tree:
+            before = snapshot(storage.graphroot)
+            wrong: List[Dict[str, Any]] = [{"force": True, "clean": True}, {"strip": -1}]
+            for options in wrong:
+                self.assertRaises(ValueError, cstor.extract_tree, tree, self.out, **options)
+            self.assertRaises(ValueError, cstor.extract_tree, tree, "")
+            self.assertRaises(ValueError, cstor.extract_tree, tree, self.out + "2",
+                              owner_map=["x"])
+            for place in ("overlay/x", "overlay/" + "0" * 64 + "/diff"):
+                with self.assertRaisesRegex(cstor.CstorError, "is inside the storage"):
+                    cstor.extract_tree(tree, os.path.join(storage.graphroot, place), force=True)
+            self.assertEqual(before, snapshot(storage.graphroot))
+        self.assertEqual((["mine"], False), (self.names(), os.path.lexists(self.out + "2")))
+
+    def test_a_target_without_xattrs(self) -> None:
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported", 7)
+
+        tar = pax({b"SCHILY.xattr.user.x": b"1"}) + entry(b"f", b"1")
+        with self.tree(tar) as tree, mock.patch.object(os, "setxattr", refuse), \
+                mock.patch.object(os, "listxattr", refuse):
+            for mode in ("auto", "hardlink"):
+                done = cstor.extract_tree(tree, self.out, link_mode=mode, owners=False)
+                self.assertEqual(1, done["unset"]["xattr"])
+                shutil.rmtree(self.out)
+
+    def test_errors_name_the_path_in_the_target(self) -> None:
+        tar = b"".join((link(b"d/sym", b"x"), entry(b"e/pipe", typeflag=b"6"), entry(b"f", b"1")))
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise OSError(errno.EROFS, "Read-only file system", "/proc/self/fd/7")
+
+        for exclude, name in (([], "d/sym"), (["d"], "e/pipe"), (["d", "e"], "f")):
+            with self.tree(tar) as tree, mock.patch.object(os, "utime", refuse), \
+                    self.assertRaises(OSError) as caught:
+                cstor.extract_tree(tree, self.out, exclude=exclude, owners=False, clean=False)
+            self.assertEqual(os.path.join(self.out, name), caught.exception.filename)
+            self.assertNotIn(name, self.names())  # a half file is none
+            shutil.rmtree(self.out)
+
+        def broken(*_: Any, **__: Any) -> Any:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with self.opened(tar) as storage, storage.image("t").tree() as tree, \
+                mock.patch.object(os, "copy_file_range", broken, create=True), \
+                mock.patch.object(cstor.Copier, "NOT_HERE", {errno.EIO}), \
+                mock.patch.object(os, "sendfile", broken), mock.patch.object(os, "pread", broken), \
+                self.assertRaises(OSError) as caught:
+            cstor.extract_tree(tree, self.out, link_mode="copy", owners=False)
+        self.assertEqual(os.path.join(storage.graphroot, "overlay", "0" * 64, "diff/f"),
+                         caught.exception.filename)
+
+    # -- neighbours ------------------------------------------------------------------------------
+
+    def test_a_new_directory_that_is_swapped_for_a_link(self) -> None:
+        """Whoever owns the directory above may put anything in the place of the one we made."""
+        victim = os.path.join(self.dir, "victim")
+        os.mkdir(victim)
+        os.chmod(victim, 0o755)
+        open(victim + "/precious", "w").close()
+        before = snapshot(victim)
+        real = os.mkdir
+        for empty in (False, True):
+            for swap in (["ln", "-s", victim], ["cp", "-a", victim]):
+                if empty and swap[0] == "cp":
+                    continue  # an empty directory of our own is as good as the one we made
+
+                def mkdir(path: Any, *args: Any, swap: Any = swap, **kwargs: Any) -> None:
+                    real(path, *args, **kwargs)
+                    folder = kwargs.get("dir_fd")
+                    name = os.fsdecode(path)
+                    if folder and (name == "out" or name.endswith(".partial")):
+                        place = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
+                        os.rmdir(place)
+                        subprocess.run([*swap, place], check=True)
+
+                with self.opened(self.BASE) as storage:
+                    for command in (["extract", "t", self.out], ["cp", "t:/", self.out]):
+                        with mock.patch.object(os, "mkdir", mkdir), \
+                                mock.patch.object(cstor, "say") as said:
+                            status = cstor.main(["--root", storage.graphroot, "image", *command])
+                        self.assertEqual(6, status, said.mock_calls)
+                        self.assertEqual(before, snapshot(victim))
+                        for name in os.listdir(self.dir):
+                            if name == "out" or name.endswith(".partial"):
+                                subprocess.run(["rm", "-rf", os.path.join(self.dir, name)],
+                                               check=True)
+
+    def test_a_target_that_is_swapped_at_the_end(self) -> None:
+        victim = os.path.join(self.dir, "victim")
+        os.mkdir(victim, 0o700)
+        before = snapshot(victim)
+        real = cstor.Extraction.run
+
+        def run_and_swap(extraction: cstor.Extraction, items: Any) -> None:
+            real(extraction, items)
+            os.rename(self.out, self.out + "-ours")
+            os.symlink(victim, self.out)
+
+        with self.tree(self.BASE) as tree, self.assertRaises(OSError), \
+                mock.patch.object(cstor.Extraction, "run", run_and_swap):
+            cstor.extract_tree(tree, self.out, paths=["etc"], owners=False)
+        self.assertEqual(before, snapshot(victim))
+        os.unlink(self.out)
+        subprocess.run(["rm", "-rf", self.out + "-ours"], check=True)
+
+    def test_acls_of_the_target_and_of_the_image(self) -> None:
+        """Nobody gets more than the mode in the header says."""
+        need(os.geteuid() == 0, "needs root, to keep owners")
+        acl = b"\2\0\0\0" + b"".join(tag + b"\7\0" + who.to_bytes(4, "little") for tag, who in (
+            (b"\1\0", 2**32 - 1), (b"\2\0", 4321), (b"\4\0", 2**32 - 1), (b"\x10\0", 2**32 - 1),
+            (b"\x20\0", 2**32 - 1)))
+        for force in (False, True):
+            os.mkdir(self.out)
+            try:
+                os.setxattr(self.out, "system.posix_acl_default", acl)
+            except OSError as error:
+                need(error.errno != errno.EOPNOTSUPP, "the file system has no ACLs")
+                raise
+            with self.tree(self.BASE) as tree:
+                cstor.extract_tree(tree, self.out, force=force)
+                self.same(tree)
+            shutil.rmtree(self.out)
+        tar = pax({b"SCHILY.xattr.system.posix_acl_access": acl}) + entry(b"f", b"1",
+                                                                          mode=b"0000640")
+        with self.tree(tar) as tree:
+            cstor.extract_tree(tree, self.out)
+        self.assertEqual(0o640, stat.S_IMODE(os.stat(self.out + "/f").st_mode))
+
+    # -- sharing ---------------------------------------------------------------------------------
+
+    def test_hard_links_share_only_what_is_right_already(self) -> None:
+        need(os.geteuid() == 0, "needs root: the files in the image are root's")
+        tar = b"".join((entry(b"good", b"1" * 9), entry(b"mode", b"2" * 9, mode=b"0000600"),
+                        entry(b"owner", b"3" * 9, uid=b"0000007"), entry(b"time", b"4" * 9),
+                        pax({b"SCHILY.xattr.user.x": b"1"}), entry(b"xattr", b"5" * 9),
+                        entry(b"more", b"6" * 9), entry(b"twin", b"1" * 9), entry(b"empty"),
+                        entry(b"two", b"8" * 9), link(b"two2", b"two", b"1")))
+        with self.opened(tar) as storage:
+            diff = os.path.join(storage.graphroot, "overlay", "0" * 64, "diff")
+            stamp = 0o14000000000
+            for name in os.listdir(diff):
+                os.chmod(f"{diff}/{name}", 0o644)
+                os.utime(f"{diff}/{name}", (stamp, stamp + (name == "time")))
+            os.setxattr(diff + "/more", "user.y", b"1")
+            os.unlink(diff + "/twin")  # deduplicated, say
+            os.link(diff + "/good", diff + "/twin")
+            before = {name: os.stat(f"{diff}/{name}") for name in os.listdir(diff)}
+            with storage.image("t").tree() as tree:
+                done = cstor.extract_tree(tree, self.out, link_mode="hardlink")
+                found = tree_differences(self.out, tree)
+            self.assertEqual([], found)
+            shared = {name for name in before if os.path.samefile(f"{diff}/{name}",
+                                                                  f"{self.out}/{name}")}
+            self.assertEqual({"good", "two", "two2"}, shared)
+            for name, old in before.items():
+                new = os.stat(f"{diff}/{name}")
+                self.assertEqual([old[i] for i in (0, 4, 5, 6)] + [old.st_mtime_ns],
+                                 [new[i] for i in (0, 4, 5, 6)] + [new.st_mtime_ns], name)
+            self.assertEqual(18, done["bytes-hardlinked"])
+            with storage.image("t").tree() as tree:  # over itself: rename(2) does nothing then
+                again = cstor.extract_tree(tree, self.out, link_mode="hardlink", force=True)
+            self.assertEqual(18, again["bytes-hardlinked"])
+            self.assertEqual(sorted(before), self.names())
+            self.assertEqual({"link: its mode, owner, time or xattrs in the store are others": 5,
+                              "link: it is another file, too": 1},
+                             {row["why"]: row["files"] for row in done["refused"]
+                              if row["why"].startswith("link")})
+
+    # -- owners ----------------------------------------------------------------------------------
+
+    def test_owner_maps(self) -> None:
+        shift = cstor.OwnerMap(["0:1000:10", "u:10:5000:1", "g:10:6000:1"])
+        self.assertEqual([1000, 1009, 5000], [shift.shift(n, shift.users) for n in (0, 9, 10)])
+        self.assertEqual([1000, 1009, 6000], [shift.shift(n, shift.groups) for n in (0, 9, 10)])
+        for number in (11, 4294967294):
+            with self.assertRaisesRegex(ValueError, "not covered by --owner-map"):
+                shift.shift(number, shift.users)
+        self.assertEqual(7, shift.shift(7, []))
+        for text in ("", "0", "0:1", "0:1:0", "x:0:1:1", "0:-1:1", "0:0:4294967296",
+                     "1:2:3:4", "0:4294967295:1"):
+            self.assertRaises(ValueError, cstor.OwnerMap, [text])
+
+    def test_shifted_owners_and_capabilities(self) -> None:
+        need(os.geteuid() == 0, "needs root, to give files away")
+        tar = b"".join((entry(b"a", b"1", uid=b"0000003", mode=b"0004755"),
+                        entry(b"d/", typeflag=b"5"),
+                        pax({b"SCHILY.xattr.security.capability": CAPABILITY}), entry(b"cap", b"2"),
+                        link(b"l", b"a", uid=b"0000004"), entry(b"p", typeflag=b"6")))
+        with self.tree(tar) as tree:
+            cstor.extract_tree(tree, self.out, owner_map=["0:100000:100"])
+            found, _ = seen_on_disk(self.out)
+            self.assertEqual({b"": (100000, 100000), b"a": (100003, 100000), b"d": (100000, 100000),
+                              b"cap": (100000, 100000), b"l": (100004, 100000),
+                              b"p": (100000, 100000)},
+                             {path: row["owner"] for path, row in found.items()})
+            self.assertEqual(0o4755, found[b"a"]["mode"])
+            self.assertEqual(CAPABILITY[:3] + b"\3" + CAPABILITY[4:] + (100000).to_bytes(
+                4, "little"), found[b"cap"]["xattrs"][b"security.capability"])
+            with self.assertRaisesRegex(cstor.CstorError, '"/a": ID 3 is not covered'):
+                cstor.extract_tree(tree, self.out + "2", owner_map=["0:100000:3"])
+            self.assertFalse(os.path.lexists(self.out + "2"))
+
+    def test_owners_that_are_left(self) -> None:
+        tar = b"".join((entry(b"a", b"1", uid=b"0007777", mode=b"0006755"),
+                        entry(b"b", b"1", gid=b"0007777", mode=b"0006755"),
+                        entry(b"d/", typeflag=b"5", gid=b"0007777", mode=b"0002755")))
+        with self.tree(tar) as tree:
+            done = cstor.extract_tree(tree, self.out, owners=False)
+        us = os.geteuid(), os.getegid()
+        for name, mode in (("a", 0o2755), ("b", 0o4755), ("d", 0o2755)):
+            status = os.stat(os.path.join(self.out, name))
+            self.assertEqual(us, (status.st_uid, status.st_gid))
+            self.assertEqual(mode if us == (0, 0) else mode & 0o777 if name != "d" else mode,
+                             stat.S_IMODE(status.st_mode))
+        if us == (0, 0):
+            self.assertEqual({"owner": 3, "setuid": 2}, done["unset"])
+
+    def test_an_ordinary_user(self) -> None:
+        need(os.geteuid() == 0, "needs root, to become somebody else")
+        need_tools("setpriv")
+        tar = b"".join((
+            entry(b"f", b"1", mode=b"0004755"), entry(b"d/", typeflag=b"5", mode=b"0000555"),
+            pax({b"SCHILY.xattr.user.x": b"1", b"SCHILY.xattr.trusted.t": b"1"}),
+            entry(b"d/ro", b"2", mode=b"0000444"), entry(b"d/null", typeflag=b"3", major=b"0000001",
+                                                         minor=b"0000003"),
+            link(b"d/l", b"/etc/passwd"), entry(b"p", typeflag=b"6", mode=b"0000622")))
+        with self.opened(tar) as storage:
+            for path in snapshot(self.dir):
+                if not os.path.islink(path):
+                    os.chmod(path, 0o755)
+            script = os.path.join(self.dir, "cstor.py")  # where others can read it
+            shutil.copy(SCRIPT, script)
+            python = "/usr/bin/python3"
+            need(os.path.exists(python), "there is no /usr/bin/python3, which others can run")
+            os.mkdir(self.dir + "/home")
+            os.chown(self.dir + "/home", 65534, 65534)
+            self.out = self.dir + "/home/out"
+            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python,
+                       script, "--root", storage.graphroot, "image", "extract", "t", self.out]
+            done = self.run_cstor("--format=json", command=command)
+            summary = json.loads(done.stdout)
+            self.assertEqual({"owner": 6, "setuid": 1, "xattr": 1}, summary["unset"])
+            self.assertEqual(["/d/null"], summary["left-out"])
+            self.assertEqual(4, done.stderr.count(b"warning"), done.stderr)
+            found, _ = seen_on_disk(self.out)
+            self.assertEqual(
+                {b"": 0o755, b"f": 0o755, b"d": 0o555, b"d/ro": 0o444, b"d/l": 0o777, b"p": 0o622},
+                {path: row["mode"] for path, row in found.items()})
+            self.assertEqual({b"user.x": b"1"}, found[b"d/ro"]["xattrs"])
+            self.assertEqual({(65534, 65534)}, {row["owner"] for row in found.values()})
+            subprocess.run(["rm", "-rf", self.out], check=True)
+            done = self.run_cstor("--same-owner", command=command, status=5)
+            self.assertIn(b"cannot be given to 0:0", done.stderr)
+            self.assertEqual([], os.listdir(self.dir + "/home"))
+            os.mkdir(self.out)
+            os.symlink("mine", self.out + "/l")
+            os.chown(self.out, 65534, 65534)
+            self.run_cstor("--same-owner", "--force", "--path=d/l", "--strip-components=1",
+                           command=command, status=5)
+            self.assertEqual((["l"], "mine"), (self.names(), os.readlink(self.out + "/l")))
+
+    # -- the command -----------------------------------------------------------------------------
+
+    def test_command(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage:
+            ours = ["--root", storage.graphroot]
+            owner = [] if os.geteuid() == 0 else ["--no-same-owner", "-q"]
+            self.guard(storage.graphroot)
+            done = self.run_cstor(*ours, "image", "extract", "t", self.out, *owner)
+            if not owner:
+                self.assertRegex(done.stdout.decode(), r"\A3 files, 6 directories, 1 symlinks, "
+                                 r"1 hardlinks, 1 fifos\n2 kB (shared|copied).*\n\Z")
+                self.assertEqual(b"", done.stderr)
+            done = self.run_cstor(*ours, "image", "extract", "t", self.out, status=6)
+            self.assertIn(b"not empty", done.stderr)
+            self.run_cstor(*ours, "image", "extract", "t", self.out, "--force", *owner)
+            for option, status in (("--link-mode=reflinks", 2), ("--strip-components=x", 2),
+                                   ("--owner-map=1", 2), ("--path=nope", 3),
+                                   ("--strip-components=-1", 2)):
+                self.run_cstor(*ours, "image", "extract", "t", self.out + "2", option,
+                               status=status)
+            for more, word in ((["--force", "--clean-on-error"], b"--clean-on-error"),
+                               (["--no-same-owner", "--owner-map=0:1:1"], b"--owner-map")):
+                done = self.run_cstor(*ours, "image", "extract", "t", self.out + "2", *more,
+                                      status=2)
+                self.assertIn(word, done.stderr)
+            self.run_cstor(*ours, "image", "extract", "t", "", "--force", status=2)
+            for inside in ("x", "overlay/x", "overlay-images"):
+                done = self.run_cstor(*ours, "image", "extract", "t", "--force", os.path.join(
+                    storage.graphroot, inside), status=6)
+                self.assertIn(b"is inside the storage", done.stderr)
+            self.run_cstor(*ours, "image", "extract", "nope", self.out + "2", status=3)
+            self.assertFalse(os.path.lexists(self.out + "2"))
+            layer = storage.image("t").layers()[-1].id
+            done = self.run_cstor(*ours, "layer", "extract", layer, self.out + "3", "--format=json",
+                                  "--no-whiteouts", "--no-reflinks", *owner[:1])
+            summary = json.loads(done.stdout)
+            self.assertEqual((1, 4, 0), tuple(summary[key] for key in (
+                "files", "directories", "whiteouts")))
+            self.assertEqual([{"why": "--link-mode copy", "files": 1, "bytes": 1}],
+                             summary["refused"])
+            self.assertEqual(self.out + "3", summary["directory"])
+
+    def test_strict_reflinks(self) -> None:
+        with self.opened(self.BASE) as storage, tempfile.TemporaryDirectory(
+                dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as other:
+            done = self.run_cstor("--root", storage.graphroot, "image", "extract", "t",
+                                  other + "/out", "--link-mode=reflink", status=6)
+            self.assertRegex(done.stderr.decode(), r'"/[a-z/.]+" cannot be shared by reflink: '
+                             r'FICLONE: .*\(--link-mode auto copies')
+            self.assertEqual([], os.listdir(other))
+
+    def test_signals_leave_nothing(self) -> None:
+        tar = b"".join(entry(b"d%d/f%d" % (i % 50, i), b"%d" % i) for i in range(6000))
+        with self.opened(tar) as storage:
+            command = [sys.executable, SCRIPT, "--root", storage.graphroot, "image", "extract", "t"]
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                for clean in ([], ["--no-clean-on-error"]):
+                    with subprocess.Popen([*command, self.out, *clean], env=IDLE,
+                                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                          start_new_session=True) as process:
+                        while not os.path.isdir(self.out + "/d7"):
+                            self.assertIsNone(process.poll(), "it ended before it was stopped")
+                        os.killpg(process.pid, number)  # as a terminal does
+                        _, errors = process.communicate(timeout=30)
+                    self.assertEqual(128 + number, process.returncode, errors)
+                    with self.assertRaises(ProcessLookupError):
+                        os.killpg(process.pid, 0)
+                    if clean:
+                        self.assertIn(b"left incomplete", errors)
+                        for folder, _, files in os.walk(self.out):
+                            for name in files:  # none is half
+                                with open(os.path.join(folder, name), encoding="ascii") as file:
+                                    self.assertEqual(name[1:], file.read())
+                        subprocess.run(["rm", "-rf", self.out], check=True)
+                    self.assertEqual((b"", False), (errors if not clean else b"",
+                                                    os.path.lexists(self.out)))
+
+    def test_a_killed_parent_leaves_no_workers(self) -> None:
+        tar = b"".join(entry(b"d%d/f%d" % (i % 50, i), b"%d" % i) for i in range(6000))
+        with self.opened(tar) as storage:
+            code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor; "
+                    f"s = cstor.Storage.open({storage.graphroot!r}); "
+                    f"s.image('t').extract({self.out!r}, workers=3)")
+            with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+                while not os.path.isdir(self.out + "/d7"):
+                    self.assertIsNone(process.poll(), "it ended before it was killed")
+                process.kill()
+            self.gone(process.pid)
+
+    def test_two_interrupts_and_a_hangup_that_is_ignored(self) -> None:
+        tar = b"".join(entry(b"d%d/f%d" % (i % 50, i), b"%d" % i) for i in range(6000))
+        with self.opened(tar) as storage:
+            command = [sys.executable, SCRIPT, "--root", storage.graphroot, "image", "extract", "t",
+                       self.out]
+            for wait in (0, 0.001, 0.003, 0.01, 0.05):
+                with subprocess.Popen(command, env=IDLE, stderr=subprocess.PIPE,
+                                      stdout=subprocess.DEVNULL, start_new_session=True) as process:
+                    while not os.path.isdir(self.out + "/d7"):
+                        self.assertIsNone(process.poll(), "it ended before it was stopped")
+                    os.killpg(process.pid, signal.SIGINT)
+                    time.sleep(wait)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGINT)
+                    _, errors = process.communicate(timeout=30)
+                self.gone(process.pid)
+                if b"left incomplete" not in errors and b"stays" not in errors:
+                    self.assertFalse(os.path.lexists(self.out), errors)
+                subprocess.run(["rm", "-rf", self.out], check=True)
+            with subprocess.Popen(["nohup", *command], env=IDLE, stderr=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL, start_new_session=True) as process:
+                while not os.path.isdir(self.out + "/d7"):
+                    self.assertIsNone(process.poll(), "it ended before it was stopped")
+                os.killpg(process.pid, signal.SIGHUP)
+                self.assertEqual(0, process.wait(timeout=60))
+            self.assertEqual(6000, sum(len(files) for _, _, files in os.walk(self.out)))
+
+    def test_progress_on_a_terminal(self) -> None:
+        tar = b"".join(entry(b"d%d/f%d" % (i % 50, i), b"%d" % i) for i in range(500))
+        with self.opened(tar) as storage, mock.patch.object(cstor.ProgressLine, "INTERVAL", 0):
+            code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor; "
+                    "cstor.ProgressLine.INTERVAL = 0; "
+                    f"sys.exit(cstor.main(['--root', {storage.graphroot!r}, 'image', 'extract', "
+                    f"'t', {self.out!r}] + {[] if os.geteuid() == 0 else ['--no-same-owner']}))")
+            output = on_terminal("-c", code, script=False)
+            self.assertRegex(output.decode(),
+                             r"\d+ B of 1\.39 kB \(\d+%\), 0:0\d left, \d+ files, ")
+            self.assertIn(b"500 files, 51 directories", output)
+
+
+ERRORS: List[BaseException] = [
+    cstor.IntegrityError("wrong", layer="l", name=b"n\xff", expected="1", actual="2", hint="h"),
+    cstor.NeedsUnshare("closed", hint="run it as root"), OSError(errno.ENOSPC, "No space", "/x/y"),
+    cstor.FormatError("bad", file="f", offset=7), cstor.LayerUnknown("gone", hint="x"),
+    cstor.Unsupported("no", hint="yes")]
+
+
+class HostileExtracts(HostileStores):
+    """Images and neighbours that want to write elsewhere: nothing outside the target changes."""
+
+    def extracted(self, store: StoreBuilder, *args: str, status: int = 0) -> List[str]:
+        """Return what an extraction consists of, which is removed again."""
+        dest = os.path.join(self.out, "root")
+        owner = [] if os.geteuid() == 0 else ["--no-same-owner"]
+        self.cstor(store, "-q", "image", "extract", "x", dest, *owner, *args, status=status)
+        self.assertEqual(self._canary, snapshot(self.canary))
+        self.assertEqual([] if status else ["root"], os.listdir(self.out))
+        found = {os.path.relpath(os.fsdecode(path), dest) for path in snapshot(dest)}
+        subprocess.run(["rm", "-rf", dest], check=True)
+        return sorted(found - {"."})
+
+    def test_names_that_lead_outside_stay_inside(self) -> None:
+        store = self.store(entry(b"../../up") + entry(b"/abs") + entry(b"a/../../b") + END)
+        self.assertEqual(["abs", "b", "up"], self.extracted(store))
+
+    def test_files_through_links(self) -> None:
+        canary = os.fsencode(self.canary)
+        inside = self.canary.lstrip("/")
+        store = self.store(
+            entry(b"abs", typeflag=b"2", linkname=canary)
+            + entry(b"up", typeflag=b"2", linkname=b"../" * 9 + canary[1:])
+            + entry(b"abs/planted", b"1") + entry(b"up/planted2", b"2")
+            + entry(b"file", typeflag=b"2", linkname=canary + b"/secret") + END,
+            entry(b"file", b"replaced") + entry(b"abs/third", b"3") + END)
+        found = self.extracted(store)
+        # In the second layer the link is a directory: what the container sees is there.
+        self.assertLessEqual({"abs/third", "file", inside + "/planted", inside + "/planted2"},
+                             set(found))
+
+    def test_hard_links_to_links_and_to_the_host(self) -> None:
+        secret = os.fsencode(self.canary + "/secret")
+        store = self.store(entry(b"s", typeflag=b"2", linkname=secret)
+                           + entry(b"h", typeflag=b"1", linkname=b"s", mode=b"0000777") + END,
+                           entry(b"t", b"1") + END)
+        self.assertEqual(["h", "s", "t"], self.extracted(store))
+        for target in (b"/etc/passwd", secret, b"../" * 9 + secret[1:]):
+            self.extracted(self.store(entry(b"h", typeflag=b"1", linkname=target) + END), status=6)
+
+    def test_types_change_places(self) -> None:
+        store = self.store(
+            entry(b"a", typeflag=b"2", linkname=os.fsencode(self.canary)) + entry(b"b/f", b"1")
+            + entry(b"c", typeflag=b"6") + entry(b"d/e/f", b"2") + END,
+            entry(b"a", typeflag=b"5") + entry(b"a/secret", b"mine") + entry(b"b", b"file")
+            + entry(b"c/x", b"3") + entry(b"d/e", typeflag=b"2", linkname=os.fsencode(self.canary))
+            + END, entry(b"b/f", b"4") + entry(b"d/e/secret", b"5") + END)
+        self.assertEqual(["a", "a/secret", "b", "b/f", "c", "c/x", "d", "d/e", "d/e/secret"],
+                         self.extracted(store))
+
+    def test_a_device_that_is_called_like_a_directory(self) -> None:
+        need(os.geteuid() == 0, "needs root, to make devices")
+        device: Any = {"major": b"0000001", "minor": b"0000003"}
+        store = self.store(entry(b"d/f", b"1") + entry(b"n", typeflag=b"3", **device) + END,
+                           entry(b"d", typeflag=b"4", **device) + entry(b"n/f", b"2") + END)
+        self.assertEqual(["d", "n", "n/f"], self.extracted(store))
+        self.extracted(self.store(entry(b"n", typeflag=b"3", **device) + entry(b"n/f", b"1")
+                                  + END), status=6)
+
+    def test_three_hundred_nested_links_and_deep_directories(self) -> None:
+        links = b"".join(entry(b"l%d" % i, typeflag=b"2", linkname=b"l%d" % (i + 1))
+                         for i in range(300))
+        self.assertEqual(301, len(self.extracted(self.store(
+            links + entry(b"l300", typeflag=b"2", linkname=os.fsencode(self.canary)) + END))))
+        self.extracted(self.store(links + entry(b"l0/f", b"1") + END), status=6)
+        nested = entry(b"l", typeflag=b"2", linkname=b".") + entry(b"l/" * 30 + b"f", b"1")
+        self.assertEqual(["f", "l"], self.extracted(self.store(nested + END)))
+        deep = b"".join(pax({b"path": b"d/" * i}) + entry(b"d", typeflag=b"5")
+                        for i in range(1, 1500))
+        store = self.store(deep + pax({b"path": b"d/" * 1499 + b"f"}) + entry(b"f", b"") + END)
+        dest = os.path.join(self.out, "root")
+        self.cstor(store, "-q", "image", "extract", "x", dest, "--no-same-owner")
+        done = subprocess.run(["find", dest], stdout=subprocess.PIPE, check=True)
+        self.assertEqual(1501, len(done.stdout.splitlines()))
+        subprocess.run(["rm", "-rf", dest], check=True)
+
+    def test_names_that_no_file_system_takes(self) -> None:
+        store = self.store(entry(b"a", b"1") + pax({b"path": b"n" * 256})
+                           + entry(b"n", typeflag=b"5") + END)
+        self.extracted(store, status=6)
+        names = [b"new\nline", b"\x1b[31m", b"\xff\xfe", b"-rf", b" ", b"...", b"a\\b", b"n" * 255]
+        store = self.store(b"".join(pax({b"path": name}) + entry(b"x", b"1") for name in names)
+                           + END)
+        self.assertEqual(sorted(map(os.fsdecode, names)), self.extracted(store))
+
+    def test_a_neighbour_swaps_directories_for_links(self) -> None:
+        """Another process replaces what we make by links to the canary, over and over."""
+        store = self.store(b"".join(
+            entry(b"d%d/e%d/f%d" % (i % 9, i % 5, i), b"%d" % i, mode=b"0000666")
+            + (entry(b"d%d/e%d/g%d" % (i % 9, i % 5, i), typeflag=b"1",
+                     linkname=b"d%d/e%d/f%d" % (i % 9, i % 5, i)) if i % 3 == 0 else b"")
+            for i in range(3000)) + END)
+        dest = os.path.join(self.out, "root")
+        code = textwrap.dedent("""
+            import os, sys
+            dest, canary = sys.argv[1:]
+            number = 0
+            while os.path.exists(canary):
+                for path in ("d%d" % (number % 9), "d%d/e%d" % (number % 9, number % 5),
+                             "d%d/e%d/f%d" % (number % 9, number % 5, number % 3000)):
+                    path = os.path.join(dest, path)
+                    try:
+                        os.rename(path, path + ".away%d" % number)
+                        os.symlink(canary + "/secret" * path.count("/f"), path)
+                    except OSError:
+                        pass
+                number += 1
+            """)
+        swapped = 0
+        with subprocess.Popen([sys.executable, "-c", code, dest, self.canary]) as neighbour:
+            try:
+                for mode in ("--force", "--no-clean-on-error", "--clean-on-error"):
+                    for _ in range(4):
+                        if mode == "--force":
+                            os.makedirs(dest, exist_ok=True)
+                        done = subprocess.run(
+                            [sys.executable, SCRIPT, "-q", "--root", store.root, "image", "extract",
+                             "x", dest, mode, "--no-same-owner"], env=IDLE, timeout=60,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+                        self.assertIn(done.returncode, (0, 6), done.stderr)
+                        self.assertNotIn(b"Traceback", done.stderr)
+                        swapped += done.returncode == 6
+                        self.assertEqual(self._canary, snapshot(self.canary))
+                        subprocess.run(["rm", "-rf", dest], stderr=subprocess.DEVNULL, check=False)
+            finally:
+                neighbour.kill()
+        self.assertGreater(swapped, 0, "nothing was ever swapped in time")
+        with open(self.canary + "/secret", encoding="ascii") as file:
+            self.assertEqual("CANARY", file.read())
+
+    def test_cleaning_up_follows_no_link(self) -> None:
+        target = os.path.join(self.out, "root")
+        os.makedirs(target + "/a/b")
+        os.symlink(self.canary, target + "/a/link")
+        os.symlink(self.canary, target + "/link")
+        real = os.scandir
+
+        def scandir(fd: int) -> Any:
+            entries = contextlib.nullcontext(list(real(fd)))
+            if os.path.isdir(target + "/a/b") and not os.path.islink(target + "/a/b"):
+                os.rename(target + "/a", target + "/moved")  # after it was listed
+                os.symlink(self.canary, target + "/a")
+            return entries
+
+        with cstor.Target.at(target) as root, mock.patch.object(os, "scandir", scandir), \
+                self.assertRaises(OSError):
+            cstor.remove_content(root)
+        self.assertEqual(self._canary, snapshot(self.canary))
+        with cstor.Target.at(target) as root:
+            cstor.remove_content(root)
+        self.assertEqual([], os.listdir(target))
+        self.assertEqual(self._canary, snapshot(self.canary))
+
+
+def make_disk(folder: str, kind: str, size: int) -> str:
+    """Make a file system in a file and mount it; return where, after need() when it cannot be."""
+    image, place = os.path.join(folder, kind + ".img"), os.path.join(folder, kind)
+    with open(image, "wb") as file:
+        file.truncate(size)
+    os.mkdir(place)
+    more = {"xfs": ["-m", "reflink=1"], "ext4": ["-E", "lazy_itable_init=1"]}.get(kind, [])
+    for command in ([f"mkfs.{kind}", "-q", *more, image], ["mount", "-o", "loop", image, place]):
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              check=False)
+        need(done.returncode == 0, f"{' '.join(command[:1])}: {done.stderr.decode()}")
+    return place
+
+
+def unmount(place: str) -> None:
+    """Unmount a disk that make_disk() mounted, and remove its file."""
+    subprocess.run(["umount", place], check=True)
+    os.unlink(place + ".img")
+    os.rmdir(place)
+
+
+def unshared_extents(paths: Sequence[str]) -> List[str]:
+    """Return the files that have an extent which is no other file's as well, or none at all."""
+    found = []
+    for start in range(0, len(paths), 500):
+        done = subprocess.run(["filefrag", "-v", *paths[start:start + 500]], check=True,
+                              stdout=subprocess.PIPE, env={**os.environ, "LC_ALL": "C"})
+        for part in done.stdout.decode().split("File size of ")[1:]:
+            extents = re.findall(r"^ +\d+: .*$", part, re.MULTILINE)
+            if not extents or not all("shared" in extent for extent in extents):
+                found.append(part)
+    return found
+
+
+class Disks(StoreTest):
+    """Extraction on file systems of our own."""
+
+    disks: Dict[str, str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need(os.geteuid() == 0, "only root can mount")
+        need_tools("mkfs.xfs", "mkfs.btrfs", "mkfs.ext4", "btrfs", "mount", "umount", "filefrag")
+        folder = tempfile.TemporaryDirectory(prefix="cstor-disks-")
+        cls.addClassCleanup(folder.cleanup)
+        cls.disks = {}
+        for kind in ("xfs", "btrfs", "ext4"):
+            cls.disks[kind] = make_disk(folder.name, kind, 2 << 30)
+            cls.addClassCleanup(unmount, cls.disks[kind])
+        os.chmod(folder.name, 0o755)
+
+    def setUp(self) -> None:
+        super().setUp()
+        rng = random.Random(9)
+        self.files = {f"d{i % 5}/f{i}": rng.getrandbits(8 * size).to_bytes(size, "big")
+                      for i, size in enumerate([5000, 70_000, 1 << 20] * 12 + [1, 100, 3000])}
+        self.tar = make_tar(*self.files.items())
+
+    def place(self, kind: str, name: str) -> str:
+        """Return a path on a disk, which is removed at the end."""
+        path = os.path.join(self.disks[kind], name)
+        self.addCleanup(subprocess.run, ["rm", "-rf", path], check=True)
+        return path
+
+    def store(self, root: str, tar: bytes = b"") -> StoreBuilder:
+        """Make a store with one image."""
+        store = StoreBuilder(root)
+        store.image(store.layer(tar or self.tar), "localhost/x:latest")
+        store.save()
+        os.sync()
+        return store
+
+    @staticmethod
+    def used(kind_place: str) -> int:
+        """Return the bytes in use on a file system."""
+        fd = os.open(kind_place, os.O_RDONLY)
+        os.sync()
+        os.close(fd)
+        status = os.statvfs(kind_place)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def check_contents(self, out: str, count: int = -1) -> None:
+        """Compare the contents of all files that are there."""
+        found = {}
+        for folder, _, names in os.walk(out):
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    found[os.path.relpath(file.name, out)] = file.read()
+        self.assertEqual({name: self.files[name] for name in found}, found)
+        self.assertEqual(len(self.files) if count < 0 else count, len(found))
+
+    def test_reflinks_share_all_data(self) -> None:
+        for kind in ("xfs", "btrfs"):
+            with self.subTest(disk=kind):
+                store, out = self.store(self.place(kind, "store")), self.place(kind, "out")
+                unchanged = snapshot(store.root)
+                before = self.used(self.disks[kind])
+                with cstor.Storage.open(store.root) as storage:
+                    done = storage.image("x").extract(out, link_mode="reflink", verify=True)
+                grown = self.used(self.disks[kind]) - before
+                self.assertEqual(unchanged, snapshot(store.root))
+                size = sum(map(len, self.files.values()))
+                self.assertEqual((size, size, 0), tuple(done[key] for key in (
+                    "bytes", "bytes-reflinked", "bytes-copied")))
+                self.check_contents(out)
+                paths = [os.path.join(out, name) for name, data in self.files.items()
+                         if len(data) >= 4096]  # what is less lies beside the inode on btrfs
+                self.assertEqual([], unshared_extents(paths))
+                self.assertLess(grown, 1 << 20, f"of {size} bytes")
+
+    def test_copies_share_nothing_and_are_the_same(self) -> None:
+        store = self.store(self.place("xfs", "store"))
+        for kind, mode, why in (("ext4", "auto", "FICLONE: Invalid cross-device link"),
+                                ("btrfs", "auto", "FICLONE: Invalid cross-device link"),
+                                ("xfs", "copy", "--link-mode copy")):
+            out = self.place(kind, "out")
+            with cstor.Storage.open(store.root) as storage:
+                done = storage.image("x").extract(out, link_mode=mode, verify=True)
+            size = sum(map(len, self.files.values()))
+            self.assertEqual((0, size, [{"why": why, "files": len(self.files), "bytes": size}]),
+                             tuple(done[key] for key in ("bytes-reflinked", "bytes-copied",
+                                                         "refused")))
+            self.check_contents(out)
+
+    def test_holes_stay_holes_by_every_way(self) -> None:
+        size = 30 << 20
+        data = bytes(10 << 20) + b"x" * 5000 + bytes(size - (10 << 20) - 5000)
+        tar = make_tar(("sparse", data))
+        store = self.store(self.place("xfs", "store"), tar)
+        path = store.path("overlay", store.layers[0]["id"], "diff/sparse")
+        with open(path, "wb") as file:  # as partial pulls of zstd:chunked images leave it
+            os.pwrite(file.fileno(), b"x" * 5000, 10 << 20)
+            file.truncate(size)
+        for kind, mode in (("xfs", "reflink"), ("xfs", "copy"), ("ext4", "auto"),
+                           ("btrfs", "auto")):
+            out = self.place(kind, "sparse-" + mode)
+            with cstor.Storage.open(store.root) as storage:
+                storage.image("x").extract(out, link_mode=mode, verify=True)
+            status = os.stat(out + "/sparse")
+            self.assertEqual(size, status.st_size)
+            self.assertLess(status.st_blocks * 512, 1 << 20, (kind, mode))
+            with open(out + "/sparse", "rb") as content:
+                self.assertEqual(sha256(data), sha256(content.read()))
+
+    def test_flat_layers_and_mapped_copies_are_shared_too(self) -> None:
+        store = StoreBuilder(self.place("xfs", "store"))
+        layer = store.layer(make_tar(*self.files.items()))
+        diff = store.path("overlay", layer, "diff")
+        toc = []
+        for name, data in self.files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            store.write(f"overlay/{layer}/diff/{digest[:2]}/{digest[2:]}", data)
+            toc.append({"type": "reg", "name": name, "size": len(data),
+                        "digest": f"sha256:{digest}"})
+        for name in self.files:
+            os.unlink(os.path.join(diff, name))
+        os.makedirs(store.path("overlay", layer, "composefs-data"))
+        store.big_data(store.layers[0], "zstd-chunked-manifest",
+                       json.dumps({"version": 1, "entries": toc}).encode(), "layers")
+        store.image(layer, "localhost/x:latest")
+        store.save()
+        out = self.place("xfs", "out")
+        with cstor.Storage.open(store.root) as storage:
+            done = storage.image("x").extract(out, link_mode="reflink")
+        self.assertEqual(0, done["bytes-copied"])
+        self.check_contents(out)
+
+    def failing(self, store: StoreBuilder, out: str, code: int) -> None:
+        """An extraction that ends with an error of the target leaves no half file."""
+        with cstor.Storage.open(store.root) as storage, storage.image("x").tree() as tree:
+            for clean in (True, False):
+                with self.assertRaises(OSError) as caught:
+                    cstor.extract_tree(tree, out, clean=clean, link_mode="copy")
+                self.assertEqual(code, caught.exception.errno)
+                self.assertTrue(str(caught.exception.filename).startswith(out))
+                self.assertEqual(not clean, os.path.isdir(out))
+            count = sum(len(files) for _, _, files in os.walk(out))
+            self.assertGreater(count, 0)
+            self.check_contents(out, count)
+            subprocess.run(["rm", "-rf", out], check=True)
+
+    def test_a_full_disk(self) -> None:
+        store = self.store(os.path.join(self.dir, "store"))
+        with tempfile.TemporaryDirectory() as folder:
+            for kind, size in (("ext4", 8 << 20), ("btrfs", 110 << 20), ("xfs", 300 << 20)):
+                place = make_disk(folder, kind, size)
+                try:
+                    status = os.statvfs(place)
+                    with open(place + "/filler", "wb") as file:  # all but some 3 MB
+                        file.write(bytes(max(0, status.f_bavail * status.f_frsize - (3 << 20))))
+                    os.sync()
+                    self.failing(store, place + "/out", errno.ENOSPC)
+                finally:
+                    unmount(place)
+
+    def test_a_quota(self) -> None:
+        store = self.store(os.path.join(self.dir, "store"))
+        with tempfile.TemporaryDirectory() as folder:
+            place = make_disk(folder, "btrfs", 1 << 30)  # whose quotas hold for root as well
+            try:
+                for command in (["subvolume", "create", place + "/home"],
+                                ["quota", "enable", place],
+                                ["qgroup", "limit", "3m", place + "/home"]):
+                    subprocess.run(["btrfs", *command], stdout=subprocess.DEVNULL, check=True)
+                self.failing(store, place + "/home/out", errno.EDQUOT)
+            finally:
+                unmount(place)
+
+    def test_an_xattr_that_is_too_long(self) -> None:
+        tar = pax({b"SCHILY.xattr.user.big": b"x" * 60_000}) + entry(b"f", b"1") + END
+        store = self.store(os.path.join(self.dir, "store"), tar)
+        out = self.place("ext4", "out")
+        done = self.run_cstor("--root", store.root, "image", "extract", "x", out, status=6)
+        self.assertIn(f"{out}/f: xattr user.big of 60000 bytes: No space left".encode(),
+                      done.stderr)
+
+    def test_a_read_only_target(self) -> None:
+        store = self.store(os.path.join(self.dir, "store"))
+        place = self.place("ext4", "ro")
+        os.makedirs(place + "/out")
+        subprocess.run(["mount", "--bind", place, place], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+            for name in ("new", "out"):
+                done = self.run_cstor("--root", store.root, "image", "extract", "x",
+                                      f"{place}/{name}", status=6)
+                self.assertRegex(done.stderr.decode(), f"{place}/{name}.*: Read-only file system")
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+    def test_other_mounts_of_one_file_system(self) -> None:
+        """A bind mount between store and target is no reason to copy (Linux 5.18), nor to fail."""
+        store = self.store(self.place("xfs", "store"))
+        out = self.place("xfs", "out")
+        os.mkdir(out)
+        subprocess.run(["mount", "--bind", out, out], check=True)
+        try:
+            with cstor.Storage.open(store.root) as storage:
+                done = storage.image("x").extract(out)
+                self.check_contents(out)
+            self.assertEqual(sum(map(len, self.files.values())),
+                             done["bytes-reflinked"] + done["bytes-copied"])
+        finally:
+            subprocess.run(["umount", out], check=True)
 
 
 # ================================================================================================
@@ -4095,7 +5481,8 @@ class LookingInside(StoreTest):
             self.assertEqual(["d", "d/.wh..wh..opq", "d/.wh.x"], members.getnames())
         done = self.run_cstor("--root", store.root, "layer", "cp", layer + ":/d",
                               os.path.join(self.dir, "d"))
-        self.assertIn(b"whiteout: /d/x", done.stderr)
+        self.assertEqual(["/d/.wh..wh..opq", "/d/.wh.x"], [
+            line.rpartition("whiteout: ")[2] for line in done.stderr.decode().splitlines()])
 
     def test_names_are_taken_as_they_are_or_as_json_spells_them(self) -> None:
         store = StoreBuilder(os.path.join(self.dir, "names"))
@@ -4225,6 +5612,28 @@ class RealStores(unittest.TestCase):
                                 files += 1
         self.assertEqual(13, layers)
         self.assertGreater(files, layers)
+
+    def test_everything_is_extracted(self) -> None:
+        """Composefs objects, owners of a rootless store, containers with a changed layer."""
+        count, out = 0, os.path.join(self.dir, "out")
+        for name, root in self.roots.items():
+            before = snapshot(root)
+            with cstor.Storage.open(root + "/st", runroot=root + "/run") as storage:
+                things: List[Any] = [*storage.images(), *storage.containers()]
+                for thing in things:
+                    if isinstance(thing, cstor.Container) and thing.state.get("rootfs"):
+                        continue  # its directory is not in the archive
+                    with self.subTest(store=name, thing=thing.title), thing.tree() as tree:
+                        done = thing.extract(out, verify=True)
+                        self.assertEqual([], tree_differences(out, tree))
+                        self.assertEqual(({}, []), (done["unset"], done["left-out"]))
+                        self.assertEqual(sum(node.size for _, node, first in tree.walk()
+                                             if node.type == "reg" and first is None),
+                                         done["bytes"])
+                        shutil.rmtree(out)
+                        count += 1
+            self.assertEqual(before, snapshot(root))
+        self.assertEqual(13, count)
 
     def test_one_image_has_one_toc_wherever_it_lies(self) -> None:
         """As root, rootless, by composefs, from schema1: the headers say what the files are."""
@@ -5140,25 +6549,33 @@ def seen_in_tree(tree: cstor.Tree) -> Tuple[Dict[bytes, Dict[str, Any]], set[fro
     return found, {frozenset(group) for group in groups.values()}
 
 
-def tree_differences(mount: str, tree: cstor.Tree) -> List[Any]:
-    """Return (path, field, in the mount, in the tree) for all that differs.
+Seen = Tuple[Dict[bytes, Dict[str, Any]], "set[frozenset[bytes]]"]
+
+
+def differences(a: Seen, b: Seen) -> List[Any]:
+    """Return (path, field, in a, in b) for all that differs.
 
     Only the time of a directory that has no entry in the tar is passed over: nobody knows it.
     """
-    (left, left_groups), (right, right_groups) = seen_on_disk(mount), seen_in_tree(tree)
+    (left, left_groups), (right, right_groups) = a, b
     found: List[Any] = []
     for path in sorted(left.keys() | right.keys()):
-        mounted, ours = left.get(path), right.get(path)
-        if mounted is None or ours is None:
-            found.append((path, "missing", mounted is None, ours is None))
+        one, other = left.get(path), right.get(path)
+        if one is None or other is None:
+            found.append((path, "missing", one is None, other is None))
             continue
-        if ours.pop("implicit", False):
-            del ours["mtime"], mounted["mtime"]
-        found += [(path, field, mounted[field], ours[field]) for field in ours
-                  if ours[field] != mounted[field]]
+        implicit = one.get("implicit") or other.get("implicit")
+        found += [(path, field, one[field], other[field]) for field in one
+                  if field != "implicit" and not (implicit and field == "mtime")
+                  and one[field] != other[field]]
     found += [(b"", "groups", group in left_groups, group in right_groups)
               for group in left_groups ^ right_groups]
     return found
+
+
+def tree_differences(mount: str, tree: cstor.Tree) -> List[Any]:
+    """Return what differs between a directory and a tree."""
+    return differences(seen_on_disk(mount), seen_in_tree(tree))
 
 
 def put(path: str, data: bytes = b"") -> None:
@@ -5400,6 +6817,7 @@ class RealTree(unittest.TestCase):
 
     maxDiff = None
     folder: tempfile.TemporaryDirectory[str]
+    disks: Dict[str, str] = {}
     store: Store
     refused: Dict[str, str]
     mounts: Dict[str, str]
@@ -5440,10 +6858,11 @@ class RealTree(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         need(os.geteuid() == 0, "only root can run podman on a store of its own")
-        need_tools("podman", "buildah", "skopeo", "tar", "umount")
+        need_tools("podman", "buildah", "skopeo", "tar", "mount", "umount", "mkfs.xfs",
+                   "mkfs.btrfs", "mkfs.ext4", "filefrag")
         cls.folder = tempfile.TemporaryDirectory(prefix="cstor-tree-", dir=cls.fast_folder())
         cls.addClassCleanup(cls.folder.cleanup)
-        cls.stores = []
+        cls.disks, cls.stores = {}, []
         cls.addClassCleanup(cls.close_stores)
         cls.store = cls.make_store("store")
         images = {**dict(odd_tars()), **gone_tars()}
@@ -5461,6 +6880,10 @@ class RealTree(unittest.TestCase):
                 cls.refused[name] = str(error)
         for (name, folder, links), make in zip(cls.LARGE, (debian_tree, rpm_tree)):
             cls.grow(name, make, folder, links)
+        for kind in ("xfs", "btrfs", "ext4"):
+            cls.disks[kind] = make_disk(cls.folder.name, kind, 6 << 30)
+            cls.addClassCleanup(unmount, cls.disks[kind])
+        cls.copy_store()
         lines = json.loads(cls.store.podman("image", "mount", "-a", "--format", "json"))
         cls.mounts = {name.split("/")[1].split(":")[0]: line["mountpoint"]
                       for line in lines for name in line["Repositories"]}
@@ -5470,13 +6893,30 @@ class RealTree(unittest.TestCase):
         """Return a tmpfs that has user's xattrs (Linux 6.6): five times as fast as a disk."""
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             os.setxattr(file.name, "user.x", b"1")
-            if shutil.disk_usage("/dev/shm").free > 2 << 30:
+            if shutil.disk_usage("/dev/shm").free > 4 << 30:
                 return "/dev/shm"
         return None
 
     @classmethod
     def path(cls, name: str) -> str:
         return os.path.join(cls.folder.name, name)
+
+    @classmethod
+    def copy_store(cls) -> None:
+        """Copy the store, but for most large layers, to XFS, where files can be shared.
+
+        podman could not have pulled all there: XFS knows no devices with minor numbers over 2^18.
+        """
+        top = os.path.join(cls.disks["xfs"], "store")
+        os.makedirs(top + "/overlay")
+        with cstor.Storage.open(cls.store.root) as storage:
+            wanted = {layer.id for image in storage.images() for layer in image.layers()
+                      if not image.title.startswith(("localhost/debian", "localhost/rpm-1"))}
+        names = [name for name in os.listdir(cls.store.root) if name != "overlay"]
+        names += [f"overlay/{name}" for name in ("l", *wanted)]
+        for name in names:
+            subprocess.run(["cp", "-a", name, os.path.join(top, name)], cwd=cls.store.root,
+                           stderr=subprocess.DEVNULL, check=False)
 
     @classmethod
     def make_store(cls, name: str, *options: str) -> Store:
@@ -5655,6 +7095,97 @@ class RealTree(unittest.TestCase):
                             sorted(target.children), range(5), range(5))]
         return paths
 
+    # -- extraction ------------------------------------------------------------------------------
+
+    def extracted(self, mount: str, kind: str, thing: Any, **options: Any) -> Dict[str, Any]:
+        """Extract an image or container to a disk, and compare it with what is mounted."""
+        out = os.path.join(self.disks[kind], "out")
+        try:
+            done: Dict[str, Any] = thing.extract(out, **options)
+            expected, found = seen_on_disk(mount), seen_on_disk(out)
+            with thing.tree() as tree:
+                for path, node, _ in tree.walk():
+                    if node.implicit:
+                        found[0][path]["implicit"] = True
+            if kind != "btrfs":  # no time before 1901 can be kept
+                for row in expected[0].values():
+                    row["mtime"] = max(row["mtime"], -(1 << 31) * 10**9)
+            self.assertEqual([], differences(expected, found))
+        finally:
+            subprocess.run(["rm", "-rf", out], check=True)
+        return done
+
+    def test_extracted_images(self) -> None:
+        """On three file systems: by reflink beside the store, elsewhere by copying."""
+        large = {"debian-3": ("ext4",) if FULL else (), "rpm-3": ("xfs",)}
+        copy = cstor.Storage.open(os.path.join(self.disks["xfs"], "store"))
+        self.addCleanup(copy.close)
+        for name, mount in self.mounts.items():
+            if name.startswith("other-") or name[4:] in self.OTHERWISE:
+                continue
+            kinds = large.get(name, ()) if name.startswith(("debian", "rpm")) else self.disks
+            for kind in kinds:
+                with self.subTest(image=name, disk=kind):
+                    image = copy.image(f"localhost/{name}") if kind == "xfs" else self.image(name)
+                    if (name, kind) == ("stack-devices", "xfs"):
+                        with self.assertRaisesRegex(OSError, "Invalid argument.*/out/[12]"):
+                            image.extract(os.path.join(self.disks[kind], "out"))
+                        continue
+                    done = self.extracted(mount, kind, image, verify=kind != "ext4")
+                    self.assertEqual(done["bytes"], done["bytes-reflinked" if kind == "xfs"
+                                                         else "bytes-copied"])
+                    self.assertEqual(({}, []), (done["unset"], done["left-out"]))
+
+    def test_extracted_images_that_podman_shows_otherwise(self) -> None:
+        """They are as the tree is, which is compared with podman's mount elsewhere."""
+        out = os.path.join(self.disks["ext4"], "out")
+        for name in self.OTHERWISE:
+            with self.subTest(image=name), self.image(f"other-{name}").tree() as tree:
+                cstor.extract_tree(tree, out)
+                self.assertEqual([], tree_differences(out, tree))
+                subprocess.run(["rm", "-rf", out], check=True)
+
+    def test_extracted_layers(self) -> None:
+        """A layer's files, with whiteouts spelled as in its tar: the names that tar lists."""
+        out = os.path.join(self.disks["xfs"], "out")
+        for name in ("debian-3", "rpm-2", "stack-whiteouts", "stack-opaque-then-more"):
+            for layer in self.image(name).layers()[1:]:
+                with self.subTest(image=name, layer=layer.id):
+                    layer.extract(out)
+                    expected = {cstor.clean_name(member.name) for member in layer.members()
+                                if b"no/.wh.where" not in member.name}
+                    for path in list(expected):
+                        while b"/" in path:  # parents that have no entry
+                            path = path.rpartition(b"/")[0]
+                            expected.add(path)
+                    self.assertEqual(expected, set(seen_on_disk(out)[0]) - {b""})
+                    subprocess.run(["rm", "-rf", out], check=True)
+
+    def test_an_image_that_is_removed_meanwhile(self) -> None:
+        out = os.path.join(self.disks["ext4"], "out")
+        with open(self.path("doomed.tar"), "wb") as file:
+            file.write(make_tar(*((f"d{i % 9}/f{i}", b"%d" % i) for i in range(2000))))
+        for when in (0, 5):
+            self.store.podman("import", "-q", self.path("doomed.tar"), "localhost/doomed")
+            real = cstor.Extraction._make_batch
+            calls: List[int] = []
+
+            def remove(extraction: cstor.Extraction, batch: List[Any], when: int = when,
+                       calls: List[int] = calls, real: Any = real) -> None:
+                if len(calls) == when:
+                    self.store.podman("rmi", "-f", "localhost/doomed")
+                calls.append(1)
+                real(extraction, batch)
+
+            with cstor.Storage.open(self.store.root) as storage, \
+                    storage.image("localhost/doomed").tree() as tree, \
+                    mock.patch.object(cstor.Extraction, "_make_batch", remove), \
+                    self.assertRaisesRegex(cstor.LayerUnknown,
+                                           r"removed while (it was|.*d\d/f\d)"):
+                cstor.extract_tree(tree, out, workers=1)
+            self.assertEqual(when + 1, len(calls))
+            self.assertFalse(os.path.lexists(out))
+
     # -- containers ------------------------------------------------------------------------------
 
     def container(self, store: Store, name: str, changes: Sequence[Callable[[str], None]],
@@ -5674,6 +7205,9 @@ class RealTree(unittest.TestCase):
             top = store.podman("mount", identity).strip()
             with self.subTest(container=name, mounted="again"):
                 self.same(top, container.tree())
+            for kind in ("xfs", "ext4"):
+                with self.subTest(container=name, extracted=kind):
+                    self.extracted(top, kind, container)
         found: Dict[str, int] = {}
         for place, names, files in os.walk(f"{store.root}/overlay/{container.layer}/diff"):
             for base in names + files:
@@ -5761,8 +7295,14 @@ def make_bench_tar(path: str) -> None:
                 count += 1
 
 
-def timed(command: Sequence[str], pipe: bool) -> float:
-    """Run a command into /dev/null, or through a pipe; return the seconds it takes."""
+def timed(command: Sequence[str], pipe: bool, made: Sequence[str]) -> float:
+    """Run a command into /dev/null, or through a pipe; return the seconds it takes.
+
+    What it makes is removed before.
+    """
+    if made:
+        subprocess.run(["rm", "-rf", *made], check=True)
+        os.sync()
     start = time.monotonic()
     reader = None
     if pipe:
@@ -5776,11 +7316,11 @@ def timed(command: Sequence[str], pipe: bool) -> float:
 
 
 def compare(title: str, ours: Sequence[str], peer: Sequence[str], target: float, *,
-            pipe: bool = False, runs: int = 7) -> None:
+            pipe: bool = False, runs: int = 7, made: Sequence[str] = ()) -> None:
     """Run two commands in turn and print the medians, and the median of the ratios."""
     for command in (ours, peer):
-        timed(command, pipe)
-    pairs = [(timed(ours, pipe), timed(peer, pipe)) for _ in range(runs)]
+        timed(command, pipe, made)
+    pairs = [(timed(ours, pipe, made), timed(peer, pipe, made)) for _ in range(runs)]
 
     def median(values: Iterable[float]) -> float:
         return sorted(values)[runs // 2]
@@ -5809,12 +7349,40 @@ def bench(where: str = "") -> int:
         try:
             subprocess.run([*podman, "import", "-q", archive, "localhost/bench"], check=True,
                            stdout=subprocess.DEVNULL)
-            os.unlink(archive)
             bench_rows(root, run, podman)
+            for kind in ("xfs", "btrfs", "ext4"):
+                bench_extract(directory, kind, archive)
         finally:
             subprocess.run(["umount", "-l", os.path.join(root, "overlay")],
                            stderr=subprocess.DEVNULL)
     return 0
+
+
+def bench_extract(directory: str, kind: str, archive: str) -> None:
+    """Extract the image on a file system of its own, beside cp and the tools for OCI images."""
+    try:
+        place = make_disk(directory, kind, 8 << 30)
+    except (unittest.SkipTest, AssertionError, FileNotFoundError) as error:
+        print(f"no extraction on {kind}: {error}")
+        return
+    store = Store(place)
+    out, layout, bundle = (os.path.join(place, name) for name in ("out", "layout", "bundle"))
+    try:
+        store.podman("import", "-q", archive, "localhost/bench")
+        with cstor.Storage.open(store.root) as storage:
+            diff = os.path.join(store.root, "overlay", storage.layers()[0].id, "diff")
+        ours = [sys.executable, SCRIPT, "--root", store.root, "image", "extract", "bench", out]
+        how = "--reflink=auto" if kind == "ext4" else "--reflink=always"
+        compare(f"image extract on {kind} / cp -a {how}", ours, ["cp", "-a", how, diff, out], 1.0,
+                made=[out])
+        if kind == "xfs" and shutil.which("skopeo") and shutil.which("umoci"):
+            steps = (f"skopeo copy -q 'containers-storage:[overlay@{store.root}+{store.runroot}]"
+                     f"localhost/bench' oci:{layout}:b && umoci unpack --image {layout}:b {bundle}")
+            compare("image extract on xfs / skopeo copy, umoci unpack", ours, ["sh", "-c", steps],
+                    0.15, runs=3, made=[out, layout, bundle])
+    finally:
+        store.close()
+        unmount(place)
 
 
 def bench_rows(root: str, run: str, podman: Sequence[str]) -> None:
