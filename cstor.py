@@ -43,9 +43,10 @@ Sections, each built only from those above it:
     10 tar headers         types, sizes, owners, times, links, xattrs
     11 tar-split           entries, members, pieces; writing and verifying the tar
     12 tree                the merged view: walk, look up, read, compare; table of contents
-    13 extract             files out into a directory, by reflink, or as a tar
-    14 library             Storage, Image, Layer, Container
-    15 command line        output, progress, one function per command
+    13 extract             files out into a directory, by reflink
+    14 archives            OCI layout, docker-archive, oci-archive, a tree as a tar
+    15 library             Storage, Image, Layer, Container
+    16 command line        output, progress, one function per command
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -122,6 +123,13 @@ CONTAINER_STATE = ("unknown", "created", "initialized", "running", "stopped", "p
 # Media types of manifests.
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"  # +gzip, +zstd
+
+# Annotations: the name of an image in an OCI layout, and what a manifest was made from.
+REF_NAME = "org.opencontainers.image.ref.name"
+ORIGINAL_DIGEST = "dev.cstor.original-manifest-digest"
 
 # tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU).
 BLOCK = 512
@@ -5310,7 +5318,7 @@ def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterat
         # A terminal tells all of a group; we hear from the parent, by SIGTERM.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _stop_worker)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             gc.disable()  # it would touch, and so copy, all memory that we share
@@ -5324,6 +5332,13 @@ def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterat
         write_all(write_fd, answer)
     finally:
         os._exit(0)
+
+
+def _stop_worker(number: int, _: object) -> NoReturn:
+    import signal
+
+    signal.signal(number, signal.SIG_IGN)  # one is enough: what is half is removed now
+    raise KeyboardInterrupt
 
 
 def pack_error(error: BaseException) -> Tuple[Any, ...]:
@@ -5380,6 +5395,14 @@ def default_workers() -> int:
     if threading and threading.active_count() > 1:
         return 1
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
+def unlink_quietly(dir_fd: int, name: bytes) -> None:
+    """Remove a file, if it is there."""
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        pass
 
 
 class _LeftOut(Exception):
@@ -5552,26 +5575,20 @@ class Extraction:
                     os.close(fd)
 
     def _make(self, create: Callable[..., None], dir_fd: int, base: bytes, *args: Any) -> None:
-        """Let ``create`` make a file; one in its place is replaced when the new one is whole."""
-        try:
+        """Let ``create`` make a file; where files may be, it takes its place when it is whole."""
+        if not self.merge:
             create(dir_fd, base, *args)
             return
-        except FileExistsError:
-            if not self.merge:
-                raise
         place = b".cstor-%s.partial" % os.urandom(6).hex().encode()
-        create(dir_fd, place, *args)
         try:
+            create(dir_fd, place, *args)
             try:
                 os.rename(place, base, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
             except IsADirectoryError:
                 os.rmdir(base, dir_fd=dir_fd)
                 os.rename(place, base, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-        finally:
-            try:  # after an error, and where both are names of one file: rename(2) does nothing
-                os.unlink(place, dir_fd=dir_fd)
-            except FileNotFoundError:
-                pass
+        finally:  # also where both are names of one file: rename(2) does nothing then
+            unlink_quietly(dir_fd, place)
 
     def _link(self, dir_fd: int, base: bytes, from_fd: int, name: bytes) -> None:
         os.link(name, base, src_dir_fd=from_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
@@ -5590,19 +5607,23 @@ class Extraction:
     def _create_regular(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
         # Made as open as it will be only when it is ours to the end: then nothing is left to set.
         ours = not node.extra and self._owner(node) == self._us
-        new = os.open(base, OPEN_NEW_FILE ^ (os.O_WRONLY ^ os.O_RDWR) * self.verify,
-                      node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
+        new = -1
         try:
+            new = os.open(base, OPEN_NEW_FILE ^ (os.O_WRONLY ^ os.O_RDWR) * self.verify,
+                          node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
             if node.size:
                 self._fill(new, node, fd)
             status = os.fstat(new)
             self._check(new, status, node)
             self._describe(new, status, node)
-        except BaseException:
-            os.unlink(base, dir_fd=dir_fd)
+        except FileExistsError:
+            raise
+        except BaseException:  # a signal can come before the descriptor is ours
+            unlink_quietly(dir_fd, base)
             raise
         finally:
-            os.close(new)
+            if new >= 0:
+                os.close(new)
 
     def _fill(self, new: int, node: Node, fd: int) -> None:
         devices = self._devices.get(node.tree)
@@ -5688,7 +5709,7 @@ class Extraction:
             else:
                 self._describe(place, status, node)
         except BaseException:
-            os.unlink(base, dir_fd=dir_fd)
+            unlink_quietly(dir_fd, base)
             raise
         finally:
             if fd >= 0:
@@ -6011,6 +6032,600 @@ def copy_content(tree: Tree, node: Node, fd: int) -> None:
         os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
 
 
+# ================================================================================================
+# 14. Archives
+#
+# What leaves for other tools.  An OCI layout is a directory: "oci-layout", "index.json" with a
+# descriptor (media type, digest, size) of each manifest, and blobs named by their sha256.  A
+# docker-archive is a tar of layers' tars, configurations and "manifest.json".  All is written as a
+# stream: what a tar needs to know beforehand, digests and sizes, stands in the layers' records, and
+# is checked when the layer has gone through.  A configuration is written as it is stored, so that
+# the image keeps its ID; a manifest, when it already describes just these blobs.
+# ================================================================================================
+
+LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
+COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # the ends of layers' media types
+
+
+def compact_json(value: Any) -> bytes:
+    """Return JSON without spaces, the same bytes for the same value."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def source_date_epoch() -> int:
+    """Return SOURCE_DATE_EPOCH in nanoseconds, for times that are ours to choose; else 1970."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "") or "0"
+    if not re.fullmatch(r"\d{1,11}", text):
+        raise CstorError(f'SOURCE_DATE_EPOCH is no number of seconds: "{display(text)}"')
+    return int(text) * 10**9
+
+
+class GzipWriter:
+    """Compresses what is written to it in several threads, and passes it on to ``write``.
+
+    Blocks are compressed for themselves, each with the end of the one before as its dictionary, as
+    pigz does: the bytes depend on the level and on zlib, but on no number of threads.  The header
+    holds neither name nor time.
+    """
+
+    BLOCK_SIZE = 256 << 10
+    DICTIONARY = 32 << 10
+
+    def __init__(self, write: Callable[[bytes], object], level: int = 6) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._write, self._level = write, level
+        threads = min(os.cpu_count() or 1, 16)
+        self._pool, self._most = ThreadPoolExecutor(threads), 2 * threads
+        self._blocks: List[Any] = []  # futures of compressed blocks
+        self._buffer, self._before = bytearray(), b""
+        self._crc = self._size = 0
+        write(b"\x1f\x8b\x08\0\0\0\0\0%c\xff" % {1: 4, 9: 2}.get(level, 0))
+
+    def write(self, data: Union[bytes, memoryview]) -> int:
+        """Take uncompressed bytes; they may be changed afterwards."""
+        self._buffer += data
+        while len(self._buffer) > self.BLOCK_SIZE:
+            self._compress(bytes(self._buffer[:self.BLOCK_SIZE]), last=False)
+            del self._buffer[:self.BLOCK_SIZE]
+        return len(data)
+
+    def _compress(self, block: bytes, *, last: bool) -> None:
+        self._crc = zlib.crc32(block, self._crc)
+        self._size += len(block)
+        self._blocks.append(self._pool.submit(self._deflate, block, self._before, last))
+        self._before = block[-self.DICTIONARY:]
+        while self._blocks and (last or len(self._blocks) > self._most):
+            self._write(self._blocks.pop(0).result())
+
+    def _deflate(self, block: bytes, dictionary: bytes, last: bool) -> bytes:
+        deflate = zlib.compressobj(self._level, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY,
+                                   dictionary)
+        return deflate.compress(block) + deflate.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
+
+    def finish(self) -> None:
+        """Write what is left and the trailer."""
+        self._compress(bytes(self._buffer), last=True)
+        self._write(self._crc.to_bytes(4, "little") + (self._size % 2**32).to_bytes(4, "little"))
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; harmless when repeated."""
+        self._pool.shutdown()
+
+
+class ZstdWriter:
+    """Compresses by Python's compression.zstd (3.14), or else by the program zstd.
+
+    Raises Unsupported when there is neither.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], level: int = 3) -> None:
+        self._write = write
+        self._program: Any = None
+        try:
+            import importlib
+
+            self._compressor: Any = importlib.import_module("compression.zstd").ZstdCompressor(
+                level)
+        except ImportError:
+            self._start(level)
+
+    def _start(self, level: int) -> None:
+        import subprocess
+        import threading
+
+        try:
+            self._program = subprocess.Popen(["zstd", "-q", "-c", f"-{level}", "-T0"],
+                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except FileNotFoundError:
+            raise Unsupported("no zstd: neither Python 3.14 nor the program zstd is here",
+                              hint="--compress gzip needs nothing") from None
+        self._error: Optional[BaseException] = None
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def _pass_on(self) -> None:
+        try:
+            for data in iter(lambda: self._program.stdout.read(CHUNK), b""):
+                self._write(data)
+        except BaseException as error:  # handed over in finish()
+            self._error = error
+            self._program.kill()
+
+    def write(self, data: Union[bytes, memoryview]) -> int:
+        """Take uncompressed bytes."""
+        if not self._program:
+            self._write(self._compressor.compress(data))
+        else:
+            try:
+                self._program.stdin.write(data)
+            except BrokenPipeError:
+                self.finish()  # says why
+        return len(data)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        if not self._program:
+            self._write(self._compressor.flush())
+            return
+        try:
+            self._program.stdin.close()
+        except BrokenPipeError:
+            pass
+        self._thread.join()
+        status = self._program.wait()
+        self._program.stdout.close()
+        if self._error or status:
+            raise self._error or CstorError(f"zstd failed with status {status}")
+
+    def close(self) -> None:
+        """End the program; harmless when repeated."""
+        if self._program and self._program.returncode is None:
+            self._program.kill()
+            self._program.wait()
+            self._program.stdin.close()
+            self._thread.join()
+            self._program.stdout.close()
+
+
+def parse_compression(text: str) -> Tuple[str, int]:
+    """Return the kind and level of ``none``, ``gzip[:1-9]`` or ``zstd[:1-19]``; ValueError."""
+    match = re.fullmatch(r"none|gzip(?::([1-9]))?|zstd(?::(1?[1-9]|10))?", text)
+    if not match:
+        raise ValueError(f'expected none, gzip[:1 to 9] or zstd[:1 to 19], got "{text}"')
+    kind = text.partition(":")[0]
+    return kind, int(match[1] or match[2] or {"none": 0, "gzip": 6, "zstd": 3}[kind])
+
+
+# -- descriptions of images ----------------------------------------------------------------------
+
+def descriptor(media_type: str, digest: str, size: int) -> Dict[str, Any]:
+    """Return an OCI content descriptor."""
+    return {"mediaType": media_type, "digest": digest, "size": size}
+
+
+def layer_blob(layer: LayerRecord) -> Tuple[str, int]:
+    """Return (digest, size) of a layer's tar: as recorded, or by making it once into nothing."""
+    if layer.diff_digest.startswith("sha256:") and (layer.diff_size > 0
+                                                    or layer.diff_digest == sha256_digest(b"")):
+        return layer.diff_digest, layer.diff_size
+    counter = _Counter()
+    return export_layer(layer, counter), counter.size  # type: ignore[arg-type]
+
+
+class _Counter:
+    """A target that takes everything and keeps its length."""
+
+    size = 0
+
+    def write(self, data: memoryview) -> int:
+        self.size += len(data)
+        return len(data)
+
+
+def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
+    """Return an image's configuration, whose DiffIDs must be those of its layers.
+
+    Raises IntegrityError when they are not, and as ImageRecord.config() does.
+    """
+    rootfs = image.config().get("rootfs")
+    wanted = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if (wanted or []) != list(digests):
+        raise IntegrityError(f"image {image.id}: its layers are not those that its configuration "
+                             "names", expected=" ".join(map(str, as_list(wanted))),
+                             actual=" ".join(digests))
+    return image.config_bytes()
+
+
+def platform_of(image: ImageRecord, listed: Optional[ImageRecord] = None) -> Dict[str, Any]:
+    """Return an image's platform for a descriptor, as a manifest list or its own words say it."""
+    for entry in as_list(listed.manifest().get("manifests")) if listed else ():
+        if isinstance(entry, dict) and str(entry.get("digest")) in image.digests \
+                and isinstance(entry.get("platform"), dict):
+            return dict(entry["platform"])
+    config = image.config()
+    return {key: config[key] for key in ("architecture", "os", "os.version", "os.features",
+                                         "variant") if config.get(key)}
+
+
+def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[Dict[str, Any]]) -> bytes:
+    """Return the manifest of an image whose layers are the blobs ``layers``.
+
+    It is the stored one, byte for byte, if that is an OCI manifest of just these blobs; else one is
+    made, with the stored one's digest in an annotation.
+    """
+    data = image.manifest_bytes()
+    stored = image.manifest()
+    found = stored.get("config")
+    old = found if isinstance(found, dict) else {}
+    kind = old.get("mediaType", "")
+    is_oci = stored.get("mediaType", OCI_MANIFEST) == OCI_MANIFEST and "fsLayers" not in stored \
+        and not kind.startswith("application/vnd.docker.")
+    blobs = [{key: layer.get(key) for key in ("mediaType", "digest", "size")}
+             for layer in as_list(stored.get("layers")) if isinstance(layer, dict)]
+    if is_oci and old.get("digest") == sha256_digest(config) and blobs == list(layers):
+        return data
+    before = image.digest if stored.get("schemaVersion") == 1 else sha256_digest(data)
+    kept = stored.get("annotations") if is_oci else None
+    return compact_json({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+        "config": descriptor(kind if is_oci and kind else OCI_CONFIG, sha256_digest(config),
+                             len(config)),
+        "layers": list(layers),
+        "annotations": {**(kept if isinstance(kept, dict) else {}), ORIGINAL_DIGEST: before}})
+
+
+def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
+    """Return the index of a manifest list whose instances are ``manifests``, as oci_manifest()."""
+    data = image.manifest_bytes()
+    stored = image.manifest()
+    found = [(entry.get("digest"), entry.get("size")) for entry in as_list(stored.get("manifests"))
+             if isinstance(entry, dict)]
+    if stored.get("mediaType", OCI_INDEX) == OCI_INDEX \
+            and found == [(entry["digest"], entry["size"]) for entry in manifests]:
+        return data
+    return compact_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests),
+                         "annotations": {ORIGINAL_DIGEST: sha256_digest(data)}})
+
+
+def choose_instances(image: ImageRecord, platform: str, every: bool) -> List[ImageRecord]:
+    """Return the images that stand for ``image``: one, of a list that of a platform, or all.
+
+    ``platform`` is os/arch[/variant] or "" for this machine.  Raises NotFound, Unsupported.
+    """
+    if not image.is_list:
+        have = "/".join(str(platform_of(image).get(key, "")) for key in (
+            "os", "architecture", "variant")).rstrip("/") if platform else ""
+        if platform and not (have + "/").startswith(platform + "/"):
+            raise NotFound(f"image {image.title} is for {have}, not {platform}")
+        return [image]
+    instances = image.instances()
+    if not every and not platform:
+        return [image.single()]
+    found = [instance for name, instance in instances
+             if every or (name + "/").startswith(platform + "/")]
+    if not found:
+        raise NotFound(f"image {image.title} has no instance {platform or 'in the storage'}",
+                       hint="here: " + (", ".join(name for name, _ in instances) or "none"))
+    return found if every else found[:1]
+
+
+# -- OCI layout ----------------------------------------------------------------------------------
+
+class OciLayout:
+    """An OCI layout that images are added to.  A context manager.
+
+    While it is open it is locked (flock(2) on the directory) against others of its kind, and after
+    an error it is as it was before; a layout that was made is removed.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._made, self._mode = False, 0
+        self._added: List[bytes] = []  # paths, in the order that they were made
+        self._lock = -1
+
+    def __enter__(self) -> OciLayout:
+        target: Optional[Target] = None
+        try:
+            with SignalsHeld():
+                self._made = not os.path.lexists(self.directory)
+                target, self._mode = make_target(self.directory) if self._made \
+                    else (Target.at(self.directory), 0)
+                self.target = target
+            self._prepare()
+        except BaseException as error:
+            if target:
+                self.__exit__(type(error), error)
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        self._lock = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        names = self.target.listdir(b".")
+        if not is_at(self.target, self.directory):
+            raise CstorError(f"{self.directory} was removed by another writer that failed",
+                             hint="try again")
+        if names and b"oci-layout" not in names and set(names) != {b"blobs"}:
+            raise CstorError(f"{self.directory} is no OCI layout, and not empty")
+        for folder in (b"blobs", b"blobs/sha256"):
+            if not self.target.exists(folder):
+                parent, _, base = folder.rpartition(b"/")
+                os.mkdir(base, dir_fd=self.target.parent(parent))
+                self._added.append(folder)
+        for folder in (b"", b"blobs/sha256"):
+            for name in self.target.listdir(folder or b"."):
+                if re.fullmatch(rb"\.cstor-[0-9a-f]{12}\.partial", name):  # of one that was killed
+                    os.unlink(name, dir_fd=self.target.parent(folder))
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 *_: object) -> None:
+        with self.target as target:
+            try:
+                if error is not None:
+                    with SignalsHeld():
+                        left = remove_failed(target, self.directory) if self._made \
+                            else self._undo()
+                    if left:
+                        vars(error)["hint"] = left
+                elif self._made:
+                    os.chmod(f"/proc/self/fd/{target.fd}", self._mode)
+            finally:
+                if self._lock >= 0:
+                    os.close(self._lock)
+
+    def _undo(self) -> str:
+        """Remove what was added, which nothing names; return what stays, and why, or ""."""
+        left = ""
+        for path in reversed(self._added):
+            parent, _, base = path.rpartition(b"/")
+            remove = os.rmdir if path in (b"blobs", b"blobs/sha256") else os.unlink
+            try:
+                remove(base, dir_fd=self.target.parent(parent))
+            except OSError as error:
+                left = f"{self.target.host_path(path)} stays: {error.strerror}"
+        return left
+
+    def has(self, digest: str, size: int) -> bool:
+        """Tell whether a blob is there, of the right size."""
+        try:
+            status = self.target.lstat(b"blobs/sha256/" + digest[7:].encode())
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == size
+
+    def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
+        """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
+        place = b".cstor-%s.partial" % os.urandom(6).hex().encode()
+        dir_fd = os.dup(self.target.parent(folder))
+        try:
+            fd = os.open(place, OPEN_NEW_FILE, 0o666, dir_fd=dir_fd)
+            try:
+                name = fill(fd)
+            finally:
+                os.close(fd)
+            path = folder + b"/" + name if folder else name
+            with SignalsHeld():
+                if not self.target.exists(path):
+                    self._added.append(path)
+                os.rename(place, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        except BaseException as error:
+            unlink_quietly(dir_fd, place)
+            if isinstance(error, OSError) and error.filename is None:
+                raise self.target.explain(error, folder) from None
+            raise
+        finally:
+            os.close(dir_fd)
+        return name
+
+    def put(self, folder: bytes, name: bytes, data: bytes) -> None:
+        """Make a small file, or replace it, at once."""
+        def fill(fd: int) -> bytes:
+            write_all(fd, data)
+            return name
+
+        self.write(folder, fill)
+
+    def add(self, data: bytes) -> Tuple[str, int]:
+        """Add a small blob; return its digest and size."""
+        digest = sha256_digest(data)
+        if not self.has(digest, len(data)):
+            self.put(b"blobs/sha256", digest[7:].encode(), data)
+        return digest, len(data)
+
+    def add_layer(self, layer: LayerRecord, compression: Tuple[str, int] = ("none", 0),
+                  progress: Optional[Progress] = None) -> Tuple[str, Dict[str, Any]]:
+        """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
+        kind, level = compression
+        media_type = OCI_LAYER + COMPRESSIONS[kind]
+        if kind == "none" and layer.diff_digest and self.has(layer.diff_digest, layer.diff_size):
+            return layer.diff_digest, descriptor(media_type, layer.diff_digest, layer.diff_size)
+        diff_id = digest = ""
+        size = 0
+
+        def fill(fd: int) -> bytes:
+            nonlocal diff_id, digest, size
+            if kind == "none":
+                diff_id = digest = export_layer(layer, fd, progress=progress)
+            else:
+                diff_id, digest = compress_layer(layer, fd, kind, level, progress)
+            size = os.fstat(fd).st_size
+            return digest[7:].encode()
+
+        self.write(b"blobs/sha256", fill)
+        return diff_id, descriptor(media_type, digest, size)
+
+    def add_image(self, image: ImageRecord, compression: Tuple[str, int] = ("none", 0),
+                  progress: Optional[Progress] = None, listed: Optional[ImageRecord] = None
+                  ) -> Dict[str, Any]:
+        """Add an image's layers, configuration and manifest; return the manifest's descriptor.
+
+        ``listed`` is the manifest list that it is an instance of.
+        """
+        layers = [self.add_layer(layer, compression, progress)
+                  for layer in image.storage.image_chain(image)]
+        config = check_config(image, [diff_id for diff_id, _ in layers])
+        self.add(config)
+        manifest = oci_manifest(image, config, [blob for _, blob in layers])
+        return {**descriptor(OCI_MANIFEST, *self.add(manifest)),
+                "platform": platform_of(image, listed)}
+
+    def tag(self, blob: Dict[str, Any], tag: str) -> None:
+        """Enter a manifest in the index, under ``tag`` if it is not ""; the last step.
+
+        What had the tag is not in the index any more; its blobs stay.
+        """
+        try:
+            data = self.target.read(b"index.json", MAX_JSON)
+        except FileNotFoundError:
+            data = b'{"schemaVersion":2,"manifests":[]}'
+        index = parse_json(data, f"{self.directory}/index.json")
+        if not isinstance(index, dict) or not isinstance(index.get("manifests"), list):
+            raise FormatError("it is no index", file=f"{self.directory}/index.json")
+
+        def stays(entry: Any) -> bool:
+            names = entry.get("annotations") if isinstance(entry, dict) else None
+            name = names.get(REF_NAME) if isinstance(names, dict) else None
+            return name != tag if tag else name is not None or entry.get("digest") != blob["digest"]
+
+        entry = {**blob, "annotations": {REF_NAME: tag}} if tag else blob
+        index["manifests"] = [*filter(stays, index["manifests"]), entry]
+        if not self.target.exists(b"oci-layout"):
+            self.put(b"", b"oci-layout", LAYOUT_FILE)
+        self.put(b"", b"index.json", compact_json(index))
+
+
+def compress_layer(layer: LayerRecord, fd: int, kind: str, level: int,
+                   progress: Optional[Progress] = None) -> Tuple[str, str]:
+    """Write a layer's compressed tar; return its DiffID, verified, and the digest of the blob."""
+    import hashlib
+
+    digest = hashlib.sha256()
+
+    def write(data: bytes) -> None:
+        digest.update(data)
+        write_all(fd, data)
+
+    writer: Any = (GzipWriter if kind == "gzip" else ZstdWriter)(write, level)
+    try:
+        diff_id = export_layer(layer, writer, progress=progress)
+        writer.finish()
+    finally:
+        writer.close()
+    return diff_id, f"sha256:{digest.hexdigest()}"
+
+
+def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
+                compression: str = "none", platform: str = "", every: bool = False,
+                progress: Optional[Progress] = None) -> Dict[str, Any]:
+    """Add an image to the OCI layout ``directory``; return the descriptor in its index.
+
+    Of a manifest list that is the instance for this machine or ``platform``, or with ``every`` an
+    index of all instances that the storage has.  Raises IntegrityError, NotFound, Unsupported,
+    FormatError, ValueError for an unknown compression, OSError.
+    """
+    chosen = choose_instances(image, platform, every)
+    how = parse_compression(compression)
+    with OciLayout(directory) as layout:
+        listed = image if image.is_list else None
+        blobs = [layout.add_image(instance, how, progress, listed) for instance in chosen]
+        blob = blobs[0]
+        if every and listed:
+            blob = descriptor(OCI_INDEX, *layout.add(oci_index(image, blobs)))
+        layout.tag(blob, tag)
+    return blob
+
+
+# -- archives ------------------------------------------------------------------------------------
+
+class ArchiveWriter:
+    """Writes a tar of files without owners, all of one time, to a descriptor."""
+
+    def __init__(self, fd: int, progress: Optional[Progress] = None) -> None:
+        self._fd, self._progress = fd, progress
+        self._time = source_date_epoch()
+        self._names: Set[str] = set()
+
+    def file(self, name: str, data: bytes) -> None:
+        """Write a small file, once."""
+        if name not in self._names:
+            self._names.add(name)
+            write_all(self._fd, tar_header(name.encode(), b"0", size=len(data),
+                                           mtime_ns=self._time) + data + bytes(-len(data) % BLOCK))
+
+    def directory(self, name: str) -> None:
+        """Write a directory."""
+        write_all(self._fd, tar_header(name.encode() + b"/", b"5", mode=0o755,
+                                       mtime_ns=self._time))
+
+    def layer(self, name: str, layer: LayerRecord, digest: str, size: int) -> None:
+        """Write a layer's tar, once.  Raises IntegrityError when it is not what was said."""
+        if name in self._names:
+            return
+        self._names.add(name)
+        write_all(self._fd, tar_header(name.encode(), b"0", size=size, mtime_ns=self._time))
+        actual = export_layer(layer, self._fd, progress=self._progress)
+        if actual != digest:
+            raise IntegrityError("its tar has the wrong digest", layer=layer.id, expected=digest,
+                                 actual=actual)
+        write_all(self._fd, bytes(-size % BLOCK))
+
+    def finish(self) -> None:
+        """Write the end of the archive."""
+        write_all(self._fd, bytes(2 * BLOCK))
+
+
+def write_docker_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]]],
+                         progress: Optional[Progress] = None) -> None:
+    """Write what ``podman load`` and ``docker load`` read: images, each with the names to give it.
+
+    Names are ``repository:tag``.  Raises IntegrityError, after which the output is no good.
+    """
+    archive = ArchiveWriter(fd, progress)
+    rows = []
+    for image, names in images:
+        layers = [(layer, *layer_blob(layer)) for layer in image.storage.image_chain(image)]
+        config = check_config(image, [digest for _, digest, _ in layers])
+        config_name = sha256_digest(config)[7:] + ".json"
+        archive.file(config_name, config)
+        for layer, digest, size in layers:
+            archive.layer(digest[7:] + ".tar", layer, digest, size)
+        rows.append({"Config": config_name, "RepoTags": list(names) or None,
+                     "Layers": [digest[7:] + ".tar" for _, digest, _ in layers]})
+    archive.file("manifest.json", compact_json(rows))
+    archive.finish()
+
+
+def write_oci_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]]],
+                      progress: Optional[Progress] = None) -> None:
+    """Write a tar of an OCI layout: images, each with the names to give it in the index."""
+    archive = ArchiveWriter(fd, progress)
+    entries = []
+    archive.file("oci-layout", LAYOUT_FILE)
+    archive.directory("blobs")
+    archive.directory("blobs/sha256")
+    for image, names in images:
+        layers = [(layer, *layer_blob(layer)) for layer in image.storage.image_chain(image)]
+        config = check_config(image, [digest for _, digest, _ in layers])
+        manifest = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
+                                                for _, digest, size in layers])
+        for data in (config, manifest):
+            archive.file("blobs/sha256/" + sha256_digest(data)[7:], data)
+        for layer, digest, size in layers:
+            archive.layer("blobs/sha256/" + digest[7:], layer, digest, size)
+        blob = {**descriptor(OCI_MANIFEST, sha256_digest(manifest), len(manifest)),
+                "platform": platform_of(image)}
+        entries += [{**blob, "annotations": {REF_NAME: name}} for name in names] or [blob]
+    archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
+    archive.finish()
+
+
 def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] = None
             ) -> Iterator[bytes]:
     """Yield a tar of ``path`` and all below it, whose names begin with ``name``.
@@ -6021,6 +6636,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] =
     prefix = name + b"/" if name else b""
     flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
     size = files = 0
+    made = source_date_epoch()  # directories without an entry have no time of their own
     for place, node, first in tree.walk(path):
         relative = place[len(path):].lstrip(b"/")
         entry = prefix + relative if relative else name or b"."
@@ -6035,8 +6651,8 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] =
         yield tar_header(
             entry + b"/" * (node.type == "dir"), b"1" if first is not None else flags[node.type],
             mode=node.mode, uid=uid, gid=gid, uname=uname, gname=gname, linkname=link,
-            size=node.size if first is None else 0, mtime_ns=node.mtime_ns, devmajor=major,
-            devminor=minor, xattrs=node.xattrs)
+            size=node.size if first is None else 0, devmajor=major, devminor=minor,
+            mtime_ns=made if node.implicit else node.mtime_ns, xattrs=node.xattrs)
         if tree.raw and node.opaque:
             yield tar_header(entry + b"/" + OPAQUE_MARKER, b"0", mode=0)
         if node.type == "reg" and first is None:
@@ -6049,7 +6665,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] =
 
 
 # ================================================================================================
-# 14. Library
+# 15. Library
 # ================================================================================================
 
 class Layer(LayerRecord):
@@ -6118,6 +6734,10 @@ class Image(ImageRecord):
         """
         image: Any = self.single()
         return merged_tree(image.layers(), f"image {self.title}", known)
+
+    def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> Dict[str, Any]:
+        """Add the image to an OCI layout; see copy_to_oci()."""
+        return copy_to_oci(self, directory, tag, **options)
 
     def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
         """Put the root file system into a directory; see extract_tree()."""
@@ -6245,7 +6865,7 @@ class Storage(Metadata):
 
 
 # ================================================================================================
-# 15. Command line
+# 16. Command line
 # ================================================================================================
 
 EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
@@ -6836,6 +7456,78 @@ def print_summary(summary: Dict[str, Any]) -> None:
     print((", ".join(parts) or "0 B") + (f" ({'; '.join(why)})" if why else ""))
 
 
+def names_to_give(image: Image, reference: str) -> List[str]:
+    """Return the names that an image takes along: the one it was asked for by, or else all.
+
+    Only names with a tag: a digest is no name that anybody can give.
+    """
+    tagged = [name for name in image.names if split_reference(name)[1]]
+    asked = reference.rpartition("@")[0] or reference
+    for wanted in (asked, asked + ":latest"):
+        found = [name for name in tagged if name == wanted or name.endswith("/" + wanted)]
+        if found:
+            return found[:1]
+    return tagged
+
+
+def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
+    """add an image to an OCI layout, which is made when it is not there"""
+    directory, colon, tag = args.layout.rpartition(":")
+    if not colon or "/" in tag:
+        directory, colon, tag = args.layout, "", ""
+    if not directory or colon and not tag:
+        raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
+    try:
+        parse_compression(args.compress)
+    except ValueError as error:
+        raise _UsageError(f"--compress: {error}") from None
+    image = storage.image(args.image)
+    names = names_to_give(image, args.image)
+    if not colon and names:
+        tag = split_reference(names[0])[1]
+    unwind_on_signals()
+    total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
+        image, args.platform, args.all) for layer in storage.image_chain(chosen))
+    with ProgressLine(total, args.quiet) as progress:
+        blob = image.copy_to_oci(os.path.abspath(directory), tag, compression=args.compress,
+                                 platform=args.platform, every=args.all, progress=progress)
+    if args.format == "json":
+        print_json({"directory": spell(os.fsencode(directory)), "tag": tag, **blob})
+    elif not args.quiet:
+        print(f"{blob['digest']}{' ' + tag if tag else ''}")
+
+
+def cmd_image_export(storage: Storage, args: Any) -> None:
+    """write images as one stream: the root file system as a tar, or an archive to be loaded"""
+    images: List[Any] = [storage.image(reference) for reference in args.image]
+    if args.as_ == "rootfs":
+        if len(images) > 1:
+            raise _UsageError("a root file system is of one image; --as docker-archive takes more")
+        export_tree(images[0].tree(), args)
+        return
+    named = [(image.single(), names_to_give(image, reference))
+             for image, reference in zip(images, args.image)]
+    total = sum(max(layer.diff_size, 0) for image, _ in named
+                for layer in storage.image_chain(image))
+    write = write_docker_archive if args.as_ == "docker-archive" else write_oci_archive
+    with Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
+        write(output.fd, named, progress)
+
+
+def cmd_container_export(storage: Storage, args: Any) -> None:
+    """write the root file system of a container, with its writable layer, as a tar"""
+    export_tree(storage.container(args.container).tree(), args)
+
+
+def export_tree(tree: Tree, args: Any) -> None:
+    """Write a tree as a tar to stdout or a file."""
+    with tree, Output(args.output) as output, ProgressLine(0, args.quiet) as progress:
+        if progress.active:
+            progress.total = sum(node.size for _, node, first in tree.walk() if first is None)
+        for data in tar_out(tree, b"", b"", progress):
+            write_all(output.fd, data)
+
+
 def cmd_diff(storage: Storage, args: Any) -> int:
     """compare two images, or an image with a layer, container, directory or tar file"""
     known: Dict[str, LayerTree] = {}
@@ -7017,6 +7709,8 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("image cat", cmd_cat, "IMAGE PATH+ -o --no-follow"),
     ("image cp", cmd_cp, "IMAGE:PATH DEST"),
     ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS}"),
+    ("image export", cmd_image_export, "IMAGE+ --as -o"),
+    ("image copy-to-oci", cmd_copy_to_oci, "IMAGE DIR[:TAG] --compress --platform --all --format"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "--format --no-trunc"),
@@ -7035,6 +7729,7 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("container cat", cmd_cat, "CONTAINER PATH+ -o --no-follow"),
     ("container cp", cmd_cp, "CONTAINER:PATH DEST"),
     ("container extract", cmd_extract, f"CONTAINER {EXTRACT_OPTIONS}"),
+    ("container export", cmd_container_export, "CONTAINER -o"),
     ("store info", cmd_store_info, "--format"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
 ]
@@ -7046,6 +7741,7 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z]; without a slash it is about the "
                         "last component",
              "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
+             "DIR[:TAG]": "OCI layout; without TAG the image's own tag",
              "DIR": "directory to make or to fill; it must be empty, but for --force",
              "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
                   "or tar: before it leaves no doubt",
@@ -7058,6 +7754,7 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
             "--follow": "follow a link at the end of a path",
             "--no-follow": "refuse a link at the end of a path",
             "--hidden": "list files that other layers hide, and the bytes that they waste",
+            "--all": "of a manifest list, all instances that are here",
             "--no-reflinks": "the same as --link-mode copy",
             "--verify": "read back what was made and compare its CRC-64",
             "--force": "merge into a directory that is not empty: files are replaced, links "
@@ -7067,6 +7764,12 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
 OPTIONS: Dict[str, Dict[str, Any]] = {
     "--ignore": {"metavar": "WHAT", "action": "append", "default": [], "choices": DIFFERENCES,
                  "help": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated"},
+    "--as": {"choices": ("rootfs", "docker-archive", "oci-archive"), "default": "rootfs",
+             "dest": "as_", "help": "what to write; archives take several images"},
+    "--compress": {"metavar": "HOW", "default": "none",
+                   "help": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)"},
+    "--platform": {"metavar": "OS/ARCH", "default": "",
+                   "help": "which instance of a manifest list, also os/arch/variant"},
     "--path": {"metavar": "PATTERN", "action": "append", "default": [],
                "help": "only what fits, with all below and the directories above; may be repeated"},
     "--exclude": {"metavar": "PATTERN", "action": "append", "default": [],
@@ -7184,7 +7887,8 @@ def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
             parser.add_argument(name, action="store_true", help=SWITCHES[name])
         else:
             word = name.rstrip("+*")
-            parser.add_argument("source" if ":" in word else word.lower(), metavar=word,
+            parser.add_argument({"DIR[:TAG]": "layout"}.get(
+                word, "source" if ":" in word else word.lower()), metavar=word,
                                 help=ARGUMENTS[word],
                                 nargs=name[-1] if name[-1] in "+*" else None)
 
