@@ -41,7 +41,8 @@ lab: ## install the real parts that the real tests need (Debian, as root) and th
 	DEBIAN_FRONTEND=noninteractive apt-get update -q
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
 	    podman buildah skopeo containers-storage umoci crun uidmap fuse-overlayfs \
-	    xfsprogs btrfs-progs busybox-static attr zstd xz-utils util-linux python3 python3-venv
+	    xfsprogs btrfs-progs busybox-static attr zstd xz-utils pigz util-linux \
+	    e2fsprogs python3 python3-venv
 	[ -e /etc/containers/policy.json ] || { mkdir -p /etc/containers && \
 	    echo '{"default":[{"type":"insecureAcceptAnything"}]}' > /etc/containers/policy.json; }
 	[ -x .lab/bin/ruff ] || { python3 -m venv .lab && .lab/bin/pip install -q mypy==2.4.1 ruff==0.17.6; }

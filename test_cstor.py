@@ -8007,12 +8007,34 @@ def bench(where: str = "") -> int:
             subprocess.run([*podman, "import", "-q", archive, "localhost/bench"], check=True,
                            stdout=subprocess.DEVNULL)
             bench_rows(root, run, podman)
+            bench_oci(directory, root, run, archive)
             for kind in ("xfs", "btrfs", "ext4"):
                 bench_extract(directory, kind, archive)
         finally:
             subprocess.run(["umount", "-l", os.path.join(root, "overlay")],
                            stderr=subprocess.DEVNULL)
     return 0
+
+
+def bench_oci(directory: str, root: str, run: str, archive: str) -> None:
+    """Write an OCI layout beside skopeo, and compress beside pigz."""
+    layout = os.path.join(directory, "layout")
+    ours = [sys.executable, SCRIPT, "--root", root, "image", "copy-to-oci", "bench", layout + ":b"]
+    if shutil.which("skopeo"):
+        source = f"containers-storage:[overlay@{root}+{run}]localhost/bench"
+        theirs = ["skopeo", "copy", "-q", source, f"oci:{layout}:b"]
+        compare("copy-to-oci / skopeo copy (which compresses)", ours, theirs, 0.3, runs=5,
+                made=[layout])
+        compare("copy-to-oci / skopeo copy, uncompressed", ours,
+                [*theirs[:2], "--dest-oci-accept-uncompressed-layers", *theirs[2:]], 1.0, runs=5,
+                made=[layout])
+        compare("copy-to-oci --compress gzip / skopeo copy", [*ours, "--compress=gzip"], theirs,
+                1.5, runs=3, made=[layout])
+    if shutil.which("pigz"):
+        packed = os.path.join(directory, "packed")
+        pigz = ["sh", "-c", f"exec pigz -6 -n -c {archive} > {packed}"]
+        compare("copy-to-oci --compress gzip / pigz -6 of the tar", [*ours, "--compress=gzip"],
+                pigz, 1.5, runs=3, made=[layout, packed])
 
 
 def bench_extract(directory: str, kind: str, archive: str) -> None:
