@@ -71,6 +71,7 @@ from __future__ import annotations
 import binascii
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -98,7 +99,7 @@ __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
     "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerTree", "LayerUnknown", "Member",
     "NeedsUnshare", "Node", "NotFound", "ProtocolError", "Storage", "Tree", "Unsupported", "crc64",
-    "extract_tree", "load_config", "main", "spell", "unspell",
+    "diff_tars", "extract_tree", "load_config", "main", "spell", "unspell",
 ]
 
 
@@ -141,6 +142,19 @@ PAX_GLOBAL = b"g"
 PAX_NAMES = (b"path", b"linkpath", b"uname", b"gname")  # records that hold no NUL
 TAR_TYPES = {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir",
              b"6": "fifo", PAX_GLOBAL: "global"}  # all others are regular files, as for Go
+# The fields of a header block with their offsets: those that all formats share, then the rest of
+# ustar, of GNU tar's old format (which wrote zeros or sparse maps there) and of star.
+HEADER_FIELDS = (("name", 0), ("mode", 100), ("uid", 108), ("gid", 116), ("size", 124),
+                 ("mtime", 136), ("chksum", 148), ("typeflag", 156), ("linkname", 157),
+                 ("magic", 257), ("version", 263), ("uname", 265), ("gname", 297),
+                 ("devmajor", 329), ("devminor", 337))
+USTAR_FIELDS = (("prefix", 345), ("header padding", 500))
+GNU_FIELDS = (("atime", 345), ("ctime", 357), ("offset", 369), ("longnames", 381),
+              ("header padding", 385), ("sparse", 386), ("isextended", 482), ("realsize", 483),
+              ("header padding", 495))
+STAR_FIELDS = (("prefix", 345), ("atime", 476), ("ctime", 488), ("header padding", 500))
+OCTAL_FIELDS = ("uid", "gid", "size", "devmajor", "devminor", "offset", "realsize")
+HEADER_KINDS = {b"x": "pax", PAX_GLOBAL: "global", b"L": "long name", b"K": "long link"}
 # How GNU tar maps a sparse file: the size of blocks that are looked at, and whether an empty run
 # always ends the map.  First --hole-detection=seek (the default since 1.29), then raw.
 SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
@@ -190,6 +204,7 @@ MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compar
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
 MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
 MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
+MAX_UNPAIRED = 512 << 20  # memory for entries of two tars that wait for their counterparts
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
@@ -4385,7 +4400,7 @@ class DiskTree(LayerTree):
 
 
 class TarTree(LayerTree):
-    """The tree of a tar file, plain or compressed by gzip, bzip2 or xz.
+    """The tree of a tar file, plain or compressed by gzip, bzip2, xz or zstd.
 
     ``whiteouts`` says that they have their meaning, as in the tar of a layer.
     """
@@ -4401,8 +4416,7 @@ class TarTree(LayerTree):
         return self.file
 
     def _load(self) -> None:
-        file, reader, damage = open_compressed(self.file)
-        try:
+        with Decompressed(self.file) as reader:
             for member, content in read_tar(reader.read, self.file):
                 crc = 0
                 for data in content:
@@ -4410,44 +4424,148 @@ class TarTree(LayerTree):
                 member.base64 = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False) \
                     if member.size else b""
                 self.add(member)
-        except damage as error:
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise FormatError(f"damaged: {error}", file=self.file) from None
-        finally:
-            reader.close()
-            file.close()
 
     def open(self, node: Node) -> int:
         raise Unsupported(f"{self.file}: only what is in its headers is known")
 
 
-def open_compressed(path: str) -> Tuple[Any, Any, Tuple[Type[Exception], ...]]:
-    """Open a file, plain or compressed by gzip, bzip2 or xz.
+class Decompressed:
+    """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
-    Return the file, what reads it, and what damage raises.
+    Never seeks, so that a pipe will do.  zstd takes Python 3.14 or the program zstd.  A context
+    manager.  Raises FormatError for a damaged stream, Unsupported for zstd without either.
     """
-    file = open(path, "rb")
-    try:
-        magic = file.peek(6)[:6]
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._damage: Tuple[Type[Exception], ...] = ()
+        try:
+            self._raw = open(os.dup(0) if path == "-" else path, "rb", buffering=0)
+        except OSError as error:
+            raise with_path(error, path) if path == "-" else error from None
+        try:
+            self._reader = self._open()
+        except BaseException:
+            self._raw.close()
+            raise
+
+    def __enter__(self) -> Decompressed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+        self._raw.close()
+
+    def _open(self) -> Any:
+        """Return what reads the file, by its first bytes."""
+        magic = read_up_to(self._raw.fileno(), 6)
+        file = io.BufferedReader(_Unread(magic, self._raw), 2 * READ_SIZE)
         if magic.startswith(b"\x1f\x8b"):
             import gzip
 
-            return file, gzip.GzipFile(fileobj=file), (EOFError, zlib.error, gzip.BadGzipFile)
+            self._damage = EOFError, zlib.error, gzip.BadGzipFile
+            return gzip.GzipFile(fileobj=file)
         if magic.startswith(b"BZh"):
             import bz2
 
-            return file, bz2.BZ2File(file), (EOFError, OSError)
+            self._damage = EOFError, OSError
+            return bz2.BZ2File(file)
         if magic == b"\xfd7zXZ\0":
             import lzma
 
-            return file, lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
+            self._damage = EOFError, lzma.LZMAError
+            return lzma.LZMAFile(file)
         if magic.startswith(b"\x28\xb5\x2f\xfd"):
-            raise Unsupported(f"{path}: compressed by zstd", hint="unpack it with zstd -d first")
-    except BaseException:
-        file.close()
-        raise
-    return file, file, ()
+            import importlib
+
+            try:
+                zstd = importlib.import_module("compression.zstd")  # Python 3.14
+            except ImportError:
+                return ZstdProgram(self.path, magic, self._raw.fileno())
+            self._damage = EOFError, zstd.ZstdError
+            return zstd.ZstdFile(file)
+        return file
+
+    def read(self, count: int) -> bytes:
+        """Return ``count`` bytes, or fewer at the end."""
+        try:
+            data: bytes = self._reader.read(count)
+            return data
+        except self._damage as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise FormatError(f"damaged: {error}", file=self.path) from None
+
+
+class _Unread(io.RawIOBase):
+    """A file whose first bytes were read to look at them."""
+
+    def __init__(self, first: bytes, file: io.FileIO) -> None:
+        self._first, self._file = first, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        if not self._first:
+            return self._file.readinto(buffer)
+        count = min(len(buffer), len(self._first))
+        buffer[:count], self._first = self._first[:count], self._first[count:]
+        return count
+
+
+class ZstdProgram:
+    """Reads what ``zstd -dc`` makes of a file of which ``first`` was read already.
+
+    Raises FormatError when the program fails, Unsupported when there is none.
+    """
+
+    def __init__(self, path: str, first: bytes, fd: int) -> None:
+        import subprocess
+        import threading
+
+        self.path, pipe = path, subprocess.PIPE
+        self._trouble: Optional[OSError] = None
+        try:
+            self._program: Any = subprocess.Popen(["zstd", "-dcq"], stdin=pipe, stdout=pipe,
+                                                  stderr=pipe)
+        except (FileNotFoundError, PermissionError):
+            raise Unsupported(f"{path}: compressed by zstd", hint="this takes Python 3.14 or the "
+                              "program zstd") from None
+        # The thread has a descriptor of its own, since it may outlive this object in a read(2).
+        self._feeder = threading.Thread(target=self._feed, args=(first, os.dup(fd)), daemon=True)
+        self._feeder.start()
+
+    def _feed(self, data: bytes, fd: int) -> None:
+        try:
+            while data:
+                write_all(self._program.stdin.fileno(), data)
+                data = os.read(fd, CHUNK)
+        except BrokenPipeError:
+            pass  # the program says why it went
+        except OSError as error:
+            self._trouble = error
+        finally:
+            os.close(fd)
+            self._program.stdin.close()
+
+    def read(self, count: int) -> bytes:
+        """Return ``count`` bytes, or fewer at the end."""
+        data: bytes = self._program.stdout.read(count)
+        if len(data) < count:
+            words = self._program.stderr.read(CHUNK).decode("utf-8", "replace").strip()
+            if self._program.wait():
+                raise FormatError(f"damaged: {words}", file=self.path)
+            if self._trouble:
+                raise with_path(self._trouble, self.path)
+        return data
+
+    def close(self) -> None:
+        self._program.kill()
+        self._program.wait()
+        self._feeder.join(1)
+        self._program.stdout.close()
+        self._program.stderr.close()
 
 
 def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
@@ -6664,6 +6782,556 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] =
     yield bytes(2 * BLOCK)
 
 
+# -- two tars side by side -----------------------------------------------------------------------
+#
+# Both are read entry by entry, so that up to the first difference both stand at the same place,
+# where position alone tells the field.  From there on entries are paired by name, the n-th of a
+# name with the n-th of that name.  Nothing that a header says is a reason to stop: a header with a
+# wrong checksum is one more difference.  What stands after the last entry, blocks of zeros and all
+# else, is the trailer.
+
+def diff_tars(a: str, b: str, progress: Optional[Progress] = None) -> Iterator[Dict[str, Any]]:
+    """Yield how two tars differ, byte by byte and entry by entry; nothing when they are identical.
+
+    ``a`` and ``b`` are paths, or "-" for stdin; compressed files are decompressed (see
+    Decompressed).  Names and values are spelled by spell().  ``change`` of a row is
+
+    - "first", the first row: ``offset`` in the decompressed tar, ``index`` (from 0) and name of the
+      ``entry`` there, both None in the trailer, and the ``field``; ``contentOffset`` when that is
+      "content"; ``ended``, "a" or "b", when it is "end of file";
+    - "changed": ``field`` of ``entry`` with its values ``a`` and ``b``, None for none;
+    - "missing", "extra": only in ``a``, only in ``b``; "reordered": in both.  ``a`` and ``b`` are
+      the indexes;
+    - "duplicated": ``a`` and ``b`` are how often the name is there;
+    - "unreadable": why ``a`` or ``b`` cannot be read further.
+
+    ``progress`` is called until the first row.  Raises FormatError for what is no tar or damaged
+    by its compression, Unsupported, OSError.
+    """
+    with TarSide(a) as left, TarSide(b) as right:
+        yield from _TarDiff(left, right).rows(progress)
+
+
+class TarEntry:
+    """One entry of a tar that is compared, or its trailer, which has no header.
+
+    ``header`` are all its header blocks, b"" once they are packed; ``name`` is what it is shown
+    as, ``key`` what it is paired by; ``size`` is the length of the content by the header, ``done``
+    what is there, and ``digest`` its SHA-256.
+    """
+
+    __slots__ = ("index", "start", "header", "name", "key", "size", "done", "sha", "digest",
+                 "padding", "packed", "next", "last")
+
+    def __init__(self, index: int, start: int, header: bytes) -> None:
+        self.index, self.start, self.header = index, start, header
+        self.name = self.key = self.digest = self.packed = b""
+        self.size = self.done = 0
+        self.sha: Any = None
+        self.padding: Optional[bytes] = None
+        self.next: Optional[TarEntry] = None  # of the same name, among those that wait
+        self.last: Optional[TarEntry] = None  # the end of that chain, where there is one
+
+    def feed(self, data: bytes) -> None:
+        """Count a piece of the content."""
+        if self.sha is None:
+            import hashlib
+
+            self.sha = hashlib.sha256()
+        self.sha.update(data)
+        self.done += len(data)
+
+    def pack(self) -> int:
+        """Keep but a little of the header; return about how much memory the entry takes then."""
+        import marshal
+
+        self.packed = zlib.compress(marshal.dumps(self.facts()), 1)
+        self.header = b""
+        return len(self.packed) + 2 * len(self.name) + 600
+
+    def facts(self) -> Tuple[str, Dict[str, bytes]]:
+        """Return the digest of the header and its fields."""
+        import marshal
+
+        if not self.packed:
+            return sha256_digest(self.header), header_fields(self.header)
+        facts: Tuple[str, Dict[str, bytes]] = marshal.loads(zlib.decompress(self.packed))
+        return facts
+
+    def content(self) -> Dict[str, Any]:
+        """Return size and digest of the content."""
+        return {"size": self.done, "sha256": self.digest.hex() or sha256_digest(b"")[7:]}
+
+
+class TarSide:
+    """One of two tars that are compared, read once from start to end; a context manager.
+
+    ``at`` is the offset, ``ahead`` what was read already of what follows, ``over`` whether the
+    trailer was reached, ``why`` the reason why no entry can be read any more, or "".
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.why, self.ahead = path, "", b""
+        self.at = self.count = 0
+        self.over = False
+        self._reader = Decompressed(path)
+
+    def __enter__(self) -> TarSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
+
+    def take(self, count: int) -> bytes:
+        """Return ``count`` bytes, or fewer at the end."""
+        data = self.ahead + self._reader.read(count - len(self.ahead)) if count else b""
+        self.ahead = self.ahead if not count else b""
+        self.at += len(data)
+        return data
+
+    def next_entry(self) -> TarEntry:
+        """Read the header of the next entry; the last one is the trailer."""
+        entry = TarEntry(self.count, self.at, b"")
+        entry.header = self._read_header()
+        if not entry.header:
+            self.over, entry.size = True, 1 << 62  # all that there is
+            return entry
+        self.count += 1
+        entry.name, entry.key, size = read_outline(entry.header)
+        if size < 0:
+            self.why = self.why or f'the size of "{spell(entry.name)}" is malformed'
+        entry.size = 0 if self.why else size
+        return entry
+
+    def _read_header(self) -> bytes:
+        """Return the header blocks of one entry as far as they can be made out, b"" for none."""
+        parts: List[bytes] = []
+        size = 0
+        while not self.why:
+            block = self.take(BLOCK)
+            if not is_header(block):
+                self.ahead, self.at = block, self.at - len(block)
+                if not self.count and not parts and block.strip(b"\0"):
+                    raise FormatError("no tar", file=self.path)
+                if parts or block.strip(b"\0"):
+                    self.why = f"no header at block {self.at // BLOCK}"
+                break
+            parts.append(block)
+            flag = block[TYPE_AT:TYPE_AT + 1]
+            if flag == b"S" and block[482]:
+                parts.append(self._read_sparse())
+            if flag not in HEADER_KINDS:
+                break
+            length = special_size(block)
+            size += BLOCK + length
+            if length < 0 or size > MAX_HEADERS:
+                self.why = f"a header of {length} bytes" if length >= 0 else "malformed header size"
+                break
+            parts.append(self.take(length + -length % BLOCK))
+            if flag == PAX_GLOBAL:
+                break
+        return b"".join(parts)
+
+    def _read_sparse(self) -> bytes:
+        """Return the blocks that continue the sparse map of GNU tar's old format."""
+        parts = [self.take(BLOCK)]
+        while parts[-1][504:505].strip(b"\0") and len(parts) < MAX_HEADERS // BLOCK:
+            parts.append(self.take(BLOCK))
+        return b"".join(parts)
+
+    def finish(self, entry: TarEntry) -> None:
+        """Read what is left of an entry's content and padding."""
+        for count in split_count(entry.size - entry.done):
+            data = self.take(count)
+            entry.feed(data)
+            if len(data) < count:
+                break
+        if entry.header and entry.done < entry.size:
+            self.why = self.why or f'the content of "{spell(entry.name)}" is cut off'
+        if entry.padding is None:
+            entry.padding = self.take(-entry.size % BLOCK)
+        entry.padding = entry.padding.rstrip(b"\0")
+        if entry.sha:
+            entry.digest, entry.sha = entry.sha.digest(), None
+
+
+class _TarDiff:
+    """Compares two tars: in step up to the first difference, by name from there on."""
+
+    def __init__(self, left: TarSide, right: TarSide) -> None:
+        from array import array
+
+        self.sides = left, right
+        self.first: Optional[Dict[str, Any]] = None
+        self.waiting: Tuple[Dict[bytes, TarEntry], ...] = {}, {}  # by key, for a counterpart
+        self.trailers: List[TarEntry] = []
+        self.paired = array("q")  # the hash of each key that found one: 8 bytes for an entry
+        self.high = -1, -1  # indexes of the last pair that is in order
+        self.room = MAX_UNPAIRED
+
+    def rows(self, progress: Optional[Progress]) -> Iterator[Dict[str, Any]]:
+        """Yield the rows of diff_tars()."""
+        while not all(side.over for side in self.sides):
+            a, b = pair = [None if side.over else side.next_entry() for side in self.sides]
+            same = not self.first
+            if a and b and same:
+                self._compare(a, b)
+                if progress:
+                    progress(self.sides[0].at, self.sides[0].count)
+            for side, entry in zip(self.sides, pair):
+                if entry:
+                    side.finish(entry)
+            if self.first and same:
+                yield self.first
+            yield from self._settle(a, b)
+        if self.first:
+            yield from self._ends()
+
+    # -- bytes: where the first difference is --
+
+    def _compare(self, a: TarEntry, b: TarEntry) -> None:
+        """Read two entries in step, as long as they are the same."""
+        heads = [entry.header + side.ahead for side, entry in zip(self.sides, (a, b))]
+        if heads[0] != heads[1] and (a.header or b.header):  # a trailer is content, as read here
+            self._note(a, b, heads)
+            return
+        for count in split_count(a.size):
+            parts = [side.take(count) for side in self.sides]
+            if parts[0] != parts[1]:
+                self._note(a, b, parts, "content" if a.header else "trailer")
+                if a.sha:
+                    b.sha, b.done = a.sha.copy(), a.done
+                a.feed(parts[0])
+                b.feed(parts[1])
+                return
+            a.feed(parts[0])
+            if len(parts[0]) < count:
+                break
+        b.sha, b.done = a.sha, a.done
+        parts = [side.take(-a.size % BLOCK) for side in self.sides]
+        a.padding, b.padding = parts
+        if parts[0] != parts[1]:
+            self._note(a, b, parts, "padding")
+
+    def _note(self, a: TarEntry, b: TarEntry, parts: List[bytes], field: str = "") -> None:
+        """Note the first difference: in what follows the headers (``field``), or in these.
+
+        The side whose header is sound knows the name and the field: one changed byte spoils a
+        checksum or a pax record of the other.  A header knows more than the zeros in its place.
+        """
+        at = first_difference(*parts)
+        ended = [len(part) <= at for part in parts]
+        entry, start = a, a.start + (len(a.header) + a.done if field else 0)
+        if not field:
+            entry = (b if ended[0] else a) if any(ended) else max(
+                (a, b), key=lambda entry: 2 * is_sound(entry.header) + bool(entry.header))
+            field = header_field(entry.header, at)
+        inside = field != "trailer"
+        self.first = {"change": "first", "offset": start + at,
+                      "index": entry.index if inside else None,
+                      "entry": spell(entry.name) if inside else None,
+                      "field": "end of file" if any(ended) else field}
+        if any(ended):
+            self.first["ended"] = "a" if ended[0] else "b"
+        elif field == "content":
+            self.first["contentOffset"] = a.done + at
+
+    # -- entries --
+
+    def _settle(self, a: Optional[TarEntry], b: Optional[TarEntry]) -> Iterator[Dict[str, Any]]:
+        """Find the counterparts of what was read, and yield how they differ."""
+        if a and b and a.header and a.key == b.key and not any(
+                a.key in waiting for waiting in self.waiting):
+            yield from self._match(a, b)
+            return
+        for place, entry in enumerate((a, b)):
+            if entry and not entry.header:
+                self.trailers.insert(place, entry)
+            elif entry:
+                found = self._partner(1 - place, entry.key)
+                if found:
+                    yield from self._match(*((found, entry) if place else (entry, found)))
+                else:
+                    self._wait(place, entry)
+
+    def _partner(self, place: int, key: bytes) -> Optional[TarEntry]:
+        """Take the first entry of a name out of those of one side that wait."""
+        entry = self.waiting[place].pop(key, None)
+        if entry and entry.next:
+            entry.next.last = entry.last if entry.last is not entry.next else None
+            self.waiting[place][key] = entry.next
+        return entry
+
+    def _wait(self, place: int, entry: TarEntry) -> None:
+        self.room -= entry.pack()
+        if self.room < 0:
+            raise Unsupported(f"{self.sides[place].path}: too many entries that the other tar does "
+                              "not have, or has elsewhere")
+        head = self.waiting[place].setdefault(entry.key, entry)
+        if head is not entry:
+            (head.last or head).next = head.last = entry
+
+    def _match(self, a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
+        """Yield how two entries of one name differ."""
+        for entry in (a, b):
+            self.room += len(entry.packed) + 2 * len(entry.name) + 600 if entry.packed else 0
+        self.paired.append(hash(a.key))
+        if len(self.paired) > MAX_ENTRIES:
+            raise Unsupported(f"{self.sides[0].path}: more than {MAX_ENTRIES} entries")
+        if a.index > self.high[0] and b.index > self.high[1]:
+            self.high = a.index, b.index
+        else:  # others that were behind it in one tar, and before it in the other, are settled
+            yield tar_row("reordered", a, "", a.index, b.index)
+        if not self.first:
+            return
+        if a.packed or b.packed or a.header != b.header:
+            yield from compare_headers(a, b)
+        if (a.done, a.digest) != (b.done, b.digest):
+            yield tar_row("changed", a, "content", a.content(), b.content())
+        if a.padding != b.padding:
+            yield tar_row("changed", a, "padding", field_value("", a.padding),
+                          field_value("", b.padding))
+
+    def _ends(self) -> Iterator[Dict[str, Any]]:
+        """Yield what is known at the end: trailers, and what has no counterpart."""
+        a, b = self.trailers
+        if (a.done, a.digest) != (b.done, b.digest):
+            yield tar_row("changed", None, "trailer", a.content(), b.content())
+        left, right = self.sides
+        if left.why != right.why:
+            yield tar_row("unreadable", None, "", left.why or None, right.why or None)
+        paired = {hash(key): 0 for waiting in self.waiting for key in waiting}
+        for number in self.paired:
+            if number in paired:
+                paired[number] += 1
+        for place, word in enumerate(("missing", "extra")):
+            for key, entry in self.waiting[place].items():
+                counts = [paired[hash(key)]] * 2
+                item: Optional[TarEntry] = entry
+                while item:
+                    counts[place], item = counts[place] + 1, item.next
+                if 0 in counts:
+                    yield tar_row(word, entry, "", *[None if i != place else entry.index
+                                                     for i in (0, 1)])
+                if counts[place] > 1:
+                    yield tar_row("duplicated", entry, "", *counts)
+
+
+def tar_row(change: str, entry: Optional[TarEntry], field: str, a: Any, b: Any
+            ) -> Dict[str, Any]:
+    """Return a row of diff_tars()."""
+    return {"change": change, "entry": spell(entry.name) if entry else None,
+            **({"field": field} if field else {}), "a": a, "b": b}
+
+
+def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
+    """Yield a row for each field in which two headers differ, if only by its spelling."""
+    (mark_a, fields_a), (mark_b, fields_b) = a.facts(), b.facts()
+    same = mark_a == mark_b
+    for field in {**fields_a, **fields_b}:
+        raw = fields_a.get(field), fields_b.get(field)
+        if raw[0] == raw[1] or field == "pax order" and (
+                not raw[0] or not raw[1] or sorted(raw[0].split()) != sorted(raw[1].split())):
+            continue  # which records come or go is told by their own rows
+        if None in raw and " header " in field and not field.endswith(" size"):
+            continue  # that there is a special header at all is one row
+        x, y = (field_value(field, value) for value in raw)
+        if x == y:
+            x, y = (field_value("", value) for value in raw)
+        yield tar_row("changed", a, field, x, y)
+        same = True
+    if not same:
+        yield tar_row("changed", a, "header", mark_a, mark_b)
+
+
+def first_difference(a: bytes, b: bytes) -> int:
+    """Return where two strings first differ; the length of one that the other begins with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def is_header(block: bytes) -> bool:
+    """Tell whether a block is a header, maybe one with a wrong checksum."""
+    if len(block) < BLOCK or not block.strip(b"\0"):
+        return False
+    try:
+        check_sum(block)
+        return True
+    except FormatError:
+        signs = (block[0], block.startswith(b"ustar", 257),
+                 *(re.fullmatch(rb"[ \0]*[0-7]+[ \0]*", field) for field in (
+                     block[148:156], block[SIZE_AT])))
+        return sum(map(bool, signs)) > 1  # a changed byte spoils one of three or four
+
+
+def is_sound(header: bytes) -> bool:
+    """Tell whether all checksums and pax records of an entry's header are right."""
+    try:
+        for _, kind, block, data in header_parts(header):
+            check_sum(block)
+            if kind in ("pax", "global"):
+                parse_pax(data)
+    except FormatError:
+        return False
+    return True
+
+
+def special_size(block: bytes) -> int:
+    """Return the length of what a special header says; -1 where that is malformed or too much."""
+    try:
+        size = parse_number(block[SIZE_AT])
+    except FormatError:
+        return -1
+    return size if size <= MAX_SPECIAL else -1
+
+
+def header_parts(header: bytes) -> Iterator[Tuple[int, str, bytes, bytes]]:
+    """Yield (offset, kind, block, data) for each header block of an entry.
+
+    The kind is one of HEADER_KINDS, or "" for the last block; its data are a sparse map.
+    """
+    at = 0
+    while at < len(header):
+        block = header[at:at + BLOCK]
+        kind = HEADER_KINDS.get(block[TYPE_AT:TYPE_AT + 1], "")
+        size = max(special_size(block), 0) if kind else len(header) - at - BLOCK
+        yield at, kind, block, header[at + BLOCK:at + BLOCK + size]
+        at += BLOCK + size + -size % BLOCK
+
+
+def read_outline(header: bytes) -> Tuple[bytes, bytes, int]:
+    """Return the name of an entry, what it is paired by, and the size of its content.
+
+    The size is -1 where it is malformed.
+    """
+    pax: Dict[bytes, bytes] = {}
+    name = block = b""
+    for _, kind, head, data in header_parts(header):
+        block = head
+        if kind == "pax":
+            pax.update((key, value) for _, key, value in pax_spans(data))
+        elif kind == "long name":
+            name = text_field(data)
+    flag = block[TYPE_AT:TYPE_AT + 1]
+    prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500]) \
+        if block[257:263] == b"ustar\0" else b""
+    own = text_field(block[:100])
+    name = name or pax.get(b"GNU.sparse.name") or pax.get(b"path") or (
+        prefix + b"/" + own if prefix else own)
+    if flag == PAX_GLOBAL:
+        return own, b"g" + own, 0
+    if flag in HEADER_ONLY or flag == b"\0" and name.endswith(b"/") or flag in SPECIALS:
+        return name, b" " + name, 0
+    try:
+        return name, b" " + name, (parse_decimal(pax[b"size"]) if pax.get(b"size")
+                                   else parse_number(block[SIZE_AT]))
+    except FormatError:
+        return name, b" " + name, -1
+
+
+def pax_spans(data: bytes) -> Iterator[Tuple[int, bytes, bytes]]:
+    """Yield (end, key, value) for each record of a pax header, one without a key when malformed."""
+    at = 0
+    while at < len(data):
+        space = data.find(b" ", at, at + 20)
+        digits = data[at:space] if space > at else b""
+        end = at + int(digits) if digits.isdigit() else 0
+        key, equals, value = data[space + 1:end - 1].partition(b"=")
+        if not at < space < end <= len(data) or not key or not equals or data[end - 1:end] != b"\n":
+            key, value, end = b"", data[at:], len(data)
+        yield end, key, value
+        at = end
+
+
+def pax_label(key: bytes) -> str:
+    """Name the field that a pax record is."""
+    if key.startswith(b"SCHILY.xattr."):
+        return f"xattr {spell(key[13:])}"
+    return f"pax {spell(key)}" if key else "pax records"
+
+
+def block_fields(kind: str, block: bytes) -> List[Tuple[str, int, int]]:
+    """Return name, start and end of all fields of a header block of one kind (header_parts())."""
+    gnu, star = block[257:265] == b"ustar  \0", block[508:512] == b"tar\0"
+    starts = HEADER_FIELDS + (GNU_FIELDS if gnu else STAR_FIELDS if star else USTAR_FIELDS)
+    ends = [start for _, start in starts[1:]] + [BLOCK]
+    return [(f"{kind} header {field.replace('header ', '')}" if kind else field, start, end)
+            for (field, start), end in zip(starts, ends)]
+
+
+def header_field(header: bytes, offset: int) -> str:
+    """Name the field in which a byte of an entry's header lies; "trailer" for what follows it."""
+    for at, kind, block, data in header_parts(header):
+        inside = offset - at - BLOCK
+        if inside < 0:
+            return next(field for field, _, end in block_fields(kind, block) if offset - at < end)
+        if inside < len(data):
+            if kind in ("pax", "global"):
+                return next(pax_label(key) for end, key, _ in pax_spans(data) if inside < end)
+            return {"long name": "name", "long link": "linkname"}.get(
+                kind, ("sparse", "isextended", "header padding")[
+                    (inside % BLOCK >= 504) + (inside % BLOCK > 504)])
+        if inside < len(data) + -len(data) % BLOCK:
+            return f"{kind} padding"
+    return "trailer"
+
+
+def header_fields(header: bytes) -> Dict[str, bytes]:
+    """Return all fields of an entry's header as they are, long ones as their digests."""
+    fields: Dict[str, bytes] = {}
+    for _, kind, block, data in header_parts(header):
+        if kind in ("pax", "global"):
+            records = list(pax_spans(data))
+            fields.update((pax_label(key), value) for _, key, value in records)
+            fields["pax order"] = b" ".join(key for _, key, _ in records)
+        elif data:
+            fields[{"long name": "name", "long link": "linkname"}.get(kind, "sparse map")] = data
+        for field, start, end in block_fields(kind, block):
+            fields.setdefault(field, block[start:end])  # a long name counts, not its start here
+            if field.endswith("chksum"):
+                fields[field] = checksum_words(block)
+    return {field: raw if len(raw) <= MAX_PATH else b"%s (%d bytes)" % (
+        sha256_digest(raw).encode(), len(raw)) for field, raw in fields.items()}
+
+
+def checksum_words(block: bytes) -> bytes:
+    """Tell whether a header's checksum is right, so that it does not differ when others do."""
+    try:
+        check_sum(block)
+    except FormatError as error:
+        return str(error).encode()
+    shape = re.sub(rb"[0-7]", b"0", block[148:156])
+    return b"right" if shape == b"000000\0 " else b"right, spelled " + shape
+
+
+def field_value(field: str, raw: Optional[bytes]) -> Any:
+    """Return what a header field means: number, octal mode, RFC 3339 time, or text.
+
+    What is malformed comes as it is; None for a field that is not there.
+    """
+    word = field.rpartition(" header ")[2] if not field.startswith("xattr ") else ""
+    try:
+        if raw is None:
+            return None
+        if word == "mode":
+            return f"{parse_number(raw):04o}"
+        if word in OCTAL_FIELDS:
+            return parse_number(raw)
+        if word in ("mtime", "atime", "ctime"):
+            moment = parse_number(raw) * 10**9
+            return format_time(moment) if has_rfc3339(moment) else moment
+    except FormatError:
+        pass
+    text = word in ("name", "linkname", "uname", "gname", "prefix")
+    return spell(text_field(raw or b"") if text else raw or b"")
+
+
 # ================================================================================================
 # 15. Library
 # ================================================================================================
@@ -7588,6 +8256,44 @@ def open_path(text: str, raw: bool) -> Tree:
     return Tree([TarTree("/dev/stdin" if path == "-" else path, whiteouts=raw)], path)
 
 
+def cmd_tar_diff(storage: Optional[Storage], args: Any) -> int:
+    """compare two tars, plain or compressed, byte by byte and entry by entry"""
+    if args.a == args.b == "-":
+        raise _UsageError("stdin can be read only once")
+    for path in (args.a, args.b):
+        if path != "-" and not os.path.exists(path):
+            raise NotFound(f"no such file: {path}")
+    with ProgressLine(0, args.quiet) as progress:
+        first, rows = peek(diff_tars(args.a, args.b, progress))
+    next(rows, None)
+    if args.format == "json":
+        found = first and {key: value for key, value in first.items() if key != "change"}
+        head = json.dumps({"identical": not first, "first": found})[:-1]
+        print_entries(rows, head=head + ', "differences": [', tail="]}")
+    elif first:
+        place = f'{display(unspell(first["entry"]))}: ' if first["entry"] is not None else ""
+        inside = f' at {first["contentOffset"]}' if "contentOffset" in first else ""
+        print(f'first difference at offset {first["offset"]}: {place}{display(first["field"])}'
+              f'{inside}{" of " + first["ended"].upper() if "ended" in first else ""}')
+        for row in rows:
+            print(difference_line(row))
+    return EXIT_NO if first else 0
+
+
+def difference_line(row: Dict[str, Any]) -> str:
+    """Return the line for a difference of two tars."""
+    name = f' {display(unspell(row["entry"]))}' if row["entry"] is not None else ""
+    field = f' {display(row["field"])}' if "field" in row else ""
+    values = ["-" if value is None else f'{value["size"]} bytes, sha256:{value["sha256"]}'
+              if isinstance(value, dict) else display(unspell(value))
+              if isinstance(value, str) else str(value) for value in (row["a"], row["b"])]
+    word = "cannot be read further" if row["change"] == "unreadable" else row["change"]
+    return f"{word}{name}{field}: {values[0]} -> {values[1]}"
+
+
+WITHOUT_STORAGE = (cmd_tar_diff,)  # commands that get None for it
+
+
 def cmd_blame(storage: Storage, args: Any) -> None:
     """show which layer and step brought each file and what it hides, or with --hidden what is
     hidden"""
@@ -7698,7 +8404,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 EXTRACT_OPTIONS = ("DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
                    "--same-owner --owner-map --force --clean-on-error --format")
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
-COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
+COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("image list", cmd_image_list, "--format --no-trunc"),
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE --format --no-trunc"),
@@ -7732,6 +8438,7 @@ COMMANDS: List[Tuple[str, Callable[[Storage, Any], Optional[int]], str]] = [
     ("container export", cmd_container_export, "CONTAINER -o"),
     ("store info", cmd_store_info, "--format"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
+    ("tar-diff", cmd_tar_diff, "A B --format"),
 ]
 ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "LAYER": "ID, name, DiffID, short link, or the start of an ID or DiffID",
@@ -7746,6 +8453,7 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
                   "or tar: before it leaves no doubt",
              "B": "like A",
+             "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
              **{f"{word}:PATH": f"{word.lower()} and the path inside" for word in (
                  "IMAGE", "LAYER", "CONTAINER")}}
 SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
@@ -7836,7 +8544,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
             allow_abbrev=False, aliases=["ls"] if verb == "list" else [])
         sub.set_defaults(function=function, kind=group)
         _add_globals(sub, 2)
-        _add_arguments(sub, arguments.split(), inspect=verb == "inspect")
+        _add_arguments(sub, arguments.split(), verb)
     return parser
 
 
@@ -7860,14 +8568,14 @@ def _add_globals(parser: Any, level: int) -> Any:
     return parser
 
 
-def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
+def _add_arguments(parser: Any, names: List[str], verb: str) -> None:
     for name in names:
         if name == "-o":
             parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE, which "
                                 "appears when it is whole and verified; default: stdout")
         elif name == "--format":
             parser.add_argument("--format", choices=("table", "json"),
-                                default="json" if inspect else "table")
+                                default="json" if verb == "inspect" else "table")
         elif name in OPTIONS:
             options = dict(OPTIONS[name])
             negated = options.pop("negated", "")
@@ -7889,7 +8597,7 @@ def _add_arguments(parser: Any, names: List[str], *, inspect: bool) -> None:
             word = name.rstrip("+*")
             parser.add_argument({"DIR[:TAG]": "layout"}.get(
                 word, "source" if ":" in word else word.lower()), metavar=word,
-                                help=ARGUMENTS[word],
+                                help=ARGUMENTS.get(f"{verb} {word}") or ARGUMENTS[word],
                                 nargs=name[-1] if name[-1] in "+*" else None)
 
 
@@ -7992,6 +8700,8 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if sys.stdout is None:
         raise CstorError("stdout is closed")
+    if args.function in WITHOUT_STORAGE:
+        return args.function(None, args) or 0
     with open_storage(args) as storage:
         status = args.function(storage, args)
         for fault in storage.faults if not args.quiet else ():
