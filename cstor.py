@@ -1365,7 +1365,7 @@ class TomlSubset:
 # ================================================================================================
 
 class Patience:
-    """A time allowance shared by all the locks of one storage."""
+    """A time allowance, such as all the locks of one storage share."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -1830,7 +1830,11 @@ class ImageRecord(Record):
         """
         manifest = self.manifest()
         if manifest.get("schemaVersion") == 1:
-            return json.dumps(self._schema1_config(manifest), separators=(",", ":")).encode()
+            # As Go marshals a map: keys sorted, and what HTML minds escaped.
+            text = json.dumps(dict(sorted(self._schema1_config(manifest).items())),
+                              separators=(",", ":"), ensure_ascii=False)
+            return re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text).encode(
+                "utf-8", "replace")
         config = manifest.get("config")
         digest = config.get("digest") if isinstance(config, dict) else None
         if not isinstance(digest, str):
@@ -3777,6 +3781,8 @@ class TarSink:
     def abort(self) -> None:
         """End the thread after an error; it may be held up by a reader that takes nothing."""
         self._error = self._error or InterruptedError()
+        if hasattr(self._out, "abort"):  # what the thread may be waiting for
+            self._out.abort()
         self._full.put(None)
         self._thread.join(0.5 if isinstance(self._out, int) else None)
 
@@ -5941,7 +5947,9 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     if not directory or strip < 0 or force and clean:
         raise ValueError("no directory is named" if not directory else "strip is negative"
                          if strip < 0 else "clean would remove what force finds")
-    refuse_storage(tree, directory)
+    for layer in tree.layers:
+        if layer.layer:
+            refuse_storage(layer.layer.storage, directory)
     items = select_nodes(tree, paths, exclude, whiteouts=whiteouts)
     if strip:
         items = strip_components(items, strip)
@@ -6007,14 +6015,13 @@ class Filling:
             vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), left]))
 
 
-def refuse_storage(tree: Tree, directory: str) -> None:
-    """Raise CstorError when a directory is inside the storage that the tree comes from."""
+def refuse_storage(storage: Metadata, directory: str) -> None:
+    """Raise CstorError when a directory is inside a storage, where nothing may be written."""
     place = os.path.realpath(directory)
-    for layer in tree.layers:
-        for root in layer.layer.storage.roots if layer.layer else ():
-            store = os.path.realpath(root.path)
-            if os.path.commonpath((place, store)) == store:
-                raise CstorError(f"{directory} is inside the storage at {root.path}")
+    for root in storage.roots:
+        store = os.path.realpath(root.path)
+        if os.path.commonpath((place, store)) == store:
+            raise CstorError(f"{directory} is inside the storage at {root.path}")
 
 
 def make_target(directory: str) -> Tuple[Target, int]:
@@ -6082,6 +6089,15 @@ def fd_xattrs(fd: int) -> Dict[bytes, bytes]:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         return {}
+
+
+def remove_empty(directory: str) -> str:
+    """Remove a directory, unless something is in it; return "" in any case."""
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
+    return ""
 
 
 def remove_failed(target: Target, directory: str) -> str:
@@ -6166,8 +6182,14 @@ COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # the ends of lay
 
 
 def compact_json(value: Any) -> bytes:
-    """Return JSON without spaces, the same bytes for the same value."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    """Return JSON without spaces, the same bytes for the same value.
+
+    Raises FormatError for a number that JSON has not, such as 1e999.
+    """
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError as error:
+        raise FormatError(f"it cannot be written as JSON: {error}") from None
 
 
 def source_date_epoch() -> int:
@@ -6193,8 +6215,8 @@ class GzipWriter:
         from concurrent.futures import ThreadPoolExecutor
 
         self._write, self._level = write, level
-        threads = min(os.cpu_count() or 1, 16)
-        self._pool, self._most = ThreadPoolExecutor(threads), 2 * threads
+        threads = min(os.cpu_count() or 1, 8)
+        self._pool, self._most = ThreadPoolExecutor(threads), threads + 2
         self._blocks: List[Any] = []  # futures of compressed blocks
         self._buffer, self._before = bytearray(), b""
         self._crc = self._size = 0
@@ -6275,12 +6297,22 @@ class ZstdWriter:
         """Take uncompressed bytes."""
         if not self._program:
             self._write(self._compressor.compress(data))
-        else:
-            try:
-                self._program.stdin.write(data)
-            except BrokenPipeError:
-                self.finish()  # says why
+            return len(data)
+        try:
+            self._program.stdin.write(data)
+        except (BrokenPipeError, ValueError):
+            self._give_up()
         return len(data)
+
+    def _give_up(self) -> NoReturn:
+        """Raise what made the program end before its time."""
+        self._thread.join()
+        raise self._error or CstorError(f"zstd failed with status {self._program.wait()}")
+
+    def abort(self) -> None:
+        """Let nothing wait for the program any more."""
+        if self._program:
+            self._program.kill()
 
     def finish(self) -> None:
         """Write what is left."""
@@ -6290,19 +6322,20 @@ class ZstdWriter:
         try:
             self._program.stdin.close()
         except BrokenPipeError:
-            pass
+            self._give_up()
         self._thread.join()
-        status = self._program.wait()
-        self._program.stdout.close()
-        if self._error or status:
-            raise self._error or CstorError(f"zstd failed with status {status}")
+        if self._error or self._program.wait():
+            self._give_up()
 
     def close(self) -> None:
         """End the program; harmless when repeated."""
-        if self._program and self._program.returncode is None:
+        if self._program:
             self._program.kill()
             self._program.wait()
-            self._program.stdin.close()
+            try:
+                self._program.stdin.close()
+            except BrokenPipeError:
+                pass
             self._thread.join()
             self._program.stdout.close()
 
@@ -6325,8 +6358,8 @@ def descriptor(media_type: str, digest: str, size: int) -> Dict[str, Any]:
 
 def layer_blob(layer: LayerRecord) -> Tuple[str, int]:
     """Return (digest, size) of a layer's tar: as recorded, or by making it once into nothing."""
-    if layer.diff_digest.startswith("sha256:") and (layer.diff_size > 0
-                                                    or layer.diff_digest == sha256_digest(b"")):
+    if re.fullmatch("sha256:" + HEX64, layer.diff_digest) and (
+            layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
         return layer.diff_digest, layer.diff_size
     counter = _Counter()
     return export_layer(layer, counter), counter.size  # type: ignore[arg-type]
@@ -6358,13 +6391,21 @@ def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
 
 def platform_of(image: ImageRecord, listed: Optional[ImageRecord] = None) -> Dict[str, Any]:
     """Return an image's platform for a descriptor, as a manifest list or its own words say it."""
+    said = image.config()
     for entry in as_list(listed.manifest().get("manifests")) if listed else ():
         if isinstance(entry, dict) and str(entry.get("digest")) in image.digests \
                 and isinstance(entry.get("platform"), dict):
-            return dict(entry["platform"])
-    config = image.config()
-    return {key: config[key] for key in ("architecture", "os", "os.version", "os.features",
-                                         "variant") if config.get(key)}
+            said = entry["platform"]
+    found: Dict[str, Any] = {
+        key: said[key] for key in ("architecture", "os", "os.version", "variant")
+        if isinstance(said.get(key), str) and said[key]}
+    features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
+    return {**found, **({"os.features": features} if features else {})}
+
+
+def with_platform(blob: Dict[str, Any], platform: Dict[str, Any]) -> Dict[str, Any]:
+    """Add a platform to a descriptor, if it has what it must: system and architecture."""
+    return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
 
 def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[Dict[str, Any]]) -> bytes:
@@ -6377,21 +6418,51 @@ def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[Dict[str, A
     stored = image.manifest()
     found = stored.get("config")
     old = found if isinstance(found, dict) else {}
-    kind = old.get("mediaType", "")
+    kind = old.get("mediaType") if isinstance(old.get("mediaType"), str) else ""
     is_oci = stored.get("mediaType", OCI_MANIFEST) == OCI_MANIFEST and "fsLayers" not in stored \
-        and not kind.startswith("application/vnd.docker.")
-    blobs = [{key: layer.get(key) for key in ("mediaType", "digest", "size")}
-             for layer in as_list(stored.get("layers")) if isinstance(layer, dict)]
-    if is_oci and old.get("digest") == sha256_digest(config) and blobs == list(layers):
+        and not str(kind).startswith("application/vnd.docker.")
+    blob = descriptor(str(kind) if is_oci and kind else OCI_CONFIG, sha256_digest(config),
+                      len(config))
+    annotations = stored.get("annotations") or {}
+    if is_oci and is_strict(stored) and [
+            {key: entry.get(key) for key in blob} for entry in (old, *stored["layers"])
+            ] == [blob, *layers]:
         return data
     before = image.digest if stored.get("schemaVersion") == 1 else sha256_digest(data)
-    kept = stored.get("annotations") if is_oci else None
+    kept = {key: value for key, value in annotations.items() if isinstance(value, str)} \
+        if is_oci and isinstance(annotations, dict) else {}
     return compact_json({
-        "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-        "config": descriptor(kind if is_oci and kind else OCI_CONFIG, sha256_digest(config),
-                             len(config)),
-        "layers": list(layers),
-        "annotations": {**(kept if isinstance(kept, dict) else {}), ORIGINAL_DIGEST: before}})
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": blob, "layers": list(layers),
+        **{key: stored[key] for key in ("artifactType", "subject") if is_oci and key in stored},
+        "annotations": {**kept, ORIGINAL_DIGEST: before}})
+
+
+def is_strict(manifest: Dict[str, Any]) -> bool:
+    """Tell whether a manifest is one that every reader takes: fields of the right types."""
+    kind, other = ("manifests", "layers") if "manifests" in manifest else ("layers", "manifests")
+    entries = manifest.get(kind)
+    if type(manifest.get("schemaVersion")) is not int or manifest["schemaVersion"] != 2 \
+            or not isinstance(entries, list) or other in manifest:
+        return False
+    for entry in (manifest, *entries, *[manifest.get("config")] * (kind == "layers")):
+        if not isinstance(entry, dict) or type(entry.get("size", 0)) is not int:
+            return False
+        for key in ("annotations", "platform"):
+            values = entry.get(key) or {}
+            if not isinstance(values, dict) or not all(
+                    isinstance(value, str) or key == "platform" and word == "os.features"
+                    for word, value in values.items()):
+                return False
+    return is_json(manifest)
+
+
+def is_json(value: Any) -> bool:
+    """Tell whether a value holds no number that JSON has not: Python's parser takes NaN."""
+    try:
+        compact_json(value)
+        return True
+    except FormatError:
+        return False
 
 
 def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
@@ -6400,7 +6471,7 @@ def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
     stored = image.manifest()
     found = [(entry.get("digest"), entry.get("size")) for entry in as_list(stored.get("manifests"))
              if isinstance(entry, dict)]
-    if stored.get("mediaType", OCI_INDEX) == OCI_INDEX \
+    if stored.get("mediaType", OCI_INDEX) == OCI_INDEX and is_strict(stored) \
             and found == [(entry["digest"], entry["size"]) for entry in manifests]:
         return data
     return compact_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests),
@@ -6426,7 +6497,7 @@ def choose_instances(image: ImageRecord, platform: str, every: bool) -> List[Ima
     if not found:
         raise NotFound(f"image {image.title} has no instance {platform or 'in the storage'}",
                        hint="here: " + (", ".join(name for name, _ in instances) or "none"))
-    return found if every else found[:1]
+    return list(dict.fromkeys(found)) if every else found[:1]
 
 
 # -- OCI layout ----------------------------------------------------------------------------------
@@ -6440,24 +6511,41 @@ class OciLayout:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self._made, self._mode = False, 0
+        self._made = self._locked = False
+        self._complete = False  # the index names all that was added
         self._added: List[bytes] = []  # paths, in the order that they were made
         self._lock = -1
+        self._target: Optional[Target] = None
+
+    @property
+    def target(self) -> Target:
+        """The directory, while it is open."""
+        assert self._target
+        return self._target
 
     def __enter__(self) -> OciLayout:
-        target: Optional[Target] = None
-        try:
-            with SignalsHeld():
-                self._made = not os.path.lexists(self.directory)
-                target, self._mode = make_target(self.directory) if self._made \
-                    else (Target.at(self.directory), 0)
-                self.target = target
-            self._prepare()
-        except BaseException as error:
-            if target:
+        patience = Patience(10)
+        while True:
+            try:
+                with SignalsHeld():
+                    self._open()
+                self._prepare()
+                return self
+            except BaseException as error:
                 self.__exit__(type(error), error)
-            raise
-        return self
+                # Another writer has just made it, or failed and removed it.
+                if not isinstance(error, FileExistsError) and not (isinstance(
+                        error, OSError) and error.errno in (errno.EBUSY, errno.ESTALE)) \
+                        or not patience.wait():
+                    raise
+
+    def _open(self) -> None:
+        self._made = not os.path.lexists(self.directory)
+        if self._made:
+            self._target, mode = make_target(self.directory)
+            os.chmod(f"/proc/self/fd/{self._target.fd}", mode)  # what is in it is no secret
+        else:
+            self._target = Target.at(self.directory)
 
     def _prepare(self) -> None:
         self._lock = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)
@@ -6466,37 +6554,60 @@ class OciLayout:
         except OSError as error:  # a file system without locks
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-        names = self.target.listdir(b".")
+        self._locked = True
         if not is_at(self.target, self.directory):
-            raise CstorError(f"{self.directory} was removed by another writer that failed",
-                             hint="try again")
-        if names and b"oci-layout" not in names and set(names) != {b"blobs"}:
+            raise OSError(errno.ESTALE, "another writer removed it", self.directory)
+        names = set(self.target.listdir(b"."))
+        self._made = self._made and not names  # what another writer made there is not ours
+        for name in names:
+            self._remove_partial(b"", name)
+        names = {name for name in names if not name.startswith(b".cstor-")}
+        if b"oci-layout" in names:
+            found = parse_json(self.target.read(b"oci-layout", READ_SIZE),
+                               f"{self.directory}/oci-layout")
+            version = found.get("imageLayoutVersion") if isinstance(found, dict) else None
+            if not isinstance(version, str) or not version.startswith("1."):
+                raise Unsupported(f"{self.directory}: image layout version {version!r}")
+        elif names - {b"blobs"}:
             raise CstorError(f"{self.directory} is no OCI layout, and not empty")
         for folder in (b"blobs", b"blobs/sha256"):
-            if not self.target.exists(folder):
-                parent, _, base = folder.rpartition(b"/")
-                os.mkdir(base, dir_fd=self.target.parent(parent))
-                self._added.append(folder)
-        for folder in (b"", b"blobs/sha256"):
-            for name in self.target.listdir(folder or b"."):
-                if re.fullmatch(rb"\.cstor-[0-9a-f]{12}\.partial", name):  # of one that was killed
-                    os.unlink(name, dir_fd=self.target.parent(folder))
+            try:
+                if not self.target.exists(folder):
+                    parent, _, base = folder.rpartition(b"/")
+                    os.mkdir(base, dir_fd=self.target.parent(parent))
+                    self._added.append(folder)
+            except OSError as error:
+                raise self.target.explain(error, folder) from None
+        for name in self.target.listdir(b"blobs/sha256"):
+            self._remove_partial(b"blobs/sha256", name)
+
+    def _remove_partial(self, folder: bytes, name: bytes) -> None:
+        """Remove a file that is left of a writer that was killed."""
+        if re.fullmatch(rb"\.cstor-[0-9a-f]{12}\.partial", name):
+            try:
+                os.unlink(name, dir_fd=self.target.parent(folder))
+            except OSError:  # it is in nobody's way
+                pass
 
     def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
                  *_: object) -> None:
-        with self.target as target:
-            try:
-                if error is not None:
-                    with SignalsHeld():
-                        left = remove_failed(target, self.directory) if self._made \
-                            else self._undo()
-                    if left:
-                        vars(error)["hint"] = left
-                elif self._made:
-                    os.chmod(f"/proc/self/fd/{target.fd}", self._mode)
-            finally:
-                if self._lock >= 0:
-                    os.close(self._lock)
+        if self._target is None:
+            return
+        left = ""
+        try:
+            if error is not None and not self._complete:
+                with SignalsHeld():
+                    left = self._undo()
+                    if self._made:  # and empty, unless somebody else is at work there
+                        left = remove_failed(self.target, self.directory) if self._locked \
+                            else remove_empty(self.directory)
+            if left:
+                vars(error)["hint"] = left
+        finally:
+            if self._lock >= 0:
+                os.close(self._lock)
+            self._target.close()
+            self._target, self._lock, self._locked, self._added = None, -1, False, []
 
     def _undo(self) -> str:
         """Remove what was added, which nothing names; return what stays, and why, or ""."""
@@ -6507,16 +6618,25 @@ class OciLayout:
             try:
                 remove(base, dir_fd=self.target.parent(parent))
             except OSError as error:
-                left = f"{self.target.host_path(path)} stays: {error.strerror}"
+                if error.errno != errno.ENOENT:
+                    left = f"{self.target.host_path(path)} stays: {error.strerror}"
         return left
 
-    def has(self, digest: str, size: int) -> bool:
-        """Tell whether a blob is there, of the right size."""
-        try:
-            status = self.target.lstat(b"blobs/sha256/" + digest[7:].encode())
-        except FileNotFoundError:
+    def has(self, digest: str) -> bool:
+        """Tell whether a blob is there and whole: one of a power cut can have the right size."""
+        import hashlib
+
+        if not re.fullmatch("sha256:" + HEX64, digest):
             return False
-        return stat.S_ISREG(status.st_mode) and status.st_size == size
+        try:
+            fd = self.target.open(b"blobs/sha256/" + digest[7:].encode())
+        except (FileNotFoundError, FormatError):
+            return False
+        found = hashlib.sha256()
+        with open(fd, "rb", buffering=0) as file:
+            for data in iter(lambda: file.read(CHUNK), b""):
+                found.update(data)
+        return found.hexdigest() == digest[7:]
 
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
         """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
@@ -6533,9 +6653,10 @@ class OciLayout:
                 if not self.target.exists(path):
                     self._added.append(path)
                 os.rename(place, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+                self._complete = path == b"index.json"
         except BaseException as error:
             unlink_quietly(dir_fd, place)
-            if isinstance(error, OSError) and error.filename is None:
+            if isinstance(error, OSError):
                 raise self.target.explain(error, folder) from None
             raise
         finally:
@@ -6553,7 +6674,7 @@ class OciLayout:
     def add(self, data: bytes) -> Tuple[str, int]:
         """Add a small blob; return its digest and size."""
         digest = sha256_digest(data)
-        if not self.has(digest, len(data)):
+        if not self.has(digest):
             self.put(b"blobs/sha256", digest[7:].encode(), data)
         return digest, len(data)
 
@@ -6562,8 +6683,9 @@ class OciLayout:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
         kind, level = compression
         media_type = OCI_LAYER + COMPRESSIONS[kind]
-        if kind == "none" and layer.diff_digest and self.has(layer.diff_digest, layer.diff_size):
-            return layer.diff_digest, descriptor(media_type, layer.diff_digest, layer.diff_size)
+        if kind == "none" and self.has(layer.diff_digest):
+            status = self.target.lstat(b"blobs/sha256/" + layer.diff_digest[7:].encode())
+            return layer.diff_digest, descriptor(media_type, layer.diff_digest, status.st_size)
         diff_id = digest = ""
         size = 0
 
@@ -6591,8 +6713,8 @@ class OciLayout:
         config = check_config(image, [diff_id for diff_id, _ in layers])
         self.add(config)
         manifest = oci_manifest(image, config, [blob for _, blob in layers])
-        return {**descriptor(OCI_MANIFEST, *self.add(manifest)),
-                "platform": platform_of(image, listed)}
+        return with_platform(descriptor(OCI_MANIFEST, *self.add(manifest)),
+                             platform_of(image, listed))
 
     def tag(self, blob: Dict[str, Any], tag: str) -> None:
         """Enter a manifest in the index, under ``tag`` if it is not ""; the last step.
@@ -6604,16 +6726,19 @@ class OciLayout:
         except FileNotFoundError:
             data = b'{"schemaVersion":2,"manifests":[]}'
         index = parse_json(data, f"{self.directory}/index.json")
-        if not isinstance(index, dict) or not isinstance(index.get("manifests"), list):
+        if not isinstance(index, dict) or not isinstance(index.get("manifests") or [], list) \
+                or "manifests" not in index:
             raise FormatError("it is no index", file=f"{self.directory}/index.json")
 
         def stays(entry: Any) -> bool:
-            names = entry.get("annotations") if isinstance(entry, dict) else None
+            if not isinstance(entry, dict):
+                return True
+            names = entry.get("annotations")
             name = names.get(REF_NAME) if isinstance(names, dict) else None
             return name != tag if tag else name is not None or entry.get("digest") != blob["digest"]
 
         entry = {**blob, "annotations": {REF_NAME: tag}} if tag else blob
-        index["manifests"] = [*filter(stays, index["manifests"]), entry]
+        index["manifests"] = [*filter(stays, index["manifests"] or []), entry]
         if not self.target.exists(b"oci-layout"):
             self.put(b"", b"oci-layout", LAYOUT_FILE)
         self.put(b"", b"index.json", compact_json(index))
@@ -6648,8 +6773,11 @@ def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
     index of all instances that the storage has.  Raises IntegrityError, NotFound, Unsupported,
     FormatError, ValueError for an unknown compression, OSError.
     """
-    chosen = choose_instances(image, platform, every)
+    if tag and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@+/-]*", tag):
+        raise ValueError(f'malformed tag: "{display(tag)}"')
     how = parse_compression(compression)
+    chosen = choose_instances(image, platform, every)
+    refuse_storage(image.storage, directory)
     with OciLayout(directory) as layout:
         listed = image if image.is_list else None
         blobs = [layout.add_image(instance, how, progress, listed) for instance in chosen]
@@ -6737,9 +6865,10 @@ def write_oci_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]
             archive.file("blobs/sha256/" + sha256_digest(data)[7:], data)
         for layer, digest, size in layers:
             archive.layer("blobs/sha256/" + digest[7:], layer, digest, size)
-        blob = {**descriptor(OCI_MANIFEST, sha256_digest(manifest), len(manifest)),
-                "platform": platform_of(image)}
-        entries += [{**blob, "annotations": {REF_NAME: name}} for name in names] or [blob]
+        blob = with_platform(descriptor(OCI_MANIFEST, sha256_digest(manifest), len(manifest)),
+                             platform_of(image))
+        # One name only: two entries are two images to those who load it.
+        entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
     archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
     archive.finish()
 
@@ -7644,7 +7773,9 @@ class Output:
             return
         if not path or path.endswith("/"):
             raise _UsageError(f'no file name: "{path}"')
-        self._target = os.path.realpath(path)
+        # /dev/stdout may lead to a pipe, which has no path.
+        self._target = os.path.realpath(path) if os.path.isfile(path) \
+            or not os.path.exists(path) else path
         try:
             self._open()
         except OSError as error:
@@ -8075,7 +8206,6 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     """put files into a directory: by reflinks where they can be had, with all metadata"""
     if not args.dir:
         raise _UsageError("no directory is named")
-    directory = os.path.abspath(args.dir)
     if args.strip_components < 0:
         raise _UsageError("--strip-components takes a number of at least 0")
     if args.force and args.clean_on_error:
@@ -8093,12 +8223,12 @@ def cmd_extract(storage: Storage, args: Any) -> None:
         if progress.active:
             progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
         summary = extract_tree(
-            tree, directory, strip=args.strip_components, force=args.force,
+            tree, args.dir, strip=args.strip_components, force=args.force,
             clean=args.clean_on_error, link_mode="copy" if args.no_reflinks else args.link_mode,
             owners=args.same_owner, owner_map=args.owner_map, verify=args.verify,
             progress=progress, **selection)
     if args.format == "json":
-        print_json({"directory": spell(os.fsencode(directory)), **summary})
+        print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
     elif not args.quiet:
         print_summary(summary)
     for words, count in (("owner", "files keep your own owner"),
@@ -8129,7 +8259,8 @@ def names_to_give(image: Image, reference: str) -> List[str]:
 
     Only names with a tag: a digest is no name that anybody can give.
     """
-    tagged = [name for name in image.names if split_reference(name)[1]]
+    tagged = [name for name in image.names if re.fullmatch(
+        r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}", name, re.ASCII)]
     asked = reference.rpartition("@")[0] or reference
     for wanted in (asked, asked + ":latest"):
         found = [name for name in tagged if name == wanted or name.endswith("/" + wanted)]
@@ -8145,10 +8276,8 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
         directory, colon, tag = args.layout, "", ""
     if not directory or colon and not tag:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
-    try:
-        parse_compression(args.compress)
-    except ValueError as error:
-        raise _UsageError(f"--compress: {error}") from None
+    if args.all and args.platform:
+        raise _UsageError("--all and --platform exclude one another")
     image = storage.image(args.image)
     names = names_to_give(image, args.image)
     if not colon and names:
@@ -8156,11 +8285,18 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     unwind_on_signals()
     total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
         image, args.platform, args.all) for layer in storage.image_chain(chosen))
-    with ProgressLine(total, args.quiet) as progress:
-        blob = image.copy_to_oci(os.path.abspath(directory), tag, compression=args.compress,
-                                 platform=args.platform, every=args.all, progress=progress)
+    try:
+        parse_compression(args.compress)
+        with ProgressLine(total, args.quiet) as progress:
+            blob = image.copy_to_oci(directory, tag, compression=args.compress,
+                                     platform=args.platform, every=args.all, progress=progress)
+    except ValueError as error:
+        if isinstance(error, CstorError):
+            raise
+        raise _UsageError(str(error)) from None
     if args.format == "json":
-        print_json({"directory": spell(os.fsencode(directory)), "tag": tag, **blob})
+        print_json({"directory": spell(os.fsencode(os.path.abspath(directory))), "tag": tag,
+                    **blob})
     elif not args.quiet:
         print(f"{blob['digest']}{' ' + tag if tag else ''}")
 
@@ -8671,8 +8807,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         status = 128 + int(error.args[0]) if error.args else 130
         if getattr(error, "hint", ""):  # what it leaves behind
             say(f"interrupted: {display(vars(error)['hint'])}")
-    if _handlers:
-        restore_signals()
+    while _handlers:
+        try:
+            restore_signals()
+        except (KeyboardInterrupt, _Stopped):  # all was done already
+            pass
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -5105,12 +5105,13 @@ class Layouts(StoreTest):
 
     def test_tags(self) -> None:
         for args, tag in ((["app:1", self.out], "1"), (["localhost/app", self.out], "latest"),
-                          (["sample", self.out + ":x/y"], ""), (["sample", self.out + ":"], "")):
+                          (["sample", self.out + ":x/y"], ""), (["sample", self.out + ":"], ""),
+                          (["sample", self.out + ":a b"], "")):
             if tag:
                 self.copy(*args)
                 self.assertIn(tag, read_layout(self.out))
             else:
-                self.copy(*args, status=2 if args[1].endswith(":") else 6)
+                self.copy(*args, status=6 if args[1].endswith("/y") else 2)
         self.assertEqual({"1", "latest"}, set(read_layout(self.out)))
 
     def test_what_is_there_stays(self) -> None:
@@ -5143,6 +5144,10 @@ class Layouts(StoreTest):
         blobs = self.out + "/blobs/sha256/"
         for name in os.listdir(blobs):
             os.truncate(blobs + name, 1)
+        self.copy("app:1", self.out + ":x")
+        for name in os.listdir(blobs):  # the right size, as after a power cut
+            with open(blobs + name, "r+b") as file:
+                file.write(b"\0\0\0\0")
         self.copy("app:1", self.out + ":x")
         self.assertEqual(self.chain("app:1"), read_layout(self.out)["x"][2])
 
@@ -5268,6 +5273,33 @@ class Layouts(StoreTest):
             done = self.copy("sample", self.out, status=6)
             self.assertIn(b"index.json", done.stderr)
             self.assertEqual(before, {name: row[:6] for name, row in snapshot(self.out).items()})
+        for text, good in (('{"schemaVersion":2,"manifests":null}', True),  # of umoci init
+                           ('{"manifests":[5]}', True), ('{"manifests":[],"n":1e999}', False),
+                           ('{"manifests":[{"x":"\\ud800"}]}', True)):
+            with open(self.out + "/index.json", "w", encoding="ascii") as file:
+                file.write(text)
+            self.copy("sample", self.out + ":ok", status=0 if good else 6)
+            with open(self.out + "/index.json", encoding="ascii") as file:
+                self.assertEqual(good, "ok" in file.read())
+        os.rename(self.out + "/oci-layout", self.out + "/version")
+        for make in (["ln", "-s", "version"], ["mkfifo"], ["mkdir"], ["sh", "-c", "echo 9 >$0"]):
+            place = self.out + "/oci-layout"
+            subprocess.run([*make, place], check=True)
+            self.copy("sample", self.out + ":no", status=6)
+            subprocess.run(["rm", "-rf", place], check=True)
+        shutil.rmtree(self.out)
+        os.makedirs(self.out + "/blobs")  # of one that was killed in its last steps
+        open(self.out + "/.cstor-0123456789ab.partial", "w").close()
+        self.copy("sample", self.out + ":x")
+        self.assertEqual({"x"}, set(read_layout(self.out)))
+        self.assertEqual({"blobs", "index.json", "oci-layout"}, set(os.listdir(self.out)))
+        os.makedirs(self.dir + "/far/away")
+        os.symlink("far/away", self.dir + "/link")
+        self.copy("sample", "link/../lay:b", cwd=self.dir)
+        self.assertEqual({"b"}, set(read_layout(self.dir + "/far/lay")))
+        done = self.copy("sample", os.path.join(self.store.root, "overlay/lay"), status=6)
+        self.assertIn(b"is inside the storage", done.stderr)
+        self.copy("sample", self.out, "--all", "--platform=linux/amd64", status=2)
         other = os.path.join(self.dir, "other")
         os.mkdir(other)
         open(other + "/mine", "w").close()
@@ -5279,6 +5311,23 @@ class Layouts(StoreTest):
         for how in ("lz4", "gzip:0", "gzip:10", "zstd:20", "none:1", ""):
             self.copy("app:1", other, f"--compress={how}", status=2)
         self.assertEqual(before, snapshot(other))
+
+    def test_writers_that_fail_beside_others(self) -> None:
+        bad = make_sample(os.path.join(self.dir, "bad"))
+        with open(bad.path("overlay", bad.images[0]["layer"], "diff/srv/app.py"), "w",
+                  encoding="ascii") as file:
+            file.write("damaged")
+        for number in range(6):
+            shutil.rmtree(self.out, ignore_errors=True)
+            processes = [(good, subprocess.Popen(
+                [sys.executable, SCRIPT, "--root", (self.store if good else bad).root, "image",
+                 "copy-to-oci", "app:1", f"{self.out}:{i}", "--compress=gzip:1"], env=IDLE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+                for i, good in enumerate([True, False] * 3)]
+            for good, process in processes:
+                _, errors = process.communicate(timeout=60)
+                self.assertEqual(0 if good else 4, process.returncode, errors)
+            self.assertEqual({"0", "2", "4"}, set(read_layout(self.out)), number)
 
     def test_several_writers(self) -> None:
         processes = [subprocess.Popen(
@@ -5314,6 +5363,23 @@ class Layouts(StoreTest):
         self.assertEqual([], [name for name in snapshot(self.out) if name.endswith(b".partial")])
         self.assertIn("last", read_layout(self.out))
 
+    def test_a_signal_behind_the_last_step(self) -> None:
+        """What the index names is never removed again."""
+        real = cstor.OciLayout.put
+
+        def put(layout: cstor.OciLayout, folder: bytes, name: bytes, data: bytes) -> None:
+            real(layout, folder, name, data)
+            if name == b"index.json":
+                raise KeyboardInterrupt
+
+        for tag in ("new", "more"):
+            with cstor.Storage.open(self.store.root) as storage, \
+                    mock.patch.object(cstor.OciLayout, "put", put), \
+                    self.assertRaises(KeyboardInterrupt):
+                storage.image("sample").copy_to_oci(self.out, tag)
+            self.assertIn(tag, read_layout(self.out))
+        self.assertEqual(0o755 & ~UMASK, stat.S_IMODE(os.stat(self.out).st_mode))
+
     def test_gzip_is_the_same_by_any_number_of_threads(self) -> None:
         rng = random.Random(2)
         data = b"".join(rng.choice((b"words and words ", rng.getrandbits(800).to_bytes(100, "big")))
@@ -5337,6 +5403,69 @@ class Layouts(StoreTest):
             self.assertEqual(data[:size], done.stdout)
         self.assertLess(len(packed), 1.02 * len(gzip.compress(data, 6)))
 
+    def test_images_that_nobody_built_in_good_faith(self) -> None:
+        record = self.store.images[0]
+        with cstor.Storage.open(self.store.root) as storage:
+            image = storage.image("app:1")
+            config, manifest = image.config(), image.manifest()
+
+        def rewrite(config: Any, manifest: Any, **layer: Any) -> None:
+            data = json.dumps(config).encode()
+            record.update({"big-data-names": [], "big-data-sizes": {}, "big-data-digests": {}})
+            self.store.big_data(record, sha256(data), data)
+            self.store.big_data(record, "manifest", json.dumps({
+                **manifest, "config": {**manifest.get("config", {}), "digest": sha256(data),
+                                       "size": len(data)}}).encode())
+            self.store.save()
+
+        platforms: List[Dict[str, Any]] = [
+            {"architecture": 5}, {"os": True}, {"os.features": "x"}, {"variant": ["8"]},
+            {"architecture": ""}]
+        for change in platforms:
+            rewrite({**config, **change}, manifest)
+            self.copy("app:1", self.out + ":x")
+            read_layout(self.out)
+            with open(self.out + "/index.json", encoding="ascii") as file:
+                entry = json.load(file)["manifests"][-1]
+            if {"architecture", "os"} & set(change):
+                self.assertNotIn("platform", entry)
+            else:
+                self.assertEqual({"architecture": "amd64", "os": "linux"}, entry["platform"])
+        wrongs: List[Dict[str, Any]] = [
+            {"config": {"mediaType": 5}}, {"layers": [5]}, {"annotations": [1]},
+            {"annotations": {"a": 5}}, {"mediaType": 7}]
+        for wrong in wrongs:
+            rewrite(config, {**manifest, **wrong})
+            self.copy("app:1", self.out + ":x")
+            found = read_layout(self.out)["x"][0]
+            self.assertEqual({cstor.ORIGINAL_DIGEST}, set(found["annotations"]))
+            self.assertEqual(2, found["schemaVersion"])
+        tars = [self.store.tars[layer] for layer in list(self.store.tars)[:2]]
+        layers: List[Any] = [{"mediaType": cstor.OCI_LAYER, "digest": sha256(tar),
+                              "size": len(tar)} for tar in tars]
+        fits: Dict[str, Any] = {"schemaVersion": 2, "config": {"mediaType": cstor.OCI_CONFIG},
+                                "layers": layers}
+        changes: List[Tuple[Dict[str, Any], bool]] = [
+            ({}, True), ({"schemaVersion": 2.0}, False), ({"manifests": []}, False),
+            ({"annotations": {"a": 5}}, False), ({"x": float("nan")}, False),
+            ({"layers": [*layers, 5]}, False)]
+        for change, kept in changes:
+            rewrite(config, {**fits, **change})
+            self.copy("app:1", self.out + ":x")
+            self.assertEqual(kept, cstor.ORIGINAL_DIGEST not in read_layout(
+                self.out)["x"][0].get("annotations", {}), change)
+        secret = os.path.join(self.dir, "secret")
+        with open(secret, "w", encoding="ascii") as file:
+            file.write("0123456789")
+        digest = "sha256:../../../secret"
+        self.store.layers[1].update({"diff-digest": digest, "diff-size": 10})
+        rewrite({**config, "rootfs": {"type": "layers", "diff_ids": [sha256(tars[0]), digest]}},
+                manifest)
+        for command in (["copy-to-oci", "app:1", self.out], ["export", "app:1",
+                                                             "--as=docker-archive"]):
+            done = self.run_cstor(*self.ours, "image", *command, status=4)
+            self.assertNotIn(b"secret.tar", done.stdout)
+
     def test_without_zstd(self) -> None:
         done = self.copy("app:1", self.out, "--compress=zstd", status=6 if sys.version_info < (
             3, 14) else 0, env={"PATH": "/nonexistent"})
@@ -5348,7 +5477,7 @@ class Layouts(StoreTest):
         need(sys.version_info < (3, 14), "Python has zstd itself")
         program = os.path.join(self.dir, "bin/zstd")
         os.mkdir(os.path.dirname(program))
-        for script, status in (("exit 3", 3), ("head -c 10; exit 4", 4),
+        for script, status in (("exit 3", 3), ("exit 0", 0), ("head -c 10; exit 4", 4),
                                ("cat >/dev/null; exit 1", 1)):
             with open(program, "w", encoding="ascii") as file:
                 file.write(f"#!/bin/sh\n{script}\n")
@@ -5357,6 +5486,17 @@ class Layouts(StoreTest):
                              env={"PATH": os.path.dirname(program) + ":/usr/bin:/bin"})
             self.assertIn(f"zstd failed with status {status}".encode(), done.stderr)
             self.assertFalse(os.path.lexists(self.out))
+        with open(program, "w", encoding="ascii") as file:
+            file.write("#!/bin/sh\nexec sleep 1000\n")  # takes nothing and never ends
+        with subprocess.Popen([sys.executable, SCRIPT, *self.ours, "image", "copy-to-oci", "sample",
+                               self.out, "--compress=zstd"], start_new_session=True,
+                              env={**IDLE, "PATH": os.path.dirname(program) + ":/usr/bin:/bin"},
+                              stderr=subprocess.DEVNULL) as process:
+            time.sleep(1)
+            process.terminate()
+            self.assertEqual(143, process.wait(timeout=20))
+        self.assertRaises(ProcessLookupError, os.killpg, process.pid, 0)
+        self.assertFalse(os.path.lexists(self.out))
 
 
 class Archives(TreeTest):
@@ -5396,13 +5536,19 @@ class Archives(TreeTest):
         for reference, expected in (
                 (image, ["localhost/app:1", "localhost/app:latest"]),
                 ("app", ["localhost/app:latest"]),
-                ("localhost/app:1", ["localhost/app:1"]), (image[:9], 2)):
+                ("localhost/app:1", ["localhost/app:1"]), (image[:9], 2),
+                ("localhost/odd", None)):
+            if expected is None:  # neither of these is a name that a tag has
+                self.store.images[0]["names"] = ["localhost/odd:1@" + sha256(b""), "Up/Case:1",
+                                                 "localhost/odd:latest@" + sha256(b"")]
+                self.store.save()
+                reference = image
             data = self.export_images(reference, "--as=docker-archive")
             with tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 file = tar.extractfile("manifest.json")
                 assert file
                 names = json.load(file)[0]["RepoTags"]
-            self.assertEqual(expected, names if isinstance(expected, list) else len(names))
+            self.assertEqual(expected, len(names) if expected == 2 else names)
 
     def test_oci_archive(self) -> None:
         data = self.export_images("app:1", "sample", "--as=oci-archive")
@@ -5414,6 +5560,13 @@ class Archives(TreeTest):
         self.assertEqual({"localhost/app:1", "docker.io/library/sample:latest"}, set(found))
         self.assertEqual(list(self.store.tars.values()),
                          found["docker.io/library/sample:latest"][2])
+        data = self.export_images(self.store.images[0]["id"], "--as=oci-archive")
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            file = tar.extractfile("index.json")
+            assert file
+            # Two entries would be two images to podman load.
+            self.assertEqual(["localhost/app:1"], [
+                entry["annotations"][cstor.REF_NAME] for entry in json.load(file)["manifests"]])
 
     def test_the_same_bytes_each_time(self) -> None:
         for kind in ("rootfs", "docker-archive", "oci-archive"):
@@ -5440,6 +5593,10 @@ class Archives(TreeTest):
         self.store.layers[0]["toc-digest"] = sha256(b"toc")
         self.store.save()
         self.assertEqual(with_records, self.export_images("sample", "--as=docker-archive"))
+
+    def test_stdout_by_its_name(self) -> None:
+        expected = self.export_images("sample")
+        self.assertEqual(expected, self.export_images("sample", "-o", "/dev/stdout"))
 
     def test_damage_is_no_archive(self) -> None:
         top = self.store.images[1]["layer"]
@@ -6618,6 +6775,9 @@ class RealStores(unittest.TestCase):
             self.assertEqual(new["rootfs"], old["rootfs"])
             self.assertEqual((new["config"], new["architecture"], new["os"]),
                              (old["config"], old["architecture"], old["os"]))
+        with cstor.Storage.open(self.roots["schema1"] + "/st") as storage:
+            image = storage.image("localhost/s1:latest")  # whose ID is the digest of such a one
+            self.assertEqual("sha256:" + image.id, sha256(image.config_bytes()))
 
     def test_odd_big_data_keys(self) -> None:
         with cstor.Storage.open(self.roots["schema1"] + "/st") as storage:
