@@ -5583,6 +5583,14 @@ class Archives(TreeTest):
             for wrong in ("x", "-1", "1.5"):
                 self.export_images("sample", "--as=" + kind, status=6, SOURCE_DATE_EPOCH=wrong)
 
+    def test_the_same_bytes_by_another_python(self) -> None:
+        other = "/usr/bin/python3"
+        need(os.path.exists(other), "there is no /usr/bin/python3")
+        for kind in ("rootfs", "docker-archive", "oci-archive"):
+            done = self.run_cstor(*self.ours, "sample", "--as=" + kind, command=[other, SCRIPT])
+            self.assertEqual(sha256(self.export_images("sample", "--as=" + kind)),
+                             sha256(done.stdout))
+
     def test_sizes_and_digests_that_no_record_has(self) -> None:
         with_records = self.export_images("sample", "--as=docker-archive")
         for record in self.store.layers[:2]:
