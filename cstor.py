@@ -5958,7 +5958,7 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
         need_match(tree, paths)
     filling = Filling(directory, force=force, clean=clean)
     with filling as target:
-        extraction = Extraction(target, merge=force, **options)
+        extraction = Extraction(target, merge=force and not filling.made, **options)
         extraction.run(items)
         if filling.made and (first is None or first[0]):  # the root was not selected
             os.chmod(f"/proc/self/fd/{target.fd}", filling.mode)

@@ -4179,6 +4179,15 @@ class Extracts(TreeTest):
                  for name in (".", "usr", "usr/lib", "usr/lib/deep", "run")]
         self.assertEqual([0o700, 0o755 & ~UMASK, 0o700, 0o755, 0o1777], modes)
 
+    def test_force_changes_nothing_where_nothing_is(self) -> None:
+        for base in (self.BASE, self.BASE[512:]):
+            for force in (False, True):
+                with self.tree(base) as tree:
+                    cstor.extract_tree(tree, self.out, force=force, owners=False)
+                    mode = tree.root.mode if os.geteuid() == 0 else tree.root.mode | 0o200
+                self.assertEqual(mode, stat.S_IMODE(os.stat(self.out).st_mode))
+                subprocess.run(["rm", "-rf", self.out], check=True)
+
     def test_guards_of_the_library(self) -> None:
         os.mkdir(self.out)
         open(self.out + "/mine", "w").close()
