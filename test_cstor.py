@@ -2478,7 +2478,8 @@ class TarSplitTests(StoreTest):
         self.assertEqual(data + b"x", read(packed + gzip.compress(b"") + gzip.compress(b"x")))
         self.assertEqual(b"x" * 20_000, read(gzip.compress(b"x") * 20_000))
         for wrong in (b"", packed[:-1], packed[:1000], packed[:5], packed + b"garbage", b"plain",
-                      packed[:5000] + b"\0" + packed[5001:], packed[:-5] + b"\0" + packed[-4:]):
+                      *(packed[:at] + bytes([packed[at] ^ 1]) + packed[at + 1:]
+                        for at in (5000, len(packed) - 5))):
             self.assertRaises(cstor.FormatError, read, wrong)
 
     def test_every_damaged_byte_is_noticed(self) -> None:
