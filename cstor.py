@@ -702,8 +702,7 @@ class Copier:
     """Copies ranges of files by the fastest call that the kernel takes.
 
     copy_file_range(2), then sendfile(2), then read and write: what fails once with "not here" is
-    not tried again, so that there is one Copier for each pair of file systems.  Threads can share
-    it.
+    not tried again, so that there is one Copier for each pair of file systems.
     """
 
     NOT_HERE = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM,
@@ -752,7 +751,7 @@ class Ladder:
     """Fills new files with contents: by FICLONE, or else by a Copier.
 
     What refuses a whole pair of file systems is not asked again; ``mode`` is auto, reflink (nothing
-    else will do), or copy.  Threads can share it.
+    else will do), or copy.
     """
 
     # What says no for a pair of file systems, and what may be so for one file of them: on btrfs
@@ -794,6 +793,9 @@ class Ladder:
                         self._refused[devices] = why
         copier = self._copiers.setdefault(devices, Copier())
         before = os.fstat(fd)
+        if before.st_size != size:  # or a file that has become shorter would be filled up by a hole
+            raise IntegrityError("changed while it was read", expected=f"{size} bytes",
+                                 actual=str(before.st_size))
         for offset, length in data_runs(fd, size) if before.st_blocks * 512 < size \
                 else ((0, size),):
             if offset:
@@ -6012,7 +6014,12 @@ class Filling:
                 left = f"{self.directory} is left incomplete"
                 if self.made if self._clean is None else self._clean:
                     left = remove_failed(target, self.directory if self.made else "")
-            vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), left]))
+            add_hint(error, left)
+
+
+def add_hint(error: BaseException, text: str) -> None:
+    """Add to what the command line says of an error."""
+    vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
 
 
 def refuse_storage(storage: Metadata, directory: str) -> None:
@@ -6601,8 +6608,8 @@ class OciLayout:
                     if self._made:  # and empty, unless somebody else is at work there
                         left = remove_failed(self.target, self.directory) if self._locked \
                             else remove_empty(self.directory)
-            if left:
-                vars(error)["hint"] = left
+            if error is not None:
+                add_hint(error, left)
         finally:
             if self._lock >= 0:
                 os.close(self._lock)
@@ -7734,6 +7741,8 @@ class ProgressLine:
         self.start = self.shown = time.monotonic()
 
     def __call__(self, size: int, files: int) -> None:
+        if _stopped_by:
+            raise _Stopped(_stopped_by[0])
         now = time.monotonic()
         if not self.active or now - self.shown < self.INTERVAL:
             return
@@ -7818,9 +7827,14 @@ def unwind_on_signals() -> None:
     """Let the first SIGINT, SIGTERM or SIGHUP raise, so that what was begun is cleaned up whole."""
     import signal
 
-    def stop(number: int, _: object) -> None:
+    def stop(number: int, frame: Any) -> None:
+        _stopped_by.append(number)
         for other in _handlers:
             signal.signal(other, lambda *_: None)
+        while frame:
+            if frame.f_code.co_name == "__del__":  # it would be lost: ProgressLine raises it later
+                return
+            frame = frame.f_back
         raise _Stopped(number)
 
     try:
@@ -7834,14 +7848,17 @@ def unwind_on_signals() -> None:
 
 
 _handlers: Dict[int, Any] = {}  # that unwind_on_signals() replaced
+_stopped_by: List[int] = []  # the signal that came, if any
 
 
-def restore_signals() -> None:
-    """Put back what unwind_on_signals() replaced."""
+def restore_signals(ending: bool) -> None:
+    """Put back what unwind_on_signals() replaced; a process that ends has nothing to stop."""
     import signal
 
+    _stopped_by.clear()
     while _handlers:
-        signal.signal(*_handlers.popitem())
+        number, before = _handlers.popitem()
+        signal.signal(number, (lambda *_: None) if ending else before)
 
 
 class _UsageError(Exception):
@@ -8809,7 +8826,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             say(f"interrupted: {display(vars(error)['hint'])}")
     while _handlers:
         try:
-            restore_signals()
+            restore_signals(ending=argv is None)
         except (KeyboardInterrupt, _Stopped):  # all was done already
             pass
     try:
