@@ -45,8 +45,9 @@ Sections, each built only from those above it:
     12 tree                the merged view: walk, look up, read, compare; table of contents
     13 extract             files out into a directory, by reflink
     14 archives            OCI layout, docker-archive, oci-archive, a tree as a tar
-    15 library             Storage, Image, Layer, Container
-    16 command line        output, progress, one function per command
+    15 streams             splitfdstream and splitdirfdstream: contents as open files
+    16 library             Storage, Image, Layer, Container
+    17 command line        output, progress, one function per command
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -192,6 +193,8 @@ OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
+FD_ERROR = -32050  # jsonrpc-fdpass: "File Descriptor Error"
+
 # Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
 MAX_SYMLINKS = 40  # as the kernel's path walk
 MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
@@ -204,6 +207,8 @@ MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compar
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
 MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
 MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
+MAX_INLINE = 256 << 20  # one chunk of a stream
+MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
 MAX_UNPAIRED = 512 << 20  # memory for entries of two tars that wait for their counterparts
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
@@ -212,6 +217,7 @@ HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes, or a process e
 MAX_WORKERS = 8  # processes that extract
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
 SMALL_TAR_SPLIT = 64 << 10  # compressed bytes that are read in some milliseconds
+INLINE_THRESHOLD = 4096  # contents of up to so many bytes go inline in a stream
 READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
 LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
 
@@ -7469,7 +7475,509 @@ def field_value(field: str, raw: Optional[bytes]) -> Any:
 
 
 # ================================================================================================
-# 15. Library
+# 15. Streams
+#
+# A layer's tar on its way to somebody else: what stands between contents as bytes, contents as
+# bytes or as open files, which the receiver can reflink.  Put together again they are the tar, bit
+# for bit.  Two spellings, both without header, end and checksum (WIRE.md 1 and 2):
+#   splitfdstream     i64 -N and N bytes, or i64 P: the content of open file P, from 0
+#   splitdirfdstream  00 u32 N and N bytes of headers and padding; 01 likewise, content;
+#                     02 u64 SIZE u32 D u32 N and N bytes: the content of that file in directory D
+# Numbers are little-endian.  A reader gives chunks, bytes or Passed; read_stream() finds in them
+# what the tar's headers tell, which bounds each content; LayerStream checks the whole.  What a peer
+# says of lengths costs no memory before the bytes are there.
+# ================================================================================================
+
+class Passed:
+    """The whole content of the open file ``fd``, from offset 0.
+
+    ``length`` is what the sender says of it, -1 = nothing.  Good until the next chunk is asked for:
+    who made it closes the descriptor then.
+    """
+
+    __slots__ = ("fd", "length")
+
+    def __init__(self, fd: int, length: int = -1) -> None:
+        self.fd, self.length = fd, length
+
+
+def check_passed(fd: int) -> int:
+    """Return the size of a file that a peer passed.
+
+    Raises ProtocolError (FD_ERROR) for what is no regular file, or is not open for reading.
+    """
+    status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
+    if not stat.S_ISREG(status.st_mode):
+        raise ProtocolError(f"a {file_type(status.st_mode)} was passed, not a regular file",
+                            code=FD_ERROR)
+    if flags & os.O_PATH or flags & (os.O_WRONLY | os.O_RDWR) == os.O_WRONLY:
+        raise ProtocolError("a file was passed that is not open for reading", code=FD_ERROR)
+    return status.st_size
+
+
+class _ChunkReader:
+    """Reads the parts of a stream of chunks; ``file`` names it in errors."""
+
+    def __init__(self, read: Callable[[int], bytes], file: str) -> None:
+        self.file, self.offset = file, 0
+        self._read = read
+
+    def _error(self, message: str) -> FormatError:
+        return FormatError(message, file=self.file, offset=self.offset)
+
+    def _take(self, count: int, *, end: bool = False) -> bytes:
+        """Return ``count`` bytes, or b"" where the stream may end."""
+        data = self._read(count)
+        if len(data) < count and (data or not end):
+            raise self._error("the stream is cut off")
+        self.offset += count
+        return data
+
+    def _number(self, width: int) -> int:
+        return int.from_bytes(self._take(width), "little")
+
+    def _inline(self, count: int) -> Iterator[bytes]:
+        if count > MAX_INLINE:
+            raise self._error(f"a chunk of {count} bytes, more than {MAX_INLINE}")
+        return (self._take(part) for part in split_count(count))
+
+
+class SplitfdstreamReader(_ChunkReader):
+    """The chunks of a splitfdstream: iterating yields bytes and Passed.
+
+    ``read(n)`` returns n bytes, or fewer at the end only; ``externals(p)`` the descriptor of
+    external file p, which stays its own (IndexError or KeyError: there is none).  Raises
+    FormatError with the offset.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], externals: Callable[[int], int],
+                 file: str = "splitfdstream") -> None:
+        super().__init__(read, file)
+        self._externals = externals
+
+    def __iter__(self) -> Iterator[Union[bytes, Passed]]:
+        while True:
+            prefix = self._take(8, end=True)
+            if not prefix:
+                return
+            number = int.from_bytes(prefix, "little", signed=True)
+            if number < 0:
+                yield from self._inline(-number)
+                continue
+            try:
+                if number >> 32:
+                    raise IndexError
+                fd = self._externals(number)
+            except (IndexError, KeyError):
+                raise self._error(f"there is no external file {number}") from None
+            yield Passed(fd)
+
+
+class SplitdirfdstreamReader(_ChunkReader):
+    """The chunks of a splitdirfdstream: iterating yields bytes and Passed.
+
+    ``directories`` are descriptors, which stay the caller's; files are opened beneath them, and no
+    link out of them is followed.  Raises FormatError with the offset, OSError for what cannot be
+    opened.
+    """
+
+    def __init__(self, read: Callable[[int], bytes], directories: Sequence[int],
+                 file: str = "splitdirfdstream") -> None:
+        super().__init__(read, file)
+        self._fds = directories
+
+    def __iter__(self) -> Iterator[Union[bytes, Passed]]:
+        opened: Dict[int, Directory] = {}
+        try:
+            while True:
+                kind = self._take(1, end=True)
+                if not kind:
+                    return
+                if kind in b"\0\1":
+                    yield from self._inline(self._number(4))
+                    continue
+                if kind != b"\2":
+                    raise self._error(f"a chunk of unknown type {kind[0]}")
+                length, fd = self._open(opened)
+                try:
+                    yield Passed(fd, length)
+                finally:
+                    os.close(fd)
+        finally:
+            for directory in opened.values():
+                directory.close()
+
+    def _open(self, opened: Dict[int, Directory]) -> Tuple[int, int]:
+        """Return (length, descriptor) of the file that is named next."""
+        length, index, count = self._number(8), self._number(4), self._number(4)
+        if not 0 < count <= MAX_FILE_NAME:
+            raise self._error(f"a file name of {count} bytes")
+        name = self._take(count)
+        if b"\0" in name or name.startswith(b"/") or b".." in name.split(b"/"):
+            raise self._error(f'not a file name: "{display(name)}"')
+        if index >= len(self._fds):
+            raise self._error(f"there is no directory {index}")
+        directory = opened.get(index)
+        if directory is None:
+            directory = opened[index] = Directory(f"{self.file}: directory {index}",
+                                                  os.dup(self._fds[index]))
+        parent, _, base = name.rpartition(b"/")
+        try:
+            dir_fd = directory.parent(parent)
+            mode = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):  # opening a FIFO can block and opening a device can act
+                raise self._error(f'"{display(name)}" is a {file_type(mode)}, not a regular file')
+            return length, directory.open_at(dir_fd, base)
+        except OSError as error:
+            raise with_path(error, directory.host_path(name)) from None
+
+
+def write_inline(write: Callable[[Any], object], head: Callable[[int], bytes],
+                 piece: Union[bytes, Extent]) -> None:
+    """Write a piece as chunks of up to MAX_INLINE bytes, each behind what ``head(length)`` returns.
+
+    Nothing for an empty piece.  Raises IntegrityError when its file is shorter.
+    """
+    left = piece.length if isinstance(piece, Extent) else len(piece)
+    room = 0
+    for data in whole_chunks(piece):
+        view = memoryview(data)
+        while view:
+            if not room:
+                room = min(left, MAX_INLINE)
+                write(head(room))
+            part, view = view[:room], view[room:]
+            write(part)
+            left -= len(part)
+            room -= len(part)
+
+
+def whole_chunks(piece: Union[bytes, Extent]) -> Iterator[bytes]:
+    """Yield the bytes of a piece.  Raises IntegrityError at the end when its file is shorter."""
+    if not isinstance(piece, Extent):
+        yield piece
+        return
+    left = piece.length
+    for data in piece.chunks():
+        left -= len(data)
+        yield data
+    if left:
+        raise IntegrityError("the file shrank while it was read", name=piece.member.name,
+                             expected=f"{piece.length} bytes", actual=str(piece.length - left))
+
+
+def is_whole_file(piece: Extent) -> bool:
+    """Tell whether an extent is all of a file, and all of its member's content."""
+    return piece.offset == 0 and piece.member.sparse is None \
+        and os.fstat(piece.fd).st_size == piece.length
+
+
+class SplitfdstreamWriter:
+    """Writes a splitfdstream from the pieces of read_pieces().
+
+    ``write`` takes all bytes that it is given.  A whole file of more than ``threshold`` bytes is
+    offered to ``external(extent)``, which takes it as number ``files`` and returns True, or leaves
+    it to be written inline.
+    """
+
+    def __init__(self, write: Callable[[Any], object],
+                 external: Optional[Callable[[Extent], bool]] = None, *,
+                 threshold: int = INLINE_THRESHOLD) -> None:
+        self.files = 0  # external ones so far
+        self._write, self._external, self._threshold = write, external, threshold
+
+    def add(self, piece: Union[bytes, Extent]) -> None:
+        """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
+        if isinstance(piece, Extent) and piece.length > self._threshold and self._external \
+                and is_whole_file(piece) and self._external(piece):
+            self._write(self.files.to_bytes(8, "little"))
+            self.files += 1
+        else:
+            write_inline(self._write, lambda count: (-count).to_bytes(8, "little", signed=True),
+                         piece)
+
+
+class SplitdirfdstreamWriter:
+    """Writes a splitdirfdstream from the pieces of read_pieces().
+
+    ``write`` takes all bytes that it is given.  A whole file is offered to ``external(extent)``,
+    which returns (number of a directory, name in it, relative), or None: inline.
+    """
+
+    def __init__(self, write: Callable[[Any], object],
+                 external: Optional[Callable[[Extent], Optional[Tuple[int, bytes]]]] = None
+                 ) -> None:
+        self._write, self._external = write, external
+
+    def add(self, piece: Union[bytes, Extent]) -> None:
+        """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
+        kind = b"\1" if isinstance(piece, Extent) else b"\0"
+        if isinstance(piece, Extent) and piece.length and self._external and is_whole_file(piece):
+            place = self._external(piece)
+            if place:
+                index, name = place
+                self._write(b"\2" + piece.length.to_bytes(8, "little") + index.to_bytes(
+                    4, "little") + len(name).to_bytes(4, "little") + name)
+                return
+        write_inline(self._write, lambda count: kind + count.to_bytes(4, "little"), piece)
+
+
+class _Source:
+    """The bytes of a tar that comes in chunks; ``offset`` counts what was taken of it."""
+
+    def __init__(self, chunks: Iterable[Union[bytes, Passed]], file: str) -> None:
+        self.file, self.offset = file, 0
+        self._chunks = iter(chunks)
+        self._data, self._at = b"", 0
+        self._passed: Optional[Passed] = None
+        self._size = 0
+
+    def _error(self, message: str) -> FormatError:
+        return FormatError(message, file=self.file, offset=self.offset)
+
+    def _fill(self) -> bool:
+        """Have some bytes or a passed file at hand; return False at the end."""
+        while self._at == len(self._data) and not self._passed:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return False
+            if isinstance(chunk, Passed):
+                self._size = check_passed(chunk.fd)
+                if chunk.length not in (-1, self._size):
+                    raise IntegrityError(f"{self.file}: a passed file has another size than its "
+                                         "sender says", expected=str(chunk.length),
+                                         actual=str(self._size))
+                self._passed = chunk if self._size else None
+            else:
+                self._data, self._at = chunk, 0
+        return True
+
+    def some(self, most: int) -> bytes:
+        """Return up to ``most`` bytes, b"" at the end."""
+        if not self._fill():
+            return b""
+        if self._passed:
+            raise self._error("an open file stands where there is no content of a regular file")
+        data = self._data[self._at:self._at + most]
+        self._at += len(data)
+        self.offset += len(data)
+        return data
+
+    def take(self, count: int, short: bool = False) -> bytes:
+        """Return ``count`` bytes, with ``short`` fewer at the end."""
+        end = self._at + count
+        if end <= len(self._data):
+            data = self._data[self._at:end]
+            self._at = end
+            self.offset += count
+            return data
+        parts = []
+        while count:
+            part = self.some(count)
+            if not part:
+                if short:
+                    break
+                raise self._error("the tar is cut off")
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def content(self, member: Member) -> Iterator[Union[bytes, Extent]]:
+        """Yield what is stored of a member."""
+        left = member.stored
+        if left and self._fill() and self._passed and member.sparse is None:
+            fd, self._passed = self._passed.fd, None
+            if self._size != left:
+                raise IntegrityError(f"{self.file}: the passed file has another size than the "
+                                     "tar's header says", name=member.name, expected=str(left),
+                                     actual=str(self._size))
+            self.offset += left
+            yield Extent(fd, 0, left, member)
+            return
+        while left:
+            data = self.some(min(left, CHUNK))
+            if not data:
+                raise self._error(f'the tar is cut off inside of "{display(member.name)}"')
+            left -= len(data)
+            yield data
+
+
+def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: bool = False,
+                pairs: bool = False
+                ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
+    """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
+
+    All together is the tar, bit for bit: padding, special headers and what stands behind the last
+    member are in the bytes.  A content is good until the next item is asked for, and is of
+    ``member.stored`` bytes; a passed file is one Extent.  ``need_end`` asks for the tar's end of
+    two zero blocks, without which a cut between members cannot be told.  ``pairs`` is for streams
+    of containers/storage's Go code, which have neither padding nor an end: both are added.
+
+    Raises FormatError with the offset in the tar, IntegrityError for passed files of another size,
+    ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
+    """
+    source = _Source(chunks, file)
+    parts: List[bytes] = []
+
+    def take(count: int, short: bool = False) -> bytes:
+        parts.append(source.take(count, short))
+        return parts[-1]
+
+    while True:
+        start = source.offset
+        try:
+            header = read_header(lambda: take(BLOCK, True), take)
+            if not header:
+                break
+            member = Member.parse(header)
+        except FormatError as error:
+            raise error if error.file else FormatError(str(error), file=file, offset=start) \
+                from None
+        if member.typeflag == b"S":
+            raise Unsupported(f'{file}: "{display(member.name)}" is a sparse file of GNU tar\'s '
+                              "old format")
+        content = source.content(member)
+        yield b"".join(parts), member, content
+        for _ in content:  # what was not asked for
+            pass
+        parts[:] = [bytes(member.padding) if pairs else source.take(member.padding, True)]
+    if pairs and not parts[-1]:
+        parts.append(bytes(2 * BLOCK))
+    elif parts[-1] + take(BLOCK, True) != bytes(2 * BLOCK) and need_end:
+        raise FormatError("the tar has no end: it was cut off", file=file, offset=source.offset)
+    yield b"".join(parts), None, iter(())
+    for data in iter(lambda: source.some(CHUNK), b""):
+        yield data, None, iter(())
+
+
+class LayerStream:
+    """A layer whose tar comes as chunks, from a peer or a file; it can be read once.
+
+    ``label`` is the layer's ID, or names the stream in errors.  ``digest`` is the sha256 of the
+    tar, "" when it is not known, ``size`` its length or -1; ``pairs`` as for read_stream().  A
+    context manager: ``close`` is called at its end.
+    """
+
+    def __init__(self, chunks: Iterable[Union[bytes, Passed]], *, label: str, digest: str = "",
+                 size: int = -1, pairs: bool = False,
+                 close: Optional[Callable[[], object]] = None) -> None:
+        self.label, self.digest, self.size = label, digest, size
+        self._chunks, self._pairs, self._close = iter(chunks), pairs, close
+
+    def close(self) -> None:
+        """Close what the chunks come from; harmless when repeated."""
+        if hasattr(self._chunks, "close"):  # a generator, which may hold the last file
+            self._chunks.close()
+        close, self._close = self._close, None
+        if close:
+            close()
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def items(self, verify: bool = True
+              ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
+        """Yield what read_stream() does; check() is to follow, with a digest by ``verify``."""
+        return read_stream(self._chunks, self.label, pairs=self._pairs,
+                           need_end=self.size < 0 and not (verify and self.digest))
+
+    def pieces(self, verify: bool = True) -> Iterator[Union[bytes, Extent]]:
+        """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
+        for literal, _, content in self.items(verify):
+            if literal:
+                yield literal
+            yield from content
+
+    def check(self, digest: str, size: int) -> None:
+        """Compare the whole tar with what is known of it; a ``digest`` of "" was not taken.
+
+        Raises IntegrityError.
+        """
+        for what, expected, actual in (
+                ("size", str(self.size) if self.size >= 0 else "", str(size)),
+                ("digest", self.digest if digest else "", digest)):
+            if expected and expected != actual:
+                raise IntegrityError(f"its tar has the wrong {what}", layer=self.label,
+                                     expected=expected, actual=actual)
+
+    def export(self, out: Union[int, BinaryIO], *, verify: bool = True,
+               progress: Optional[Progress] = None) -> str:
+        """Write the tar to a descriptor or binary file; return its digest, "" without ``verify``.
+
+        Raises IntegrityError (what was written is then no good), and as read_stream() does.
+        """
+        sink = TarSink(out, hashing=verify, layer=self.label, progress=progress)
+        try:
+            for piece in self.pieces(verify):
+                if isinstance(piece, Extent):
+                    sink.extent(piece)
+                else:
+                    sink.literal(piece)
+            digest = sink.finish()
+        except BaseException:
+            sink.abort()
+            raise
+        self.check(digest, sink.size)
+        return digest
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the tar in chunks; a wrong digest or size raises IntegrityError at the end."""
+        import hashlib
+
+        digest, size = hashlib.sha256(), 0
+        for piece in self.pieces():
+            for data in whole_chunks(piece):
+                digest.update(data)
+                size += len(data)
+                yield data
+        self.check(f"sha256:{digest.hexdigest()}", size)
+
+    def open(self) -> BinaryIO:
+        """Return the tar as a file, which cannot seek: for ``tarfile.open(fileobj=, mode="r|")``.
+
+        Reading on to the end raises what chunks() raises.  Closing it closes the stream.
+        """
+        return io.BufferedReader(_StreamFile(self), CHUNK)
+
+
+class _StreamFile(io.RawIOBase):
+    """A LayerStream as a raw file; an error stays one, however often it is read on."""
+
+    def __init__(self, stream: LayerStream) -> None:
+        self._stream, self._chunks = stream, stream.chunks()
+        self._view = memoryview(b"")
+        self._failed: Optional[BaseException] = None
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        if self._failed:
+            raise self._failed
+        try:
+            while not self._view:
+                data = next(self._chunks, None)
+                if data is None:
+                    return 0
+                self._view = memoryview(data)
+        except BaseException as error:
+            self._failed = error
+            raise
+        count = min(len(buffer), len(self._view))
+        buffer[:count], self._view = self._view[:count], self._view[count:]
+        return count
+
+
+# ================================================================================================
+# 16. Library
 # ================================================================================================
 
 class Layer(LayerRecord):
@@ -7669,7 +8177,7 @@ class Storage(Metadata):
 
 
 # ================================================================================================
-# 16. Command line
+# 17. Command line
 # ================================================================================================
 
 EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
