@@ -46,8 +46,9 @@ Sections, each built only from those above it:
     13 extract             files out into a directory, by reflink
     14 archives            OCI layout, docker-archive, oci-archive, a tree as a tar
     15 streams             splitfdstream and splitdirfdstream: contents as open files
-    16 library             Storage, Image, Layer, Container
-    17 command line        output, progress, one function per command
+    16 messages            JSON-RPC and varlink with file descriptors; server and clients
+    17 library             Storage, Image, Layer, Container
+    18 command line        output, progress, one function per command
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -85,6 +86,7 @@ import zlib
 # are imported, and patterns compiled (re keeps them), where they are used.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from typing import (Any, BinaryIO, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
                         NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
 
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound="Record")
     L = TypeVar("L", bound="LayerTree")
     D = TypeVar("D", bound="Directory")
+    C = TypeVar("C", bound="Connection")
     Progress = Callable[[int, int], None]  # bytes and files done so far
 
 __version__ = "0.1.0"
@@ -193,7 +196,11 @@ OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-FD_ERROR = -32050  # jsonrpc-fdpass: "File Descriptor Error"
+# Error codes of JSON-RPC 2.0, of servers of layers, and of jsonrpc-fdpass.
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
+    -32700, -32600, -32601, -32602, -32603)
+NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR = -32000, -32001, -32002, -32003
+FD_ERROR = -32050
 
 # Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
 MAX_SYMLINKS = 40  # as the kernel's path walk
@@ -208,6 +215,11 @@ MAX_EXTENTS = 1 << 20  # data runs of one sparse file
 MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
 MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
 MAX_INLINE = 256 << 20  # one chunk of a stream
+MAX_MESSAGE = 64 << 20  # one JSON message between processes
+MAX_DEPTH = 64  # of objects and arrays in a message
+MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
+FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
+RECEIVE_SIZE = 256 << 10
 MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
 MAX_UNPAIRED = 512 << 20  # memory for entries of two tars that wait for their counterparts
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
@@ -7479,7 +7491,7 @@ def field_value(field: str, raw: Optional[bytes]) -> Any:
 #
 # A layer's tar on its way to somebody else: what stands between contents as bytes, contents as
 # bytes or as open files, which the receiver can reflink.  Put together again they are the tar, bit
-# for bit.  Two spellings, both without header, end and checksum (WIRE.md 1 and 2):
+# for bit.  Two spellings, both without header, end and checksum:
 #   splitfdstream     i64 -N and N bytes, or i64 P: the content of open file P, from 0
 #   splitdirfdstream  00 u32 N and N bytes of headers and padding; 01 likewise, content;
 #                     02 u64 SIZE u32 D u32 N and N bytes: the content of that file in directory D
@@ -7977,7 +7989,295 @@ class _StreamFile(io.RawIOBase):
 
 
 # ================================================================================================
-# 16. Library
+# 16. Messages
+#
+# JSON objects over a Unix stream socket, with file descriptors (SCM_RIGHTS), in two framings:
+#   JSON-RPC 2.0  objects back to back, white space between them or none.  A message with
+#                 descriptors has their number in "fds" (jsonrpc-fdpass), or, as before 2026, an
+#                 object {"__jsonrpc_fd__":true,"index":i} for each in its params.  They queue up in
+#                 the order of sending: what is beyond 253 at a time follows on the bytes left, or on
+#                 a space each.  Whoever reads waits for late ones
+#   varlink       each object ended by a NUL byte; descriptors come with their message's first byte
+# The kernel ends a reading behind the bytes that descriptors came with.  So those that came with
+# bytes which are all taken belong to the last message taken: to nobody else, or it is an error.
+# What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
+# ================================================================================================
+
+class Message:
+    """One message of a peer: ``value`` is the object, ``fds`` the descriptors, owned until taken.
+
+    A context manager that closes what was not taken.
+    """
+
+    __slots__ = ("value", "fds")
+
+    def __init__(self, value: Dict[str, Any], fds: List[int]) -> None:
+        self.value, self.fds = value, fds
+
+    def take(self) -> List[int]:
+        """Return the descriptors, which are the caller's from now on."""
+        fds, self.fds = self.fds, []
+        return fds
+
+    def close(self) -> None:
+        """Close the descriptors that were not taken."""
+        for fd in self.take():
+            os.close(fd)
+
+    def __enter__(self) -> Message:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Connection:
+    """One end of a Unix stream socket that carries messages; owns it and what was received.
+
+    ``timeout`` is how many seconds a peer may do nothing where something is due, ``max_fds`` how
+    many descriptors may wait, ``max_message`` the bytes of one message.  ``varlink`` changes the
+    framing.  A context manager.  Raises ProtocolError for all that a peer does wrong.
+    """
+
+    def __init__(self, sock: socket.socket, *, timeout: Optional[float] = 30.0,
+                 max_fds: int = MAX_QUEUED_FDS, max_message: int = MAX_MESSAGE) -> None:
+        self.socket, self.timeout = sock, timeout
+        self.max_fds, self.max_message = max_fds, max_message
+        self.varlink = False
+        self._buffer = bytearray()
+        self._received = 0  # bytes in all
+        self._fds: List[Tuple[int, int]] = []  # and how many bytes were received with them
+        self._at = self._depth = 0  # so far the buffer was looked at; brackets that are open there
+        self._inside = False  # of a string
+        sock.settimeout(timeout)
+
+    def close(self) -> None:
+        """Close the socket and the descriptors that nobody took; harmless when repeated."""
+        self.socket.close()
+        while self._fds:
+            os.close(self._fds.pop()[1])
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    def send(self, value: Dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send one message with descriptors, which stay the caller's."""
+        if fds and not self.varlink:
+            value = {**value, "fds": len(fds)}
+        data = json.dumps(value, separators=(",", ":")).encode()
+        self.send_bytes(data + b"\0" * self.varlink, fds)
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send bytes, and the descriptors with the first ones of them and with spaces behind."""
+        import socket
+        import struct
+
+        view, rest = memoryview(data), list(fds)
+        while view or rest:
+            batch = rest[:FDS_PER_SEND]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(batch)}i", *batch))
+                      ] if batch else []
+            sent = self._patiently(lambda: self.socket.sendmsg(
+                [view or b" "], rights, socket.MSG_NOSIGNAL))
+            view, rest = view[sent:], rest[len(batch):]
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Make a call on the socket; wait while more descriptors are under way than may be."""
+        end = time.monotonic() + (self.timeout or 30)
+        while True:
+            try:
+                return call()
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS and time.monotonic() < end:
+                    time.sleep(0.001)
+                    continue
+                if error.errno in (errno.EPIPE, errno.ECONNRESET):
+                    raise ProtocolError("the other end has closed the connection") from None
+                if isinstance(error, TimeoutError) or error.errno is None:  # socket.timeout
+                    raise ProtocolError("the other end has done nothing for "
+                                        f"{self.timeout or 30:g} seconds") from None
+                raise ProtocolError(f"the connection failed: {error.strerror}",
+                                    code=FD_ERROR) from None
+
+    # -- receiving -------------------------------------------------------------------------------
+
+    def receive(self) -> Optional[Message]:
+        """Return the next message, None when the other end has closed at a good place.
+
+        After an error the connection is of no more use for receiving.
+        """
+        end = self._boundary()
+        while end < 0:
+            if len(self._buffer) > self.max_message:
+                raise ProtocolError(f"a message of more than {self.max_message} bytes",
+                                    code=INVALID_REQUEST)
+            if not self._fill():
+                if self._buffer or self._fds:
+                    raise ProtocolError("the connection ended inside a message", code=PARSE_ERROR)
+                return None
+            end = self._boundary()
+        value = parse_message(bytes(self._buffer[:end]))
+        self._drop(end + self.varlink)
+        count = len(self._passed()) if self.varlink else count_fds(value)
+        if count > self.max_fds:
+            raise ProtocolError(f"{count} file descriptors with one message", code=FD_ERROR)
+        while len(self._fds) < count:
+            self._skip_blanks()
+            if self._buffer or not self._fill():
+                raise ProtocolError(f"mismatched count: {count} file descriptors are said to come, "
+                                    f"{len(self._fds)} came", code=FD_ERROR)
+        message = Message(value, [fd for _, fd in self._fds[:count]])
+        del self._fds[:count]
+        try:
+            if not self.varlink:
+                self._skip_blanks()
+            self._refuse_surplus()
+        except BaseException:
+            message.close()
+            raise
+        return message
+
+    def _fill(self) -> bool:
+        """Receive some bytes, and descriptors with them; False at the end."""
+        import socket
+        import struct
+
+        data, rights, flags, _ = self._patiently(lambda: self.socket.recvmsg(
+            RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND), socket.MSG_CMSG_CLOEXEC))
+        self._received += len(data)
+        self._buffer += data
+        for level, kind, content in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds += [(self._received, fd) for fd in struct.unpack(
+                    f"{len(content) // 4}i", content[:len(content) // 4 * 4])]
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError("file descriptors were lost on the way", code=FD_ERROR,
+                                hint="the limit of open files (ulimit -n) may be too low")
+        if len(self._fds) > self.max_fds:
+            raise ProtocolError(f"more than {self.max_fds} file descriptors are waiting",
+                                code=FD_ERROR)
+        return bool(data)
+
+    def _boundary(self) -> int:
+        """Return where the message ends that the buffer begins with, -1 when it is not all here.
+
+        What was looked at once is not looked at again.
+        """
+        buffer = self._buffer
+        if self.varlink:
+            end = buffer.find(0, self._at)
+            self._at = len(buffer)
+            return end
+        if not self._depth:
+            self._skip_blanks()
+            self._refuse_surplus()
+            if not buffer:
+                return -1
+        outside, inside = re.compile(rb'["{}\[\]]').search, re.compile(rb'["\\]').search
+        while True:
+            match = (inside if self._inside else outside)(buffer, self._at)
+            if not match:
+                self._at = len(buffer)
+                return -1
+            at, token = match.start(), match[0]
+            if token == b"\\":
+                if at + 1 == len(buffer):
+                    self._at = at
+                    return -1
+                at += 1
+            elif token == b'"':
+                self._inside = not self._inside
+            else:
+                self._depth += 1 if token in b"{[" else -1
+            self._at = at + 1
+            if not 0 <= self._depth <= MAX_DEPTH:
+                raise ProtocolError("malformed JSON, or nested too deep", code=PARSE_ERROR)
+            if not self._depth and not self._inside:
+                return self._at
+
+    def _skip_blanks(self) -> None:
+        """Leave white space behind.  Raises ProtocolError where no object begins then."""
+        blank = re.compile(rb"[ \t\r\n]*").match(self._buffer)
+        self._drop(blank.end() if blank else 0)
+        if self._buffer and self._buffer[0] != 0x7b:
+            array = self._buffer[0] == 0x5b
+            raise ProtocolError("an array of messages" if array else "malformed JSON: no object",
+                                code=INVALID_REQUEST if array else PARSE_ERROR)
+
+    def _drop(self, count: int) -> None:
+        del self._buffer[:count]
+        self._at = 0
+
+    def _passed(self) -> List[int]:
+        """Return the descriptors that came with bytes which are all taken."""
+        taken = self._received - len(self._buffer)
+        return [fd for at, fd in self._fds if at <= taken]
+
+    def _refuse_surplus(self) -> None:
+        if self._passed():
+            raise ProtocolError("mismatched count: more file descriptors came than a message says",
+                                code=FD_ERROR)
+
+
+def parse_message(data: bytes) -> Dict[str, Any]:
+    """Parse the JSON object of a message.
+
+    Raises ProtocolError for what parsers read differently as well: duplicate names, NaN.
+    """
+    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return dict(pairs)
+
+    def refuse(text: str) -> NoReturn:
+        raise ValueError(f"{text[:20]} is no number")
+
+    def integer(text: str) -> int:
+        return int(text) if len(text) < 25 else refuse(text)  # it costs the square of its length
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse,
+                           parse_int=integer)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"malformed JSON: {error}", code=PARSE_ERROR) from None
+    if not isinstance(value, dict):
+        raise ProtocolError("a message that is no object", code=INVALID_REQUEST)
+    return value
+
+
+def count_fds(value: Dict[str, Any]) -> int:
+    """Return how many descriptors a JSON-RPC message says that it has.
+
+    The older form has a placeholder for each, with indices from 0 on.  Raises ProtocolError.
+    """
+    indices: List[Any] = []
+    todo: List[Any] = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            if item.get("__jsonrpc_fd__") is True:
+                indices.append(item.get("index"))
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+    count = value.get("fds", len(indices))
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ProtocolError(f'"fds" is no number of file descriptors: {display(repr(count)[:40])}',
+                            code=FD_ERROR)
+    if indices and (not all(type(index) is int for index in indices)
+                    or sorted(indices) != list(range(count))):
+        raise ProtocolError("the placeholders of file descriptors are not numbered from 0 to "
+                            f"{count - 1}", code=FD_ERROR)
+    return count
+
+
+# ================================================================================================
+# 17. Library
 # ================================================================================================
 
 class Layer(LayerRecord):
@@ -8177,7 +8477,7 @@ class Storage(Metadata):
 
 
 # ================================================================================================
-# 17. Command line
+# 18. Command line
 # ================================================================================================
 
 EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
