@@ -95,14 +95,17 @@ if TYPE_CHECKING:
     L = TypeVar("L", bound="LayerTree")
     D = TypeVar("D", bound="Directory")
     C = TypeVar("C", bound="Connection")
+    K = TypeVar("K", bound="RpcClient")
     Progress = Callable[[int, int], None]  # bytes and files done so far
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
-    "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerTree", "LayerUnknown", "Member",
-    "NeedsUnshare", "Node", "NotFound", "ProtocolError", "Storage", "Tree", "Unsupported", "crc64",
+    "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree", "LayerUnknown",
+    "Member", "NeedsUnshare", "Node", "NotFound", "ProtocolError", "ProxyV2Client", "RpcClient",
+    "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter", "SplitfdstreamReader",
+    "SplitfdstreamWriter", "Storage", "Tree", "Unsupported", "VarlinkClient", "crc64",
     "diff_tars", "extract_tree", "load_config", "main", "spell", "unspell",
 ]
 
@@ -190,6 +193,7 @@ RESOLVE_IN_ROOT = 0x10
 # _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
 FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
     else 0x40049409
+F_ADD_SEALS, F_SEAL_ALL = 1033, 15  # no more seals, not shorter, not longer, not written
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -201,6 +205,36 @@ PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
     -32700, -32600, -32601, -32602, -32603)
 NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR = -32000, -32001, -32002, -32003
 FD_ERROR = -32050
+
+# Streams of layers, and what JSON-RPC peers call their parts; the first of each is ours.
+SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
+SEGMENT_METHODS = ("stream.seg", "stream.segment", "layer.segment")
+FILE_METHODS = ("stream.file", "layer.file")
+END_METHODS = ("stream.end", "layer.end")
+# The interfaces of varlink that are served, described in its own language.
+VARLINK = {
+    "org.varlink.service": """method GetInfo() -> (vendor: string, product: string, version: string,
+  url: string, interfaces: []string)
+method GetInterfaceDescription(interface: string) -> (description: string)
+error InterfaceNotFound (interface: string)
+error MethodNotFound (method: string)
+error InvalidParameter (parameter: string)
+""",
+    "org.composefs.Oci": """type StorageLayer (storage_path: string, layer_id: string)
+type GetLayerParams (diff_id: ?string, storage: ?StorageLayer,
+  consumer_has_cap_dac_override: bool)
+method GetInfo() -> (features: []string)
+method GetLayer(handle: int, params: GetLayerParams) ->
+  (dir_count: int, layer: ?string, digest: ?string, size: ?int)
+error RepoNotFound (message: string)
+error NoSuchLayer (diff_id: string)
+error InvalidRequest (message: string)
+error InternalError (message: string)
+error FdLimitExceeded (fd_count: int, max_per_frame: int)
+""",
+    "dev.cstor.Store": """method ListImages() -> (images: []object)
+method ListLayers() -> (layers: []object)
+"""}
 
 # Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
 MAX_SYMLINKS = 40  # as the kernel's path walk
@@ -217,6 +251,11 @@ MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
 MAX_INLINE = 256 << 20  # one chunk of a stream
 MAX_MESSAGE = 64 << 20  # one JSON message between processes
 MAX_DEPTH = 64  # of objects and arrays in a message
+MAX_REQUEST = 1 << 20  # ... of a client
+MAX_OPEN_IMAGES = 1024  # of one client
+MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
+DEFAULT_FDS = 500  # that a client gets with one message which does not say how many it can take
+SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
 MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
 FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
 RECEIVE_SIZE = 256 << 10
@@ -7994,9 +8033,9 @@ class _StreamFile(io.RawIOBase):
 # JSON objects over a Unix stream socket, with file descriptors (SCM_RIGHTS), in two framings:
 #   JSON-RPC 2.0  objects back to back, white space between them or none.  A message with
 #                 descriptors has their number in "fds" (jsonrpc-fdpass), or, as before 2026, an
-#                 object {"__jsonrpc_fd__":true,"index":i} for each in its params.  They queue up in
-#                 the order of sending: what is beyond 253 at a time follows on the bytes left, or on
-#                 a space each.  Whoever reads waits for late ones
+#                 object {"__jsonrpc_fd__":true,"index":i} for each in its params.  They queue up
+#                 in the order of sending: what is beyond 253 at a time follows on the bytes left,
+#                 or on a space each.  Whoever reads waits for late ones
 #   varlink       each object ended by a NUL byte; descriptors come with their message's first byte
 # The kernel ends a reading behind the bytes that descriptors came with.  So those that came with
 # bytes which are all taken belong to the last message taken: to nobody else, or it is an error.
@@ -8036,20 +8075,27 @@ class Connection:
 
     ``timeout`` is how many seconds a peer may do nothing where something is due, ``max_fds`` how
     many descriptors may wait, ``max_message`` the bytes of one message.  ``varlink`` changes the
-    framing.  A context manager.  Raises ProtocolError for all that a peer does wrong.
+    framing, which the first message that comes decides with ``either``.  A context manager.
+    Raises ProtocolError for all that a peer does wrong.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: Optional[float] = 30.0,
-                 max_fds: int = MAX_QUEUED_FDS, max_message: int = MAX_MESSAGE) -> None:
+                 max_fds: int = MAX_QUEUED_FDS, max_message: int = MAX_MESSAGE,
+                 either: bool = False) -> None:
         self.socket, self.timeout = sock, timeout
         self.max_fds, self.max_message = max_fds, max_message
-        self.varlink = False
+        self.varlink, self._either = False, either
         self._buffer = bytearray()
         self._received = 0  # bytes in all
         self._fds: List[Tuple[int, int]] = []  # and how many bytes were received with them
         self._at = self._depth = 0  # so far the buffer was looked at; brackets that are open there
         self._inside = False  # of a string
         sock.settimeout(timeout)
+
+    def wait(self, timeout: float) -> None:
+        """Set ``timeout`` for what is due next."""
+        self.timeout = timeout
+        self.socket.settimeout(timeout)
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took; harmless when repeated."""
@@ -8082,16 +8128,16 @@ class Connection:
             batch = rest[:FDS_PER_SEND]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(batch)}i", *batch))
                       ] if batch else []
-            sent = self._patiently(lambda: self.socket.sendmsg(
-                [view or b" "], rights, socket.MSG_NOSIGNAL))
+            sent = self._patiently(self.socket.sendmsg, [view or b" "], rights,
+                                   socket.MSG_NOSIGNAL)
             view, rest = view[sent:], rest[len(batch):]
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def _patiently(self, call: Callable[..., T], *args: Any) -> T:
         """Make a call on the socket; wait while more descriptors are under way than may be."""
         end = time.monotonic() + (self.timeout or 30)
         while True:
             try:
-                return call()
+                return call(*args)
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS and time.monotonic() < end:
                     time.sleep(0.001)
@@ -8101,8 +8147,7 @@ class Connection:
                 if isinstance(error, TimeoutError) or error.errno is None:  # socket.timeout
                     raise ProtocolError("the other end has done nothing for "
                                         f"{self.timeout or 30:g} seconds") from None
-                raise ProtocolError(f"the connection failed: {error.strerror}",
-                                    code=FD_ERROR) from None
+                raise ProtocolError(f"the connection failed: {error.strerror}") from None
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -8123,6 +8168,8 @@ class Connection:
             end = self._boundary()
         value = parse_message(bytes(self._buffer[:end]))
         self._drop(end + self.varlink)
+        if self._either:
+            self._decide(value)
         count = len(self._passed()) if self.varlink else count_fds(value)
         if count > self.max_fds:
             raise ProtocolError(f"{count} file descriptors with one message", code=FD_ERROR)
@@ -8142,13 +8189,22 @@ class Connection:
             raise
         return message
 
+    def _decide(self, value: Dict[str, Any]) -> None:
+        """Learn the framing from the first message: those of varlink have no "jsonrpc"."""
+        self._either, self.varlink = False, "jsonrpc" not in value
+        if self.varlink:
+            if not self._buffer and not self._fill() or self._buffer[0]:
+                raise ProtocolError("no NUL byte behind a message of varlink", code=PARSE_ERROR)
+            self._drop(1)
+
     def _fill(self) -> bool:
         """Receive some bytes, and descriptors with them; False at the end."""
         import socket
         import struct
 
-        data, rights, flags, _ = self._patiently(lambda: self.socket.recvmsg(
-            RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND), socket.MSG_CMSG_CLOEXEC))
+        data, rights, flags, _ = self._patiently(
+            self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
+            socket.MSG_CMSG_CLOEXEC)
         self._received += len(data)
         self._buffer += data
         for level, kind, content in rights:
@@ -8274,6 +8330,1120 @@ def count_fds(value: Dict[str, Any]) -> int:
         raise ProtocolError("the placeholders of file descriptors are not numbered from 0 to "
                             f"{count - 1}", code=FD_ERROR)
     return count
+
+
+def error_code(error: Exception) -> int:
+    """Return the JSON-RPC code that tells a peer of an error."""
+    if isinstance(error, ProtocolError):
+        return error.code
+    for kind, code in ((Ambiguous, BAD_PARAMS), (LayerUnknown, NO_LAYER), (ImageUnknown, NO_IMAGE),
+                       (NotFound, NO_FILE), (IntegrityError, IO_ERROR), (OSError, IO_ERROR)):
+        if isinstance(error, kind):
+            return code
+    return INTERNAL_ERROR
+
+
+def error_of(code: int, message: str) -> CstorError:
+    """Return the error that a JSON-RPC code of a peer stands for."""
+    kinds: Dict[int, Type[CstorError]] = {NO_LAYER: LayerUnknown, NO_IMAGE: ImageUnknown,
+                                          NO_FILE: NotFound}
+    return kinds[code](message) if code in kinds else ProtocolError(message, code=code)
+
+
+def soft_limit() -> int:
+    """Return how many files this process may have open."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if 0 <= soft < 1 << 20 else 1 << 20
+
+
+# -- server --------------------------------------------------------------------------------------
+
+class RpcServer:
+    """Gives the layers of a storage to this user's processes and root's, over Unix sockets.
+
+    ``open_storage`` is called for each client, ``clients`` is how many there may be at a time, and
+    ``timeout`` the seconds that one may take for what is due (``idle`` between its requests).  Each
+    client has a thread, so that it can hold up nobody else.
+    """
+
+    def __init__(self, open_storage: Callable[[], Metadata], *, clients: int = 64,
+                 timeout: float = 60.0, idle: float = 3600.0) -> None:
+        import threading
+
+        self.open_storage, self.timeout, self.idle = open_storage, timeout, idle
+        self._room, self._clients = clients, set()  # type: int, Set[socket.socket]
+        self._lock = threading.Lock()
+        self._empty = threading.Condition(self._lock)
+        self._stopping = False
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
+
+    def stop(self) -> None:
+        """Let serve() return; for signal handlers and other threads."""
+        self._stopping = True
+        try:
+            os.write(self._waker, b"\0")
+        except OSError:  # it is full, or serve() has returned
+            pass
+
+    def serve(self, listener: socket.socket, grace: float = 10.0) -> None:
+        """Accept clients until stop(); then let each finish its request, for ``grace`` seconds."""
+        import select
+        import threading
+
+        listener.setblocking(False)
+        poll = select.poll()
+        poll.register(listener, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        try:
+            while not self._stopping:
+                poll.poll()
+                try:
+                    sock = listener.accept()[0]
+                except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                        time.sleep(0.1)  # until some client goes
+                    continue
+                threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
+        finally:
+            self._finish(grace)
+
+    def _finish(self, grace: float) -> None:
+        import socket
+
+        for how, patience in ((socket.SHUT_RD, grace), (socket.SHUT_RDWR, 1.0)):
+            with self._lock:
+                for sock in self._clients:
+                    try:
+                        sock.shutdown(how)
+                    except OSError:  # it has gone by itself
+                        pass
+                self._empty.wait_for(lambda: not self._clients, patience)
+        for fd in (self._wake, self._waker):
+            os.close(fd)
+
+    def handle(self, sock: socket.socket) -> None:
+        """Answer one client until it closes its end, which is then closed here as well."""
+        with Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
+                        either=True) as connection:
+            with self._lock:
+                self._clients.add(sock)
+            try:
+                refusal = self._refusal(sock)
+                if refusal:
+                    connection.send({"jsonrpc": "2.0", "error": {
+                        "code": INVALID_REQUEST, "message": refusal}, "id": None})
+                    return
+                with _Session(self, connection) as session:
+                    session.run()
+            except ProtocolError:
+                pass  # the client was told, or has gone
+            finally:
+                with self._lock:
+                    self._clients.discard(sock)
+                    self._empty.notify_all()
+
+    def _refusal(self, sock: socket.socket) -> str:
+        """Return why a client is not served, "" if it is."""
+        import socket
+        import struct
+
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid not in (0, os.geteuid()):
+            return "this server is for another user"
+        return "too many clients" if len(self._clients) > self._room else ""
+
+    def take_fds(self, wanted: int) -> int:
+        """Return how many of the wanted descriptors a client gets; they are to be given back."""
+        with self._lock:
+            count = min(wanted, self._spare_fds)
+            self._spare_fds -= count
+            return count
+
+    def give_back(self, count: int) -> None:
+        """Give back what take_fds() returned."""
+        with self._lock:
+            self._spare_fds += count
+
+
+class _Session:
+    """The requests of one client; ``METHODS`` are those of JSON-RPC, ``CALLS`` of varlink."""
+
+    METHODS = {"GetLayerSplitfdstream": "splitfdstream", "GetSplitFDStream": "go_stream",
+               "GetImage": "go_image", "StreamLayer": "stream", "ListImages": "list_images",
+               "ListLayers": "list_layers", "GetLayer": "get_layer", "Initialize": "initialize",
+               "OpenImage": "open_image", "CloseImage": "close_image",
+               "GetLayerTarSplit": "tar_split", "Shutdown": "shutdown", "shutdown": "shutdown"}
+    CALLS = {"org.varlink.service.GetInfo": "service_info",
+             "org.varlink.service.GetInterfaceDescription": "describe_interface",
+             "org.composefs.Oci.GetInfo": "oci_info", "org.composefs.Oci.GetLayer": "oci_layer",
+             "dev.cstor.Store.ListImages": "list_images",
+             "dev.cstor.Store.ListLayers": "list_layers"}
+
+    def __init__(self, server: RpcServer, connection: Connection) -> None:
+        self.server, self.connection = server, connection
+        self._storage: Optional[Metadata] = None
+        self._images: Dict[int, ImageRecord] = {}
+        self._number: Any = None  # of the request that is answered
+        self._done = False
+
+    def __enter__(self) -> _Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._storage:
+            self._storage.close()
+
+    def run(self) -> None:
+        """Answer all requests.  Raises ProtocolError where the client can no more be understood."""
+        while not self._done:
+            self.connection.wait(self.server.idle)
+            try:
+                message = self.connection.receive()
+            except ProtocolError as error:
+                if error.code:
+                    self.connection.wait(1.0)
+                    self._send_error(None, error)
+                raise
+            if message is None:
+                return
+            self.connection.wait(self.server.timeout)
+            if self.connection.varlink:
+                self._call(message.value)
+            else:
+                self._request(message.value)
+
+    @property
+    def storage(self) -> Metadata:
+        """The storage, with its records as they are now."""
+        if self._storage is None:
+            self._storage = self.server.open_storage()
+        return self._storage
+
+    def _request(self, value: Dict[str, Any]) -> None:
+        """Answer a request of JSON-RPC; a notification has no answer."""
+        number, params = value.get("id"), value.get("params") or {}
+        try:
+            method = value.get("method")
+            if value.get("jsonrpc") != "2.0" or not isinstance(method, str) \
+                    or not isinstance(number, (str, int, type(None))):
+                raise ProtocolError("no request of JSON-RPC 2.0", code=INVALID_REQUEST)
+            if not isinstance(params, dict):
+                raise ProtocolError("params are to be an object", code=BAD_PARAMS)
+            if "id" not in value and method != "shutdown":
+                return
+            if method not in self.METHODS:
+                raise ProtocolError(f'method not found: "{display(method[:80])}"', code=NO_METHOD)
+            self._number = number
+            result = self._run(self.METHODS[method], params)
+        except (CstorError, OSError) as error:
+            if isinstance(error, ProtocolError) and not error.code:
+                raise  # of the connection itself
+            self._send_error(number, error)
+            return
+        if "id" in value and result is not None:
+            self._reply(result)
+
+    def _reply(self, result: Dict[str, Any], fds: Sequence[int] = ()) -> None:
+        self.connection.send({"jsonrpc": "2.0", "result": result, "id": self._number}, fds)
+
+    def _run(self, name: str, params: Dict[str, Any]) -> Any:
+        if self._storage:
+            self._storage.reload()
+        try:
+            return getattr(self, name)(params)
+        except (CstorError, OSError):
+            raise
+        except Exception as error:  # a defect is not to end the server for this client
+            raise ProtocolError(f"internal error: {type(error).__name__}: {error}",
+                                code=INTERNAL_ERROR) from error
+
+    def _send_error(self, number: Any, error: Exception) -> None:
+        if self.connection.varlink:
+            self.connection.send(varlink_error(error))
+        else:
+            self.connection.send({"jsonrpc": "2.0", "error": {
+                "code": error_code(error), "message": str(error)}, "id": number})
+
+    # -- what requests name ----------------------------------------------------------------------
+
+    def _param(self, params: Dict[str, Any], name: str, default: T) -> T:
+        """Return a parameter of the type that its default has; "" is no default."""
+        value = params.get(name)
+        if value is None:
+            value = default
+        if type(value) is not type(default) or value == "" \
+                or isinstance(value, int) and not 0 <= value < 1 << 32:
+            raise ProtocolError(f'parameter "{name}" is missing or wrong', code=BAD_PARAMS)
+        return value
+
+    def _layer(self, params: Dict[str, Any], name: str) -> LayerRecord:
+        storage = self.storage
+        return find_layer(storage.layer_records(), self._param(params, name, ""),
+                          storage.resolve_link)
+
+    # -- layers as splitfdstreams ----------------------------------------------------------------
+
+    def splitfdstream(self, params: Dict[str, Any]) -> None:
+        """Send a layer as a file that holds the stream, and its external files."""
+        layer = self._layer(params, "layer")
+        if params.get("compressed") not in (None, False):
+            raise ProtocolError("layers are given uncompressed", code=BAD_PARAMS)
+
+        def write(writer: SplitfdstreamWriter) -> bool:
+            write_stream(layer, writer)
+            return True
+
+        self._send_files(layer, params, write)
+
+    def go_stream(self, params: Dict[str, Any]) -> None:
+        """Send a layer as the Go code of containers/storage is to do it; see write_pairs()."""
+        layer = self._layer(params, "layerId")
+        if params.get("parentId") not in (None, "", layer.parent):
+            raise ProtocolError("only the layer's parent is something to compare with",
+                                code=BAD_PARAMS)
+        self._send_files(layer, params, lambda writer: write_pairs(layer, writer))
+
+    def _send_files(self, layer: LayerRecord, params: Dict[str, Any],
+                    write: Callable[[SplitfdstreamWriter], bool]) -> None:
+        """Send what ``write`` writes; it returns whether the tar is just so."""
+        threshold = self._param(params, "threshold", INLINE_THRESHOLD)
+        most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
+        fds: List[int] = []
+
+        def external(piece: Extent) -> bool:
+            if len(fds) == most:
+                return False
+            fds.append(os.dup(piece.fd))
+            return True
+
+        try:
+            threshold, inline = choose_external(layer, threshold, most)
+            with open_spool(inline) as spool:
+                exact = write(SplitfdstreamWriter(spool.write, external, threshold=threshold))
+                result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell()}
+                fds.insert(0, seal_spool(spool))
+            if exact:
+                result.update(digest=layer.diff_digest, size=layer.diff_size)
+            self._reply(result, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+            self.server.give_back(most)
+
+    # -- layers as notifications -----------------------------------------------------------------
+
+    def stream(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Send a layer as notifications, each with a file or some bytes of the tar."""
+        layer = self._layer(params, "layer")
+        known = {"digest": layer.diff_digest, "size": layer.diff_size}
+        self._notify("stream.start", {"layer": layer.id, **known})
+        count = self._send_chunks(layer, params, "stream.seg", "stream.file", lambda member: {})
+        self._notify("stream.end", {**known, "files": count})
+        return {"success": True}
+
+    def tar_split(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Do the same as a proxy of the second version does."""
+        image, digest = self._image_of(params), self._param(params, "layer_digest", "")
+        for layer in self.storage.image_chain(image):
+            if digest in (layer.diff_digest, layer.compressed_diff_digest):
+                break
+        else:
+            raise LayerUnknown(f"layer not known: image {image.id} has no {display(digest)}")
+        self._notify("layer.start", {"digest": layer.diff_digest,
+                                     "uncompressed_size": layer.diff_size})
+        count = self._send_chunks(layer, params, "layer.segment", "layer.file", lambda member: {
+            "mode": member.mode, "uid": member.uid, "gid": member.gid,
+            "mtime": member.mtime_ns // 10**9, "fd": {"__jsonrpc_fd__": True, "index": 0}})
+        self._notify("layer.end", {"files_sent": count, "checksum": layer.diff_digest})
+        return {"success": True}
+
+    def _notify(self, method: str, params: Dict[str, Any], fds: Sequence[int] = ()) -> None:
+        self.connection.send({"jsonrpc": "2.0", "method": method, "params": params}, fds)
+
+    def _send_chunks(self, layer: LayerRecord, params: Dict[str, Any], segment: str, file: str,
+                     describe: Callable[[Member], Dict[str, Any]]) -> int:
+        """Send the pieces of a layer; return how many files were passed."""
+        threshold, count = self._param(params, "threshold", INLINE_THRESHOLD), 0
+        parts, size = [], 0  # type: List[bytes], int
+
+        def flush() -> None:
+            if parts:
+                data = binascii.b2a_base64(b"".join(parts), newline=False).decode()
+                self._notify(segment, {"data": data})
+                parts.clear()
+
+        pieces = read_pieces(layer)
+        try:
+            for piece in pieces:
+                if isinstance(piece, Extent) and piece.length > threshold \
+                        and is_whole_file(piece):
+                    flush()
+                    self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
+                                        **describe(piece.member)}, [piece.fd])
+                    count, size = count + 1, 0
+                    continue
+                for data in whole_chunks(piece):
+                    parts.append(data)
+                    size += len(data)
+                    if size >= SEGMENT_SIZE:
+                        flush()
+                        size = 0
+            flush()
+        finally:
+            pieces.close()
+        return count
+
+    # -- images and lists ------------------------------------------------------------------------
+
+    def list_images(self, _: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the records of all images."""
+        return {"images": [{**image.record, "size": image.size, "readonly": image.readonly}
+                           for image in self.storage.image_records()]}
+
+    def list_layers(self, _: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the records of all layers, and the graph root of each."""
+        return {"layers": [{**layer.record, "store": layer.root.path}
+                           for layer in self.storage.layer_records()]}
+
+    def get_layer(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the record of one layer."""
+        layer = self._layer(params, "layer")
+        return {"layer": {**layer.record, "store": layer.root.path}}
+
+    def go_image(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Return manifest, configuration and layers, the top one first."""
+        image = find_image(self.storage.image_records(), self._param(params, "imageId", ""))
+        image = image.single()
+        return {"manifest": image.manifest_bytes().decode("utf-8", "replace"),
+                "config": image.config_bytes().decode("utf-8", "replace"),
+                "layerDigests": [layer.id for layer in self.storage.image_chain(image)[::-1]]}
+
+    def initialize(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the version of a proxy, as it is asked for."""
+        if params.get("version") == 2:
+            return {"version": "2.0.0", "capabilities": ["tar-split-stream"]}
+        return {"value": {"version": "1.0.0", "v1_compat": "0.2.8"}}
+
+    def open_image(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the number by which an image is to be named from now on."""
+        reference = self._param(params, "image_ref", "")
+        match = re.fullmatch(r"containers-storage:(?:\[(?:overlay@)?([^\]]+)\])?(.*)", reference)
+        if match and match[1]:
+            roots = [os.path.realpath(root.path) for root in self.storage.roots]
+            if os.path.realpath(match[1].partition("+")[0]) not in roots:
+                raise ImageUnknown(f"image not known: {reference}: another storage is served here")
+        image = find_image(self.storage.image_records(), match[2] if match else reference).single()
+        number = max(self._images, default=0) + 1
+        if len(self._images) >= MAX_OPEN_IMAGES:
+            raise ProtocolError("too many open images", code=INVALID_REQUEST)
+        self._images[number] = image
+        return {"image_id": number}
+
+    def _image_of(self, params: Dict[str, Any]) -> ImageRecord:
+        number = self._param(params, "image_id", 0)
+        if number not in self._images:
+            raise ImageUnknown(f"image not known: no image is open by the number {number}")
+        return self._images[number]
+
+    def close_image(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Forget an open image."""
+        self._image_of(params)
+        del self._images[params["image_id"]]
+        return {}
+
+    def shutdown(self, _: Dict[str, Any]) -> Dict[str, Any]:
+        """End this client's connection."""
+        self._done = True
+        return {}
+
+    # -- varlink ---------------------------------------------------------------------------------
+
+    def _call(self, value: Dict[str, Any]) -> None:
+        """Answer a call of varlink."""
+        method, params = value.get("method"), value.get("parameters") or {}
+        more, oneway = value.get("more") is True, value.get("oneway") is True
+        try:
+            if not isinstance(method, str) or not isinstance(params, dict):
+                raise ProtocolError("no call of varlink", code=INVALID_REQUEST)
+            if method not in self.CALLS:
+                raise ProtocolError(method, code=NO_METHOD)
+            if method.endswith(".GetLayer") and (not more or oneway):
+                raise ProtocolError("it is to be called with more", code=INVALID_REQUEST)
+            result = self._run(self.CALLS[method], params)
+        except (CstorError, OSError) as error:
+            if isinstance(error, ProtocolError) and not error.code:
+                raise  # of the connection itself
+            if not oneway:
+                self.connection.send(varlink_error(error))
+            return
+        if result is not None and not oneway:
+            self.connection.send({"parameters": result})
+
+    def service_info(self, _: Dict[str, Any]) -> Dict[str, Any]:
+        """Return what org.varlink.service tells of a server."""
+        return {"vendor": "cstor", "product": "cstor.py", "version": __version__,
+                "url": "https://varlink.org", "interfaces": list(VARLINK)}
+
+    def describe_interface(self, params: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the description of an interface in varlink's own language."""
+        name = self._param(params, "interface", "")
+        if name not in VARLINK:
+            raise NotFound(name)
+        return {"description": f"interface {name}\n\n{VARLINK[name]}"}
+
+    def oci_info(self, _: Dict[str, Any]) -> Dict[str, Any]:
+        """Return what this server can do of composefs's interface."""
+        return {"features": ["splitdirfdstream-v0", "source-containers-storage", "read-only"]}
+
+    def _oci_layer(self, params: Dict[str, Any]) -> LayerRecord:
+        """Return the layer that a call names: by its place, or by DiffID."""
+        place, diff_id = params.get("storage"), params.get("diff_id")
+        if (place is None) == (diff_id is None):
+            raise ProtocolError("one of storage and diff_id is to be given", code=INVALID_REQUEST)
+        if place is None:
+            for layer in self.storage.layer_records():
+                if layer.diff_digest == diff_id != "":
+                    return layer
+            raise LayerUnknown(display(str(diff_id)))
+        path = place.get("storage_path") if isinstance(place, dict) else None
+        if not isinstance(path, str) or os.path.realpath(path) not in [
+                os.path.realpath(root.path) for root in self.storage.roots]:
+            raise ImageUnknown(f"no storage is served at {display(str(path))}")
+        return self._layer(place, "layer_id")
+
+    def oci_layer(self, params: Dict[str, Any]) -> None:
+        """Send a layer as a splitdirfdstream, through a pipe, with the directory of its files."""
+        inner = params.get("params")
+        if not isinstance(inner, dict):
+            raise ProtocolError("params are missing", code=INVALID_REQUEST)
+        layer = self._oci_layer(inner)
+        root, path = overlay_file(layer, b"diff")
+        if root is None:
+            raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone")
+        with root.directory(path) as diff, _Pipe() as data, _Pipe() as alive:
+            self.connection.send({"parameters": {
+                "dir_count": 1, "layer": layer.id, "digest": layer.diff_digest,
+                "size": layer.diff_size}, "continues": False},
+                [data.read_fd, diff.fd, alive.write_fd])
+            data.close_read()  # so that a client which goes is noticed
+            place = _Place(diff, inner.get("consumer_has_cap_dac_override") is True)
+            try:
+                pipe = _PipeWriter(data.write_fd, self.server.timeout)
+                write_stream(layer, SplitdirfdstreamWriter(pipe.write, place.find))
+                pipe.flush()
+            except (CstorError, OSError) as error:  # it was answered; the stream lacks its end now
+                raise ProtocolError(str(error)) from None
+
+
+class _Pipe:
+    """A pipe whose ends are closed at the end of a block."""
+
+    def __init__(self) -> None:
+        self.read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
+
+    def close_read(self) -> None:
+        """Leave the reading to others."""
+        fd, self.read_fd = self.read_fd, -1
+        os.close(fd)
+
+    def __enter__(self) -> _Pipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (self.read_fd, self.write_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+class _PipeWriter:
+    """Writes to a pipe in large parts; ProtocolError when nobody reads for ``timeout`` seconds."""
+
+    def __init__(self, fd: int, timeout: float) -> None:
+        self._fd, self._timeout, self._buffer = fd, timeout, bytearray()
+        os.set_blocking(fd, False)
+        widen_pipe(fd)
+
+    def write(self, data: Union[bytes, memoryview]) -> None:
+        """Take some bytes."""
+        self._buffer += data
+        if len(self._buffer) >= CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken."""
+        view = memoryview(bytes(self._buffer))
+        self._buffer.clear()
+        while view:
+            try:
+                view = view[os.write(self._fd, view):]
+            except BlockingIOError:
+                wait_until_ready(self._fd, "POLLOUT", self._timeout)
+            except BrokenPipeError:
+                raise ProtocolError("the other end has closed the pipe") from None
+
+
+class _Place:
+    """Finds out where below a layer's directory open files are, and whether others may read them.
+
+    ``all`` says that no permission matters to whom they are for.
+    """
+
+    def __init__(self, diff: Directory, all_: bool) -> None:
+        self._diff, self._all = diff, all_
+        self._root = os.readlink(b"/proc/self/fd/%d" % diff.fd) + b"/"
+        self._open: Dict[bytes, bool] = {b"": True}  # by directory, if all may search it
+
+    def find(self, piece: Extent) -> Optional[Tuple[int, bytes]]:
+        """Return (0, name) of a piece's file; None when it is not to be had by its name."""
+        path = os.readlink(b"/proc/self/fd/%d" % piece.fd)
+        name = path[len(self._root):]
+        if not path.startswith(self._root) or len(name) > MAX_FILE_NAME:
+            return None  # of a layer below, or removed meanwhile
+        if not self._all and not (os.fstat(piece.fd).st_mode & stat.S_IROTH
+                                  and self._searchable(name.rpartition(b"/")[0])):
+            return None
+        return 0, name
+
+    def _searchable(self, folder: bytes) -> bool:
+        if folder not in self._open:
+            mode = os.stat(folder, dir_fd=self._diff.fd, follow_symlinks=False).st_mode
+            self._open[folder] = bool(mode & stat.S_IXOTH) \
+                and self._searchable(folder.rpartition(b"/")[0])
+        return self._open[folder]
+
+
+def wait_until_ready(fd: int, event: str, timeout: float) -> None:
+    """Wait for a poll(2) event of a descriptor.  Raises ProtocolError after ``timeout`` seconds."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, getattr(select, event))
+    if not poll.poll(timeout * 1000):
+        raise ProtocolError(f"the other end has done nothing for {timeout:g} seconds")
+
+
+def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[int, int]:
+    """Return (threshold, bytes inline), so that no more than ``most`` files are larger than that.
+
+    The largest ones it is: they are what reflinks save most with.
+    """
+    import heapq
+
+    sizes, total = [], 0
+    for literal, member in read_members(layer):
+        total += len(literal)
+        if member:
+            total += member.stored
+            if member.stored > threshold and member.sparse is None:
+                sizes.append(member.stored)
+    if len(sizes) > most:
+        threshold = heapq.nlargest(most + 1, sizes)[-1]
+    return threshold, total - sum(size for size in sizes if size > threshold)
+
+
+def open_spool(size: int) -> BinaryIO:
+    """Return a nameless file for about ``size`` bytes: in memory when they are few."""
+    import tempfile
+
+    if size <= MAX_MEMFD:
+        return open(os.memfd_create("cstor-stream", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
+    return tempfile.TemporaryFile(prefix="cstor-")
+
+
+def seal_spool(spool: BinaryIO) -> int:
+    """Return a descriptor to read a spool from its beginning; it cannot be written any more."""
+    spool.flush()
+    try:
+        fcntl.fcntl(spool.fileno(), F_ADD_SEALS, F_SEAL_ALL)
+    except OSError as error:  # no memfd
+        if error.errno != errno.EINVAL:
+            raise
+    return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def write_stream(layer: LayerRecord, writer: Union[SplitfdstreamWriter, SplitdirfdstreamWriter]
+                 ) -> None:
+    """Write all pieces of a layer."""
+    pieces = read_pieces(layer)
+    try:
+        for piece in pieces:
+            writer.add(piece)
+    finally:
+        pieces.close()
+
+
+def write_pairs(layer: LayerRecord, writer: SplitfdstreamWriter) -> bool:
+    """Write a layer in pairs of a header and a content, as the reader in Go takes them.
+
+    That has no room for padding and for the end of the tar; return whether they are as usual, so
+    that they can be added again.  Raises Unsupported for sparse files.
+    """
+    usual, padding = True, 0
+    between: List[bytes] = []
+    with LayerFiles(layer) as files:
+        for literal, member in read_members(layer):
+            between.append(literal)
+            if member is None:
+                continue
+            usual = usual and b"".join(between) == bytes(padding) + member.header
+            between, padding = [], member.padding
+            if member.sparse is not None:
+                raise Unsupported(f'layer {layer.id}: "{display(member.name)}" is a sparse file, '
+                                  "which this form cannot hold")
+            writer.add(member.header)
+            if member.stored:
+                fd = files.open(member.name, member.size)
+                try:
+                    writer.add(Extent(fd, 0, member.size, member))
+                finally:
+                    os.close(fd)
+    return usual and b"".join(between) == bytes(padding + 2 * BLOCK)
+
+
+def varlink_error(error: Exception) -> Dict[str, Any]:
+    """Return the reply of varlink that tells of an error, by the names of composefs's interface."""
+    if isinstance(error, ProtocolError) and error.code == NO_METHOD:
+        return {"error": "org.varlink.service.MethodNotFound", "parameters": {
+            "method": str(error)}}
+    if type(error) is NotFound:
+        return {"error": "org.varlink.service.InterfaceNotFound", "parameters": {
+            "interface": str(error)}}
+    if isinstance(error, LayerUnknown):
+        return {"error": "org.composefs.Oci.NoSuchLayer", "parameters": {"diff_id": str(error)}}
+    name = "RepoNotFound" if isinstance(error, ImageUnknown) else "InvalidRequest" \
+        if isinstance(error, ProtocolError) and error.code != INTERNAL_ERROR else "InternalError"
+    return {"error": f"org.composefs.Oci.{name}", "parameters": {"message": str(error)}}
+
+
+# -- clients -------------------------------------------------------------------------------------
+
+class RpcClient:
+    """Asks a server of layers, by JSON-RPC; ``where`` is the path of its socket, or a socket.
+
+    A context manager.  A layer is to be read to its end, or else the client be closed, before
+    anything else is asked for.  Raises LayerUnknown, ImageUnknown, ProtocolError.
+    """
+
+    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 60.0) -> None:
+        self.limit = max(soft_limit() - len(os.listdir("/proc/self/fd")) - 32, 8)
+        self.connection = Connection(connect(where) if isinstance(where, str) else where,
+                                     timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS))
+        self._number = 0
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()
+
+    def __enter__(self: K) -> K:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, method: str, params: Any = None) -> Dict[str, Any]:
+        """Return the result of a method that passes no files."""
+        self._send(method, params or {})
+        with self._next() as message:
+            result = self._result(message)
+            if result is None or message.fds:
+                raise ProtocolError(f"{method} was not answered as it should be")
+            return result
+
+    def images(self) -> List[Dict[str, Any]]:
+        """Return the records of all images."""
+        return [item for item in as_list(self.call("ListImages").get("images"))
+                if isinstance(item, dict)]
+
+    def layers(self) -> List[Dict[str, Any]]:
+        """Return the records of all layers."""
+        return [item for item in as_list(self.call("ListLayers").get("layers"))
+                if isinstance(item, dict)]
+
+    def layer(self, reference: str, form: str = "stream", *,
+              threshold: int = INLINE_THRESHOLD) -> LayerStream:
+        """Return a layer, which is to be read at once.
+
+        ``form`` is how it comes: "stream", a notification for each file, of which there may be any
+        number; "splitfdstream", one file with the stream, and the largest files beside it; "go",
+        the same in the words of containers/storage.  Contents of more than ``threshold`` bytes come
+        as open files.
+        """
+        if form == "stream":
+            self._send("StreamLayer", {"layer": reference, "threshold": threshold})
+            return self._notified(reference)
+        method, name = ("GetSplitFDStream", "layerId") if form == "go" \
+            else ("GetLayerSplitfdstream", "layer")
+        self._send(method, {name: reference, "threshold": threshold,
+                            "maxFds": self.connection.max_fds - 1,
+                            **({"parentId": ""} if form == "go" else {"compressed": False})})
+        with self._next() as message:
+            result = self._result(message)
+            if result is None or not message.fds:
+                raise ProtocolError(f"{method} was answered without a stream", code=FD_ERROR)
+            media_type = result.get("mediaType", SPLITFDSTREAM)
+            if media_type != SPLITFDSTREAM:
+                raise Unsupported(f"the server sends {display(str(media_type))}, and not "
+                                  f"{SPLITFDSTREAM}")
+            return self._split(reference, result, message.take(), pairs=form == "go")
+
+    def _split(self, label: str, result: Dict[str, Any], fds: List[int], pairs: bool
+               ) -> LayerStream:
+        """Return the layer of a splitfdstream, which is in the first of the descriptors."""
+        def close() -> None:
+            while fds:
+                os.close(fds.pop())
+
+        try:
+            check_passed(fds[0])
+            at = 0
+
+            def read(count: int) -> bytes:
+                nonlocal at
+                data = os.pread(fds[0], count, at)
+                at += len(data)
+                return data
+
+            size = result.get("streamSize")
+            if size is not None and size != os.fstat(fds[0]).st_size:
+                raise ProtocolError(f"the stream is to be of {display(str(size))} bytes, and has "
+                                    f"{os.fstat(fds[0]).st_size}")
+            chunks = SplitfdstreamReader(read, lambda number: fds[number + 1])
+            return LayerStream(chunks, label=label, close=close, **known_of(result, pairs))
+        except BaseException:
+            close()
+            raise
+
+    # -- notifications ---------------------------------------------------------------------------
+
+    def _notified(self, label: str) -> LayerStream:
+        """Return the layer that notifications bring; the first of them is waited for."""
+        with self._next() as message:
+            if not str(message.value.get("method")).endswith(".start") or message.fds:
+                self._result(message)
+                raise ProtocolError("a layer does not begin with its start")
+            start = as_dict(message.value.get("params"))
+        start.setdefault("size", start.get("uncompressed_size"))
+        name = start.get("layer", label)
+        stream = LayerStream(self._chunks(lambda: stream, start),
+                             label=name if isinstance(name, str) else label, **known_of(start))
+        return stream
+
+    def _chunks(self, stream: Callable[[], LayerStream], start: Dict[str, Any]
+                ) -> Iterator[Union[bytes, Passed]]:
+        """Yield what comes until the response.  Raises ProtocolError where an end was missing."""
+        end: Optional[Dict[str, Any]] = None
+        files = 0
+        while True:
+            with self._next() as message:
+                method, params = message.value.get("method"), as_dict(message.value.get("params"))
+                if method is None:
+                    self._result(message)
+                    if end is None:
+                        raise ProtocolError("the layer was not sent to its end")
+                    return
+                if end is not None or len(message.fds) != (method in FILE_METHODS):
+                    raise ProtocolError(f"{display(str(method))} is out of place, or has "
+                                        f"{len(message.fds)} files", code=FD_ERROR)
+                if method in SEGMENT_METHODS:
+                    yield decode_base64(params.get("data"))
+                elif method in FILE_METHODS:
+                    size = params.get("size")
+                    if type(size) is not int or size < 0:
+                        raise ProtocolError(f"a file of {display(repr(size))} bytes",
+                                            code=BAD_PARAMS)
+                    files += 1
+                    yield Passed(message.fds[0], size)
+                elif method in END_METHODS:
+                    end = params
+                    self._check_end(stream(), end, files)
+                else:
+                    raise ProtocolError(f"{display(str(method))} inside a layer", code=NO_METHOD)
+
+    @staticmethod
+    def _check_end(stream: LayerStream, end: Dict[str, Any], files: int) -> None:
+        """Compare what the end says with the start and with what came."""
+        digest = end.get("digest", end.get("checksum"))
+        count = end.get("files", end.get("files_sent", files))
+        if not isinstance(digest, (str, type(None))) or stream.digest and digest \
+                and digest != stream.digest or count != files:
+            raise ProtocolError("the end of the layer does not fit what came before it")
+        stream.digest = digest or stream.digest
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def _send(self, method: str, params: Any) -> None:
+        self._number += 1
+        self.connection.send({"jsonrpc": "2.0", "method": method, "params": params,
+                              "id": self._number})
+
+    def _next(self) -> Message:
+        message = self.connection.receive()
+        if message is None:
+            raise ProtocolError("the server has closed the connection")
+        return message
+
+    def _result(self, message: Message) -> Optional[Dict[str, Any]]:
+        """Return what a response says, None for what is no response; raise its error."""
+        value = message.value
+        if "method" in value or value.get("jsonrpc") != "2.0":
+            return None
+        error = value.get("error")
+        if error is not None:
+            error = as_dict(error)
+            code = error.get("code")
+            raise error_of(code if type(code) is int else INTERNAL_ERROR,
+                           display(str(error.get("message"))))
+        if value.get("id") != self._number or "result" not in value:
+            raise ProtocolError("a response to something else")
+        return as_dict(value["result"])
+
+
+class ProxyV2Client(RpcClient):
+    """Asks a proxy of the second version, or our own server, for the layers of images.
+
+    ``image = client.open_image("containers-storage:alpine")``, then ``client.image_layer(image,
+    digest)`` for each DiffID, then ``client.shutdown()``.
+    """
+
+    def initialize(self) -> Dict[str, Any]:
+        """Return version and capabilities.  Raises ProtocolError for a version that is not 1 or 2.
+        """
+        result = self.call("Initialize", {"version": 2})
+        found = as_dict(result.get("value", result))
+        if not re.match(r"[12]\.", str(found.get("version"))):
+            raise ProtocolError(f"a proxy of version {display(str(found.get('version')))}")
+        return found
+
+    def open_image(self, reference: str) -> int:
+        """Return the number of an image, which is named with its transport."""
+        result = self.call("OpenImage", {"image_ref": reference})
+        number = result.get("image_id", result.get("value"))
+        if type(number) is not int or number < 1:
+            raise ProtocolError(f"OpenImage was answered by {display(repr(number))}")
+        return number
+
+    def close_image(self, image: int) -> None:
+        """Let the proxy forget an image."""
+        self.call("CloseImage", {"image_id": image})
+
+    def image_layer(self, image: int, digest: str) -> LayerStream:
+        """Return a layer by its digest, to be read at once."""
+        self._send("GetLayerTarSplit", {"image_id": image, "layer_digest": digest})
+        return self._notified(digest)
+
+    def shutdown(self) -> None:
+        """Tell the proxy that nothing more is wanted, and close."""
+        self.call("Shutdown")
+        self.close()
+
+
+class VarlinkClient(RpcClient):
+    """Asks a server of composefs's interface ``org.composefs.Oci``, or our own, by varlink."""
+
+    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 60.0) -> None:
+        super().__init__(where, timeout=timeout)
+        self.connection.varlink = True
+        self._timeout = timeout
+
+    def call(self, method: str, params: Any = None) -> Dict[str, Any]:
+        """Return the reply to a method that passes no files."""
+        self.connection.send({"method": method, "parameters": params or {}})
+        with self._next() as message:
+            return self._parameters(message)
+
+    def images(self) -> List[Dict[str, Any]]:
+        """Return the records of all images, of our own server."""
+        return as_list(self.call("dev.cstor.Store.ListImages").get("images"))
+
+    def layers(self) -> List[Dict[str, Any]]:
+        """Return the records of all layers, of our own server."""
+        return as_list(self.call("dev.cstor.Store.ListLayers").get("layers"))
+
+    def layer(self, reference: str, form: str = "", *, threshold: int = 0) -> LayerStream:
+        """Return a layer by its DiffID, or by STORAGE_PATH#ID, to be read at once."""
+        path, _, layer_id = reference.rpartition("#")
+        place = {"storage_path": path, "layer_id": layer_id} if path else None
+        self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": None if place else reference, "storage": place,
+                                    "consumer_has_cap_dac_override": has_capability(1)}}})
+        fds: List[int] = []
+
+        def close() -> None:
+            while fds:
+                os.close(fds.pop())
+
+        try:
+            count, reply = self._collect(fds)
+            for fd in fds[1:count + 1]:
+                if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                    raise ProtocolError("no directory was passed", code=FD_ERROR)
+            if not stat.S_ISFIFO(os.fstat(fds[0]).st_mode):
+                raise ProtocolError("no pipe was passed", code=FD_ERROR)
+            os.set_blocking(fds[0], False)
+            reader = io.BufferedReader(_PipeReader(fds[0], self._timeout), CHUNK)
+            return LayerStream(SplitdirfdstreamReader(reader.read, fds[1:count + 1]),
+                               label=layer_id, close=close, **known_of(reply))
+        except BaseException:
+            close()
+            raise
+
+    def _collect(self, fds: List[int]) -> Tuple[int, Dict[str, Any]]:
+        """Put the descriptors of all replies into ``fds``; return (directories, first reply)."""
+        replies: List[Dict[str, Any]] = []
+        while True:
+            with self._next() as message:
+                replies.append(self._parameters(message))
+                more = message.value.get("continues") is True
+                if not message.fds or len(fds) + len(message.fds) > self.limit:
+                    raise ProtocolError(f"a reply with {len(message.fds)} file descriptors",
+                                        code=FD_ERROR)
+                fds += message.take()
+            if not more:
+                break
+        count = replies[0].get("dir_count")
+        if type(count) is not int or not 0 <= count <= len(fds) - 2 <= count + 2 \
+                or any(reply.get("dir_count") != count for reply in replies):
+            raise ProtocolError(f"{len(fds)} file descriptors for {display(repr(count))} "
+                                "directories", code=FD_ERROR)
+        return count, replies[0]
+
+    @staticmethod
+    def _parameters(message: Message) -> Dict[str, Any]:
+        error = message.value.get("error")
+        params = as_dict(message.value.get("parameters"))
+        if error is None:
+            return params
+        words = display(f"{error}: " + ", ".join(map(str, params.values())))
+        if str(error).endswith(".NoSuchLayer"):
+            raise LayerUnknown(f"layer not known: {words}")
+        raise ProtocolError(words, code=NO_METHOD if "MethodNotFound" in str(error) else
+                            INTERNAL_ERROR)
+
+
+class _PipeReader(io.RawIOBase):
+    """Reads a pipe; ProtocolError when nothing comes for ``timeout`` seconds."""
+
+    def __init__(self, fd: int, timeout: float) -> None:
+        self._fd, self._timeout = fd, timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            try:
+                return os.readv(self._fd, [buffer])
+            except BlockingIOError:
+                wait_until_ready(self._fd, "POLLIN", self._timeout)
+
+
+def known_of(params: Dict[str, Any], pairs: bool = False) -> Dict[str, Any]:
+    """Return what a server says of a layer's tar, as arguments of LayerStream."""
+    digest, size = params.get("digest"), params.get("size")
+    return {"digest": digest if isinstance(digest, str) else "", "pairs": pairs,
+            "size": size if type(size) is int else -1}
+
+
+def as_dict(value: Any) -> Dict[str, Any]:
+    """Return ``value`` when it is an object of JSON, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def decode_base64(text: Any) -> bytes:
+    """Decode base64 strictly.  Raises ProtocolError."""
+    try:
+        data = binascii.a2b_base64(text)
+        if (len(data) + 2) // 3 * 4 == len(text):
+            return data
+    except (TypeError, ValueError):
+        pass
+    raise ProtocolError("malformed base64", code=BAD_PARAMS)
+
+
+def has_capability(number: int) -> bool:
+    """Tell whether this process has a capability (capabilities(7)), in its user namespace."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            match = re.search(rb"^CapEff:\s*([0-9a-f]+)$", file.read(), re.M)
+    except OSError:  # no /proc
+        match = None
+    return bool(match and int(match[1], 16) >> number & 1)
+
+
+def with_short_path(path: str, action: Callable[[str], T]) -> T:
+    """Call ``action`` with an address for a socket at ``path``: there are 108 bytes for it."""
+    if len(os.fsencode(path)) < 108:
+        return action(path)
+    folder, name = os.path.split(path)
+    fd = os.open(folder or ".", OPEN_DIRECTORY)
+    try:
+        return action(f"/proc/self/fd/{fd}/{name}")
+    finally:
+        os.close(fd)
+
+
+def connect(path: str) -> socket.socket:
+    """Connect to the Unix socket at ``path``.  Raises OSError with the path."""
+    import socket
+
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with_short_path(path, sock.connect)
+        return sock
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+class ListeningSocket:
+    """A Unix socket at ``path`` that listens, open to this user alone; removed at the end.
+
+    A context manager that gives the socket.  What a server that was killed has left there is
+    replaced.  Raises OSError with the path: EADDRINUSE when a server lives, EEXIST for no socket.
+    """
+
+    def __init__(self, path: str) -> None:
+        import socket
+
+        self.path = path
+        self._check()
+        folder = os.path.dirname(path)
+        temporary = os.path.join(folder, f".cstor-{os.urandom(6).hex()}.sock")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with_short_path(temporary, self.socket.bind)
+            os.chmod(temporary, 0o600)  # before it listens nobody can connect
+            self._status = os.lstat(temporary)
+            self.socket.listen(64)
+            os.rename(temporary, path)
+        except OSError as error:
+            self.socket.close()
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+            raise OSError(error.errno, error.strerror, path) from None
+
+    def _check(self) -> None:
+        try:
+            if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
+                raise OSError(errno.EEXIST, "it is no socket", self.path)
+            connect(self.path).close()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+        raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
+
+    def __enter__(self) -> socket.socket:
+        return self.socket
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        try:
+            if os.path.samestat(os.lstat(self.path), self._status):
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
 
 
 # ================================================================================================
