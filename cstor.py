@@ -8363,16 +8363,16 @@ def soft_limit() -> int:
 class RpcServer:
     """Gives the layers of a storage to this user's processes and root's, over Unix sockets.
 
-    ``open_storage`` is called for each client, ``clients`` is how many there may be at a time, and
+    ``opener`` is called for each client, ``clients`` is how many there may be at a time, and
     ``timeout`` the seconds that one may take for what is due (``idle`` between its requests).  Each
     client has a thread, so that it can hold up nobody else.
     """
 
-    def __init__(self, open_storage: Callable[[], Metadata], *, clients: int = 64,
+    def __init__(self, opener: Callable[[], Metadata], *, clients: int = 64,
                  timeout: float = 60.0, idle: float = 3600.0) -> None:
         import threading
 
-        self.open_storage, self.timeout, self.idle = open_storage, timeout, idle
+        self.opener, self.timeout, self.idle = opener, timeout, idle
         self._room, self._clients = clients, set()  # type: int, Set[socket.socket]
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
@@ -8519,7 +8519,7 @@ class _Session:
     def storage(self) -> Metadata:
         """The storage, with its records as they are now."""
         if self._storage is None:
-            self._storage = self.server.open_storage()
+            self._storage = self.server.opener()
         return self._storage
 
     def _request(self, value: Dict[str, Any]) -> None:
@@ -8664,7 +8664,7 @@ class _Session:
         self.connection.send({"jsonrpc": "2.0", "method": method, "params": params}, fds)
 
     def _send_chunks(self, layer: LayerRecord, params: Dict[str, Any], segment: str, file: str,
-                     describe: Callable[[Member], Dict[str, Any]]) -> int:
+                     more: Callable[[Member], Dict[str, Any]]) -> int:
         """Send the pieces of a layer; return how many files were passed."""
         threshold, count = self._param(params, "threshold", INLINE_THRESHOLD), 0
         parts, size = [], 0  # type: List[bytes], int
@@ -8682,7 +8682,7 @@ class _Session:
                         and is_whole_file(piece):
                     flush()
                     self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
-                                        **describe(piece.member)}, [piece.fd])
+                                        **more(piece.member)}, [piece.fd])
                     count, size = count + 1, 0
                     continue
                 for data in whole_chunks(piece):
