@@ -103,10 +103,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
     "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree", "LayerUnknown",
-    "Member", "NeedsUnshare", "Node", "NotFound", "ProtocolError", "ProxyV2Client", "RpcClient",
-    "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter", "SplitfdstreamReader",
-    "SplitfdstreamWriter", "Storage", "Tree", "Unsupported", "VarlinkClient", "crc64",
-    "diff_tars", "extract_tree", "load_config", "main", "spell", "unspell",
+    "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxyV2Client",
+    "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
+    "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree", "Unsupported",
+    "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree", "load_config",
+    "main", "read_stream", "spell", "unspell",
 ]
 
 
@@ -3847,17 +3848,20 @@ class TarSink:
 
 
 def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool = True,
-                 progress: Optional[Progress] = None) -> str:
+                 progress: Optional[Progress] = None,
+                 also: Optional[Callable[[Union[bytes, Extent]], object]] = None) -> str:
     """Write a layer's tar to ``out``; return its sha256 digest, "" when ``verify`` is false.
 
-    The digest must be the layer's diff-digest; when it is not, or none is known, the file at fault
-    is looked for by CRC-64.  Raises IntegrityError (what was written is then no good), Unsupported,
-    FormatError, NeedsUnshare.
+    ``also`` is given each piece as well.  The digest must be the layer's diff-digest; when it is
+    not, or none is known, the file at fault is looked for by CRC-64.  Raises IntegrityError (what
+    was written is then no good), Unsupported, FormatError, NeedsUnshare.
     """
     sink = TarSink(out, hashing=verify, layer=layer.id, progress=progress)
     pieces = read_pieces(layer)
     try:
         for piece in pieces:
+            if also:
+                also(piece)
             if isinstance(piece, Extent):
                 sink.extent(piece)
             else:
@@ -4264,6 +4268,13 @@ class LayerTree:
             node.parent, node.name = parent, name  # the first name was given to another file
         return self._files.open(node.path, node.size)
 
+    def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
+        """Return where a content waits to be moved away, None = it stays where it is.
+
+        That is (directory, name in it, why it is a copy or "").
+        """
+        return None
+
     def read_small(self, path: bytes) -> Optional[bytes]:
         """Return the content of a small regular file, checked, without reading all entries.
 
@@ -4497,15 +4508,18 @@ class TarTree(LayerTree):
 class Decompressed:
     """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
-    Never seeks, so that a pipe will do.  zstd takes Python 3.14 or the program zstd.  A context
-    manager.  Raises FormatError for a damaged stream, Unsupported for zstd without either.
+    Never seeks, so that a pipe will do; of a descriptor ``fd``, which stays the caller's, ``path``
+    is the name in errors.  zstd takes Python 3.14 or the program zstd.  A context manager.  Raises
+    FormatError for a damaged stream, Unsupported for zstd without either.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
         self.path = path
         self._damage: Tuple[Type[Exception], ...] = ()
+        if path == "-" and fd < 0:
+            fd = 0
         try:
-            self._raw = open(os.dup(0) if path == "-" else path, "rb", buffering=0)
+            self._raw = open(path if fd < 0 else os.dup(fd), "rb", buffering=0)
         except OSError as error:
             raise with_path(error, path) if path == "-" else error from None
         try:
@@ -5625,11 +5639,13 @@ class Extraction:
 
     # -- planning --------------------------------------------------------------------------------
 
-    def run(self, items: Iterable[Tuple[bytes, Node]]) -> None:
+    def run(self, items: Iterable[Tuple[bytes, Node]],
+            settled: Callable[[], object] = lambda: None) -> None:
         """Make all ``items``, as select_nodes() yields them.
 
-        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; what was made until
-        then stays.
+        ``settled`` is called before directories get their metadata, which a change of what is in
+        them would spoil.  Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare;
+        what was made until then stays.
         """
         batches = list(self._batches(items))
         # Which of the store's files were shared by hard links is for one process to know.
@@ -5640,6 +5656,7 @@ class Extraction:
             self.tally.add(*counted)
         self.tally.count("dir", self._directories)
         self._make_links()
+        settled()
         self._finish_directories()
 
     def _batches(self, items: Iterable[Tuple[bytes, Node]]) -> Iterator[List[Any]]:
@@ -5781,7 +5798,8 @@ class Extraction:
         if self.plain and node.type not in ("reg", "symlink", "fifo"):
             raise _LeftOut
         if node.type == "reg":
-            if not (self._hardlinks and fd >= 0 and self._share(dir_fd, base, node, fd)):
+            if fd < 0 or not (self._move(dir_fd, base, node, fd)
+                              or self._hardlinks and self._share(dir_fd, base, node, fd)):
                 self._create_regular(dir_fd, base, node, fd)
         else:
             self._create_special(dir_fd, base, node)
@@ -5818,10 +5836,35 @@ class Extraction:
             raise Unsupported(f'"/{display(node.path)}" {error}', hint=error.hint) from None
         except IntegrityError as error:
             raise self._wrong(node, str(error)) from None
+        self._account(node, why)
+
+    def _account(self, node: Node, why: str) -> None:
+        """Count a content, and why it is a copy."""
         self.tally.count("bytes", node.size)
         self.tally.count("bytes-copied" if why else "bytes-reflinked", node.size)
         if why:
             self.tally.refuse(why, 1, node.size)
+
+    def _move(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
+        """Give a staged file its metadata and its place, where there is to be none.
+
+        rename(2) would replace what another process puts there meanwhile, and follows no link.
+        """
+        staged = node.tree.staged(node)
+        if staged is None:
+            return False
+        folder, name, why = staged
+        status = os.fstat(fd)
+        self._check(fd, status, node)
+        self._describe(fd, status, node)
+        try:
+            os.rename(name, base, src_dir_fd=folder, dst_dir_fd=dir_fd)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # another file system is mounted below the target
+                raise
+            return False
+        self._account(node, why)
+        return True
 
     def _check(self, fd: int, status: os.stat_result, node: Node) -> None:
         """Compare what a file holds with what was promised."""
@@ -6003,27 +6046,27 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     ``options`` are those of Extraction.  Return its summary().  Raises as Extraction.run() does,
     and NotFound when nothing fits.
     """
-    if not directory or strip < 0 or force and clean:
-        raise ValueError("no directory is named" if not directory else "strip is negative"
-                         if strip < 0 else "clean would remove what force finds")
+    filling = Filling(directory, force=force, clean=clean)
     for layer in tree.layers:
         if layer.layer:
             refuse_storage(layer.layer.storage, directory)
+    items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
+    with filling as target:
+        return filling.fill(target, items, **options)
+
+
+def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
+                 whiteouts: bool) -> Iterator[Tuple[bytes, Node]]:
+    """Yield what select_nodes() and strip_components() do.  Raises NotFound now, not later."""
+    if strip < 0:
+        raise ValueError("strip is negative")
     items = select_nodes(tree, paths, exclude, whiteouts=whiteouts)
     if strip:
         items = strip_components(items, strip)
     first, items = peek(items)
     if first is None:
         need_match(tree, paths)
-    filling = Filling(directory, force=force, clean=clean)
-    with filling as target:
-        extraction = Extraction(target, merge=force and not filling.made, **options)
-        extraction.run(items)
-        if filling.made and (first is None or first[0]):  # the root was not selected
-            os.chmod(f"/proc/self/fd/{target.fd}", filling.mode)
-        if not is_at(target, directory):
-            raise OSError(errno.ESTALE, "it was moved or removed while it was filled", directory)
-    return extraction.summary()
+    return items
 
 
 class Filling:
@@ -6036,6 +6079,9 @@ class Filling:
 
     def __init__(self, directory: str, *, force: bool = False, clean: Optional[bool] = None
                  ) -> None:
+        if not directory or force and clean:
+            raise ValueError("clean would remove what force finds" if directory
+                             else "no directory is named")
         self.directory, self._force, self._clean = directory, force, clean
         self.made, self.mode = False, 0
         self._target: Optional[Target] = None
@@ -6059,6 +6105,19 @@ class Filling:
             target.close()
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.directory)
         return target
+
+    def fill(self, target: Target, items: Iterator[Tuple[bytes, Node]],
+             settled: Callable[[], object] = lambda: None, **options: Any) -> Dict[str, Any]:
+        """Make ``items`` in the directory by an Extraction with ``options``; return its summary."""
+        first, items = peek(items)
+        extraction = Extraction(target, merge=self._force and not self.made, **options)
+        extraction.run(items, settled)
+        if self.made and (first is None or first[0]):  # the root was not selected
+            os.chmod(f"/proc/self/fd/{target.fd}", self.mode)
+        if not is_at(target, self.directory):
+            raise OSError(errno.ESTALE, "it was moved or removed while it was filled",
+                          self.directory)
+        return extraction.summary()
 
     def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
                  *_: object) -> None:
@@ -7994,6 +8053,13 @@ class LayerStream:
         return io.BufferedReader(_StreamFile(self), CHUNK)
 
 
+    def extract(self, directory: str, *, whiteouts: bool = True, **options: Any
+                ) -> Dict[str, Any]:
+        """Put the files of this layer alone into a directory; see extract_streams()."""
+        return extract_streams([self], directory, label=self.label, raw=True,
+                               whiteouts=whiteouts, **options)
+
+
 class _StreamFile(io.RawIOBase):
     """A LayerStream as a raw file; an error stays one, however often it is read on."""
 
@@ -8025,6 +8091,366 @@ class _StreamFile(io.RawIOBase):
         count = min(len(buffer), len(self._view))
         buffer[:count], self._view = self._view[:count], self._view[count:]
         return count
+
+
+class StreamTree(LayerTree):
+    """The tree of a layer that came as a stream, whose contents are in a Staging."""
+
+    at_hand = True
+
+    def __init__(self, staging: int, label: str) -> None:
+        super().__init__(None)
+        self._label, self._staging = label, staging
+        self._numbers: Dict[Node, int] = {}
+        self._copied: Dict[Node, str] = {}  # why, of those that are not shared
+        self._last: Optional[Node] = None  # the last regular file
+
+    @property
+    def label(self) -> str:
+        return self._label
+
+    def _load(self) -> None:
+        pass  # entered one by one, by take()
+
+    def take(self, member: Member) -> Optional[Node]:
+        """Enter a member; return its node when it is a regular file."""
+        self._last = None
+        self.add(member)
+        return self._last
+
+    def _apply(self, node: Node, member: Member) -> None:
+        super()._apply(node, member)
+        if member.type == "reg":
+            node._checksum = None  # that is in tar-split only
+            self._last = node
+
+    def stage(self, node: Node, number: int, why: str, crc: Optional[int]) -> None:
+        """Note that a node's content is in file ``number``, why it is a copy, and its CRC-64."""
+        self._numbers[node], node._checksum = number, crc
+        if why:
+            self._copied[node] = why
+
+    def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
+        return self._staging, b"%d" % self._numbers[node], self._copied.get(node, "")
+
+    def open(self, node: Node) -> int:
+        return os.open(b"%d" % self._numbers[node], OPEN_FILE, dir_fd=self._staging)
+
+
+class Staging:
+    """A directory inside a target, closed to others, where contents wait until all were read.
+
+    A context manager: whatever happens, it is gone afterwards.  ``link_mode`` is one of LINK_MODES
+    (there is nothing to make hard links of: "hardlink" is "auto"; "reflink" asks it of what comes
+    as an open file).  Without ``check`` no digest is taken.  ``crc`` keeps the CRC-64 of contents.
+    """
+
+    def __init__(self, target: Target, *, link_mode: str = "auto", check: bool = True,
+                 crc: bool = False, progress: Optional[Progress] = None) -> None:
+        self._above, self._name = target, b".cstor-%s.partial" % os.urandom(6).hex().encode()
+        self._target: Optional[Target] = None
+        self._ladder = Ladder("auto" if link_mode == "hardlink" else link_mode)
+        self._check, self._crc, self._progress = check, crc, progress
+        self._count = self._holes = self._device = 0
+
+    def __enter__(self) -> Staging:
+        try:
+            with SignalsHeld():
+                self._target = self._open()
+            return self
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+
+    def _open(self) -> Target:
+        os.mkdir(self._name, 0o700, dir_fd=self._above.fd)
+        try:
+            fd = os.open(self._name, OPEN_NEW_DIRECTORY, dir_fd=self._above.fd)
+            os.fchmod(fd, 0o700)  # without the setgid bit that it may have inherited
+            remove_acls(fd)
+            self._device = os.fstat(fd).st_dev
+        except BaseException:
+            os.rmdir(self._name, dir_fd=self._above.fd)
+            raise
+        return Target(self._above.host_path(self._name), fd)
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 *_: object) -> None:
+        try:
+            self.remove()
+        except OSError as trouble:
+            if error is None:
+                raise
+            add_hint(error, f"{self._above.host_path(self._name)} stays: {trouble.strerror}")
+
+    def remove(self) -> None:
+        """Remove what was not moved away; harmless when repeated."""
+        with SignalsHeld():
+            if self._target:
+                remove_content(self._target)
+                os.rmdir(self._name, dir_fd=self._above.fd)
+                self._target.close()
+                self._target = None
+
+    def read(self, stream: LayerStream) -> StreamTree:
+        """Read a stream to its end, and return its tree when digest and size are right.
+
+        Raises as LayerStream.export() does, and Unsupported for what cannot be shared though
+        link_mode is "reflink".
+        """
+        assert self._target
+        tree, size, digest = StreamTree(self._target.fd, stream.label), 0, ""
+        sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) if self._check else None
+        try:
+            for literal, member, content in stream.items(self._check):
+                size += len(literal)
+                if sink:
+                    sink.literal(literal)
+                if member is None:
+                    continue
+                size += member.stored
+                node = tree.take(member)
+                if sink:
+                    content = _hashed(content, sink)
+                if node and node.size:
+                    self._store(tree, node, member, content)
+                for _ in content:  # of what is no file, as a whiteout with content
+                    pass
+                if self._progress:
+                    self._progress(size, self._count)
+            digest = sink.finish() if sink else ""
+        except BaseException:
+            if sink:
+                sink.abort()
+            raise
+        stream.check(digest, size)
+        return tree
+
+    def _store(self, tree: StreamTree, node: Node, member: Member,
+               content: Iterator[Union[bytes, Extent]]) -> None:
+        assert self._target
+        number, why = self._count, ""
+        crc = 0 if self._crc else None
+        self._count += 1
+        # Open as the file will be, mostly: the directory is closed, and no mode is left to set.
+        fd = os.open(b"%d" % number, OPEN_NEW_FILE, node.mode & 0o777 | 0o600,
+                     dir_fd=self._target.fd)
+        try:
+            for piece in content if member.sparse is None else self._expand(member, content):
+                if isinstance(piece, Extent):
+                    why = self._fill(fd, piece)
+                elif member.sparse is not None and piece.count(0) == len(piece):
+                    os.lseek(fd, len(piece), os.SEEK_CUR)
+                else:
+                    why = "it came inline"
+                    write_all(fd, piece)
+                if crc is not None:
+                    for data in whole_chunks(piece):
+                        crc = crc64(data, crc)
+            if member.sparse is not None:
+                os.ftruncate(fd, node.size)
+        finally:
+            os.close(fd)
+        tree.stage(node, number, why, crc)
+
+    def _fill(self, fd: int, piece: Extent) -> str:
+        devices = os.fstat(piece.fd).st_dev, self._device
+        try:
+            return self._ladder.fill(piece.fd, piece.length, fd, devices)
+        except Unsupported as error:
+            raise Unsupported(f'"{display(piece.member.name)}" {error}', hint=error.hint) from None
+        except IntegrityError as error:
+            raise IntegrityError(str(error), name=piece.member.name) from None
+
+    def _expand(self, member: Member, content: Iterator[Union[bytes, Extent]]
+                ) -> Iterator[bytes]:
+        """Return the content of a sparse file with its holes."""
+        self._holes += member.size - member.stored
+        if self._holes > MAX_EXPANDED:
+            raise Unsupported(f'"{display(member.name)}": sparse files with holes of more than '
+                              f"{MAX_EXPANDED >> 30} GiB")
+        pieces = (piece for piece in content if isinstance(piece, bytes))  # none is an Extent
+        return expand_content(member, _Source(pieces, f'"{display(member.name)}"').take)
+
+
+class _Nowhere(io.BytesIO):
+    """What TarSink writes to when only the digest is wanted."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _hashed(content: Iterator[Union[bytes, Extent]], sink: TarSink
+            ) -> Iterator[Union[bytes, Extent]]:
+    """Yield pieces, each of which is hashed when the next is asked for.
+
+    Raises IntegrityError when a file changed between that it was taken and hashed.
+    """
+    for piece in content:
+        if isinstance(piece, Extent):
+            before = os.fstat(piece.fd)
+            yield piece
+            sink.extent(piece)
+            after = os.fstat(piece.fd)
+            if (before.st_ctime_ns, before.st_size) != (after.st_ctime_ns, after.st_size):
+                raise IntegrityError("changed while it was read", name=piece.member.name)
+        else:
+            yield piece
+            sink.literal(piece)
+
+
+def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: str = "stream",
+                    raw: bool = False, paths: Sequence[str] = (), exclude: Sequence[str] = (),
+                    strip: int = 0, whiteouts: bool = True, force: bool = False,
+                    clean: Optional[bool] = None, check: bool = True, link_mode: str = "auto",
+                    verify: bool = False, progress: Optional[Progress] = None, **options: Any
+                    ) -> Dict[str, Any]:
+    """Put what streams hold into ``directory``, as extract_tree() does with a tree.
+
+    ``streams`` come base first and are read one after another; they are merged, or with ``raw``
+    whiteouts are files.  Nothing is put in its place before all digests and sizes were found right;
+    without ``check`` no digest is taken, and with ``verify`` what was made is compared with what
+    came by CRC-64.  Return the summary.  Raises as Staging.read() and extract_tree() do.
+    """
+    filling = Filling(directory, force=force, clean=clean)
+    with filling as target, Staging(target, link_mode=link_mode, check=check, crc=verify,
+                                    progress=progress) as staging:
+        trees = [staging.read(stream) for stream in streams]
+        tree = Tree(trees[::-1], label, raw=raw)
+        items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
+        return filling.fill(target, items, staging.remove, verify=verify, **options)
+
+
+# -- streams in files ----------------------------------------------------------------------------
+
+CODECS = ("splitfdstream", "splitdirfdstream")
+
+
+def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] = None, *,
+                 codec: str = CODECS[0], threshold: int = INLINE_THRESHOLD,
+                 progress: Optional[Progress] = None) -> str:
+    """Write a layer as a stream to ``out``; return the tar's digest, checked as by export_layer().
+
+    Without ``listing`` all contents are inline.  With it files of more than ``threshold`` bytes
+    stay where they are, and JSON lines are written there for ExternalFiles: a head, and for a
+    splitfdstream each file by number; a splitdirfdstream needs but the storage's directories.
+    """
+    roots = [os.readlink(b"/proc/self/fd/%d" % root.fd) for root in layer.storage.roots]
+
+    def take(piece: Extent) -> bool:
+        path = place_of(piece.fd)
+        if path and listing:
+            listing.write(compact_json({"index": writer.files, "path": spell(path),
+                                        "size": piece.length}) + b"\n")
+        return bool(path)
+
+    def name(piece: Extent) -> Optional[Tuple[int, bytes]]:
+        path = place_of(piece.fd) if piece.length > threshold else b""
+        return next(((index, path[len(root) + 1:]) for index, root in enumerate(roots)
+                     if path.startswith(root + b"/")), None)
+
+    if listing:
+        head = {"version": 1, "codec": codec, "layer": layer.id, "digest": layer.diff_digest,
+                "size": layer.diff_size}
+        if codec != CODECS[0]:
+            head["directories"] = [spell(root) for root in roots]
+        listing.write(compact_json(head) + b"\n")
+    if codec != CODECS[0]:
+        add = SplitdirfdstreamWriter(out.write, name if listing else None).add
+    else:
+        writer = SplitfdstreamWriter(out.write, take if listing else None, threshold=threshold)
+        add = writer.add
+    return export_layer(layer, _Nowhere(), progress=progress, also=add)
+
+
+def place_of(fd: int) -> bytes:
+    """Return the absolute path where an open file lies, b"" when there is none any more."""
+    try:
+        path = os.readlink(b"/proc/self/fd/%d" % fd)
+        if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+            return path
+    except OSError:
+        pass
+    return b""
+
+
+class ExternalFiles:
+    """What a list of write_stream() names, opened when a stream asks for it; "" is an empty list.
+
+    ``codec``, ``layer``, ``digest`` and ``size`` are as the list says, "" and -1 when it does not;
+    ``directories`` are open.  A context manager.  Raises FormatError with the line, OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.codec = self.layer = self.digest = ""
+        self.size, self.path = -1, path
+        self.directories: List[int] = []
+        self._files: List[Tuple[bytes, int]] = []
+        self._fd = -1
+        try:
+            if path:
+                with open(path, "rb") as file:
+                    self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close what is open; harmless when repeated."""
+        for fd in [self._fd, *self.directories]:
+            if fd >= 0:
+                os.close(fd)
+        self._fd, self.directories = -1, []
+
+    def __enter__(self) -> ExternalFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, lines: Iterator[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
+            row = parse_json(line, f"{self.path}:{number}")
+            try:
+                if number == 1:
+                    if row["version"] != 1 or row["codec"] not in CODECS:
+                        raise ValueError
+                    self.codec, self.layer = row["codec"], str(row["layer"])
+                    self.digest, self.size = str(row["digest"]), int(row["size"])
+                    self.directories += (os.open(self._absolute(path), OPEN_DIRECTORY)
+                                         for path in row.get("directories", ()))
+                elif row["index"] != len(self._files):
+                    raise ValueError
+                else:
+                    self._files.append((self._absolute(row["path"]), int(row["size"])))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise FormatError("not a line of a list of external files", file=self.path,
+                                  line=number) from None
+        if not self.codec:
+            raise FormatError("an empty list of external files", file=self.path)
+
+    @staticmethod
+    def _absolute(text: str) -> bytes:
+        path = unspell(text)
+        if not path.startswith(b"/") or b"\0" in path:
+            raise ValueError
+        return path
+
+    def open(self, number: int) -> int:
+        """Open a file by its number; the one before is closed.  IndexError when there is none."""
+        path, size = self._files[number]
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise FormatError(f'"{display(path)}" is a {file_type(mode)}, not a regular file',
+                              file=self.path, line=number + 2)
+        self._fd = os.open(path, OPEN_FILE)
+        if os.fstat(self._fd).st_size != size:
+            raise IntegrityError(f"{display(path)}: it has another size than the list says",
+                                 expected=str(size), actual=str(os.fstat(self._fd).st_size))
+        return self._fd
 
 
 # ================================================================================================
@@ -8593,7 +9019,7 @@ class _Session:
             raise ProtocolError("layers are given uncompressed", code=BAD_PARAMS)
 
         def write(writer: SplitfdstreamWriter) -> bool:
-            write_stream(layer, writer)
+            write_pieces(layer, writer)
             return True
 
         self._send_files(layer, params, write)
@@ -8832,7 +9258,7 @@ class _Session:
             place = _Place(diff, inner.get("consumer_has_cap_dac_override") is True)
             try:
                 pipe = _PipeWriter(data.write_fd, self.server.timeout)
-                write_stream(layer, SplitdirfdstreamWriter(pipe.write, place.find))
+                write_pieces(layer, SplitdirfdstreamWriter(pipe.write, place.find))
                 pipe.flush()
             except (CstorError, OSError) as error:  # it was answered; the stream lacks its end now
                 raise ProtocolError(str(error)) from None
@@ -8964,7 +9390,7 @@ def seal_spool(spool: BinaryIO) -> int:
     return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def write_stream(layer: LayerRecord, writer: Union[SplitfdstreamWriter, SplitdirfdstreamWriter]
+def write_pieces(layer: LayerRecord, writer: Union[SplitfdstreamWriter, SplitdirfdstreamWriter]
                  ) -> None:
     """Write all pieces of a layer."""
     pieces = read_pieces(layer)
@@ -9986,6 +10412,48 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
         say(f"layer {layer.id}: {digest or 'not verified'}")
 
 
+def cmd_layer_stream(storage: Storage, args: Any) -> None:
+    """write a layer as a stream, contents inline or, with --external, as references to files"""
+    if args.threshold < 0:
+        raise _UsageError("--threshold takes a number of at least 0")
+    if args.external == "-" and args.output in (None, "-"):
+        raise _UsageError("stream and list cannot both go to stdout")
+    layer = storage.layer(args.layer)
+    with Output(args.output) as output, ProgressLine(layer.diff_size, args.quiet) as progress, \
+            open(output.fd, "wb", CHUNK, closefd=False) as out:
+        options = {"codec": args.codec or CODECS[0], "threshold": args.threshold,
+                   "progress": progress}
+        if args.external is None:
+            digest = write_stream(layer, out, **options)
+        else:
+            with Output(args.external, text=True) as listing, \
+                    open(listing.fd, "wb", closefd=False) as rows:
+                digest = write_stream(layer, out, rows, **options)
+    if args.verbose:
+        say(f"layer {layer.id}: {digest}")
+
+
+def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
+    """turn a stream of a layer back into its tar, bit for bit"""
+    if args.digest and not re.fullmatch(f"sha256:{HEX64}", args.digest):
+        raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
+    label, source = ("stdin", 0) if args.stream == "-" else (args.stream, args.stream)
+    with open(source, "rb", CHUNK, closefd=source != 0) as file, \
+            ExternalFiles(args.external or "") as external:
+        if args.codec and external.codec not in ("", args.codec):
+            raise _UsageError(f"--codec: the list is of a {external.codec}")
+        chunks = SplitdirfdstreamReader(file.read, external.directories, label) \
+            if CODECS[1] in (args.codec, external.codec) \
+            else SplitfdstreamReader(file.read, external.open, label)
+        stream = LayerStream(chunks, label=label, digest=args.digest or external.digest,
+                             size=external.size, pairs=args.pairs)
+        with stream, Output(args.output) as output, \
+                ProgressLine(max(external.size, 0), args.quiet) as progress:
+            digest = stream.export(output.fd, progress=progress)
+    if args.verbose:
+        say(f"{label}: {digest}")
+
+
 def cmd_container_list(storage: Storage, args: Any) -> None:
     """list containers of podman, buildah and CRI-O"""
     entries = [container_json(container) for container in storage.containers()]
@@ -10422,7 +10890,7 @@ def difference_line(row: Dict[str, Any]) -> str:
     return f"{word}{name}{field}: {values[0]} -> {values[1]}"
 
 
-WITHOUT_STORAGE = (cmd_tar_diff,)  # commands that get None for it
+WITHOUT_STORAGE = (cmd_tar_diff, cmd_stream_to_tar)  # commands that get None for it
 
 
 def cmd_blame(storage: Storage, args: Any) -> None:
@@ -10559,6 +11027,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("layer cp", cmd_cp, "LAYER:PATH DEST"),
     ("layer extract", cmd_extract, f"LAYER {EXTRACT_OPTIONS} --no-whiteouts"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify"),
+    ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
     ("container list", cmd_container_list, "--format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
     ("container files", cmd_files, "CONTAINER PATTERN* -l -0 --format"),
@@ -10570,6 +11039,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("store info", cmd_store_info, "--format"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
     ("tar-diff", cmd_tar_diff, "A B --format"),
+    ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest --pairs"),
 ]
 ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "LAYER": "ID, name, DiffID, short link, or the start of an ID or DiffID",
@@ -10581,6 +11051,7 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
              "DIR[:TAG]": "OCI layout; without TAG the image's own tag",
              "DIR": "directory to make or to fill; it must be empty, but for --force",
+             "STREAM": "file that holds a stream; - is stdin",
              "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
                   "or tar: before it leaves no doubt",
              "B": "like A",
@@ -10596,6 +11067,8 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
             "--all": "of a manifest list, all instances that are here",
             "--no-reflinks": "the same as --link-mode copy",
             "--verify": "read back what was made and compare its CRC-64",
+            "--pairs": "of headers and contents alone, as containers/storage's Go code makes it; "
+                       "padding and end are added",
             "--force": "merge into a directory that is not empty: files are replaced, links "
                        "are not followed",
             "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}
@@ -10609,6 +11082,13 @@ OPTIONS: Dict[str, Dict[str, Any]] = {
                    "help": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)"},
     "--platform": {"metavar": "OS/ARCH", "default": "",
                    "help": "which instance of a manifest list, also os/arch/variant"},
+    "--codec": {"choices": CODECS, "help": "how the stream is spelled; default: splitfdstream"},
+    "--threshold": {"metavar": "N", "type": int, "default": INLINE_THRESHOLD,
+                    "help": "contents of up to N bytes stay inline; default: %(default)s"},
+    "--external": {"metavar": "LIST",
+                   "help": "contents stay in their files, which LIST names, as JSON lines"},
+    "--digest": {"metavar": "SHA256", "default": "",
+                 "help": "the tar's digest, sha256:...; default: what LIST says"},
     "--path": {"metavar": "PATTERN", "action": "append", "default": [],
                "help": "only what fits, with all below and the directories above; may be repeated"},
     "--exclude": {"metavar": "PATTERN", "action": "append", "default": [],

@@ -526,8 +526,8 @@ class House(unittest.TestCase):
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "argparse", "array", "binascii", "builtins", "bz2",
                    "concurrent.futures", "ctypes", "errno", "fcntl", "gc", "gzip", "hashlib",
-                   "importlib", "io", "json", "lzma", "marshal",
-                   "os", "pwd", "queue", "re", "select", "signal", "sqlite3", "stat",
+                   "heapq", "importlib", "io", "json", "lzma", "marshal", "os", "pwd", "queue",
+                   "re", "resource", "select", "signal", "socket", "sqlite3", "stat", "struct",
                    "subprocess", "sys", "tempfile", "threading", "time", "typing", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
@@ -4297,8 +4297,8 @@ class Extracts(TreeTest):
         before = snapshot(victim)
         real = cstor.Extraction.run
 
-        def run_and_swap(extraction: cstor.Extraction, items: Any) -> None:
-            real(extraction, items)
+        def run_and_swap(extraction: cstor.Extraction, *args: Any) -> None:
+            real(extraction, *args)
             os.rename(self.out, self.out + "-ours")
             os.symlink(victim, self.out)
 
