@@ -32,6 +32,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -4888,6 +4889,28 @@ class Disks(StoreTest):
                 self.assertEqual([], unshared_extents(paths))
                 self.assertLess(grown, 1 << 20, f"of {size} bytes")
 
+    def test_streams_share_all_data(self) -> None:
+        for kind, codec in (("xfs", CODECS[0]), ("btrfs", CODECS[1])):
+            store, out = self.store(self.place(kind, "store")), self.place(kind, "out")
+            with cstor.Storage.open(store.root) as storage, \
+                    streamed(storage.layers()[0], codec) as stream:
+                done = stream.extract(out, link_mode="reflink", verify=True)
+            size = sum(map(len, self.files.values()))
+            self.assertEqual((size, size, 0), tuple(done[key] for key in (
+                "bytes", "bytes-reflinked", "bytes-copied")))
+            self.check_contents(out)
+            self.assertEqual([], unshared_extents([
+                os.path.join(out, name) for name, data in self.files.items()
+                if len(data) >= 4096]))
+        with cstor.Storage.open(self.store(self.place("xfs", "more")).root) as storage:
+            with streamed(storage.layers()[0]) as stream, \
+                    self.assertRaisesRegex(cstor.Unsupported, '"d0/f0" cannot be shared'):
+                stream.extract(self.place("ext4", "out"), link_mode="reflink")
+            with streamed(storage.layers()[0]) as stream:
+                done = stream.extract(self.place("ext4", "out"))
+            self.assertEqual(size, done["bytes-copied"])
+            self.check_contents(os.path.join(self.disks["ext4"], "out"))
+
     def test_copies_share_nothing_and_are_the_same(self) -> None:
         store = self.store(self.place("xfs", "store"))
         for kind, mode, why in (("ext4", "auto", "FICLONE: Invalid cross-device link"),
@@ -6106,7 +6129,808 @@ class TarDiffs(StoreTest):
 
 
 # ================================================================================================
-# 15. Library
+# 15. Streams
+# ================================================================================================
+
+CODECS = ("splitfdstream", "splitdirfdstream")
+
+
+def inline(data: bytes) -> bytes:
+    """Return a splitfdstream's chunk of bytes, as WIRE.md 1 has it."""
+    return struct.pack("<q", -len(data)) + data
+
+
+def in_file(number: int) -> bytes:
+    """Return a splitfdstream's chunk for an external file."""
+    return struct.pack("<q", number)
+
+
+def typed(kind: int, data: bytes) -> bytes:
+    """Return a splitdirfdstream's chunk of bytes, as WIRE.md 2 has it."""
+    return struct.pack("<BI", kind, len(data)) + data
+
+
+def in_directory(size: int, index: int, name: bytes) -> bytes:
+    """Return a splitdirfdstream's chunk for an external file."""
+    return struct.pack("<BQII", 2, size, index, len(name)) + name
+
+
+@contextlib.contextmanager
+def streamed(layer: cstor.Layer, codec: str = CODECS[0], threshold: int = 0, *,
+             external: bool = True, **options: Any) -> Iterator[cstor.LayerStream]:
+    """Give a layer as a stream with larger files passed."""
+    out = io.BytesIO()
+    with tempfile.NamedTemporaryFile() as rows:
+        listing: Any = rows if external else None
+        cstor.write_stream(layer, out, listing, codec=codec, threshold=threshold)
+        rows.flush()
+        out.seek(0)
+        with cstor.ExternalFiles(rows.name if external else "") as files:
+            chunks = cstor.SplitfdstreamReader(out.read, files.open) if codec == CODECS[0] \
+                else cstor.SplitdirfdstreamReader(out.read, files.directories)
+            with cstor.LayerStream(chunks, **{"label": layer.id, "digest": layer.diff_digest,
+                                              "size": layer.diff_size, **options}) as stream:
+                yield stream
+
+
+class Streams(StoreTest):
+    """Streams written by hand, and broken in every way."""
+
+    A, B = b"a" * 700, b"b" * 9
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tar = (entry(b"d/", typeflag=b"5") + entry(b"d/a", self.A) + entry(b"d/empty")
+                    + entry(b"d/b", self.B) + END)
+        at = self.tar.index(self.A)
+        to = self.tar.index(self.B, at)
+        self.parts = (self.tar[:at], self.tar[at + 700:to], self.tar[to + 9:])
+        head, middle, end = self.parts
+        self.fds = [self.file("a", self.A), self.file("b", self.B),
+                    os.open(self.dir, os.O_PATH | os.O_DIRECTORY)]
+        self.addCleanup(os.close, self.fds[2])
+        self.streams = {
+            CODECS[0]: inline(head) + in_file(0) + inline(middle) + inline(self.B) + inline(end),
+            CODECS[1]: typed(0, head) + in_directory(700, 2, b"a") + typed(0, middle)
+            + typed(1, self.B) + typed(0, end)}
+
+    def file(self, name: str, data: bytes, flags: int = os.O_RDONLY) -> int:
+        """Make a file and open it until the end of the test."""
+        path = os.path.join(self.dir, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        fd = os.open(path, flags)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def reader(self, data: bytes, codec: str = CODECS[0], fds: Optional[List[int]] = None) -> Any:
+        fds = self.fds if fds is None else fds
+        read = io.BytesIO(data).read
+        return cstor.SplitfdstreamReader(read, fds.__getitem__) if codec == CODECS[0] \
+            else cstor.SplitdirfdstreamReader(read, fds)
+
+    def tar_of(self, data: bytes, codec: str = CODECS[0], fds: Optional[List[int]] = None,
+               **options: Any) -> bytes:
+        """Return the tar that a stream holds."""
+        out = io.BytesIO()
+        with cstor.LayerStream(self.reader(data, codec, fds), label="test", **options) as stream:
+            digest = stream.export(out)
+        self.assertEqual(sha256(out.getvalue()), digest)
+        return out.getvalue()
+
+    def refused(self, error: Type[BaseException], words: str, data: bytes, codec: str = CODECS[0],
+                **options: Any) -> Any:
+        with self.assertRaisesRegex(error, words) as caught:
+            self.tar_of(data, codec, **options)
+        return caught.exception
+
+    def test_streams_by_hand(self) -> None:
+        for codec, data in self.streams.items():
+            self.assertEqual(self.tar, self.tar_of(data, codec))
+            self.assertEqual(self.tar, self.tar_of(data, codec, digest=sha256(self.tar),
+                                                   size=len(self.tar)))
+        head, middle, end = self.parts
+        for parts in ([inline(bytes([byte])) for byte in head], [inline(head)]):
+            self.assertEqual(self.tar, self.tar_of(b"".join(parts) + in_file(0) + inline(
+                middle + self.B[:4]) + inline(self.B[4:] + end)))
+        self.assertEqual(self.tar, self.tar_of(
+            typed(0, b"") + typed(0, head) + typed(1, b"") + typed(1, self.A) + typed(0, b"")
+            + typed(0, middle) + in_directory(9, 2, b"./b") + typed(1, b"") + typed(0, end),
+            CODECS[1]))
+        # One file for two members, whatever the offset of its descriptor.
+        two = entry(b"x", self.A) + entry(b"y", self.A)
+        os.lseek(self.fds[0], 5, os.SEEK_SET)
+        self.assertEqual(two + END, self.tar_of(
+            inline(two[:512]) + in_file(0) + inline(two[1212:2048]) + in_file(0)
+            + inline(two[2748:] + END)))
+
+    def test_vectors(self) -> None:
+        self.assertEqual([b"hello"], list(self.reader(bytes.fromhex("000500000068656c6c6f"),
+                                                      CODECS[1])))
+        self.assertEqual([], list(self.reader(bytes.fromhex("0100000000"), CODECS[1])))
+        self.file("ab", b"123456789")
+        for chunk in self.reader(bytes.fromhex("02 0900000000000000 02000000 02000000 6162"),
+                                 CODECS[1]):
+            self.assertEqual((9, b"123456789"), (chunk.length, os.pread(chunk.fd, 99, 0)))
+        out: List[bytes] = []
+        writer = cstor.SplitdirfdstreamWriter(out.append, lambda extent: (2, b"ab"))
+        member = cstor.Member.parse(entry(b"ab", b"123456789")[:512])
+        writer.add(b"hello")
+        writer.add(cstor.Extent(self.file("ab", b"123456789"), 0, 9, member))
+        writer.add(b"")
+        self.assertEqual("000500000068656c6c6f02090000000000000002000000020000006162",
+                         b"".join(out).hex())
+
+    def test_pairs_of_header_and_content(self) -> None:
+        """What containers/storage's Go code sends has neither padding nor an end."""
+        pieces = [entry(b"d/", typeflag=b"5"),
+                  pax({b"mtime": b"1.5"}) + entry(b"d/a", self.A)[:512], entry(b"d/empty"),
+                  entry(b"d/b", self.B)[:512]]
+        data = (inline(pieces[0]) + inline(pieces[1]) + in_file(0) + inline(pieces[2])
+                + inline(pieces[3]) + inline(self.B))
+        tar = pieces[0] + pieces[1] + self.A + bytes(324) + pieces[2] + pieces[3] + self.B \
+            + bytes(503) + END
+        self.assertEqual(tar, self.tar_of(data, pairs=True))
+        self.refused(cstor.FormatError, "cut off|checksum", data)
+        ends = [len(data)]
+        for piece in (inline(self.B), inline(pieces[3]), inline(pieces[2]), in_file(0),
+                      inline(pieces[1]), inline(pieces[0])):
+            ends.append(ends[-1] - len(piece))
+        for cut in set(range(len(data))) - {ends[i] for i in (0, 2, 3, 5, 6)}:
+            self.refused(cstor.FormatError, "", data[:cut], pairs=True)
+
+    def test_every_cut_is_an_error(self) -> None:
+        for codec, data in self.streams.items():
+            for cut in range(len(data)):
+                for digest in ("", sha256(self.tar)):
+                    self.refused(cstor.CstorError, "", data[:cut], codec, digest=digest)
+        # A tar that never had an end is whole only by its digest, or its size.
+        bare = entry(b"a", b"x")
+        self.refused(cstor.FormatError, "no end", inline(bare))
+        self.refused(cstor.FormatError, "no end", inline(bare + bytes(512)))
+        self.refused(cstor.FormatError, "no end", b"")
+        for known in ({"digest": sha256(bare)}, {"size": len(bare)}):
+            self.assertEqual(bare, self.tar_of(inline(bare), **known))
+        self.assertEqual(b"", self.tar_of(b"", digest=sha256(b"")))
+        self.refused(cstor.IntegrityError, "wrong digest", inline(self.tar), digest=sha256(b""))
+        self.refused(cstor.IntegrityError, "wrong size", inline(self.tar), size=5)
+        trailer = self.tar + bytes(9000) + b"garbage"
+        self.assertEqual(trailer, self.tar_of(inline(trailer)))
+
+    def test_hostile_lengths_cost_nothing(self) -> None:
+        asked = []
+
+        def read(count: int) -> bytes:
+            asked.append(count)
+            return file.read(count)
+
+        for codec, data in (
+                (0, struct.pack("<q", -(256 << 20)) + b"x"),
+                (0, struct.pack("<q", -(256 << 20) - 1)), (0, struct.pack("<q", -1 << 63)),
+                (0, struct.pack("<q", 1 << 32)),
+                (0, struct.pack("<q", (1 << 63) - 1)), (0, struct.pack("<q", 3)),
+                (1, struct.pack("<BI", 0, 256 << 20)), (1, struct.pack("<BI", 1, (256 << 20) + 1)),
+                (1, struct.pack("<BI", 0, 0xFFFFFFFF)), (1, b"\3"), (1, b"\xff"),
+                (1, struct.pack("<BQII", 2, 1 << 63, 2, 4097) + b"x" * 4097),
+                (1, struct.pack("<BQII", 2, 9, 3, 1) + b"b"),
+                (1, struct.pack("<BQII", 2, 9, 2, 0))):
+            file = io.BytesIO(data)
+            reader: Any = cstor.SplitfdstreamReader(read, self.fds.__getitem__) if not codec \
+                else cstor.SplitdirfdstreamReader(read, self.fds)
+            with self.subTest(data=data[:30]), self.assertRaises(cstor.FormatError) as caught:
+                list(reader)
+            self.assertIsNotNone(caught.exception.offset)
+        self.assertLessEqual(max(asked), cstor.CHUNK)
+        huge = entry(b"f", size=base256(1 << 62, 12))
+        self.refused(cstor.FormatError, "cut off", inline(huge + b"x"))
+        self.refused(cstor.IntegrityError, "another size", inline(huge) + in_file(0))
+
+    def test_what_is_no_file_to_read(self) -> None:
+        os.mkfifo(os.path.join(self.dir, "fifo"))
+        os.symlink("a", os.path.join(self.dir, "link"))
+        os.mkdir(os.path.join(self.dir, "sub"))
+        unlinked = self.file("gone", self.A)
+        os.unlink(os.path.join(self.dir, "gone"))
+        data = self.streams[CODECS[0]]
+        self.assertEqual(self.tar, self.tar_of(data, fds=[unlinked]))
+        for name, flags, words in (("sub", os.O_RDONLY, "directory"),
+                                   ("fifo", os.O_RDWR, "FIFO"),
+                                   ("/dev/null", os.O_RDONLY, "device"),
+                                   ("a", os.O_WRONLY, "not open for reading"),
+                                   ("a", os.O_PATH, "not open for reading"),
+                                   ("link", os.O_PATH | os.O_NOFOLLOW, "symbolic link")):
+            fd = os.open(os.path.join(self.dir, name), flags)
+            try:
+                error = self.refused(cstor.ProtocolError, words, data, fds=[fd])
+                self.assertEqual(-32050, error.code)
+            finally:
+                os.close(fd)
+        for name, words in (("sub", "directory"), ("fifo", "FIFO"), ("link", "symbolic link"),
+                            (".", "directory"), ("a/", "Not a directory"), ("sub/", "directory")):
+            with self.assertRaisesRegex((cstor.FormatError, OSError), words):
+                list(self.reader(in_directory(700, 2, name.encode()), CODECS[1]))
+        self.refused(FileNotFoundError, "directory 2/none", typed(0, self.parts[0]) + in_directory(
+            700, 2, b"none"), CODECS[1])
+        with self.assertRaises(OSError):  # no directory
+            list(self.reader(in_directory(700, 0, b"a"), CODECS[1]))
+
+    def test_names_lead_nowhere_else(self) -> None:
+        os.symlink("/", os.path.join(self.dir, "root"))
+        os.mkdir(os.path.join(self.dir, "sub"))
+        os.symlink("../../../../..", os.path.join(self.dir, "sub/up"))
+        os.symlink("..", os.path.join(self.dir, "sub/here"))
+        for name in (b"..", b"../a", b"sub/../a", b"/a", b"a\0b", b"/etc/passwd"):
+            with self.assertRaisesRegex(cstor.FormatError, "not a file name"):
+                list(self.reader(in_directory(700, 2, name), CODECS[1]))
+        for name in (b"root/etc/passwd", b"sub/up/etc/passwd", b"root/proc/self/exe"):
+            with self.assertRaises(FileNotFoundError):
+                list(self.reader(in_directory(700, 2, name), CODECS[1]))
+        for name in (b"root/a", b"sub/here/a", b"./a", b"sub//here/./a"):
+            self.assertEqual(self.tar, self.tar_of(self.streams[CODECS[1]].replace(
+                in_directory(700, 2, b"a"), in_directory(700, 2, name)), CODECS[1]))
+
+    def test_sizes_that_differ(self) -> None:
+        for change in (699, 701):
+            os.truncate(os.path.join(self.dir, "a"), change)
+            for codec, data in self.streams.items():
+                self.refused(cstor.IntegrityError, f"another size.*got {change}", data, codec)
+        head = self.parts[0]
+        self.refused(cstor.IntegrityError, "sender says: expected 8, got 9", typed(
+            0, head) + in_directory(8, 2, b"b"), CODECS[1])
+        self.refused(cstor.IntegrityError, '"d/a": .*header says: expected 700, got 9', typed(
+            0, head) + in_directory(9, 2, b"b"), CODECS[1])
+
+    def test_files_where_none_belongs(self) -> None:
+        head, middle, end = self.parts
+        sparse = pax({b"GNU.sparse.major": b"0", b"GNU.sparse.minor": b"1",
+                      b"GNU.sparse.map": b"0,700", b"GNU.sparse.size": b"9000"}) \
+            + entry(b"s", size=700)
+        for data in (in_file(0), inline(head[:100]) + in_file(0), inline(head + b"a") + in_file(0),
+                     inline(head) + in_file(0) + in_file(0),
+                     inline(head) + in_file(0) + inline(middle[:7]) + in_file(0),
+                     inline(self.tar) + in_file(0), inline(sparse) + in_file(0)):
+            self.refused(cstor.FormatError, "an open file stands where", data)
+        # An empty one says nothing.
+        empty = self.file("empty", b"")
+        self.assertEqual(self.tar, self.tar_of(in_file(3) + self.streams[CODECS[0]],
+                                               fds=[*self.fds, empty]))
+
+    def test_mutations(self) -> None:
+        rng = random.Random(15)
+        out = os.path.join(self.dir, "out")
+        for number in range(3000):
+            codec = CODECS[number % 2]
+            data = bytearray(self.streams[codec])
+            for _ in range(rng.choice((1, 1, 2, 5))):
+                at = rng.randrange(len(data))
+                if rng.random() < .5:  # where it hurts
+                    at = rng.choice((0, 1, 8, 9, len(self.parts[0]) + 4, len(self.parts[0]) + 8,
+                                     len(data) - 1))
+                data[at:at + rng.choice((1, 1, 1, 0, 8))] = rng.choice(
+                    (b"", rng.randbytes(1), rng.randbytes(8), b"\xff" * 7, bytes(3)))
+            options: Any = {"digest": sha256(self.tar)} if number % 3 else {}
+            with contextlib.suppress(cstor.CstorError, OSError):
+                if number % 16:
+                    found = self.tar_of(bytes(data), codec, **options)
+                    self.assertTrue(not options or found == self.tar)
+                else:
+                    with cstor.LayerStream(self.reader(bytes(data), codec), label="t", **options
+                                           ) as stream:
+                        stream.extract(out, owners=False)
+                    shutil.rmtree(out)
+            self.assertFalse(os.path.lexists(out))
+
+    def test_odd_tars_pass_bit_for_bit(self) -> None:
+        rng = random.Random(1)
+        for name, tar in odd_tars():
+            chunks, at = [], 0
+            while at < len(tar):
+                chunks.append(tar[at:at + rng.choice((1, 100, 512, 4000))])
+                at += len(chunks[-1])
+            with self.subTest(tar=name):
+                try:
+                    stream = cstor.LayerStream(chunks, label=name, size=len(tar))
+                    found = b"".join(stream.chunks())
+                except (cstor.FormatError, cstor.Unsupported):
+                    self.assertIn(name, REFUSED)
+                    continue
+                self.assertEqual(tar, found)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def test_what_is_written(self) -> None:
+        sizes = {b"f%d" % size: size for size in (0, 1, 4095, 4096, 4097)}
+        tar = b"".join(entry(name, b"x" * size) for name, size in sizes.items()) + END
+        store = self.builder()
+        layer_id = store.layer(tar)
+        store.save()
+        with self.open(store) as storage:
+            layer = storage.layer(layer_id)
+            for threshold in (0, 4095, 4096, 1 << 60):
+                out, taken, at = io.BytesIO(), [], 0
+                expected: List[Union[int, bytes]] = []
+                for _, size in list(sizes.items())[1:]:  # the header of f0 has a segment of its own
+                    start = tar.index(b"x" * size, at)
+                    expected += [tar[:512], tar[512:start]] if not at else [tar[at:start]]
+                    at = start + size
+                    taken += [size] * (size > threshold)
+                    expected.append(len(taken) - 1 if size > threshold else b"x" * size)
+                passed: List[int] = []
+                writer = cstor.SplitfdstreamWriter(
+                    out.write, lambda extent, passed=passed: not passed.append(  # type: ignore
+                        extent.length), threshold=threshold)
+                for piece in layer.pieces():
+                    writer.add(piece)
+                self.assertEqual([*expected, tar[at:]], self.chunks(out.getvalue()))
+                self.assertEqual((taken, len(taken)), (passed, writer.files))
+
+    @staticmethod
+    def chunks(data: bytes) -> List[Union[int, bytes]]:
+        """Return the chunks of a splitfdstream."""
+        found: List[Union[int, bytes]] = []
+        while data:
+            number, = struct.unpack_from("<q", data)
+            length = max(-number, 0)
+            found.append(number if number >= 0 else data[8:8 + length])
+            data = data[8 + length:]
+        return found
+
+    def test_long_pieces_are_split(self) -> None:
+        member = cstor.Member.parse(entry(b"a", self.A)[:512])
+        for piece in (self.A, cstor.Extent(self.fds[0], 0, 700, member)):
+            kind = 1 if isinstance(piece, cstor.Extent) else 0
+            with mock.patch.object(cstor, "MAX_INLINE", 300):
+                out: List[bytes] = []
+                cstor.SplitfdstreamWriter(out.append).add(piece)
+                self.assertEqual(2 * inline(b"a" * 300) + inline(b"a" * 100), b"".join(out))
+                out = []
+                cstor.SplitdirfdstreamWriter(out.append).add(piece)
+                self.assertEqual(2 * typed(kind, b"a" * 300) + typed(kind, b"a" * 100),
+                                 b"".join(out))
+
+    def test_only_whole_files_are_external(self) -> None:
+        whole = cstor.Member.parse(entry(b"a", self.A)[:512])
+        sparse = cstor.Member.parse(entry(b"a", self.A)[:512])
+        sparse.sparse = [(0, 700)]
+        for external, piece in (
+                (True, cstor.Extent(self.fds[0], 0, 700, whole)),
+                (False, cstor.Extent(self.fds[0], 0, 699, whole)),
+                (False, cstor.Extent(self.fds[0], 1, 699, whole)),
+                (False, cstor.Extent(self.fds[0], 0, 700, sparse))):
+            out: List[bytes] = []
+            cstor.SplitfdstreamWriter(out.append, lambda _: True, threshold=0).add(piece)
+            self.assertEqual(external, b"".join(out) == in_file(0))
+            out = []
+            cstor.SplitdirfdstreamWriter(out.append, lambda _: (0, b"a")).add(piece)
+            self.assertEqual(external, out[0].startswith(b"\2"))
+        with self.assertRaisesRegex(cstor.IntegrityError, "shrank.*701 bytes, got 700"):
+            cstor.SplitfdstreamWriter(out.append).add(cstor.Extent(self.fds[0], 0, 701, whole))
+
+    def test_round_trips(self) -> None:
+        with self.open(self.sample()) as storage:
+            for layer in storage.layers():
+                if not layer.diff_digest:
+                    continue
+                for codec in CODECS:
+                    for threshold in (0, 1, 4096, 1 << 60):
+                        for external in (True, False):
+                            with streamed(layer, codec, threshold, external=external) as stream:
+                                self.assertEqual(layer.diff_digest, stream.export(io.BytesIO()))
+                            with streamed(layer, codec, threshold, external=external) as stream:
+                                self.assertEqual("", stream.export(io.BytesIO(), verify=False))
+
+    # -- as a file -------------------------------------------------------------------------------
+
+    def test_a_stream_as_a_file(self) -> None:
+        for codec, data in self.streams.items():
+            stream = cstor.LayerStream(self.reader(data, codec), label="t",
+                                       digest=sha256(self.tar))
+            with stream.open() as file, tarfile.open(fileobj=file, mode="r|") as archive:
+                found = {}
+                for info in archive:
+                    content = archive.extractfile(info)
+                    found[info.name] = content.read() if content else None
+                self.assertEqual({"d": None, "d/a": self.A, "d/empty": b"", "d/b": self.B}, found)
+                file.read()
+            closed: List[int] = []
+            stream = cstor.LayerStream(self.reader(data, codec), label="t", digest=sha256(b"x"),
+                                       close=lambda closed=closed: closed.append(1))  # type: ignore
+            with stream.open() as file:
+                self.assertEqual(self.tar[:600], file.read(600))
+                for _ in range(2):  # an error stays one
+                    with self.assertRaisesRegex(cstor.IntegrityError, "wrong digest"):
+                        file.read()
+            self.assertEqual([1], closed)
+        cut = cstor.LayerStream(self.reader(self.streams[CODECS[0]][:-9]), label="t").open()
+        with cut, self.assertRaisesRegex(cstor.FormatError, "cut off"):
+            cut.read()
+
+    def test_an_abandoned_stream_closes_everything(self) -> None:
+        for codec, data in self.streams.items():
+            with cstor.LayerStream(self.reader(data, codec), label="t") as stream:
+                for piece in stream.pieces():
+                    if isinstance(piece, cstor.Extent):
+                        break
+
+    def test_memory_does_not_grow_with_a_chunk(self) -> None:
+        path, size = os.path.join(self.dir, "stream"), 200 << 20
+        with open(path, "wb") as file:
+            header = entry(b"big", size=size)
+            file.write(inline(header) + struct.pack("<q", -size))
+            file.seek(size, os.SEEK_CUR)
+            file.write(inline(END))
+        self.assertLess(peak_memory("stream-to-tar", path), 64 << 10)
+
+    # -- the commands ----------------------------------------------------------------------------
+
+    def test_commands(self) -> None:
+        store = self.sample()
+        self.guard(store.root)
+        layer = store.layers[0]
+        tar = store.tars[layer["id"]]
+        stream, rows, out = (os.path.join(self.dir, name) for name in ("s", "list", "out.tar"))
+        root = ("--root", store.root)
+        for codec in ([], ["--codec", "splitdirfdstream"]):
+            done = self.run_cstor(*root, "layer", "stream", layer["id"], *codec)
+            self.assertGreater(len(done.stdout), len(tar))
+            again = self.run_cstor("stream-to-tar", "-", "-v", *codec, input=done.stdout,
+                                   stdin=None)
+            self.assertEqual((tar, f"cstor: stdin: {sha256(tar)}\n".encode()),
+                             (again.stdout, again.stderr))
+            self.run_cstor(*root, "layer", "stream", layer["id"], *codec, "-o", stream,
+                           "--external", rows)
+            self.assertLess(os.path.getsize(stream), 20_000)
+            with open(rows, encoding="ascii") as file:
+                head, *files = map(json.loads, file)
+            self.assertEqual(
+                {"version": 1, "codec": codec[-1] if codec else "splitfdstream",
+                 "layer": layer["id"], "digest": sha256(tar), "size": len(tar),
+                 **({"directories": [store.root]} if codec else {})}, head)
+            self.assertEqual([] if codec else [{"index": 0, "size": 3000001, "path": store.path(
+                "overlay", layer["id"], "diff/usr/share/data.bin")}], files)
+            self.run_cstor("stream-to-tar", stream, "-o", out, "--external", rows)
+            with open(out, "rb") as data:
+                self.assertEqual(tar, data.read())
+            os.unlink(out)
+            self.run_cstor("stream-to-tar", stream, "-o", out, "--external", rows, "--digest",
+                           sha256(b""), status=4)
+            self.run_cstor("stream-to-tar", stream, "-o", out, *codec, status=6)
+            with open(stream, "ab") as more:
+                more.write(b"\0")
+            self.run_cstor("stream-to-tar", stream, "-o", out, "--external", rows, status=6)
+            self.assertFalse(os.path.exists(out))
+        for args, status in ((("layer", "stream", "x" * 70), 3),
+                             (("layer", "stream", layer["id"], "--threshold", "-1"), 2),
+                             (("layer", "stream", layer["id"], "--external", "-"), 2),
+                             (("layer", "stream", layer["id"], "--codec", "zip"), 2),
+                             (("stream-to-tar", stream, "--digest", "sha256:1"), 2),
+                             (("stream-to-tar", stream, "--codec", CODECS[0], "--external",
+                               rows), 2),
+                             (("stream-to-tar", self.dir), 6),
+                             (("stream-to-tar", stream, "--external", stream + "-none"), 6)):
+            self.run_cstor(*root, *args, status=status)
+        self.assertIn(b"to a terminal", on_terminal(*root, "layer", "stream", layer["id"]))
+        self.assertEqual({"store", "s", "list", "a", "b"}, set(os.listdir(self.dir)))
+
+    def test_damaged_lists(self) -> None:
+        stream, rows = os.path.join(self.dir, "s"), os.path.join(self.dir, "list")
+        with open(stream, "wb") as file:
+            file.write(self.streams[CODECS[0]])
+        head = {"version": 1, "codec": CODECS[0], "layer": "l", "digest": sha256(self.tar),
+                "size": len(self.tar)}
+        row = {"index": 0, "path": os.path.join(self.dir, "a"), "size": 700}
+        os.mkfifo(os.path.join(self.dir, "fifo"))
+        for lines, status in (
+                ([head, row], 0), ([{**head, "digest": "", "size": -1}, row], 0), ([], 6),
+                ([{**head, "version": 2}, row], 6), ([{**head, "codec": "x"}, row], 6),
+                ([head, {**row, "index": 1}], 6), ([head, {**row, "path": "a"}], 6),
+                ([head, {**row, "path": 5}], 6), ([head, [row]], 6), ([head, 7], 6), ([row], 6),
+                ([{**head, "directories": 5}, row], 6), ([{**head, "directories": ["x"]}], 6),
+                ([head, {**row, "path": self.dir}], 6), ([head, {**row, "size": 701}], 4),
+                ([head, {**row, "path": os.path.join(self.dir, "fifo")}], 6), ([head], 6),
+                ([head, {**row, "path": os.path.join(self.dir, "none")}], 6),
+                ([{**head, "size": 5}, row], 4), ([{**head, "digest": sha256(b"")}, row], 4)):
+            with open(rows, "w", encoding="ascii") as text:
+                text.writelines(json.dumps(line) + "\n" for line in lines)
+            with self.subTest(lines=lines):
+                done = self.run_cstor("stream-to-tar", stream, "--external", rows, status=status)
+                self.assertTrue(status or done.stdout == self.tar)
+
+
+class StreamExtracts(TreeTest):
+    """Directories made from streams are those that are made from the store."""
+
+    BASE, TOP = Extracts.BASE, Extracts.TOP
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.out = os.path.join(self.dir, "out")
+        self.owners = None if os.geteuid() == 0 else False
+        self.addCleanup(subprocess.run, ["rm", "-rf", self.out], check=True)
+
+    def names(self) -> List[str]:
+        return sorted({os.path.relpath(os.fsdecode(path), self.out) for path in snapshot(self.out)}
+                      - {"."})
+
+    def differences(self, tree: cstor.Tree) -> List[Any]:
+        return [row for row in tree_differences(self.out, tree)
+                if self.owners is None or row[1] != "owner"]
+
+    def extract(self, image: cstor.Image, codec: str = CODECS[0], threshold: int = 0,
+                external: bool = True, **options: Any) -> Dict[str, Any]:
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(streamed(layer, codec, threshold, external=external))
+                       for layer in image.layers()]
+            return cstor.extract_streams(streams, self.out,
+                                         **{"owners": self.owners, **options})
+
+    def test_images(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage:
+            image = storage.image("t")
+            with image.tree() as tree:
+                for codec, threshold, external, workers in (
+                        (CODECS[0], 0, True, 1), (CODECS[0], 500, True, 2), (CODECS[1], 0, True, 3),
+                        (CODECS[0], 0, False, 1), (CODECS[1], 0, False, 2)):
+                    done = self.extract(image, codec, threshold, external, workers=workers,
+                                        verify=True)
+                    self.assertEqual([], self.differences(tree))
+                    self.assertEqual(
+                        (3, 6, 1, 1, 1, 2005),
+                        tuple(done[key] for key in ("files", "directories", "symlinks",
+                                                    "hardlinks", "fifos", "bytes")))
+                    self.assertEqual(done["bytes"], done["bytes-reflinked"] + done["bytes-copied"])
+                    inline = {row["why"]: row["files"] for row in done["refused"]}
+                    self.assertEqual({(0, True): 0, (500, True): 2, (0, False): 3}[
+                        threshold, external], inline.get("it came inline", 0))
+                    self.assertNotIn(".partial", "".join(self.names()))
+                    subprocess.run(["rm", "-rf", self.out], check=True)
+
+    def test_layers_and_selections(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage:
+            base, top = storage.image("t").layers()
+            for layer, options in ((top, {}), (base, {}), (top, {"whiteouts": False}),
+                                   (base, {"paths": ["etc"]}), (base, {"exclude": ["bin/su"]}),
+                                   (base, {"paths": ["/usr/lib/**"], "strip": 2}),
+                                   (base, {"link_mode": "hardlink"}),
+                                   (base, {"link_mode": "copy"})):
+                made = []
+                for extract in (layer.extract, None):
+                    with streamed(layer, CODECS[1]) as stream:
+                        if extract and options.get("link_mode") != "hardlink":
+                            done = extract(self.out, owners=self.owners, **options)
+                        else:
+                            done = stream.extract(self.out, owners=self.owners, **options)
+                    made.append((seen_on_disk(self.out), done))
+                    subprocess.run(["rm", "-rf", self.out], check=True)
+                self.assertEqual([], [row for row in differences(made[0][0], made[1][0])
+                                      if row[1] != "mtime" or b"." in row[0]])
+                self.assertEqual(made[0][1], made[1][1])
+            with streamed(base) as stream, self.assertRaises(cstor.NotFound):
+                stream.extract(self.out, paths=["nothing"])
+            self.assertFalse(os.path.lexists(self.out))
+
+    def test_plain_tars_are_merged(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage, storage.image("t").tree() as tree:
+            streams = (cstor.LayerStream([tar + END], label="t") for tar in (self.BASE, self.TOP))
+            cstor.extract_streams(streams, self.out, owners=self.owners)
+            self.assertEqual([], self.differences(tree))
+        path = os.path.join(self.dir, "t.gz")
+        with open(path, "wb") as file:
+            file.write(gzip.compress(self.BASE + END))
+        fd = os.open(path, os.O_RDONLY)
+        with cstor.Decompressed("blob", fd) as reader:
+            chunks = iter(lambda: reader.read(1000), b"")
+            with cstor.LayerStream(chunks, label="t", digest=sha256(self.BASE + END)) as stream:
+                self.assertEqual(sha256(self.BASE + END), stream.export(io.BytesIO()))
+        os.close(fd)
+
+    def test_odd_tars(self) -> None:
+        need(os.geteuid() == 0, "only root can make devices and set owners")
+        path = os.path.join(self.dir, "t.tar")
+        for name, tar in odd_tars():
+            if name in REFUSED:
+                continue
+            with open(path, "wb") as file:
+                file.write(tar)
+            with self.subTest(tar=name), \
+                    cstor.Tree([cstor.TarTree(path, whiteouts=True)]) as tree:
+                try:
+                    cstor.extract_streams([cstor.LayerStream([tar], label=name, size=len(tar))],
+                                          self.out, verify=True)
+                    with cstor.Tree([cstor.DiskTree(cstor.Directory.at(self.out), overlay=False)]
+                                    ) as made:
+                        self.assertEqual([], list(cstor.diff_trees(tree, made, ["mtime"])))
+                finally:
+                    subprocess.run(["rm", "-rf", self.out], check=True)
+
+    def test_sparse_files_keep_their_holes(self) -> None:
+        size = 64 << 20
+        tar = (pax({b"GNU.sparse.major": b"0", b"GNU.sparse.minor": b"1", b"GNU.sparse.size":
+                    b"%d" % size, b"GNU.sparse.map": b"%d,5,%d,0" % (32 << 20, size)})
+               + entry(b"s", b"hello") + pax({
+                   b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0",
+                   b"GNU.sparse.name": b"t", b"GNU.sparse.realsize": b"%d" % size})
+               + entry(b"x", b"1\n8192\n5\n".ljust(512, b"\0") + b"world")
+               + pax({b"GNU.sparse.major": b"0", b"GNU.sparse.minor": b"1", b"GNU.sparse.size":
+                      b"%d" % size, b"GNU.sparse.map": b"%d,0" % size}) + entry(b"u") + END)
+        cstor.extract_streams([cstor.LayerStream([tar], label="t")], self.out, verify=True,
+                              owners=False)
+        for name, at, data in (("s", 32 << 20, b"hello"), ("t", 8192, b"world"), ("u", 0, b"")):
+            with open(os.path.join(self.out, name), "rb") as file:
+                self.assertEqual(hashlib.sha256(bytes(at) + data + bytes(size - at - len(data))
+                                                ).digest(), hashlib.sha256(file.read()).digest())
+                self.assertLess(os.fstat(file.fileno()).st_blocks, 4096)
+        bomb = pax({b"GNU.sparse.major": b"0", b"GNU.sparse.minor": b"1", b"GNU.sparse.size":
+                    b"%d" % (1 << 50), b"GNU.sparse.map": b"0,5"}) + entry(b"s", b"hello") + END
+        with self.assertRaisesRegex(cstor.Unsupported, "holes"):
+            cstor.extract_streams([cstor.LayerStream([bomb], label="t")], self.out + "2")
+
+    # -- failures --------------------------------------------------------------------------------
+
+    def test_nothing_is_placed_before_all_is_right(self) -> None:
+        good, seen = self.BASE + END, []
+
+        def chunks() -> Iterator[bytes]:
+            for start in range(0, len(good), 4096):
+                yield good[start:start + 4096]
+                seen.append([(name, stat.S_IMODE(os.lstat(os.path.join(self.out, name)).st_mode))
+                             for name in os.listdir(self.out)])
+
+        for options, error in (({"digest": sha256(b"")}, cstor.IntegrityError),
+                               ({"size": 5}, cstor.IntegrityError), ({}, None),
+                               ({"digest": sha256(b""), "check": False}, None)):
+            for there in (False, True):
+                check = options.get("check", True)
+                about = {key: value for key, value in options.items() if key != "check"}
+                if there:
+                    os.mkdir(self.out)
+                    with open(self.out + "/mine", "w", encoding="ascii"):
+                        pass
+                stream = cstor.LayerStream(chunks(), label="t", **about)  # type: ignore[arg-type]
+                with contextlib.ExitStack() as stack:
+                    if error:
+                        stack.enter_context(self.assertRaises(error))
+                    cstor.extract_streams([stream], self.out, check=bool(check), force=there,
+                                          owners=False)
+                if error:
+                    self.assertEqual(["mine"] if there else None,
+                                     self.names() if os.path.exists(self.out) else None)
+                else:
+                    self.assertIn("usr/lib/deep/x.py", self.names())
+                    self.assertNotIn(".partial", "".join(self.names()))
+                subprocess.run(["rm", "-rf", self.out], check=True)
+        for row in seen:
+            names = dict(row)
+            names.pop("mine", None)
+            self.assertEqual([0o700], list(names.values()))
+            self.assertRegex("".join(names), r"\A\.cstor-[0-9a-f]{12}\.partial\Z")
+
+    def test_errors_leave_nothing(self) -> None:
+        def failing() -> Iterator[bytes]:
+            yield self.BASE[:5000]
+            raise cstor.ProtocolError("the peer is gone")
+
+        for chunks, error in ((failing(), cstor.ProtocolError),
+                              (iter([self.BASE]), cstor.FormatError),
+                              (iter([self.BASE + link(b"l", b"none", b"1") + END]),
+                               cstor.FormatError)):
+            with self.assertRaises(error):
+                cstor.extract_streams([cstor.LayerStream(chunks, label="t")], self.out)
+            self.assertFalse(os.path.lexists(self.out))
+        for force, clean, path in ((True, True, self.out), (False, None, "")):
+            with self.assertRaises(ValueError):
+                cstor.extract_streams([], path, force=force, clean=clean)
+
+    def test_a_file_that_changes_meanwhile(self) -> None:
+        path = os.path.join(self.dir, "f")
+        with open(path, "wb") as file:
+            file.write(b"good" * 2000)
+        tar = entry(b"f", b"good" * 2000) + END
+        real = cstor.Ladder.fill
+
+        def fill(*args: Any) -> str:
+            why = real(*args)
+            time.sleep(.02)
+            with open(path, "r+b") as file:
+                file.write(b"g")
+            return why
+
+        def other(ladder: Any, fd: int, size: int, new: int, devices: Any) -> str:
+            os.write(new, b"evil" * 2000)
+            return ""
+
+        for replaced, words, verify in ((fill, "changed while", False),
+                                        (other, "checksum failed", True)):
+            fd = os.open(path, os.O_RDONLY)
+            chunks: List[Any] = [tar[:512], cstor.Passed(fd), tar[8512:]]
+            with mock.patch.object(cstor.Ladder, "fill", replaced), \
+                    self.assertRaisesRegex(cstor.IntegrityError, f'"f": .*{words}'):
+                cstor.extract_streams([cstor.LayerStream(chunks, label="t", digest=sha256(tar))],
+                                      self.out, owners=False, verify=verify)
+            os.close(fd)
+            self.assertFalse(os.path.lexists(self.out))
+
+    def test_what_cannot_be_moved_is_copied(self) -> None:
+        """Another file system can be mounted below a target that is merged into."""
+        real = os.rename
+
+        def rename(source: Any, target: Any, **options: Any) -> None:
+            if source.isdigit():
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            real(source, target, **options)
+
+        with self.opened(self.BASE, self.TOP) as storage, storage.image("t").tree() as tree:
+            os.mkdir(self.out)
+            for force in (False, True):
+                with mock.patch.object(os, "rename", rename):
+                    self.extract(storage.image("t"), force=force, workers=1)
+                self.assertEqual([], self.differences(tree))
+
+    def test_merging(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage, storage.image("t").tree() as tree:
+            os.makedirs(self.out + "/etc/shadow")
+            os.makedirs(self.out + "/bin/su2")
+            os.symlink("/nowhere", self.out + "/usr")
+            for _ in range(2):
+                self.extract(storage.image("t"), force=True)
+                self.assertEqual([], self.differences(tree))
+
+    def test_signals_leave_nothing(self) -> None:
+        code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import cstor\n"
+                "def chunks():\n"
+                "    yield bytes.fromhex(sys.argv[3])\n"
+                "    print('ready', flush=True)\n"
+                "    time.sleep(60)\n"
+                "cstor.unwind_on_signals()\n"
+                "force = len(sys.argv) > 4\n"
+                "cstor.extract_streams([cstor.LayerStream(chunks(), label='t')], sys.argv[2], "
+                "force=force, owners=False)\n")
+        tar = entry(b"a", b"1" * 600) + entry(b"b", b"2")
+        for there in (False, True):
+            if there:
+                os.mkdir(self.out)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                with subprocess.Popen([sys.executable, "-c", code, HERE, self.out, tar.hex(),
+                                       *["force"] * there], stdout=subprocess.PIPE,
+                                      stderr=subprocess.DEVNULL) as process:
+                    assert process.stdout
+                    self.assertEqual(b"ready\n", process.stdout.readline())
+                    inside = os.listdir(self.out)
+                    self.assertRegex(" ".join(inside), r"\A\.cstor-\w+\.partial\Z")
+                    self.assertEqual(["0", "1"],
+                                     sorted(os.listdir(os.path.join(self.out, inside[0]))))
+                    process.send_signal(number)
+                    process.communicate(timeout=30)
+                self.assertEqual(there, os.path.lexists(self.out))
+                self.assertEqual([], os.listdir(self.out) if there else [])
+
+    def test_an_ordinary_user(self) -> None:
+        need(os.geteuid() == 0, "only root can become another user")
+        need_tools("setpriv")
+        need(os.path.exists("/usr/bin/python3"), "there is no /usr/bin/python3 for others to run")
+        shutil.copy(SCRIPT, os.path.join(self.dir, "cstor.py"))
+        os.chmod(self.dir, 0o755)
+        os.mkdir(self.dir + "/home")
+        os.chown(self.dir + "/home", 65534, 65534)
+        out = self.dir + "/home/out"
+        tar = (entry(b"d/", typeflag=b"5", mode=b"0000555") + pax({b"SCHILY.xattr.user.x": b"1"})
+               + entry(b"d/closed", b"x", mode=b"0000444") + entry(b"d/no", b"y", mode=b"0000000")
+               + pax({b"SCHILY.xattr.user.y": b"2"}) + link(b"l", b"d/no", b"1", mode=b"0000400")
+               + END)
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import cstor; print(cstor."
+                "extract_streams([cstor.LayerStream([bytes.fromhex(sys.argv[3])], label='t')], "
+                "sys.argv[2], verify=True)['files'])")
+        done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+                               "/usr/bin/python3", "-Bc", code, self.dir, out, tar.hex()],
+                              stdout=subprocess.PIPE, check=True)
+        self.assertEqual(b"2\n", done.stdout)
+        found = {name: stat.S_IMODE(os.stat(f"{out}/{name}").st_mode)
+                 for name in ("d", "d/closed", "d/no", "l")}
+        self.assertEqual({"d": 0o555, "d/closed": 0o444, "d/no": 0o400, "l": 0o400}, found)
+
+
+# ================================================================================================
+# 16. Library
 # ================================================================================================
 
 class Library(StoreTest):
@@ -6213,7 +7037,7 @@ class Library(StoreTest):
 
 
 # ================================================================================================
-# 16. Command line
+# 17. Command line
 # ================================================================================================
 
 class CommandLine(StoreTest):
@@ -6709,6 +7533,18 @@ class RealStores(unittest.TestCase):
                 for container in storage.containers():
                     self.assertEqual("created", container.state["state"])
             self.assertEqual(before, snapshot(root))
+
+    def test_every_layer_as_a_stream(self) -> None:
+        for name, root in self.roots.items():
+            with cstor.Storage.open(root + "/st", runroot=root + "/run") as storage:
+                for layer in storage.layers():
+                    if not layer.diff_digest:
+                        continue
+                    for codec, threshold in ((codec, size) for codec in CODECS
+                                             for size in (0, 1, 4096, 1 << 60)):
+                        with self.subTest(store=name, layer=layer.id, codec=codec), \
+                                streamed(layer, codec, threshold) as stream:
+                            self.assertEqual(layer.diff_digest, stream.export(io.BytesIO()))
 
     def test_names_in_tocs_and_contents_of_trees(self) -> None:
         tar, layers, files = os.path.join(self.dir, "layer.tar"), 0, 0
@@ -8419,6 +9255,38 @@ class RealTree(unittest.TestCase):
                     self.assertEqual(done["bytes"], done["bytes-reflinked" if kind == "xfs"
                                                          else "bytes-copied"])
                     self.assertEqual(({}, []), (done["unset"], done["left-out"]))
+
+    def test_images_from_streams(self) -> None:
+        """What comes as a stream is made as if from the store, and shares the store's extents."""
+        copy = cstor.Storage.open(os.path.join(self.disks["xfs"], "store"))
+        self.addCleanup(copy.close)
+
+        class Streamed:
+            def __init__(self, image: cstor.Image, codec: str) -> None:
+                self.image, self.codec, self.tree = image, codec, image.tree
+
+            def extract(self, out: str, **options: Any) -> Any:
+                with contextlib.ExitStack() as stack:
+                    streams = [stack.enter_context(streamed(layer, self.codec))
+                               for layer in self.image.layers()]
+                    done = cstor.extract_streams(streams, out, **options)
+                    paths = [os.path.join(folder, name) for folder, _, names in os.walk(out)
+                             for name in names]
+                    unshared = unshared_extents([
+                        path for path in paths if stat.S_ISREG(os.lstat(path).st_mode)
+                        and os.path.getsize(path)])
+                    return {**done, "unshared": unshared}
+
+        for number, (name, mount) in enumerate(self.mounts.items()):
+            if name.startswith(("other-", "debian", "rpm-1", "rpm-2")) or name == "stack-devices" \
+                    or name[4:] in self.OTHERWISE:
+                continue
+            with self.subTest(image=name):
+                done = self.extracted(mount, "xfs", Streamed(copy.image(f"localhost/{name}"),
+                                                             CODECS[number % 2]), verify=True)
+                if "sparse" not in name:  # whose contents are inline
+                    self.assertEqual((done["bytes"], []),
+                                     (done["bytes-reflinked"], done["unshared"]))
 
     def test_extracted_images_that_podman_shows_otherwise(self) -> None:
         """They are as the tree is, which is compared with podman's mount elsewhere."""
