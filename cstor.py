@@ -9751,8 +9751,8 @@ class VarlinkClient(RpcClient):
         words = display(", ".join(map(str, params.values())))
         if str(error).endswith(".NoSuchLayer"):
             raise LayerUnknown(f"layer not known: {words}")
-        raise ProtocolError(f"{display(str(error))}: {words}", code=NO_METHOD if "MethodNotFound" in str(error) else
-                            INTERNAL_ERROR)
+        raise ProtocolError(f"{display(str(error))}: {words}", code=NO_METHOD
+                            if "MethodNotFound" in str(error) else INTERNAL_ERROR)
 
 
 def fetch_layer(path: str, reference: str) -> LayerStream:
