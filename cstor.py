@@ -9250,6 +9250,7 @@ class _Session:
         root, path = overlay_file(layer, b"diff")
         if root is None:
             raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone")
+        os.close(open_tar_split(layer)[0])  # what is missing is better said before the reply
         with root.directory(path) as diff, _Pipe() as data, _Pipe() as alive:
             self.connection.send({"parameters": {
                 "dir_count": 1, "layer": layer.id, "digest": layer.diff_digest,

@@ -30,6 +30,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import struct
@@ -6927,6 +6928,146 @@ class StreamExtracts(TreeTest):
         found = {name: stat.S_IMODE(os.stat(f"{out}/{name}").st_mode)
                  for name in ("d", "d/closed", "d/no", "l")}
         self.assertEqual({"d": 0o555, "d/closed": 0o444, "d/no": 0o400, "l": 0o400}, found)
+
+
+# ================================================================================================
+# 16. Messages
+# ================================================================================================
+
+class Serving(StoreTest):
+    """The server as a program, and the commands that read from it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.sample()
+        self.guard(self.store.root)
+        self.path = os.path.join(self.dir, "socket")
+        with cstor.Storage.open(self.store.root) as storage:
+            self.digests = {layer.id: layer.diff_digest for layer in storage.layers()
+                            if layer.diff_digest}
+            self.writable, = {layer.id for layer in storage.layers()} - set(self.digests)
+        self.layer = min(self.digests)
+
+    @contextlib.contextmanager
+    def served(self, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a server until the end of the block; SIGTERM must end it well."""
+        server = subprocess.Popen(
+            [sys.executable, SCRIPT, "--root", self.store.root, "serve",
+             *(args or ("--socket", self.path))], env=IDLE, stderr=subprocess.PIPE, **kwargs)
+        try:
+            assert server.stderr
+            self.assertIn(b"serving", server.stderr.readline())
+            yield server
+            server.terminate()
+            self.assertEqual(b"", server.communicate(timeout=30)[1])
+            self.assertEqual(0, server.returncode)
+        finally:
+            server.kill()
+            server.communicate()
+
+    def test_export_from_a_server(self) -> None:
+        with self.served():
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+            for layer, digest in self.digests.items():
+                done = self.run_cstor("layer", "export", "-v", layer, "--socket", self.path)
+                self.assertEqual(digest, sha256(done.stdout))
+                self.assertEqual(f"cstor: layer {layer}: {digest}\n", done.stderr.decode())
+            out = os.path.join(self.dir, "out.tar")
+            self.run_cstor("layer", "export", self.layer, "-o", out, "--socket", self.path)
+            with open(out, "rb") as file:
+                self.assertEqual(self.digests[self.layer], sha256(file.read()))
+            done = self.run_cstor("layer", "export", "nothing", "--socket", self.path, status=3)
+            self.assertEqual(b"cstor: error: layer not known: nothing\n", done.stderr)
+            done = self.run_cstor("layer", "export", self.writable, "--socket", self.path, status=6)
+            self.assertIn(b"it is the writable layer of a container", done.stderr)
+        self.assertFalse(os.path.lexists(self.path))
+
+    def test_no_server(self) -> None:
+        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
+        self.assertIn(b"no server listens at", done.stderr)
+        self.assertIn(b"serve --socket", done.stderr)
+        with open(self.path, "w"):
+            pass
+        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
+        done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path, status=6)
+        self.assertIn(b"it is no socket", done.stderr)
+        done = self.run_cstor("--root", self.store.root, "serve", status=2)
+        self.assertIn(b"--socket PATH", done.stderr)
+        inside = os.path.join(self.store.root, "socket")
+        done = self.run_cstor("--root", self.store.root, "serve", "--socket", inside, status=6)
+        self.assertIn(b"is inside the storage", done.stderr)
+
+    def test_a_killed_server_is_replaced_and_a_living_one_is_not(self) -> None:
+        with contextlib.suppress(AssertionError), self.served() as server:
+            server.kill()
+            server.wait()
+        self.assertTrue(os.path.lexists(self.path))
+        with self.served():
+            done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path,
+                                  status=6)
+            self.assertIn(b"another server listens there", done.stderr)
+            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+
+    def test_a_socket_on_stdin(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
+                                      stdin=theirs.fileno(), env=IDLE)
+            theirs.close()
+            with cstor.RpcClient(ours) as client, client.layer(self.layer) as stream:
+                self.assertEqual(self.digests[self.layer], stream.export(io.BytesIO()))
+        self.assertEqual(0, server.wait(30))
+
+    def test_a_socket_of_systemd(self) -> None:
+        with cstor.ListeningSocket(self.path) as listener:
+            script = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True); "
+                      "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); "
+                      "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
+            server = subprocess.Popen(
+                [sys.executable, "-c", script, str(listener.fileno()), SCRIPT, "--root",
+                 self.store.root, "serve", "-q"], pass_fds=[listener.fileno()], env=IDLE)
+            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+            self.assertEqual(self.digests[self.layer], sha256(done.stdout))
+            server.terminate()
+            self.assertEqual(0, server.wait(30))
+            self.assertTrue(os.path.lexists(self.path))  # it is not the server's to remove
+
+    def test_records_are_read_anew(self) -> None:
+        self._root = ""  # this test changes the store itself
+        with self.served(), cstor.RpcClient(self.path) as client:
+            before = client.layers()
+            self.assertEqual({self.writable, *self.digests}, {layer["id"] for layer in before})
+            path = os.path.join(self.store.root, "overlay-layers/layers.json")
+            with open(path) as file:
+                records = json.load(file)
+            with open(path + ".new", "w") as file:
+                json.dump(records[:1], file)
+            os.rename(path + ".new", path)
+            self.assertEqual([before[0]["id"]], [layer["id"] for layer in client.layers()])
+
+    def test_a_server_that_dies_inside_a_layer(self) -> None:
+        listener = cstor.ListeningSocket(self.path)
+
+        def answer() -> None:
+            for _ in range(3):
+                sock = listener.socket.accept()[0]
+                with cstor.Connection(sock, either=True) as connection:
+                    connection.receive()
+                    if not connection.varlink:
+                        connection.send({"jsonrpc": "2.0", "method": "stream.start", "params": {}})
+                        connection.send({"jsonrpc": "2.0", "method": "stream.seg",
+                                         "params": {"data": "AAAA"}})
+                        return
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with listener:
+            out = os.path.join(self.dir, "out.tar")
+            done = self.run_cstor("layer", "export", "x", "-o", out, "--socket", self.path,
+                                  status=6)
+            self.assertIn(b"the server has closed the connection", done.stderr)
+            self.assertFalse(os.path.exists(out))
+        thread.join()
 
 
 # ================================================================================================
