@@ -4807,7 +4807,7 @@ def unshared_extents(paths: Sequence[str]) -> List[str]:
     for start in range(0, len(paths), 500):
         done = subprocess.run(["filefrag", "-v", *paths[start:start + 500]], check=True,
                               stdout=subprocess.PIPE, env={**os.environ, "LC_ALL": "C"})
-        for part in done.stdout.decode().split("File size of ")[1:]:
+        for part in done.stdout.decode("utf-8", "replace").split("File size of ")[1:]:
             extents = re.findall(r"^ +\d+: .*$", part, re.MULTILINE)
             if not extents or not all("shared" in extent for extent in extents):
                 found.append(part)
@@ -9418,9 +9418,10 @@ class RealTree(unittest.TestCase):
                         and os.path.getsize(path)])
                     return {**done, "unshared": unshared}
 
+        gone = {*gone_tars(), "alias", "alias-dir", "alias-linked"}  # tars that are not to be had
         for number, (name, mount) in enumerate(self.mounts.items()):
             if name.startswith(("other-", "debian", "rpm-1", "rpm-2")) or name == "stack-devices" \
-                    or name[4:] in self.OTHERWISE:
+                    or name[4:] in self.OTHERWISE or name.partition("-")[2] in gone:
                 continue
             with self.subTest(image=name):
                 done = self.extracted(mount, "xfs", Streamed(copy.image(f"localhost/{name}"),
