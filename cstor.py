@@ -106,8 +106,8 @@ __all__ = [
     "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxyV2Client",
     "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
     "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree", "Unsupported",
-    "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree", "load_config",
-    "main", "read_stream", "spell", "unspell",
+    "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree", "fetch_layer",
+    "load_config", "main", "read_stream", "spell", "unspell",
 ]
 
 
@@ -9456,7 +9456,7 @@ class RpcClient:
     anything else is asked for.  Raises LayerUnknown, ImageUnknown, ProtocolError.
     """
 
-    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 60.0) -> None:
+    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
         self.limit = max(soft_limit() - len(os.listdir("/proc/self/fd")) - 32, 8)
         self.connection = Connection(connect(where) if isinstance(where, str) else where,
                                      timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS))
@@ -9672,7 +9672,7 @@ class ProxyV2Client(RpcClient):
 class VarlinkClient(RpcClient):
     """Asks a server of composefs's interface ``org.composefs.Oci``, or our own, by varlink."""
 
-    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 60.0) -> None:
+    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
         super().__init__(where, timeout=timeout)
         self.connection.varlink = True
         self._timeout = timeout
@@ -10489,7 +10489,7 @@ def passed_socket() -> socket.socket:
     import socket
 
     fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
-        and os.environ.get("LISTEN_FDS") == "1" else 0
+        and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
     try:
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             found = socket.socket(fileno=os.dup(fd))
