@@ -7994,9 +7994,17 @@ class LayerStream:
 
     def items(self, verify: bool = True
               ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
-        """Yield what read_stream() does; check() is to follow, with a digest by ``verify``."""
-        return read_stream(self._chunks, self.label, pairs=self._pairs,
-                           need_end=self.size < 0 and not (verify and self.digest))
+        """Yield what read_stream() does; check() is to follow, with a digest by ``verify``.
+
+        What would make the tar longer than ``size`` is refused before it is read.
+        """
+        size = 0
+        for item in read_stream(self._chunks, self.label, pairs=self._pairs,
+                                need_end=self.size < 0 and not (verify and self.digest)):
+            size += len(item[0]) + (item[1].stored if item[1] else 0)
+            if size > self.size >= 0:
+                self.check("", size)
+            yield item
 
     def pieces(self, verify: bool = True) -> Iterator[Union[bytes, Extent]]:
         """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
@@ -10526,6 +10534,8 @@ def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
     """turn a stream of a layer back into its tar, bit for bit"""
     if args.digest and not re.fullmatch(f"sha256:{HEX64}", args.digest):
         raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
+    if args.stream == "-" and sys.stdin is None:
+        raise CstorError("stdin is closed")
     label, source = ("stdin", 0) if args.stream == "-" else (args.stream, args.stream)
     with open(source, "rb", CHUNK, closefd=source != 0) as file, \
             ExternalFiles(args.external or "") as external:

@@ -22,6 +22,7 @@ import errno
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -6295,6 +6296,10 @@ class Streams(StoreTest):
         self.assertEqual(b"", self.tar_of(b"", digest=sha256(b"")))
         self.refused(cstor.IntegrityError, "wrong digest", inline(self.tar), digest=sha256(b""))
         self.refused(cstor.IntegrityError, "wrong size", inline(self.tar), size=5)
+        endless = cstor.LayerStream(itertools.chain([self.tar], itertools.repeat(bytes(512))),
+                                    label="t", size=1 << 20, digest=sha256(self.tar))
+        with self.assertRaisesRegex(cstor.IntegrityError, "wrong size"):
+            endless.export(io.BytesIO())
         trailer = self.tar + bytes(9000) + b"garbage"
         self.assertEqual(trailer, self.tar_of(inline(trailer)))
 
@@ -6432,7 +6437,7 @@ class Streams(StoreTest):
                 try:
                     stream = cstor.LayerStream(chunks, label=name, size=len(tar))
                     found = b"".join(stream.chunks())
-                except (cstor.FormatError, cstor.Unsupported):
+                except (cstor.FormatError, cstor.IntegrityError, cstor.Unsupported):
                     self.assertIn(name, REFUSED)
                     continue
                 self.assertEqual(tar, found)
@@ -6607,7 +6612,7 @@ class Streams(StoreTest):
                              (("stream-to-tar", stream, "--digest", "sha256:1"), 2),
                              (("stream-to-tar", stream, "--codec", CODECS[0], "--external",
                                rows), 2),
-                             (("stream-to-tar", self.dir), 6),
+                             (("stream-to-tar", self.dir), 6), (("stream-to-tar", "-"), 6),
                              (("stream-to-tar", stream, "--external", stream + "-none"), 6)):
             self.run_cstor(*root, *args, status=status)
         self.assertIn(b"to a terminal", on_terminal(*root, "layer", "stream", layer["id"]))
