@@ -103,8 +103,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
     "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree", "LayerUnknown",
-    "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxyV2Client",
-    "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
+    "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxyV1Client",
+    "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
     "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree", "Unsupported",
     "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree", "fetch_layer",
     "load_config", "main", "read_stream", "spell", "unspell",
@@ -4508,18 +4508,19 @@ class TarTree(LayerTree):
 class Decompressed:
     """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
-    Never seeks, so that a pipe will do; of a descriptor ``fd``, which stays the caller's, ``path``
-    is the name in errors.  zstd takes Python 3.14 or the program zstd.  A context manager.  Raises
-    FormatError for a damaged stream, Unsupported for zstd without either.
+    Of a descriptor ``fd``, which stays the caller's, or a raw file ``raw``, which is closed at the
+    end, ``path`` is the name in errors.  Never seeks, so that a pipe will do.  zstd takes Python
+    3.14 or the program zstd.  A context manager.  Raises FormatError for a damaged stream,
+    Unsupported for zstd without either.
     """
 
-    def __init__(self, path: str, fd: int = -1) -> None:
+    def __init__(self, path: str, fd: int = -1, raw: Optional[io.RawIOBase] = None) -> None:
         self.path = path
         self._damage: Tuple[Type[Exception], ...] = ()
         if path == "-" and fd < 0:
             fd = 0
         try:
-            self._raw = open(path if fd < 0 else os.dup(fd), "rb", buffering=0)
+            self._raw = raw or open(path if fd < 0 else os.dup(fd), "rb", buffering=0)
         except OSError as error:
             raise with_path(error, path) if path == "-" else error from None
         try:
@@ -4537,7 +4538,12 @@ class Decompressed:
 
     def _open(self) -> Any:
         """Return what reads the file, by its first bytes."""
-        magic = read_up_to(self._raw.fileno(), 6)
+        magic = b""
+        while len(magic) < 6:
+            part = self._raw.read(6 - len(magic))
+            if not part:
+                break
+            magic += part
         file = io.BufferedReader(_Unread(magic, self._raw), 2 * READ_SIZE)
         if magic.startswith(b"\x1f\x8b"):
             import gzip
@@ -4560,7 +4566,7 @@ class Decompressed:
             try:
                 zstd = importlib.import_module("compression.zstd")  # Python 3.14
             except ImportError:
-                return ZstdProgram(self.path, magic, self._raw.fileno())
+                return io.BufferedReader(ZstdProgram(self.path, magic, self._raw.read), CHUNK)
             self._damage = EOFError, zstd.ZstdError
             return zstd.ZstdFile(file)
         return file
@@ -4579,7 +4585,7 @@ class Decompressed:
 class _Unread(io.RawIOBase):
     """A file whose first bytes were read to look at them."""
 
-    def __init__(self, first: bytes, file: io.FileIO) -> None:
+    def __init__(self, first: bytes, file: Any) -> None:
         self._first, self._file = first, file
 
     def readable(self) -> bool:
@@ -4587,64 +4593,75 @@ class _Unread(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> Optional[int]:
         if not self._first:
-            return self._file.readinto(buffer)
+            return self._file.readinto(buffer)  # type: ignore[no-any-return]
         count = min(len(buffer), len(self._first))
         buffer[:count], self._first = self._first[:count], self._first[count:]
         return count
 
 
-class ZstdProgram:
-    """Reads what ``zstd -dc`` makes of a file of which ``first`` was read already.
+class ZstdProgram(io.RawIOBase):
+    """Reads what ``zstd -dc`` makes of ``first`` and then of what ``read(n)`` returns until b"".
 
     Raises FormatError when the program fails, Unsupported when there is none.
     """
 
-    def __init__(self, path: str, first: bytes, fd: int) -> None:
+    def __init__(self, path: str, first: bytes, read: Callable[[int], Optional[bytes]]) -> None:
+        import select
         import subprocess
-        import threading
 
         self.path, pipe = path, subprocess.PIPE
-        self._trouble: Optional[OSError] = None
+        self._left, self._read = memoryview(first), read
+        self._program: Any = None
         try:
-            self._program: Any = subprocess.Popen(["zstd", "-dcq"], stdin=pipe, stdout=pipe,
-                                                  stderr=pipe)
+            self._program = subprocess.Popen(["zstd", "-dcq"], bufsize=0, stdin=pipe,
+                                                  stdout=pipe, stderr=pipe)
         except (FileNotFoundError, PermissionError):
             raise Unsupported(f"{path}: compressed by zstd", hint="this takes Python 3.14 or the "
                               "program zstd") from None
-        # The thread has a descriptor of its own, since it may outlive this object in a read(2).
-        self._feeder = threading.Thread(target=self._feed, args=(first, os.dup(fd)), daemon=True)
-        self._feeder.start()
+        self._source, self._sink = self._program.stdin, self._program.stdout
+        os.set_blocking(self._source.fileno(), False)
+        self._poll = select.poll()
+        for file, event in ((self._source, select.POLLOUT), (self._sink, select.POLLIN)):
+            widen_pipe(file.fileno())
+            self._poll.register(file, event)
 
-    def _feed(self, data: bytes, fd: int) -> None:
-        try:
-            while data:
-                write_all(self._program.stdin.fileno(), data)
-                data = os.read(fd, CHUNK)
-        except BrokenPipeError:
-            pass  # the program says why it went
-        except OSError as error:
-            self._trouble = error
-        finally:
-            os.close(fd)
-            self._program.stdin.close()
+    def readable(self) -> bool:
+        return True
 
-    def read(self, count: int) -> bytes:
-        """Return ``count`` bytes, or fewer at the end."""
-        data: bytes = self._program.stdout.read(count)
-        if len(data) < count:
-            words = self._program.stderr.read(CHUNK).decode("utf-8", "replace").strip()
+    def _feed(self) -> None:
+        """Give the program what it takes, until it has something for us or all was given."""
+        while not self._source.closed:
+            if self._sink.fileno() in dict(self._poll.poll()):
+                return
+            try:
+                self._left = self._left or memoryview(self._read(CHUNK) or b"")
+            except OSError as error:
+                raise with_path(error, self.path) from None
+            try:
+                count = os.write(self._source.fileno(), self._left)
+            except BrokenPipeError:  # the program says why it went
+                count = 0
+            self._left = self._left[count:]
+            if not count:
+                self._poll.unregister(self._source)
+                self._source.close()
+
+    def readinto(self, buffer: Any) -> int:
+        self._feed()
+        count: int = self._sink.readinto(buffer)
+        if not count:
+            words = self._program.stderr.read().decode("utf-8", "replace").strip()
             if self._program.wait():
                 raise FormatError(f"damaged: {words}", file=self.path)
-            if self._trouble:
-                raise with_path(self._trouble, self.path)
-        return data
+        return count
 
     def close(self) -> None:
-        self._program.kill()
-        self._program.wait()
-        self._feeder.join(1)
-        self._program.stdout.close()
-        self._program.stderr.close()
+        if not self.closed and self._program:
+            self._program.kill()
+            self._program.wait()
+            for file in (self._source, self._sink, self._program.stderr):
+                file.close()
+        super().close()
 
 
 def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
@@ -6519,11 +6536,22 @@ def platform_of(image: ImageRecord, listed: Optional[ImageRecord] = None) -> Dic
         if isinstance(entry, dict) and str(entry.get("digest")) in image.digests \
                 and isinstance(entry.get("platform"), dict):
             said = entry["platform"]
+    return platform_in(said)
+
+
+def platform_in(said: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what a configuration or descriptor says of a platform, as far as it is well-formed."""
     found: Dict[str, Any] = {
         key: said[key] for key in ("architecture", "os", "os.version", "variant")
         if isinstance(said.get(key), str) and said[key]}
     features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
     return {**found, **({"os.features": features} if features else {})}
+
+
+def platform_name(platform: Mapping[str, Any]) -> str:
+    """Spell a platform as os/arch[/variant]."""
+    return "/".join(str(platform.get(key, "")) for key in ("os", "architecture", "variant")
+                    ).rstrip("/")
 
 
 def with_platform(blob: Dict[str, Any], platform: Dict[str, Any]) -> Dict[str, Any]:
@@ -6607,8 +6635,7 @@ def choose_instances(image: ImageRecord, platform: str, every: bool) -> List[Ima
     ``platform`` is os/arch[/variant] or "" for this machine.  Raises NotFound, Unsupported.
     """
     if not image.is_list:
-        have = "/".join(str(platform_of(image).get(key, "")) for key in (
-            "os", "architecture", "variant")).rstrip("/") if platform else ""
+        have = platform_name(platform_of(image)) if platform else ""
         if platform and not (have + "/").startswith(platform + "/"):
             raise NotFound(f"image {image.title} is for {have}, not {platform}")
         return [image]
@@ -6801,6 +6828,22 @@ class OciLayout:
             self.put(b"blobs/sha256", digest[7:].encode(), data)
         return digest, len(data)
 
+    def add_blob(self, digest: str, fill: Callable[[int], object]) -> bytes:
+        """Add a blob, unless it is there, that ``fill`` writes and checks; return its start."""
+        name = digest[7:].encode()
+
+        def write(fd: int) -> bytes:
+            fill(fd)
+            return name
+
+        if not self.has(digest):
+            self.write(b"blobs/sha256", write)
+        fd = self.target.open(b"blobs/sha256/" + name)
+        try:
+            return read_up_to(fd, 4)
+        finally:
+            os.close(fd)
+
     def add_layer(self, layer: LayerRecord, compression: Tuple[str, int] = ("none", 0),
                   progress: Optional[Progress] = None) -> Tuple[str, Dict[str, Any]]:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
@@ -6887,6 +6930,12 @@ def compress_layer(layer: LayerRecord, fd: int, kind: str, level: int,
     return diff_id, f"sha256:{digest.hexdigest()}"
 
 
+def check_tag(tag: str) -> None:
+    """Raise ValueError for what cannot be a tag in an OCI layout; "" is none."""
+    if tag and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@+/-]*", tag):
+        raise ValueError(f'malformed tag: "{display(tag)}"')
+
+
 def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
                 compression: str = "none", platform: str = "", every: bool = False,
                 progress: Optional[Progress] = None) -> Dict[str, Any]:
@@ -6896,8 +6945,7 @@ def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
     index of all instances that the storage has.  Raises IntegrityError, NotFound, Unsupported,
     FormatError, ValueError for an unknown compression, OSError.
     """
-    if tag and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@+/-]*", tag):
-        raise ValueError(f'malformed tag: "{display(tag)}"')
+    check_tag(tag)
     how = parse_compression(compression)
     chosen = choose_instances(image, platform, every)
     refuse_storage(image.storage, directory)
@@ -9913,6 +9961,589 @@ class ListeningSocket:
             pass
 
 
+# -- skopeo's image proxy ------------------------------------------------------------------------
+#
+# `skopeo experimental-image-proxy` answers over a SOCK_SEQPACKET socket: one JSON object a packet,
+# data through a pipe whose read end comes with the reply.  skopeo 1.9 to 1.18 (0.2.3 to 0.2.6):
+#   the write end stays open until FinishPipe is asked, which is answered when all was written: it
+#   is asked at once, the pipe read to its end, and then the answer
+#   GetManifest converts to OCI and calls every layer of a docker-archive compressed, while it gives
+#   the digest of the manifest that was there before
+#   GetFullConfig writes the configuration anew: only the blob may have the digest in the manifest
+#   a store has the layers unpacked, though its manifests name them as they were pulled
+
+def proxy_image_tag(reference: str) -> str:
+    """Return the tag in a reference of skopeo's, "" if there is none."""
+    transport, _, rest = reference.partition(":")
+    rest, at, _ = re.sub(r"\A\[[^]]*\]", "", rest).partition("@")
+    _, colon, tag = rest.rpartition("/")[2].rpartition(":")
+    return tag if colon else \
+        "latest" if transport in ("docker", "containers-storage") and not at else ""
+
+
+class _Refused(CstorError):
+    """skopeo's own words for why it did not do what it was asked."""
+
+
+class ProxyV1Client:
+    """Runs ``skopeo experimental-image-proxy`` and opens images of every transport it knows.
+
+    A context manager; owns the process.  ``command`` is the program with global options,
+    ``options`` are those of the proxy (``--authfile``, ``--tls-verify=false``), ``platform``
+    (os/arch[/variant]) says which instance of a manifest list is meant.  When nothing comes for
+    ``timeout`` seconds skopeo is given up.  One blob is read at a time::
+
+        with ProxyV1Client() as proxy:
+            image = proxy.open_image("oci:/srv/layout:app")
+            for layer in image.layers():
+                with image.blob(layer["digest"], layer["size"]) as blob:
+                    shutil.copyfileobj(blob, out)        # raises at the end unless it is whole
+            image.extract("/srv/root")
+
+    Raises Unsupported without a skopeo that can, ProtocolError when it breaks the protocol, ends or
+    says nothing, and is of no use then; NotFound or CstorError in skopeo's words when it refuses.
+    """
+
+    PACKET = 32 << 10
+    GRACE = 3  # seconds for skopeo to end by itself, then after SIGTERM; to see a broken pipe
+
+    def __init__(self, command: Sequence[str] = ("skopeo",), options: Sequence[str] = (), *,
+                 platform: str = "", timeout: float = 300) -> None:
+        import socket
+        import subprocess
+
+        self.platform, self.version = platform, 0  # the z of protocol 0.2.z
+        self._timeout, self._words, self._why = timeout, b"", ""
+        self._stop = ""  # how the process was stopped
+        self._blob: Optional[ProxyBlob] = None
+        words = [word for pair in zip(("--override-os", "--override-arch", "--override-variant"),
+                                      filter(None, platform.split("/"))) for word in pair]
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process: Any = None
+        try:
+            self._process = subprocess.Popen(
+                [*command, *words, "experimental-image-proxy", *options, "--sockfd",
+                 str(theirs.fileno())], pass_fds=[theirs.fileno()], bufsize=0,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except OSError as error:
+            self._socket.close()
+            raise Unsupported(f"{command[0]} cannot be run: {error.strerror}",
+                              hint="install skopeo 1.5 or later") from None
+        finally:
+            theirs.close()
+        try:
+            os.set_blocking(self._process.stderr.fileno(), False)
+            self._initialize()
+        except BaseException:
+            self.close()
+            raise
+
+    def _initialize(self) -> None:
+        try:
+            version = self.call("Initialize")[0]
+        except ProtocolError as error:
+            if re.search(rb"unknown (flag|command)", self._words):
+                raise Unsupported(f"this skopeo has no image proxy: {error}",
+                                  hint="install skopeo 1.5 or later") from None
+            raise
+        match = re.fullmatch(r"0\.2\.(\d{1,9})", version) if isinstance(version, str) else None
+        if not match:
+            self.fail(f"speaks version {version!r:.40}, not 0.2")
+        self.version = int(match[1])
+
+    def __enter__(self) -> ProxyV1Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, *, ask: bool = True) -> None:
+        """End skopeo: ask it, wait a little, then TERM and KILL; harmless when repeated."""
+        import subprocess
+
+        with SignalsHeld():
+            if self._blob:
+                self._blob.drop()
+            if ask and self._socket.fileno() >= 0:
+                try:
+                    self._send("Shutdown")
+                except OSError:  # it is gone, or deaf
+                    pass
+            for stop in ("poll", "terminate", "kill") if ask else ("terminate", "kill"):
+                self._stop = stop
+                getattr(self._process, stop)()
+                try:
+                    self._process.wait(self.GRACE)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+            self._process.wait()
+            self._socket.close()
+            if not self._process.stderr.closed:
+                self._hear()
+                self._process.stderr.close()
+
+    def _hear(self) -> bool:
+        """Take what skopeo says on stderr, and keep the end; return False when it says no more."""
+        data = self._process.stderr.read(READ_SIZE)
+        self._words = (self._words + (data or b""))[-4096:]
+        return bool(data != b"")
+
+    def fail(self, message: str, *, code: int = 0, ended: bool = False) -> NoReturn:
+        """End skopeo and raise ProtocolError; with ``ended`` it went by itself."""
+        self.close(ask=ended)
+        if ended:
+            status = self._process.returncode
+            message = "hung up" if self._stop != "poll" else f"ended with status {status}" \
+                if status >= 0 else f"was killed by signal {-status}"
+        lines = self._words.decode("utf-8", "replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
+        last = quoted[1].replace(r"\"", '"') if quoted else last
+        self._why = f"skopeo's image proxy {message}{last and ': ' + last[-500:]}"
+        raise ProtocolError(self._why, code=code)
+
+    def wait(self, fd: int, timeout: float = 0) -> None:
+        """Wait until a descriptor can be read.  Raises ProtocolError after the timeout."""
+        import select
+
+        timeout = timeout or self._timeout
+        poll, end = select.poll(), time.monotonic() + timeout
+        poll.register(fd, select.POLLIN)
+        poll.register(self._process.stderr, select.POLLIN)
+        while True:
+            left = end - time.monotonic()
+            ready = dict(poll.poll(max(left, 0) * 1000))
+            if self._process.stderr.fileno() in ready and not self._hear():
+                poll.unregister(self._process.stderr)
+            if fd in ready:
+                return
+            if left <= 0:
+                self.fail(f"has said nothing for {timeout:g} seconds")
+
+    def _send(self, method: str, *arguments: Any) -> None:
+        import socket
+
+        data = compact_json({"method": method, "args": arguments})
+        if len(data) > self.PACKET:
+            raise CstorError(f"{method}: too long for a packet of skopeo's image proxy")
+        self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Send a request; answer() is to follow."""
+        if self._socket.fileno() < 0:
+            raise ProtocolError(self._why or "skopeo's image proxy was closed")
+        try:
+            self._send(method, *arguments)
+        except OSError:
+            self.fail("", ended=True)
+
+    def answer(self, method: str, timeout: float = 0) -> Tuple[Any, int, int]:
+        """Return (value, pipe, its read end) of the reply; (value, 0, -1) without one.
+
+        Raises _Refused, ProtocolError.
+        """
+        import array
+        import socket
+
+        self.wait(self._socket.fileno(), timeout)
+        fds = array.array("i")
+        try:
+            try:
+                data, control, flags, _ = self._socket.recvmsg(
+                    self.PACKET, socket.CMSG_SPACE(16 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+            except OSError:
+                self.fail("", ended=True)
+            for level, kind, part in control:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds.frombytes(part[:len(part) - len(part) % fds.itemsize])
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                self.fail(f"{method}: its reply is longer than a packet, or lost descriptors",
+                          code=FD_ERROR)
+            if not data:
+                self.fail("", ended=True)
+            return self._check_reply(method, data, list(fds))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def _check_reply(self, method: str, data: bytes, fds: List[int]) -> Tuple[Any, int, int]:
+        try:
+            reply = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{method}: malformed reply: {error}", code=-32700)
+        pipe = reply.get("pipeid") or 0 if isinstance(reply, dict) else None
+        if type(pipe) is not int or not 0 <= pipe < 1 << 32 \
+                or type(reply.get("success")) is not bool:
+            self.fail(f"{method}: malformed reply: {display(data[:100])}", code=-32600)
+        if len(fds) != bool(pipe) or fds and not reply["success"]:
+            self.fail(f"{method}: a reply with pipe {pipe} and {len(fds)} descriptors",
+                      code=FD_ERROR)
+        for fd in fds:
+            mode, flags = os.fstat(fd).st_mode, fcntl.fcntl(fd, fcntl.F_GETFL)
+            if not stat.S_ISFIFO(mode) or flags & (os.O_WRONLY | os.O_RDWR | os.O_PATH):
+                self.fail(f"{method}: a {file_type(mode)} came, not the read end of a pipe",
+                          code=FD_ERROR)
+        if not reply["success"]:
+            raise _Refused(str(reply.get("error") or f"{method} failed"))
+        return reply.get("value"), pipe, fds[0] if fds else -1
+
+    def call(self, method: str, *arguments: Any) -> Tuple[Any, int, int]:
+        """Send a request whose reply brings no pipe; return as answer() does."""
+        reply = self.request(method, *arguments)
+        if reply[1]:
+            os.close(reply[2])
+            self.fail(f"{method}: a reply with a pipe", code=FD_ERROR)
+        return reply
+
+    def request(self, method: str, *arguments: Any) -> Tuple[Any, int, int]:
+        """Send a request and return what answer() does.  ValueError while a blob is read."""
+        if self._blob and self._blob.reading:
+            raise ValueError(f"{self._blob.label} is still being read")
+        self.ask(method, *arguments)
+        return self.answer(method)
+
+    def open_pipe(self, label: str, digest: str, size: int, method: str, *arguments: Any
+                  ) -> ProxyBlob:
+        """Send a request whose reply brings a pipe; return what reads it, checked."""
+        value, pipe, fd = self.request(method, *arguments)
+        if not pipe:
+            self.fail(f"{method}: a reply without a pipe", code=FD_ERROR)
+        self._blob = ProxyBlob(self, fd, label, digest, size, value)
+        self.ask("FinishPipe", pipe)
+        return self._blob
+
+    def open_image(self, reference: str) -> ProxyImage:
+        """Open an image by transport and name, as for ``skopeo copy``.
+
+        Raises NotFound, also when there is no instance for ``platform``; CstorError.  With some
+        transports only the image's methods find out that it is not there.
+        """
+        return self._open("OpenImage", reference)
+
+    def find_image(self, reference: str) -> Optional[ProxyImage]:
+        """Open an image, or return None where the registry or storage has none of the name.
+
+        Raises Unsupported for skopeo before 1.10, which cannot tell.
+        """
+        if self.version < 4:
+            raise Unsupported("this skopeo knows no OpenImageOptional",
+                              hint="install skopeo 1.10 or later")
+        image = self._open("OpenImageOptional", reference)
+        return image if image.id else None
+
+    def _open(self, method: str, reference: str) -> ProxyImage:
+        try:
+            reference.encode()
+        except UnicodeEncodeError:
+            raise CstorError(f"{reference}: skopeo's image proxy takes only UTF-8") from None
+        image = ProxyImage(self, reference)
+        image.id = image.number(method, image.request(self.call, method, reference)[0],
+                                method == "OpenImage")
+        if self.platform and image.id:
+            have = platform_name(platform_in(image.parsed_config()))
+            if not (have + "/").startswith(self.platform + "/"):
+                raise NotFound(f"image {reference} is for {have}, not {self.platform}")
+        return image
+
+
+class ProxyBlob(io.RawIOBase):
+    """Data that comes from skopeo, as a raw file: reading to the end raises unless it is whole.
+
+    ``said`` is the size that skopeo gives, -1 if it knows none.  Closed before the end, nothing
+    is checked.  Raises IntegrityError for the wrong digest or size, else CstorError.
+    """
+
+    def __init__(self, client: ProxyV1Client, fd: int, label: str, digest: str, size: int,
+                 said: Any) -> None:
+        import hashlib
+
+        self._client, self._fd, self.label, self.said = client, fd, label, said
+        self._digest, self._size = digest, size
+        self._hash, self._count, self._whole = hashlib.sha256(), 0, False
+        widen_pipe(fd)
+
+    def readable(self) -> bool:
+        return True
+
+    @property
+    def reading(self) -> bool:
+        """Tell whether there is more to come."""
+        return self._fd >= 0
+
+    def drop(self) -> None:
+        """Close the pipe."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        if not self.closed and self._fd >= 0:
+            self.drop()
+            try:
+                self._client.answer("FinishPipe", self._client.GRACE)
+            except CstorError:  # the broken pipe is no news, and the next request tells the rest
+                pass
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        if self._whole or not len(buffer):
+            return 0
+        if self._fd < 0:
+            raise CstorError(f"{self.label}: it is not whole")
+        self._client.wait(self._fd)
+        count = os.readv(self._fd, [buffer])
+        self._count += count
+        self._hash.update(memoryview(buffer)[:count])
+        if not count or 0 <= self._size < self._count:
+            self._finish(count == 0)
+        return count
+
+    def skip(self) -> None:
+        """Read on to the end, for the checks."""
+        while self.read(CHUNK):
+            pass
+
+    def _finish(self, ended: bool) -> None:
+        self.drop()
+        words = ""
+        try:
+            self._client.answer("FinishPipe")
+        except _Refused as error:
+            words = f": skopeo: {error}"
+        size, digest = f"{self._count} bytes", f"sha256:{self._hash.hexdigest()}"
+        if words and self._count < self._size or words and not self._digest:
+            raise CstorError(f"{self.label}: got {size} of {self._size}{words}" if self._digest
+                             else f"{self.label}{words}")
+        for what, expected, actual in (
+                ("size", f"{self._size} bytes" if self._size >= 0 else size, size),
+                ("digest", self._digest or digest, digest)):
+            if expected != actual:
+                raise IntegrityError(
+                    f"{self.label}: it has the wrong {what}{words}", expected=expected,
+                    actual=actual if ended else f"more than {actual}")
+        if words:
+            raise CstorError(f"{self.label}{words}")
+        self._whole = True
+
+
+class ProxyImage:
+    """An image that skopeo has open; made by ProxyV1Client.open_image(), good as long as that.
+
+    All methods raise as ProxyV1Client says, and FormatError and IntegrityError for what is not as
+    the manifest says.
+    """
+
+    def __init__(self, client: ProxyV1Client, reference: str) -> None:
+        self.client, self.reference, self.id = client, reference, 0
+        self._manifest: Optional[Tuple[bytes, str]] = None
+        self._config: Optional[bytes] = None
+
+    def request(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function of the client; a refusal names the image and the next step."""
+        try:
+            return function(*arguments)
+        except _Refused as error:
+            words = f"{display(self.reference)}: {error}"
+        if "policy.json" in words:
+            raise CstorError(words, hint="skopeo needs one: see containers-policy.json(5)")
+        if "Invalid image name" in words:
+            raise CstorError(words, hint="expected oci:DIR:TAG, dir:DIR, docker-archive:FILE, "
+                                         "docker://NAME or another transport of skopeo")
+        missing = re.search("no such file|not found|unknown|no (descriptor|image) found|"
+                            "does not resolve", words)
+        raise NotFound(words) if missing else CstorError(words)
+
+    def number(self, method: str, value: Any, least: int = 0) -> int:
+        """Return a number in a reply, which JSON can hold exactly."""
+        if type(value) is not int or not least <= value < 1 << 53:
+            self.client.fail(f"{method}: expected a number, got {value!r:.40}", code=-32600)
+        return value
+
+    def _read(self, method: str) -> Tuple[bytes, Any]:
+        """Return the data of a pipe whose size is not known, and the value of the reply."""
+        label = f"{self.reference}: {method}"
+        with self.request(self.client.open_pipe, label, "", -1, method, self.id) as blob:
+            data = io.BufferedReader(blob, CHUNK).read(MAX_BIG_DATA + 1)
+            if len(data) > MAX_BIG_DATA:
+                raise FormatError(f"larger than {MAX_BIG_DATA} bytes", file=label)
+            return data, blob.said
+
+    def close(self) -> None:
+        """Let skopeo forget the image."""
+        self.request(self.client.call, "CloseImage", self.id)
+
+    def manifest(self) -> Tuple[bytes, str]:
+        """Return the manifest, converted to OCI if need be, and the digest that it had before."""
+        if not self._manifest:
+            data, digest = self._read("GetManifest")
+            if not isinstance(digest, str) or not re.fullmatch(DIGEST, digest):
+                self.client.fail(f"GetManifest: {digest!r:.40} is no digest", code=-32600)
+            self._manifest = data, digest
+        return self._manifest
+
+    def parsed_manifest(self) -> Dict[str, Any]:
+        """Return the manifest as an object, with a ``config`` and ``layers`` that are right.
+
+        Raises Unsupported for digests other than sha256.
+        """
+        file = f"{self.reference}: manifest"
+        manifest = parse_json(self.manifest()[0], file)
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), list):
+            raise FormatError("not an OCI manifest", file=file)
+        for entry in (manifest.get("config"), *manifest["layers"]):
+            if not isinstance(entry, dict) or not isinstance(entry.get("mediaType"), str):
+                raise FormatError("malformed descriptor", file=file)
+            self._check_descriptor(entry, file)
+        return manifest
+
+    def _check_descriptor(self, entry: Any, file: str) -> None:
+        digest, size = (entry.get("digest"), entry.get("size")) if isinstance(entry, dict) \
+            else (None, None)
+        if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
+            raise FormatError(f"malformed descriptor: {digest!r:.99}, {size!r:.40}", file=file)
+        if not re.fullmatch("sha256:" + HEX64, digest):
+            raise Unsupported(f"{file}: the digest {display(digest)} is no sha256")
+
+    def config(self) -> bytes:
+        """Return the configuration whose digest the manifest names."""
+        if self._config is None:
+            entry = self.parsed_manifest()["config"]
+            data = b""
+            if self.client.version >= 3:
+                data, _ = self._read("GetFullConfig")
+            if sha256_digest(data) != entry["digest"]:
+                with self.blob(entry["digest"], entry["size"]) as blob:
+                    data = io.BufferedReader(blob).read()
+            self._config = data
+        return self._config
+
+    def parsed_config(self) -> Dict[str, Any]:
+        """Return the configuration as an object; {} if it is none."""
+        config = parse_json(self.config(), f"{self.reference}: configuration")
+        return config if isinstance(config, dict) else {}
+
+    def diff_ids(self) -> List[str]:
+        """Return the digests of the layers' tars, base first."""
+        rootfs = self.parsed_config().get("rootfs")
+        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        if not isinstance(found, list) or not all(
+                isinstance(each, str) and re.fullmatch("sha256:" + HEX64, each) for each in found):
+            raise FormatError("it names no layers", file=f"{self.reference}: configuration")
+        return found
+
+    def layers(self) -> List[Dict[str, Any]]:
+        """Return ``digest``, ``size`` and ``media_type`` of each layer, base first.
+
+        Of a storage these are the unpacked ones, which its manifest need not name.
+        """
+        if self.client.version >= 7:
+            found = parse_json(self._read("GetLayerInfoPiped")[0], "GetLayerInfoPiped")
+        elif self.client.version >= 5:
+            found = self.request(self.client.call, "GetLayerInfo", self.id)[0]
+        elif self.reference.startswith("containers-storage:"):
+            found = [self._unpacked(diff_id) for diff_id in self.diff_ids()]
+        else:
+            found = [{"digest": entry["digest"], "size": entry["size"],
+                      "media_type": entry["mediaType"]}
+                     for entry in self.parsed_manifest()["layers"]]
+        if not isinstance(found, list):
+            raise FormatError("it is no list", file=f"{self.reference}: layers")
+        for entry in found:
+            self._check_descriptor(entry, f"{self.reference}: layers")
+        return found
+
+    def _unpacked(self, diff_id: str) -> Dict[str, Any]:
+        """Return what layers() does of a layer in a storage: who asks for it is told its size."""
+        with self.blob(diff_id, 0) as blob:
+            return {"digest": diff_id, "size": blob.said, "media_type": OCI_LAYER}
+
+    def blob(self, digest: str, size: int) -> ProxyBlob:
+        """Open a blob, which is read as a file and checked at its end.  See ProxyBlob."""
+        blob = self.request(self.client.open_pipe, f"{self.reference}: {digest}", digest, size,
+                            "GetBlob", self.id, digest, size)
+        self.number("GetBlob", blob.said, -1)
+        return blob
+
+    def copy_to_oci(self, directory: str, tag: str = "", *, progress: Optional[Progress] = None
+                    ) -> Dict[str, Any]:
+        """Add the image to an OCI layout, blobs as they are; return the descriptor in its index.
+
+        The manifest is skopeo's, or if that does not name just these blobs with their types, a new
+        one with the digest of the old in an annotation.
+        """
+        check_tag(tag)
+        manifest = self.parsed_manifest()
+        named = {entry["digest"]: entry["mediaType"] for entry in manifest["layers"]}
+        done = 0
+
+        def add(files: int, digest: str, size: int) -> Dict[str, Any]:
+            def copy(fd: int) -> None:
+                nonlocal done
+                with self.blob(digest, size) as blob:
+                    for data in iter(lambda: blob.read(CHUNK), b""):
+                        write_all(fd, data)
+                        done += len(data)
+                        if progress:
+                            progress(done, files)
+
+            kind = true_type(named.get(digest, OCI_LAYER), layout.add_blob(digest, copy))
+            return descriptor(kind, digest, size)
+
+        with OciLayout(directory) as layout:
+            layers = [add(files, entry["digest"], entry["size"])
+                      for files, entry in enumerate(self.layers())]
+            layout.add(self.config())
+            data, before = self.manifest()
+            if layers != [descriptor(entry["mediaType"], entry["digest"], entry["size"])
+                          for entry in manifest["layers"]]:
+                kept = manifest.get("annotations")
+                data = compact_json({**manifest, "layers": layers, "annotations": {
+                    **(kept if isinstance(kept, dict) else {}), ORIGINAL_DIGEST: before}})
+            blob = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
+                                 platform_in(self.parsed_config()))
+            layout.tag(blob, tag)
+        return blob
+
+
+    def streams(self) -> Iterator[LayerStream]:
+        """Yield the layers' tars, base first, each to be read before the next is asked for.
+
+        Raises IntegrityError when there are not as many layers as the configuration names.
+        """
+        layers, diff_ids = self.layers(), self.diff_ids()
+        if len(layers) != len(diff_ids):
+            raise IntegrityError(f"{self.reference}: its layers are not those that its "
+                                 "configuration names", expected=f"{len(diff_ids)} layers",
+                                 actual=str(len(layers)))
+        for layer, diff_id in zip(layers, diff_ids):
+            with LayerStream(self._tar(layer["digest"], layer["size"]), label=layer["digest"],
+                             digest=diff_id) as stream:
+                yield stream
+
+    def _tar(self, digest: str, size: int) -> Iterator[bytes]:
+        with self.blob(digest, size) as blob, Decompressed(blob.label, raw=blob) as reader:
+            try:
+                yield from iter(lambda: reader.read(CHUNK), b"")
+            except FormatError:
+                blob.skip()  # if the blob is not what it should be, that is why
+                raise
+            blob.skip()
+
+    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
+        """Put the root file system into a directory; see extract_streams()."""
+        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
+                               **options)
+
+
+def true_type(media_type: str, start: bytes) -> str:
+    """Return the media type of a layer with the compression that its first bytes show."""
+    if media_type not in [OCI_LAYER + end for end in COMPRESSIONS.values()]:
+        return media_type
+    return OCI_LAYER + ("+gzip" if start.startswith(b"\x1f\x8b") else "+zstd"
+                        if start == b"\x28\xb5\x2f\xfd" else "")
+
 # ================================================================================================
 # 17. Library
 # ================================================================================================
@@ -10781,14 +11412,17 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     unwind_on_signals()
     selection: Any = {"paths": args.path, "exclude": args.exclude,
                       "whiteouts": not getattr(args, "no_whiteouts", False)}
-    with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
-        if progress.active:
-            progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
-        summary = extract_tree(
-            tree, args.dir, strip=args.strip_components, force=args.force,
-            clean=args.clean_on_error, link_mode="copy" if args.no_reflinks else args.link_mode,
-            owners=args.same_owner, owner_map=args.owner_map, verify=args.verify,
-            progress=progress, **selection)
+    options: Any = {"strip": args.strip_components, "force": args.force,
+                    "clean": args.clean_on_error, "owners": args.same_owner,
+                    "link_mode": "copy" if args.no_reflinks else args.link_mode,
+                    "owner_map": args.owner_map, "verify": args.verify, **selection}
+    if getattr(args, "via_skopeo", None) is not None:
+        summary = extract_via_skopeo(storage, args, options)
+    else:
+        with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
+            if progress.active:
+                progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
+            summary = extract_tree(tree, args.dir, progress=progress, **options)
     if args.format == "json":
         print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
     elif not args.quiet:
@@ -10801,6 +11435,17 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     if summary["left-out"] and not args.quiet:
         say(f"warning: {len(summary['left-out'])} devices cannot be made by this user: "
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
+
+
+def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> Dict[str, Any]:
+    """Extract an image from elsewhere; return the summary."""
+    if args.link_mode in ("reflink", "hardlink"):
+        raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
+                          "share contents with")
+    if storage:
+        refuse_storage(storage, args.dir)
+    with ProxyV1Client() as proxy, ProgressLine(0, args.quiet) as progress:
+        return proxy.open_image(args.via_skopeo).extract(args.dir, progress=progress, **options)
 
 
 def print_summary(summary: Dict[str, Any]) -> None:
@@ -10840,18 +11485,11 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
     if args.all and args.platform:
         raise _UsageError("--all and --platform exclude one another")
-    image = storage.image(args.image)
-    names = names_to_give(image, args.image)
-    if not colon and names:
-        tag = split_reference(names[0])[1]
     unwind_on_signals()
-    total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
-        image, args.platform, args.all) for layer in storage.image_chain(chosen))
     try:
-        parse_compression(args.compress)
-        with ProgressLine(total, args.quiet) as progress:
-            blob = image.copy_to_oci(directory, tag, compression=args.compress,
-                                     platform=args.platform, every=args.all, progress=progress)
+        parse_compression(args.compress or "none")
+        tag, blob = (copy_from_storage if args.via_skopeo is None else copy_via_skopeo)(
+            storage, args, directory, tag)
     except ValueError as error:
         if isinstance(error, CstorError):
             raise
@@ -10861,6 +11499,38 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
                     **blob})
     elif not args.quiet:
         print(f"{blob['digest']}{' ' + tag if tag else ''}")
+
+
+def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
+                      ) -> Tuple[str, Dict[str, Any]]:
+    """Copy an image that is in the storage; return its tag and descriptor."""
+    image = storage.image(args.image)
+    names = names_to_give(image, args.image)
+    if not tag and names:
+        tag = split_reference(names[0])[1]
+    total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
+        image, args.platform, args.all) for layer in storage.image_chain(chosen))
+    with ProgressLine(total, args.quiet) as progress:
+        return tag, image.copy_to_oci(directory, tag, compression=args.compress or "none",
+                                      platform=args.platform, every=args.all, progress=progress)
+
+
+def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: str
+                    ) -> Tuple[str, Dict[str, Any]]:
+    """Copy an image from elsewhere; return its tag and descriptor."""
+    if args.compress or args.all:
+        raise _UsageError("with --via-skopeo blobs are kept as they are, which excludes --compress"
+                          if args.compress else "skopeo's proxy gives one image: --platform "
+                          "chooses it, --all cannot be had")
+    if storage:
+        refuse_storage(storage, directory)
+    tag = tag or proxy_image_tag(args.via_skopeo)
+    with ProxyV1Client(platform=args.platform) as proxy:
+        image = proxy.open_image(args.via_skopeo)
+        with ProgressLine(0, args.quiet) as progress:
+            if progress.active:
+                progress.total = sum(layer["size"] for layer in image.layers())
+            return tag, image.copy_to_oci(directory, tag, progress=progress)
 
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
@@ -11112,9 +11782,10 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("image stat", cmd_stat, "IMAGE PATH+ --follow --format"),
     ("image cat", cmd_cat, "IMAGE PATH+ -o --no-follow"),
     ("image cp", cmd_cp, "IMAGE:PATH DEST"),
-    ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS}"),
+    ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS} --via-skopeo"),
     ("image export", cmd_image_export, "IMAGE+ --as -o"),
-    ("image copy-to-oci", cmd_copy_to_oci, "IMAGE DIR[:TAG] --compress --platform --all --format"),
+    ("image copy-to-oci", cmd_copy_to_oci,
+     "IMAGE DIR[:TAG] --compress --platform --all --format --via-skopeo"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "--format --no-trunc"),
@@ -11178,7 +11849,10 @@ OPTIONS: Dict[str, Dict[str, Any]] = {
                  "help": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated"},
     "--as": {"choices": ("rootfs", "docker-archive", "oci-archive"), "default": "rootfs",
              "dest": "as_", "help": "what to write; archives take several images"},
-    "--compress": {"metavar": "HOW", "default": "none",
+    "--via-skopeo": {"metavar": "REF",
+                     "help": "instead of IMAGE, one that skopeo fetches: oci:DIR:TAG, dir:DIR, "
+                             "docker-archive:FILE, docker://NAME ..."},
+    "--compress": {"metavar": "HOW",
                    "help": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)"},
     "--socket": {"metavar": "PATH",
                  "help": "read from the server that listens there, and from no storage"},
@@ -11259,7 +11933,11 @@ def make_parser(words: Sequence[str] = ()) -> Any:
             allow_abbrev=False, aliases=["ls"] if verb == "list" else [])
         sub.set_defaults(function=function, kind=group)
         _add_globals(sub, 2)
-        _add_arguments(sub, arguments.split(), verb)
+        names = arguments.split()
+        if "--via-skopeo" in names and any(
+                word.partition("=")[0] == "--via-skopeo" for word in words):
+            names.remove("IMAGE")
+        _add_arguments(sub, names, verb)
     return parser
 
 
@@ -11409,19 +12087,30 @@ def _run(words: Sequence[str]) -> int:
         try:
             args, more = parser.parse_known_args(words)
         except _UsageError:
-            args, more = make_parser().parse_known_args(words)  # says what all the choices are
+            # It says what all the choices are.
+            args, more = make_parser([*words, "-h"]).parse_known_args(words)
         if "pattern" in args and not any(word.startswith("-") for word in more):
             args.pattern += more  # argparse takes none for all after an option
         elif more:
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
+            parser.error(f"unrecognized arguments: {' '.join(more)}" + (
+                "; --via-skopeo is given instead of IMAGE" if getattr(
+                    args, "via_skopeo", None) else ""))
     except SystemExit:  # argparse, after --help and --version
         return 0
     if sys.stdout is None:
         raise CstorError("stdout is closed")
-    if args.function in WITHOUT_STORAGE or args.function is not cmd_serve \
-            and getattr(args, "socket", None) is not None:
+    nothing = args.function in WITHOUT_STORAGE or args.function is not cmd_serve \
+        and getattr(args, "socket", None) is not None
+    elsewhere = getattr(args, "via_skopeo", None) is not None
+    try:
+        opened = None if nothing else open_storage(args)
+    except (CstorError, OSError):
+        if not elsewhere or args.root:
+            raise
+        opened = None  # there is no storage that must not be written to
+    if not opened:
         return args.function(None, args) or 0
-    with open_storage(args) as storage:
+    with opened as storage:
         status = args.function(storage, args)
         for fault in storage.faults if not args.quiet else ():
             say(f"warning: {display(fault)}")
