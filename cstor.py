@@ -11418,6 +11418,8 @@ def cmd_extract(storage: Storage, args: Any) -> None:
                     "owner_map": args.owner_map, "verify": args.verify, **selection}
     if getattr(args, "via_skopeo", None) is not None:
         summary = extract_via_skopeo(storage, args, options)
+    elif getattr(args, "socket", None) is not None:
+        summary = extract_from_server(storage, args, options)
     else:
         with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
             if progress.active:
@@ -11446,6 +11448,17 @@ def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> D
         refuse_storage(storage, args.dir)
     with ProxyV1Client() as proxy, ProgressLine(0, args.quiet) as progress:
         return proxy.open_image(args.via_skopeo).extract(args.dir, progress=progress, **options)
+
+
+def extract_from_server(storage: Optional[Storage], args: Any, options: Any) -> Dict[str, Any]:
+    """Extract a layer that a server sends; return the summary."""
+    if args.link_mode == "hardlink":
+        raise _UsageError("--link-mode hardlink: a file that is passed gets no further name")
+    if storage:
+        refuse_storage(storage, args.dir)
+    with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
+        return extract_streams([stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
+                               progress=progress, **options)
 
 
 def print_summary(summary: Dict[str, Any]) -> None:
@@ -11795,7 +11808,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
     ("layer cat", cmd_cat, "LAYER PATH+ -o --no-follow"),
     ("layer cp", cmd_cp, "LAYER:PATH DEST"),
-    ("layer extract", cmd_extract, f"LAYER {EXTRACT_OPTIONS} --no-whiteouts"),
+    ("layer extract", cmd_extract, f"LAYER {EXTRACT_OPTIONS} --no-whiteouts --socket"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
     ("container list", cmd_container_list, "--format --no-trunc"),
@@ -12099,11 +12112,10 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if sys.stdout is None:
         raise CstorError("stdout is closed")
-    nothing = args.function in WITHOUT_STORAGE or args.function is not cmd_serve \
-        and getattr(args, "socket", None) is not None
-    elsewhere = getattr(args, "via_skopeo", None) is not None
+    elsewhere = args.function is not cmd_serve and any(
+        getattr(args, name, None) is not None for name in ("socket", "via_skopeo"))
     try:
-        opened = None if nothing else open_storage(args)
+        opened = None if args.function in WITHOUT_STORAGE else open_storage(args)
     except (CstorError, OSError):
         if not elsewhere or args.root:
             raise

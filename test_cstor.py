@@ -6989,6 +6989,27 @@ class Serving(StoreTest):
             self.assertIn(b"it is the writable layer of a container", done.stderr)
         self.assertFalse(os.path.lexists(self.path))
 
+    def test_extract_from_a_server(self) -> None:
+        near, far = (os.path.join(self.dir, name) for name in ("near", "far"))
+        with self.served():
+            for layer in self.digests:
+                self.run_cstor("--root", self.store.root, "layer", "extract", layer, near)
+                done = self.run_cstor("layer", "extract", layer, far, "--socket", self.path,
+                                      "--format", "json")
+                self.assertEqual(far, json.loads(done.stdout)["directory"])
+                rows = differences(seen_on_disk(near), seen_on_disk(far))
+                implicit = [(name, "mtime") for name in (b"", b"etc", b"srv", b"usr", b"usr/share")]
+                self.assertEqual([], [row for row in rows if row[:2] not in implicit])
+                shutil.rmtree(near)
+                shutil.rmtree(far)
+            done = self.run_cstor("layer", "extract", "nothing", far, "--socket", self.path,
+                                  status=3)
+            self.assertFalse(os.path.exists(far))
+            inside = os.path.join(self.store.root, "far")
+            done = self.run_cstor("--root", self.store.root, "layer", "extract", self.layer, inside,
+                                  "--socket", self.path, status=6)
+            self.assertIn(b"is inside the storage", done.stderr)
+
     def test_no_server(self) -> None:
         done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
         self.assertIn(b"no server listens at", done.stderr)
@@ -10380,9 +10401,41 @@ def bench_extract(directory: str, kind: str, archive: str) -> None:
                      f"localhost/bench' oci:{layout}:b && umoci unpack --image {layout}:b {bundle}")
             compare("image extract on xfs / skopeo copy, umoci unpack", ours, ["sh", "-c", steps],
                     0.15, runs=3, made=[out, layout, bundle])
+        if kind == "xfs":
+            bench_socket(store, place)
     finally:
         store.close()
         unmount(place)
+
+
+def bench_socket(store: Store, place: str) -> None:
+    """Fetch the layer from a server and extract it, beside what takes it out of podman."""
+    out, layout, bundle = (os.path.join(place, name) for name in ("out", "layout", "bundle"))
+    path = os.path.join(place, "socket")
+    with cstor.Storage.open(store.root) as storage:
+        layer = storage.layers()[0].id
+    server = subprocess.Popen([sys.executable, SCRIPT, "--root", store.root, "serve", "-q",
+                               "--socket", path])
+    try:
+        while not os.path.exists(path):
+            time.sleep(0.05)
+        ours = [sys.executable, SCRIPT, "layer", "extract", layer, out, "--socket", path]
+        if shutil.which("skopeo") and shutil.which("umoci"):
+            steps = (f"skopeo copy -q 'containers-storage:[overlay@{store.root}+{store.runroot}]"
+                     f"localhost/bench' oci:{layout}:b && umoci unpack --image {layout}:b {bundle}")
+            compare("layer extract from a server / skopeo, umoci", ours, ["sh", "-c", steps],
+                    1.0, runs=3, made=[out, layout, bundle])
+        steps = (f"mkdir {out}; podman --root {store.root} --runroot {store.runroot} "
+                 "--storage-driver overlay save -q localhost/bench | tar -xO --wildcards '*.tar' | "
+                 f"tar -x -C {out}")
+        compare("layer extract from a server / podman save, tar x", ours, ["sh", "-c", steps],
+                1.0, runs=5, made=[out])
+        compare("layer export from a server / layer export", [*ours[:3], "export", layer,
+                "--socket", path], [sys.executable, SCRIPT, "--root", store.root, "layer",
+                                    "export", layer], 3.0, runs=5)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def bench_rows(root: str, run: str, podman: Sequence[str]) -> None:
