@@ -11500,7 +11500,7 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
         raise _UsageError("--all and --platform exclude one another")
     unwind_on_signals()
     try:
-        parse_compression(args.compress or "none")
+        parse_compression("none" if args.compress is None else args.compress)
         tag, blob = (copy_from_storage if args.via_skopeo is None else copy_via_skopeo)(
             storage, args, directory, tag)
     except ValueError as error:
@@ -11531,10 +11531,11 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: str
                     ) -> Tuple[str, Dict[str, Any]]:
     """Copy an image from elsewhere; return its tag and descriptor."""
-    if args.compress or args.all:
-        raise _UsageError("with --via-skopeo blobs are kept as they are, which excludes --compress"
-                          if args.compress else "skopeo's proxy gives one image: --platform "
-                          "chooses it, --all cannot be had")
+    if args.compress is not None:
+        raise _UsageError("with --via-skopeo blobs are kept as they are, which excludes --compress")
+    if args.all:
+        raise _UsageError("skopeo's proxy gives one image: --platform chooses it, --all cannot be "
+                          "had")
     if storage:
         refuse_storage(storage, directory)
     tag = tag or proxy_image_tag(args.via_skopeo)
