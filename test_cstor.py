@@ -7152,7 +7152,7 @@ def pour(pipe, data, how):
             if at * 2 >= len(data) - 65536 and how in ("die", "stall", "slow"):
                 if how == "die":
                     os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(999 if how == "stall" else 0.7)
+                time.sleep(999 if how == "stall" else 0.1)
             os.write(pipe, data[at:at + 65536])
     except OSError as error:
         pipes[pipe][1] = "write |1: broken pipe"
@@ -7342,9 +7342,10 @@ class Proxies(StoreTest):
     def test_hanging(self) -> None:
         for fault in ("Initialize:hang", "OpenImage:hang", "GetBlob:data=stall", "FinishPipe:hang"):
             with self.subTest(fault=fault), \
+                    mock.patch.object(cstor.ProxyV1Client, "GRACE", 0.2), \
                     self.assertRaisesRegex(cstor.ProtocolError, "has said nothing for 0.4 seconds"):
                 self.read_all(fault, timeout=0.4)
-        self.read_all("GetBlob:data=slow", timeout=1)  # longer in all, but not at a time
+        self.read_all("GetBlob:data=slow", timeout=0.8)  # longer in all, but not at a time
         with mock.patch.object(cstor.ProxyV1Client, "GRACE", 0.1), self.client(":deaf") as proxy:
             pass
         self.assertEqual(-9, proxy._process.returncode)
