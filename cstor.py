@@ -47,8 +47,9 @@ Sections, each built only from those above it:
     14 archives            OCI layout, docker-archive, oci-archive, a tree as a tar
     15 streams             splitfdstream and splitdirfdstream: contents as open files
     16 messages            JSON-RPC and varlink with file descriptors; server and clients
-    17 library             Storage, Image, Layer, Container
-    18 command line        output, progress, one function per command
+    17 rootless            the helper in a user namespace, for contents that are closed
+    18 library             Storage, Image, Layer, Container
+    19 command line        output, progress, one function per command
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -81,6 +82,7 @@ import stat
 import sys
 import time
 import zlib
+from _thread import allocate_lock
 
 # Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, signal, sqlite3, tempfile and threading
 # are imported, and patterns compiled (re keeps them), where they are used.
@@ -103,11 +105,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
     "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree", "LayerUnknown",
-    "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxyV1Client",
-    "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
-    "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree", "Unsupported",
-    "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree", "fetch_layer",
-    "load_config", "main", "read_stream", "spell", "unspell",
+    "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxiedStorage",
+    "ProxyV1Client", "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader",
+    "SplitdirfdstreamWriter", "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree",
+    "Unsupported", "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree",
+    "fetch_layer", "load_config", "main", "read_stream", "spell", "unspell",
 ]
 
 
@@ -181,8 +183,11 @@ FILE_TYPES = {word: kind for kind, word in NODE_TYPES.items()}
 
 # overlayfs: the kernel as root, the kernel in a user namespace; and what keeps xattrs of its own.
 NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
+# Owner, mode and type where files are made otherwise (force_mask); the first one there counts.
+OVERRIDES = (b"security.fuseoverlayfs.override_stat", b"user.fuseoverlayfs.override_stat",
+             b"user.containers.override_stat")
 OVERLAY_XATTRS = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.",
-                  b"user.containers.override_stat")
+                  b"security.fuseoverlayfs.") + OVERRIDES[-1:]
 METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
 
 # Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
@@ -265,6 +270,9 @@ MAX_UNPAIRED = 512 << 20  # memory for entries of two tars that wait for their c
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
+HELPER_PATIENCE = 10  # seconds that a helper may take to start, or to open some files
+MAX_HELPERS = 16  # connections that a helper serves
+AHEAD = 128  # files that a helper opens at a time; a message carries 253 descriptors at most
 HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes, or a process extracts, at a time
 MAX_WORKERS = 8  # processes that extract
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
@@ -1194,6 +1202,28 @@ class _ConfigSearch:
                             "containers")
 
 
+def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
+    """Return the ranges (first ID, count) that a user has in /etc/subuid or /etc/subgid, sorted.
+
+    In this order podman maps them to the IDs from 1 on.  [] when there are none, or the file cannot
+    be read; what only NSS knows is not seen.
+    """
+    import pwd
+
+    names = {str(uid)}
+    try:
+        names.add(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        pass
+    try:
+        with open(file, "rb") as lines:
+            text = lines.read(MAX_SPECIAL).decode("utf-8", "surrogateescape")
+    except OSError:
+        return []
+    found = re.findall(r"^[ \t]*([^:#\s]+):(\d{1,10}):0*([1-9]\d{0,9})[ \t]*$", text, re.MULTILINE)
+    return sorted((int(first), int(count)) for name, first, count in found if name in names)
+
+
 def merge_config(values: Dict[str, Any], later: Dict[str, Any]) -> None:
     """Lay a later file over ``values``: key by key; arrays replace, or append when they say so."""
     for key, value in later.items():
@@ -2000,6 +2030,7 @@ class Metadata:
 
     KINDS: Tuple[Type[LayerRecord], Type[ImageRecord], Type[ContainerRecord]] = (
         LayerRecord, ImageRecord, ContainerRecord)
+    is_proxied = False  # whether a helper opens what is closed to us
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
                  stores: Sequence[str] = ()) -> None:
@@ -2069,6 +2100,7 @@ class Metadata:
         self._layer_by_id: Dict[str, LayerRecord] = {}
         self._links: Optional[Dict[str, str]] = None
         self._podman: Optional[Dict[str, Dict[str, Any]]] = None
+        self._id_maps: Optional[Tuple[List[Any], List[Any]]] = None
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
@@ -2096,6 +2128,41 @@ class Metadata:
             if root.exists(name):
                 return root
         return None
+
+    def helper(self, error: NeedsUnshare) -> Any:
+        """Return what opens files that are closed to us; without any, raise ``error``."""
+        raise error
+
+    def prepare(self, processes: int) -> None:
+        """Make the helper ready for so many processes that are about to be forked."""
+
+    @property
+    def owner(self) -> Tuple[int, int]:
+        """User and group ID of whoever writes the records."""
+        root = self._graph or self.roots[0]
+        try:
+            status = root.lstat(LAYERS + b"/layers.json")
+        except OSError:
+            status = os.fstat(root.fd)
+        return status.st_uid, status.st_gid
+
+    @property
+    def id_maps(self) -> Tuple[List[Any], List[Any]]:
+        """How IDs on disk are to be read, for users and groups: maps as in records; [] = as is.
+
+        Whoever writes the records is root to his containers, and his sub-uids follow.  Seen by root
+        of his namespace, it is so already.
+        """
+        if self._id_maps is None:
+            self._id_maps = [], []
+            uid, gid = self.owner
+            for maps, own, file in ((self._id_maps[0], uid, "/etc/subuid"),
+                                    (self._id_maps[1], gid, "/etc/subgid")):
+                at = 0
+                for first, count in [(own, 1), *sub_ids(uid, file)] if uid else ():
+                    maps.append({"container_id": at, "host_id": first, "size": count})
+                    at += count
+        return self._id_maps
 
     # -- records -------------------------------------------------------------------------------
 
@@ -2640,6 +2707,109 @@ def removed(layer: LayerRecord, name: bytes = b"") -> Optional[LayerUnknown]:
     return LayerUnknown(f"layer not known: {layer.id}: it was removed while {what} was read")
 
 
+class Contents(Directory):
+    """A directory of a storage that contents are read from.
+
+    What is closed to us in it the storage's helper opens, and after expect() many at a time.
+    """
+
+    __slots__ = ("storage", "_ahead")
+
+    def __init__(self, storage: Metadata, directory: Directory) -> None:
+        super().__init__(directory.path, directory.fd)
+        directory.fd = -1
+        self.storage = storage
+        self._ahead: Dict[bytes, int] = {}  # what the helper opened before it is needed
+
+    def close(self) -> None:
+        """Close all descriptors; harmless when repeated."""
+        self._forget()
+        super().close()
+
+    def _forget(self) -> None:
+        while self._ahead:
+            os.close(self._ahead.popitem()[1])
+
+    def open(self, name: bytes) -> int:
+        """Open the regular file ``name``; FormatError when it is none."""
+        try:
+            return self._ahead.pop(name) if name in self._ahead else super().open(name)
+        except NeedsUnshare as error:
+            fd = self.borrow(name, error)
+        if fd < 0:
+            raise FormatError(f"is a {file_type(-fd)}, not a regular file",
+                              file=self.host_path(name))
+        return fd
+
+    def look(self, parent: bytes, base: bytes) -> Tuple[int, os.stat_result]:
+        """Open a file; return its descriptor, -1 for what is no regular file, and its status."""
+        name = parent + b"/" + base if parent else base
+        fd = self._ahead.pop(name, -1) if self._ahead else -1
+        try:
+            if fd < 0:
+                dir_fd = self.parent(parent)
+                status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
+                return self.open_at(dir_fd, base) if stat.S_ISREG(status.st_mode) else -1, status
+        except PermissionError as error:
+            if error.errno != errno.EACCES:
+                raise
+            closed: Any = with_path(error, self.host_path(name))
+            fd = self.borrow(name, closed)
+        if fd < 0:
+            return -1, os.stat_result((-fd, *bytes(9)))
+        return fd, os.fstat(fd)
+
+    def borrow(self, name: bytes, error: NeedsUnshare) -> int:
+        """Let the helper open a file; return its descriptor, or minus the type of another file.
+
+        Raises ``error`` when there is no helper, OSError.
+        """
+        fd: int = self.storage.helper(error).open(self.path, [name])[0]
+        if fd == -errno.EACCES:
+            raise NeedsUnshare(str(error), hint="its owner is none of your sub-uids: run it as "
+                                                "root")
+        if -stat.S_IFIFO < fd < 0:
+            raise OSError(-fd, os.strerror(-fd), self.host_path(name))
+        return fd
+
+    def is_closed(self, name: bytes) -> bool:
+        """Tell whether a file is probably closed to us; also of one that is not there."""
+        parent, _, base = name.rpartition(b"/")
+        try:
+            return not os.access(base or b".", os.R_OK, dir_fd=self.parent(parent),
+                                 effective_ids=True, follow_symlinks=False)
+        except (OSError, ValueError) as error:
+            return isinstance(error, PermissionError)
+
+    def expect(self, names: Iterable[bytes]) -> None:
+        """Have opened at once what is closed to us of the files that are opened next."""
+        self._forget()
+        closed = [name for name in names if self.is_closed(name)]
+        if closed:
+            error: Any = with_path(OSError(errno.EACCES, ""), self.host_path(closed[0]))
+            fds = self.storage.helper(error).open(self.path, closed)
+            self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
+
+
+def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[List[T]], None],
+               weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
+    """Yield ``items``; while they are ``active``, ``expect`` is told of AHEAD of them before."""
+    items = iter(items)
+    for item in items:
+        if not active(item):
+            yield item
+            continue
+        batch, room = [item], AHEAD - weigh(item)
+        while room > 0:
+            try:
+                batch.append(next(items))
+            except StopIteration:
+                break
+            room -= weigh(batch[-1])
+        expect(batch)
+        yield from batch
+
+
 class LayerFiles:
     """Opens the contents of one layer's files by their names in the tar.
 
@@ -2649,7 +2819,7 @@ class LayerFiles:
 
     def __init__(self, layer: LayerRecord) -> None:
         self.layer = layer
-        self._diffs: List[Directory] = []
+        self._diffs: List[Contents] = []
         self._lowers: Optional[List[str]] = None  # IDs not opened yet
         self._objects: Optional[Dict[bytes, bytes]] = None
         self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
@@ -2661,7 +2831,7 @@ class LayerFiles:
         if overlay_file(layer, b"additionallayer")[0]:
             raise Unsupported(f"layer {layer.id}: its files are in an additional layer store: "
                               + display(read_overlay_file(layer, b"additionallayer")))
-        self._diffs.append(root.directory(path))
+        self._diffs.append(Contents(layer.storage, root.directory(path)))
         try:
             if overlay_file(layer, b"composefs-data")[0] or self._flat_format():
                 self._read_toc()
@@ -2716,28 +2886,7 @@ class LayerFiles:
             parent, _, base = self._place(name).rpartition(b"/")
         for diff in self._diffs if self._plain else self._search():
             try:
-                dir_fd = diff.parent(parent)
-                status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
-                mode, held = status.st_mode, status.st_size
-                # A stub has no data blocks; asking only then saves a call for every other file.
-                if (status.st_blocks * 512 < held or self.layer.mapped) and stat.S_ISREG(mode) \
-                        and self._is_stub(diff, dir_fd, base):
-                    if self._plain:
-                        self._plain = False
-                        return self.open(name, size)
-                    continue
-                if not base:
-                    raise Unsupported(f'layer {self.layer.id}: "{display(name)}" names the root: '
-                                      "containers/storage does not keep its content")
-                if not stat.S_ISREG(mode):
-                    if size is None:  # the caller does not know from the tar that it is a file
-                        raise Unsupported(f'layer {self.layer.id}: "{display(name)}" is a '
-                                          f"{file_type(mode)}, not a regular file")
-                    raise self._wrong(name, "is not a regular file on disk", "regular file",
-                                      file_type(mode))
-                if size is not None and held != size:
-                    raise self._wrong(name, "wrong size", str(size), str(held))
-                return diff.open_at(dir_fd, base)
+                fd, status = diff.look(parent, base)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
@@ -2747,7 +2896,43 @@ class LayerFiles:
                 if isinstance(error, CstorError):
                     raise
                 raise FormatError(f'name with a NUL byte: "{display(name)}"') from None
+            # A stub has no data blocks; asking only then saves a call for every other file.
+            if fd >= 0 and (status.st_blocks * 512 < status.st_size or self.layer.mapped) \
+                    and self._is_stub(fd):
+                os.close(fd)
+                if self._plain:
+                    self._plain = False
+                    return self.open(name, size)
+            elif fd >= 0 and size in (None, status.st_size):
+                return fd
+            else:
+                if fd >= 0:
+                    os.close(fd)
+                raise self._objection(name, base, size, status)
         raise self._missing(name, size)
+
+    def expect(self, names: Iterable[bytes]) -> None:
+        """Announce what is opened next; see Contents.expect()."""
+        if self._plain and self._objects is None:
+            self._diffs[0].expect(clean_name(name) for name in names if b"\0" not in name)
+
+    def is_closed(self, name: bytes) -> bool:
+        """Tell whether a file is probably closed to us."""
+        return b"\0" not in name and self._diffs[0].is_closed(self._place(name))
+
+    def _objection(self, name: bytes, base: bytes, size: Optional[int], status: os.stat_result
+                   ) -> CstorError:
+        """Return what is wrong with a file that is there."""
+        if not base:
+            return Unsupported(f'layer {self.layer.id}: "{display(name)}" names the root: '
+                               "containers/storage does not keep its content")
+        if stat.S_ISREG(status.st_mode):
+            return self._wrong(name, "wrong size", str(size), str(status.st_size))
+        if size is None:  # the caller does not know from the tar that it is a file
+            return Unsupported(f'layer {self.layer.id}: "{display(name)}" is a '
+                               f"{file_type(status.st_mode)}, not a regular file")
+        return self._wrong(name, "is not a regular file on disk", "regular file",
+                           file_type(status.st_mode))
 
     def lies_at(self, fd: int, name: bytes) -> bool:
         """Tell whether an open file is the layer's own at just this place, behind no link."""
@@ -2768,7 +2953,7 @@ class LayerFiles:
         digest = self._objects[wanted].hex().encode()
         return digest[:2] + b"/" + digest[2:]
 
-    def _search(self) -> Iterator[Directory]:
+    def _search(self) -> Iterator[Contents]:
         """Yield the directories to search; lowers are opened when they are needed.
 
         Only a mapped layer or a stub leads to the lowers: they can hold another file of this name.
@@ -2780,20 +2965,18 @@ class LayerFiles:
             below = self.layer.storage.layer_by_id(self._lowers.pop(0))
             root, path = overlay_file(below, b"diff") if below else (None, b"")
             if root:
-                self._diffs.append(root.directory(path))
+                self._diffs.append(Contents(self.layer.storage, root.directory(path)))
                 yield self._diffs[-1]
 
     @staticmethod
-    def _is_stub(diff: Directory, dir_fd: int, base: bytes) -> bool:
-        fd = diff.open_at(dir_fd, base)
+    def _is_stub(fd: int) -> bool:
         try:
             return any(name in METACOPY_XATTRS for name in os.listxattr(fd))
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                os.close(fd)
                 raise
             return False
-        finally:
-            os.close(fd)
 
     def _wrong(self, name: bytes, message: str, expected: str, actual: str) -> IntegrityError:
         return IntegrityError(message, layer=self.layer.id, name=name, expected=expected,
@@ -3631,7 +3814,7 @@ def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = Non
     of the content and is made again (1.0), by ``convention`` or the one that fits the whole layer.
     """
     with LayerFiles(layer) as files:
-        for literal, member in read_members(layer):
+        for literal, member in members_ahead(layer, files):
             if literal:
                 yield literal
             if member is None or not member.stored:
@@ -3654,6 +3837,15 @@ def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = Non
                     yield Extent(fd, offset, length, member)
             finally:
                 os.close(fd)
+
+
+def members_ahead(layer: LayerRecord, files: LayerFiles
+                  ) -> Iterator[Tuple[bytes, Optional[Member]]]:
+    """Yield what read_members() does; a helper is told which files are opened next."""
+    return read_ahead(
+        read_members(layer), lambda _: layer.storage.is_proxied,
+        lambda batch: files.expect(member.name for _, member in batch if member and member.stored),
+        lambda item: 1 + len(item[0]) // (8 << 10))
 
 
 def sparse_convention(layer: LayerRecord) -> Tuple[int, bool]:
@@ -3891,7 +4083,7 @@ def verify_files(layer: LayerRecord) -> int:
     """
     count = 0
     with LayerFiles(layer) as files:
-        for _, member in read_members(layer):
+        for _, member in members_ahead(layer, files):
             if member is None or not member.stored or not member.size:
                 continue
             fd = files.open(member.name, member.size)
@@ -4257,16 +4449,34 @@ class LayerTree:
             raise FormatError(f'name too long: "{display(node.path[:80])}..."', file=self.label)
         return node
 
-    def open(self, node: Node) -> int:
-        """Open the content of a regular file of this layer; see LayerFiles.open()."""
+    @property
+    def storage(self) -> Optional[Metadata]:
+        """The storage that it belongs to, if any."""
+        return self.layer.storage if self.layer else None
+
+    @property
+    def files(self) -> LayerFiles:
+        """What opens the contents."""
         assert self.layer
         if self._files is None:
             self._files = LayerFiles(self.layer)
+        return self._files
+
+    def expect(self, nodes: Iterable[Node]) -> None:
+        """Announce the regular files that are opened next; see Contents.expect()."""
+        self.files.expect(node.path for node in nodes)
+
+    def is_closed(self, node: Node) -> bool:
+        """Tell whether the content of a regular file is probably closed to us."""
+        return self.files.is_closed(node.path)
+
+    def open(self, node: Node) -> int:
+        """Open the content of a regular file of this layer; see LayerFiles.open()."""
         for parent, name in self.linked.get(node, ()):
             if self.root.find(node.path.split(b"/")) is node:
                 break
             node.parent, node.name = parent, name  # the first name was given to another file
-        return self._files.open(node.path, node.size)
+        return self.files.open(node.path, node.size)
 
     def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
         """Return where a content waits to be moved away, None = it stays where it is.
@@ -4288,8 +4498,7 @@ class LayerTree:
         node.size, node._checksum = found
         fd = self.open(node)
         try:
-            assert self._files
-            data = os.pread(fd, node.size, 0) if self._files.lies_at(fd, path) else b""
+            data = os.pread(fd, node.size, 0) if self.files.lies_at(fd, path) else b""
         finally:
             os.close(fd)
         return data if len(data) == node.size and crc64(data) == node.checksum else None
@@ -4307,6 +4516,10 @@ class DiskTree(LayerTree):
         self.directory = directory
         self.whiteouts = overlay
         self.below: Optional[Tree] = None  # what a renamed directory or a stub points to
+        # How IDs on disk are to be read, one map after the other.
+        self.maps = [self.storage.id_maps] if self.storage else []
+        if layer:
+            self.maps.append((layer.uidmap, layer.gidmap))
         self._groups: Dict[Tuple[int, int], Node] = {}
         self._moved: List[Node] = []
         self._stubs: List[Node] = []
@@ -4317,26 +4530,64 @@ class DiskTree(LayerTree):
     def label(self) -> str:
         return self.directory.path
 
+    @property
+    def storage(self) -> Optional[Metadata]:
+        return self.directory.storage if isinstance(self.directory, Contents) else None
+
     def close(self) -> None:
         self.directory.close()
 
+    def expect(self, nodes: Iterable[Node]) -> None:
+        if isinstance(self.directory, Contents):
+            self.directory.expect(node.path for node in nodes if "data" not in node.extra)
+
+    def is_closed(self, node: Node) -> bool:
+        return isinstance(self.directory, Contents) and "data" not in node.extra \
+            and self.directory.is_closed(node.path)
+
     def _load(self) -> None:
         root = self.root
-        self._fill(root, self.directory.fd, b".")
+        try:
+            found: Any = look_at(self.directory.fd, b".")
+        except PermissionError as error:
+            found = next(self._scan(b"", None, error))[1:]
+        self._fill(root, *found)
         todo = [(root, b"")]
         while todo:
             above, path = todo.pop()
-            try:
-                names = self.directory.listdir(path or b".")
-                fd = self.directory.parent(path)
-                for name in names:
-                    node = self._enter(above, fd, name)
-                    if node is not None and node.type == "dir":
-                        todo.append((node, path + b"/" + name if path else name))
-            except OSError as error:
-                raise with_path(error, self.directory.host_path(path)) from None
+            for name, status, link, xattrs in self._entries(path):
+                node = self._enter(above, name, status, link, xattrs)
+                if node is not None and node.type == "dir":
+                    todo.append((node, path + b"/" + name if path else name))
         if self.below:
             self._join(self.below)
+
+    def _entries(self, path: bytes) -> Iterator[Tuple[Any, ...]]:
+        """Yield what is in a directory: the name of each file, and what look_at() returns."""
+        last = b""
+        try:
+            names = self.directory.listdir(path or b".")
+            fd = self.directory.parent(path)
+            for name in names:
+                found = look_at(fd, name)
+                if found:
+                    yield (name, *found)
+                last = name
+        except PermissionError as error:
+            yield from self._scan(path, last, error)
+        except OSError as error:
+            raise with_path(error, self.directory.host_path(path)) from None
+
+    def _scan(self, path: bytes, start: Optional[bytes], error: OSError
+              ) -> Iterator[Tuple[Any, ...]]:
+        """Yield the entries of a directory from ``start`` on, if ``error`` is that it is closed.
+
+        With None the first is the directory itself.
+        """
+        error = with_path(error, self.directory.host_path(path))
+        if not self.storage or not isinstance(error, NeedsUnshare):
+            raise error from None
+        yield from self.storage.helper(error).scan(self.directory.path, path, start)
 
     def _join(self, below: Tree) -> None:
         """Fill in what renamed directories and stubs take from the layers below."""
@@ -4369,7 +4620,8 @@ class DiskTree(LayerTree):
                     continue
                 todo.append((child, found))
 
-    def _enter(self, above: Node, fd: int, name: bytes) -> Optional[Node]:
+    def _enter(self, above: Node, name: bytes, status: os.stat_result, link: bytes,
+               xattrs: Dict[bytes, bytes]) -> Optional[Node]:
         """Enter one name; return its node, None for what is no file of its own."""
         if self.whiteouts and name.startswith(b".wh."):
             if name in (OPAQUE_MARKER, b".wh..opq"):  # AUFS, and fuse-overlayfs
@@ -4378,9 +4630,7 @@ class DiskTree(LayerTree):
                 self._add_whiteout(above, name)
             return None
         node = Node(self, above, name, "reg")
-        status = self._fill(node, fd, name)
-        if status is None:
-            return None
+        self._fill(node, status, link, xattrs)
         old = above.children.get(name)
         if old is not None and old.type == "whiteout":
             node.opaque = node.type == "dir"
@@ -4392,22 +4642,19 @@ class DiskTree(LayerTree):
         self._put(above, name, node)
         return node
 
-    def _fill(self, node: Node, fd: int, name: bytes) -> Optional[os.stat_result]:
-        """Set a node's fields by lstat(2) and xattrs; None when the file has just vanished."""
-        try:
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            node.linkname = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else b""
-            xattrs = read_xattrs(fd, name)
-        except FileNotFoundError:
-            if not os.path.exists("/proc/self/fd"):
-                raise Unsupported("extended attributes are read through /proc, which is not "
-                                  "mounted") from None
-            return None
+    def _fill(self, node: Node, status: os.stat_result, link: bytes, xattrs: Dict[bytes, bytes]
+              ) -> None:
+        """Set a node's fields from what look_at() returns."""
+        node.linkname = link
         node.type = NODE_TYPES.get(stat.S_IFMT(status.st_mode), "reg")
         node.mode, node.mtime_ns = stat.S_IMODE(status.st_mode), status.st_mtime_ns
         uid, gid = status.st_uid, status.st_gid
-        if self.layer:
-            uid, gid = map_id(uid, self.layer.uidmap), map_id(gid, self.layer.gidmap)
+        for uids, gids in self.maps:
+            uid, gid = map_id(uid, uids), map_id(gid, gids)
+            capability = xattrs.get(b"security.capability", b"")
+            if uids and len(capability) == 24 and map_id(
+                    int.from_bytes(capability[20:], "little"), uids) == 0:  # of root in there
+                xattrs[b"security.capability"] = capability[:3] + b"\x02" + capability[4:20]
         node.size = status.st_size if node.type == "reg" else 0
         if node.type == "dir":
             node.children = {}
@@ -4423,7 +4670,6 @@ class DiskTree(LayerTree):
                 node.type = "whiteout"
         node.owner = self.intern((uid, gid, b"", b""))
         node.extra = extra or _NO_EXTRA
-        return status
 
     def _interpret(self, node: Node, xattrs: Dict[bytes, bytes], extra: Dict[str, Any]) -> None:
         """Read what overlayfs and fuse-overlayfs say in xattrs."""
@@ -4447,7 +4693,7 @@ class DiskTree(LayerTree):
         override = re.fullmatch(
             rb"(\d{1,10}):(\d{1,10}):([0-7]{1,7})"
             rb"(?::(file|dir|pipe|socket|char|block)(?:-(\d{1,10})-(\d{1,10}))?)?",
-            xattrs.get(b"user.containers.override_stat", b""))
+            next((xattrs[name] for name in OVERRIDES if name in xattrs), b""))
         if not override:
             return found
         uid, gid, device = int(override[1]), int(override[2]), found[2]
@@ -4662,6 +4908,20 @@ class ZstdProgram(io.RawIOBase):
             for file in (self._source, self._sink, self._program.stderr):
                 file.close()
         super().close()
+
+
+def look_at(dir_fd: int, name: bytes
+            ) -> Optional[Tuple[os.stat_result, bytes, Dict[bytes, bytes]]]:
+    """Return lstat(2), the target of a symbolic link, and xattrs; None for what has vanished."""
+    try:
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
+        return status, link, read_xattrs(dir_fd, name)
+    except FileNotFoundError:
+        if not os.path.exists("/proc/self/fd"):
+            raise Unsupported("extended attributes are read through /proc, which is not "
+                              "mounted") from None
+        return None
 
 
 def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
@@ -4994,7 +5254,24 @@ def layer_tree(layer: LayerRecord) -> LayerTree:
     if root is None:
         raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
                                             f"{layer.id}/diff")
-    return DiskTree(root.directory(path), layer)
+    return DiskTree(Contents(layer.storage, root.directory(path)), layer)
+
+
+def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]:
+    """Yield ``items``; a helper is told which of their contents are opened next."""
+    def active(item: T) -> bool:
+        storage = node_of(item).tree.storage
+        return storage is not None and storage.is_proxied
+
+    def expect(batch: List[T]) -> None:
+        by_tree: Dict[LayerTree, List[Node]] = {}
+        for node in map(node_of, batch):
+            if node.type == "reg" and node.size:
+                by_tree.setdefault(node.tree, []).append(node)
+        for tree, nodes in by_tree.items():
+            tree.expect(nodes)
+
+    return read_ahead(items, active, expect)
 
 
 def merged_tree(layers: Sequence[LayerRecord], label: str,
@@ -5118,7 +5395,7 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         try:
             room = HASH_BATCH
-            for name, node, first in items:
+            for name, node, first in nodes_ahead(items, lambda item: item[1]):
                 hashed = node.type == "reg" and node.size > 0 and first is None
                 batch.append((name, node, first, opener(node) if hashed else -1))
                 room -= node.size + HASH_BATCH // 64
@@ -5611,6 +5888,19 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
+def prepare_helper(nodes: Iterable[Node], processes: int) -> None:
+    """Start the helper before processes are forked, when a content is closed to us.
+
+    Only what its mode, or its directory's, shows to be private is asked for.
+    """
+    for node in nodes:
+        if node.type == "reg" and node.size and node.tree.storage and node.parent \
+                and not (node.mode & stat.S_IROTH and node.parent.mode & stat.S_IXOTH) \
+                and node.tree.is_closed(node):
+            node.tree.storage.prepare(processes)
+            break
+
+
 def unlink_quietly(dir_fd: int, name: bytes) -> None:
     """Remove a file, if it is there."""
     try:
@@ -5667,7 +5957,10 @@ class Extraction:
         batches = list(self._batches(items))
         # Which of the store's files were shared by hard links is for one process to know.
         workers = 1 if self._hardlinks else self._workers or default_workers()
-        for counted in share_out(len(batches), min(workers, len(batches) // 2 or 1),
+        workers = min(workers, len(batches) // 2 or 1)
+        if workers > 1:
+            prepare_helper((node for batch in batches for node in batch[2::3]), workers - 1)
+        for counted in share_out(len(batches), workers,
                                  lambda number: self._make_batch(batches[number]),
                                  self.tally.plain, self._ticker(batches)):
             self.tally.add(*counted)
@@ -5778,7 +6071,8 @@ class Extraction:
 
     def _make_batch(self, batch: List[Any]) -> None:
         triples = iter(batch)
-        for parent, base, node in zip(triples, triples, triples):
+        for parent, base, node in nodes_ahead(zip(triples, triples, triples),
+                                              lambda triple: triple[2]):
             fd = node.tree.open(node) if node.type == "reg" and node.size else -1
             try:
                 self._make(self._create, self.target.parent(parent), base, node, fd)
@@ -7055,7 +7349,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] =
     flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
     size = files = 0
     made = source_date_epoch()  # directories without an entry have no time of their own
-    for place, node, first in tree.walk(path):
+    for place, node, first in nodes_ahead(tree.walk(path), lambda item: item[1]):
         relative = place[len(path):].lstrip(b"/")
         entry = prefix + relative if relative else name or b"."
         if node.type == "whiteout":
@@ -9468,7 +9762,7 @@ def write_pairs(layer: LayerRecord, writer: SplitfdstreamWriter) -> bool:
     usual, padding = True, 0
     between: List[bytes] = []
     with LayerFiles(layer) as files:
-        for literal, member in read_members(layer):
+        for literal, member in members_ahead(layer, files):
             between.append(literal)
             if member is None:
                 continue
@@ -10545,7 +10839,640 @@ def true_type(media_type: str, start: bytes) -> str:
                         if start == b"\x28\xb5\x2f\xfd" else "")
 
 # ================================================================================================
-# 17. Library
+# 17. Rootless
+#
+# Of a rootless store all metadata belong to the user; contents belong to him and to his sub-uids,
+# and what those keep closed (files of mode 0600 or 0000, directories of 0700) only root of his user
+# namespace may read.  A helper does so: this very code, as a process of that namespace.  It is
+# started when the first content is found closed, gets names through a socket that is its stdin,
+# and sends open descriptors back.  When its socket ends, so does it, whoever was killed.
+# The namespace is made by newuidmap(1) and newgidmap(1), as podman makes it, or else by `podman
+# unshare`, which writes to lock files of the user's own storage and leaves a process behind.
+# ================================================================================================
+
+CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
+UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
+_CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
+# What runs first in the namespace: it makes it, if podman did not, and gets _CODE from the socket.
+BOOTSTRAP = """\
+import marshal, os, sys
+def read(count):
+    data = b""
+    while len(data) < count:
+        part = os.read(0, count - len(data))
+        if not part:
+            sys.exit(1)
+        data += part
+    return data
+way, function, *words = sys.argv[1:]
+if way == "newuidmap":
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x10000000):  # CLONE_NEWUSER
+        sys.exit("unshare: " + os.strerror(ctypes.get_errno()))
+    os.write(0, b"!")
+code = marshal.loads(read(int(read(8), 16)))
+module = type(sys)("cstor")
+sys.modules["cstor"] = module
+exec(code, vars(module))
+sys.exit(getattr(module, function)(words))
+"""
+
+
+def find_program(name: str) -> str:
+    """Return the path of a program on the PATH, "" when there is none."""
+    for folder in os.get_exec_path():
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return ""
+
+
+def read_proc(name: str) -> str:
+    """Return a file below /proc as text, "" where there is none."""
+    try:
+        with open("/proc/" + name, "rb") as file:
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def capabilities() -> List[str]:
+    """Return which of CAPABILITIES are effective."""
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", read_proc("self/status"), re.MULTILINE)
+    bits = int(match[1], 16) if match else 0
+    return [word for bit, word in CAPABILITIES.items() if bits >> bit & 1]
+
+
+def id_map(kind: str) -> List[List[int]]:
+    """Return uid_map or gid_map: first ID in this user namespace, first one outside, count."""
+    return [[int(word) for word in line.split()] for line in read_proc(f"self/{kind}").splitlines()]
+
+
+def describe_process() -> Dict[str, Any]:
+    """Return what this process may do with closed files, and what can help; nothing is started.
+
+    ``user-namespace`` is "initial", "podman unshare" or "other"; maps are as of id_map(), sub-IDs
+    as of sub_ids(); programs are paths or "".
+    """
+    uid = int(os.environ.get("_CONTAINERS_ROOTLESS_UID") or -1) \
+        if os.environ.get("_CONTAINERS_ROOTLESS_UID", "").isdecimal() else os.geteuid()
+    configured = os.environ.get("_CONTAINERS_USERNS_CONFIGURED")
+    maps = id_map("uid_map")
+    return {"uid": os.geteuid(), "capabilities": capabilities(),
+            "user-namespace": "initial" if maps in ([], [[0, 0, NO_ID]]) else
+            "podman unshare" if configured else "other",
+            "uid-map": maps, "gid-map": id_map("gid_map"),
+            "sub-uids": sub_ids(uid), "sub-gids": sub_ids(uid, "/etc/subgid"),
+            **{name: find_program(name) for name in ("podman", "newuidmap", "newgidmap")}}
+
+
+def explain_process(process: Dict[str, Any]) -> str:
+    """Say in words what describe_process() returns."""
+    words = [f"uid {process['uid']}"]
+    if process["user-namespace"] != "initial":
+        words.append("in a user namespace" + " of podman unshare" * (
+            process["user-namespace"] == "podman unshare"))
+    if {"CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"} & set(process["capabilities"]):
+        words.append("reads all files" + " of its IDs" * (process["user-namespace"] != "initial"))
+    elif not process["uid"]:
+        words.append("without CAP_DAC_OVERRIDE")
+    else:
+        ranges = ", ".join(f"{first} to {first + count - 1}" for first, count in
+                           process["sub-uids"])
+        words += [f"sub-uids {ranges}" if ranges else "no sub-uids",
+                  "closed files through " + " or ".join(unshare_ways(process))
+                  if unshare_ways(process) else "no way to read closed files"]
+    return ", ".join(words)
+
+
+def unshare_ways(process: Dict[str, Any]) -> List[str]:
+    """Return how a user namespace with our sub-uids can be had, the best way first."""
+    ways = [way for way, there in (
+        ("newuidmap", process["newuidmap"] and process["newgidmap"] and process["sub-uids"]
+         and process["sub-gids"]), ("podman", process["podman"])) if there]
+    # Where AppArmor keeps namespaces from having capabilities, podman is an exception.
+    if read_proc("sys/kernel/apparmor_restrict_unprivileged_userns").strip() == "1":
+        ways.reverse()
+    return ways
+
+
+def why_no_helper(storage: Metadata) -> str:
+    """Return, as the next step for a person, why no helper can read a storage; "" if one can."""
+    owner, _ = storage.owner
+    if id_map("uid_map") not in ([], [[0, 0, NO_ID]]) and os.geteuid() == 0:
+        return ("its owner is not known in this user namespace: run it outside, as root or as the "
+                "owner of the store")
+    if os.geteuid() == 0:
+        return "this root has no CAP_DAC_OVERRIDE: give it that capability"
+    if owner != os.geteuid():
+        return f"the store belongs to uid {owner}: run it as root or as that user"
+    return ""
+
+
+class Unshared:
+    """This very program once more, as root of a user namespace with our sub-uids.
+
+    ``function`` of this module is called there with ``words``; it has to say hello, and then speaks
+    over ``connection``, which is its stdin.  A context manager; owns the process.  Raises
+    NeedsUnshare, with what newuidmap or podman say, when it does not come up.
+    """
+
+    def __init__(self, function: str, words: Sequence[str], patience: float = 2) -> None:
+        self._patience, self._owner = patience, os.getpid()
+        process = describe_process()
+        reasons = []
+        for way in unshare_ways(process) if sys.executable else ():
+            try:
+                self._start(way, function, words, process)
+                return
+            except (CstorError, OSError) as error:
+                reasons.append(f"{way}: {error}")
+        user = os.environ.get("USER") or process["uid"]
+        hint = "run it as root"
+        if not sys.executable:
+            reasons.append("this Python does not know its own program (sys.executable)")
+        elif not (process["sub-uids"] and process["sub-gids"]):
+            reasons.append("no subuid ranges: /etc/subuid and /etc/subgid have none of this user")
+            hint += f", or `usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}`"
+        elif not reasons:
+            reasons.append("neither newuidmap nor podman found")
+            hint += ", or install one of them"
+        elif read_proc("sys/user/max_user_namespaces").strip() == "0":
+            hint += ", or set the sysctl user.max_user_namespaces"
+        raise NeedsUnshare("no user namespace: " + "; ".join(reasons), hint=hint)
+
+    def _start(self, way: str, function: str, words: Sequence[str], process: Dict[str, Any]
+               ) -> None:
+        import marshal
+        import socket
+        import subprocess
+
+        command = [sys.executable, "-IS", "-c", BOOTSTRAP, way, function, *words]
+        environ = {**os.environ, UNSHARED_MARK: "1"}
+        if way == "podman":
+            command[:0] = [process["podman"], "unshare"]
+        else:  # what podman says to those inside
+            environ.update(_CONTAINERS_USERNS_CONFIGURED="done",
+                           _CONTAINERS_ROOTLESS_UID=str(os.geteuid()),
+                           _CONTAINERS_ROOTLESS_GID=str(os.getegid()))
+        ours, theirs = socket.socketpair()
+        self.connection = Connection(ours, timeout=HELPER_PATIENCE)
+        log, end = os.pipe()
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=end,
+                    env=environ, start_new_session=True)
+        except BaseException:
+            os.close(log)
+            ours.close()
+            raise
+        finally:
+            os.close(end)
+        try:
+            if way == "newuidmap" and ours.recv(1) == b"!":
+                self._map_ids(process)
+            code = marshal.dumps(_CODE)
+            self.connection.send_bytes(b"%08x%s" % (len(code), code))
+            self._greet()
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, (CstorError, OSError)):
+                raise
+            os.set_blocking(log, False)  # podman's other processes may have the other end
+            try:
+                said = os.read(log, CHUNK).decode("utf-8", "replace").strip().rpartition("\n")[2]
+            except BlockingIOError:
+                said = ""
+            raise CstorError(display(said) or str(error)) from None
+        finally:
+            os.close(log)
+
+    def _map_ids(self, process: Dict[str, Any]) -> None:
+        """Let root in the namespace be us, and the IDs from 1 on our sub-IDs."""
+        import subprocess
+
+        for program, own, ranges in (("newuidmap", os.geteuid(), process["sub-uids"]),
+                                     ("newgidmap", os.getegid(), process["sub-gids"])):
+            words, at = [], 0
+            for first, count in [(own, 1), *ranges]:
+                words += [str(at), str(first), str(count)]
+                at += count
+            done = subprocess.run([process[program], str(self._process.pid), *words], check=False,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
+
+    def _greet(self) -> None:
+        hello = self.connection.receive()
+        if hello is None:
+            raise CstorError("it ended at once")
+        with hello:
+            params = hello.value.get("params")
+            if hello.value.get("method") != "hello" or not isinstance(params, dict) \
+                    or params.get("version") != __version__:
+                raise CstorError("it is another program")
+
+    def __enter__(self) -> Unshared:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> int:
+        """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status.
+
+        Harmless when repeated, and in processes that were forked.
+        """
+        import signal
+
+        if os.getpid() == self._owner and self.connection.socket.fileno() >= 0:
+            with SignalsHeld():
+                for number in (0, signal.SIGTERM, signal.SIGKILL):
+                    if number:
+                        try:
+                            os.killpg(self._process.pid, number)  # it is the leader of its session
+                        except (ProcessLookupError, PermissionError):
+                            pass
+                    if self._wait():
+                        break
+        self.connection.close()
+        code: int = self._process.returncode or 0
+        return 128 - code if code < 0 else code
+
+    def _wait(self) -> bool:
+        """Tell all that have the other end of the socket to end; return whether they have."""
+        import socket
+        import subprocess
+
+        sock = self.connection.socket
+        try:
+            sock.settimeout(self._patience)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(RECEIVE_SIZE):
+                pass
+        except (ConnectionError, BrokenPipeError):
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # the time is over
+                return False
+        try:
+            self._process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+def say_hello(**params: Any) -> Connection:
+    """Return the connection on stdin after the first message of who runs in the namespace."""
+    import socket
+
+    connection = Connection(socket.socket(fileno=os.dup(0)), timeout=None)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    connection.send({"jsonrpc": "2.0", "method": "hello",
+                     "params": {"version": __version__, **params}})
+    return connection
+
+
+# -- a whole command -----------------------------------------------------------------------------
+
+def run_unshared(function: str, words: Sequence[str]) -> int:
+    """Run a function of this module in a namespace; return the exit status that it returns.
+
+    It has our stdin, stdout and stderr, and gets SIGTERM when we end.  Raises NeedsUnshare.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with Unshared(function, words, patience=60) as process:
+            process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
+                fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
+            process.connection.timeout = None
+            process.connection.socket.settimeout(None)
+            with process.connection.receive() or Message({}, []) as done:
+                status = done.value.get("status")
+        if not isinstance(status, int):
+            raise CstorError("the process in the user namespace ended before its time, with status "
+                             f"{process.close()}")
+        return status
+    finally:
+        os.close(nothing)
+
+
+def take_over() -> Connection:
+    """Take stdin, stdout and stderr of run_unshared(); when it ends, let SIGTERM end us.
+
+    No thread waits for that: it would keep the extraction from forking processes.
+    """
+    import select
+    import signal
+
+    connection = say_hello()
+    message = connection.receive()
+    if message is None or len(message.fds) != 3:
+        raise ProtocolError("stdin, stdout and stderr did not come")
+    with message:
+        for number, (fd, name) in enumerate(zip(message.fds, ("stdin", "stdout", "stderr"))):
+            os.dup2(fd, number)
+            old = getattr(sys, name)  # knows already that it can seek, or cannot
+            setattr(sys, name, open(number, old.mode, encoding=old.encoding, errors=old.errors,
+                                    closefd=False))
+    sock = connection.socket
+    fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(sock, fcntl.F_SETSIG, signal.SIGTERM)
+    fcntl.fcntl(sock, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    if select.select([sock], [], [], 0)[0]:  # it has ended before we could be told
+        raise ProtocolError("the other end has closed the connection")
+    return connection
+
+
+# -- the helper: who asks ------------------------------------------------------------------------
+
+class Helper:
+    """Opens files below ``roots`` that are closed to us; see serve_contents() for the other end.
+
+    Threads can share it, and forked processes after spread().  Raises ProtocolError when the
+    helper has ended.
+    """
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        import threading
+
+        self._lock, self._roots = threading.Lock(), roots
+        self._spare: List[Connection] = []
+        self._tokens = -1
+        self._start()
+
+    def _start(self) -> None:
+        self._unshared = Unshared("serve_contents", self._roots)
+        self._connection = self._unshared.connection
+        self._pid, self._calls = os.getpid(), 0
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a call was not answered whole, so that none will be any more."""
+        return self._calls < 0 and not self._lock.locked()
+
+    def close(self) -> None:
+        """End the helper; harmless when repeated."""
+        for connection in self._spare:
+            connection.close()
+        if self._tokens >= 0:
+            os.close(self._tokens)
+        self._spare, self._tokens = [], -1
+        self._unshared.close()
+
+    def _call(self, method: str, params: Dict[str, Any], fds: Sequence[int] = ()
+              ) -> Tuple[Any, List[int]]:
+        """Return the result of a method and the descriptors that came with it."""
+        with self._lock:
+            if os.getpid() != self._pid:
+                self._adopt()
+            number, self._calls = abs(self._calls) + 1, -1  # unless the answer is taken whole
+            try:
+                self._connection.send({"jsonrpc": "2.0", "method": method, "params": params,
+                                       "id": number}, fds)
+                message = self._connection.receive()
+            except ProtocolError as error:
+                raise ProtocolError(f"the helper in the user namespace has failed: {error}") \
+                    from None
+            if message is None:
+                raise ProtocolError("the helper in the user namespace has ended")
+            self._calls = number
+        with message:
+            problem = message.value.get("error")
+            if isinstance(problem, dict):
+                code = problem.get("data")
+                if isinstance(code, int):
+                    raise OSError(code, os.strerror(code))
+                raise ProtocolError(f"the helper refuses: {problem.get('message')}")
+            if message.value.get("id") != number:
+                raise ProtocolError("the helper answers another question")
+            return message.value.get("result"), message.take()
+
+    def open(self, directory: str, names: Sequence[bytes]) -> List[int]:
+        """Open regular files in a directory; of each return the descriptor, or a negative number.
+
+        That is minus the errno, or minus the type (S_IFIFO and so on) of what is no regular file.
+        """
+        found: List[int] = []
+        for at in range(0, len(names), AHEAD):
+            part = names[at:at + AHEAD]
+            codes, fds = self._call("open", {"directory": spell(os.fsencode(directory)),
+                                             "names": list(map(spell, part))})
+            if len(codes) != len(part) or codes.count(0) != len(fds):
+                for fd in fds:
+                    os.close(fd)
+                raise ProtocolError("the helper answers another question")
+            opened = iter(fds)
+            found += [-code or next(opened) for code in codes]
+        return found
+
+    def scan(self, directory: str, name: bytes, start: Optional[bytes]
+             ) -> Iterator[Tuple[Any, ...]]:
+        """Yield (name, status, target of a link, xattrs) of what is in a directory, sorted.
+
+        What comes after ``start`` is meant; with None the first is the directory itself, ".".
+        """
+        more = True
+        while more:
+            params = {"directory": spell(os.fsencode(directory)), "name": spell(name),
+                      "after": None if start is None else spell(start)}
+            try:
+                (rows, more), _ = self._call("scan", params)
+            except OSError as error:
+                raise with_path(error, os.path.join(directory, os.fsdecode(name))) from None
+            for base, numbers, link, xattrs in rows:
+                start = unspell(base)
+                status = os.stat_result((*numbers[:7], 0, 0, 0), {
+                    "st_rdev": numbers[7], "st_mtime_ns": numbers[8]})
+                yield start, status, unspell(link), {
+                    unspell(key): bytes.fromhex(value) for key, value in xattrs.items()}
+                start = b"" if start == b"." else start
+
+    def spread(self, processes: int) -> None:
+        """Make so many more connections, one for each process that is forked next."""
+        import socket
+
+        for _ in range(processes):
+            ours, theirs = socket.socketpair()
+            self._spare.append(Connection(ours, timeout=HELPER_PATIENCE))
+            with theirs:
+                self._call("attach", {}, [theirs.fileno()])
+        if self._tokens >= 0:
+            os.close(self._tokens)
+        self._tokens, end = os.pipe()  # whoever reads a number from it has that connection
+        os.write(end, bytes(range(len(self._spare))[-processes:]))
+        os.close(end)
+
+    def _adopt(self) -> None:
+        """Take a connection of our own in a forked process; without any, start a helper."""
+        token = os.read(self._tokens, 1) if self._tokens >= 0 else b""
+        if token:
+            self._connection, self._pid, self._calls = self._spare[token[0]], os.getpid(), 0
+        else:
+            self._start()
+
+
+# -- the helper: who answers ---------------------------------------------------------------------
+
+def serve_contents(roots: Sequence[str]) -> int:
+    """Answer on stdin what Helper asks, until the other end closes; return the exit status.
+
+    Nothing outside of ``roots`` is opened, nothing but regular files, and only for reading.
+    """
+    import signal
+    import socket
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    server = ContentServer(roots)
+    connection = say_hello(roots=[spell(os.fsencode(root)) for root in roots])
+    processes = 0
+    while True:
+        try:
+            message = connection.receive()
+        except ProtocolError as error:
+            connection.send(error_reply(None, error))
+            return 1
+        if message is None:
+            return 0
+        with message:
+            number = message.value.get("id")
+            fds: List[int] = []
+            try:
+                if message.value.get("method") == "attach" and len(message.fds) == 1 \
+                        and stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
+                    if processes == MAX_HELPERS:
+                        raise ProtocolError("too many connections", code=INVALID_REQUEST)
+                    processes += 1
+                    if os.fork() == 0:
+                        connection.close()
+                        connection = Connection(socket.socket(fileno=message.take()[0]),
+                                                timeout=None)
+                        processes = MAX_HELPERS
+                        continue
+                    result: Any = None
+                else:
+                    result, fds = server.answer(message.value)
+                reply = {"jsonrpc": "2.0", "result": result, "id": number}
+            except (CstorError, OSError, ValueError) as error:
+                reply = error_reply(number, error)
+            try:
+                connection.send(reply, fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+
+def error_reply(number: Any, error: Exception) -> Dict[str, Any]:
+    """Return the JSON-RPC response to a request that fails; its data is the errno, if any."""
+    code = error.code if isinstance(error, ProtocolError) and error.code else BAD_PARAMS
+    reply: Dict[str, Any] = {"code": code, "message": str(error)}
+    if isinstance(error, OSError) and error.errno:
+        reply["data"] = error.errno
+    return {"jsonrpc": "2.0", "error": reply, "id": number}
+
+
+class ContentServer:
+    """Opens and lists what is below ``roots`` (host paths) for who speaks to serve_contents()."""
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self._roots = [Directory.at(root) for root in roots]
+        self._directory: Optional[Directory] = None  # the last one asked for
+        self._maps = id_map("uid_map"), id_map("gid_map")
+
+    def answer(self, request: Dict[str, Any]) -> Tuple[Any, List[int]]:
+        """Return the result of a request, and descriptors.  Raises CstorError and OSError."""
+        method, params = request.get("method"), request.get("params")
+        if method not in ("open", "scan") or not isinstance(params, dict):
+            raise ProtocolError(f"no such method: {display(str(method)[:40])}", code=NO_METHOD)
+        directory = self._open_directory(self._name(params.get("directory")))
+        if method == "scan":
+            after = params.get("after")
+            return self._scan(directory, self._name(params.get("name")),
+                              None if after is None else self._name(after)), []
+        names = params.get("names")
+        if not isinstance(names, list) or len(names) > AHEAD:
+            raise ProtocolError(f"names: not a list of at most {AHEAD}", code=BAD_PARAMS)
+        wanted = list(map(self._name, names))
+        found = [self._open(directory, name) for name in wanted]
+        return [max(-fd, 0) for fd in found], [fd for fd in found if fd >= 0]
+
+    @staticmethod
+    def _name(text: Any) -> bytes:
+        if not isinstance(text, str) or len(text) > 4 * MAX_PATH:
+            raise ProtocolError("a name that is no string, or too long", code=BAD_PARAMS)
+        return unspell(text)
+
+    def _open_directory(self, path: bytes) -> Directory:
+        if self._directory and os.fsencode(self._directory.path) == path:
+            return self._directory
+        for root in self._roots:
+            top = os.fsencode(root.path)
+            rest = path[len(top) + 1:]
+            if path == top or path.startswith(top.rstrip(b"/") + b"/") \
+                    and clean_name(rest) == rest:
+                directory = Directory(os.fsdecode(path), open_beneath(root.fd, rest or b"."))
+                if self._directory:
+                    self._directory.close()
+                self._directory = directory
+                return directory
+        raise ProtocolError(f"{display(path[:200])} is outside of the storage", code=BAD_PARAMS)
+
+    @staticmethod
+    def _open(directory: Directory, name: bytes) -> int:
+        """Open a regular file; return its descriptor, or a negative number as Helper.open()."""
+        try:
+            if not name or clean_name(name) != name:
+                return -errno.EINVAL
+            parent, _, base = name.rpartition(b"/")
+            dir_fd = directory.parent(parent)
+            mode = os.stat(base, dir_fd=dir_fd, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                return -stat.S_IFMT(mode)
+            fd = directory.open_at(dir_fd, base)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)  # another file was put in its place just now
+            return -errno.EAGAIN
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        except FormatError:
+            return -errno.EINVAL
+
+    def _scan(self, directory: Directory, name: bytes, after: Optional[bytes]) -> Any:
+        """Return ([name, numbers, link, xattrs] of some files, whether there are more)."""
+        if clean_name(name) != name:
+            raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
+        rows: List[Any] = []
+        size = 0
+        names = [base for base in directory.listdir(name or b".") if after is None or base > after]
+        with directory.directory(name or b".") as folder:
+            for base in [b"."] * (after is None) + names:
+                found = look_at(folder.fd, base)
+                if not found:
+                    continue
+                status, link, xattrs = found
+                numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
+                           self._outside(status.st_uid, 0), self._outside(status.st_gid, 1),
+                           status.st_size, status.st_rdev, status.st_mtime_ns]
+                rows.append([spell(base), numbers, spell(link),
+                             {spell(key): value.hex() for key, value in xattrs.items()}])
+                size += 256 + len(base) + sum(map(len, xattrs.values()))
+                if size > CHUNK:
+                    return rows, base != (names or [base])[-1]
+        return rows, False
+
+    def _outside(self, number: int, which: int) -> int:
+        for inside, outside, count in self._maps[which]:
+            if inside <= number < inside + count:
+                return outside + number - inside
+        return number
+
+
+# ================================================================================================
+# 18. Library
 # ================================================================================================
 
 class Layer(LayerRecord):
@@ -10640,12 +11567,17 @@ class Container(ContainerRecord):
         """
         rootfs = self.state.get("rootfs", "")
         if rootfs:
-            return Tree([DiskTree(Directory.at(rootfs), overlay=False)], f"container {self.title}")
+            contents = Contents(self.storage, Directory.at(rootfs))
+            return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
         if not self.image and not self.state and self.details().get("name"):
             raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
                               "podman that knows the directory is not read",
                               hint="`container inspect` and `store info` say why")
-        return merged_tree(self.storage.chain(self.layer), f"container {self.title}", known)
+        tree = merged_tree(self.storage.chain(self.layer), f"container {self.title}", known)
+        top = tree.layers[0]
+        if isinstance(top, DiskTree) and top.layer and not top.layer.uidmap:
+            top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
+        return tree
 
     def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
         """Put its root file system into a directory, as it sees it; see extract_tree()."""
@@ -10744,8 +11676,65 @@ class Storage(Metadata):
         return container  # type: ignore[no-any-return]
 
 
+_HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
+
+
+class ProxiedStorage(Storage):
+    """A Storage that opens what is closed to this user through a helper in his user namespace.
+
+    The helper is started for the first such content, never for metadata, and ends with close();
+    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
+    """
+
+    lender: Optional[ProxiedStorage] = None  # another one, whose helper is to be used
+    _helper: Optional[Helper] = None
+    _failure: Optional[NeedsUnshare] = None
+
+    def helper(self, error: NeedsUnshare) -> Helper:
+        """Return the helper, started if need be."""
+        if self.lender:
+            helper = self.lender.helper(error)
+        else:
+            with _HELPER_LOCK:
+                helper = self._start_helper(error)
+        self.is_proxied = True
+        return helper
+
+    def _start_helper(self, error: NeedsUnshare) -> Helper:
+        if self._helper and self._helper.is_broken:  # said to whom it happened
+            self._helper.close()
+            self._helper = None
+        if self._helper is None and self._failure is None:
+            hint = why_no_helper(self)
+            try:
+                if hint:
+                    raise NeedsUnshare("", hint=hint)
+                rootfs = [value["rootfs"] for value in (self._podman or {}).values()
+                          if value.get("rootfs") and os.path.isdir(value["rootfs"])]
+                self._helper = Helper([root.path for root in self.roots] + rootfs)
+            except NeedsUnshare as failure:
+                self._failure = failure
+        if self._helper is None:
+            why = f": {self._failure}" if str(self._failure) else ""
+            raise NeedsUnshare(f"{error}{why}", hint=self._failure.hint if self._failure else "")
+        return self._helper
+
+    def prepare(self, processes: int) -> None:
+        """Give each of so many processes, to be forked next, a connection of its own."""
+        try:
+            self.helper(NeedsUnshare("")).spread(processes)
+        except NeedsUnshare:
+            pass  # said when the content is needed
+
+    def close(self) -> None:
+        """End the helper, and close all descriptors; harmless when repeated."""
+        if self._helper:
+            self._helper.close()
+        super().close()
+
+
 # ================================================================================================
-# 18. Command line
+# 19. Command line
 # ================================================================================================
 
 EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
@@ -11108,7 +12097,13 @@ def cmd_serve(storage: Storage, args: Any) -> None:
     import signal
     import socket
 
-    server = RpcServer(lambda: open_storage(args))
+    def opener() -> Storage:
+        found = open_storage(args)
+        if isinstance(found, ProxiedStorage) and isinstance(storage, ProxiedStorage):
+            found.lender = storage
+        return found
+
+    server = RpcServer(opener)
     passed = None if args.socket else passed_socket()
     if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         server.handle(passed)
@@ -11747,7 +12742,7 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
     of_root = recorded.get("GraphRoot", storage.graphroot)
     if os.path.realpath(of_root) != os.path.realpath(storage.graphroot):
         storage.faults.append(f"podman's database is of another graph root: {of_root}")
-    info = {
+    info: Dict[str, Any] = {
         "driver": "overlay",
         "graph-root": storage.graphroot, "run-root": storage.runroot,
         "imagestore": storage.imagestore,
@@ -11759,11 +12754,13 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
         "images": len(storage.images()), "layers": len(storage.layers()),
         "containers": len(storage.containers()),
         "podman-database": recorded,
+        "process": describe_process(),
         "faults": storage.faults,
     }
     if args.format == "json":
         print_json(info)
         return
+    info["process"] = explain_process(info["process"])
     print_table(["KEY", "VALUE"], [
         [key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
          else ", ".join(value) if isinstance(value, list)
@@ -12021,9 +13018,10 @@ def open_storage(args: Any) -> Storage:
     if args.root == "":
         raise _UsageError("--root is empty")
     imagestore = os.path.abspath(args.imagestore) if args.imagestore else ""
+    kind = Storage if args.no_helper else ProxiedStorage
     if args.root:
-        return Storage.open(args.root, runroot=args.runroot, imagestore=imagestore, stores=stores)
-    return Storage.discover(runroot=args.runroot, imagestore=imagestore, stores=stores)
+        return kind.open(args.root, runroot=args.runroot, imagestore=imagestore, stores=stores)
+    return kind.discover(runroot=args.runroot, imagestore=imagestore, stores=stores)
 
 
 def say(message: str) -> None:
@@ -12092,6 +13090,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return status
 
 
+def main_inside(words: Sequence[str]) -> int:
+    """Run a command line, ``words`` with the name of the program, for run_unshared()."""
+    with take_over() as connection:
+        sys.argv = list(words)
+        status = main()
+        connection.send({"jsonrpc": "2.0", "method": "done", "status": status})
+        return status
+
+
 def _run(words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -12113,6 +13120,10 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if sys.stdout is None:
         raise CstorError("stdout is closed")
+    if args.function is cmd_extract and args.same_owner and os.geteuid() and not (
+            args.no_helper or UNSHARED_MARK in os.environ or "CAP_CHOWN" in capabilities()):
+        unwind_on_signals()
+        return run_unshared("main_inside", [sys.argv[0], *words])
     elsewhere = args.function is not cmd_serve and any(
         getattr(args, name, None) is not None for name in ("socket", "via_skopeo"))
     try:

@@ -19,6 +19,7 @@ import base64
 import bz2
 import contextlib
 import errno
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -28,8 +29,11 @@ import json
 import lzma
 import os
 import pty
+import pwd
+import py_compile
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -529,7 +533,7 @@ class House(unittest.TestCase):
         self.assertEqual([], used)
 
     def test_imports_are_of_the_standard_library(self) -> None:
-        allowed = {"__future__", "argparse", "array", "binascii", "builtins", "bz2",
+        allowed = {"__future__", "_thread", "argparse", "array", "binascii", "builtins", "bz2",
                    "concurrent.futures", "ctypes", "errno", "fcntl", "gc", "gzip", "hashlib",
                    "heapq", "importlib", "io", "json", "lzma", "marshal", "os", "pwd", "queue",
                    "re", "resource", "select", "signal", "socket", "sqlite3", "stat", "struct",
@@ -1764,7 +1768,7 @@ class Files(StoreTest):
             f"sys.path.insert(0, {HERE!r})\nimport cstor\n"
             "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
             f"sys.exit(cstor.main(['--root', {store.root!r}, 'layer', 'export', {layer!r}]))")
-        for closed, words in (("", rb"/diff/f: Permission denied.*podman unshare"),
+        for closed, words in (("", rb"/diff/f: Permission denied.*belongs to uid 0: run"),
                               (store.root, rb"store/overlay: Permission denied.*owner of the"),
                               (self.dir, rb"store: Permission denied.*owner of the store")):
             if closed:
@@ -2985,6 +2989,11 @@ class Trees(TreeTest):
             self.assertEqual(result, cstor.DiskTree._override(
                 node, {b"user.containers.override_stat": text}, (7, 8, (0, 0))), text)
             self.assertEqual((kind, mode), (node.type, node.mode))
+        # fuse-overlayfs leaves the one of a lower layer's file beside its own.
+        self.assertEqual((3, 4, (0, 0)), cstor.DiskTree._override(
+            node, {b"user.containers.override_stat": b"1:2:755",
+                   b"user.fuseoverlayfs.override_stat": b"3:4:100600"}, (7, 8, (0, 0))))
+        self.assertEqual(("reg", 0o600), (node.type, node.mode))
 
     def test_read_errors_name_the_file_of_the_store(self) -> None:
         with self.tree(self.BASE) as tree, mock.patch("os.pread", side_effect=OSError(
@@ -4460,14 +4469,16 @@ class Extracts(TreeTest):
             self.assertEqual({b"user.x": b"1"}, found[b"d/ro"]["xattrs"])
             self.assertEqual({(65534, 65534)}, {row["owner"] for row in found.values()})
             subprocess.run(["rm", "-rf", self.out], check=True)
-            done = self.run_cstor("--same-owner", command=command, status=5)
-            self.assertIn(b"cannot be given to 0:0", done.stderr)
-            self.assertEqual([], os.listdir(self.dir + "/home"))
+            for more, words in (([], b"no subuid ranges"),
+                                (["--no-helper"], b"cannot be given to 0:0")):
+                done = self.run_cstor("--same-owner", *more, command=command, status=5)
+                self.assertIn(words, done.stderr)
+                self.assertEqual([], os.listdir(self.dir + "/home"))
             os.mkdir(self.out)
             os.symlink("mine", self.out + "/l")
             os.chown(self.out, 65534, 65534)
-            self.run_cstor("--same-owner", "--force", "--path=d/l", "--strip-components=1",
-                           command=command, status=5)
+            self.run_cstor("--same-owner", "--no-helper", "--force", "--path=d/l",
+                           "--strip-components=1", command=command, status=5)
             self.assertEqual((["l"], "mine"), (self.names(), os.readlink(self.out + "/l")))
 
     # -- the command -----------------------------------------------------------------------------
@@ -7581,7 +7592,270 @@ class Proxies(StoreTest):
 
 
 # ================================================================================================
-# 17. Library
+# 17. Rootless
+# ================================================================================================
+
+class Helpers(StoreTest):
+    """The helper's end of the socket, without a namespace, and a requester that is not ours."""
+
+    @contextlib.contextmanager
+    def served(self, *roots: str) -> Iterator[Tuple[cstor.Connection, int]]:
+        """Start serve_contents(); yield our end of its socket and its process ID."""
+        ours, theirs = socket.socketpair()
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor; "
+                "sys.exit(cstor.serve_contents(sys.argv[1:]))")
+        with theirs:
+            process = subprocess.Popen([sys.executable, "-c", code, *roots],
+                                       stdin=theirs.fileno(), stderr=subprocess.PIPE)
+        with process, cstor.Connection(ours, timeout=10) as connection:
+            with connection.receive() or self.fail("no hello") as hello:
+                self.assertEqual("hello", hello.value["method"])
+                self.assertEqual({"version": cstor.__version__, "roots": list(roots)},
+                                 hello.value["params"])
+            yield connection, process.pid
+            connection.close()
+            self.assertEqual(b"", process.communicate(timeout=10)[1])
+            self.assertLessEqual(0, process.returncode)
+
+    def ask(self, connection: cstor.Connection, method: Any, params: Any, fds: Sequence[int] = ()
+            ) -> Tuple[Any, List[bytes]]:
+        """Return the result, or the code of the error, and the contents of the open files."""
+        connection.send({"jsonrpc": "2.0", "method": method, "params": params, "id": 1}, fds)
+        with connection.receive() or self.fail("no answer") as message:
+            contents = []
+            for fd in message.fds:
+                self.assertEqual(os.O_RDONLY, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
+                contents.append(os.read(fd, 100))
+            if "error" in message.value:
+                self.assertEqual([], contents)
+                return message.value["error"]["code"], []
+            return message.value["result"], contents
+
+    def place(self) -> str:
+        """Make a store's directory with all kinds of files, and secrets outside of it."""
+        top = os.path.join(self.dir, "root")
+        diff = top + "/overlay/x/diff"
+        os.makedirs(diff + "/d")
+        for name, data in (("f", b"data"), ("d/g", b"more"), ("\udcff", b"bytes")):
+            put(os.path.join(diff, name), data)
+        put(os.path.join(self.dir, "secret"), b"secret")
+        put(self.dir + "/root-2", b"secret")
+        os.mkfifo(diff + "/fifo")
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
+            sock.bind(diff + "/s")
+        for name, target in (("link", "f"), ("out", "../../../../secret"), ("up", "../../../.."),
+                             ("in", "/d"), ("dev", "/dev"), ("abs", self.dir)):
+            os.symlink(target, os.path.join(diff, name))
+        os.symlink("x", top + "/overlay/y")
+        return top
+
+    def test_answers(self) -> None:
+        top = self.place()
+        self.guard(top)
+        diff = top + "/overlay/x/diff"
+        with self.served(top, self.dir + "/root") as (connection, _):
+            names = ["f", "d/g", "in/g", cstor.spell(b"\xff"), "nothing", "f/x", "d"]
+            self.assertEqual(
+                ([0, 0, 0, 0, errno.ENOENT, errno.ENOTDIR, stat.S_IFDIR],
+                 [b"data", b"more", b"more", b"bytes"]),
+                self.ask(connection, "open", {"directory": diff, "names": names}))
+            rows, more = self.ask(connection, "scan", {"directory": diff, "name": "",
+                                                       "after": None})[0]
+            self.assertFalse(more)
+            self.assertEqual([".", *sorted(os.listdir(os.fsencode(diff)))],
+                             [".", *(cstor.unspell(row[0]) for row in rows[1:])])
+            status = os.lstat(diff + "/f")
+            self.assertIn(["f", [status.st_mode, status.st_ino, status.st_dev, 1, status.st_uid,
+                                 status.st_gid, 4, 0, status.st_mtime_ns], "", {}], rows)
+            self.assertEqual(([["g", mock.ANY, "", {}]], False), tuple(self.ask(
+                connection, "scan", {"directory": diff, "name": "in", "after": "f"})[0]))
+
+    def test_nothing_else_is_opened(self) -> None:
+        top = self.place()
+        self.guard(top)
+        diff = top + "/overlay/x/diff"
+        with self.served(top) as (connection, _):
+            for name, code in (
+                    ("fifo", stat.S_IFIFO), ("s", stat.S_IFSOCK), ("link", stat.S_IFLNK),
+                    ("out", stat.S_IFLNK), ("up/secret", errno.ENOENT),
+                    ("abs/secret", errno.ENOENT), ("dev/null", errno.ELOOP), ("", errno.EINVAL),
+                    ("..", errno.EINVAL), ("../../../../secret", errno.EINVAL),
+                    ("d/../f", errno.EINVAL), ("/f", errno.EINVAL), ("./f", errno.EINVAL),
+                    ("f\0", errno.EINVAL), ("d/", errno.EINVAL), ("d//g", errno.EINVAL),
+                    ("x" * 300, errno.ENAMETOOLONG)):
+                self.assertEqual(([code], []), self.ask(
+                    connection, "open", {"directory": diff, "names": [name]}), name)
+            for directory in ("/", "/etc", self.dir, self.dir + "/root-2", top + "/..",
+                              top + "/overlay/../..", top + "/overlay//x", "", "overlay",
+                              top + "/overlay/x/diff/..", top + "\0", "\ud800", 5, None, ["/"],
+                              "x" * 100_000, top + "/nothing", top + "/overlay/y/diff",
+                              diff + "/in", diff + "/f", diff + "/up"):
+                for more in ({"names": ["secret"]}, {"name": ""}):
+                    self.assertEqual((cstor.BAD_PARAMS, []), self.ask(
+                        connection, "open" if "names" in more else "scan",
+                        {"directory": directory, **more}), directory)
+            requests: List[Tuple[str, Dict[str, Any]]] = [
+                    ("open", {"directory": diff}), ("open", {"directory": diff, "names": "f"}),
+                    ("open", {"directory": diff, "names": ["f"] * 129}),
+                    ("open", {"directory": diff, "names": [["f"]]}), ("open", {"names": ["f"]}),
+                    ("scan", {"directory": diff}), ("scan", {"directory": diff, "name": ".."}),
+                    ("scan", {"directory": diff, "name": "up/.."}),
+                    ("scan", {"directory": diff, "name": "f"}),
+                    ("scan", {"directory": diff, "name": "abs"}),
+                    ("scan", {"directory": diff, "name": "", "after": 5})]
+            for method, params in requests:
+                self.assertEqual((cstor.BAD_PARAMS, []), self.ask(connection, method, params),
+                                 params)
+            for other in ("write", "", None, 5, "attach", "run", "hello"):
+                self.assertEqual((cstor.NO_METHOD, []), self.ask(connection, other, {}), other)
+            self.assertEqual((cstor.NO_METHOD, []), self.ask(connection, "open", [1]))
+            # A descriptor is taken with "attach" only, if it is a socket.
+            for method in ("attach", "open"):
+                self.assertEqual(cstor.NO_METHOD, self.ask(connection, method, 1, [2])[0])
+            self.assertEqual(([0], [b"data"]), self.ask(
+                connection, "open", {"directory": diff, "names": ["f"]}))
+
+    def test_connections(self) -> None:
+        top = self.place()
+        question = {"directory": top + "/overlay/x/diff", "names": ["f"]}
+        with self.served(top) as (connection, pid), contextlib.ExitStack() as stack:
+            others = []
+            for _ in range(cstor.MAX_HELPERS):
+                ours, theirs = socket.socketpair()
+                others.append(stack.enter_context(cstor.Connection(ours, timeout=10)))
+                with theirs:
+                    self.assertEqual((None, []), self.ask(connection, "attach", {},
+                                                          [theirs.fileno()]))
+            for other in [connection, *others]:
+                self.assertEqual(([0], [b"data"]), self.ask(other, "open", question))
+                with socket.socket(socket.AF_UNIX) as one_more:
+                    self.assertEqual(cstor.INVALID_REQUEST, self.ask(
+                        other, "attach", {}, [one_more.fileno()])[0])
+            children = read_text(f"/proc/{pid}/task/{pid}/children").split()
+            self.assertEqual(cstor.MAX_HELPERS, len(children))
+            others[0].close()
+            connection.socket.sendall(b"{]")
+            self.assertEqual(cstor.PARSE_ERROR, (connection.receive() or self.fail()
+                                                 ).value["error"]["code"])
+            self.assertEqual(([0], [b"data"]), self.ask(others[1], "open", question))
+        end = time.monotonic() + 10
+        while any(os.path.exists(f"/proc/{child}") for child in children):
+            self.assertLess(time.monotonic(), end, "processes are left")
+            time.sleep(0.01)
+
+    def test_broken_messages(self) -> None:
+        top = self.place()
+        for data in (b"GET / HTTP/1.0\r\n\r\n", b"[1]", b'{"a":1', b'{"fds":3}{', b"\xff" * 99,
+                     b"[" * 9999, b'{"a":' * 9999, b'{"method":"open","method":"scan"}',
+                     b'{"fds":-1}', b'{"id":' + b"9" * 9999 + b"}", b'{"a":"' + b"x" * 70_000_000):
+            with self.served(top) as (connection, _):
+                with contextlib.suppress(ConnectionError):
+                    connection.socket.sendall(data)
+                    connection.socket.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError, cstor.ProtocolError):
+                    message = connection.receive()
+                    if message:
+                        self.assertIn("error", message.value)
+                        self.assertEqual([], message.fds)
+
+    def test_pages_of_large_directories(self) -> None:
+        """Helper.scan() puts together what does not fit into one message."""
+        top = os.path.join(self.dir, "root")
+        os.makedirs(top + "/diff")
+        names = [b"%05d" % number + b"x" * 200 for number in range(9000)]
+        for name in names:
+            put(os.path.join(os.fsencode(top), b"diff", name).decode())
+        os.mkfifo(top + "/diff/z")
+        with self.served(top) as (connection, _):
+            helper = cstor.Helper.__new__(cstor.Helper)
+            helper._lock, helper._pid, helper._calls = threading.Lock(), os.getpid(), 0
+            helper._connection = connection
+            for start in (None, b"", b"00007" + b"x" * 200):
+                rows = list(helper.scan(top + "/diff", b"", start))
+                self.assertEqual([*[b"."] * (start is None),
+                                  *(name for name in [*names, b"z"] if name > (start or b""))],
+                                 [row[0] for row in rows])
+                self.assertEqual(os.lstat(top + "/diff/z").st_mtime_ns, rows[-1][1].st_mtime_ns)
+                self.assertTrue(stat.S_ISFIFO(rows[-1][1].st_mode))
+            found = helper.open(top + "/diff", [*names[:300], b"z", b"nothing"])
+            self.assertEqual([-stat.S_IFIFO, -errno.ENOENT], found[300:])
+            for fd in found[:300]:
+                os.close(fd)
+            with self.assertRaisesRegex(cstor.ProtocolError, "outside of the storage"):
+                helper.open("/etc", [b"passwd"])
+            with self.assertRaises(FileNotFoundError):
+                helper.open(top + "/nothing", [b"f"])
+            self.assertFalse(helper.is_broken)
+
+    def test_sub_ids(self) -> None:
+        path = os.path.join(self.dir, "subuid")
+        with open(path, "w") as file:
+            file.write("# x:1:1\nroot:900000:10\n0:300000:20\n  root:500000:030\nrooty:1:1\n"
+                       "root:1\nroot:x:1\nroot:7:0\nroot:-1:5\nother:1:2\nroot:1:2:3\n")
+        self.assertEqual([(300000, 20), (500000, 30), (900000, 10)], cstor.sub_ids(0, path))
+        self.assertEqual([], cstor.sub_ids(54321, path))
+        self.assertEqual([], cstor.sub_ids(0, path + ".none"))
+
+    def test_ids_of_the_owner(self) -> None:
+        need(os.geteuid() == 0, "only root can give files away")
+        store = self.sample()
+        for uid, ranges, wanted in ((0, [(100, 10)], 5), (5, [(100, 10)], 0), (99, [(4, 10)], 2),
+                                    (99, [], 65534)):
+            os.chown(store.root + "/overlay-layers/layers.json", uid, uid)
+            with self.open(store) as storage, mock.patch("cstor.sub_ids", return_value=ranges):
+                uids, gids = storage.id_maps
+                self.assertEqual(uids, gids)
+                self.assertEqual(wanted, cstor.map_id(5, uids))
+
+    def test_ids_of_containers_with_a_map(self) -> None:
+        """Layers that are mounted with a map have none; the container's record has it."""
+        need(os.geteuid() == 0, "only root can give files away")
+        store = self.builder()
+        base = store.layer(make_tar(("f", b"base")))
+        writable = store.layer(None, base)
+        put(store.path(f"overlay/{writable}/diff/new"))
+        maps = [{"container_id": 0, "host_id": 200_000, "size": 65_536}]
+        store.container(store.image(base, "localhost/t:1"), writable, "c", uidmap=maps,
+                        gidmap=maps)
+        store.save()
+        capability = bytes.fromhex("0100000300040000000000000000000000000000")
+        for owner, root, number, version in ((0, 200_000, 200_005, b"\2"), (7, 7, 8, b"\2"),
+                                             (7, 9, 8, b"\3")):
+            os.chown(store.path("overlay-layers/layers.json"), owner, owner)
+            path = store.path(f"overlay/{writable}/diff/new")
+            os.chown(path, number, number)
+            os.setxattr(path, "security.capability", capability + root.to_bytes(4, "little"))
+            ranges = [(1, 5), (8, 1), (200_000, 65_536)]
+            with mock.patch("cstor.sub_ids", return_value=ranges), self.open(store) as storage, \
+                    storage.container("c").tree() as tree:
+                if owner:  # of its own namespace: 7, 1 to 5, 8, ...
+                    storage.container("c").uidmap[0]["host_id"] = 1
+                    storage.container("c").gidmap[0]["host_id"] = 1
+                node = tree.lookup(b"new")[1]
+                self.assertEqual((5, 5), node.owner[:2])
+                self.assertEqual(version, node.xattrs[b"security.capability"][3:4])
+
+    def test_process_in_words(self) -> None:
+        found = cstor.describe_process()
+        self.assertEqual(os.geteuid(), found["uid"])
+        ways = {"podman": "/p", "newuidmap": "/n", "newgidmap": "/n"}
+        user = {"uid": 7, "capabilities": [], "user-namespace": "initial",
+                "sub-uids": [(100, 10)], "sub-gids": [(100, 10)], **ways}
+        for change, words in (
+                ({}, "uid 7, sub-uids 100 to 109, closed files through newuidmap or podman"),
+                ({"newgidmap": ""}, "uid 7, sub-uids 100 to 109, closed files through podman"),
+                ({"sub-uids": [], "podman": ""}, "uid 7, no sub-uids, no way to read closed files"),
+                ({"uid": 0}, "uid 0, without CAP_DAC_OVERRIDE"),
+                ({"uid": 0, "capabilities": ["CAP_DAC_READ_SEARCH"]}, "uid 0, reads all files"),
+                ({"uid": 0, "capabilities": ["CAP_DAC_OVERRIDE"], "user-namespace": "other"},
+                 "uid 0, in a user namespace, reads all files of its IDs")):
+            self.assertEqual(words, cstor.explain_process({**user, **change}))
+        with mock.patch("cstor.read_proc", return_value="1\n"):  # AppArmor knows podman
+            self.assertEqual(["podman", "newuidmap"], cstor.unshare_ways(user))
+
+
+# ================================================================================================
+# 18. Library
 # ================================================================================================
 
 class Library(StoreTest):
@@ -7688,7 +7962,7 @@ class Library(StoreTest):
 
 
 # ================================================================================================
-# 18. Command line
+# 19. Command line
 # ================================================================================================
 
 class CommandLine(StoreTest):
@@ -10260,6 +10534,604 @@ class RealProxy(unittest.TestCase):
                 image.extract(self.out)
             self.assertFalse(os.path.exists(self.out))
         self.assertEqual(before, open_fds())
+
+
+# Runs a command where seccomp refuses unshare(2), setns(2), clone3(2), and clone(2) into a user
+# namespace.
+FORBID_UNSHARE = r"""
+import ctypes, os, struct, sys
+def step(code, jt, jf, k):
+    return struct.pack("=HBBI", code, jt, jf, k)
+numbers = {"x86_64": (272, 308, 435, 56), "aarch64": (97, 268, 435, 220)}[os.uname().machine]
+rules = [step(0x20, 0, 0, 0)]  # load the number of the call
+for number in numbers[:2]:
+    rules += [step(0x15, 0, 1, number), step(0x06, 0, 0, 0x00050001)]  # EPERM
+rules += [step(0x15, 0, 1, numbers[2]), step(0x06, 0, 0, 0x00050026)]  # ENOSYS
+rules += [step(0x15, 0, 3, numbers[3]), step(0x20, 0, 0, 16),  # flags
+          step(0x45, 0, 1, 0x10000000), step(0x06, 0, 0, 0x00050001)]
+rules += [step(0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(rules))
+class Program(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+program = Program(len(rules), ctypes.addressof(code))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0, ctypes.get_errno()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def read_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_text(path: str) -> str:
+    return read_bytes(path).decode("utf-8", "replace")
+
+
+class RealRootless(unittest.TestCase):
+    """Stores of a real user, made by his own podman, seen by him, by root and by others."""
+
+    METADATA = ("image list --format json", "image inspect image", "image blame image",
+                "image layers image --format json", "image history image --format json",
+                "image files image -l", "image stat image d-1-700/closed", "image toc image",
+                "image diff image image", "layer list --format json", "layer inspect LAYER",
+                "layer toc LAYER", "container list --format json", "container inspect c")
+    CONTENTS = ("image toc image --digests", "image cat image d-1-700/closed f-1000-0 f-0-0",
+                "image export image", "layer export LAYER", "layer cat LAYER many/007",
+                "image export image --as docker-archive", "image export image --as oci-archive",
+                "image cp image:d-1-700 -", "image cp image:/ DIR", "image extract image DIR",
+                "image copy-to-oci image DIR", "container files c -l", "container export c",
+                "container stat c d-1-700/new/file", "container stat c d-1-700/closed",
+                "container cat c hard d-1-700/new/file f-1-600", "container extract c DIR")
+    CHANGES = """set -e; m=$(PODMAN mount c); cd $m
+        echo secret > f-1-600; rm f-0-0; mkdir -m 700 d-1-700/new; echo new > d-1-700/new/file
+        ln d-1-700/new/file hard; chmod 600 hard; ln -s /x d-1-700/new/link
+        mkdir d-1-700/new/many; for i in 1 2 3; do echo $i > d-1-700/new/many/$i; done
+        chown -R 1:1 d-1-700/new; rm -r d-0-755; mkdir d-0-755; touch d-1000-700/closed
+        cd /; PODMAN umount c > /dev/null"""
+    folder: str
+    home: str
+    python: str
+    user: int
+    env: Dict[str, str]
+    stores: Dict[str, str]
+    root: str
+    layer: cstor.Layer
+    link: str
+
+    # -- making a user and his stores --------------------------------------------------------------
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need(os.geteuid() == 0, "only root can make users")
+        need_tools("useradd", "userdel", "podman", "newuidmap", "newgidmap", "fuse-overlayfs",
+                   "mkfs.xfs", "mount", "umount", "unshare")
+        need(os.path.exists("/dev/fuse"), "no /dev/fuse")
+        cls.folder = tempfile.mkdtemp(prefix="cstor-rootless-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        os.chmod(cls.folder, 0o755)
+        shutil.copy(SCRIPT, cls.path("cstor.py"))
+        os.mkdir(cls.path("python"))
+        run("mount", "--bind", sys.base_prefix, cls.path("python"))  # it may lie below /root
+        cls.addClassCleanup(run, "umount", cls.path("python"))
+        cls.python = os.path.join(cls.path("python"), os.path.relpath(
+            os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix)))
+        cls.addClassCleanup(os.chmod, "/dev/fuse", stat.S_IMODE(os.stat("/dev/fuse").st_mode))
+        os.chmod("/dev/fuse", 0o666)
+        cls.user = cls.add_user("home")
+        cls.home = cls.path("home")
+        cls.env = {"HOME": cls.home, "LC_ALL": "C.UTF-8", "XDG_RUNTIME_DIR": cls.path("run"),
+                   "PATH": os.environ["PATH"], "LD_LIBRARY_PATH": cls.path("python/lib")}
+        cls.addClassCleanup(cls.end_processes)
+        os.mkdir(cls.path("run"), 0o700)
+        os.chown(cls.path("run"), cls.user, cls.user)
+        with open(cls.path("image.tar"), "wb") as file:
+            file.write(cls.image_tar())
+        cls.stores = {}
+        fuse = "overlay.mount_program=" + str(shutil.which("fuse-overlayfs"))
+        cls.make_store("native")
+        cls.make_store("fuse", fuse)
+        cls.make_store("masked", fuse, "overlay.force_mask=0700")
+        cls.root = cls.stores["native"]
+        with cstor.Storage.open(cls.root) as storage:
+            cls.layer = storage.image("image").layers()[-1]
+            cls.link = cls.layer.link_id
+
+    @classmethod
+    def path(cls, name: str) -> str:
+        return os.path.join(cls.folder, name)
+
+    @classmethod
+    def add_user(cls, home: str, *options: str) -> int:
+        """Make a user and a group of one ID, which are removed at the end; return the ID."""
+        name = f"cstor-{home}-{os.getpid()}"
+        run("useradd", "-m", "-U", "-d", cls.path(home), *options, name)
+        cls.addClassCleanup(run, "userdel", name)
+        return pwd.getpwnam(name).pw_uid
+
+    @classmethod
+    def image_tar(cls) -> bytes:
+        parts = [entry(b"many/", typeflag=b"5", mode=b"0000700", uid=b"0000007")]
+        parts += [entry(b"many/%03d" % number, b"%d" % number * 999, mode=b"0000600",
+                        uid=b"0000007") for number in range(300)]
+        for uid in (0, 1, 1000, 65535):
+            owner: Any = {"uid": b"%07o" % uid, "gid": b"%07o" % uid}
+            parts += [entry(b"f-%d-%o" % (uid, mode), b"%d %o" % (uid, mode) * 999,
+                            mode=b"%07o" % mode, **owner) for mode in (0o600, 0, 0o640, 0o644)]
+            for mode in (0o700, 0, 0o755, 0o711):
+                name = b"d-%d-%o/" % (uid, mode)
+                parts += [entry(name, typeflag=b"5", mode=b"%07o" % mode, **owner),
+                          entry(name + b"open", name, mode=b"0000644", **owner),
+                          entry(name + b"closed", name, mode=b"0000600", **owner),
+                          entry(name + b"link", typeflag=b"2", linkname=b"open", **owner)]
+        return b"".join(parts) + END
+
+    @classmethod
+    def make_store(cls, name: str, *options: str) -> None:
+        """Let the user import an image, and make and change a container."""
+        root = os.path.join(cls.home, name)
+        podman = ["podman", "--root", root, "--runroot", cls.path("run/" + name),
+                  "--storage-driver", "overlay", *(f"--storage-opt={item}" for item in options)]
+        cls.as_user(*podman, "import", "-q", cls.path("image.tar"), "localhost/image")
+        cls.as_user(*podman, "create", "--name", "c", "localhost/image", "/x")
+        cls.as_user("podman", "unshare", "sh", "-c",
+                    cls.CHANGES.replace("PODMAN", " ".join(podman)))
+        cls.stores[name] = root
+
+    # -- running and looking -----------------------------------------------------------------------
+
+    @classmethod
+    def as_user(cls, *command: Union[str, bytes], status: int = 0, uid: int = 0,
+                env: Optional[Mapping[str, str]] = None, **options: Any) -> bytes:
+        """Run a command as the user; return its stdout, or its stderr when it is to fail."""
+        uid = uid or cls.user
+        done = subprocess.run(command, **{
+            "user": uid, "group": uid, "extra_groups": [], "timeout": 120, "cwd": "/",
+            "env": {**cls.env, **(env or {})}, "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+        if done.returncode != status:
+            raise AssertionError(f"{command}: status {done.returncode}: {done.stderr!r}")
+        return (done.stderr if status not in (0, 1) else done.stdout) or b""
+
+    def cstor(self, words: str, root: str = "", **options: Any) -> bytes:
+        """Run cstor.py as the user, or as ``uid``."""
+        return self.as_user(self.python, self.path("cstor.py"), "--root", root or self.root,
+                            *self.words(words), **options)
+
+    def by_root(self, words: str, root: str = "", **options: Any) -> bytes:
+        return self.as_user(sys.executable, SCRIPT, "--root", root or self.root,
+                            *self.words(words), user=0, group=0, **options)
+
+    def words(self, text: str) -> List[str]:
+        return [{"LAYER": self.layer.diff_digest, "DIR": self.path("target/made"),
+                 }.get(word, word) for word in text.split(" ")]
+
+    @classmethod
+    def processes(cls) -> Dict[int, str]:
+        """Return the user's processes, also in his namespaces, by ID."""
+        found = {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                status = read_text(f"/proc/{name}/status")
+                if re.search(rf"^Uid:.*\b{cls.user}\b", status, re.MULTILINE) \
+                        and not re.search(r"^State:\tZ", status, re.MULTILINE):
+                    found[int(name)] = read_text(f"/proc/{name}/cmdline").replace("\0", " ")
+        return found
+
+    @classmethod
+    def ours(cls) -> Dict[int, str]:
+        """Return the processes that are not podman's own, which stay when it has ended."""
+        return {pid: command for pid, command in cls.processes().items()
+                if "-IS" in command or "cstor" in command.replace(cls.folder + "/home", "")}
+
+    @classmethod
+    def end_processes(cls) -> None:
+        for pid in cls.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + 5
+        while cls.processes() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def setUp(self) -> None:
+        self.before = snapshot(self.root)
+        self.addCleanup(self.check)
+        os.mkdir(self.path("target"))
+        os.chmod(self.path("target"), 0o777)
+        self.addCleanup(shutil.rmtree, self.path("target"))
+
+    def check(self) -> None:
+        end = time.monotonic() + 5
+        while self.ours() and time.monotonic() < end:
+            time.sleep(0.01)
+        self.assertEqual({}, self.ours(), "processes are left")
+        self.assertEqual(self.before, snapshot(self.root), "the store was changed")
+
+    def made(self) -> Dict[str, str]:
+        """Return what was made in the target, type and content, and remove it."""
+        found = {}
+        top = self.path("target")
+        for place, _, files in os.walk(top):
+            for name in files:
+                path = os.path.join(place, name)
+                found[os.path.relpath(path, top)] = os.readlink(path) if os.path.islink(path) \
+                    else sha256(read_bytes(path))
+        for name in os.listdir(top):
+            shutil.rmtree(os.path.join(top, name))
+        return found
+
+    # -- the tests ---------------------------------------------------------------------------------
+
+    def test_same_answers_as_root_gets(self) -> None:
+        for name, root in self.stores.items():
+            for words in self.METADATA + self.CONTENTS:
+                with self.subTest(store=name, words=words):
+                    found = [(who("-q " + words, root), self.made())
+                             for who in (self.cstor, self.by_root)]
+                    self.assertEqual(found[1][1], found[0][1])
+                    if "DIR" not in words:
+                        self.assertEqual(found[1][0], found[0][0])
+                    else:
+                        self.assertGreater(len(found[0][1]), 2)
+                    if words.startswith("layer export"):
+                        self.assertEqual(self.layer.diff_digest, sha256(found[0][0]))
+
+    def test_owners_in_containers(self) -> None:
+        for name, root in self.stores.items():
+            lines = self.cstor("container files c -l", root).decode()
+            with self.subTest(store=name):
+                for path, uid in (("f-1-600", 1), ("d-1-700/new/file", 1), ("f-65535-644", 65535),
+                                  ("d-0-755", 0), ("f-1000-0", 1000),
+                                  ("d-1-700", 0 if name == "masked" else 1)):  # as seen in it
+                    self.assertRegex(lines, rf"(?m)^.{{10}} +{uid} +{uid} .* /{path}$")
+                self.assertNotIn("f-0-0\n", lines)
+
+    def test_metadata_need_no_process(self) -> None:
+        def no_more_processes() -> None:
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+        for words in (*self.METADATA, "store info", "image stat image d-1-700/closed --follow",
+                      "image files image many/*", "resolve-link LINK"):
+            with self.subTest(words=words):
+                text = words.replace("LINK", self.link)
+                self.cstor(text, preexec_fn=no_more_processes)
+        self.assertIn(b"Resource temporarily", self.cstor(
+            "image export image", status=5, preexec_fn=no_more_processes))
+
+    def test_one_helper(self) -> None:
+        place = self.path("target/bin")
+        os.mkdir(place)
+        for name in ("newuidmap", "newgidmap", "podman"):
+            with open(os.path.join(place, name), "w") as file:
+                file.write(f'#!/bin/sh\necho {name} >> {self.path("target/log")}\n'
+                           f'exec {shutil.which(name)} "$@"\n')
+            os.chmod(file.name, 0o755)
+        for words in ("image export image", "image extract image DIR"):
+            self.cstor("-q " + words, env={"PATH": place + ":" + self.env["PATH"]})
+            self.assertEqual(["newuidmap", "newgidmap"],
+                             read_text(self.path("target/log")).split(), words)
+            os.unlink(self.path("target/log"))
+
+    def bin(self, *names: str) -> Dict[str, str]:
+        """Return an environment where nothing but ``names`` is on the PATH."""
+        place = self.path("target/bin")
+        os.makedirs(place, exist_ok=True)
+        for name in names:
+            os.symlink(str(shutil.which(name)), os.path.join(place, name))
+        return {"PATH": place}
+
+    def test_by_podman_alone(self) -> None:
+        # podman itself looks for newuidmap: it is inside already, by its other process.
+        wanted = self.by_root("image export image")
+        found = self.cstor("image export image", env=self.bin("podman"))
+        self.assertEqual(wanted, found)
+        self.cstor("-q image extract image DIR --same-owner", env=self.bin())
+
+    def test_without_any_way(self) -> None:
+        for words, env, reasons in (
+                ("image export image", self.bin(),
+                 ("newuidmap nor podman found", "run it as root, or install")),
+                ("--no-helper image export image", {}, ("podman unshare",)),
+                ("--no-helper image extract image DIR", {}, ("podman unshare",))):
+            error = self.cstor(words, status=5, env=env).decode()
+            for reason in reasons:
+                self.assertIn(reason, error)
+            self.assertIn("Permission denied", error)
+            self.assertFalse(os.path.exists(self.path("target/made")))
+
+    def test_no_namespaces(self) -> None:
+        inside = [sys.executable, "-c", textwrap.dedent(f"""
+            import ctypes, os, sys
+            first, second = os.pipe(), os.pipe()
+            if os.fork() == 0:
+                os.read(first[0], 1)
+                for kind in "ug":
+                    with open(f"/proc/{{os.getppid()}}/{{kind}}id_map", "w") as file:
+                        file.write("0 0 4294967295")
+                os.write(second[1], b"!")
+                os._exit(0)
+            assert ctypes.CDLL(None).unshare(0x10000000) == 0
+            os.write(first[1], b"!")
+            os.read(second[0], 1)
+            with open("/proc/sys/user/max_user_namespaces", "w") as file:
+                file.write("0")
+            os.setgroups([])
+            os.setgid({self.user})
+            os.setuid({self.user})
+            os.execv(sys.argv[1], sys.argv[1:])""")]
+        for words, status in (("image list", 0), ("image export image", 5)):
+            error = self.as_user(*inside, self.python, self.path("cstor.py"), "--root", self.root,
+                                 *words.split(), user=0, group=0, status=status).decode()
+        self.assertIn("newuidmap: unshare: No space left on device; podman: ", error)
+        self.assertIn("user.max_user_namespaces", error)
+
+    def test_seccomp_forbids_namespaces(self) -> None:
+        wrapper = self.path("target/wrapper.py")
+        with open(wrapper, "w") as file:
+            file.write(FORBID_UNSHARE)
+        error = self.as_user(self.python, wrapper, self.python, self.path("cstor.py"), "--root",
+                             self.root, "image", "export", "image", status=5).decode()
+        self.assertIn("newuidmap: unshare: Operation not permitted; podman: ", error)
+        self.as_user(self.python, wrapper, self.python, self.path("cstor.py"), "--root",
+                     self.root, "image", "toc", "image")
+
+    def test_code_from_anywhere(self) -> None:
+        place = self.path("target")
+        source = read_bytes(SCRIPT)
+        for name in ("vendored/other.py", "pyc/cstor.py"):
+            os.makedirs(os.path.dirname(os.path.join(place, name)))
+            with open(os.path.join(place, name), "wb") as file:
+                file.write(source)
+        py_compile.compile(place + "/pyc/cstor.py", place + "/pyc/cstor.pyc")
+        os.unlink(place + "/pyc/cstor.py")
+        with zipfile.ZipFile(place + "/cstor.zip", "w") as archive:
+            archive.writestr("cstor.py", source)
+            archive.writestr("__main__.py", "import cstor, sys\nsys.exit(cstor.main())")
+        words = ["--root", self.root, "layer", "export", self.layer.id]
+        library = (f"import sys; sys.path.insert(0, %r); import %s as cstor; "
+                   f"sys.exit(cstor.main({words!r}))")
+        for command, stdin in (
+                ([self.python, "-", *words], source),
+                ([self.python, place + "/cstor.zip", *words], b""),
+                ([self.python, "-c", library % (place + "/cstor.zip", "cstor")], b""),
+                ([self.python, "-c", library % (place + "/vendored", "other")], b""),
+                ([self.python, "-c", library % (place + "/pyc", "cstor")], b""),
+                ([self.python, "-O", self.path("cstor.py"), *words], b"")):
+            with self.subTest(command=command[:2]):
+                found = self.as_user(*command, input=stdin, stdin=None)
+                self.assertEqual(self.layer.diff_digest, sha256(found))
+
+    def test_unknown_python(self) -> None:
+        code = (f"import sys; sys.path.insert(0, {self.folder!r}); import cstor; "
+                "sys.executable = ''; sys.exit(cstor.main(sys.argv[1:]))")
+        error = self.as_user(self.python, "-c", code, "--root", self.root, "image", "export",
+                             "image", status=5)
+        self.assertIn(b"sys.executable", error)
+
+    def test_library(self) -> None:
+        code = f"""if True:
+            import io, os, sys
+            sys.path.insert(0, {self.folder!r})
+            import cstor
+            fds = os.listdir("/proc/self/fd")
+            for _ in range(2):
+                with cstor.ProxiedStorage.open({self.root!r}) as storage:
+                    image = storage.image("image")
+                    assert not storage.is_proxied
+                    with image.tree() as tree:
+                        tree.layers[0].root
+                    assert not storage.is_proxied
+                    layer = image.layers()[-1]
+                    assert layer.export(io.BytesIO()) == layer.diff_digest
+                    assert storage.is_proxied
+                    assert layer.verify() == 348, layer.verify()
+                    with image.tree() as tree:
+                        assert b"".join(tree.read(b"d-1-0/closed")) == b"d-1-0/"
+                    with layer.open_file(b"f-1-0") as file:
+                        assert file.read() == b"1 0" * 999
+                    try:
+                        layer.open_file(b"d-1-0/nothing")
+                    except cstor.NotFound:
+                        pass
+                    try:
+                        storage.helper(None).open("/etc", [b"passwd"])
+                    except cstor.ProtocolError as error:
+                        assert "outside" in str(error), error
+                storage.close()
+                assert len(os.listdir("/proc/self/fd")) == len(fds)
+            with cstor.Storage.open({self.root!r}) as storage:
+                try:
+                    storage.image("image").layers()[-1].verify()
+                except cstor.NeedsUnshare:
+                    sys.exit(7)"""
+        self.as_user(self.python, "-c", code, status=7)
+
+    def test_same_owner(self) -> None:
+        """The whole command runs in the namespace, with its arguments and its exit status."""
+        target = os.fsencode(self.path("target/\udcff made"))
+        command = [os.fsencode(self.python), b"-", b"--root", os.fsencode(self.root), b"image",
+                   b"extract", b"image", target, b"--same-owner", b"--format", b"json"]
+        source = read_bytes(SCRIPT)
+        found = json.loads(self.as_user(*command, input=source, stdin=None))
+        self.assertEqual({}, found["unset"])
+        first = cstor.sub_ids(self.user)[0][0]
+        for name, uid in (("f-0-600", self.user), ("f-1-600", first), ("many/007", first + 6),
+                          ("d-65535-0", first + 65534)):
+            self.assertEqual(uid, os.lstat(os.path.join(target, name.encode())).st_uid)
+        error = self.as_user(*command, input=source, stdin=None,
+                             status=6)
+        self.assertIn(b"Directory not empty", error)
+        # More owners than there are sub-uids.
+        error = self.as_user(*command[:-7], b"container", b"extract", b"none",
+                             target, b"--same-owner", input=source, stdin=None, status=3)
+        self.assertIn(b"container not known", error)
+        self.cstor("-q image extract image DIR --same-owner", status=5, env=self.bin())
+
+    def test_kills(self) -> None:
+        """Whoever is killed at any moment, nobody stays; the others end with a reason."""
+        rng = random.Random(7)
+        for number in range(24):
+            same = ["--same-owner"] * (number % 3 == 0)
+            process = subprocess.Popen(
+                [self.python, self.path("cstor.py"), "--root", self.root, "-q", "image", "extract",
+                 "image", self.path("target/made"), *same],
+                env={**self.env, **(self.bin("podman") if number % 4 == 1 else {})}, cwd="/",
+                user=self.user, group=self.user, extra_groups=[], stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL)
+            time.sleep(rng.random() * (0.9 if number % 4 == 1 else 0.5))
+            victim = rng.choice([*self.ours(), process.pid])
+            how = signal.SIGTERM if number % 2 and victim == process.pid else signal.SIGKILL
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, how)
+            error = process.communicate(timeout=30)[1]
+            end = time.monotonic() + 5
+            while self.ours() and time.monotonic() < end:
+                time.sleep(0.01)
+            with self.subTest(number=number, victim=victim == process.pid, how=how, error=error):
+                self.assertEqual({}, self.ours())
+                if process.returncode and victim != process.pid:
+                    self.assertGreater(process.returncode, 0)
+                    self.assertIn(b"error: ", error)
+                if victim != process.pid and not same or how == signal.SIGTERM:
+                    made = sum(len(files) for _, _, files in os.walk(self.path("target/made")))
+                    self.assertIn(made, (0, 364) if process.returncode else (364,))
+            shutil.rmtree(self.path("target/made"), ignore_errors=True)
+            shutil.rmtree(self.path("target/bin"), ignore_errors=True)
+
+    def test_helper_dies(self) -> None:
+        code = f"""if True:
+            import io, os, signal, sys
+            sys.path.insert(0, {self.folder!r})
+            import cstor
+            with cstor.ProxiedStorage.open({self.root!r}) as storage:
+                pieces = storage.image("image").layers()[-1].pieces()
+                for _ in range(4):
+                    next(pieces)
+                os.kill(storage._helper._unshared._process.pid, signal.SIGKILL)
+                try:
+                    for _ in pieces:
+                        pass
+                except cstor.ProtocolError as error:
+                    assert "helper in the user namespace has" in str(error), error
+                    sys.exit(7)"""
+        self.as_user(self.python, "-c", code, status=7)
+
+    def test_reflinks(self) -> None:
+        disk = make_disk(self.folder, "xfs", 1 << 30)
+        self.addCleanup(unmount, disk)
+        run("cp", "-a", self.root, disk + "/store")
+        os.chmod(disk, 0o777)
+        for more in ([], ["--same-owner"]):
+            found = json.loads(self.cstor(" ".join([
+                "image extract image", disk + "/made", "--link-mode reflink --format json", *more]),
+                disk + "/store"))
+            self.assertEqual(0, found["bytes-copied"])
+            self.assertEqual(found["bytes"], found["bytes-reflinked"])
+            shutil.rmtree(disk + "/made")
+
+    def test_other_users(self) -> None:
+        """A user, with sub-uids or without, who may read what is not closed of another's store."""
+        place = self.path("target/store")
+        run("cp", "-a", self.root, place)
+        for top in [place, *(entry.path for name in ("", "overlay") for entry in
+                             os.scandir(os.path.join(place, name)) if entry.is_dir())]:
+            os.chmod(top, 0o755)
+        for top, _, files in os.walk(place):
+            if "/diff" not in top:
+                for name in files:
+                    if not os.path.islink(os.path.join(top, name)):
+                        os.chmod(os.path.join(top, name), 0o644)
+                os.chmod(top, 0o755)
+        other, poor = self.add_user("other"), self.add_user(
+            "poor", "-K", "SUB_UID_COUNT=0", "-K", "SUB_GID_COUNT=0")
+        for uid in (other, poor):
+            error = self.cstor("image list", status=5, uid=uid).decode()
+            self.assertIn("run it as root or as the owner", error)
+            self.cstor("image toc image", place, uid=uid)
+            self.cstor("image cat image f-0-644", place, uid=uid)
+            error = self.cstor("image cat image f-1-600", place, uid=uid, status=5).decode()
+            self.assertIn(f"belongs to uid {self.user}: run it as root or as that user", error)
+        # Copied without its owners' being shifted.
+        os.chown(place + "/overlay-layers/layers.json", other, other)
+        error = self.cstor("image cat image f-1-600", place, uid=other, status=5).decode()
+        self.assertIn("none of your sub-uids", error)
+        os.chown(place + "/overlay-layers/layers.json", poor, poor)
+        error = self.cstor("image cat image f-1-600", place, uid=poor, status=5).decode()
+        self.assertIn("no subuid ranges", error)
+        self.assertIn("usermod --add-subuids", error)
+
+    def test_copies_with_shifted_owners(self) -> None:
+        """A store that was unpacked inside of another user's namespace, or of no namespace."""
+        other = self.add_user("shifted")
+        (first, count), = cstor.sub_ids(self.user)
+        starts = [cstor.sub_ids(other, file)[0][0] for file in ("/etc/subuid", "/etc/subgid")]
+        for inside in (False, True):
+            place = self.path("target/store")
+            run("cp", "-a", self.root, place)
+            done = set()
+            for top, dirs, files in os.walk(place):
+                for name in [".", *dirs, *files]:
+                    status = os.lstat(os.path.join(top, name))
+                    if status.st_ino in done:
+                        continue
+                    done.add(status.st_ino)
+                    uid = status.st_uid
+                    number = uid - first + 1 if first <= uid < first + count else 0
+                    new = [(start + number - 1 if number else other) if inside else number
+                           for start in starts]
+                    os.chown(os.path.join(top, name), *new, follow_symlinks=False)
+            for words in ("container files c -l", "container export c", "layer export LAYER"):
+                self.assertEqual(self.by_root(words), self.by_root(words, place))
+                if inside:
+                    self.assertEqual(self.by_root(words), self.cstor(words, place, uid=other,
+                                                                     env={"HOME": "/"}))
+            shutil.rmtree(place)
+
+    def test_read_only_medium(self) -> None:
+        place = self.path("target/disk")
+        os.mkdir(place)
+        run("mount", "--bind", self.root, place)
+        self.addCleanup(run, "umount", place)
+        run("mount", "-o", "remount,bind,ro", place)
+        for words in ("image toc image", "container files c -l", "layer export LAYER"):
+            self.assertEqual(self.by_root(words), self.cstor(words, place))
+
+    def test_inside_namespaces(self) -> None:
+        """podman unshare, and a container's namespace in which the store's owner is not known."""
+        for words in ("container files c -l", "container export c", "layer export LAYER"):
+            self.assertEqual(self.by_root(words), self.as_user(
+                "podman", "unshare", self.python, self.path("cstor.py"), "--root", self.root,
+                *self.words(words)))
+        info = json.loads(self.as_user("podman", "unshare", self.python, self.path("cstor.py"),
+                                       "--root", self.root, "store", "info", "--format", "json"))
+        self.assertEqual("podman unshare", info["process"]["user-namespace"])
+        self.assertIn("CAP_DAC_OVERRIDE", info["process"]["capabilities"])
+        error = self.as_user("unshare", "-U", "-r", self.python, self.path("cstor.py"), "--root",
+                             self.root, "image", "export", "image", status=5).decode()
+        self.assertIn("not known in this user namespace", error)
+
+    def test_root_without_capabilities(self) -> None:
+        need_tools("setpriv")
+        error = self.as_user("setpriv", "--inh-caps=-all", "--bounding-set=-all", sys.executable,
+                             SCRIPT, "--root", self.root, "image", "export", "image", user=0,
+                             group=0, status=5).decode()
+        self.assertIn("Permission denied", error)
+
+    def test_store_info(self) -> None:
+        info = json.loads(self.cstor("store info --format json"))["process"]
+        first, count = cstor.sub_ids(self.user)[0]
+        self.assertEqual((self.user, [], "initial", [[first, count]]),
+                         (info["uid"], info["capabilities"], info["user-namespace"],
+                          info["sub-uids"]))
+        self.assertEqual(shutil.which("podman"), info["podman"])
+        words = self.cstor("store info").decode()
+        self.assertRegex(words, rf"process +uid {self.user}, sub-uids {first} to "
+                         rf"{first + count - 1}, closed files through newuidmap or podman")
+        self.assertRegex(self.by_root("store info").decode(), "process +uid 0, reads all files")
+        self.assertIn("no way to read closed files",
+                      self.cstor("store info", env=self.bin()).decode())
 
 
 # ================================================================================================
