@@ -11192,7 +11192,7 @@ def take_over() -> Connection:
 class Helper:
     """Opens files below ``roots`` that are closed to us; see serve_contents() for the other end.
 
-    Threads can share it, and forked processes after spread().  Raises ProtocolError when the
+    Threads can share it, and forked processes after spread().  Raises CstorError when the
     helper has ended.
     """
 
@@ -11235,10 +11235,10 @@ class Helper:
                                        "id": number}, fds)
                 message = self._connection.receive()
             except ProtocolError as error:
-                raise ProtocolError(f"the helper in the user namespace has failed: {error}") \
+                raise CstorError(f"the helper in the user namespace has failed: {error}") \
                     from None
             if message is None:
-                raise ProtocolError("the helper in the user namespace has ended")
+                raise CstorError("the helper in the user namespace has ended")
             self._calls = number
         with message:
             problem = message.value.get("error")
@@ -11246,9 +11246,9 @@ class Helper:
                 code = problem.get("data")
                 if isinstance(code, int):
                     raise OSError(code, os.strerror(code))
-                raise ProtocolError(f"the helper refuses: {problem.get('message')}")
+                raise CstorError(f"the helper refuses: {problem.get('message')}")
             if message.value.get("id") != number:
-                raise ProtocolError("the helper answers another question")
+                raise CstorError("the helper answers another question")
             return message.value.get("result"), message.take()
 
     def open(self, directory: str, names: Sequence[bytes]) -> List[int]:
@@ -11264,7 +11264,7 @@ class Helper:
             if len(codes) != len(part) or codes.count(0) != len(fds):
                 for fd in fds:
                     os.close(fd)
-                raise ProtocolError("the helper answers another question")
+                raise CstorError("the helper answers another question")
             opened = iter(fds)
             found += [-code or next(opened) for code in codes]
         return found
@@ -11333,7 +11333,10 @@ def serve_contents(roots: Sequence[str]) -> int:
         try:
             message = connection.receive()
         except ProtocolError as error:
-            connection.send(error_reply(None, error))
+            try:
+                connection.send(error_reply(None, error))
+            except ProtocolError:
+                pass
             return 1
         if message is None:
             return 0
@@ -11360,6 +11363,8 @@ def serve_contents(roots: Sequence[str]) -> int:
                 reply = error_reply(number, error)
             try:
                 connection.send(reply, fds)
+            except ProtocolError:  # nobody is there any more
+                return 1
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -11409,10 +11414,9 @@ class ContentServer:
         if self._directory and os.fsencode(self._directory.path) == path:
             return self._directory
         for root in self._roots:
-            top = os.fsencode(root.path)
+            top = os.fsencode(root.path).rstrip(b"/")
             rest = path[len(top) + 1:]
-            if path == top or path.startswith(top.rstrip(b"/") + b"/") \
-                    and clean_name(rest) == rest:
+            if path == top or path.startswith(top + b"/") and clean_name(rest) == rest:
                 directory = Directory(os.fsdecode(path), open_beneath(root.fd, rest or b"."))
                 if self._directory:
                     self._directory.close()

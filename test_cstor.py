@@ -7653,7 +7653,10 @@ class Helpers(StoreTest):
         top = self.place()
         self.guard(top)
         diff = top + "/overlay/x/diff"
-        with self.served(top, self.dir + "/root") as (connection, _):
+        with self.served(self.dir + "/", top + "/") as (connection, _):
+            self.assertEqual(([0], [b"secret"]), self.ask(
+                connection, "open", {"directory": self.dir + "/", "names": ["secret"]}))
+        with self.served(self.dir + "/root", top) as (connection, _):
             names = ["f", "d/g", "in/g", cstor.spell(b"\xff"), "nothing", "f/x", "d"]
             self.assertEqual(
                 ([0, 0, 0, 0, errno.ENOENT, errno.ENOTDIR, stat.S_IFDIR],
@@ -7781,7 +7784,7 @@ class Helpers(StoreTest):
             self.assertEqual([-stat.S_IFIFO, -errno.ENOENT], found[300:])
             for fd in found[:300]:
                 os.close(fd)
-            with self.assertRaisesRegex(cstor.ProtocolError, "outside of the storage"):
+            with self.assertRaisesRegex(cstor.CstorError, "outside of the storage"):
                 helper.open("/etc", [b"passwd"])
             with self.assertRaises(FileNotFoundError):
                 helper.open(top + "/nothing", [b"f"])
@@ -10937,7 +10940,7 @@ class RealRootless(unittest.TestCase):
                         pass
                     try:
                         storage.helper(None).open("/etc", [b"passwd"])
-                    except cstor.ProtocolError as error:
+                    except cstor.CstorError as error:
                         assert "outside" in str(error), error
                 storage.close()
                 assert len(os.listdir("/proc/self/fd")) == len(fds)
@@ -11013,10 +11016,39 @@ class RealRootless(unittest.TestCase):
                 try:
                     for _ in pieces:
                         pass
-                except cstor.ProtocolError as error:
+                except cstor.CstorError as error:
                     assert "helper in the user namespace has" in str(error), error
                     sys.exit(7)"""
         self.as_user(self.python, "-c", code, status=7)
+
+    def test_server(self) -> None:
+        """Clients of a server share one helper; when that dies, the next one gets another."""
+        address = self.path("target/socket")
+        command = [self.python, self.path("cstor.py"), "--root", self.root]
+        server = subprocess.Popen([*command, "-q", "serve", "--socket", address], cwd="/",
+                                  user=self.user, group=self.user, extra_groups=[], env=self.env)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        end = time.monotonic() + 20
+        while not os.path.exists(address) and time.monotonic() < end:
+            time.sleep(0.01)
+        words = [*command[:2], "layer", "export", self.layer.id, "--socket", address]
+        helpers = []
+        for _ in range(2):
+            clients = [subprocess.Popen(words, cwd="/", user=self.user, group=self.user,
+                                        extra_groups=[], env=self.env, stdout=subprocess.PIPE)
+                       for _ in range(4)]
+            for client in clients:
+                self.assertEqual(self.layer.diff_digest, sha256(client.communicate()[0]))
+            helper, = (pid for pid, words in self.ours().items() if "-IS" in words)
+            helpers.append(helper)
+            os.kill(helper, signal.SIGKILL)
+            # The stream of the one that meets it ends too early.
+            self.assertIn(subprocess.call(words, stdout=subprocess.DEVNULL,
+                                          stderr=subprocess.DEVNULL, env=self.env), (4, 6))
+        self.assertNotEqual(*helpers)
+        server.terminate()
+        self.assertEqual(0, server.wait(20))
 
     def test_reflinks(self) -> None:
         disk = make_disk(self.folder, "xfs", 1 << 30)
