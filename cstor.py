@@ -270,8 +270,9 @@ MAX_UNPAIRED = 512 << 20  # memory for entries of two tars that wait for their c
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
-HELPER_PATIENCE = 10  # seconds that a helper may take to start, or to open some files
-MAX_HELPERS = 16  # connections that a helper serves
+START_PATIENCE = 10  # seconds that a helper may take to start
+HELPER_PATIENCE = 120  # ... to open AHEAD files
+MAX_HELPERS = 64  # connections that a helper serves at a time
 AHEAD = 128  # files that a helper opens at a time; a message carries 253 descriptors at most
 HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes, or a process extracts, at a time
 MAX_WORKERS = 8  # processes that extract
@@ -10915,9 +10916,10 @@ def describe_process() -> Dict[str, Any]:
     ``user-namespace`` is "initial", "podman unshare" or "other"; maps are as of id_map(), sub-IDs
     as of sub_ids(); programs are paths or "".
     """
-    uid = int(os.environ.get("_CONTAINERS_ROOTLESS_UID") or -1) \
-        if os.environ.get("_CONTAINERS_ROOTLESS_UID", "").isdecimal() else os.geteuid()
-    configured = os.environ.get("_CONTAINERS_USERNS_CONFIGURED")
+    uid, configured = os.geteuid(), os.environ.get("_CONTAINERS_USERNS_CONFIGURED")
+    outer = os.environ.get("_CONTAINERS_ROOTLESS_UID", "")
+    if not uid and configured and outer.isdecimal():
+        uid = int(outer)
     maps = id_map("uid_map")
     return {"uid": os.geteuid(), "capabilities": capabilities(),
             "user-namespace": "initial" if maps in ([], [[0, 0, NO_ID]]) else
@@ -11017,7 +11019,7 @@ class Unshared:
                            _CONTAINERS_ROOTLESS_UID=str(os.geteuid()),
                            _CONTAINERS_ROOTLESS_GID=str(os.getegid()))
         ours, theirs = socket.socketpair()
-        self.connection = Connection(ours, timeout=HELPER_PATIENCE)
+        self.connection = Connection(ours, timeout=START_PATIENCE)
         log, end = os.pipe()
         try:
             with theirs:
@@ -11074,6 +11076,8 @@ class Unshared:
             if hello.value.get("method") != "hello" or not isinstance(params, dict) \
                     or params.get("version") != __version__:
                 raise CstorError("it is another program")
+        self.connection.timeout = HELPER_PATIENCE
+        self.connection.socket.settimeout(HELPER_PATIENCE)
 
     def __enter__(self) -> Unshared:
         return self
@@ -11295,6 +11299,8 @@ class Helper:
         """Make so many more connections, one for each process that is forked next."""
         import socket
 
+        while self._spare:  # those who had them have ended
+            self._spare.pop().close()
         for _ in range(processes):
             ours, theirs = socket.socketpair()
             self._spare.append(Connection(ours, timeout=HELPER_PATIENCE))
@@ -11303,7 +11309,7 @@ class Helper:
         if self._tokens >= 0:
             os.close(self._tokens)
         self._tokens, end = os.pipe()  # whoever reads a number from it has that connection
-        os.write(end, bytes(range(len(self._spare))[-processes:]))
+        os.write(end, bytes(range(processes)))
         os.close(end)
 
     def _adopt(self) -> None:
@@ -11325,10 +11331,19 @@ def serve_contents(roots: Sequence[str]) -> int:
     import signal
     import socket
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    processes = 0
+
+    def reap(*_: object) -> None:
+        nonlocal processes
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                processes -= 1
+        except ChildProcessError:
+            pass
+
+    signal.signal(signal.SIGCHLD, reap)
     server = ContentServer(roots)
     connection = say_hello(roots=[spell(os.fsencode(root)) for root in roots])
-    processes = 0
     while True:
         try:
             message = connection.receive()
