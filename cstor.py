@@ -9106,7 +9106,7 @@ def count_fds(value: Dict[str, Any]) -> int:
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ProtocolError(f'"fds" is no number of file descriptors: {display(repr(count)[:40])}',
                             code=FD_ERROR)
-    if indices and (not all(type(index) is int for index in indices)
+    if indices and (count != len(indices) or not all(type(index) is int for index in indices)
                     or sorted(indices) != list(range(count))):
         raise ProtocolError("the placeholders of file descriptors are not numbered from 0 to "
                             f"{count - 1}", code=FD_ERROR)
