@@ -9917,12 +9917,16 @@ class RpcClient:
         end: Optional[Dict[str, Any]] = None
         files = 0
         while True:
-            with self._next() as message:
+            message = self.connection.receive() if end is not None else self._next()
+            if message is None:  # cstor-rs sends no response behind the end
+                return
+            with message:
                 method, params = message.value.get("method"), as_dict(message.value.get("params"))
                 if method is None:
-                    self._result(message)
-                    if end is None:
-                        raise ProtocolError("the layer was not sent to its end")
+                    result = self._result(message)
+                    if end is None or result is None or message.fds \
+                            or result.get("success") is False:
+                        raise ProtocolError("the layer was not sent to its end, and with success")
                     return
                 if end is not None or len(message.fds) != (method in FILE_METHODS):
                     raise ProtocolError(f"{display(str(method))} is out of place, or has "
@@ -10064,8 +10068,10 @@ class VarlinkClient(RpcClient):
             for fd in fds[1:count + 1]:
                 if not stat.S_ISDIR(os.fstat(fd).st_mode):
                     raise ProtocolError("no directory was passed", code=FD_ERROR)
-            if not stat.S_ISFIFO(os.fstat(fds[0]).st_mode):
-                raise ProtocolError("no pipe was passed", code=FD_ERROR)
+            flags = fcntl.fcntl(fds[0], fcntl.F_GETFL)
+            if not stat.S_ISFIFO(os.fstat(fds[0]).st_mode) \
+                    or flags & (os.O_PATH | os.O_WRONLY | os.O_RDWR):
+                raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(_PipeReader(fds[0], self._timeout), CHUNK)
             return LayerStream(SplitdirfdstreamReader(reader.read, fds[1:count + 1]),
