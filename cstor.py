@@ -8971,8 +8971,8 @@ class Connection:
         return message
 
     def _decide(self, value: Dict[str, Any]) -> None:
-        """Learn the framing from the first message: those of varlink have no "jsonrpc"."""
-        self._either, self.varlink = False, "jsonrpc" not in value
+        """Learn the framing from the first message: varlink has neither "jsonrpc" nor "id"."""
+        self._either, self.varlink = False, not {"jsonrpc", "id"} & value.keys()
         if self.varlink:
             if not self._buffer and not self._fill() or self._buffer[0]:
                 raise ProtocolError("no NUL byte behind a message of varlink", code=PARSE_ERROR)
@@ -9158,7 +9158,7 @@ class RpcServer:
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._stopping = False
-        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._waker = -1
         self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
 
     def stop(self) -> None:
@@ -9166,7 +9166,7 @@ class RpcServer:
         self._stopping = True
         try:
             os.write(self._waker, b"\0")
-        except OSError:  # it is full, or serve() has returned
+        except OSError:  # it is full, or serve() does not run
             pass
 
     def serve(self, listener: socket.socket, grace: float = 10.0) -> None:
@@ -9177,7 +9177,8 @@ class RpcServer:
         listener.setblocking(False)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        poll.register(wake, select.POLLIN)
         try:
             while not self._stopping:
                 poll.poll()
@@ -9187,9 +9188,15 @@ class RpcServer:
                     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                         time.sleep(0.1)  # until some client goes
                     continue
-                threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
+                try:
+                    threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
+                except RuntimeError:  # there are too many threads
+                    sock.close()
         finally:
             self._finish(grace)
+            waker, self._waker = self._waker, -1  # before the number belongs to another file
+            os.close(waker)
+            os.close(wake)
 
     def _finish(self, grace: float) -> None:
         import socket
@@ -9202,8 +9209,6 @@ class RpcServer:
                     except OSError:  # it has gone by itself
                         pass
                 self._empty.wait_for(lambda: not self._clients, patience)
-        for fd in (self._wake, self._waker):
-            os.close(fd)
 
     def handle(self, sock: socket.socket) -> None:
         """Answer one client until it closes its end, which is then closed here as well."""
@@ -9234,6 +9239,8 @@ class RpcServer:
         _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (0, os.geteuid()):
             return "this server is for another user"
+        if self._stopping:  # and perhaps _finish() did not see this client
+            return "the server is ending"
         return "too many clients" if len(self._clients) > self._room else ""
 
     def take_fds(self, wanted: int) -> int:
@@ -9310,6 +9317,7 @@ class _Session:
             method = value.get("method")
             if value.get("jsonrpc") != "2.0" or not isinstance(method, str) \
                     or not isinstance(number, (str, int, type(None))):
+                number = number if isinstance(number, (str, int)) else None
                 raise ProtocolError("no request of JSON-RPC 2.0", code=INVALID_REQUEST)
             if not isinstance(params, dict):
                 raise ProtocolError("params are to be an object", code=BAD_PARAMS)
@@ -9960,8 +9968,13 @@ class RpcClient:
 
     def _send(self, method: str, params: Any) -> None:
         self._number += 1
-        self.connection.send({"jsonrpc": "2.0", "method": method, "params": params,
-                              "id": self._number})
+        try:
+            self.connection.send({"jsonrpc": "2.0", "method": method, "params": params,
+                                  "id": self._number})
+        except ProtocolError:  # a server that refuses its client says why before it closes
+            with self._next() as message:
+                self._result(message)
+            raise
 
     def _next(self) -> Message:
         message = self.connection.receive()
