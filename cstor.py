@@ -9427,15 +9427,18 @@ class _Session:
     def stream(self, params: Dict[str, Any]) -> Dict[str, Any]:
         """Send a layer as notifications, each with a file or some bytes of the tar."""
         layer = self._layer(params, "layer")
+        threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         known = {"digest": layer.diff_digest, "size": layer.diff_size}
         self._notify("stream.start", {"layer": layer.id, **known})
-        count = self._send_chunks(layer, params, "stream.seg", "stream.file", lambda member: {})
+        count = self._send_chunks(layer, threshold, "stream.seg", "stream.file",
+                                  lambda member: {})
         self._notify("stream.end", {**known, "files": count})
         return {"success": True}
 
     def tar_split(self, params: Dict[str, Any]) -> Dict[str, Any]:
         """Do the same as a proxy of the second version does."""
         image, digest = self._image_of(params), self._param(params, "layer_digest", "")
+        threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         for layer in self.storage.image_chain(image):
             if digest in (layer.diff_digest, layer.compressed_diff_digest):
                 break
@@ -9443,7 +9446,7 @@ class _Session:
             raise LayerUnknown(f"layer not known: image {image.id} has no {display(digest)}")
         self._notify("layer.start", {"digest": layer.diff_digest,
                                      "uncompressed_size": layer.diff_size})
-        count = self._send_chunks(layer, params, "layer.segment", "layer.file", lambda member: {
+        count = self._send_chunks(layer, threshold, "layer.segment", "layer.file", lambda member: {
             "mode": member.mode, "uid": member.uid, "gid": member.gid,
             "mtime": member.mtime_ns // 10**9, "fd": {"__jsonrpc_fd__": True, "index": 0}})
         self._notify("layer.end", {"files_sent": count, "checksum": layer.diff_digest})
@@ -9452,11 +9455,10 @@ class _Session:
     def _notify(self, method: str, params: Dict[str, Any], fds: Sequence[int] = ()) -> None:
         self.connection.send({"jsonrpc": "2.0", "method": method, "params": params}, fds)
 
-    def _send_chunks(self, layer: LayerRecord, params: Dict[str, Any], segment: str, file: str,
+    def _send_chunks(self, layer: LayerRecord, threshold: int, segment: str, file: str,
                      more: Callable[[Member], Dict[str, Any]]) -> int:
         """Send the pieces of a layer; return how many files were passed."""
-        threshold, count = self._param(params, "threshold", INLINE_THRESHOLD), 0
-        parts, size = [], 0  # type: List[bytes], int
+        parts, size, count = [], 0, 0  # type: List[bytes], int, int
 
         def flush() -> None:
             if parts:
@@ -9595,7 +9597,8 @@ class _Session:
         if place is None:
             return self._layer(params, "diff_id")
         path = place.get("storage_path") if isinstance(place, dict) else None
-        if not isinstance(path, str) or os.path.realpath(path) not in [
+        if not isinstance(path, str) or "\0" in path or os.path.realpath(
+                path.encode("utf-8", "replace").decode()) not in [
                 os.path.realpath(root.path) for root in self.storage.roots]:
             raise ImageUnknown(f"no storage is served at {display(str(path))}")
         return self._layer(place, "layer_id")
@@ -9817,7 +9820,7 @@ class RpcClient:
 
     def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
         self.limit = max(soft_limit() - len(os.listdir("/proc/self/fd")) - 32, 8)
-        self.connection = Connection(connect(where) if isinstance(where, str) else where,
+        self.connection = Connection(connect(where, timeout) if isinstance(where, str) else where,
                                      timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS))
         self._number = 0
 
@@ -10207,19 +10210,26 @@ def with_short_path(path: str, action: Callable[[str], T]) -> T:
     if len(os.fsencode(path)) < 108:
         return action(path)
     folder, name = os.path.split(path)
-    fd = os.open(folder or ".", OPEN_DIRECTORY)
+    name = "" if len(os.fsencode(name)) > 80 else f"/{name}"  # only to connect there
+    fd = os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)
     try:
-        return action(f"/proc/self/fd/{fd}/{name}")
+        return action(f"/proc/self/fd/{fd}{name}")
     finally:
         os.close(fd)
 
 
-def connect(path: str) -> socket.socket:
-    """Connect to the Unix socket at ``path``.  Raises OSError with the path."""
+def connect(path: str, timeout: float = 30.0) -> socket.socket:
+    """Connect to the Unix socket at ``path``.
+
+    Raises OSError with the path; EAGAIN when ``timeout`` seconds long nobody accepted.
+    """
     import socket
+    import struct
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    try:  # with settimeout() connecting would not wait at all
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
+                        struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6) | 1))
         with_short_path(path, sock.connect)
         return sock
     except OSError as error:
@@ -10258,9 +10268,11 @@ class ListeningSocket:
         try:
             if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
                 raise OSError(errno.EEXIST, "it is no socket", self.path)
-            connect(self.path).close()
+            connect(self.path, 1.0).close()
         except (FileNotFoundError, ConnectionRefusedError):
             return
+        except BlockingIOError:  # too busy to answer
+            pass
         raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
 
     def __enter__(self) -> socket.socket:
