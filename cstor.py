@@ -9401,17 +9401,21 @@ class _Session:
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
         fds: List[int] = []
+        equal = 0
 
         def external(piece: Extent) -> bool:
-            if len(fds) == most:
+            nonlocal equal
+            equal -= piece.length == threshold
+            if len(fds) == most or piece.length == threshold and equal < 0:
                 return False
             fds.append(os.dup(piece.fd))
             return True
 
         try:
-            threshold, inline = choose_external(layer, threshold, most)
+            threshold, equal, inline = choose_external(layer, threshold, most)
             with open_spool(inline) as spool:
-                exact = write(SplitfdstreamWriter(spool.write, external, threshold=threshold))
+                exact = write(SplitfdstreamWriter(spool.write, external,
+                                                  threshold=threshold - (equal > 0)))
                 result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell()}
                 fds.insert(0, seal_spool(spool))
             if exact:
@@ -9715,14 +9719,15 @@ def wait_until_ready(fd: int, event: str, timeout: float) -> None:
         raise ProtocolError(f"the other end has done nothing for {timeout:g} seconds")
 
 
-def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[int, int]:
-    """Return (threshold, bytes inline), so that no more than ``most`` files are larger than that.
+def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[int, int, int]:
+    """Choose the ``most`` largest files, if so many are larger than ``threshold``.
 
-    The largest ones it is: they are what reflinks save most with.
+    Return (threshold, files of just that size to take as well, bytes that stay inline).  It is the
+    largest ones that reflinks save most with.
     """
     import heapq
 
-    sizes, total = [], 0
+    sizes, total, equal = [], 0, 0
     for literal, member in read_members(layer):
         total += len(literal)
         if member:
@@ -9730,8 +9735,10 @@ def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[int,
             if member.stored > threshold and member.sparse is None:
                 sizes.append(member.stored)
     if len(sizes) > most:
-        threshold = heapq.nlargest(most + 1, sizes)[-1]
-    return threshold, total - sum(size for size in sizes if size > threshold)
+        *taken, threshold = heapq.nlargest(most + 1, sizes)
+        equal = taken.count(threshold)
+    return threshold, equal, total - equal * threshold - sum(
+        size for size in sizes if size > threshold)
 
 
 def open_spool(size: int) -> BinaryIO:
