@@ -10088,6 +10088,8 @@ class VarlinkClient(RpcClient):
         try:
             count, reply = self._collect(fds)
             label = str(reply.get("layer") or layer_id)
+            if not place and re.fullmatch("sha256:" + HEX64, reference):
+                reply.setdefault("digest", reference)  # composefs does not repeat it
             for fd in fds[1:count + 1]:
                 if not stat.S_ISDIR(os.fstat(fd).st_mode):
                     raise ProtocolError("no directory was passed", code=FD_ERROR)
