@@ -6952,6 +6952,1509 @@ class StreamExtracts(TreeTest):
 # 16. Messages
 # ================================================================================================
 
+class Dumb:
+    """One end of a Unix stream socket, either one, as WIRE.md tells it: nothing of cstor is used.
+
+    It keeps none of the rules for errors: what it does not expect ends the test.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.data, self.fds = sock, b"", []  # type: socket.socket, bytes, List[int]
+        sock.settimeout(20)
+
+    def send(self, value: Any, fds: Sequence[int] = (), end: bytes = b"", batch: int = 253) -> None:
+        """Send an object, or bytes as they are; more than a batch of descriptors go on spaces."""
+        data = value if isinstance(value, bytes) else json.dumps(value).encode() + end
+        for at in range(0, max(len(fds), 1), batch):
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(
+                f"{len(fds[at:at + batch])}i", *fds[at:at + batch]))] if fds else []
+            sent = self.sock.sendmsg([b" " if at else data], rights)
+            if not at:
+                self.sock.sendall(data[sent:])
+
+    def send_all(self, data: bytes) -> None:
+        """Send bytes, as far as they are wanted, and no more."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.sock.sendall(data)
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def fill(self) -> None:
+        try:
+            data, rights, flags, _ = self.sock.recvmsg(65536, socket.CMSG_SPACE(4 * 253))
+        except ConnectionResetError:  # it was closed before all was read
+            raise EOFError from None
+        assert not flags & socket.MSG_CTRUNC
+        for _, _, content in rights:
+            self.fds += struct.unpack(f"{len(content) // 4}i", content)
+        if not data:
+            raise EOFError
+        self.data += data
+
+    def message(self) -> Tuple[Any, List[int]]:
+        """Return the next object of JSON-RPC, with as many descriptors as its "fds" says."""
+        while True:
+            try:
+                value, at = json.JSONDecoder().raw_decode(self.data.decode().lstrip())
+                break
+            except ValueError:
+                self.fill()
+        self.data = self.data.decode().lstrip()[at:].encode()
+        while len(self.fds) < value.get("fds", 0):
+            self.fill()
+        fds, self.fds = self.fds[:value.get("fds", 0)], self.fds[value.get("fds", 0):]
+        return value, fds
+
+    def frame(self) -> Tuple[Any, List[int]]:
+        """Return the next object of varlink, and what came with it."""
+        while b"\0" not in self.data:
+            self.fill()
+        data, _, self.data = self.data.partition(b"\0")
+        fds, self.fds = self.fds, []
+        return json.loads(data), fds
+
+    def ask(self, method: str, **params: Any) -> None:
+        self.send({"jsonrpc": "2.0", "method": method, "params": params, "id": 7})
+
+    def notified(self) -> Tuple[bytes, Dict[str, Any], int]:
+        """Return the tar of notifications, their end, and the number of files."""
+        tar, files, end = b"", 0, None
+        while True:
+            value, fds = self.message()
+            method, params = str(value.get("method")).partition(".")[2], value.get("params")
+            if "error" in value:
+                raise LookupError(value["error"]["code"], value["error"]["message"])
+            if "result" in value:
+                assert value["id"] == 7 and end is not None and not fds
+                return tar, end, files
+            assert "id" not in value and len(fds) == (method == "file") and end is None
+            if method in ("seg", "segment"):
+                tar += base64.b64decode(params["data"], validate=True)
+            elif method == "file":
+                with open(fds[0], "rb") as file:
+                    tar += file.read()
+                    assert file.tell() == params["size"]
+                files += 1
+            elif method == "end":
+                end = params
+
+    @staticmethod
+    def tar_of_numbers(data: bytes, fds: Sequence[int]) -> bytes:
+        """Return the tar of a splitfdstream."""
+        tar, at = bytearray(), 0
+        while at < len(data):
+            number, = struct.unpack_from("<q", data, at)
+            at += 8 + max(-number, 0)
+            tar += data[at + number:at] if number < 0 else os.pread(
+                fds[number], os.fstat(fds[number]).st_size, 0)
+        return bytes(tar)
+
+    @staticmethod
+    def tar_of_names(data: bytes, directories: Sequence[int]) -> bytes:
+        """Return the tar of a splitdirfdstream."""
+        tar, at = b"", 0
+        while at < len(data):
+            if data[at] < 2:
+                size, = struct.unpack_from("<I", data, at + 1)
+                tar, at = tar + data[at + 5:at + 5 + size], at + 5 + size
+                continue
+            size, index, length = struct.unpack_from("<QII", data, at + 1)
+            at += 17 + length
+            with open(os.open(data[at - length:at], os.O_RDONLY, dir_fd=directories[index]),
+                      "rb") as file:
+                tar += file.read()
+                assert file.tell() == size
+        return tar
+
+
+def saying(messages: Iterable[Tuple[Any, Sequence[int]]]) -> Callable[[Dumb], None]:
+    """Return what sends all of the messages, (object or bytes, descriptors)."""
+    def say(dumb: Dumb) -> None:
+        for value, fds in messages:
+            dumb.send(value, fds)
+
+    return say
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+class MessageTest(StoreTest):
+    """A tiny layer, and both ends of a conversation within this thread.
+
+    All that a peer says is sent before the other end runs, and the socket closed for sending: it
+    is little enough for the kernel's buffers, and nobody can wait for anything.
+    """
+
+    A, B = b"a" * 700, b"b" * 90
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.tar = (entry(b"d/", typeflag=b"5") + entry(b"d/a", self.A) + entry(b"d/empty")
+                    + entry(b"d/b", self.B) + END)
+        self.digest, self.size = sha256(self.tar), len(self.tar)
+        at = self.tar.index(self.A)
+        to = self.tar.index(self.B, at)
+        self.parts = (self.tar[:at], self.tar[at + 700:to], self.tar[to + 90:])
+        self.a, self.b = self.file("a", self.A), self.file("b", self.B)
+        self.folder = self.opened(os.open(self.dir, os.O_PATH | os.O_DIRECTORY))
+
+    def opened(self, fd: int) -> int:
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def file(self, name: str, data: bytes, flags: int = os.O_RDONLY) -> int:
+        """Make a file and open it until the end of the test."""
+        path = os.path.join(self.dir, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        return self.opened(os.open(path, flags))
+
+    @contextlib.contextmanager
+    def pair(self) -> Iterator[Tuple[socket.socket, Dumb]]:
+        """Give two ends of a socket, and look after what is left open when both are closed."""
+        before = os.listdir("/proc/self/fd")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            yield ours, Dumb(theirs)
+        self.assertEqual(before, os.listdir("/proc/self/fd"), "descriptors were left open")
+
+    # -- what a server says ----------------------------------------------------------------------
+
+    def notifications(self, *, segment: str = "stream.seg", file: str = "", start: Any = None,
+                      end: Any = None, placeholder: bool = False, fds: bool = True) -> List[Any]:
+        """Return the messages of a server, (object, descriptors), with a response at the end."""
+        head, middle, tail = (base64.b64encode(part).decode() for part in self.parts)
+        kind = segment.partition(".")[0]
+        file = file or f"{kind}.file"
+        more: Dict[str, Any] = {"fd": {"__jsonrpc_fd__": True, "index": 0}} if placeholder else {}
+
+        def message(method: str, params: Any, *passed: int) -> Any:
+            count = {"fds": len(passed)} if passed and fds else {}
+            return {"jsonrpc": "2.0", "method": method, "params": params, **count}, list(passed)
+
+        return [message(f"{kind}.start", start if start is not None else {}),
+                message(segment, {"data": head}),
+                message(file, {"name": "d/a", "size": 700, **more}, self.a),
+                message(segment, {"data": middle}),
+                message(file, {"name": "d/b", "size": 90, **more}, self.b),
+                message(segment, {"data": tail}),
+                message(f"{kind}.end", end if end is not None else {}),
+                ({"jsonrpc": "2.0", "result": {"success": True}, "id": 1}, [])]
+
+    def response(self, **result: Any) -> List[Any]:
+        """Return the one message of a server that sends a splitfdstream."""
+        head, middle, tail = self.parts
+        stream = inline(head) + in_file(0) + inline(middle) + in_file(1) + inline(tail)
+        fds = [self.file("stream", stream), self.a, self.b]
+        return [({"jsonrpc": "2.0", "result": result, "id": 1, "fds": len(fds)}, fds)]
+
+    def go_response(self, **result: Any) -> List[Any]:
+        """Return what the Go code of containers/storage says: headers and contents in pairs."""
+        stream = (inline(self.tar[:512]) + inline(self.tar[512:1024]) + in_file(0)
+                  + inline(entry(b"d/empty")) + inline(entry(b"d/b", self.B)[:512]) + in_file(1))
+        fds = [self.file("stream", stream), self.a, self.b]
+        return [({"jsonrpc": "2.0", "result": {"streamSize": len(stream), **result}, "id": 1,
+                  "fds": 3}, fds)]
+
+    @contextlib.contextmanager
+    def pipe(self, data: bytes) -> Iterator[List[int]]:
+        """Give the reading end of a pipe with data in it, and an end of another pipe."""
+        read, write = os.pipe()
+        other, alive = os.pipe()
+        os.close(other)
+        try:
+            os.write(write, data)
+            os.close(write)
+            yield [read, alive]
+        finally:
+            close_all([read, alive])
+
+    @property
+    def named(self) -> bytes:
+        """The layer as a splitdirfdstream."""
+        head, middle, tail = self.parts
+        return (typed(0, head) + in_directory(700, 0, b"a") + typed(0, middle)
+                + typed(1, self.B) + typed(0, tail))
+
+    def conversations(self) -> Iterator[Tuple[str, List[Any]]]:
+        """Yield (form, messages of a server) in the main spellings."""
+        known = {"digest": self.digest, "size": self.size}
+        yield "stream", self.notifications(start=known, end={"files": 2})
+        yield "proxy", self.notifications(
+            segment="layer.segment", placeholder=True,
+            start={"digest": self.digest, "uncompressed_size": self.size},
+            end={"files_sent": 2, "checksum": self.digest})
+        yield "splitfdstream", self.response(
+            mediaType="application/vnd.containers.splitfdstream", **known)
+        yield "go", self.go_response(**known)
+
+    # -- our client ------------------------------------------------------------------------------
+
+    def fetched(self, form: str, say: Callable[[Dumb], object], timeout: float = 20.0,
+                reference: str = "x") -> bytes:
+        """Return the tar that one of our clients makes of what a server says."""
+        with self.pair() as (ours, dumb):
+            say(dumb)
+            dumb.sock.shutdown(socket.SHUT_WR)
+            kind: Any = {"proxy": cstor.ProxyV2Client, "varlink": cstor.VarlinkClient}.get(
+                form, cstor.RpcClient)
+            with kind(ours, timeout=timeout) as client:
+                stream = client.image_layer(1, reference) if form == "proxy" \
+                    else client.layer(reference, form)
+                with stream:
+                    out = io.BytesIO()
+                    digest = stream.export(out)
+                    self.assertEqual(sha256(out.getvalue()), digest)
+        return out.getvalue()
+
+    def refused(self, words: str, form: str, say: Union[List[Any], Callable[[Dumb], object]],
+                error: Type[BaseException] = cstor.ProtocolError, **options: Any) -> Any:
+        """Check that a client refuses what a server says; return the error."""
+        with self.assertRaisesRegex(error, words) as caught:
+            self.fetched(form, saying(say) if isinstance(say, list) else say, **options)
+        return caught.exception
+
+
+class DumbServers(MessageTest):
+    """Our clients and a server from WIRE.md alone: every spelling, and whatever can go wrong."""
+
+    def test_every_spelling(self) -> None:
+        whole = {"digest": self.digest, "size": self.size}
+        for segment in ("stream.seg", "stream.segment", "layer.segment"):
+            for file in ("stream.file", "layer.file"):
+                some: Tuple[Dict[str, Any], ...] = (
+                    {"start": whole}, {"start": {}}, {"placeholder": True},
+                    {"placeholder": True, "fds": False}, {"end": {"files_sent": 2}},
+                    {"end": {"checksum": self.digest}},
+                    {"end": {"files": 2, "digest": self.digest, "more": [1]}},
+                    {"start": {"uncompressed_size": self.size, "digest": self.digest}})
+                for options, form in itertools.product(some, ("stream", "proxy")):
+                    said = self.notifications(segment=segment, file=file, **options)
+                    self.assertEqual(self.tar, self.fetched(form, saying(said)))
+        results: Tuple[Dict[str, Any], ...] = (
+            {}, whole, {"mediaType": "application/vnd.containers.splitfdstream"})
+        for result in results:
+            self.assertEqual(self.tar, self.fetched("splitfdstream",
+                                                    saying(self.response(**result))))
+        self.assertEqual(self.tar, self.fetched("go", saying(self.go_response())))
+
+    def test_messages_cut_and_joined(self) -> None:
+        """What one read brings is nothing to rely on: here it is 1 byte, or 2, or all."""
+        def one_by_one(dumb: Dumb) -> None:
+            for value, fds in said:
+                data = json.dumps(value).encode()
+                dumb.send(data[:1], fds)
+                dumb.send(data[1:])
+
+        def at_once(dumb: Dumb) -> None:
+            dumb.send(b"\n\t \r".join(json.dumps(value).encode() for value, _ in said) + b"\n",
+                      [fd for _, fds in said for fd in fds])
+
+        def late(dumb: Dumb) -> None:
+            for value, fds in said:
+                dumb.send(value)
+                for fd in fds:
+                    dumb.send(b" ", [fd])
+
+        def last_byte(dumb: Dumb) -> None:
+            for value, fds in said:
+                data = json.dumps(value, indent=3).encode()
+                dumb.send(data[:-1])
+                dumb.send(data[-1:], fds)
+
+        def in_the_middle(dumb: Dumb) -> None:
+            for value, fds in said:
+                data = json.dumps(value, ensure_ascii=False).encode()
+                for i, fd in enumerate([*fds, 0][:-1]):
+                    dumb.send(data[i * 9:i * 9 + 9], [fd])
+                dumb.send(data[len(fds) * 9:])
+
+        for form, said in self.conversations():
+            said[0][0]["\u20ac\u00e9"] = '"\\}]{[\\"'
+            self.assertEqual(self.tar, self.fetched(form, at_once))
+            for way in (one_by_one, late, last_byte, in_the_middle):
+                for size in (1, 2, 3, 1000):
+                    with mock.patch.object(cstor, "RECEIVE_SIZE", size):
+                        self.assertEqual(self.tar, self.fetched(form, way))
+
+    def test_slow_bytes(self) -> None:
+        """A message byte by byte, each read by itself, with descriptors that come late."""
+        (value, fds), = self.response()
+
+        def send(dumb: Dumb) -> None:
+            for byte in json.dumps(value).encode():
+                dumb.send(bytes([byte]))
+                time.sleep(0.0005)
+            for fd in fds:
+                time.sleep(0.01)
+                dumb.send(b" ", [fd])
+
+        with self.pair() as (ours, dumb), cstor.RpcClient(ours, timeout=10) as client:
+            thread = threading.Thread(target=send, args=(dumb,))
+            thread.start()
+            with client.layer("x", "splitfdstream") as stream:
+                self.assertEqual(self.digest, stream.export(io.BytesIO()))
+            thread.join()
+
+    def test_hundreds_of_descriptors(self) -> None:
+        names = [b"%d" % i for i in range(400)]
+        members = [entry(name, b"%03d" % i) for i, name in enumerate(names)]
+        stream = b"".join(inline(member[:512]) + in_file(i) + inline(member[515:])
+                          for i, member in enumerate(members)) + inline(END)
+        fds = [self.file("many", stream), *(self.file(os.fsdecode(name), b"%03d" % i)
+                                            for i, name in enumerate(names))]
+        value = {"jsonrpc": "2.0", "result": {}, "id": 1, "fds": 401}
+        for batch in (253, 100, 7):
+            def say(dumb: Dumb, batch: int = batch) -> None:
+                dumb.send(value, fds, batch=batch)
+
+            self.assertEqual(b"".join(members) + END, self.fetched("splitfdstream", say))
+
+    def test_versions_of_a_proxy(self) -> None:
+        results: Tuple[Dict[str, Any], ...] = (
+            {"value": {"version": "1.0.0", "v1_compat": "0.2.8"}},
+            {"version": "2.0.0", "capabilities": ["tar-split-stream"]})
+        for result in results:
+            with self.pair() as (ours, dumb):
+                for number, answer in enumerate((result, {"image_id": 3}, {}, {}), 1):
+                    dumb.send({"jsonrpc": "2.0", "result": answer, "id": number})
+                with cstor.ProxyV2Client(ours, timeout=9) as client:
+                    self.assertIn("version", client.initialize())
+                    self.assertEqual(3, client.open_image("containers-storage:x"))
+                    client.close_image(3)
+                    client.shutdown()
+                asked = [dumb.message()[0] for _ in range(4)]
+                self.assertEqual(["Initialize", "OpenImage", "CloseImage", "Shutdown"],
+                                 [value["method"] for value in asked])
+                self.assertEqual([1, 2, 3, 4], [value["id"] for value in asked])
+        results = ({"version": "3.0.0"}, {}, {"value": 5})
+        for result in results:
+            with self.pair() as (ours, dumb), cstor.ProxyV2Client(ours) as client:
+                dumb.send({"jsonrpc": "2.0", "result": result, "id": 1})
+                with self.assertRaisesRegex(cstor.ProtocolError, "a proxy of version"):
+                    client.initialize()
+
+    # -- varlink ---------------------------------------------------------------------------------
+
+    def framed(self, *frames: Tuple[Any, List[int]], size: int = 1 << 16, reference: str = "x"
+               ) -> bytes:
+        """Return the tar of frames, (object or bytes, descriptors)."""
+        def say(dumb: Dumb) -> None:
+            for value, fds in frames:
+                data = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\0"
+                dumb.send(data[:1], fds)
+                dumb.send(data[1:])
+
+        with mock.patch.object(cstor, "RECEIVE_SIZE", size):
+            return self.fetched("varlink", say, 5.0, reference)
+
+    def test_frames_of_varlink(self) -> None:
+        for size in (1, 2, 7, 1 << 16):
+            for extra in (0, 1, 2):
+                with self.pipe(self.named) as (data, alive):
+                    fds = [data, self.folder, alive, *[self.a] * extra]
+                    value = {"parameters": {"dir_count": 1}}
+                    self.assertEqual(self.tar, self.framed((value, fds), size=size))
+                with self.pipe(self.named) as (data, alive):
+                    fds = [data, self.folder, alive, *[self.a] * extra]
+                    frames = [({"parameters": {"dir_count": 1}, "continues": fd != fds[-1:]}, fd)
+                              for fd in (fds[i:i + 1] for i in range(3 + extra))]
+                    frames[-1][0]["continues"] = False
+                    for frame in frames[:-1]:
+                        frame[0]["continues"] = True
+                    self.assertEqual(self.tar, self.framed(*frames, size=size))
+        # 300 directories, over two frames of 240 descriptors at most.
+        with self.pipe(self.named.replace(in_directory(700, 0, b"a"), in_directory(
+                700, 299, b"a"))) as (data, alive):
+            fds = [data, *[self.folder] * 300, alive]
+            self.assertEqual(self.tar, self.framed(*(
+                ({"parameters": {"dir_count": 300}, "continues": at == 0}, fds[at:at + 240])
+                for at in (0, 240))))
+
+    def test_a_digest_that_was_asked_for(self) -> None:
+        """composefs's server does not say it again; what it sends is checked all the same."""
+        for reference in (self.digest, sha256(b"")):
+            with self.pipe(self.named) as (data, alive):
+                said = ({"parameters": {"dir_count": 1}}, [data, self.folder, alive])
+                if reference == self.digest:
+                    self.assertEqual(self.tar, self.framed(said, reference=reference))
+                    continue
+                with self.assertRaisesRegex(cstor.IntegrityError, "wrong digest"):
+                    self.framed(said, reference=reference)
+
+    def test_wrong_frames_of_varlink(self) -> None:
+        def refused(words: str, *frames: Any, stream: bytes = self.named, kinds: Any = (),
+                    error: Type[BaseException] = cstor.ProtocolError) -> None:
+            with self.pipe(stream) as (data, alive), self.subTest(words=words, frames=frames):
+                place = {"data": data, "dir": self.folder, "alive": alive, "file": self.a,
+                         "write": alive, **dict(kinds)}
+                with self.assertRaisesRegex(error, words):
+                    self.framed(*((value, [place[name] for name in names.split()])
+                                  for value, names in frames))
+
+        def reply(count: Any, **more: Any) -> Any:
+            return {"parameters": {"dir_count": count}, **more}
+
+        for count in (0, 2, -1, 1.0, True, None, "1", 1 << 40):
+            refused("3 file descriptors for" if count != 0 else "there is no directory 0",
+                    (reply(count), "data dir alive"),
+                    error=cstor.FormatError if count == 0 else cstor.ProtocolError)
+        refused("file descriptors", (reply(1), ""))
+        refused("file descriptors", (reply(1), "data dir"))
+        refused("file descriptors", (reply(1), "data dir alive file file file"))
+        refused("closed", (reply(1, continues=True), "data dir alive"))
+        refused("with 0 file", (reply(1, continues=True), "data"), (reply(1), ""))
+        refused("file descriptors for 1", (reply(1, continues=True), "data dir"),
+                (reply(2), "alive"))
+        refused("no directory", (reply(1), "data file alive"))
+        refused("no pipe", (reply(1), "file dir alive"))
+        refused("no pipe", (reply(1), "dir dir alive"))
+        refused("pipe", (reply(1), "write dir data"))
+        fifo = os.path.join(self.dir, "fifo")
+        os.mkfifo(fifo)
+        for flags in (os.O_RDWR, os.O_PATH):
+            fd = self.opened(os.open(fifo, flags))
+            refused("pipe to read", (reply(1), "fifo dir alive"), kinds={"fifo": fd}.items())
+        refused("ended inside", (b'{"parameters":{"dir_count":1}}', "data dir alive"))
+        refused("no object", (b"[]\0", "data dir alive"))
+        refused("malformed|no object", (b"\0", "data dir alive"))
+        refused("malformed", (b'{"parameters":{"dir_count":1,"dir_count":1}}\0', "data dir alive"))
+        refused("layer not known: y", ({"error": "org.composefs.Oci.NoSuchLayer",
+                                        "parameters": {"diff_id": "y"}}, ""),
+                error=cstor.LayerUnknown)
+        refused("RepoNotFound: m", ({"error": "org.composefs.Oci.RepoNotFound",
+                                     "parameters": {"message": "m"}}, "data"))
+        for cut in range(len(self.named)):
+            refused("cut off|no end", (reply(1), "data dir alive"), stream=self.named[:cut],
+                    error=cstor.FormatError)
+        for name, words in ((b"..", "file name"), (b"/a", "file name"), (b"fifo", "FIFO|fifo"),
+                            (b"b", "another size"), (b".", "directory")):
+            refused(words, (reply(1), "data dir alive"), error=cstor.CstorError,
+                    stream=self.named.replace(in_directory(700, 0, b"a"), in_directory(
+                        700, 0, name)))
+
+    # -- faults ----------------------------------------------------------------------------------
+
+    def test_every_cut(self) -> None:
+        """Whatever a server says, as long as it does not say all of it, is an error."""
+        for form, said in self.conversations():
+            data = b"".join(json.dumps(value, separators=(",", ":")).encode() for value, _ in said)
+            at, starts = 0, {}
+            for value, fds in said:
+                starts[at] = fds
+                at += len(json.dumps(value, separators=(",", ":")))
+            ends = sorted(starts)[1:]
+            bare = len(data) - len(json.dumps(said[-1][0], separators=(",", ":")))
+            for cut in range(len(data)):
+                if form in ("stream", "proxy") and cut == bare:
+                    continue  # all but the response, see below
+                if data[max(cut - 9, 0):cut + 9] == b"A" * 18 and cut % 50 and not FULL:
+                    continue
+                self.refused("closed|ended|mismatched", form, [
+                    (data[start:min(end, cut)], starts[start])
+                    for start, end in zip([0, *ends], [*ends, len(data)]) if start < cut])
+
+    def test_an_end_without_a_response(self) -> None:
+        """cstor-rs sends notifications alone: what comes to its end is whole."""
+        for segment in ("stream.seg", "layer.segment"):
+            said = self.notifications(segment=segment)[:-1]
+            self.assertEqual(self.tar, self.fetched("stream", saying(said)))
+
+    def test_each_descriptor_missing_or_too_many(self) -> None:
+        for form, said in self.conversations():
+            for i, (value, fds) in enumerate(said):
+                for wrong in ([*fds, self.a], fds[1:], fds[:-1]):
+                    if len(wrong) == len(fds):
+                        continue
+                    self.refused("mismatched|size", form, [*said[:i], (value, wrong),
+                                                           *said[i + 1:]], error=cstor.CstorError)
+                    if wrong:  # and it is said so
+                        changed = {**value, "fds": len(wrong)}
+                        self.refused("out of place|placeholders|stream|start|external file|with ",
+                                     form, [*said[:i], (changed, wrong), *said[i + 1:]],
+                                     error=cstor.CstorError) \
+                            if form in ("stream", "proxy") or wrong == fds[:-1] else None
+
+    def test_lies_about_descriptors(self) -> None:
+        for form, said in self.conversations():
+            for i in range(len(said)):
+                counts: Tuple[Any, ...] = (-1, 1.5, 1.0, True, False, "1", None, [], {}, 1 << 40,
+                                           1 << 70, 254, 4095, 5000, 253)
+                for count in counts:
+                    value, fds = said[i]
+                    error = self.refused("", form, [*said[:i], ({**value, "fds": count}, fds),
+                                                    *said[i + 1:]])
+                    self.assertEqual(-32050, error.code, (form, i, count, error))
+
+    def test_placeholders(self) -> None:
+        def file(*indices: Any, fds: Any = None, mark: Any = True) -> Any:
+            marks = [{"__jsonrpc_fd__": mark, "index": index} for index in indices]
+            return ({"jsonrpc": "2.0", "method": "stream.file", "params": {
+                "name": "d/a", "size": 700, "fd": marks}, **({} if fds is None else {"fds": fds})},
+                [self.a])
+
+        said = self.notifications(placeholder=True, fds=False)
+        self.assertEqual(self.tar, self.fetched("stream", saying([*said[:2], file(0), *said[3:]])))
+        for wrong in (file(1), file(0, 0), file(0, 2), file(-1), file("0"), file(None), file(False),
+                      file(0.0), file([0]), file(0, fds=2), file(0, 1, fds=1), file(0, fds=0),
+                      file(0, mark=1), file(0, mark="true"), file()):
+            error = self.refused("placeholders|mismatched", "stream",
+                                 [*said[:2], wrong, *said[3:]])
+            self.assertEqual(-32050, error.code, wrong)
+
+    def test_kinds_of_descriptors(self) -> None:
+        fifo = os.path.join(self.dir, "fifo")
+        os.mkfifo(fifo)
+        ends = [self.opened(fd) for fd in os.pipe()]
+        read, write = os.pipe()
+        os.close(write)  # a pipe that is closed at its other end
+        path = os.path.join(self.dir, "a")
+        pair = socket.socketpair()
+        for sock in pair:
+            self.addCleanup(sock.close)
+        kinds = {
+            "directory": self.opened(os.open(self.dir, os.O_RDONLY)), "pipe": ends[0],
+            "end": ends[1], "closed": self.opened(read), "path": self.opened(os.open(
+                path, os.O_PATH)), "write": self.opened(os.open(path, os.O_WRONLY)),
+            "fifo": self.opened(os.open(fifo, os.O_RDWR)), "null": self.opened(os.open(
+                "/dev/null", os.O_RDONLY)), "socket": pair[0].fileno(), "O_PATH": self.folder}
+        good = self.opened(os.open(path, os.O_RDWR))
+        removed = self.file("removed", self.A)
+        os.unlink(os.path.join(self.dir, "removed"))
+        for form, said in self.conversations():
+            for i, (value, fds) in enumerate(said):
+                for j in range(len(fds)):
+                    for kind, fd in kinds.items():
+                        error = self.refused("was passed", form, [*said[:i], (value, [
+                            *fds[:j], fd, *fds[j + 1:]]), *said[i + 1:]])
+                        self.assertEqual(-32050, error.code, kind)
+                    if fds[j] == self.a:
+                        for fd in (good, removed):
+                            self.assertEqual(self.tar, self.fetched(form, saying(
+                                [(v, [fd if x == self.a else x for x in f]) for v, f in said])))
+            for a, b in ((self.b, self.a), (self.a, self.a), (self.b, self.b)):
+                self.refused("size", form, [(v, [{self.a: a, self.b: b}.get(x, x) for x in f])
+                                            for v, f in said], error=cstor.IntegrityError)
+        # The same size and another content: only the digest tells.
+        other = self.file("other", b"A" * 700)
+        for form, said in self.conversations():
+            self.refused("wrong digest", form, [(v, [other if x == self.a else x for x in f])
+                                                for v, f in said], error=cstor.IntegrityError)
+
+    def test_wrong_order(self) -> None:
+        said = self.notifications(start={"digest": self.digest})
+        start, first, file, second, other, third, end, answer = said
+        for form in ("stream", "proxy"):
+            for wrong in (
+                    said[1:], [start, *said], said[:-2] + [answer], said[:-2] + [end, end, answer],
+                    [*said[:-2], end, second, answer], [*said[:-2], end, file, answer],
+                    [start, answer], [answer], [end, answer], [start, end, answer],
+                    [start, file, first, second, other, third, end, answer],
+                    [start, first, second, file, other, third, end, answer],
+                    [start, first, file, second, other, end, answer],
+                    [start, first, file, second, third, end, answer],
+                    [start, first, file, second, other, third, third, end, answer],
+                    [start, first, file, file, second, other, third, end, answer]):
+                with self.subTest(wrong=[str(value)[:50] for value, _ in wrong]):
+                    self.refused("", form, wrong, error=cstor.CstorError)
+            error: Any = ({"jsonrpc": "2.0", "error": {"code": -32003, "message": "dies"},
+                           "id": 1}, [])
+            for i in range(len(said)):
+                caught = self.refused("dies", form, [*said[:i], error, *said[i:]])
+                self.assertEqual(-32003, caught.code)
+            for code, kind in ((-32000, cstor.LayerUnknown), (-32001, cstor.ImageUnknown),
+                               (-32002, cstor.NotFound), ("x", cstor.ProtocolError)):
+                self.refused("^gone", form, [({"jsonrpc": "2.0", "error": {
+                    "code": code, "message": "gone"}, "id": 1}, [])], error=kind)
+
+    def test_wrong_values(self) -> None:
+        said = self.notifications(start={"digest": self.digest, "size": self.size})
+
+        wrong: Any
+
+        def change(at: int, *path: str, value: Any) -> List[Any]:
+            changed = json.loads(json.dumps(said[at][0]))
+            inner = changed
+            for name in path[:-1]:
+                inner = inner[name]
+            inner[path[-1]] = value
+            return [*said[:at], (changed, said[at][1]), *said[at + 1:]]
+
+        for wrong in (701, 699, 0, -1, 1 << 64, 700.0, "700", None, True, [700]):
+            self.refused("bytes|size", "stream", change(2, "params", "size", value=wrong),
+                         error=cstor.CstorError)
+        for wrong in (self.size - 1, self.size + 1, 0, 1 << 70):
+            self.refused("size", "stream", change(0, "params", "size", value=wrong),
+                         error=cstor.IntegrityError)
+        for wrong in ("sha256:" + "0" * 64, "", "sha256:", "md5:00", self.digest.upper()):
+            if wrong:
+                self.refused("digest|end of the layer", "stream", change(
+                    0, "params", "digest", value=wrong), error=cstor.CstorError)
+                self.refused("fit|digest", "stream", change(6, "params", "checksum", value=wrong))
+        for wrong in (1, 3, -1, "2", None, 2.5, []):
+            self.refused("fit", "stream", change(6, "params", "files_sent", value=wrong))
+        for wrong in ("A", "AA==A", "AAA", "A-_=", "\u00e9\u00e9\u00e9\u00e9", "AA==AAAA", 5, None,
+                      [], {}, " AAA", "AAAA\n", "AA=A", "====", True):
+            self.refused("base64", "stream", change(1, "params", "data", value=wrong))
+        for wrong in (2, "1", None, 0, [1], {}, 1.5):
+            self.refused("something else|as it", "stream", change(7, "id", value=wrong))
+        for wrong in ("stream.xx", "", "stream.start", 5, [], {}, ["stream.seg"], None, True):
+            for at in (0, 1, 2, 6) if wrong != "stream.start" else (1, 2, 6):
+                self.refused("", "stream", change(at, "method", value=wrong),
+                             error=cstor.CstorError)
+        for wrong in ([], None, 5, "x", [1]):
+            self.refused("", "stream", change(1, "params", value=wrong))
+            self.refused("", "stream", change(2, "params", value=wrong))
+        self.refused("", "stream", change(7, "jsonrpc", value="1.0"))
+        self.refused("", "stream", [*said[:-1], ({"jsonrpc": "2.0", "method": None, "id": 1}, [])])
+        self.refused("success", "stream", change(7, "result", value={"success": False}))
+        for wrong in (0, 10**20, -1, "5", 1.5):
+            (value, fds), = self.go_response(streamSize=wrong)
+            self.refused("stream is to be", "go", [(value, fds)])
+        (value, fds), = self.response(mediaType="application/vnd.containers.splitfdstream+zstd")
+        self.refused("zstd", "splitfdstream", [(value, fds)], error=cstor.Unsupported)
+
+    def test_malformed_json(self) -> None:
+        good = json.dumps(self.notifications()[0][0]).encode()
+        for data in (b"[]", b"[" + good + b"]", b"5", b'"x"', b"null", b"}", b"{]", b'{"a"}',
+                     b"{,}", b'{"a":1,}', b"{'a':1}", b'{"a":1,"a":1}', b'{"a":NaN}',
+                     b'{"a":Infinity}', b'{"a":-Infinity}', b'{"a":01}', b'{"a":"\n"}',
+                     b'{"a":"\0"}', b"\0" + good, good + b"\0", b'{"a":"\xff"}',
+                     b'{"a":"\xc0\x80"}',
+                     b'{"\xed\xa0\x80":1}', b"\xef\xbb\xbf" + good, b'{"a":"\\x"}',
+                     b"// c\n" + good,
+                     b'{"a":' + b"1" * 100000 + b"}", b'{"a":' + b"[" * 65 + b"]" * 65 + b"}",
+                     b'{"a":' * 100000 + b"1" + b"}" * 100000, b"{" * 100000,
+                     b'{"a":{"b":1,"b":2}}', b"{}", good + b"x"):
+            with self.subTest(data=data[:40]), self.pair() as (ours, dumb), \
+                    cstor.Connection(ours, timeout=5) as connection:
+                thread = threading.Thread(target=dumb.send_all, args=(data,))
+                thread.start()
+                with self.assertRaises(cstor.ProtocolError) as caught:
+                    self.assertEqual({}, (connection.receive() or cstor.Message({}, [])).value)
+                    raise cstor.ProtocolError("an empty object", code=-32600)
+                self.assertIn(caught.exception.code, (-32700, -32600))
+                connection.close()
+                thread.join()
+
+    def test_a_long_message_is_looked_at_once(self) -> None:
+        """20 MiB in pieces of 4 KiB; what the scanner looks at is counted, not the time."""
+        class Counted(cstor.Connection):
+            looked = 0
+
+            def _boundary(self) -> int:
+                before, self.seen = self._at, len(self._buffer)
+                end = super()._boundary()
+                Counted.looked += (end if end > 0 else self._at) - before
+                return end
+
+        for filling in (b"x", b'\\"', b"[]", b'"",'):
+            Counted.looked, count = 0, 0
+            data = (b'{"a":"' + b"x" * (20 << 20) + b'"}') if filling == b"x" else \
+                b'{"a":"' + filling * (1 << 20) + b'"}' if filling == b'\\"' else \
+                b'{"a":[' + filling * 300000 + (b"]}" if filling == b"[]" else b'""]}')
+            with self.pair() as (ours, dumb), mock.patch.object(cstor, "RECEIVE_SIZE", 4096):
+                thread = threading.Thread(target=dumb.send, args=(data,))
+                thread.start()
+                with Counted(ours, timeout=20) as connection:
+                    if filling == b"[]":
+                        with self.assertRaises(cstor.ProtocolError):
+                            connection.receive()
+                    else:
+                        message = connection.receive()
+                        assert message
+                        count = len(message.value["a"])
+                        self.assertGreater(count, 300000)
+                thread.join()
+            self.assertLessEqual(Counted.looked, 2 * len(data) + 4096)
+
+    def test_too_much(self) -> None:
+        """A message over the limit, and descriptors for nobody."""
+        with self.pair() as (ours, dumb), cstor.Connection(ours, max_message=5000, timeout=5
+                                                           ) as connection:
+            dumb.send(b'{"a":"' + b"x" * 5000)
+            with mock.patch.object(cstor, "RECEIVE_SIZE", 512), \
+                    self.assertRaisesRegex(cstor.ProtocolError, "more than 5000 bytes"):
+                connection.receive()
+        for varlink in (False, True):
+            with self.pair() as (ours, dumb), cstor.Connection(ours, max_fds=600, timeout=5
+                                                               ) as connection:
+                connection.varlink = varlink
+                dumb.send(b"{")
+                for _ in range(3):
+                    dumb.send(b" ", [self.a] * 253)
+                with self.assertRaisesRegex(cstor.ProtocolError, "more than 600") as caught:
+                    connection.receive()
+                self.assertEqual(-32050, caught.exception.code)
+        with self.pair() as (ours, dumb), cstor.Connection(ours, timeout=0.05) as connection:
+            for said in (b"", b"{"):
+                dumb.send(said) if said else None
+                with self.assertRaisesRegex(cstor.ProtocolError, "has done nothing for 0.05 sec"):
+                    connection.receive()
+
+    def test_lost_descriptors(self) -> None:
+        """Where a process may open no more files, the kernel drops what it cannot pass."""
+        code = ("import sys, socket, resource, os; sys.path.insert(0, sys.argv[1]); import cstor\n"
+                "sock = socket.socket(fileno=0); resource.setrlimit(resource.RLIMIT_NOFILE, "
+                "(12, 12))\nwith cstor.Connection(sock, timeout=5) as connection:\n"
+                "  try: connection.receive()\n"
+                "  except cstor.ProtocolError as error: print(error.code, error, error.hint)\n"
+                "print(len(os.listdir('/proc/self/fd')))")
+        with self.pair() as (ours, dumb):
+            dumb.send({"jsonrpc": "2.0", "fds": 50}, [self.a] * 50)
+            done = subprocess.run([sys.executable, "-c", code, HERE], stdin=ours.fileno(),
+                                  timeout=30, stdout=subprocess.PIPE, check=True)
+        self.assertRegex(done.stdout.decode(), r"-32050 .*lost on the way.*ulimit -n.*\n[3-5]\n")
+
+    def test_random_damage(self) -> None:
+        """The client gives the tar, or one of its own errors."""
+        rng = random.Random(16)
+        known = list(self.conversations())
+        outcomes = set()
+        for _ in range(40000 if FULL else 6500):
+            form, said = known[rng.randrange(len(known))]
+            data = [bytearray(json.dumps(value).encode()) for value, _ in said]
+            fds = [list(passed) for _, passed in said]
+            for _ in range(rng.choice((1, 1, 1, 2, 5))):
+                damage(rng, data, fds, [self.a, self.b, self.folder])
+            say = saying([(bytes(part), passed) for part, passed in zip(data, fds) if part])
+            outcomes.add(outcome(functools.partial(self.fetched, form, say), self.tar))
+        self.assertIn("tar", outcomes)
+        self.assertLessEqual(outcomes, {"tar", "other tar"} | CSTOR_ERRORS)
+
+    def test_random_damage_of_varlink(self) -> None:
+        rng = random.Random(17)
+        outcomes = set()
+        for _ in range(8000 if FULL else 1500):
+            stream = [bytearray(self.named)]
+            data = [bytearray(json.dumps({"parameters": {
+                "dir_count": 1, "digest": self.digest, "size": self.size}}).encode() + b"\0")]
+            if rng.random() < 0.7:
+                damage(rng, stream, [[]], [])
+            else:
+                damage(rng, data, [[]], [])
+            with self.pipe(bytes(stream[0])) as (pipe, alive):
+                fds = [[pipe, self.folder, alive]]
+                if rng.random() < 0.1:
+                    damage(rng, [bytearray(b"  ")], fds, [self.a, alive, self.folder])
+                say = saying([(bytes(part), passed) for part, passed in zip(data, fds) if part])
+                outcomes.add(outcome(functools.partial(self.fetched, "varlink", say, 2.0),
+                                     self.tar))
+        self.assertLessEqual(outcomes, {"tar", "FileNotFoundError"} | CSTOR_ERRORS)
+
+
+CSTOR_ERRORS = {"FormatError", "IntegrityError", "LayerUnknown", "ImageUnknown", "NotFound",
+                "ProtocolError", "Unsupported"}
+WORDS = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\0", b"\xff", b" ", b"null", b"true",
+         b"-1", b"1e9", b"9" * 30, b'"fds":1', b'"fds":2,', b'"id":1', b"{}", b"NaN")
+
+
+def damage(rng: random.Random, data: List[bytearray], fds: List[List[int]], spare: List[int]
+           ) -> None:
+    """Change a recorded conversation at some place."""
+    i = rng.randrange(len(data))
+    part = data[i]
+    at = rng.randrange(len(part) or 1)
+    kind = rng.randrange(10)
+    if kind < 3 and part:
+        part[at % len(part)] ^= 1 << rng.randrange(8)
+    elif kind == 3:
+        del part[at:at + rng.randrange(1, 9)]
+    elif kind == 4:
+        part[at:at] = rng.choice(WORDS)
+    elif kind == 5:
+        part[at:at + rng.randrange(9)] = part[:rng.randrange(9)]
+    elif kind == 6:
+        j = rng.randrange(len(data))
+        data[i], data[j], fds[i], fds[j] = data[j], data[i], fds[j], fds[i]
+    elif kind == 7 and len(data) > 1:
+        del data[i], fds[i]
+    elif kind == 8:
+        data.insert(i, bytearray(part))
+        fds.insert(i, list(fds[i]))
+    elif spare and fds[i] and rng.random() < 0.7:
+        fds[i][rng.randrange(len(fds[i]))] = rng.choice(spare)
+    elif spare:
+        fds[i].append(rng.choice(spare))
+
+
+def outcome(action: Callable[[], bytes], tar: bytes) -> str:
+    """Return what became of it, in a word."""
+    try:
+        return "tar" if action() == tar else "other tar"
+    except AssertionError:
+        raise
+    except Exception as error:
+        return type(error).__name__
+
+
+class DumbClients(MessageTest):
+    """Our server and clients from WIRE.md alone: good ones, broken ones, and many."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.builder()
+        self.layer = self.store.layer(self.tar)
+        self.big = self.store.layer(make_tar(*(
+            (f"big{i}", b"%d" % i * 200_000) for i in range(10)), ("small", b"s")), self.layer)
+        self.image = self.store.image(self.big, "localhost/tiny:1")
+        self.store.save()
+        self.guard(self.store.root)
+        self.server = cstor.RpcServer(self.opener, timeout=10.0, idle=10.0)
+        self.path = os.path.join(self.dir, "socket")
+
+    def opener(self) -> cstor.Storage:
+        return cstor.Storage.open(self.store.root)
+
+    def answered(self, *requests: Any, server: Optional[cstor.RpcServer] = None) -> Dumb:
+        """Return a client whose requests, (bytes or object) or (it, descriptors), were answered."""
+        with self.pair() as (ours, dumb):
+            for request in requests:
+                dumb.send(*(request if isinstance(request, tuple) else (request,)))
+            dumb.sock.shutdown(socket.SHUT_WR)
+            (server or self.server).handle(ours)
+            with contextlib.suppress(EOFError):
+                while True:
+                    dumb.fill()
+            close_all(dumb.fds)
+            self.assertEqual(-1, ours.fileno())
+        return dumb
+
+    def request(self, method: str, number: Any = 7, **params: Any) -> Dict[str, Any]:
+        return {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
+
+    def one_answer(self, request: Any, **options: Any) -> Any:
+        """Return the only message that answers a request."""
+        dumb = self.answered(request, **options)
+        return json.loads(dumb.data.rstrip(b"\0"))
+
+    def good(self) -> Any:
+        return self.request("StreamLayer", layer=self.layer, threshold=10)
+
+    def served_well(self) -> None:
+        """A good client gets its layer."""
+        self.assertEqual(self.tar, self.answered_tar(self.good()))
+
+    def answered_tar(self, request: Any) -> bytes:
+        with self.pair() as (ours, dumb):
+            dumb.send(request)
+            dumb.sock.shutdown(socket.SHUT_WR)
+            self.server.handle(ours)
+            tar, end, files = dumb.notified()
+            self.assertEqual(2, files)
+            return tar
+
+    @contextlib.contextmanager
+    def running(self, grace: float = 10.0, **options: Any) -> Iterator[cstor.RpcServer]:
+        """Run a server in a thread; all of its threads must have ended at the end."""
+        before = threading.active_count()
+        server = cstor.RpcServer(self.opener, **{"timeout": 10.0, "idle": 10.0, **options})
+        with cstor.ListeningSocket(self.path) as listener:
+            thread = threading.Thread(target=server.serve, args=(listener, grace))
+            thread.start()
+            try:
+                yield server
+            finally:
+                server.stop()
+                thread.join(30)
+        for _ in range(1000):
+            if threading.active_count() == before:
+                break
+            time.sleep(0.01)
+        self.assertEqual(before, threading.active_count())
+
+    def dumb(self) -> Dumb:
+        """Return a new connection to the running server."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(self.path)
+        self.addCleanup(sock.close)
+        return Dumb(sock)
+
+    # -- good ones -------------------------------------------------------------------------------
+
+    def test_every_form(self) -> None:
+        with self.running():
+            for layer in (self.layer, self.big):
+                tar, dumb = self.store.tars[layer], self.dumb()
+                for form, options in itertools.product(
+                        ("GetLayerSplitfdstream", "StreamLayer", "GetLayerTarSplit", "go"),
+                        ({}, {"threshold": 0}, {"threshold": 300_000})):
+                    with self.subTest(form=form, **options):
+                        self.assertEqual(tar, self.tar_of(dumb, form, layer, options))
+                dumb.sock.close()
+            for dac in (False, True):
+                for name in ("diff_id", "storage"):
+                    self.assertEqual(self.tar, self.varlink_tar(self.dumb(), name, dac))
+
+    def tar_of(self, dumb: Dumb, form: str, layer: str, options: Dict[str, Any]) -> bytes:
+        """Ask for a layer and put it together, by what WIRE.md says."""
+        tar = self.store.tars[layer]
+        if form == "StreamLayer":
+            dumb.ask(form, layer=layer, **options)
+            return dumb.notified()[0]
+        if form == "GetLayerTarSplit":
+            dumb.send({"jsonrpc": "2.0", "method": "Initialize", "params": [], "id": 1})
+            self.assertEqual("1.0.0", dumb.message()[0]["result"]["value"]["version"])
+            dumb.ask("OpenImage", image_ref="containers-storage:localhost/tiny:1")
+            image = dumb.message()[0]["result"]["image_id"]
+            dumb.ask(form, image_id=image, layer_digest=sha256(tar), **options)
+            found, end, files = dumb.notified()
+            self.assertEqual({"files_sent": files, "checksum": sha256(tar)}, end)
+            dumb.ask("CloseImage", image_id=image)
+            self.assertEqual({}, dumb.message()[0]["result"])
+            return found
+        go = form == "go"
+        if go:
+            dumb.ask("GetSplitFDStream", layerId=layer, parentId="", **options)
+        else:
+            dumb.ask(form, layer=layer, compressed=False, **options)
+        value, fds = dumb.message()
+        try:
+            result = value["result"]
+            with open(os.dup(fds[0]), "rb") as file:
+                stream = file.read()
+            self.assertRaises(OSError, os.write, fds[0], b"x")
+            seals = fcntl.fcntl(fds[0], 1034)
+            self.assertEqual(15, seals & 15)
+            for fd in fds[1:]:
+                self.assertEqual(os.O_RDONLY, fcntl.fcntl(fd, 3) & os.O_ACCMODE)
+            self.assertEqual(len(stream), result["streamSize"])
+            found = dumb.tar_of_numbers(stream, fds[1:])
+        finally:
+            close_all(fds)
+        return tar if go and found == self.without_padding(tar) else found
+
+    @staticmethod
+    def without_padding(tar: bytes) -> bytes:
+        """Return headers and contents alone, as the Go code has them."""
+        with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+            return b"".join(tar[info.offset:info.offset_data + info.size] for info in members)
+
+    def varlink_tar(self, dumb: Dumb, name: str, dac: bool) -> bytes:
+        place = {"storage_path": self.store.root, "layer_id": self.layer}
+        dumb.send({"method": "org.composefs.Oci.GetInfo"}, end=b"\0")
+        self.assertIn("splitdirfdstream-v0", dumb.frame()[0]["parameters"]["features"])
+        dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": None, "storage": None,
+                                    "consumer_has_cap_dac_override": dac,
+                                    name: place if name == "storage" else self.digest}}},
+                  end=b"\0")
+        value, fds = dumb.frame()
+        try:
+            count = value["parameters"]["dir_count"]
+            self.assertFalse(value["continues"])
+            self.assertTrue(count + 2 <= len(fds) <= count + 4)
+            with open(os.dup(fds[0]), "rb") as pipe:
+                return dumb.tar_of_names(pipe.read(), fds[1:count + 1])
+        finally:
+            close_all(fds)
+
+    def test_the_largest_files_are_passed(self) -> None:
+        """... where not all can be; of those of one size as many as can be."""
+        sizes = (10, 30, 20, 20, 30, 20, 5)
+        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i * size)
+                                            for i, size in enumerate(sizes))))
+        self.store.save()
+        self._root = ""
+        for most, passed in ((0, []), (1, [30]), (2, [30, 30]), (3, [30, 20, 30]),
+                             (4, [30, 20, 20, 30]), (5, [30, 20, 20, 30, 20]),
+                             (6, [10, 30, 20, 20, 30, 20]), (7, list(sizes)), (99, list(sizes))):
+            with self.pair() as (ours, dumb):
+                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
+                                       maxFds=most))
+                dumb.sock.shutdown(socket.SHUT_WR)
+                self.server.handle(ours)
+                fds = dumb.message()[1]
+                self.assertEqual(passed, [os.fstat(fd).st_size for fd in fds[1:]])
+                with open(os.dup(fds[0]), "rb") as file:
+                    self.assertEqual(self.store.tars[layer], dumb.tar_of_numbers(
+                        file.read(), fds[1:]))
+                close_all(fds)
+
+    def test_every_layer_by_every_client(self) -> None:
+        with self.opener() as storage:
+            self.assertEqual(18, fetch_by_all(self, storage))
+        sample = make_sample(os.path.join(self.dir, "sample"))
+        with cstor.Storage.open(sample.root) as storage:
+            self.assertEqual(27, fetch_by_all(self, storage))
+
+    # -- broken ones -----------------------------------------------------------------------------
+
+    def test_every_cut(self) -> None:
+        """A client that dies inside its request is told so, if it can be, and no more."""
+        varlink = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": self.digest}}}
+        for data in (json.dumps(self.good()).encode(),
+                     json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer)).encode(),
+                     json.dumps(varlink).encode() + b"\0"):
+            for cut in range(len(data)):
+                dumb = self.answered(data[:cut])
+                if not cut:
+                    self.assertEqual(b"", dumb.data)
+                    continue
+                answer = json.loads(dumb.data.rstrip(b"\0"))
+                if "parameters" not in answer:
+                    self.assertEqual((-32700, None), (answer["error"]["code"], answer["id"]))
+        self.served_well()
+
+    def test_clients_that_go(self) -> None:
+        """... at each step of an answer: after any number of bytes or descriptors of it."""
+        with self.running(timeout=5.0):
+            for request in (self.request("StreamLayer", layer=self.big, threshold=10),
+                            self.request("GetLayerSplitfdstream", layer=self.big),
+                            self.request("StreamLayer", layer=self.big, threshold=10**9)):
+                for count in (0, 1, 100, 1000, 10_000, 300_000):
+                    dumb = self.dumb()
+                    dumb.send(request)
+                    with contextlib.suppress(EOFError):
+                        while len(dumb.data) < count and b'"result"' not in dumb.data:
+                            dumb.fill()
+                    close_all(dumb.fds)
+                    dumb.sock.close()
+            for read in (False, True):
+                dumb = self.dumb()
+                dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+                    "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
+                fds = dumb.frame()[1]
+                if read:
+                    os.read(fds[0], 100)
+                close_all(fds)
+                dumb.sock.close()
+            dumb = self.dumb()
+            dumb.send(self.good())
+            self.assertEqual(self.tar, dumb.notified()[0])
+            dumb.sock.close()
+
+    def test_wrong_requests(self) -> None:
+        ask = self.request
+        for code, request in (
+                (-32600, {"jsonrpc": "2.0", "id": 1}), (-32600, {"jsonrpc": "1.0", "id": 1}),
+                (-32600, {"id": 1, "method": "ListImages"}),
+                (-32600, {**ask("ListImages"), "id": {}}), (-32600, {**ask("ListImages"),
+                                                                     "method": 5}),
+                (-32600, b'{"jsonrpc":"2.0","method":"ListImages","id":1e999}'),
+                (-32600, {"jsonrpc": "2.0", "result": {}, "id": 1}),
+                (-32600, b"[]"), (-32600, b'[{"jsonrpc":"2.0","method":"ListImages","id":1}]'),
+                (-32700, b"}"), (-32700, b"x"), (-32700, b'{"a":1,"a":1}'), (-32700, b'{"a":NaN}'),
+                (-32700, b'{"jsonrpc":"2.0","\xff":1}'), (-32700, b"\0"),
+                (-32700, b'{"a":' * 70), (-32700, b'{"a":%s}' % (b"1" * 5000)),
+                (-32601, ask("Nothing")), (-32601, ask("__init__")), (-32601, ask("run")),
+                (-32602, {**ask("StreamLayer"), "params": [1]}), (-32602, ask("StreamLayer")),
+                (-32602, ask("StreamLayer", layer=5)), (-32602, ask("StreamLayer", layer="")),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold=-1)),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold=True)),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold="1")),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold=1 << 64)),
+                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, maxFds=-1)),
+                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, compressed=True)),
+                (-32602, ask("GetSplitFDStream", layerId=self.layer, parentId="x")),
+                (-32000, ask("GetLayerSplitfdstream", layer="nothing")),
+                (-32000, ask("GetSplitFDStream", layerId="../x", parentId="")),
+                (-32000, ask("StreamLayer", layer="\ud800")), (-32000, ask("StreamLayer",
+                                                                           layer="a\0b")),
+                (-32001, ask("GetImage", imageId="nothing")), (-32001, ask("OpenImage",
+                                                                           image_ref="nothing")),
+                (-32001, ask("OpenImage", image_ref="containers-storage:[overlay@/x]tiny")),
+                (-32001, ask("OpenImage", image_ref="docker://x")),
+                (-32001, ask("CloseImage", image_id=1)), (-32001, ask("GetLayerTarSplit",
+                                                                      image_id=9,
+                                                                      layer_digest="x")),
+                (-32050, {**ask("ListImages"), "fds": 1}), (-32050, (ask("ListImages"), [self.a])),
+                (-32050, {**ask("ListImages"), "fds": 1 << 40}), (-32050, {**ask("x"),
+                                                                           "fds": -1}),
+                (-32050, ask("ListImages", x={"__jsonrpc_fd__": True, "index": 0})),
+                (-32600, b'{"a":"' + b"x" * 100)):
+            with self.subTest(code=code, request=str(request)[:80]):
+                with mock.patch.object(cstor, "MAX_REQUEST", 90 if request == b'{"a":"' + b"x" * 100
+                                       else 1 << 20):
+                    answer = self.one_answer(request)
+                self.assertEqual(code, answer["error"]["code"], answer)
+                self.assertLessEqual({"jsonrpc", "error", "id"}, set(answer))
+        # What is no request has no answer, and an error does not end a conversation.
+        dumb = self.answered({"jsonrpc": "2.0", "method": "ListImages"}, ask("x", 1), ask("y", "2"),
+                             ask("ListImages", None), {"jsonrpc": "2.0", "method": "shutdown"},
+                             ask("ListImages", 3))
+        got = [dumb.message()[0] for _ in range(3)]
+        self.assertEqual([1, "2", None], [value["id"] for value in got])
+        self.assertEqual(b"", dumb.data)
+        self.served_well()
+
+    def test_wrong_calls(self) -> None:
+        oci = "org.composefs.Oci."
+        good = {"params": {"diff_id": self.digest}}
+        for name, call in (
+                ("org.varlink.service.MethodNotFound", {"method": "a.b"}),
+                (oci + "InvalidRequest", {"method": 5}), (oci + "InvalidRequest", {}),
+                (oci + "InvalidRequest", {"method": oci + "GetLayer", "parameters": good}),
+                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True}),
+                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"diff_id": None, "storage": None}}}),
+                (oci + "NoSuchLayer", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"diff_id": "sha256:" + "0" * 64}}}),
+                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"storage": {"storage_path": "/x\0", "layer_id": self.layer}}}}),
+                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"storage": {"storage_path": "/x\ud800", "layer_id": "x"}}}}),
+                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"storage": []}}}),
+                ("org.varlink.service.InterfaceNotFound", {
+                    "method": "org.varlink.service.GetInterfaceDescription",
+                    "parameters": {"interface": "x"}})):
+            with self.subTest(call=call):
+                answer = self.one_answer(json.dumps(call).encode() + b"\0")
+                self.assertEqual(name, answer["error"])
+        dumb = self.answered(json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
+                             json.dumps({"method": "a.b", "oneway": True}).encode() + b"\0",
+                             b"{]\0")
+        self.assertIn("interfaces", dumb.frame()[0]["parameters"])
+        self.assertIn("error", dumb.frame()[0])
+        self.assertEqual(b"", dumb.data)
+
+    def test_random_damage(self) -> None:
+        rng = random.Random(18)
+        call = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": self.digest, "storage": None}}}
+        image = {"storage_path": self.store.root, "layer_id": self.layer}
+        recorded = [
+            [json.dumps(value).encode() for value in (
+                self.request("Initialize", 1), self.request(
+                    "OpenImage", 2, image_ref="containers-storage:localhost/tiny:1"),
+                self.request("GetLayerTarSplit", 3, image_id=1, layer_digest=self.digest),
+                self.request("CloseImage", 4, image_id=1), self.request("Shutdown", 5))],
+            [json.dumps(self.good()).encode()],
+            [json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer, threshold=10,
+                                     maxFds=5)).encode()],
+            [json.dumps(self.request("GetSplitFDStream", layerId=self.layer)).encode()],
+            [json.dumps(self.request("GetImage", imageId=self.image)).encode()],
+            [json.dumps(call).encode() + b"\0"],
+            [json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
+             json.dumps({**call, "parameters": {"params": {"storage": image}}}).encode() + b"\0"]]
+        with mock.patch.object(threading, "excepthook", side_effect=AssertionError):
+            for i in range(10000 if FULL else 2500):
+                data = [bytearray(part) for part in rng.choice(recorded)]
+                fds: List[List[int]] = [[] for _ in data]
+                for _ in range(rng.choice((1, 1, 1, 2, 5))):
+                    damage(rng, data, fds, [self.a] * (rng.random() < 0.02))
+                self.answered(*((bytes(part), passed) for part, passed in zip(data, fds) if part))
+                if i % 500 == 0:
+                    self.served_well()
+        self.served_well()
+
+    # -- slow ones and many ----------------------------------------------------------------------
+
+    def test_others_are_served_meanwhile(self) -> None:
+        with self.running(timeout=0.5, idle=0.5):
+            idle, never_reads, pipes, drip = (self.dumb() for _ in range(4))
+            never_reads.send(self.request("StreamLayer", layer=self.big, threshold=10**9))
+            pipes.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+                "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
+            drip.send(b'{"jsonrpc":')
+            for _ in range(3):
+                dumb = self.dumb()
+                dumb.send(self.request("StreamLayer", layer=self.big, threshold=10))
+                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
+                close_all(dumb.fds)
+                dumb.sock.close()
+            for slow in (idle, drip):  # each is left alone after its time
+                with self.assertRaises(EOFError):
+                    slow.fill()
+            with self.assertRaises(EOFError):
+                while True:
+                    never_reads.fill()
+            with self.assertRaises(EOFError):
+                while True:
+                    pipes.fill()
+            close_all(pipes.fds + never_reads.fds)
+            for client in (idle, never_reads, pipes, drip):
+                client.sock.close()
+
+    def test_a_hundred_clients(self) -> None:
+        done: List[Any] = []
+
+        def fetch() -> None:
+            try:
+                with cstor.RpcClient(self.path, timeout=30) as client, \
+                        client.layer(self.layer, threshold=10) as stream:
+                    done.append(stream.export(io.BytesIO()))
+            except cstor.CstorError as error:
+                done.append(str(error))
+
+        for room in (100, 5):
+            done.clear()
+            with self.running(clients=room):
+                held = [self.dumb() for _ in range(5)] if room == 5 else []
+                for dumb in held:  # they are known to be served
+                    dumb.ask("ListImages")
+                    dumb.message()
+                threads = [threading.Thread(target=fetch) for _ in range(100)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(60)
+                for dumb in held:
+                    dumb.sock.close()
+            self.assertEqual([self.digest if room == 100 else "too many clients"] * 100, done)
+
+    def test_stop(self) -> None:
+        """An idle client is let go at once, one that is busy after its time; then all is over."""
+        self.server.stop()  # before it runs, and again afterwards
+        with cstor.ListeningSocket(self.path) as listener:
+            self.server.serve(listener)
+        with open(os.path.join(self.dir, "other"), "w+b") as other:
+            self.server.stop()
+            self.assertEqual(b"", other.read())
+        for request in (None, self.request("StreamLayer", layer=self.big, threshold=10**9)):
+            with self.running(grace=0.3) as server:
+                dumb = self.dumb()
+                dumb.ask("ListImages")
+                dumb.message()
+                if request:
+                    dumb.send(request)
+                    dumb.fill()
+                server.stop()
+                with self.assertRaises(EOFError):
+                    while True:
+                        dumb.fill()
+                dumb.sock.close()
+        # One who comes while it ends is told so.
+        self.assertIn("ending", self.one_answer(self.good())["error"]["message"])
+
+    def test_another_user_is_refused(self) -> None:
+        need(os.geteuid() == 0, "only root can become somebody else")
+        code = ("import os, sys, json, socket; sock = socket.socket(socket.AF_UNIX); "
+                "os.setgid(65534); os.setuid(65534); sock.connect(sys.argv[1]); "
+                "print(sock.recv(9999).decode())")
+        with self.running():
+            os.chmod(self.dir, 0o711)
+            os.chmod(self.path, 0o666)
+            done = subprocess.run([sys.executable, "-c", code, self.path], timeout=30, check=True,
+                                  stdout=subprocess.PIPE)
+            answer = json.loads(done.stdout)
+            self.assertEqual((-32600, "this server is for another user"),
+                             (answer["error"]["code"], answer["error"]["message"]))
+            client = self.dumb()
+            client.send(self.good())
+            self.assertEqual(self.tar, client.notified()[0])
+            client.sock.close()
+
+
+def fetch_by_all(test: unittest.TestCase, storage: cstor.Storage, **server: Any) -> int:
+    """Let each of our clients fetch every layer of a storage in every form; return how many.
+
+    The form of the Go code cannot hold every tar: then the server gives no digest, or says so.
+    """
+    root, graph = storage.graphroot, storage.runroot
+    rpc = cstor.RpcServer(lambda: cstor.Storage.open(root, runroot=graph), **server)
+
+    def fetch(kind: Any, ask: Callable[[Any], cstor.LayerStream]) -> str:
+        ours, theirs = socket.socketpair()
+        thread = threading.Thread(target=rpc.handle, args=(theirs,))
+        thread.start()
+        try:
+            with kind(ours, timeout=60) as client, ask(client) as stream:
+                digest = stream.export(io.BytesIO())
+                return digest if stream.digest else ""
+        finally:
+            thread.join()
+
+    def by_proxy(image: str, digest: str, client: Any) -> Any:
+        client.initialize()
+        return client.image_layer(client.open_image(f"containers-storage:{image}"), digest)
+
+    images = {layer.id: image.id for image in storage.images() if not image.is_list
+              for layer in image.layers()}
+    count = 0
+    for layer in storage.layers():
+        for form, threshold in itertools.product(("stream", "splitfdstream", "go", "varlink"),
+                                                 (0, 4096)):
+            kind = cstor.VarlinkClient if form == "varlink" else cstor.RpcClient
+
+            def ask(client: Any, layer: str = layer.id, form: str = form,
+                    threshold: int = threshold) -> Any:
+                return client.layer(layer, form, threshold=threshold)
+
+            with test.subTest(layer=layer.id, form=form):
+                if not layer.diff_digest:
+                    with test.assertRaises(cstor.CstorError):
+                        fetch(kind, ask)
+                    continue
+                try:
+                    digest = fetch(kind, ask)
+                except cstor.ProtocolError as error:
+                    test.assertEqual("go", form)
+                    test.assertIn("is a sparse file, which this form cannot hold", str(error))
+                    continue
+                test.assertEqual(layer.diff_digest if digest or form != "go" else "", digest)
+                count += 1
+        if layer.diff_digest and layer.id in images:
+            with test.subTest(layer=layer.id, form="proxy"):
+                test.assertEqual(layer.diff_digest, fetch(cstor.ProxyV2Client, functools.partial(
+                    by_proxy, images[layer.id], layer.diff_digest)))
+                count += 1
+    return count
+
+
+class ManyFiles(StoreTest):
+    """Layers of many files, for processes that may have 1,024 files open each."""
+
+    def test_many_external_files(self) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+        counts = (1000, 10_000, 100_000) if FULL else (1000, 10_000)
+        store = self.builder()
+        layers = [store.layer(b"".join(entry(b"%d/%d" % (i // 500, i), b"%010d" % i)
+                                       for i in range(count)) + END) for count in counts]
+        store.save()
+        self.guard(store.root)
+        path = os.path.join(self.dir, "socket")
+        server = subprocess.Popen([sys.executable, SCRIPT, "--root", store.root, "serve",
+                                   "--socket", path], env=IDLE, stderr=subprocess.PIPE)
+        try:
+            assert server.stderr
+            self.assertIn(b"serving", server.stderr.readline())
+            for layer in layers:
+                self.transfer(path, layer, store.tars[layer])
+            server.terminate()
+            self.assertEqual(b"", server.communicate(timeout=30)[1])
+            self.assertEqual(0, server.returncode)
+        finally:
+            server.kill()
+            server.communicate()
+
+    def transfer(self, path: str, layer: str, tar: bytes) -> None:
+        for form in ("stream", "splitfdstream", "go", "varlink"):
+            kind = cstor.VarlinkClient if form == "varlink" else cstor.RpcClient
+            with self.subTest(form=form), kind(path, timeout=60) as client, \
+                    client.layer(layer, form, threshold=0) as stream:
+                self.assertEqual(sha256(tar), stream.digest)
+                passed, out = 0, io.BytesIO()
+                for piece in stream.pieces():
+                    if isinstance(piece, cstor.Extent):
+                        passed += 1
+                        out.write(os.pread(piece.fd, 10, 0))
+                    else:
+                        out.write(piece)
+                self.assertEqual(sha256(tar), sha256(out.getvalue()))
+                self.assertGreater(passed, 400)
+        for options in ({}, {"threshold": 0}, {"threshold": 0, "maxFds": 20}):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                sock.connect(path)
+                dumb = Dumb(sock)
+                dumb.ask("GetLayerSplitfdstream", layer=layer, **options)
+                fds = dumb.message()[1]
+                try:
+                    with open(os.dup(fds[0]), "rb") as file:
+                        self.assertEqual(sha256(tar), sha256(dumb.tar_of_numbers(
+                            file.read(), fds[1:])))
+                finally:
+                    close_all(fds)
+
+
+class ListeningSockets(StoreTest):
+    """Where a server's socket is put, and what may be there before and afterwards."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = os.path.join(self.dir, "socket")
+
+    def gone(self) -> None:
+        self.assertEqual([], [name for name in os.listdir(self.dir) if "sock" in name])
+
+    def test_it_comes_and_goes(self) -> None:
+        for mask in (0, 0o22, 0o777):
+            before = os.umask(mask)
+            try:
+                with cstor.ListeningSocket(self.path) as listener:
+                    self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+                    self.assertFalse(listener.get_inheritable())
+                    with cstor.connect(self.path) as sock:
+                        self.assertFalse(sock.get_inheritable())
+                        listener.accept()[0].close()
+            finally:
+                os.umask(before)
+            self.gone()
+
+    def test_what_is_there_before(self) -> None:
+        def refused(number: int, path: str = self.path) -> None:
+            with self.assertRaises(OSError) as caught:
+                cstor.ListeningSocket(path)
+            self.assertEqual((number, path), (caught.exception.errno, caught.exception.filename))
+
+        with cstor.ListeningSocket(self.path):
+            refused(errno.EADDRINUSE)
+            self.assertTrue(os.path.exists(self.path))
+        stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stale.bind(self.path)
+        stale.close()
+        with cstor.ListeningSocket(self.path):
+            cstor.connect(self.path).close()
+        self.gone()
+        with open(self.path, "w"):
+            pass
+        refused(errno.EEXIST)
+        os.unlink(self.path)
+        os.symlink("nowhere", self.path)
+        refused(errno.EEXIST)
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        refused(errno.EEXIST)
+        os.rmdir(self.path)
+        refused(errno.ENOENT, os.path.join(self.dir, "no", "socket"))
+        refused(errno.ENAMETOOLONG, os.path.join(self.dir, "s" * 300))
+        self.gone()
+
+    def test_a_server_that_is_too_busy(self) -> None:
+        """Nobody waits for ever where nobody accepts; and it is not dead."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy, \
+                contextlib.ExitStack() as stack:
+            busy.bind(self.path)
+            busy.listen(0)
+            for _ in range(2):
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                waiting.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    waiting.connect(self.path)
+            with self.assertRaises(OSError) as caught:
+                cstor.ListeningSocket(self.path)
+            self.assertEqual(errno.EADDRINUSE, caught.exception.errno)
+            with self.assertRaises(BlockingIOError):
+                cstor.RpcClient(self.path, timeout=0.1)
+
+    def test_long_paths(self) -> None:
+        folder = os.path.join(self.dir, "d" * 200)
+        os.mkdir(folder)
+        for name in ("socket", "s" * 80, "s" * 81, "s" * 200):
+            path = os.path.join(folder, name)
+            with cstor.ListeningSocket(path) as listener:
+                with cstor.connect(path):
+                    listener.accept()[0].close()
+                with self.assertRaisesRegex(OSError, "another server"):
+                    cstor.ListeningSocket(path)
+            self.assertEqual([], os.listdir(folder))
+
+    def test_what_somebody_else_put_there_stays(self) -> None:
+        def touch() -> None:
+            open(self.path, "w").close()
+
+        for put in (touch, lambda: os.mkdir(self.path), lambda: None):
+            with cstor.ListeningSocket(self.path):
+                os.unlink(self.path)
+                put()
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(self.path) if os.path.isdir(self.path) else os.unlink(self.path)
+        with cstor.ListeningSocket(self.path):
+            os.unlink(self.path)
+            with cstor.ListeningSocket(self.path):
+                pass
+            other = cstor.ListeningSocket(self.path)
+        with other:
+            cstor.connect(self.path).close()
+        self.gone()
+
+
 class Serving(StoreTest):
     """The server as a program, and the commands that read from it."""
 
@@ -8465,6 +9968,13 @@ class RealStores(unittest.TestCase):
                             get()
                 for container in storage.containers():
                     self.assertEqual("created", container.state["state"])
+            self.assertEqual(before, snapshot(root))
+
+    def test_every_layer_by_every_client(self) -> None:
+        for root in self.roots.values():
+            before = snapshot(root)
+            with cstor.Storage.open(root + "/st", runroot=root + "/run") as storage:
+                self.assertGreater(fetch_by_all(self, storage), 8)
             self.assertEqual(before, snapshot(root))
 
     def test_every_layer_as_a_stream(self) -> None:
