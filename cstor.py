@@ -8816,10 +8816,12 @@ class ExternalFiles:
 #                 descriptors has their number in "fds" (jsonrpc-fdpass), or, as before 2026, an
 #                 object {"__jsonrpc_fd__":true,"index":i} for each in its params.  They queue up
 #                 in the order of sending: what is beyond 253 at a time follows on the bytes left,
-#                 or on a space each.  Whoever reads waits for late ones
-#   varlink       each object ended by a NUL byte; descriptors come with their message's first byte
-# The kernel ends a reading behind the bytes that descriptors came with.  So those that came with
-# bytes which are all taken belong to the last message taken: to nobody else, or it is an error.
+#                 or on a space each.  Whoever reads waits for late ones, and keeps early ones: a
+#                 sender may join messages, and the kernel cuts that anywhere.  When nothing more
+#                 is due, none may be left
+#   varlink       each object ended by a NUL byte; descriptors come with their message's first
+#                 byte.  The kernel ends a reading behind the bytes that descriptors came with: if
+#                 those are all taken, it was with the last message taken
 # What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
 # ================================================================================================
 
@@ -8961,13 +8963,6 @@ class Connection:
                                     f"{len(self._fds)} came", code=FD_ERROR)
         message = Message(value, [fd for _, fd in self._fds[:count]])
         del self._fds[:count]
-        try:
-            if not self.varlink:
-                self._skip_blanks()
-            self._refuse_surplus()
-        except BaseException:
-            message.close()
-            raise
         return message
 
     def _decide(self, value: Dict[str, Any]) -> None:
@@ -9012,7 +9007,6 @@ class Connection:
             return end
         if not self._depth:
             self._skip_blanks()
-            self._refuse_surplus()
             if not buffer:
                 return -1
         outside, inside = re.compile(rb'["{}\[\]]').search, re.compile(rb'["\\]').search
@@ -9055,8 +9049,9 @@ class Connection:
         taken = self._received - len(self._buffer)
         return [fd for at, fd in self._fds if at <= taken]
 
-    def _refuse_surplus(self) -> None:
-        if self._passed():
+    def settle(self) -> None:
+        """Raise ProtocolError when descriptors are left over; for where no more is due."""
+        if self._fds:
             raise ProtocolError("mismatched count: more file descriptors came than a message says",
                                 code=FD_ERROR)
 
@@ -10005,6 +10000,7 @@ class RpcClient:
                            display(str(error.get("message"))))
         if value.get("id") != self._number or "result" not in value:
             raise ProtocolError("a response to something else")
+        self.connection.settle()
         return as_dict(value["result"])
 
 
