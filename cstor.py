@@ -199,6 +199,7 @@ RESOLVE_IN_ROOT = 0x10
 # _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
 FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
     else 0x40049409
+CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
 F_ADD_SEALS, F_SEAL_ALL = 1033, 15  # no more seals, not shorter, not longer, not written
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -763,6 +764,22 @@ def widen_pipe(fd: int) -> None:
         fcntl.fcntl(fd, F_SETPIPE_SZ, CHUNK)
     except OSError:  # no pipe, or the user's allowance (fs.pipe-user-pages-soft) is used up
         pass
+
+
+def read_proc(name: str) -> str:
+    """Return a file below /proc as text, "" where there is none."""
+    try:
+        with open("/proc/" + name, "rb") as file:
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def capabilities() -> List[str]:
+    """Return which of CAPABILITIES are effective."""
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", read_proc("self/status"), re.MULTILINE)
+    bits = int(match[1], 16) if match else 0
+    return [word for bit, word in CAPABILITIES.items() if bits >> bit & 1]
 
 
 class Copier:
@@ -9428,6 +9445,7 @@ class _Session:
         layer = self._layer(params, "layer")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         known = {"digest": layer.diff_digest, "size": layer.diff_size}
+        os.close(open_tar_split(layer)[0])  # what is missing is better said before the start
         self._notify("stream.start", {"layer": layer.id, **known})
         count = self._send_chunks(layer, threshold, "stream.seg", "stream.file",
                                   lambda member: {})
@@ -10074,7 +10092,8 @@ class VarlinkClient(RpcClient):
         place = {"storage_path": path, "layer_id": layer_id} if path else None
         self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
             "handle": 0, "params": {"diff_id": None if place else reference, "storage": place,
-                                    "consumer_has_cap_dac_override": has_capability(1)}}})
+                                    "consumer_has_cap_dac_override":
+                                    "CAP_DAC_OVERRIDE" in capabilities()}}})
         fds: List[int] = []
 
         def close() -> None:
@@ -10198,16 +10217,6 @@ def decode_base64(text: Any) -> bytes:
     except (TypeError, ValueError):
         pass
     raise ProtocolError("malformed base64", code=BAD_PARAMS)
-
-
-def has_capability(number: int) -> bool:
-    """Tell whether this process has a capability (capabilities(7)), in its user namespace."""
-    try:
-        with open("/proc/self/status", "rb") as file:
-            match = re.search(rb"^CapEff:\s*([0-9a-f]+)$", file.read(), re.M)
-    except OSError:  # no /proc
-        match = None
-    return bool(match and int(match[1], 16) >> number & 1)
 
 
 def with_short_path(path: str, action: Callable[[str], T]) -> T:
@@ -10887,7 +10896,6 @@ def true_type(media_type: str, start: bytes) -> str:
 # unshare`, which writes to lock files of the user's own storage and leaves a process behind.
 # ================================================================================================
 
-CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
 UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
 _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
 # What runs first in the namespace: it makes it, if podman did not, and gets _CODE from the socket.
@@ -10923,22 +10931,6 @@ def find_program(name: str) -> str:
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path
     return ""
-
-
-def read_proc(name: str) -> str:
-    """Return a file below /proc as text, "" where there is none."""
-    try:
-        with open("/proc/" + name, "rb") as file:
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-
-
-def capabilities() -> List[str]:
-    """Return which of CAPABILITIES are effective."""
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", read_proc("self/status"), re.MULTILINE)
-    bits = int(match[1], 16) if match else 0
-    return [word for bit, word in CAPABILITIES.items() if bits >> bit & 1]
 
 
 def id_map(kind: str) -> List[List[int]]:

@@ -4828,6 +4828,22 @@ def unshared_extents(paths: Sequence[str]) -> List[str]:
     return found
 
 
+@contextlib.contextmanager
+def served_layer(layer: cstor.Layer, form: str, threshold: int = 0) -> Iterator[cstor.LayerStream]:
+    """Give a layer as a server sends it over a socket; "" is varlink."""
+    root = layer.storage.graphroot
+    server = cstor.RpcServer(lambda: cstor.Storage.open(root))
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=server.handle, args=(theirs,))
+    thread.start()
+    try:
+        with (cstor.RpcClient if form else cstor.VarlinkClient)(ours) as client, \
+                client.layer(layer.id, form, threshold=threshold) as stream:
+            yield stream
+    finally:
+        thread.join()
+
+
 class Disks(StoreTest):
     """Extraction on file systems of our own."""
 
@@ -4918,6 +4934,15 @@ class Disks(StoreTest):
                 os.path.join(out, name) for name, data in self.files.items()
                 if len(data) >= 4096]))
         with cstor.Storage.open(self.store(self.place("xfs", "more")).root) as storage:
+            for form in ("stream", "splitfdstream", "go", ""):
+                with self.subTest(form=form), served_layer(storage.layers()[0], form) as stream:
+                    out = self.place("xfs", f"out-{form}")
+                    done = stream.extract(out, link_mode="reflink")
+                    self.assertEqual((size, 0), (done["bytes-reflinked"], done["bytes-copied"]))
+                    self.check_contents(out)
+                    self.assertEqual([], unshared_extents([
+                        os.path.join(out, name) for name, data in self.files.items()
+                        if len(data) >= 4096]))
             with streamed(storage.layers()[0]) as stream, \
                     self.assertRaisesRegex(cstor.Unsupported, '"d0/f0" cannot be shared'):
                 stream.extract(self.place("ext4", "out"), link_mode="reflink")
