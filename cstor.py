@@ -236,7 +236,7 @@ method GetLayer(handle: int, params: GetLayerParams) ->
 error RepoNotFound (message: string)
 error NoSuchLayer (diff_id: string)
 error InvalidRequest (message: string)
-error InternalError (message: string)
+error InternalError (message: string, kind: ?string)
 error FdLimitExceeded (fd_count: int, max_per_frame: int)
 """,
     "dev.cstor.Store": """method ListImages() -> (images: []object)
@@ -260,6 +260,7 @@ MAX_MESSAGE = 64 << 20  # one JSON message between processes
 MAX_DEPTH = 64  # of objects and arrays in a message
 MAX_REQUEST = 1 << 20  # ... of a client
 MAX_OPEN_IMAGES = 1024  # of one client
+MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
 MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
 DEFAULT_FDS = 500  # that a client gets with one message which does not say how many it can take
 SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
@@ -447,7 +448,7 @@ def _openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
 def _try_openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
     """Call openat2(2); -1 where it cannot be called, now or for so few openings."""
     global _have_openat2, _walks_left
-    if _walks_left:  # some walks are cheaper than the import of ctypes
+    if _walks_left > 0:  # some walks are cheaper than the import of ctypes
         _walks_left -= 1
     elif _have_openat2:
         try:
@@ -8332,6 +8333,7 @@ class LayerStream:
                  size: int = -1, pairs: bool = False,
                  close: Optional[Callable[[], object]] = None) -> None:
         self.label, self.digest, self.size = label, digest, size
+        self.need_digest = False  # by check(); without one nothing is known to be right
         self._chunks, self._pairs = iter(chunks), pairs
         self._close = [close] if close else []
 
@@ -8378,6 +8380,9 @@ class LayerStream:
 
         Raises IntegrityError.
         """
+        if self.need_digest and digest and not self.digest:
+            raise IntegrityError("its server gives no digest to compare its tar with",
+                                 layer=self.label, hint="layer export --no-verify takes it so")
         for what, expected, actual in (
                 ("size", str(self.size) if self.size >= 0 else "", str(size)),
                 ("digest", self.digest if digest else "", digest)):
@@ -8605,12 +8610,14 @@ class Staging:
         crc = 0 if self._crc else None
         self._count += 1
         # Open as the file will be, mostly: the directory is closed, and no mode is left to set.
-        fd = os.open(b"%d" % number, OPEN_NEW_FILE, node.mode & 0o777 | 0o600,
-                     dir_fd=self._target.fd)
+        fd = os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
+                     node.mode & 0o777 | 0o600, dir_fd=self._target.fd)
         try:
             for piece in content if member.sparse is None else self._expand(member, content):
                 if isinstance(piece, Extent):
                     why = self._fill(fd, piece)
+                    if why:  # of a copy ours is what counts
+                        piece.fd = fd
                 elif member.sparse is not None and piece.count(0) == len(piece):
                     os.lseek(fd, len(piece), os.SEEK_CUR)
                 else:
@@ -8656,15 +8663,17 @@ def _hashed(content: Iterator[Union[bytes, Extent]], sink: TarSink
             ) -> Iterator[Union[bytes, Extent]]:
     """Yield pieces, each of which is hashed when the next is asked for.
 
-    Raises IntegrityError when a file changed between that it was taken and hashed.
+    Of a copy that is the copy.  Raises IntegrityError when a file that was shared has changed: the
+    pages of it are written before, so that no change goes without a new ctime.
     """
     for piece in content:
         if isinstance(piece, Extent):
-            before = os.fstat(piece.fd)
+            fd, before = piece.fd, os.fstat(piece.fd)
             yield piece
             sink.extent(piece)
-            after = os.fstat(piece.fd)
-            if (before.st_ctime_ns, before.st_size) != (after.st_ctime_ns, after.st_size):
+            after = os.fstat(fd)
+            if piece.fd == fd and (before.st_ctime_ns, before.st_size) != (
+                    after.st_ctime_ns, after.st_size):
                 raise IntegrityError("changed while it was read", name=piece.member.name)
         else:
             yield piece
@@ -8842,6 +8851,10 @@ class ExternalFiles:
 # What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
 # ================================================================================================
 
+class _Silent(ProtocolError):
+    """A peer does nothing."""
+
+
 class Message:
     """One message of a peer: ``value`` is the object, ``fds`` the descriptors, owned until taken.
 
@@ -8888,7 +8901,9 @@ class Connection:
         self._buffer = bytearray()
         self._received = 0  # bytes in all
         self._fds: List[Tuple[int, int]] = []  # and how many bytes were received with them
-        self._at = self._depth = 0  # so far the buffer was looked at; brackets that are open there
+        self._end = float("inf")  # when a message has to be whole
+        # So far the buffer was looked at; brackets that are open there; tokens of the message.
+        self._at = self._depth = self._tokens = 0
         self._inside = False  # of a string
         sock.settimeout(timeout)
 
@@ -8945,18 +8960,27 @@ class Connection:
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
                     raise ProtocolError("the other end has closed the connection") from None
                 if isinstance(error, TimeoutError) or error.errno is None:  # socket.timeout
-                    raise ProtocolError("the other end has done nothing for "
-                                        f"{self.timeout or 30:g} seconds") from None
+                    raise _Silent("the other end has done nothing for "
+                                  f"{self.timeout or 30:g} seconds") from None
                 raise ProtocolError(f"the connection failed: {error.strerror}") from None
 
     # -- receiving -------------------------------------------------------------------------------
 
-    def receive(self) -> Optional[Message]:
+    def receive(self, idle: Optional[float] = None) -> Optional[Message]:
         """Return the next message, None when the other end has closed at a good place.
 
-        After an error the connection is of no more use for receiving.
+        It may begin within ``idle`` seconds, and has to come whole within ``timeout``.  After an
+        error the connection is of no more use for receiving.
         """
         end = self._boundary()
+        if end < 0 and not self._buffer and idle is not None:
+            self.socket.settimeout(idle)
+            alive = self._fill()
+            self.socket.settimeout(self.timeout)
+            if not alive and not self._fds:
+                return None
+            end = self._boundary()
+        self._end = time.monotonic() + (self.timeout or 1 << 30)
         while end < 0:
             if len(self._buffer) > self.max_message:
                 raise ProtocolError(f"a message of more than {self.max_message} bytes",
@@ -8998,6 +9022,8 @@ class Connection:
         data, rights, flags, _ = self._patiently(
             self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
             socket.MSG_CMSG_CLOEXEC)
+        if time.monotonic() > self._end:
+            raise _Silent(f"the other end has sent no whole message for {self.timeout:g} seconds")
         self._received += len(data)
         self._buffer += data
         for level, kind, content in rights:
@@ -9033,6 +9059,7 @@ class Connection:
                 self._at = len(buffer)
                 return -1
             at, token = match.start(), match[0]
+            self._tokens += 1
             if token == b"\\":
                 if at + 1 == len(buffer):
                     self._at = at
@@ -9045,7 +9072,10 @@ class Connection:
             self._at = at + 1
             if not 0 <= self._depth <= MAX_DEPTH:
                 raise ProtocolError("malformed JSON, or nested too deep", code=PARSE_ERROR)
+            if self._tokens > self.max_message // 16:  # what it becomes is 30 times as large
+                raise ProtocolError("a message of too many parts", code=INVALID_REQUEST)
             if not self._depth and not self._inside:
+                self._tokens = 0
                 return self._at
 
     def _skip_blanks(self) -> None:
@@ -9089,9 +9119,12 @@ def parse_message(data: bytes) -> Dict[str, Any]:
     def integer(text: str) -> int:
         return int(text) if len(text) < 25 else refuse(text)  # it costs the square of its length
 
+    def real(text: str) -> float:
+        return float(text) if abs(float(text)) < float("inf") else refuse(text)
+
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse,
-                           parse_int=integer)
+                           parse_int=integer, parse_float=real)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed JSON: {error}", code=PARSE_ERROR) from None
     if not isinstance(value, dict):
@@ -9105,7 +9138,7 @@ def count_fds(value: Dict[str, Any]) -> int:
     The older form has a placeholder for each, with indices from 0 on.  Raises ProtocolError.
     """
     indices: List[Any] = []
-    todo: List[Any] = [value]
+    todo: List[Any] = [value.get("params")]
     while todo:
         item = todo.pop()
         if isinstance(item, dict):
@@ -9136,11 +9169,23 @@ def error_code(error: Exception) -> int:
     return INTERNAL_ERROR
 
 
-def error_of(code: int, message: str) -> CstorError:
-    """Return the error that a JSON-RPC code of a peer stands for."""
-    kinds: Dict[int, Type[CstorError]] = {NO_LAYER: LayerUnknown, NO_IMAGE: ImageUnknown,
+def error_of(code: int, message: str, kind: object = None) -> CstorError:
+    """Return the error that a JSON-RPC code of a peer stands for, or its ``kind`` as we say it."""
+    codes: Dict[int, Type[CstorError]] = {NO_LAYER: LayerUnknown, NO_IMAGE: ImageUnknown,
                                           NO_FILE: NotFound}
-    return kinds[code](message) if code in kinds else ProtocolError(message, code=code)
+    for each in (IntegrityError, NeedsUnshare, Unsupported, codes.get(code)):
+        if each and (each.__name__ == kind or each is codes.get(code)):
+            return each(message)
+    return ProtocolError(message, code=code)
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """Return the user of the process that made or connected the other end."""
+    import socket
+    import struct
+
+    uid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    return uid
 
 
 def soft_limit() -> int:
@@ -9162,7 +9207,7 @@ class RpcServer:
     """
 
     def __init__(self, opener: Callable[[], Metadata], *, clients: int = 64,
-                 timeout: float = 60.0, idle: float = 3600.0) -> None:
+                 timeout: float = 60.0, idle: float = 600.0) -> None:
         import threading
 
         self.opener, self.timeout, self.idle = opener, timeout, idle
@@ -9232,24 +9277,21 @@ class RpcServer:
                 refusal = self._refusal(sock)
                 if refusal:
                     connection.send({"jsonrpc": "2.0", "error": {
-                        "code": INVALID_REQUEST, "message": refusal}, "id": None})
+                        "code": INTERNAL_ERROR, "message": refusal}, "id": None})
                     return
                 with _Session(self, connection) as session:
                     session.run()
-            except ProtocolError:
+            except (CstorError, OSError, MemoryError):
                 pass  # the client was told, or has gone
             finally:
+                connection.close()  # before it counts as gone
                 with self._lock:
                     self._clients.discard(sock)
                     self._empty.notify_all()
 
     def _refusal(self, sock: socket.socket) -> str:
         """Return why a client is not served, "" if it is."""
-        import socket
-        import struct
-
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid not in (0, os.geteuid()):
+        if peer_uid(sock) not in (0, os.geteuid()):
             return "this server is for another user"
         if self._stopping:  # and perhaps _finish() did not see this client
             return "the server is ending"
@@ -9258,7 +9300,7 @@ class RpcServer:
     def take_fds(self, wanted: int) -> int:
         """Return how many of the wanted descriptors a client gets; they are to be given back."""
         with self._lock:
-            count = min(wanted, self._spare_fds)
+            count = min(wanted, self._spare_fds * 3 // 4)  # others are to get some as well
             self._spare_fds -= count
             return count
 
@@ -9299,9 +9341,8 @@ class _Session:
     def run(self) -> None:
         """Answer all requests.  Raises ProtocolError where the client can no more be understood."""
         while not self._done:
-            self.connection.wait(self.server.idle)
             try:
-                message = self.connection.receive()
+                message = self.connection.receive(self.server.idle)
             except ProtocolError as error:
                 if error.code:
                     self.connection.wait(1.0)
@@ -9309,7 +9350,6 @@ class _Session:
                 raise
             if message is None:
                 return
-            self.connection.wait(self.server.timeout)
             if self.connection.varlink:
                 self._call(message.value)
             else:
@@ -9327,14 +9367,15 @@ class _Session:
         number, params = value.get("id"), value.get("params") or {}
         try:
             method = value.get("method")
+            if "id" not in value and method != "shutdown":
+                return
             if value.get("jsonrpc") != "2.0" or not isinstance(method, str) \
-                    or not isinstance(number, (str, int, type(None))):
-                number = number if isinstance(number, (str, int)) else None
+                    or not isinstance(number, (str, int, float, type(None))) \
+                    or isinstance(number, bool):
+                number = None if isinstance(number, (bool, dict, list)) else number
                 raise ProtocolError("no request of JSON-RPC 2.0", code=INVALID_REQUEST)
             if not isinstance(params, dict):
                 raise ProtocolError("params are to be an object", code=BAD_PARAMS)
-            if "id" not in value and method != "shutdown":
-                return
             if method not in self.METHODS:
                 raise ProtocolError(f'method not found: "{display(method[:80])}"', code=NO_METHOD)
             self._number = number
@@ -9342,7 +9383,8 @@ class _Session:
         except (CstorError, OSError) as error:
             if isinstance(error, ProtocolError) and not error.code:
                 raise  # of the connection itself
-            self._send_error(number, error)
+            if "id" in value:
+                self._send_error(number, error)
             return
         if "id" in value and result is not None:
             self._reply(result)
@@ -9366,7 +9408,8 @@ class _Session:
             self.connection.send(varlink_error(error))
         else:
             self.connection.send({"jsonrpc": "2.0", "error": {
-                "code": error_code(error), "message": str(error)}, "id": number})
+                "code": error_code(error), "message": str(error),
+                "data": type(error).__name__}, "id": number})
 
     # -- what requests name ----------------------------------------------------------------------
 
@@ -9425,6 +9468,9 @@ class _Session:
 
         try:
             threshold, equal, inline = choose_external(layer, threshold, most)
+            if inline > MAX_SPOOL:
+                raise ProtocolError(f"{inline} bytes would be in the stream: StreamLayer has no "
+                                    "such limit", code=INVALID_REQUEST)
             with open_spool(inline) as spool:
                 exact = write(SplitfdstreamWriter(spool.write, external,
                                                   threshold=threshold - (equal > 0)))
@@ -9540,6 +9586,8 @@ class _Session:
         reference = self._param(params, "image_ref", "")
         match = re.fullmatch(r"containers-storage:(?:\[(?:overlay@)?([^\]]+)\])?(.*)", reference)
         if match and match[1]:
+            if "\0" in match[1]:
+                raise ImageUnknown("image not known: a NUL byte in its storage's path")
             roots = [os.path.realpath(root.path) for root in self.storage.roots]
             if os.path.realpath(match[1].partition("+")[0]) not in roots:
                 raise ImageUnknown(f"image not known: {reference}: another storage is served here")
@@ -9576,8 +9624,11 @@ class _Session:
         try:
             if not isinstance(method, str) or not isinstance(params, dict):
                 raise ProtocolError("no call of varlink", code=INVALID_REQUEST)
+            interface = method.rpartition(".")[0]
+            if interface not in VARLINK:
+                raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
             if method not in self.CALLS:
-                raise ProtocolError(method, code=NO_METHOD)
+                raise _VarlinkError("org.varlink.service.MethodNotFound", "method", method)
             if method.endswith(".GetLayer") and (not more or oneway):
                 raise ProtocolError("it is to be called with more", code=INVALID_REQUEST)
             result = self._run(self.CALLS[method], params)
@@ -9597,9 +9648,11 @@ class _Session:
 
     def describe_interface(self, params: Dict[str, Any]) -> Dict[str, Any]:
         """Return the description of an interface in varlink's own language."""
-        name = self._param(params, "interface", "")
+        name = params.get("interface")
+        if not isinstance(name, str):
+            raise _VarlinkError("org.varlink.service.InvalidParameter", "parameter", "interface")
         if name not in VARLINK:
-            raise NotFound(name)
+            raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", name)
         return {"description": f"interface {name}\n\n{VARLINK[name]}"}
 
     def oci_info(self, _: Dict[str, Any]) -> Dict[str, Any]:
@@ -9641,7 +9694,10 @@ class _Session:
                 pipe = _PipeWriter(data.write_fd, self.server.timeout)
                 write_pieces(layer, SplitdirfdstreamWriter(pipe.write, place.find))
                 pipe.flush()
-            except (CstorError, OSError) as error:  # it was answered; the stream lacks its end now
+            except (CstorError, OSError) as error:
+                # It was answered; the stream lacks its end, and who looks for more learns why.
+                if not isinstance(error, ProtocolError):
+                    self.connection.send(varlink_error(error))
                 raise ProtocolError(str(error)) from None
 
 
@@ -9695,7 +9751,7 @@ class _PipeWriter:
 class _Place:
     """Finds out where below a layer's directory open files are, and whether others may read them.
 
-    ``all`` says that no permission matters to whom they are for.
+    ``all_`` says that no permission matters to whom they are for.
     """
 
     def __init__(self, diff: Directory, all_: bool) -> None:
@@ -9729,7 +9785,7 @@ def wait_until_ready(fd: int, event: str, timeout: float) -> None:
     poll = select.poll()
     poll.register(fd, getattr(select, event))
     if not poll.poll(timeout * 1000):
-        raise ProtocolError(f"the other end has done nothing for {timeout:g} seconds")
+        raise _Silent(f"the other end has done nothing for {timeout:g} seconds")
 
 
 def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[int, int, int]:
@@ -9813,20 +9869,25 @@ def write_pairs(layer: LayerRecord, writer: SplitfdstreamWriter) -> bool:
     return usual and b"".join(between) == bytes(padding + 2 * BLOCK)
 
 
+class _VarlinkError(CstorError):
+    """An error by its name in varlink, with its one parameter."""
+
+    def __init__(self, name: str, parameter: str, value: str) -> None:
+        super().__init__(f"{name}: {value}")
+        self.reply = {"error": name, "parameters": {parameter: value}}
+
+
 def varlink_error(error: Exception) -> Dict[str, Any]:
     """Return the reply of varlink that tells of an error, by the names of composefs's interface."""
-    if isinstance(error, ProtocolError) and error.code == NO_METHOD:
-        return {"error": "org.varlink.service.MethodNotFound", "parameters": {
-            "method": str(error)}}
-    if type(error) is NotFound:
-        return {"error": "org.varlink.service.InterfaceNotFound", "parameters": {
-            "interface": str(error)}}
+    if isinstance(error, _VarlinkError):
+        return error.reply
     if isinstance(error, LayerUnknown):
         return {"error": "org.composefs.Oci.NoSuchLayer", "parameters": {
             "diff_id": str(error).removeprefix("layer not known: ")}}
     name = "RepoNotFound" if isinstance(error, ImageUnknown) else "InvalidRequest" \
         if isinstance(error, ProtocolError) and error.code != INTERNAL_ERROR else "InternalError"
-    return {"error": f"org.composefs.Oci.{name}", "parameters": {"message": str(error)}}
+    kind = {"kind": type(error).__name__} if name == "InternalError" else {}
+    return {"error": f"org.composefs.Oci.{name}", "parameters": {"message": str(error), **kind}}
 
 
 # -- clients -------------------------------------------------------------------------------------
@@ -9840,9 +9901,16 @@ class RpcClient:
 
     def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
         self.limit = max(soft_limit() - len(os.listdir("/proc/self/fd")) - 32, 8)
-        self.connection = Connection(connect(where, timeout) if isinstance(where, str) else where,
-                                     timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS))
+        sock = connect(where, timeout) if isinstance(where, str) else where
+        self.connection = Connection(sock, timeout=timeout,
+                                     max_fds=min(self.limit, MAX_QUEUED_FDS))
         self._number = 0
+        if isinstance(where, str) and peer_uid(sock) not in (0, os.geteuid()):
+            # It could let us open, by a name in a directory, what is closed to itself.
+            uid = peer_uid(sock)
+            self.close()
+            raise ProtocolError(f"the server at {where} is of uid {uid}, neither root's nor yours",
+                                code=INTERNAL_ERROR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -9922,7 +9990,8 @@ class RpcClient:
                 raise ProtocolError(f"the stream is to be of {display(str(size))} bytes, and has "
                                     f"{os.fstat(fds[0]).st_size}")
             chunks = SplitfdstreamReader(read, lambda number: fds[number + 1])
-            return LayerStream(chunks, label=label, close=close, **known_of(result, pairs))
+            return asked_for(label, LayerStream(chunks, label=label, close=close,
+                                                **known_of(result, pairs)))
         except BaseException:
             close()
             raise
@@ -9940,7 +10009,7 @@ class RpcClient:
         name = start.get("layer", label)
         stream = LayerStream(self._chunks(lambda: stream, start),
                              label=name if isinstance(name, str) else label, **known_of(start))
-        return stream
+        return asked_for(label, stream)
 
     def _chunks(self, stream: Callable[[], LayerStream], start: Dict[str, Any]
                 ) -> Iterator[Union[bytes, Passed]]:
@@ -10015,7 +10084,7 @@ class RpcClient:
             error = as_dict(error)
             code = error.get("code")
             raise error_of(code if type(code) is int else INTERNAL_ERROR,
-                           display(str(error.get("message"))))
+                           display(str(error.get("message"))), error.get("data"))
         if value.get("id") != self._number or "result" not in value:
             raise ProtocolError("a response to something else")
         self.connection.settle()
@@ -10088,7 +10157,8 @@ class VarlinkClient(RpcClient):
 
         Our own server takes an ID, a name and so on, too.
         """
-        path, _, layer_id = reference.rpartition("#")
+        path, _, layer_id = reference.rpartition("#") if reference.startswith("/") \
+            else ("", "", reference)
         place = {"storage_path": path, "layer_id": layer_id} if path else None
         self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
             "handle": 0, "params": {"diff_id": None if place else reference, "storage": place,
@@ -10103,8 +10173,6 @@ class VarlinkClient(RpcClient):
         try:
             count, reply = self._collect(fds)
             label = str(reply.get("layer") or layer_id)
-            if not place and re.fullmatch("sha256:" + HEX64, reference):
-                reply.setdefault("digest", reference)  # composefs does not repeat it
             for fd in fds[1:count + 1]:
                 if not stat.S_ISDIR(os.fstat(fd).st_mode):
                     raise ProtocolError("no directory was passed", code=FD_ERROR)
@@ -10114,11 +10182,31 @@ class VarlinkClient(RpcClient):
                 raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(_PipeReader(fds[0], self._timeout), CHUNK)
-            return LayerStream(SplitdirfdstreamReader(reader.read, fds[1:count + 1]),
-                               label=label, close=close, **known_of(reply))
+            chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1])
+            return asked_for(reference, LayerStream(
+                self._until_failure(chunks), label=label, close=close, **known_of(reply)))
         except BaseException:
             close()
             raise
+
+    def _until_failure(self, chunks: Iterable[Union[bytes, Passed]]
+                       ) -> Iterator[Union[bytes, Passed]]:
+        """Yield chunks; raise what our own server says when it fails behind its reply."""
+        import select
+
+        failure: Optional[FormatError] = None
+        try:
+            yield from chunks
+        except FormatError as error:
+            failure = error
+        poll = select.poll()
+        poll.register(self.connection.socket, select.POLLIN)
+        message = self.connection.receive() if poll.poll(0) else None
+        if message:
+            with message:
+                self._parameters(message)
+        if failure:
+            raise failure
 
     def _collect(self, fds: List[int]) -> Tuple[int, Dict[str, Any]]:
         """Put the descriptors of all replies into ``fds``; return (directories, first reply)."""
@@ -10149,8 +10237,11 @@ class VarlinkClient(RpcClient):
         words = display(", ".join(map(str, params.values())))
         if str(error).endswith(".NoSuchLayer"):
             raise LayerUnknown(f"layer not known: {words}")
-        raise ProtocolError(f"{display(str(error))}: {words}", code=NO_METHOD
-                            if "MethodNotFound" in str(error) else INTERNAL_ERROR)
+        name = str(error)
+        if name.endswith("Oci.InternalError"):
+            raise error_of(INTERNAL_ERROR, display(str(params.get("message"))), params.get("kind"))
+        raise ProtocolError(f"{display(name)}: {words}", code=NO_METHOD if name.endswith((
+            ".MethodNotFound", ".InterfaceNotFound")) else INTERNAL_ERROR)
 
 
 def fetch_layer(path: str, reference: str) -> LayerStream:
@@ -10166,10 +10257,11 @@ def fetch_layer(path: str, reference: str) -> LayerStream:
         try:
             stream = client.layer(reference, form)
             stream.also_close(client.close)
+            stream.need_digest = True
             return stream
         except ProtocolError as error:
             client.close()
-            if error.code not in unknown:
+            if error.code not in unknown or isinstance(error, _Silent):
                 raise
             trouble = trouble or error
         except BaseException:
@@ -10194,6 +10286,21 @@ class _PipeReader(io.RawIOBase):
                 return os.readv(self._fd, [buffer])
             except BlockingIOError:
                 wait_until_ready(self._fd, "POLLIN", self._timeout)
+
+
+def asked_for(reference: str, stream: LayerStream) -> LayerStream:
+    """Return the stream, which must be of the digest that was asked for, if it was by digest.
+
+    Raises IntegrityError, also where that was the digest of a compressed blob: what is sent cannot
+    be compared with it.
+    """
+    if re.fullmatch("sha256:" + HEX64, reference):
+        if stream.digest not in ("", reference):
+            stream.close()
+            raise IntegrityError("the server gives another layer than the one that was asked for",
+                                 expected=reference, actual=stream.digest)
+        stream.digest = reference
+    return stream
 
 
 def known_of(params: Dict[str, Any], pairs: bool = False) -> Dict[str, Any]:
@@ -10263,27 +10370,38 @@ class ListeningSocket:
 
         self.path = path
         self._check()
-        folder = os.path.dirname(path)
-        temporary = os.path.join(folder, f".cstor-{os.urandom(6).hex()}.sock")
+        temporary = os.path.join(os.path.dirname(path), f".cstor-{os.urandom(6).hex()}.sock")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with_short_path(temporary, self.socket.bind)
             os.chmod(temporary, 0o600)  # before it listens nobody can connect
             self._status = os.lstat(temporary)
             self.socket.listen(64)
-            os.rename(temporary, path)
-        except OSError as error:
+            os.link(temporary, path)  # of several servers one comes first
+        except FileExistsError:
             self.socket.close()
+            raise OSError(errno.EADDRINUSE, "another server listens there", path) from None
+        except BaseException as error:
+            self.socket.close()
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, path) from None
+            raise
+        finally:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
-            raise OSError(error.errno, error.strerror, path) from None
 
     def _check(self) -> None:
+        """Remove what a killed server left.  Raises OSError for anything else."""
         try:
-            if not stat.S_ISSOCK(os.lstat(self.path).st_mode):
+            status = os.lstat(self.path)
+            if not stat.S_ISSOCK(status.st_mode):
                 raise OSError(errno.EEXIST, "it is no socket", self.path)
             connect(self.path, 1.0).close()
-        except (FileNotFoundError, ConnectionRefusedError):
+        except ConnectionRefusedError:
+            if os.path.samestat(os.lstat(self.path), status):
+                os.unlink(self.path)
+            return
+        except FileNotFoundError:
             return
         except BlockingIOError:  # too busy to answer
             pass
@@ -10293,12 +10411,12 @@ class ListeningSocket:
         return self.socket
 
     def __exit__(self, *_: object) -> None:
-        self.socket.close()
         try:
             if os.path.samestat(os.lstat(self.path), self._status):
                 os.unlink(self.path)
         except FileNotFoundError:
             pass
+        self.socket.close()
 
 
 # -- skopeo's image proxy ------------------------------------------------------------------------
@@ -11903,6 +12021,11 @@ class Output:
             raise OSError(error.errno, error.strerror, path) from None
 
     def _open(self) -> None:
+        above = self._target
+        while above not in ("", "/"):
+            above = os.path.dirname(above)
+            if os.path.isdir(os.path.join(above, os.fsdecode(LAYERS))):
+                raise CstorError(f"{self._target} is inside the storage at {above}")
         if os.path.exists(self._target) and not os.path.isfile(self._target):
             self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
             return
@@ -12153,13 +12276,15 @@ def cmd_serve(storage: Storage, args: Any) -> None:
     server = RpcServer(opener)
     passed = None if args.socket else passed_socket()
     if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        signal.signal(signal.SIGTERM, lambda *_: passed.shutdown(socket.SHUT_RD))
         server.handle(passed)
         return
     if args.socket:
         refuse_storage(storage, args.socket)
     with passed or ListeningSocket(args.socket) as listener:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: server.stop())
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: server.stop())
         if not args.quiet:
             say(f"serving {storage.graphroot} at {args.socket or 'the socket that was passed'}")
         server.serve(listener)
@@ -12486,10 +12611,11 @@ def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> D
     if args.link_mode in ("reflink", "hardlink"):
         raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
                           "share contents with")
+    reference = via_skopeo(args)
     if storage:
         refuse_storage(storage, args.dir)
     with ProxyV1Client() as proxy, ProgressLine(0, args.quiet) as progress:
-        return proxy.open_image(args.via_skopeo).extract(args.dir, progress=progress, **options)
+        return proxy.open_image(reference).extract(args.dir, progress=progress, **options)
 
 
 def extract_from_server(storage: Optional[Storage], args: Any, options: Any) -> Dict[str, Any]:
@@ -12529,6 +12655,15 @@ def names_to_give(image: Image, reference: str) -> List[str]:
         if found:
             return found[:1]
     return tagged
+
+
+def via_skopeo(args: Any) -> str:
+    """Return the image that --via-skopeo names."""
+    reference: str = args.via_skopeo
+    if reference.startswith("containers-storage:"):
+        raise _UsageError("skopeo would write to the storage and leave a mount there: name the "
+                          "image itself, without --via-skopeo")
+    return reference
 
 
 def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
@@ -12578,11 +12713,12 @@ def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: 
     if args.all:
         raise _UsageError("skopeo's proxy gives one image: --platform chooses it, --all cannot be "
                           "had")
+    reference = via_skopeo(args)
     if storage:
         refuse_storage(storage, directory)
-    tag = tag or proxy_image_tag(args.via_skopeo)
+    tag = tag or proxy_image_tag(reference)
     with ProxyV1Client(platform=args.platform) as proxy:
-        image = proxy.open_image(args.via_skopeo)
+        image = proxy.open_image(reference)
         with ProgressLine(0, args.quiet) as progress:
             if progress.active:
                 progress.total = sum(layer["size"] for layer in image.layers())
