@@ -783,6 +783,14 @@ def capabilities() -> List[str]:
     return [word for bit, word in CAPABILITIES.items() if bits >> bit & 1]
 
 
+def soft_limit() -> int:
+    """Return how many files this process may have open."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if 0 <= soft < 1 << 20 else 1 << 20
+
+
 class Copier:
     """Copies ranges of files by the fastest call that the kernel takes.
 
@@ -2812,13 +2820,16 @@ class Contents(Directory):
 
 def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[List[T]], None],
                weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-    """Yield ``items``; while they are ``active``, ``expect`` is told of AHEAD of them before."""
-    items = iter(items)
+    """Yield ``items``; while they are ``active``, ``expect`` is told of AHEAD of them before.
+
+    Of fewer where few files may be open: each can be one.
+    """
+    items, most = iter(items), max(min(AHEAD, soft_limit() // 4), 1)
     for item in items:
         if not active(item):
             yield item
             continue
-        batch, room = [item], AHEAD - weigh(item)
+        batch, room = [item], most - weigh(item)
         while room > 0:
             try:
                 batch.append(next(items))
@@ -5399,6 +5410,7 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
 
     batches: List[Any] = []  # (what walk() yields with a descriptor or -1 each, future)
     size = files = 0
+    share = HASH_BATCH // max(min(64, soft_limit() // 16), 1)  # of each file: five batches are open
 
     def finish(keep: int) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
         nonlocal size, files
@@ -5417,7 +5429,7 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
             for name, node, first in nodes_ahead(items, lambda item: item[1]):
                 hashed = node.type == "reg" and node.size > 0 and first is None
                 batch.append((name, node, first, opener(node) if hashed else -1))
-                room -= node.size + HASH_BATCH // 64
+                room -= node.size + share
                 if room < 0:
                     batches.append((batch, pool.submit(hash_batch, batch)))
                     batch, room = [], HASH_BATCH
@@ -9186,14 +9198,6 @@ def peer_uid(sock: socket.socket) -> int:
 
     uid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
     return uid
-
-
-def soft_limit() -> int:
-    """Return how many files this process may have open."""
-    import resource
-
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return soft if 0 <= soft < 1 << 20 else 1 << 20
 
 
 # -- server --------------------------------------------------------------------------------------

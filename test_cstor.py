@@ -3084,6 +3084,17 @@ class Contents(TreeTest):
         with self.opened(entry(b"f", mtime=base256(1 << 60, 12))) as storage:
             self.assertNotIn("modtime", storage.layers()[0].toc()["entries"][0])
 
+    def test_digests_with_few_open_files(self) -> None:
+        store = self.builder()
+        store.image(store.layer(make_tar(*((f"f{number}", b"x") for number in range(300)))), "t")
+        store.save()
+        for limit in (24, 64, 256):
+            done = self.run_cstor(
+                "--root", store.root, "image", "toc", "t", "--digests",
+                preexec_fn=lambda limit=limit: resource.setrlimit(
+                    resource.RLIMIT_NOFILE, (limit, limit)))
+            self.assertEqual(300, done.stdout.count(sha256(b"x").encode()))
+
     def test_digests_of_many_files_check_them(self) -> None:
         files = {f"f{i:03d}": bytes([i % 256]) * (i * 37) for i in range(300)}
         with self.opened(b"".join(entry(name.encode(), data) for name, data in files.items())
@@ -9535,6 +9546,16 @@ class Helpers(StoreTest):
                 helper.open(top + "/nothing", [b"f"])
             self.assertFalse(helper.is_broken)
 
+    def test_few_open_files(self) -> None:
+        for limit, most in ((8, 2), (64, 16), (512, 128), (1 << 20, 128)):
+            batches: List[List[int]] = []
+            with mock.patch("cstor.soft_limit", return_value=limit):
+                found = list(cstor.read_ahead(iter(range(300)), lambda _: True, batches.append))
+            self.assertEqual(list(range(300)), found)
+            self.assertEqual(most, max(map(len, batches)))
+        with mock.patch("cstor.soft_limit", return_value=1):
+            self.assertEqual([1], list(cstor.read_ahead([1], lambda _: True, batches.append)))
+
     def test_sub_ids(self) -> None:
         path = os.path.join(self.dir, "subuid")
         with open(path, "w") as file:
@@ -12761,6 +12782,16 @@ class RealRootless(unittest.TestCase):
                     self.assertIn(made, (0, 364) if process.returncode else (364,))
             shutil.rmtree(self.path("target/made"), ignore_errors=True)
             shutil.rmtree(self.path("target/bin"), ignore_errors=True)
+
+    def test_few_open_files(self) -> None:
+        def few() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+        for words in ("image toc image --digests", "image export image", "layer export LAYER",
+                      "container export c"):
+            with self.subTest(words=words):
+                self.assertEqual(self.cstor(words), self.cstor(words, preexec_fn=few))
+        self.cstor("-q image extract image DIR", preexec_fn=few)
 
     def test_helper_dies(self) -> None:
         code = f"""if True:
