@@ -2811,7 +2811,7 @@ class Contents(Directory):
     def expect(self, names: Iterable[bytes]) -> None:
         """Have opened at once what is closed to us of the files that are opened next."""
         self._forget()
-        closed = [name for name in names if self.is_closed(name)]
+        closed = [name for name in dict.fromkeys(names) if self.is_closed(name)]
         if closed:
             error: Any = with_path(OSError(errno.EACCES, ""), self.host_path(closed[0]))
             fds = self.storage.helper(error).open(self.path, closed)

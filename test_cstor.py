@@ -9546,6 +9546,25 @@ class Helpers(StoreTest):
                 helper.open(top + "/nothing", [b"f"])
             self.assertFalse(helper.is_broken)
 
+    def test_files_are_asked_for_once(self) -> None:
+        """Hard links, and a name that a tar has twice, are one file."""
+        top = self.place()
+        asked: List[bytes] = []
+
+        def lend(_: str, names: Sequence[bytes]) -> List[int]:
+            asked.extend(names)
+            return [os.open(os.devnull, os.O_RDONLY) for _ in names]
+
+        store = self.sample()
+        before = open_fds()
+        with self.open(store) as storage, \
+                mock.patch.object(storage, "helper", return_value=mock.Mock(open=lend)), \
+                mock.patch.object(cstor.Contents, "is_closed", return_value=True), \
+                cstor.Contents(storage, cstor.Directory.at(top)) as contents:
+            contents.expect([b"a", b"b", b"a", b"a"])
+            self.assertEqual([b"a", b"b"], asked)
+        self.assertEqual(before, open_fds())
+
     def test_few_open_files(self) -> None:
         for limit, most in ((8, 2), (64, 16), (512, 128), (1 << 20, 128)):
             batches: List[List[int]] = []
