@@ -11211,9 +11211,13 @@ class Unshared:
             for first, count in [(own, 1), *ranges]:
                 words += [str(at), str(first), str(count)]
                 at += count
-            done = subprocess.run([process[program], str(self._process.pid), *words], check=False,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT)
+            try:
+                done = subprocess.run(
+                    [process[program], str(self._process.pid), *words], check=False,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    timeout=START_PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise CstorError(f"{program} has not ended in {START_PATIENCE} seconds") from None
             if done.returncode:
                 raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
 

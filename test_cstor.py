@@ -9575,6 +9575,17 @@ class Helpers(StoreTest):
         with mock.patch("cstor.soft_limit", return_value=1):
             self.assertEqual([1], list(cstor.read_ahead([1], lambda _: True, batches.append)))
 
+    def test_slow_newuidmap(self) -> None:
+        path = os.path.join(self.dir, "newuidmap")
+        put(path, b"#!/bin/sh\nexec sleep 60\n")
+        os.chmod(path, 0o755)
+        unshared = cstor.Unshared.__new__(cstor.Unshared)
+        unshared._process = mock.Mock(pid=1)
+        with mock.patch("cstor.START_PATIENCE", 0.1), \
+                self.assertRaisesRegex(cstor.CstorError, "newuidmap has not ended in 0.1 seconds"):
+            unshared._map_ids({"newuidmap": path, "sub-uids": [], "newgidmap": path,
+                               "sub-gids": []})
+
     def test_sub_ids(self) -> None:
         path = os.path.join(self.dir, "subuid")
         with open(path, "w") as file:
