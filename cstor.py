@@ -2814,7 +2814,10 @@ class Contents(Directory):
         closed = [name for name in dict.fromkeys(names) if self.is_closed(name)]
         if closed:
             error: Any = with_path(OSError(errno.EACCES, ""), self.host_path(closed[0]))
-            fds = self.storage.helper(error).open(self.path, closed)
+            try:
+                fds = self.storage.helper(error).open(self.path, closed)
+            except OSError:  # said of the file that is opened: its layer may have been removed
+                return
             self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
 
 
@@ -11417,8 +11420,11 @@ class Helper:
         found: List[int] = []
         for at in range(0, len(names), AHEAD):
             part = names[at:at + AHEAD]
-            codes, fds = self._call("open", {"directory": spell(os.fsencode(directory)),
-                                             "names": list(map(spell, part))})
+            try:
+                codes, fds = self._call("open", {"directory": spell(os.fsencode(directory)),
+                                                 "names": list(map(spell, part))})
+            except OSError as error:
+                raise with_path(error, directory) from None
             if len(codes) != len(part) or codes.count(0) != len(fds):
                 for fd in fds:
                     os.close(fd)

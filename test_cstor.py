@@ -9575,6 +9575,22 @@ class Helpers(StoreTest):
         with mock.patch("cstor.soft_limit", return_value=1):
             self.assertEqual([1], list(cstor.read_ahead([1], lambda _: True, batches.append)))
 
+    def test_layers_that_are_removed(self) -> None:
+        """Not what is announced fails, but what is opened, which says why."""
+        store = self.sample()
+        lost = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        with self.open(store) as storage, mock.patch.object(storage, "helper") as helper, \
+                mock.patch.object(cstor.Contents, "is_closed", return_value=True), \
+                cstor.Contents(storage, cstor.Directory.at(self.place())) as contents:
+            helper.return_value.open.side_effect = lost
+            contents.expect([b"a"])
+            with self.assertRaises(FileNotFoundError):
+                contents.borrow(b"a", cstor.NeedsUnshare(""))
+        asking = cstor.Helper.__new__(cstor.Helper)
+        with mock.patch.object(asking, "_call", side_effect=lost), \
+                self.assertRaisesRegex(FileNotFoundError, "/gone/diff"):
+            asking.open("/gone/diff", [b"a"])
+
     def test_slow_newuidmap(self) -> None:
         path = os.path.join(self.dir, "newuidmap")
         put(path, b"#!/bin/sh\nexec sleep 60\n")
