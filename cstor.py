@@ -13292,7 +13292,10 @@ def main_inside(words: Sequence[str]) -> int:
     with take_over() as connection:
         sys.argv = list(words)
         status = main()
-        connection.send({"jsonrpc": "2.0", "method": "done", "status": status})
+        try:
+            connection.send({"jsonrpc": "2.0", "method": "done", "status": status})
+        except ProtocolError:  # who would be told was killed
+            pass
         return status
 
 

@@ -9591,6 +9591,14 @@ class Helpers(StoreTest):
                 self.assertRaisesRegex(FileNotFoundError, "/gone/diff"):
             asking.open("/gone/diff", [b"a"])
 
+    def test_nobody_to_tell(self) -> None:
+        """A command in the namespace ends without a traceback when who started it was killed."""
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        with mock.patch("cstor.take_over", return_value=cstor.Connection(ours)), \
+                mock.patch.object(sys, "argv", []), contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(0, cstor.main_inside(["cstor", "--version"]))
+
     def test_slow_newuidmap(self) -> None:
         path = os.path.join(self.dir, "newuidmap")
         put(path, b"#!/bin/sh\nexec sleep 60\n")
