@@ -11592,7 +11592,7 @@ class ContentServer:
             top = os.fsencode(root.path).rstrip(b"/")
             rest = path[len(top) + 1:]
             if path == top or path.startswith(top + b"/") and clean_name(rest) == rest:
-                directory = Directory(os.fsdecode(path), open_beneath(root.fd, rest or b"."))
+                directory = Directory(os.fsdecode(path), open_in_root(root.fd, rest))
                 if self._directory:
                     self._directory.close()
                 self._directory = directory

@@ -9421,6 +9421,9 @@ class Helpers(StoreTest):
             status = os.lstat(diff + "/f")
             self.assertIn(["f", [status.st_mode, status.st_ino, status.st_dev, 1, status.st_uid,
                                  status.st_gid, 4, 0, status.st_mtime_ns], "", {}], rows)
+            for directory in (top + "/overlay/y/diff", diff + "/up/overlay/x/diff"):  # as we look
+                self.assertEqual(([0], [b"data"]), self.ask(
+                    connection, "open", {"directory": directory, "names": ["f"]}))
             self.assertEqual(([["g", mock.ANY, "", {}]], False), tuple(self.ask(
                 connection, "scan", {"directory": diff, "name": "in", "after": "f"})[0]))
 
@@ -9442,8 +9445,8 @@ class Helpers(StoreTest):
             for directory in ("/", "/etc", self.dir, self.dir + "/root-2", top + "/..",
                               top + "/overlay/../..", top + "/overlay//x", "", "overlay",
                               top + "/overlay/x/diff/..", top + "\0", "\ud800", 5, None, ["/"],
-                              "x" * 100_000, top + "/nothing", top + "/overlay/y/diff",
-                              diff + "/in", diff + "/f", diff + "/up"):
+                              "x" * 100_000, top + "/nothing", diff + "/in", diff + "/f",
+                              diff + "/abs", diff + "/dev", diff + "/out"):
                 for more in ({"names": ["secret"]}, {"name": ""}):
                     self.assertEqual((cstor.BAD_PARAMS, []), self.ask(
                         connection, "open" if "names" in more else "scan",
