@@ -11560,6 +11560,7 @@ class ContentServer:
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = [Directory.at(root) for root in roots]
         self._directory: Optional[Directory] = None  # the last one asked for
+        self._listed: Tuple[Any, List[bytes]] = None, []  # what is scanned, and its names
         self._maps = id_map("uid_map"), id_map("gid_map")
 
     def answer(self, request: Dict[str, Any]) -> Tuple[Any, List[int]]:
@@ -11626,7 +11627,10 @@ class ContentServer:
             raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
         rows: List[Any] = []
         size = 0
-        names = [base for base in directory.listdir(name or b".") if after is None or base > after]
+        place = directory.path, name
+        if not after or self._listed[0] != place:
+            self._listed = place, directory.listdir(name or b".")
+        names = [base for base in self._listed[1] if base > (after or b"")]
         with directory.directory(name or b".") as folder:
             for base in [b"."] * (after is None) + names:
                 found = look_at(folder.fd, base)

@@ -9602,6 +9602,29 @@ class Helpers(StoreTest):
                 mock.patch.object(sys, "argv", []), contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(0, cstor.main_inside(["cstor", "--version"]))
 
+    def test_large_directories_are_listed_once(self) -> None:
+        """The time of a scan is not the square of how many files there are."""
+        top = os.path.join(self.dir, "root")
+        os.mkdir(top)
+        for number in range(30):
+            put(f"{top}/{number:02d}")
+        params: Dict[str, Any] = {"directory": top, "name": "", "after": None}
+        server = cstor.ContentServer([top])
+        real = cstor.Directory.listdir
+        with mock.patch("cstor.CHUNK", 999), mock.patch.object(
+                cstor.Directory, "listdir", autospec=True, side_effect=real) as listdir:
+            for times in (1, 2):  # another scan lists it anew
+                names, more = [""], True
+                while more:
+                    params["after"] = names[-1].replace(".", "") if len(names) > 1 else None
+                    (rows, more), _ = server.answer({"method": "scan", "params": params})
+                    names += [row[0] for row in rows]
+                self.assertEqual([".", *sorted(os.listdir(top))], names[1:])
+                self.assertEqual(times, listdir.call_count)
+                put(f"{top}/{times + 50}")
+        server._roots[0].close()
+        server._directory.close()  # type: ignore[union-attr]
+
     def test_slow_newuidmap(self) -> None:
         path = os.path.join(self.dir, "newuidmap")
         put(path, b"#!/bin/sh\nexec sleep 60\n")
