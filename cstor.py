@@ -570,10 +570,10 @@ class Directory:
 
     def close(self) -> None:
         """Close the descriptors; harmless when repeated."""
-        for fd in (self._parent_fd, self.fd):
+        fds, self.fd, self._parent_fd = (self._parent_fd, self.fd), -1, -1  # a signal can come now
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self.fd = self._parent_fd = -1
 
     def __enter__(self: D) -> D:
         return self
@@ -604,9 +604,9 @@ class Directory:
             return self.fd
         if name != self._parent:
             fd = self._open_parent(name)
-            if self._parent_fd >= 0:
-                os.close(self._parent_fd)
-            self._parent, self._parent_fd = name, fd
+            old, self._parent, self._parent_fd = self._parent_fd, name, fd
+            if old >= 0:
+                os.close(old)
         return self._parent_fd
 
     def _open_parent(self, name: bytes) -> int:

@@ -612,6 +612,28 @@ class Errors(unittest.TestCase):
 # ================================================================================================
 
 class Openings(StoreTest):
+    def test_a_signal_while_a_directory_is_closed(self) -> None:
+        """A descriptor that was closed is not closed again: it may be another file's by then."""
+        real = os.close
+
+        def close(fd: int) -> None:
+            real(fd)
+            raise KeyboardInterrupt
+
+        os.makedirs(os.path.join(self.dir, "a"))
+        os.makedirs(os.path.join(self.dir, "b"))
+        directory = cstor.Directory.at(self.dir)
+        directory.parent(b"a")
+        with mock.patch("os.close", close), self.assertRaises(KeyboardInterrupt):
+            directory.parent(b"b")
+        self.assertEqual("b", os.path.basename(os.readlink(
+            f"/proc/self/fd/{directory.parent(b'b')}")))
+        left = directory.fd
+        with mock.patch("os.close", close), self.assertRaises(KeyboardInterrupt):
+            directory.close()
+        directory.close()
+        real(left)  # which nobody got round to
+
     """openat2 and the walk by components, against the same trees."""
 
     def both(self, root: str, name: bytes) -> List[object]:
@@ -12240,6 +12262,12 @@ class RealProxy(unittest.TestCase):
         self.out = os.path.join(tempfile.mkdtemp(dir=self.folder.name), "out")
 
     def via(self, command: str, reference: str, target: str, *args: str) -> str:
+        if reference.startswith("containers-storage:"):  # which the command refuses
+            with cstor.ProxyV1Client() as proxy:
+                image = proxy.open_image(reference)
+                if command == "extract":
+                    return str(image.extract(target))
+                return str(image.copy_to_oci(*target.rsplit(":", 1))["digest"])
         return run(sys.executable, SCRIPT, "image", command, "--via-skopeo", reference, target,
                    *args)
 
@@ -12330,7 +12358,8 @@ class RealProxy(unittest.TestCase):
                 (f"oci:{layout}:nope", 3, "no descriptor found"),
                 (f"oci:{layout}x:nope", 3, "no such file"), ("dir:/nonexistent", 3, "no such file"),
                 (f"docker-archive:{layout}/index.json", 6, "docker-archive:"),
-                (self.stored("nope"), 3, "does not resolve"), ("nope", 6, "expected oci:DIR:TAG"),
+                (self.stored("nope"), 2, "without --via-skopeo"),
+                ("nope", 6, "expected oci:DIR:TAG"),
                 ("nope:nope", 6, "unknown transport"),
                 ("docker://localhost:1/a/b:c", 6, "connection refused")):
             for command in ("extract", "copy-to-oci"):
