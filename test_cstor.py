@@ -1786,7 +1786,8 @@ class Files(StoreTest):
             os.chmod(directory, 0o755)
         self.guard(store.root)
         code = (  # imported first: the interpreter's own files may be closed to others
-            "import argparse, ctypes, gettext, hashlib, locale, os, queue, sys, threading\n"
+            "import argparse, ctypes, gettext, hashlib, locale, os, queue, resource, sys\n"
+            "import threading\n"
             f"sys.path.insert(0, {HERE!r})\nimport cstor\n"
             "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
             f"sys.exit(cstor.main(['--root', {store.root!r}, 'layer', 'export', {layer!r}]))")
