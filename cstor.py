@@ -9245,7 +9245,9 @@ class RpcServer:
         poll.register(wake, select.POLLIN)
         try:
             while not self._stopping:
-                poll.poll()
+                # Python calls a signal's handler between steps of ours: if it comes just before
+                # poll(2), nothing else would end that.
+                poll.poll(500)
                 try:
                     sock = listener.accept()[0]
                 except OSError as error:

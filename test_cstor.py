@@ -7788,7 +7788,7 @@ class DumbServers(MessageTest):
         rng = random.Random(16)
         known = list(self.conversations())
         outcomes = set()
-        for _ in range(40000 if FULL else 6500):
+        for _ in range(6500 if FULL else 1600):
             form, said = known[rng.randrange(len(known))]
             data = [bytearray(json.dumps(value).encode()) for value, _ in said]
             fds = [list(passed) for _, passed in said]
@@ -7802,7 +7802,7 @@ class DumbServers(MessageTest):
     def test_random_damage_of_varlink(self) -> None:
         rng = random.Random(17)
         outcomes = set()
-        for _ in range(8000 if FULL else 1500):
+        for _ in range(1500 if FULL else 400):
             stream = [bytearray(self.named)]
             data = [bytearray(json.dumps({"parameters": {
                 "dir_count": 1, "digest": self.digest, "size": self.size}}).encode() + b"\0")]
@@ -8050,10 +8050,10 @@ class DumbClients(MessageTest):
 
     def test_every_layer_by_every_client(self) -> None:
         with self.opener() as storage:
-            self.assertEqual(18, fetch_by_all(self, storage))
+            self.assertEqual(18 if FULL else 10, fetch_by_all(self, storage))
         sample = make_sample(os.path.join(self.dir, "sample"))
         with cstor.Storage.open(sample.root) as storage:
-            self.assertEqual(27, fetch_by_all(self, storage))
+            self.assertEqual(27 if FULL else 15, fetch_by_all(self, storage))
 
     # -- broken ones -----------------------------------------------------------------------------
 
@@ -8211,7 +8211,7 @@ class DumbClients(MessageTest):
             [json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
              json.dumps({**call, "parameters": {"params": {"storage": image}}}).encode() + b"\0"]]
         with mock.patch.object(threading, "excepthook", side_effect=AssertionError):
-            for i in range(10000 if FULL else 2500):
+            for i in range(2500 if FULL else 600):
                 data = [bytearray(part) for part in rng.choice(recorded)]
                 fds: List[List[int]] = [[] for _ in data]
                 for _ in range(rng.choice((1, 1, 1, 2, 5))):
@@ -8347,7 +8347,7 @@ def fetch_by_all(test: unittest.TestCase, storage: cstor.Storage, **server: Any)
     count = 0
     for layer in storage.layers():
         for form, threshold in itertools.product(("stream", "splitfdstream", "go", "varlink"),
-                                                 (0, 4096)):
+                                                 (0, 4096) if FULL else (0,)):
             kind = cstor.VarlinkClient if form == "varlink" else cstor.RpcClient
 
             def ask(client: Any, layer: str = layer.id, form: str = form,
@@ -8382,7 +8382,7 @@ class ManyFiles(StoreTest):
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
-        counts = (1000, 10_000, 100_000) if FULL else (1000, 10_000)
+        counts = (1000, 10_000, 100_000) if FULL else (1000,)
         store = self.builder()
         layers = [store.layer(b"".join(entry(b"%d/%d" % (i // 500, i), b"%010d" % i)
                                        for i in range(count)) + END) for count in counts]
@@ -8780,6 +8780,17 @@ class Serving(StoreTest):
             cstor.ListeningSocket(self.path)
         self.assertEqual(b"somebody's", read_bytes(self.path))
         self.assertEqual(["socket", "store"], sorted(os.listdir(self.dir)))
+
+    def test_a_signal_just_before_the_server_waits(self) -> None:
+        """Its handler runs when the waiting ends by itself, as no signal does that any more."""
+        with cstor.ListeningSocket(self.path) as listener:
+            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
+            thread = threading.Thread(target=server.serve, args=(listener,))
+            thread.start()
+            cstor.RpcClient(self.path).close()
+            server._stopping = True  # all that stop() does but to wake
+            thread.join(20)
+            self.assertFalse(thread.is_alive())
 
     def test_hangups(self) -> None:
         """nohup keeps a server, and a server on stdin finishes what it does."""
@@ -12653,7 +12664,7 @@ class RealRootless(unittest.TestCase):
     # -- the tests ---------------------------------------------------------------------------------
 
     def test_same_answers_as_root_gets(self) -> None:
-        for name, root in self.stores.items():
+        for name, root in self.stores.items() if FULL else [("native", self.stores["native"])]:
             for words in self.METADATA + self.CONTENTS:
                 with self.subTest(store=name, words=words):
                     found = [(who("-q " + words, root), self.made())
