@@ -4056,6 +4056,22 @@ class TarSink:
                               name=piece.member.name, expected=f"{piece.length} bytes",
                               actual=str(piece.length - left))
 
+    def take_all(self, pieces: Iterable[Union[bytes, Extent]],
+                 also: Optional[Callable[[Union[bytes, Extent]], object]] = None) -> str:
+        """Take pieces to the end, each after ``also`` has had it; return as finish() does."""
+        try:
+            for piece in pieces:
+                if also:
+                    also(piece)
+                if isinstance(piece, Extent):
+                    self.extent(piece)
+                else:
+                    self.literal(piece)
+            return self.finish()
+        except BaseException:
+            self.abort()
+            raise
+
     def finish(self) -> str:
         """Write what is left; return the digest, "" without ``hashing``."""
         self._drain()
@@ -4084,17 +4100,7 @@ def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool 
     sink = TarSink(out, hashing=verify, layer=layer.id, progress=progress)
     pieces = read_pieces(layer)
     try:
-        for piece in pieces:
-            if also:
-                also(piece)
-            if isinstance(piece, Extent):
-                sink.extent(piece)
-            else:
-                sink.literal(piece)
-        digest = sink.finish()
-    except BaseException:
-        sink.abort()
-        raise
+        digest = sink.take_all(pieces, also)
     finally:
         pieces.close()
     if verify and digest != layer.diff_digest:
@@ -8412,16 +8418,7 @@ class LayerStream:
         Raises IntegrityError (what was written is then no good), and as read_stream() does.
         """
         sink = TarSink(out, hashing=verify, layer=self.label, progress=progress)
-        try:
-            for piece in self.pieces(verify):
-                if isinstance(piece, Extent):
-                    sink.extent(piece)
-                else:
-                    sink.literal(piece)
-            digest = sink.finish()
-        except BaseException:
-            sink.abort()
-            raise
+        digest = sink.take_all(self.pieces(verify))
         self.check(digest, sink.size)
         return digest
 
