@@ -9319,8 +9319,8 @@ class RpcServer:
 class _Session:
     """The requests of one client; ``METHODS`` are those of JSON-RPC, ``CALLS`` of varlink."""
 
-    METHODS = {"GetLayerSplitfdstream": "splitfdstream", "GetSplitFDStream": "go_stream",
-               "GetImage": "go_image", "StreamLayer": "stream", "ListImages": "list_images",
+    METHODS = {"GetLayerSplitfdstream": "splitfdstream", "GetImage": "go_image",
+               "StreamLayer": "stream", "ListImages": "list_images",
                "ListLayers": "list_layers", "GetLayer": "get_layer", "Initialize": "initialize",
                "OpenImage": "open_image", "CloseImage": "close_image",
                "GetLayerTarSplit": "tar_split", "Shutdown": "shutdown", "shutdown": "shutdown"}
@@ -9441,24 +9441,6 @@ class _Session:
         layer = self._layer(params, "layer")
         if params.get("compressed") not in (None, False):
             raise ProtocolError("layers are given uncompressed", code=BAD_PARAMS)
-
-        def write(writer: SplitfdstreamWriter) -> bool:
-            write_pieces(layer, writer)
-            return True
-
-        self._send_files(layer, params, write)
-
-    def go_stream(self, params: Dict[str, Any]) -> None:
-        """Send a layer as the Go code of containers/storage is to do it; see write_pairs()."""
-        layer = self._layer(params, "layerId")
-        if params.get("parentId") not in (None, "", layer.parent):
-            raise ProtocolError("only the layer's parent is something to compare with",
-                                code=BAD_PARAMS)
-        self._send_files(layer, params, lambda writer: write_pairs(layer, writer))
-
-    def _send_files(self, layer: LayerRecord, params: Dict[str, Any],
-                    write: Callable[[SplitfdstreamWriter], bool]) -> None:
-        """Send what ``write`` writes; it returns whether the tar is just so."""
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
         fds: List[int] = []
@@ -9478,12 +9460,11 @@ class _Session:
                 raise ProtocolError(f"{inline} bytes would be in the stream: StreamLayer has no "
                                     "such limit", code=INVALID_REQUEST)
             with open_spool(inline) as spool:
-                exact = write(SplitfdstreamWriter(spool.write, external,
-                                                  threshold=threshold - (equal > 0)))
-                result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell()}
+                write_pieces(layer, SplitfdstreamWriter(spool.write, external,
+                                                        threshold=threshold - (equal > 0)))
+                result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell(),
+                          "digest": layer.diff_digest, "size": layer.diff_size}
                 fds.insert(0, seal_spool(spool))
-            if exact:
-                result.update(digest=layer.diff_digest, size=layer.diff_size)
             self._reply(result, fds)
         finally:
             for fd in fds:
@@ -9847,34 +9828,6 @@ def write_pieces(layer: LayerRecord, writer: Union[SplitfdstreamWriter, Splitdir
         pieces.close()
 
 
-def write_pairs(layer: LayerRecord, writer: SplitfdstreamWriter) -> bool:
-    """Write a layer in pairs of a header and a content, as the reader in Go takes them.
-
-    That has no room for padding and for the end of the tar; return whether they are as usual, so
-    that they can be added again.  Raises Unsupported for sparse files.
-    """
-    usual, padding = True, 0
-    between: List[bytes] = []
-    with LayerFiles(layer) as files:
-        for literal, member in members_ahead(layer, files):
-            between.append(literal)
-            if member is None:
-                continue
-            usual = usual and b"".join(between) == bytes(padding) + member.header
-            between, padding = [], member.padding
-            if member.sparse is not None:
-                raise Unsupported(f'layer {layer.id}: "{display(member.name)}" is a sparse file, '
-                                  "which this form cannot hold")
-            writer.add(member.header)
-            if member.stored:
-                fd = files.open(member.name, member.size)
-                try:
-                    writer.add(Extent(fd, 0, member.size, member))
-                finally:
-                    os.close(fd)
-    return usual and b"".join(between) == bytes(padding + 2 * BLOCK)
-
-
 class _VarlinkError(CstorError):
     """An error by its name in varlink, with its one parameter."""
 
@@ -9952,30 +9905,27 @@ class RpcClient:
         """Return a layer, which is to be read at once.
 
         ``form`` is how it comes: "stream", a notification for each file, of which there may be any
-        number; "splitfdstream", one file with the stream, and the largest files beside it; "go",
-        the same in the words of containers/storage.  Contents of more than ``threshold`` bytes come
-        as open files.
+        number; "splitfdstream", one file with the stream, and the largest files beside it.
+        Contents of more than ``threshold`` bytes come as open files.
         """
         if form == "stream":
             self._send("StreamLayer", {"layer": reference, "threshold": threshold})
             return self._notified(reference)
-        method, name = ("GetSplitFDStream", "layerId") if form == "go" \
-            else ("GetLayerSplitfdstream", "layer")
-        self._send(method, {name: reference, "threshold": threshold,
-                            "maxFds": self.connection.max_fds - 1,
-                            **({"parentId": ""} if form == "go" else {"compressed": False})})
+        self._send("GetLayerSplitfdstream", {
+            "layer": reference, "threshold": threshold, "compressed": False,
+            "maxFds": self.connection.max_fds - 1})
         with self._next() as message:
             result = self._result(message)
             if result is None or not message.fds:
-                raise ProtocolError(f"{method} was answered without a stream", code=FD_ERROR)
+                raise ProtocolError("GetLayerSplitfdstream was answered without a stream",
+                                    code=FD_ERROR)
             media_type = result.get("mediaType", SPLITFDSTREAM)
             if media_type != SPLITFDSTREAM:
                 raise Unsupported(f"the server sends {display(str(media_type))}, and not "
                                   f"{SPLITFDSTREAM}")
-            return self._split(reference, result, message.take(), pairs=form == "go")
+            return self._split(reference, result, message.take())
 
-    def _split(self, label: str, result: Dict[str, Any], fds: List[int], pairs: bool
-               ) -> LayerStream:
+    def _split(self, label: str, result: Dict[str, Any], fds: List[int]) -> LayerStream:
         """Return the layer of a splitfdstream, which is in the first of the descriptors."""
         def close() -> None:
             while fds:
@@ -9997,7 +9947,7 @@ class RpcClient:
                                     f"{os.fstat(fds[0]).st_size}")
             chunks = SplitfdstreamReader(read, lambda number: fds[number + 1])
             return asked_for(label, LayerStream(chunks, label=label, close=close,
-                                                **known_of(result, pairs)))
+                                                **known_of(result)))
         except BaseException:
             close()
             raise
@@ -10309,10 +10259,10 @@ def asked_for(reference: str, stream: LayerStream) -> LayerStream:
     return stream
 
 
-def known_of(params: Dict[str, Any], pairs: bool = False) -> Dict[str, Any]:
+def known_of(params: Dict[str, Any]) -> Dict[str, Any]:
     """Return what a server says of a layer's tar, as arguments of LayerStream."""
     digest, size = params.get("digest"), params.get("size")
-    return {"digest": digest if isinstance(digest, str) else "", "pairs": pairs,
+    return {"digest": digest if isinstance(digest, str) else "",
             "size": size if type(size) is int else -1}
 
 
@@ -12360,7 +12310,7 @@ def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
             if CODECS[1] in (args.codec, external.codec) \
             else SplitfdstreamReader(file.read, external.open, label)
         stream = LayerStream(chunks, label=label, digest=args.digest or external.digest,
-                             size=external.size, pairs=args.pairs)
+                             size=external.size)
         with stream, Output(args.output) as output, \
                 ProgressLine(max(external.size, 0), args.quiet) as progress:
             digest = stream.export(output.fd, progress=progress)
@@ -13021,7 +12971,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("serve", cmd_serve, "--socket"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
     ("tar-diff", cmd_tar_diff, "A B --format"),
-    ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest --pairs"),
+    ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
 ]
 ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "LAYER": "ID, name, DiffID, short link, or the start of an ID or DiffID",
@@ -13049,8 +12999,6 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
             "--all": "of a manifest list, all instances that are here",
             "--no-reflinks": "the same as --link-mode copy",
             "--verify": "read back what was made and compare its CRC-64",
-            "--pairs": "of headers and contents alone, as containers/storage's Go code makes it; "
-                       "padding and end are added",
             "--force": "merge into a directory that is not empty: files are replaced, links "
                        "are not followed",
             "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}

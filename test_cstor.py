@@ -4976,7 +4976,7 @@ class Disks(StoreTest):
                 os.path.join(out, name) for name, data in self.files.items()
                 if len(data) >= 4096]))
         with cstor.Storage.open(self.store(self.place("xfs", "more")).root) as storage:
-            for form in ("stream", "splitfdstream", "go", ""):
+            for form in ("stream", "splitfdstream", ""):
                 with self.subTest(form=form), served_layer(storage.layers()[0], form) as stream:
                     out = self.place("xfs", f"out-{form}")
                     done = stream.extract(out, link_mode="reflink")
@@ -7232,14 +7232,6 @@ class MessageTest(StoreTest):
         fds = [self.file("stream", stream), self.a, self.b]
         return [({"jsonrpc": "2.0", "result": result, "id": 1, "fds": len(fds)}, fds)]
 
-    def go_response(self, **result: Any) -> List[Any]:
-        """Return what the Go code of containers/storage says: headers and contents in pairs."""
-        stream = (inline(self.tar[:512]) + inline(self.tar[512:1024]) + in_file(0)
-                  + inline(entry(b"d/empty")) + inline(entry(b"d/b", self.B)[:512]) + in_file(1))
-        fds = [self.file("stream", stream), self.a, self.b]
-        return [({"jsonrpc": "2.0", "result": {"streamSize": len(stream), **result}, "id": 1,
-                  "fds": 3}, fds)]
-
     @contextlib.contextmanager
     def pipe(self, data: bytes) -> Iterator[List[int]]:
         """Give the reading end of a pipe with data in it, and an end of another pipe."""
@@ -7270,7 +7262,6 @@ class MessageTest(StoreTest):
             end={"files_sent": 2, "checksum": self.digest})
         yield "splitfdstream", self.response(
             mediaType="application/vnd.containers.splitfdstream", **known)
-        yield "go", self.go_response(**known)
 
     # -- our client ------------------------------------------------------------------------------
 
@@ -7320,7 +7311,6 @@ class DumbServers(MessageTest):
         for result in results:
             self.assertEqual(self.tar, self.fetched("splitfdstream",
                                                     saying(self.response(**result))))
-        self.assertEqual(self.tar, self.fetched("go", saying(self.go_response())))
 
     def test_messages_cut_and_joined(self) -> None:
         """What one read brings is nothing to rely on: here it is 1 byte, or 2, or all."""
@@ -7692,8 +7682,7 @@ class DumbServers(MessageTest):
         self.refused("", "stream", [*said[:-1], ({"jsonrpc": "2.0", "method": None, "id": 1}, [])])
         self.refused("success", "stream", change(7, "result", value={"success": False}))
         for wrong in (0, 10**20, -1, "5", 1.5):
-            (value, fds), = self.go_response(streamSize=wrong)
-            self.refused("stream is to be", "go", [(value, fds)])
+            self.refused("stream is to be", "splitfdstream", self.response(streamSize=wrong))
         (value, fds), = self.response(mediaType="application/vnd.containers.splitfdstream+zstd")
         self.refused("zstd", "splitfdstream", [(value, fds)], error=cstor.Unsupported)
 
@@ -7962,7 +7951,7 @@ class DumbClients(MessageTest):
             for layer in (self.layer, self.big):
                 tar, dumb = self.store.tars[layer], self.dumb()
                 for form, options in itertools.product(
-                        ("GetLayerSplitfdstream", "StreamLayer", "GetLayerTarSplit", "go"),
+                        ("GetLayerSplitfdstream", "StreamLayer", "GetLayerTarSplit"),
                         ({}, {"threshold": 0}, {"threshold": 300_000})):
                     with self.subTest(form=form, **options):
                         self.assertEqual(tar, self.tar_of(dumb, form, layer, options))
@@ -7988,11 +7977,7 @@ class DumbClients(MessageTest):
             dumb.ask("CloseImage", image_id=image)
             self.assertEqual({}, dumb.message()[0]["result"])
             return found
-        go = form == "go"
-        if go:
-            dumb.ask("GetSplitFDStream", layerId=layer, parentId="", **options)
-        else:
-            dumb.ask(form, layer=layer, compressed=False, **options)
+        dumb.ask(form, layer=layer, compressed=False, **options)
         value, fds = dumb.message()
         try:
             result = value["result"]
@@ -8004,16 +7989,9 @@ class DumbClients(MessageTest):
             for fd in fds[1:]:
                 self.assertEqual(os.O_RDONLY, fcntl.fcntl(fd, 3) & os.O_ACCMODE)
             self.assertEqual(len(stream), result["streamSize"])
-            found = dumb.tar_of_numbers(stream, fds[1:])
+            return dumb.tar_of_numbers(stream, fds[1:])
         finally:
             close_all(fds)
-        return tar if go and found == self.without_padding(tar) else found
-
-    @staticmethod
-    def without_padding(tar: bytes) -> bytes:
-        """Return headers and contents alone, as the Go code has them."""
-        with tarfile.open(fileobj=io.BytesIO(tar)) as members:
-            return b"".join(tar[info.offset:info.offset_data + info.size] for info in members)
 
     def varlink_tar(self, dumb: Dumb, name: str, dac: bool) -> bytes:
         place = {"storage_path": self.store.root, "layer_id": self.layer}
@@ -8058,10 +8036,10 @@ class DumbClients(MessageTest):
 
     def test_every_layer_by_every_client(self) -> None:
         with self.opener() as storage:
-            self.assertEqual(18 if FULL else 10, fetch_by_all(self, storage))
+            self.assertEqual(14 if FULL else 8, fetch_by_all(self, storage))
         sample = make_sample(os.path.join(self.dir, "sample"))
         with cstor.Storage.open(sample.root) as storage:
-            self.assertEqual(27 if FULL else 15, fetch_by_all(self, storage))
+            self.assertEqual(21 if FULL else 12, fetch_by_all(self, storage))
 
     # -- broken ones -----------------------------------------------------------------------------
 
@@ -8133,9 +8111,9 @@ class DumbClients(MessageTest):
                 (-32602, ask("StreamLayer", layer=self.layer, threshold=1 << 64)),
                 (-32602, ask("GetLayerSplitfdstream", layer=self.layer, maxFds=-1)),
                 (-32602, ask("GetLayerSplitfdstream", layer=self.layer, compressed=True)),
-                (-32602, ask("GetSplitFDStream", layerId=self.layer, parentId="x")),
                 (-32000, ask("GetLayerSplitfdstream", layer="nothing")),
-                (-32000, ask("GetSplitFDStream", layerId="../x", parentId="")),
+                (-32000, ask("GetLayer", layer="../x")),
+                (-32601, ask("GetSplitFDStream", layerId=self.layer)),
                 (-32000, ask("StreamLayer", layer="\ud800")), (-32000, ask("StreamLayer",
                                                                            layer="a\0b")),
                 (-32001, ask("GetImage", imageId="nothing")), (-32001, ask("OpenImage",
@@ -8213,7 +8191,6 @@ class DumbClients(MessageTest):
             [json.dumps(self.good()).encode()],
             [json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer, threshold=10,
                                      maxFds=5)).encode()],
-            [json.dumps(self.request("GetSplitFDStream", layerId=self.layer)).encode()],
             [json.dumps(self.request("GetImage", imageId=self.image)).encode()],
             [json.dumps(call).encode() + b"\0"],
             [json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
@@ -8328,10 +8305,7 @@ class DumbClients(MessageTest):
 
 
 def fetch_by_all(test: unittest.TestCase, storage: cstor.Storage, **server: Any) -> int:
-    """Let each of our clients fetch every layer of a storage in every form; return how many.
-
-    The form of the Go code cannot hold every tar: then the server gives no digest, or says so.
-    """
+    """Let each of our clients fetch every layer of a storage in every form; return how many."""
     root, graph = storage.graphroot, storage.runroot
     rpc = cstor.RpcServer(lambda: cstor.Storage.open(root, runroot=graph), **server)
 
@@ -8354,7 +8328,7 @@ def fetch_by_all(test: unittest.TestCase, storage: cstor.Storage, **server: Any)
               for layer in image.layers()}
     count = 0
     for layer in storage.layers():
-        for form, threshold in itertools.product(("stream", "splitfdstream", "go", "varlink"),
+        for form, threshold in itertools.product(("stream", "splitfdstream", "varlink"),
                                                  (0, 4096) if FULL else (0,)):
             kind = cstor.VarlinkClient if form == "varlink" else cstor.RpcClient
 
@@ -8367,13 +8341,7 @@ def fetch_by_all(test: unittest.TestCase, storage: cstor.Storage, **server: Any)
                     with test.assertRaises(cstor.CstorError):
                         fetch(kind, ask)
                     continue
-                try:
-                    digest = fetch(kind, ask)
-                except cstor.ProtocolError as error:
-                    test.assertEqual("go", form)
-                    test.assertIn("is a sparse file, which this form cannot hold", str(error))
-                    continue
-                test.assertEqual(layer.diff_digest if digest or form != "go" else "", digest)
+                test.assertEqual(layer.diff_digest, fetch(kind, ask))
                 count += 1
         if layer.diff_digest and layer.id in images:
             with test.subTest(layer=layer.id, form="proxy"):
@@ -8412,7 +8380,7 @@ class ManyFiles(StoreTest):
             server.communicate()
 
     def transfer(self, path: str, layer: str, tar: bytes) -> None:
-        for form in ("stream", "splitfdstream", "go", "varlink"):
+        for form in ("stream", "splitfdstream", "varlink"):
             kind = cstor.VarlinkClient if form == "varlink" else cstor.RpcClient
             with self.subTest(form=form), kind(path, timeout=60) as client, \
                     client.layer(layer, form, threshold=0) as stream:
