@@ -363,7 +363,7 @@ class Unsupported(CstorError):
 
 
 class NeedsUnshare(CstorError, PermissionError):
-    """The file belongs to a sub-uid and is closed to others: a user namespace is needed."""
+    """Closed to this user: mostly a sub-uid's file, for which a user namespace is needed."""
 
 
 class ProtocolError(CstorError):
@@ -2369,9 +2369,10 @@ class Metadata:
     def podman_containers(self) -> Dict[str, Dict[str, Any]]:
         """Return what podman's db.sql says of each container, by ID; {} without a database.
 
-        Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), exit-code, labels,
-        and mounted, pid, started of the state.  A database that is damaged, or of podman before
-        4.8 (BoltDB, which is not read), is named in ``faults``.
+        Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), rootfs-refused (why
+        that path must not be opened, or ""), exit-code, labels, and mounted, pid, started of the
+        state.  A database that is damaged, or of podman before 4.8 (BoltDB, which is not read), is
+        named in ``faults``.
         """
         if self._podman is None:
             self._podman = {}
@@ -2383,36 +2384,68 @@ class Metadata:
                 for row in self._podman_rows(root, _PODMAN_QUERY):
                     try:
                         container_id, entry = podman_container(row)
+                        if entry["rootfs"]:
+                            entry["rootfs-refused"] = self.distrust(root, str(row[6])) or (
+                                "" if os.path.isabs(entry["rootfs"]) else "not an absolute path")
                         self._podman.setdefault(container_id, entry)
                     except FormatError as error:
                         self.faults.append(f"container {display(str(row[0]))}: {error}")
         return self._podman
 
-    def recorded_roots(self) -> Dict[str, str]:
-        """Return GraphRoot, RunRoot and GraphDriver as podman's database recorded them, or {}."""
+    def recorded_roots(self, *, trusted: bool = False) -> Dict[str, str]:
+        """Return GraphRoot, RunRoot and GraphDriver as podman's database recorded them, or {}.
+
+        With ``trusted`` {} too where the paths must not be opened; see distrust().
+        """
         if self._graph:
             for row in self._podman_rows(self._graph,
                                          "SELECT GraphRoot, RunRoot, GraphDriver FROM DBConfig"):
-                return dict(zip(("GraphRoot", "RunRoot", "GraphDriver"), map(str, row)))
+                if not trusted or not self.distrust(self._graph, str(row[0])):
+                    return dict(zip(("GraphRoot", "RunRoot", "GraphDriver"), map(str, row)))
         return {}
+
+    def distrust(self, root: Directory, graphroot: str) -> str:
+        """Return why no path that podman's database in ``root`` names may be opened; "" = it may.
+
+        A user's database must not lead root to files of the host, nor the database of a copied or
+        mounted store anybody: the database and our graph root must belong to the caller, and
+        ``graphroot``, which the database records, must be our graph root.
+        """
+        places = [(self._graph or root, b".")] + [
+            (root, name) for name in DATABASE_FILES if root.exists(name)]
+        for place, name in places:
+            status = place.lstat(name)
+            if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
+                whose = f"belongs to uid {status.st_uid}" if status.st_uid != os.geteuid() \
+                    else "is writable by everybody"
+                return f"{os.path.normpath(place.host_path(name))} {whose}"
+        try:
+            if os.path.isabs(graphroot) and os.path.samestat(os.stat(graphroot),
+                                                             places[0][0].lstat(b".")):
+                return ""
+        except (OSError, ValueError):  # it is not on this machine
+            pass
+        return f"podman's database records another graph root, {display(graphroot)}"
 
     def _podman_rows(self, root: Directory, query: str) -> List[Tuple[Any, ...]]:
         try:
-            return query_database(root, b"db.sql", query) if root.exists(b"db.sql") else []
+            return query_database(root, query) if root.exists(DATABASE_FILES[0]) else []
         except (CstorError, OSError) as error:
             if str(error) not in self.faults:
                 self.faults.append(str(error))
             return []
 
 
-_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name
+DATABASE_FILES = (b"db.sql", b"db.sql-journal", b"db.sql-wal")
+_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name,
+(SELECT GraphRoot FROM DBConfig)
 FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
 LEFT JOIN PodConfig p ON p.ID = c.PodID"""
 
 
 def podman_container(row: Tuple[Any, ...]) -> Tuple[str, Dict[str, Any]]:
     """Turn a row of _PODMAN_QUERY into (ID, entry)."""
-    container_id, name, config_json, state, state_json, pod = row
+    container_id, name, config_json, state, state_json, pod, _ = row
     parts = []
     for text in (config_json, state_json):
         data = text if isinstance(text, bytes) else str(text or "{}").encode("utf-8", "replace")
@@ -2432,8 +2465,8 @@ def podman_container(row: Tuple[Any, ...]) -> Tuple[str, Dict[str, Any]]:
     }
 
 
-def query_database(root: Directory, name: bytes, query: str) -> List[Tuple[Any, ...]]:
-    """Return the rows of ``query`` on an SQLite database that is not to be written.
+def query_database(root: Directory, query: str) -> List[Tuple[Any, ...]]:
+    """Return the rows of ``query`` on podman's database, which is not to be written.
 
     A private copy is read, with journal and WAL, taken while nothing changed: SQLite makes ``-shm``
     beside a database in WAL mode, rolls back a hot journal, and follows what else lies there.
@@ -2444,30 +2477,29 @@ def query_database(root: Directory, name: bytes, query: str) -> List[Tuple[Any, 
     try:
         import sqlite3
     except ImportError:
-        raise Unsupported(f"{root.host_path(name)}: this Python has no sqlite3") from None
+        raise Unsupported(f"{root.host_path(DATABASE_FILES[0])}: this Python has no sqlite3"
+                          ) from None
 
     problem: Exception = FormatError("it changes all the time")
     for _ in range(5):
         with tempfile.TemporaryDirectory(prefix="cstor-") as scratch:
             try:
-                if not copy_database(root, name, scratch):
+                if not copy_database(root, scratch):
                     continue
-                return _query(sqlite3, os.path.join(scratch, "db"), query)
+                return _query(sqlite3, os.path.join(scratch, "db.sql"), query)
             except sqlite3.Error as error:
                 problem = error
-    raise FormatError(f"podman's database cannot be read: {problem}", file=root.host_path(name))
+    raise FormatError(f"podman's database cannot be read: {problem}",
+                      file=root.host_path(DATABASE_FILES[0]))
 
 
-def copy_database(root: Directory, name: bytes, scratch: str) -> bool:
-    """Copy a database with its journal and WAL to scratch/db; False when it changed meanwhile."""
-    ends = (b"", b"-journal", b"-wal")
-    names = [name + end for end in ends if root.exists(name + end)]
-    before = _state(root, -1, names)
-    for side in names:
-        with open(os.path.join(scratch, "db" + os.fsdecode(side[len(name):])), "xb") as target:
-            target.write(root.read(side, MAX_JSON))
-    return _state(root, -1, names) == before \
-        and names == [name + end for end in ends if root.exists(name + end)]
+def copy_database(root: Directory, scratch: str) -> bool:
+    """Copy a database with its journal and WAL; False when it changed meanwhile."""
+    before = _state(root, -1, DATABASE_FILES)
+    for name in filter(root.exists, DATABASE_FILES):
+        with open(os.path.join(scratch, os.fsdecode(name)), "xb") as target:
+            target.write(root.read(name, MAX_JSON))
+    return _state(root, -1, DATABASE_FILES) == before
 
 
 def _query(sqlite3: Any, path: str, query: str) -> List[Tuple[Any, ...]]:
@@ -11695,9 +11727,15 @@ class Container(ContainerRecord):
     def tree(self, known: Optional[Dict[str, LayerTree]] = None) -> Tree:
         """Return the merged tree of its image's layers and its own writable one.
 
-        Of ``podman --rootfs`` it is the directory that was given.
+        Of ``podman --rootfs`` it is the directory that was given, which is opened only where
+        podman's database is to be trusted; else NeedsUnshare says why not.
         """
         rootfs = self.state.get("rootfs", "")
+        if self.state.get("rootfs-refused"):
+            raise NeedsUnshare(f"container {self.title}: its --rootfs directory {display(rootfs)} "
+                               f"is not opened: {self.state['rootfs-refused']}",
+                               hint="read it on the machine where podman made the container, as "
+                                    "the user whose store it is")
         if rootfs:
             contents = Contents(self.storage, Directory.at(rootfs))
             return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
@@ -11746,7 +11784,7 @@ class Storage(Metadata):
         storage.config = config
         if not runroot and not os.path.isdir(config.runroot):
             # podman goes on with the run root of its database when the configuration has changed.
-            recorded = storage.recorded_roots().get("RunRoot", "")
+            recorded = storage.recorded_roots(trusted=True).get("RunRoot", "")
             if os.path.isdir(recorded):
                 storage.close()
                 storage = cls(config.graphroot, recorded, imagestore, [*config.stores, *stores])
@@ -11842,7 +11880,7 @@ class ProxiedStorage(Storage):
                 if hint:
                     raise NeedsUnshare("", hint=hint)
                 rootfs = [value["rootfs"] for value in (self._podman or {}).values()
-                          if value.get("rootfs") and os.path.isdir(value["rootfs"])]
+                          if not value.get("rootfs-refused") and os.path.isdir(value["rootfs"])]
                 self._helper = Helper([root.path for root in self.roots] + rootfs)
             except NeedsUnshare as failure:
                 self._failure = failure
@@ -12888,10 +12926,6 @@ def hidden_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
 def cmd_store_info(storage: Storage, args: Any) -> None:
     """show where the storage is and what is in it"""
     config = storage.config
-    recorded = storage.recorded_roots()
-    of_root = recorded.get("GraphRoot", storage.graphroot)
-    if os.path.realpath(of_root) != os.path.realpath(storage.graphroot):
-        storage.faults.append(f"podman's database is of another graph root: {of_root}")
     info: Dict[str, Any] = {
         "driver": "overlay",
         "graph-root": storage.graphroot, "run-root": storage.runroot,
@@ -12903,7 +12937,7 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
         "transient-store": bool(config and config.transient_store),
         "images": len(storage.images()), "layers": len(storage.layers()),
         "containers": len(storage.containers()),
-        "podman-database": recorded,
+        "podman-database": storage.recorded_roots(),
         "process": describe_process(),
         "faults": storage.faults,
     }

@@ -1042,19 +1042,22 @@ class Discovery(StoreTest):
         self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir)
 
     def test_what_podman_recorded(self) -> None:
-        """The configured graph root stays, as for a copy of a store; the run root is podman's."""
+        """The configured graph root stays; the run root is podman's, but not that of a copy."""
         store = self.sample()
         run = StoreBuilder(os.path.join(self.dir, "run"))
         run.write("overlay-containers/volatile-containers.json", json.dumps(
             [{"id": "c" * 64, "names": ["volatile"], "image": "", "layer": store.layers[0]["id"]}]))
-        make_database(store.root, graphroot="/elsewhere", runroot=run.root).close()
+        database = make_database(store.root, graphroot=store.root, runroot=run.root)
+        self.addCleanup(database.close)
         env = {"CONTAINERS_GRAPHROOT": store.root, "CONTAINERS_RUNROOT": "/nonexistent"}
-        done = self.run_cstor("store", "info", "--format", "json", env=env)
-        info = json.loads(done.stdout)
-        self.assertEqual((store.root, run.root, 2), (info["graph-root"], info["run-root"],
-                                                     info["containers"]))
-        self.assertIn(b"warning: podman's database is of another graph root: /elsewhere",
-                      done.stderr)
+        for recorded, used, count in ((store.root, run.root, 2), ("/elsewhere", "/nonexistent", 1)):
+            database.execute("UPDATE DBConfig SET GraphRoot = ?", (recorded,))
+            database.commit()
+            done = self.run_cstor("store", "info", "--format", "json", env=env)
+            info = json.loads(done.stdout)
+            self.assertEqual((store.root, used, count, [], recorded, b""), (
+                info["graph-root"], info["run-root"], info["containers"], info["faults"],
+                info["podman-database"]["GraphRoot"], done.stderr))
 
     def test_additional_stores_without_a_store_of_ones_own(self) -> None:
         store = self.sample()
@@ -1611,6 +1614,104 @@ class Database(StoreTest):
             self.assertEqual({}, storage.podman_containers())
             self.assertRegex(storage.faults[0], "interrupted")
         self.assertLess(time.monotonic() - start, 10)
+
+    def rootfs(self) -> Tuple[StoreBuilder, sqlite3.Connection, str]:
+        """Return a store with a container on a directory of the host, and that directory."""
+        store, host = self.sample(), os.path.join(self.dir, "host")
+        os.mkdir(host)
+        put(os.path.join(host, "secret"), b"of the host")
+        database = make_database(store.root, graphroot=store.root, containers=[
+            (store.containers[0]["id"], "web", 3, {"rootfs": host})])
+        self.addCleanup(database.close)
+        return store, database, host
+
+    def refused(self, store: StoreBuilder, rootfs: str, why: str) -> str:
+        """Check that neither we nor the helper open a directory; return the error."""
+        with mock.patch("cstor.Helper") as helper, mock.patch("cstor.why_no_helper",
+                                                              return_value=""), \
+                cstor.ProxiedStorage.open(store.root) as storage:
+            container = storage.containers()[0]
+            self.assertEqual((rootfs, why, []), (
+                container.state["rootfs"], container.state["rootfs-refused"], container.faults))
+            with self.assertRaises(cstor.NeedsUnshare) as raised:
+                container.tree()
+            self.assertEqual(f"container web: its --rootfs directory {rootfs} is not opened: {why}",
+                             str(raised.exception))
+            storage.helper(cstor.NeedsUnshare(""))
+            helper.assert_called_once_with([store.root])
+            self.assertEqual([], storage.faults)
+        return cstor.describe(raised.exception)
+
+    def test_rootfs_of_ones_own_database(self) -> None:
+        store, database, host = self.rootfs()
+        link = os.path.join(self.dir, "link")
+        os.symlink(store.root, link)
+        for root, recorded in ((store.root, store.root), (store.root, link), (link, store.root),
+                               (store.root, store.root + "/overlay/..")):
+            database.execute("UPDATE DBConfig SET GraphRoot = ?", (recorded,))
+            database.commit()
+            done = self.run_cstor("--root", root, "container", "cat", "web", "/secret")
+            self.assertEqual((b"of the host", b""), (done.stdout, done.stderr))
+        with mock.patch("cstor.Helper") as helper, mock.patch("cstor.why_no_helper",
+                                                              return_value=""), \
+                cstor.ProxiedStorage.open(store.root) as storage:
+            self.assertEqual(host, storage.containers()[0].state["rootfs"])
+            storage.helper(cstor.NeedsUnshare(""))
+            helper.assert_called_once_with([store.root, host])
+
+    def test_rootfs_of_another_store_or_user(self) -> None:
+        """Neither copied stores nor other users' lead anybody to files of the host."""
+        store, database, host = self.rootfs()
+        other = os.path.join(self.dir, "other")
+        os.mkdir(other)
+        for recorded in ("/var/lib/elsewhere", other, ".", "", "a\0b"):
+            database.execute("UPDATE DBConfig SET GraphRoot = ?", (recorded,))
+            database.commit()
+            error = self.refused(store, host, "podman's database records another graph root, "
+                                 + cstor.display(recorded))
+        for words in ("cat web /secret", "stat web /secret", "cp web:/secret -", "files web",
+                      f"extract web {self.dir}/out", "export web"):
+            done = self.run_cstor("--root", store.root, "container", *words.split(), status=5)
+            self.assertEqual((b"", f"cstor: error: {error}\n"), (done.stdout,
+                                                                 done.stderr.decode()))
+        self.assertTrue(error.endswith(" (read it on the machine where podman made the container, "
+                                       "as the user whose store it is)"))
+        database.execute("UPDATE DBConfig SET GraphRoot = ?", (store.root,))
+        database.execute("UPDATE ContainerConfig SET JSON = '{\"rootfs\":\"../host\"}'")
+        database.commit()
+        self.refused(store, "../host", "not an absolute path")
+        database.execute("UPDATE ContainerConfig SET JSON = ?", (json.dumps({"rootfs": host}),))
+        database.commit()
+        os.chmod(store.path("db.sql"), 0o666)
+        self.refused(store, host, store.path("db.sql") + " is writable by everybody")
+        os.chmod(store.path("db.sql"), 0o644)
+        need(os.geteuid() == 0, "only root can give files away")
+        put(store.path("db.sql-wal"), b"")
+        for name in ("", "db.sql", "db.sql-wal"):
+            path = os.path.normpath(store.path(name))
+            os.chown(path, 1234, 0)
+            self.refused(store, host, f"{path} belongs to uid 1234")
+            os.chown(path, 0, 0)
+        os.unlink(store.path("db.sql-wal"))
+        self.run_cstor("--root", store.root, "container", "cat", "web", "/secret")
+
+    def test_database_that_is_no_regular_file(self) -> None:
+        store, _, _ = self.rootfs()
+        store.containers[0].update(image="")
+        store.save()
+        os.rename(store.path("db.sql"), self.dir + "/db.sql")
+        for make, kind in ((lambda path: os.symlink(self.dir + "/db.sql", path), "symbolic link"),
+                           (os.mkfifo, "FIFO"), (os.mkdir, "directory")):
+            make(store.path("db.sql"))
+            done = self.run_cstor("--root", store.root, "container", "cat", "web", "/secret",
+                                  status=6)
+            self.assertEqual(b"", done.stdout)
+            self.assertIn(b"was made by --rootfs, and the database of podman that knows the "
+                          b"directory is not read", done.stderr)
+            info = json.loads(self.run_cstor("--root", store.root, "-q", "store", "info",
+                                             "--format", "json").stdout)
+            self.assertRegex(info["faults"][0], rf"db\.sql: is a {kind}, not a regular file")
+            (os.rmdir if kind == "directory" else os.unlink)(store.path("db.sql"))
 
     def test_python_without_sqlite(self) -> None:
         store, _ = self.make()
