@@ -83,6 +83,7 @@ import sys
 import time
 import zlib
 from _thread import allocate_lock
+from _weakrefset import WeakSet
 
 # Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, signal, sqlite3, tempfile and threading
 # are imported, and patterns compiled (re keeps them), where they are used.
@@ -2048,6 +2049,9 @@ class ContainerRecord(Record):
         return self.storage.podman_containers().get(self.id, {})
 
 
+OPEN_STORAGES: WeakSet[Metadata] = WeakSet()  # nothing may be written in them
+
+
 class Metadata:
     """The joined records of all roots of a storage; the base of Storage.
 
@@ -2085,6 +2089,7 @@ class Metadata:
         except BaseException:
             self.close()
             raise
+        OPEN_STORAGES.add(self)
         self.reload()
 
     def _open_graphroot(self) -> Directory:
@@ -2131,6 +2136,7 @@ class Metadata:
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
+        OPEN_STORAGES.discard(self)
         for root in self.roots:
             root.close()
         if self._run:
@@ -6014,6 +6020,8 @@ class Extraction:
         self._links: List[Tuple[bytes, bytes]] = []  # hard links to make: path, first path
         self._folders: List[Tuple[bytes, Node]] = []  # whose metadata are to be set
         self._directories = 0
+        self._stores = {inode for places in storage_places().values()
+                        for inode in find_inodes(places)} if merge else ()
         self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
 
     # -- planning --------------------------------------------------------------------------------
@@ -6106,7 +6114,11 @@ class Extraction:
         except FileExistsError:
             if not self.merge:
                 raise
-            if stat.S_ISDIR(os.stat(base, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+            status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) in self._stores:
+                raise CstorError(f"{display(base)} is a directory of a storage, and nothing is "
+                                 "written there", hint="--exclude leaves it out") from None
+            if stat.S_ISDIR(status.st_mode):
                 return False
             os.unlink(base, dir_fd=dir_fd)
             os.mkdir(base, 0o700, dir_fd=dir_fd)
@@ -6430,9 +6442,6 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     and NotFound when nothing fits.
     """
     filling = Filling(directory, force=force, clean=clean)
-    for layer in tree.layers:
-        if layer.layer:
-            refuse_storage(layer.layer.storage, directory)
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
     with filling as target:
         return filling.fill(target, items, **options)
@@ -6465,6 +6474,7 @@ class Filling:
         if not directory or force and clean:
             raise ValueError("clean would remove what force finds" if directory
                              else "no directory is named")
+        refuse_storage(directory)
         self.directory, self._force, self._clean = directory, force, clean
         self.made, self.mode = False, 0
         self._target: Optional[Target] = None
@@ -6521,13 +6531,71 @@ def add_hint(error: BaseException, text: str) -> None:
     vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
 
 
-def refuse_storage(storage: Metadata, directory: str) -> None:
-    """Raise CstorError when a directory is inside a storage, where nothing may be written."""
-    place = os.path.realpath(directory)
-    for root in storage.roots:
-        store = os.path.realpath(root.path)
-        if os.path.commonpath((place, store)) == store:
-            raise CstorError(f"{directory} is inside the storage at {root.path}")
+def refuse_storage(path: str) -> None:
+    """Raise CstorError when ``path`` is inside a storage that is open or configured.
+
+    All that is made asks this first, as nothing is ever written to a store.  Links and ".." are
+    followed; bind mounts are recognized by inode, and deep inside a store by /proc.
+    """
+    place = os.path.realpath(path)
+    above = [place]
+    while above[-1] != "/":
+        above.append(os.path.dirname(above[-1]))
+    inodes, mounts = set(find_inodes(above)), read_mounts()
+    spot = place_on_device(place, mounts)
+    for root, places in storage_places().items():
+        stores = (place_on_device(os.path.realpath(inside), mounts) for inside in places)
+        if inodes.intersection(find_inodes(places)) \
+                or any(f"{spot}/".startswith(f"{store}/") for store in stores):
+            raise CstorError(f"{path} is inside the storage at {root}",
+                             hint="nothing is written to a storage: choose another place")
+
+
+def storage_places() -> Dict[str, List[str]]:
+    """Return the storages that are open or configured, each with the directories that are its own.
+
+    A run root may hold more: what podman has in it is what counts.
+    """
+    runs, roots = [], []
+    for storage in list(OPEN_STORAGES):
+        roots += [root.path for root in storage.roots]
+        runs.append(storage.runroot)
+    try:
+        config = load_config()
+        roots += [config.graphroot, config.imagestore, *config.stores]
+        runs.append(config.runroot)
+    except (CstorError, OSError):  # a configuration that cannot be read names no storage
+        pass
+    inside = [os.fsdecode(name) for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
+    found = {root: [os.path.join(root, name) for name in inside] for root in runs + roots if root}
+    for root in filter(None, roots):
+        found[root].append(root)
+    return found
+
+
+def find_inodes(paths: Iterable[str]) -> Iterator[Tuple[int, int]]:
+    """Yield device and inode number of those paths that lead somewhere."""
+    for path in paths:
+        try:
+            status = os.stat(path)
+            yield status.st_dev, status.st_ino
+        except OSError:  # nothing can be made below it
+            pass
+
+
+def read_mounts() -> List[List[str]]:
+    """Return device, directory in its file system, and mount point of all mounts; [] if unknown."""
+    return [[re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
+             for word in line.split(" ")[2:5]] for line in read_proc("self/mountinfo").splitlines()]
+
+
+def place_on_device(path: str, mounts: Sequence[Sequence[str]]) -> str:
+    """Return the device of a real path and the path there, which all its bind mounts share."""
+    device, root, point = "", "/", "/"
+    for mount in mounts:
+        if len(mount[2]) >= len(point) and f"{path}/".startswith(f"{mount[2].rstrip('/')}/"):
+            device, root, point = mount
+    return os.path.normpath(f"/{device}/{root}/{os.path.relpath(path, point)}")
 
 
 def make_target(directory: str) -> Tuple[Target, int]:
@@ -7026,6 +7094,7 @@ class OciLayout:
     """
 
     def __init__(self, directory: str) -> None:
+        refuse_storage(directory)
         self.directory = directory
         self._made = self._locked = False
         self._complete = False  # the index names all that was added
@@ -7314,7 +7383,6 @@ def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
     check_tag(tag)
     how = parse_compression(compression)
     chosen = choose_instances(image, platform, every)
-    refuse_storage(image.storage, directory)
     with OciLayout(directory) as layout:
         listed = image if image.is_list else None
         blobs = [layout.add_image(instance, how, progress, listed) for instance in chosen]
@@ -10356,6 +10424,7 @@ class ListeningSocket:
     def __init__(self, path: str) -> None:
         import socket
 
+        refuse_storage(path)
         self.path = path
         self._check()
         temporary = os.path.join(os.path.dirname(path), f".cstor-{os.urandom(6).hex()}.sock")
@@ -12026,11 +12095,7 @@ class Output:
             raise OSError(error.errno, error.strerror, path) from None
 
     def _open(self) -> None:
-        above = self._target
-        while above not in ("", "/"):
-            above = os.path.dirname(above)
-            if os.path.isdir(os.path.join(above, os.fsdecode(LAYERS))):
-                raise CstorError(f"{self._target} is inside the storage at {above}")
+        refuse_storage(self._target)
         if os.path.exists(self._target) and not os.path.isfile(self._target):
             self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
             return
@@ -12284,8 +12349,6 @@ def cmd_serve(storage: Storage, args: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: passed.shutdown(socket.SHUT_RD))
         server.handle(passed)
         return
-    if args.socket:
-        refuse_storage(storage, args.socket)
     with passed or ListeningSocket(args.socket) as listener:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -12534,7 +12597,9 @@ def cmd_cp(storage: Storage, args: Any) -> None:
                 for data in tar_out(tree, path, name, progress):
                     write_all(output.fd, data)
             return
-        dest = os.path.abspath(args.dest)
+        above, dest = os.path.split(args.dest.rstrip("/") or "/")  # ".." is the kernel's, no text
+        dest = os.path.join(os.path.realpath(above), dest) if dest not in ("", ".", "..") \
+            else os.path.realpath(args.dest)
         if os.path.isdir(dest):
             dest = os.path.join(dest, os.fsdecode(name)) if name else dest
         elif args.dest.endswith("/"):
@@ -12551,6 +12616,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
     if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest)
                                   or os.listdir(dest)):
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
+    refuse_storage(dest)
     unwind_on_signals()
     temporary = os.path.join(os.path.dirname(dest), f".cstor-{os.urandom(6).hex()}.partial")
     try:
@@ -12591,7 +12657,7 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     if getattr(args, "via_skopeo", None) is not None:
         summary = extract_via_skopeo(storage, args, options)
     elif getattr(args, "socket", None) is not None:
-        summary = extract_from_server(storage, args, options)
+        summary = extract_from_server(args, options)
     else:
         with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
             if progress.active:
@@ -12617,18 +12683,14 @@ def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> D
         raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
                           "share contents with")
     reference = via_skopeo(args)
-    if storage:
-        refuse_storage(storage, args.dir)
     with ProxyV1Client() as proxy, ProgressLine(0, args.quiet) as progress:
         return proxy.open_image(reference).extract(args.dir, progress=progress, **options)
 
 
-def extract_from_server(storage: Optional[Storage], args: Any, options: Any) -> Dict[str, Any]:
+def extract_from_server(args: Any, options: Any) -> Dict[str, Any]:
     """Extract a layer that a server sends; return the summary."""
     if args.link_mode == "hardlink":
         raise _UsageError("--link-mode hardlink: a file that is passed gets no further name")
-    if storage:
-        refuse_storage(storage, args.dir)
     with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
         return extract_streams([stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
                                progress=progress, **options)
@@ -12719,8 +12781,6 @@ def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: 
         raise _UsageError("skopeo's proxy gives one image: --platform chooses it, --all cannot be "
                           "had")
     reference = via_skopeo(args)
-    if storage:
-        refuse_storage(storage, directory)
     tag = tag or proxy_image_tag(reference)
     with ProxyV1Client(platform=args.platform) as proxy:
         image = proxy.open_image(reference)

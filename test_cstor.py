@@ -534,11 +534,12 @@ class House(unittest.TestCase):
         self.assertEqual([], used)
 
     def test_imports_are_of_the_standard_library(self) -> None:
-        allowed = {"__future__", "_thread", "argparse", "array", "binascii", "builtins", "bz2",
-                   "concurrent.futures", "ctypes", "errno", "fcntl", "gc", "gzip", "hashlib",
-                   "heapq", "importlib", "io", "json", "lzma", "marshal", "os", "pwd", "queue",
-                   "re", "resource", "select", "signal", "socket", "sqlite3", "stat", "struct",
-                   "subprocess", "sys", "tempfile", "threading", "time", "typing", "zlib"}
+        allowed = {"__future__", "_thread", "_weakrefset", "argparse", "array", "binascii",
+                   "builtins", "bz2", "concurrent.futures", "ctypes", "errno", "fcntl", "gc",
+                   "gzip", "hashlib", "heapq", "importlib", "io", "json", "lzma", "marshal",
+                   "os", "pwd", "queue", "re", "resource", "select", "signal", "socket", "sqlite3",
+                   "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
+                   "typing", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -4780,6 +4781,109 @@ ERRORS: List[BaseException] = [
     cstor.NeedsUnshare("closed", hint="run it as root"), OSError(errno.ENOSPC, "No space", "/x/y"),
     cstor.FormatError("bad", file="f", offset=7), cstor.LayerUnknown("gone", hint="x"),
     cstor.Unsupported("no", hint="yes")]
+
+
+class Outputs(StoreTest):
+    """What all that is made has in common."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.sample()
+        self.guard(self.store.root)
+        with cstor.Storage.open(self.store.root) as storage:
+            self.image = storage.image("sample").id
+            self.layer = storage.image("sample").layers()[0].id
+
+    def commands(self, place: str) -> List[List[str]]:
+        """Return every command that makes ``place``."""
+        return [["layer", "export", self.layer, "-o", place],
+                ["image", "export", self.image, "-o", place],
+                ["image", "export", self.image, "--as=oci-archive", "-o", place],
+                ["image", "cat", self.image, "etc/os-release", "-o", place],
+                ["image", "extract", self.image, place], ["layer", "extract", self.layer, place],
+                ["image", "copy-to-oci", self.image, place + ":tag"],
+                ["image", "cp", self.image + ":/etc", place],
+                ["image", "cp", self.image + ":/etc/os-release", place],
+                ["layer", "stream", self.layer, "-o", place],
+                ["layer", "stream", self.layer, "-o", "/dev/null", "--external", place],
+                ["serve", "--socket", place]]
+
+    def test_inside_a_storage(self) -> None:
+        other = StoreBuilder(os.path.join(self.dir, "other"))
+        run = os.path.join(self.dir, "run")
+        os.makedirs(run + "/overlay-containers")
+        os.makedirs(self.dir + "/home/.config/containers")
+        with open(self.dir + "/home/.config/containers/storage.conf", "w",
+                  encoding="ascii") as file:
+            file.write(f'[storage]\ndriver="overlay"\ngraphroot="{self.dir}/configured"\n')
+        os.mkdir(self.dir + "/configured")
+        os.mkdir(self.dir + "/elsewhere")
+        link = os.path.join(self.dir, "link")
+        os.symlink(self.store.path("overlay"), link)
+        ours = ["--root", self.store.root, "--store", other.root, "--runroot", run]
+        env = {"CONTAINERS_STORAGE_CONF": self.dir + "/home/.config/containers/storage.conf"}
+        places = {self.store.path("new"): self.store.root, link + "/new": self.store.root,
+                  link + "/../new": self.store.root, self.dir + "/elsewhere/../store/l":
+                  self.store.root, other.path("overlay/l/new"): other.root,
+                  run + "/overlay-containers/new": run,
+                  self.dir + "/configured/new": self.dir + "/configured"}
+        before = snapshot(self.dir)
+        for place, root in places.items():
+            # All commands ask one function: the others are tried with one place.
+            for words in self.commands(place)[:None if "link/.." in place else 1]:
+                done = self.run_cstor(*ours, *words, status=6, env=env)
+                said = done.stderr.decode()
+                self.assertRegex(said, "new is inside|l is inside")
+                self.assertTrue(said.endswith(
+                    f" is inside the storage at {root} (nothing is written to a storage: choose "
+                    "another place)\n"), said)
+                self.assertEqual(b"", done.stdout)
+        self.assertEqual(before, snapshot(self.dir))
+        done = self.run_cstor("stream-to-tar", "-", "-o", self.dir + "/configured/new", status=6,
+                              env=env)
+        self.assertIn(b"is inside the storage at", done.stderr)
+        for word in ("overlay", "overlay-images", "overlay-layers"):
+            os.makedirs(os.path.join(self.dir, "looks", word))
+        for number, words in enumerate(self.commands(self.dir + "/looks/")[:-1]):
+            self.run_cstor(*ours, *(word.replace("looks/", f"looks/{number}") for word in words))
+
+    def test_guards_of_classes(self) -> None:
+        with cstor.Storage.open(self.store.root) as storage:
+            for place in (self.store.path("x"), self.store.path("overlay/l/../../x")):
+                for make in (cstor.ListeningSocket, storage.image(self.image).copy_to_oci,
+                             storage.image(self.image).extract, storage.layer(self.layer).extract,
+                             functools.partial(cstor.extract_streams, [])):
+                    self.assertRaisesRegex(cstor.CstorError, "is inside the storage", make, place)
+        with mock.patch.object(cstor, "load_config", side_effect=cstor.FormatError("")):
+            cstor.refuse_storage(self.store.root)  # it is not open any more
+
+    def test_merging_above_a_storage(self) -> None:
+        tar = make_tar(("store/", None), ("store/x", b"x"), ("y", b"y"))
+        builder = StoreBuilder(os.path.join(self.dir, "second"))
+        builder.image(builder.layer(tar), "localhost/t:1")
+        builder.save()
+        with cstor.Storage.open(self.store.root), cstor.Storage.open(builder.root) as storage, \
+                self.assertRaisesRegex(cstor.CstorError, "^store is a directory of a storage"):
+            storage.image("t:1").extract(self.dir, force=True)
+        with cstor.Storage.open(self.store.root), cstor.Storage.open(builder.root) as storage:
+            storage.image("t:1").extract(self.dir, force=True, exclude=["store"])
+        self.assertTrue(os.path.exists(self.dir + "/y"))
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "only root can bind mount")
+    def test_bind_mounts(self) -> None:
+        for word in ("a b", "b", "c"):
+            os.mkdir(os.path.join(self.dir, word))
+        script = (f"set -e; cd {self.dir}; mount --bind store/overlay 'a b'; "
+                  f"mount --bind store/overlay/{self.layer}/diff b; mount --bind store c; "
+                  '[ -z "$3" ] || mount -t tmpfs none /proc; '
+                  f'exec "$1" -B "$2" --root {self.store.root} layer export {self.layer} -o "$4"')
+        for proc, place, status in (("", "a b/x", 6), ("", "b/x", 6), ("", "c/x", 6),
+                                    ("no", "a b/x", 6), ("no", "c/overlay/l/x", 6), ("", "x", 0)):
+            done = self.run_cstor(proc, os.path.join(self.dir, place), status=status, command=[
+                "unshare", "-m", "sh", "-c", script, "-", sys.executable, SCRIPT])
+            if status:
+                self.assertIn(f"{place} is inside the storage at {self.store.root} ".encode(),
+                              done.stderr)
 
 
 class HostileExtracts(HostileStores):
