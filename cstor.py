@@ -1169,7 +1169,7 @@ class _ConfigSearch:
         if len(data) > MAX_SPECIAL:
             raise FormatError(f"larger than {MAX_SPECIAL} bytes", file=path)
         config.files.append(path)
-        return TomlSubset(data, path).parse()
+        return Toml(data, path).settings()
 
     def _fill(self, config: Config, values: Dict[str, Any]) -> None:
         """Turn merged keys, environment and defaults into a Config."""
@@ -1265,207 +1265,273 @@ class _Appended(list):  # type: ignore[type-arg]
     """An array with the element ``{append=true}``."""
 
 
-class TomlSubset:
-    """The part of TOML that storage.conf uses; what goes beyond is refused with file and line.
+class TomlTable(dict):  # type: ignore[type-arg]
+    """A table of TOML; ``places`` has where each key stands, ``whole`` that it is defined."""
 
-    Tables, bare, quoted and dotted keys, one-line strings, booleans, integers, floats, arrays of
-    them, inline tables, and ``{append=true}`` in an array.  parse() returns {"table.key": value}.
+    __slots__ = ("places", "whole")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Dict[str, int] = {}
+        self.whole = False
+
+
+class _TableArray(list):  # type: ignore[type-arg]
+    """An array that ``[[headers]]`` make."""
+
+
+class Toml:
+    """A parser of TOML 1.1, which podman 6 reads; older ones read 1.0.
+
+    It takes what BurntSushi's decoder takes: a byte order mark, and headers and dotted keys that
+    add to one another's tables.  parse() returns all as dicts, settings() what concerns us; both
+    raise FormatError with file and line.
     """
 
-    TYPES: Dict[str, Tuple[Type[Any], str]] = {
+    SETTINGS: Dict[str, Tuple[Type[Any], str]] = {
         "storage.transient_store": (bool, "boolean"),
-        "storage.options.additionalimagestores": (list, "list of strings"),
+        **{f"storage.options.additional{kind}stores": (list, "list of strings")
+           for kind in ("image", "layer")},
         **{"storage." + key: (str, "string") for key in (
             "driver", "graphroot", "runroot", "imagestore", "rootless_storage_path")}}
-    SPACE = r"[ \t]*"
-    GAP = r"(?:[ \t\r\n]|#[^\n]*)*"  # between the elements of an array
-    END = r"[ \t]*(?:#[^\n]*)?(?:\r?\n|\Z)"
-    BARE = r"[A-Za-z0-9_-]+"
+    SPACE = "[ \t]*"
+    GAP = "(?:[ \t\n]|#[^\n]*)*"  # between lines, and between the elements of an array
+    END = r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)"
+    BARE = "[A-Za-z0-9_-]+"
     LITERAL = r"'([^'\n]*)'"
     BASIC = r'"((?:[^"\\\n]|\\[^\n])*)"'
-    NUMBER = (r"0x[0-9A-Fa-f_]+|0o[0-7_]+|0b[01_]+|[+-]?[0-9][0-9_]*(?P<float>\.[0-9_]+)?"
-              r"(?![0-9A-Za-z_:.-])")
-    ESCAPES = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", '"': '"', "\\": "\\"}
+    LONG_LITERAL = r"'''\n?((?:[^']|''?(?!'))*'{0,2})'''"
+    LONG_BASIC = r'"""\n?((?:[^"\\]|\\(?s:.)|""?(?!"))*"{0,2})"""'
+    ESCAPE = r"\\(u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|x[0-9A-Fa-f]{2}|[ \t]*\n[ \t\n]*|.)"
+    ESCAPES = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", "e": "\x1b", '"': '"',
+               "\\": "\\"}
+    WORD = r"[A-Za-z0-9_.:+-]+(?:(?<=\d{4}-\d\d-\d\d) \d[0-9.:Zz+-]*)?"
+    DIGITS = "[0-9](?:_?[0-9])*"
+    INTEGER = ("[+-]?(?:0|[1-9](?:_?[0-9])*)|0x[0-9A-Fa-f](?:_?[0-9A-Fa-f])*|0o[0-7](?:_?[0-7])*"
+               "|0b[01](?:_?[01])*")
+    FLOAT = (rf"[+-]?(?:inf|nan|(?:0|[1-9](?:_?[0-9])*)(?:\.{DIGITS})?(?:[eE][+-]?{DIGITS})?)")
+    DATE = "([0-9]{4})-([0-9]{2})-([0-9]{2})"
+    TIME = "([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:[.][0-9]+)?)?"
+    ZONE = "(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?"
+    MOMENT = f"{DATE}(?:[Tt ]{TIME}{ZONE})?|{TIME}"
 
     def __init__(self, data: bytes, file: str) -> None:
         self.file = file
         self.at = 0
-        self.in_table = False
         try:
-            self.text = data.decode("utf-8")
+            self.text = data.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise FormatError("not UTF-8", file=file,
                               line=data.count(b"\n", 0, error.start) + 1) from None
 
-    def parse(self) -> Dict[str, Any]:
-        """Return all keys of the file, with the names of their tables in front."""
-        values: Dict[str, Any] = {}
-        tables: Set[str] = set()
-        table = ""
-        while self.at < len(self.text):
-            if self._take(self.END):
-                continue
-            self._take(self.SPACE)
-            if self.text.startswith("[", self.at):
-                table = self._header().lower()  # Go's decoder matches names whatever their case
-                if table in tables:
-                    self._refuse(f"table [{table}] is defined twice")
-                tables.add(table)
-            else:
-                key, value = self._pair()
-                self._store(values, (f"{table}.{key}" if table else key).lower(), value)
-            if not self._take(self.END):
-                self._refuse("expected the end of the line")
-        return values
+    def settings(self) -> Dict[str, Any]:
+        """Return what concerns us as {"storage.key": value}, whatever the case of the keys."""
+        root = self.parse()
+        found: Dict[str, Any] = {}
+        for name, (kind, word) in self.SETTINGS.items():
+            tables, parts = [root], name.split(".")
+            for depth, part in enumerate(parts, 1):
+                # Go's decoder matches names whatever their case; the exact one shall win.
+                matches = [(table, key) for table in tables
+                           for key in sorted(table, key=part.__eq__) if key.lower() == part]
+                tables = []
+                for table, key in matches:
+                    self.at = table.places[key]
+                    if depth == len(parts):
+                        found[name] = self._setting(name, table[key], kind, word)
+                    elif isinstance(table[key], TomlTable):
+                        tables.append(table[key])
+                    else:
+                        self._refuse(f'"{".".join(parts[:depth])}" must be a table')
+        return found
 
-    def _store(self, values: Dict[str, Any], key: str, value: Any) -> None:
-        if key in values or any(other.startswith(key + ".") for other in values):
-            self._refuse(f'key "{key}" is defined twice')
-        if isinstance(value, dict):
-            for part, item in value.items():
-                self._store(values, f"{key}.{part}", item)
-            return
-        wanted, word = self.TYPES.get(key, (object, ""))
-        if not isinstance(value, wanted) \
-                or wanted is list and not all(isinstance(item, str) for item in value):
-            self._refuse(f'"{key}" must be a {word}')
-        values[key] = value
+    def _setting(self, name: str, value: Any, kind: Type[Any], word: str) -> Any:
+        if kind is list and isinstance(value, list):
+            # {append=true} among the elements: they follow those of earlier files.
+            marks = [item for item in value if isinstance(item, dict)]
+            plain = [item for item in value if not isinstance(item, dict)]
+            if all(list(mark) == ["append"] and isinstance(mark["append"], bool) for mark in marks):
+                value = _Appended(plain) if marks and marks[-1]["append"] else plain
+        strings = value if isinstance(value, list) else [value] * (kind is str)
+        if not isinstance(value, kind) or not all(isinstance(item, str) for item in strings):
+            self._refuse(f'"{name}" must be a {word}')
+        if any("\0" in item for item in strings):
+            self._refuse(f'"{name}" holds a NUL byte')
+        return value
 
-    def _header(self) -> str:
-        self.at += 1
-        if self.text.startswith("[", self.at):
-            self._refuse("arrays of tables are not part of storage.conf")
-        name = self._key()
-        self._expect("]")
-        return name
+    def parse(self) -> TomlTable:
+        """Return the whole file."""
+        stray = re.search("[\0-\x08\x0b-\x1f\x7f]", self.text)
+        if stray:
+            self.at = stray.start()
+            self._refuse(f'control character "{display(stray[0])}"')
+        root = table = TomlTable()
+        try:
+            while self._take(self.GAP) is not None and self.at < len(self.text):
+                if self.text.startswith("[", self.at):
+                    table = self._header(root)
+                else:
+                    self._pair(table)
+                if self._take(self.END) is None:
+                    self._refuse("expected the end of the line")
+        except RecursionError:
+            self._refuse("nested too deeply")
+        return root
 
-    def _pair(self) -> Tuple[str, Any]:
-        key = self._key()
+    def _header(self, root: TomlTable) -> TomlTable:
+        start, brackets = self.at, self._take(r"\[\[?") or ""
+        *above, last = self._keys()
+        self._expect("]" * len(brackets))
+        table = self._below(root, above, start)
+        before = table.get(last)
+        new = TomlTable()
+        new.whole = True
+        if len(brackets) == 2:
+            if before is None:
+                before = table[last] = _TableArray()
+            if not isinstance(before, _TableArray):
+                self._refuse(f'"{last}" is defined twice')
+            before.append(new)
+        elif isinstance(before, TomlTable) and not before.whole:
+            before.whole, new = True, before
+        elif last in table:
+            self._refuse(f"table [{'.'.join([*above, last])}] is defined twice")
+        else:
+            table[last] = new
+        table.places.setdefault(last, start)
+        return new
+
+    def _below(self, table: TomlTable, keys: Sequence[str], place: int) -> TomlTable:
+        """Return the table that ``keys`` lead to, made where it is missing."""
+        for key in keys:
+            if key not in table:
+                table[key], table.places[key] = TomlTable(), place
+            below = table[key]
+            if isinstance(below, _TableArray):
+                below = below[-1]
+            if not isinstance(below, TomlTable):
+                self._refuse(f'"{key}" is not a table')
+            table = below
+        return table
+
+    def _pair(self, table: TomlTable) -> None:
+        start = self.at
+        *above, last = self._keys()
         self._expect("=")
         self._take(self.SPACE)
-        return key, self._value()
+        value = self._value()
+        table = self._below(table, above, start)
+        if last in table:
+            self.at = start
+            self._refuse(f'key "{".".join([*above, last])}" is defined twice')
+        table[last], table.places[last] = value, start
 
-    def _key(self) -> str:
+    def _keys(self) -> List[str]:
         """Read a key, dotted or not."""
-        parts = []
-        while True:
+        parts: List[str] = []
+        while not parts or self._take("[.]"):
             self._take(self.SPACE)
-            quote = self.text[self.at:self.at + 1]
-            if quote and quote in "\"'":
-                parts.append(self._string())
-                if "." in parts[-1]:
-                    self._refuse("a key with a dot in quotes is not part of storage.conf")
-            else:
-                bare = self._take(self.BARE)
-                if not bare:
+            part = self._take(self.BARE)
+            if part is None:
+                if self.text[self.at:self.at + 1] not in ('"', "'"):
                     self._refuse("expected a key")
-                parts.append(bare)
+                part = self._string(self.BASIC, self.LITERAL)
+            parts.append(part)
             self._take(self.SPACE)
-            if not self.text.startswith(".", self.at):
-                return ".".join(parts)
-            self.at += 1
+        return parts
 
     def _value(self) -> Any:
         start = self.text[self.at:self.at + 1]
-        if start and start in "\"'":
-            return self._string()
-        if start == "[":
-            return self._array()
-        if start == "{":
-            return self._inline_table()
-        for word, value in (("true", True), ("false", False)):
-            if self.text.startswith(word, self.at):
-                self.at += len(word)
-                return value
-        number = re.compile(self.NUMBER).match(self.text, self.at)
-        if not number:
-            self._refuse("expected a string, a number, a boolean or an array")
-        self.at = number.end()
-        try:
-            digits = number[0].replace("_", "")
-            return float(digits) if number["float"] else int(digits, 0 if digits[1:2].isalpha()
-                                                             else 10)
-        except ValueError:
-            self._refuse("malformed number")
-
-    def _string(self) -> str:
         if self.text.startswith(('"""', "'''"), self.at):
-            self._refuse("strings over several lines are not supported")
-        literal = re.compile(self.LITERAL).match(self.text, self.at)
-        if literal:
-            self.at = literal.end()
-            return literal[1]
-        basic = re.compile(self.BASIC).match(self.text, self.at)
-        if not basic:
+            return self._string(self.LONG_BASIC, self.LONG_LITERAL)
+        if start in ('"', "'"):
+            return self._string(self.BASIC, self.LITERAL)
+        if start == "[":
+            values: List[Any] = []
+            self._items("]", lambda: values.append(self._value()))
+            return values
+        if start == "{":
+            table = TomlTable()
+            table.whole = True
+            self._items("}", lambda: self._pair(table))
+            return table
+        place = self.at
+        word = self._take(self.WORD) or ""
+        try:
+            return self._scalar(word)
+        except ValueError:
+            self.at = place
+            self._refuse(f'malformed value "{display(word[:40])}"' if word else "expected a value")
+
+    def _scalar(self, word: str) -> Any:
+        """Return the value of a word, six numbers for a time; raise ValueError."""
+        if word in ("true", "false"):
+            return word == "true"
+        if re.fullmatch(self.INTEGER, word):
+            return int(word, 0)
+        if re.fullmatch(self.FLOAT, word):
+            return float(word)
+        moment = re.fullmatch(self.MOMENT, word)
+        if not word or not moment:
+            raise ValueError
+        parts = moment.groups()
+        year, month, day = (int(part or 1) for part in parts[:3])
+        time.strptime(f"{year:04} {month} {day}", "%Y %m %d")
+        hour, minute, second = (int(part or 0) for part in parts[3 if parts[0] else 6:][:3])
+        if hour > 23 or minute > 59 or second > 59:
+            raise ValueError
+        return year, month, day, hour, minute, second
+
+    def _string(self, basic: str, literal: str) -> str:
+        match = re.compile(literal).match(self.text, self.at)
+        if match:
+            self.at = match.end()
+            return match[1]
+        match = re.compile(basic).match(self.text, self.at)
+        if not match:
             self._refuse("string without an end")
-        self.at = basic.end()
-        return re.sub(r"\\(u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", self._escape, basic[1])
+        text = re.sub(self.ESCAPE, self._escape, match[1])
+        self.at = match.end()
+        return text
 
     def _escape(self, match: re.Match[str]) -> str:
         code = match[1]
         if code in self.ESCAPES:
             return self.ESCAPES[code]
+        if not code.strip(" \t\n") and "\n" in code:  # the string goes on at the next word
+            return ""
         try:
-            if code[0] not in "uU" or 0xD800 <= int(code[1:], 16) <= 0xDFFF:
+            if len(code) == 1 or 0xD800 <= int(code[1:], 16) <= 0xDFFF:
                 raise ValueError
             return chr(int(code[1:], 16))
         except ValueError:
-            self._refuse(f"unknown escape \\{code}")
+            self._refuse(f"unknown escape \\{display(code)}")
 
-    def _array(self) -> List[Any]:
+    def _items(self, end: str, read: Callable[[], None]) -> None:
+        """Read what stands in brackets; a comma may follow the last item."""
         self.at += 1
-        values: List[Any] = []
-        append = False
         while True:
             self._take(self.GAP)
-            if self.text.startswith("]", self.at):
-                self.at += 1
-                return _Appended(values) if append else values
-            if self.text.startswith("[", self.at):
-                self._refuse("arrays of arrays are not supported")
-            value = self._value()
-            if isinstance(value, dict):
-                if list(value) != ["append"] or not isinstance(value["append"], bool):
-                    self._refuse("the only inline table in an array is {append=true}")
-                append = value["append"]
-            else:
-                values.append(value)
+            if self._take(re.escape(end)):
+                return
+            read()
             self._take(self.GAP)
-            if self.text.startswith(",", self.at):
-                self.at += 1
-            elif not self.text.startswith("]", self.at):
-                self._refuse('expected "," or "]" in the array')
+            if not self._take(",") and not self.text.startswith(end, self.at):
+                self._refuse(f'expected "," or "{end}"')
 
-    def _inline_table(self) -> Dict[str, Any]:
-        if self.in_table:
-            self._refuse("an inline table in another is not supported")
-        self.in_table = True
-        self.at += 1
-        values: Dict[str, Any] = {}
-        self._take(self.SPACE)
-        while not self.text.startswith("}", self.at):
-            key, value = self._pair()
-            self._store(values, key.lower(), value)
-            self._take(self.SPACE)
-            if not self.text.startswith("}", self.at):
-                self._expect(",")
-        self.at += 1
-        self.in_table = False
-        return values
-
-    def _take(self, pattern: str) -> str:
-        """Skip what ``pattern`` fits and return it; "" when it does not fit or is empty."""
+    def _take(self, pattern: str) -> Optional[str]:
+        """Skip what ``pattern`` fits and return it; None when it does not fit."""
         match = re.compile(pattern).match(self.text, self.at)
         if not match:
-            return ""
+            return None
         self.at = match.end()
         return match[0]
 
-    def _expect(self, char: str) -> None:
+    def _expect(self, text: str) -> None:
         self._take(self.SPACE)
-        if not self.text.startswith(char, self.at):
-            self._refuse(f'expected "{char}"')
-        self.at += 1
+        if not self.text.startswith(text, self.at):
+            self._refuse(f'expected "{text}"')
+        self.at += len(text)
 
     def _refuse(self, message: str) -> NoReturn:
         line = self.text.count("\n", 0, self.at) + 1
