@@ -1005,27 +1005,51 @@ def sha256_digest(data: bytes) -> str:
 #                               and his own file replaces it
 #   new (1.63 and later)        one main file and drop-ins from six directories, merged key by key;
 #                               graphroot of any file holds for everybody
-# Nothing on disk says which tool will come next.  Both are worked out; when they name different
-# graph roots, the one where a store is wins, and of two stores the new scheme's.
+# podman 4 and 5 follow the old one, podman 6 the new one.  What lies on disk decides, "own" being
+# the graph root by the old scheme, and "other" that by the new one, where it is another:
+#
+#   own store   other graph root                                   what is read
+#   there       root's by configuration, whoever may read it       own
+#   there       a store, named by a drop-in of the caller's        other, with a warning
+#   there       anything else of the caller's                      own, with a warning
+#   closed      no store of the caller's named by his drop-in      own: permission denied
+#   missing     a store that the caller owns, or names himself     other
+#   missing     another user's, whoever may read it                nothing: no storage at OWN
+#   missing     missing                                            nothing: no storage at OWN
+#
+# Root's files are all his own, a rootless user's are those below $XDG_CONFIG_HOME or ~/.config and
+# those that a variable names.  Only podman 6 reads drop-ins: where there are any, the new scheme
+# holds for what both agree on, and names the place of a store that is still to be made.
 # ================================================================================================
 
 class Config:
     """Where the storage is.
 
     ``driver``, ``graphroot``, ``runroot``, ``imagestore`` ("" = none), ``stores`` (additional image
-    stores, in search order), ``transient_store``, ``rootless``, ``uid``; ``scheme`` is "old", "new"
-    or "environment"; ``files`` lists the configuration files that were read.
+    stores, in search order), ``layer_stores`` (additional layer stores), ``transient_store``,
+    ``rootless``, ``uid``; ``scheme`` is "old", "new" or "environment"; ``files`` lists the
+    configuration files that were read, ``named_in`` is the one that names the graph root or "".
+    ``faults`` are warnings, and ``hint`` tells where else a store was looked for.
     """
 
-    __slots__ = ("driver", "graphroot", "runroot", "imagestore", "stores", "transient_store",
-                 "rootless", "uid", "scheme", "files")
+    __slots__ = ("driver", "graphroot", "runroot", "imagestore", "stores", "layer_stores",
+                 "transient_store", "rootless", "uid", "scheme", "files", "named_in", "drop_ins",
+                 "faults", "hint")
 
     def __init__(self, scheme: str, rootless: bool, uid: int) -> None:
         self.driver = self.graphroot = self.runroot = self.imagestore = ""
+        self.named_in = self.hint = ""
         self.stores: List[str] = []
+        self.layer_stores: List[str] = []
         self.transient_store = False
         self.rootless, self.uid, self.scheme = rootless, uid, scheme
         self.files: List[str] = []
+        self.drop_ins: List[str] = []
+        self.faults: List[str] = []
+
+
+NO_STORAGE = "no storage there"
+READERS = {"old": "podman 4 and 5", "new": "podman 6"}  # which follow each scheme
 
 
 def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[int] = None,
@@ -1038,38 +1062,68 @@ def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[i
     """
     search = _ConfigSearch(os.environ if environ is None else environ,
                            os.geteuid() if euid is None else euid, system_root)
-    found, failure = [], None
-    for scheme in (search.new_scheme, search.old_scheme):
+    found: List[Config] = []
+    failures: List[Exception] = []
+    for scheme in (search.old_scheme, search.new_scheme):
         try:
             found.append(scheme())
         except (CstorError, OSError) as error:  # in a file that the other may not look at
-            failure = failure or error
-    for config in found:
-        if holds_store(config.graphroot):
-            return config
-    if failure:
-        raise failure
-    return found[0]
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    config, other = found[0], found[-1]
+    if failures and (config.scheme == "new" and search.is_foreign(config)
+                     or not holds_store(config.graphroot)):
+        raise failures[0]
+    config.faults += [f"{READERS['new' if config.scheme == 'old' else 'old']} cannot read the "
+                      f"configuration: {with_place(failure)}" for failure in failures]
+    if search.decide(config, other):
+        config, other = other, config
+    config.hint = search.explain(config, other)
+    return config
+
+
+def with_place(error: Exception) -> str:
+    """Spell an error with the file that it is about."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def holds_store(root: str) -> bool:
-    """Tell whether ``root`` is a directory where containers/storage keeps overlay images."""
-    return any(os.path.isdir(os.path.join(root, os.fsdecode(name)))
-               for name in (IMAGES, LAYERS, OVERLAY))
+    """Tell whether containers/storage keeps images of any driver in the directory ``root``.
+
+    Raises PermissionError where that cannot be seen.
+    """
+    return any(is_there(os.path.join(root, driver + end)) for driver in ("overlay", *OTHER_DRIVERS)
+               for end in ("", "-layers", "-images"))
+
+
+def is_there(path: str) -> bool:
+    """Tell whether a file is there; errors other than its absence are raised."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 class _ConfigSearch:
     """One search for configuration files with one environment."""
 
     def __init__(self, environ: Mapping[str, str], euid: int, system_root: str) -> None:
+        bad = [name for name, value in environ.items() if "\0" in value]
+        if bad:
+            raise FormatError("holds a NUL byte", file=f"environment variable {bad[0]}")
         self.environ = environ
         self.system_root = system_root
         self.rootless = euid != 0
-        self.uid = euid
+        self.uid = self.euid = euid
         outer = environ.get("_CONTAINERS_ROOTLESS_UID", "")
         if environ.get("_CONTAINERS_USERNS_CONFIGURED") and re.fullmatch("0*[1-9][0-9]*", outer):
             self.rootless, self.uid = True, int(outer)  # root only inside podman unshare
         self.home = environ.get("HOME") or self._home_of(self.uid)
+        self._sources: Dict[str, str] = {}  # of each key, the file that set it
 
     @staticmethod
     def _home_of(uid: int) -> str:
@@ -1087,6 +1141,89 @@ class _ConfigSearch:
         base = self.environ.get("XDG_CONFIG_HOME") or os.path.join(self.home, ".config")
         return os.path.join(base, "containers/storage.conf")
 
+    # -- which of two -------------------------------------------------------------------------
+
+    def is_named_by_caller(self, config: Config) -> bool:
+        """Tell whether the caller himself names the graph root, or it is the default."""
+        named = [self.environ.get("CONTAINERS_STORAGE_CONF"),
+                 self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")]
+        return not self.rootless or config.named_in in ("", *named) or config.named_in.startswith(
+            os.path.dirname(self.user_file()) + "/")
+
+    def is_foreign(self, config: Config) -> bool:
+        """Tell whether a graph root is another user's, and only root's files name it."""
+        if self.is_named_by_caller(config):
+            return False
+        try:
+            return os.stat(config.graphroot).st_uid != self.euid
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+
+    def decide(self, own: Config, other: Config) -> bool:
+        """Tell whether the new scheme's ``other`` wins over the old one's; see the banner."""
+        if own is other:
+            return False
+        if os.path.realpath(own.graphroot) == os.path.realpath(other.graphroot):
+            return bool(other.drop_ins)
+        if self.is_foreign(other):
+            return False
+        by_drop_in = other.named_in in other.drop_ins and self.is_named_by_caller(other)
+        if by_drop_in and holds_store(other.graphroot):
+            return True
+        return not holds_store(own.graphroot) and bool(
+            other.drop_ins or holds_store(other.graphroot))
+
+    def explain(self, config: Config, other: Config) -> str:
+        """Tell what was looked at besides ``config``, and warn of what it leaves aside."""
+        parts = [f"{config.named_in} names it" if config.named_in else
+                 f"the default for HOME={self.home}" if self.rootless else "the default"]
+        if os.path.realpath(config.graphroot) != os.path.realpath(other.graphroot):
+            place = f"{other.graphroot} ({other.named_in or 'the default'})"
+            state = self._state(other.graphroot)
+            if self.is_foreign(other):
+                parts.append(f"{place} is another user's: {state}")
+            else:
+                parts.append(f"looked also at {place}: {state}")
+                if self.is_named_by_caller(other) and (other.named_in or state != NO_STORAGE):
+                    config.faults.append(f"{READERS[other.scheme]} would use {place}: {state}")
+        theirs = self._store_of_sudo_user()
+        if theirs:
+            parts.append(f"{self.environ['SUDO_USER']}'s is at {theirs}: run it without sudo, or "
+                         f"use --root {theirs}")
+        return "; ".join([*parts, "name a graph root with --root DIR"])
+
+    @staticmethod
+    def _state(root: str) -> str:
+        """Tell in words what is at a graph root."""
+        try:
+            if not holds_store(root):
+                return NO_STORAGE
+            records = os.path.join(root, os.fsdecode(IMAGES))
+            if is_there(records) and not os.access(records, os.R_OK | os.X_OK):
+                return os.strerror(errno.EACCES)
+            return f"--root {root} reads it"
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def _store_of_sudo_user(self) -> str:
+        """Return the graph root of who called sudo, when there is a store; else ""."""
+        import pwd
+
+        if self.euid or self.environ.get("SUDO_USER", "root") == "root":
+            return ""
+        try:
+            user = pwd.getpwnam(self.environ["SUDO_USER"])
+            search = _ConfigSearch({"HOME": user.pw_dir, "USER": user.pw_name}, user.pw_uid,
+                                   self.system_root)
+            root = search.old_scheme().graphroot
+            return root if holds_store(root) else ""
+        except (KeyError, CstorError, OSError):  # it would only be a hint
+            return ""
+
+    # -- the two schemes ----------------------------------------------------------------------
+
     def old_scheme(self) -> Config:
         if self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE"):
             return self.new_scheme()  # no older tool knows it
@@ -1098,17 +1235,15 @@ class _ConfigSearch:
         if named is not None:
             values = self._read(named, config)
         elif not self.rootless:
-            own = [self.user_file()] if self.environ.get("XDG_CONFIG_HOME") else []
-            values = self._read_first(own + system, config)
+            own = self.environ.get("XDG_CONFIG_HOME") and self._has_user_file()
+            values = self._read_first([self.user_file()] * bool(own) + system, config)
         else:
             found = self._read_first(system, config)
             values = {key: found[key] for key in ("storage.driver", "storage.rootless_storage_path")
                       if key in found}
-            if os.path.exists(self.user_file()):
-                theirs = values.get("storage.rootless_storage_path")
-                values = self._read(self.user_file(), config)
-                if theirs:
-                    values.setdefault("storage.rootless_storage_path", theirs)
+            if self._has_user_file():
+                values.pop("storage.driver", None)  # his file replaces all else
+                values.update(self._read(self.user_file(), config))
         self._fill(config, values)
         return config
 
@@ -1118,9 +1253,12 @@ class _ConfigSearch:
         if named:
             values = self._read(named, config)
         else:
-            values = self._read_first([self.user_file(), self.system("etc/containers/storage.conf"),
-                                       self.system("usr/share/containers/storage.conf")], config)
-            for path in self._drop_ins():
+            values = self._read_first(
+                [self.user_file()] * self._has_user_file()
+                + [self.system("etc/containers/storage.conf"),
+                   self.system("usr/share/containers/storage.conf")], config)
+            config.drop_ins = self._drop_ins()
+            for path in config.drop_ins:
                 merge_config(values, self._read(path, config))
         override = self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")
         if override:
@@ -1154,22 +1292,33 @@ class _ConfigSearch:
 
     def _read_first(self, paths: Iterable[str], config: Config) -> Dict[str, Any]:
         for path in paths:
-            if os.path.exists(path):
+            if is_there(path):
                 return self._read(path, config)
         return {}
+
+    def _has_user_file(self) -> bool:
+        try:
+            return is_there(self.user_file())
+        except PermissionError:
+            raise NeedsUnshare(f"{self.user_file()}: Permission denied", hint="HOME and "
+                               "XDG_CONFIG_HOME must name directories that you can read") from None
 
     def _read(self, path: str, config: Config) -> Dict[str, Any]:
         variables = "CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE"
         named = [name for name in variables if self.environ.get(name) == path]
-        if not os.path.exists(path) and named:
+        if named and not is_there(path):
             raise NotFound(f'{named[0]} names no file: "{display(path)}"',
                            hint="unset it, or let it name a storage.conf")
+        if not named and not os.path.isfile(path):  # a variable may name a pipe
+            raise FormatError("is not a regular file", file=path)
         with open(path, "rb") as file:
             data = file.read(MAX_SPECIAL + 1)
         if len(data) > MAX_SPECIAL:
             raise FormatError(f"larger than {MAX_SPECIAL} bytes", file=path)
         config.files.append(path)
-        return Toml(data, path).settings()
+        values = Toml(data, path).settings()
+        self._sources.update(dict.fromkeys(values, path))
+        return values
 
     def _fill(self, config: Config, values: Dict[str, Any]) -> None:
         """Turn merged keys, environment and defaults into a Config."""
@@ -1178,35 +1327,41 @@ class _ConfigSearch:
             config.driver = "overlay"
         config.transient_store = bool(values.get("storage.transient_store", False))
         config.imagestore = values.get("storage.imagestore") or ""
-        config.stores = self._stores(values)
+        config.stores = self._stores(values, "additionalimagestore", "imagestore")
+        config.layer_stores = [re.sub(":ref$", "", path) for path in
+                               self._stores(values, "additionallayerstore")]
+        decisive = "storage.graphroot"
         config.graphroot = (self.environ.get("CONTAINERS_GRAPHROOT")
                             or self._path(values, "graphroot"))
         config.runroot = self.environ.get("CONTAINERS_RUNROOT") or self._path(values, "runroot")
         if self.rootless:
             data = self.environ.get("XDG_DATA_HOME") or os.path.join(self.home, ".local/share")
-            config.graphroot = (config.graphroot or self._path(values, "rootless_storage_path")
-                                or os.path.join(data, "containers/storage"))
+            if not config.graphroot:
+                config.graphroot = self._path(values, "rootless_storage_path")
+                decisive = "storage.rootless_storage_path"
+            config.graphroot = config.graphroot or os.path.join(data, "containers/storage")
             config.runroot = config.runroot or self._rootless_runroot()
         else:
             config.graphroot = config.graphroot or self.system("var/lib/containers/storage")
             config.runroot = config.runroot or self.system("run/containers/storage")
+        config.named_in = self._sources.get(decisive, "") if values.get(decisive) else ""
         if self.environ.get("CONTAINERS_GRAPHROOT"):
-            config.scheme = "environment"
+            config.scheme, config.named_in = "environment", "CONTAINERS_GRAPHROOT"
 
-    def _stores(self, values: Dict[str, Any]) -> List[str]:
-        """Return the additional image stores: STORAGE_OPTS replaces all driver options.
+    def _stores(self, values: Dict[str, Any], *keys: str) -> List[str]:
+        """Return the additional stores of one kind: STORAGE_OPTS replaces all driver options.
 
         The overlay driver takes its options imagestore and additionalimagestore for the same.
         """
         given = self.environ.get("STORAGE_OPTS")
         if not given:
-            return list(values.get("storage.options.additionalimagestores", []))
+            return list(values.get(f"storage.options.{keys[0]}s", []))
         stores, key = [], ""
         for item in given.split(","):  # a value can hold commas itself
             if "=" in item:
                 key, _, item = item.partition("=")
                 key = re.sub(r"^(overlay2?)?\.", "", key.strip().lower())
-            if key in ("imagestore", "additionalimagestore") and item:
+            if key in keys and item:
                 stores.append(item)
         return stores
 
@@ -11914,8 +12069,12 @@ class Storage(Metadata):
                               hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
                                    "a store of the overlay driver anyway")
         imagestore = imagestore or config.imagestore
-        storage = cls(config.graphroot, runroot or config.runroot, imagestore,
-                      [*config.stores, *stores])
+        try:
+            storage = cls(config.graphroot, runroot or config.runroot, imagestore,
+                          [*config.stores, *stores])
+        except NotFound as error:
+            error.hint = config.hint
+            raise
         storage.config = config
         if not runroot and not os.path.isdir(config.runroot):
             # podman goes on with the run root of its database when the configuration has changed.
@@ -11924,6 +12083,7 @@ class Storage(Metadata):
                 storage.close()
                 storage = cls(config.graphroot, recorded, imagestore, [*config.stores, *stores])
                 storage.config = config
+        storage.faults += config.faults
         return storage
 
     @classmethod

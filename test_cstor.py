@@ -1035,16 +1035,167 @@ class Discovery(StoreTest):
                 '[storage.options]\nadditionalimagestores = ["/b", {append=true}]\n'})
         self.assertEqual(["/a", "/b"], config.stores)
 
-    def test_system_graphroot_and_a_rootless_user(self) -> None:
-        # Old: not for him.  New: for everybody.  Where a store is decides.
-        files = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/system"\n'
-                                                'rootless_storage_path = "@/users/$USER"\n'}
-        env = {"USER": "ann"}
-        self.assertEqual("system", self.where(self.system(files, env, 1000)))
-        config = self.system({}, env, 1000, stores=["users/ann"])
-        self.assertEqual(("users/ann", "old"), (self.where(config), config.scheme))
-        config = self.system({}, env, 1000, stores=["system"])
-        self.assertEqual(("system", "new"), (self.where(config), config.scheme))
+    OWN, SYSTEM, DATA = "home/.local/share/containers/storage", "system", "data"
+    SYSTEM_FILE = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/system"\n'}
+
+    def whole_system(self, files: Mapping[str, str], *stores: str, uid: int = 1000,
+                     owned: Sequence[str] = (), env: Optional[Mapping[str, str]] = None
+                     ) -> Union[str, Tuple[str, str, List[str]]]:
+        """Return graph root, scheme and warnings in a new system, or the error.
+
+        Root owns the stores, the user those that are in ``owned`` and his home.
+        """
+        shutil.rmtree(self.dir)
+        os.mkdir(self.dir)
+        for store in (*stores, *owned):
+            os.makedirs(os.path.join(self.dir, store, "overlay-images"))
+        real_stat = os.stat
+
+        def as_owned(path: Any, **kwargs: Any) -> os.stat_result:  # as root or as a user
+            status = real_stat(path, **kwargs)
+            name = os.path.relpath(path, self.dir) if isinstance(path, str) else ""
+            mine = any(name == top or name.startswith(top + "/") for top in (*owned, "home"))
+            return os.stat_result((*status[:4], uid if mine else 0, *status[5:10]))
+
+        with mock.patch("os.stat", as_owned):
+            try:
+                config = self.system(files, env, uid)
+            except (cstor.CstorError, OSError) as error:
+                return str(error).replace(self.dir, "@")
+        return self.where(config), config.scheme, [
+            fault.replace(self.dir, "@") for fault in config.faults]
+
+    def test_which_store_a_rootless_user_gets(self) -> None:
+        """Each row of the table: own store, other store, whose it is and who names it."""
+        own, system, data = self.OWN, self.SYSTEM, self.DATA
+        drop_in = {"home/.config/containers/storage.conf.d/1.conf":
+                   '[storage]\ngraphroot = "@/data"\n'}
+        roots = {"etc/containers/storage.conf.d/1.conf": '[storage]\ngraphroot = "@/system"\n'}
+        passed = f"podman 4 and 5 would use @/{own} (the default): --root @/{own} reads it"
+        for files in (self.SYSTEM_FILE, roots):
+            self.assertEqual((own, "old", []), self.whole_system(files, system, owned=[own]))
+            self.assertEqual((own, "old", []), self.whole_system(files, owned=[own, system]))
+            self.assertEqual((own, "old", []), self.whole_system(files, owned=[own]))
+            self.assertEqual((own, "old", []), self.whole_system(files, system))
+            self.assertEqual((system, "new", []), self.whole_system(files, owned=[system]))
+        self.assertEqual((own, "old", []), self.whole_system(self.SYSTEM_FILE))
+        self.assertEqual((data, "new", [passed]), self.whole_system(drop_in, data, owned=[own]))
+        missing = f"podman 6 would use @/data (@/{next(iter(drop_in))}): no storage there"
+        self.assertEqual((own, "old", [missing]), self.whole_system(drop_in, owned=[own]))
+        self.assertEqual((data, "new", []), self.whole_system(drop_in, data))
+        # A store of another driver is one, too.
+        self.assertEqual((own, "old", []), self.whole_system(
+            {**self.SYSTEM_FILE, own + "/vfs-images/x": ""}, system))
+
+    def test_a_store_that_nobody_may_look_into(self) -> None:
+        """It never wins over the user's own, and his own, when it is closed, is named."""
+        closed = self.dir + "/closed"
+        real_stat = os.stat
+
+        def refuse(path: Any, **kwargs: Any) -> os.stat_result:
+            if isinstance(path, str) and path.startswith(closed + "/"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+            return real_stat(path, **kwargs)
+
+        system = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/closed/system"\n'}
+        mine = {"home/.config/containers/storage.conf": '[storage]\ngraphroot = "@/closed/x"\n'}
+        with mock.patch("os.stat", refuse):
+            config = self.system(system, uid=1000)
+            self.assertEqual((self.OWN, "old", []),
+                             (self.where(config), config.scheme, config.faults))
+            self.assertIn(f"{closed}/system ({self.dir}/etc/containers/storage.conf) is another "
+                          "user's: Permission denied; name a graph root", config.hint)
+            self.assertEqual("closed/x", self.where(self.system(mine, uid=1000,
+                                                                stores=[self.SYSTEM])))
+            with self.assertRaises(PermissionError) as caught:
+                self.system({}, {"HOME": closed + "/root"}, uid=1000)
+            self.assertEqual(f"{closed}/root/.config/containers/storage.conf: Permission denied",
+                             str(caught.exception))
+
+    def test_which_store_root_gets(self) -> None:
+        """Podman 6 alone reads ~/.config/containers/storage.conf and drop-ins for root."""
+        mine = {"home/.config/containers/storage.conf": '[storage]\ngraphroot = "@/data"\n'}
+        own, data = "var/lib/containers/storage", self.DATA
+        name = "(@/home/.config/containers/storage.conf)"
+        self.assertEqual((own, "old",
+                          [f"podman 6 would use @/data {name}: --root @/data reads it"]),
+                         self.whole_system(mine, own, data, uid=0))
+        self.assertEqual((own, "old", [f"podman 6 would use @/data {name}: no storage there"]),
+                         self.whole_system(mine, own, uid=0))
+        self.assertEqual((data, "new", []), self.whole_system(mine, data, uid=0))
+        self.assertEqual((data, "new", [
+            "podman 4 and 5 would use @/system (@/etc/containers/storage.conf): no storage there"]),
+            self.whole_system({**mine, **self.SYSTEM_FILE}, own, data, uid=0))
+        self.assertEqual((data, "old", []), self.whole_system(
+            mine, own, data, uid=0, env={"XDG_CONFIG_HOME": "@/home/.config"}))
+        drop_in = {"etc/containers/storage.conf.d/1.conf": '[storage]\ngraphroot = "@/data"\n'}
+        self.assertEqual((data, "new", [
+            f"podman 4 and 5 would use @/{own} (the default): --root @/{own} reads it"]),
+            self.whole_system(drop_in, own, data, uid=0))
+
+    def test_a_configuration_that_cannot_be_read(self) -> None:
+        """No other store is taken in silence."""
+        own = self.OWN
+        bad = {"home/.config/containers/storage.conf": "\n[storage\n"}
+        place = '@/home/.config/containers/storage.conf:2: expected "]"'
+        self.assertEqual(place, self.whole_system(bad, self.SYSTEM, owned=[own]))
+        root = "var/lib/containers/storage"
+        self.assertEqual((root, "old", [f"podman 6 cannot read the configuration: {place}"]),
+                         self.whole_system(bad, root, uid=0))
+        self.assertEqual(place, self.whole_system(bad, uid=0))
+        etc = {"etc/containers/storage.conf": "[storage\n"}
+        place = '@/etc/containers/storage.conf:1: expected "]"'
+        self.assertEqual(place, self.whole_system(etc, owned=[own]))
+        self.assertEqual((own, "new", [f"podman 4 and 5 cannot read the configuration: {place}"]),
+                         self.whole_system({**etc, "home/.config/containers/storage.conf": ""},
+                                           owned=[own]))
+        # What his own file names is not replaced by anything.
+        self.assertEqual((self.DATA, "old", []), self.whole_system(
+            {"home/.config/containers/storage.conf": '[storage]\ngraphroot = "@/data"\n'},
+            self.SYSTEM, owned=[own]))
+        self.assertEqual("environment variable CONTAINERS_GRAPHROOT: holds a NUL byte",
+                         self.whole_system({}, env={"CONTAINERS_GRAPHROOT": "a\0b"}))
+
+    def test_additional_stores_of_roots_files(self) -> None:
+        """Podman 4 and 5 ignore them for a rootless user, podman 6 does not: it reads drop-ins."""
+        line = '[storage.options]\nadditionalimagestores = ["/shared"]\n'
+        files = {"etc/containers/storage.conf": line}
+        self.assertEqual([], self.system(files, uid=1000).stores)
+        self.assertEqual(["/shared"], self.system(files).stores)
+        drop_in = {"etc/containers/storage.rootless.conf.d/1.conf": ""}
+        self.assertEqual(["/shared"], self.system(drop_in, uid=1000).stores)
+        config = self.system({"etc/containers/storage.conf": '[storage.options]\n'
+                              'additionallayerstores = ["/als:ref", "/b"]\n'})
+        self.assertEqual(["/als", "/b"], config.layer_stores)
+        config = self.system({}, {"STORAGE_OPTS": "overlay.additionallayerstore=/x:ref,/y"})
+        self.assertEqual((["/x", "/y"], []), (config.layer_stores, config.stores))
+
+    def test_no_store_at_all(self) -> None:
+        """The error names the place, and the hint where it was looked for."""
+        env = {"HOME": self.dir, "XDG_CONFIG_HOME": "", "XDG_DATA_HOME": "",
+               "CONTAINERS_STORAGE_CONF": os.path.join(self.dir, "c.conf")}
+        with open(env["CONTAINERS_STORAGE_CONF"], "w", encoding="utf-8") as file:
+            file.write(f'[storage]\ngraphroot = "{self.dir}/none"\n')
+        done = self.run_cstor("image", "list", status=3, env=env)
+        self.assertEqual(f"cstor: error: no storage at {self.dir}/none ({self.dir}/c.conf names "
+                         "it; name a graph root with --root DIR)\n", done.stderr.decode())
+        hint = self.system(self.SYSTEM_FILE, uid=1000).hint
+        self.assertEqual(f"the default for HOME={self.dir}/home; looked also at {self.dir}/system "
+                         f"({self.dir}/etc/containers/storage.conf): no storage there; name a "
+                         "graph root with --root DIR", hint)
+
+    def test_the_store_of_who_called_sudo(self) -> None:
+        home = os.path.join(self.dir, "ann")
+        os.makedirs(os.path.join(home, ".local/share/containers/storage/overlay-images"))
+        entry = pwd.struct_passwd(("ann", "x", 1000, 1000, "", home, "/bin/sh"))
+        with mock.patch("pwd.getpwnam", return_value=entry):
+            place = home + "/.local/share/containers/storage"
+            self.assertEqual(f"the default; ann's is at {place}: run it without sudo, or use "
+                             f"--root {place}; name a graph root with --root DIR",
+                             self.system({}, {"SUDO_USER": "ann"}).hint)
+            shutil.rmtree(place)
+            self.assertEqual("the default; name a graph root with --root DIR",
+                             self.system({}, {"SUDO_USER": "ann"}).hint)
 
     def test_users_file_replaces_the_system_file_in_the_old_scheme(self) -> None:
         config = self.system({
