@@ -375,6 +375,11 @@ class ProtocolError(CstorError):
         self.code = code
 
 
+def add_hint(error: BaseException, text: str) -> None:
+    """Add to what the command line says of an error."""
+    vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
+
+
 def display(name: Union[str, bytes]) -> str:
     """Spell a name from a store so that it fits one line and cannot steer a terminal.
 
@@ -1966,9 +1971,10 @@ class Record:
                  readonly: bool = False) -> None:
         self.storage = metadata
         self.root = root
-        self.faults: List[str] = []
+        self._faults: List[str] = []
+        self._looked = False
         if not isinstance(record, dict):
-            self.faults.append("the record is no JSON object")
+            self._faults.append("the record is no JSON object")
             record = {}
         self.record: Dict[str, Any] = record
         # Go's decoder matches names whatever their case, the exact one first.
@@ -1984,11 +1990,29 @@ class Record:
         self._sizes: Dict[str, Any] = self._take("big-data-sizes", {})  # not of layers
         self._digests: Dict[str, Any] = self._take("big-data-digests", {})
         if not is_safe_id(self.id):
-            self.faults.append(f'unusable ID "{display(self.id)}"')
+            self._faults.append(f'unusable ID "{display(self.id)}"')
         self._read_fields()
 
     def _read_fields(self) -> None:
         """Read what this kind of record has besides."""
+
+    @property
+    def faults(self) -> List[str]:
+        """What is wrong, in words; what other records and files tell of it is read only now."""
+        if not self._looked:
+            self._looked = True
+            try:
+                self._look()
+            except (CstorError, OSError) as error:
+                self._faults.append(self.fault(error))
+        return self._faults
+
+    def fault(self, error: Exception) -> str:
+        """Spell an error as a fault of this record, which need not be named."""
+        return re.sub(f"^{self.WORD} {re.escape(self.id)}: ", "", str(error))
+
+    def _look(self) -> None:
+        """Raise what is wrong with the objects that the record names."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
@@ -2005,14 +2029,14 @@ class Record:
             return default
         if not isinstance(value, type(default)) or isinstance(value, bool) \
                 or isinstance(value, int) and not -1 << 63 <= value < 1 << 63:
-            self.faults.append(f'field "{key}" is no {type(default).__name__}')
+            self._faults.append(f'field "{key}" is no {type(default).__name__}')
             return default
         return value
 
     def _strings(self, key: str) -> List[str]:
         values: List[Any] = self._take(key, [])
         if not all(isinstance(value, str) for value in values):
-            self.faults.append(f'field "{key}" holds more than strings')
+            self._faults.append(f'field "{key}" holds more than strings')
         return [value for value in values if isinstance(value, str)]
 
     def path(self, name: bytes = b"") -> bytes:
@@ -2083,12 +2107,34 @@ class LayerRecord(Record):
         self.gidmap: List[Any] = self._take("gidmap", [])
         self.incomplete = self.flags.get("incomplete") is True
         if self.incomplete:
-            self.faults.append("incomplete: its creation was interrupted")
+            self._faults.append("incomplete: its creation was interrupted")
 
     @property
     def mapped(self) -> bool:
         """Whether this is a copy of another layer made for other user IDs."""
         return bool(self.uidmap or self.gidmap)
+
+    def has_diff_id(self, digest: Any) -> bool:
+        """Tell whether this is the layer of a DiffID, as far as the record tells.
+
+        ``podman import`` of bzip2 and xz takes the digest of the compressed file for it (seen with
+        4.3.1).  An additional layer store says what it likes.
+        """
+        if not self.diff_digest or digest in (self.diff_digest, self.compressed_diff_digest):
+            return True
+        mark = b"/".join((OVERLAY, self.id.encode(), b"additionallayer"))
+        return is_safe_id(self.id) and self.storage.find(mark, self.root) is not None
+
+
+class LayersAreOpen:
+    """A context in which errors get the hint that single layers can still be read."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: Optional[BaseException], *more: Any) -> None:
+        if isinstance(error, CstorError):
+            add_hint(error, "`layer list` and the other `layer` commands still read what is there")
 
 
 class ImageRecord(Record):
@@ -2111,7 +2157,13 @@ class ImageRecord(Record):
                                                    *self._digests.items()]
                         if digest and isinstance(digest, str) and key.startswith("manifest")}
         if "manifest" not in self.big_data_names:
-            self.faults.append("no manifest")
+            self._faults.append("no manifest")
+
+    def _look(self) -> None:
+        for layer in self.storage.image_chain(self)[-1:]:
+            self._faults += [f"layer {layer.id}: {fault}" for fault in layer.faults]
+        if not self.is_list:
+            self.check_chain(self.storage.image_chain(self))
 
     def manifest_bytes(self) -> bytes:
         """Return the default manifest as stored.  Raises NotFound, IntegrityError."""
@@ -2189,6 +2241,52 @@ class ImageRecord(Record):
             raise FormatError("the configuration is no JSON object", file=f"image {self.id}")
         return value
 
+    def diff_ids(self) -> Optional[List[Any]]:
+        """Return the DiffIDs of the configuration, base first; None where it has none to tell."""
+        try:
+            if self.manifest().get("schemaVersion") == 1:  # it names blobs, as they were pulled
+                return None
+            rootfs = self.config().get("rootfs")
+        except (NotFound, Unsupported):  # made with no manifest or no configuration
+            return None
+        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        # Go writes null for none.
+        return found if isinstance(found, list) else None if self.layer else []
+
+    def checked_chain(self) -> Tuple[LayerRecord, ...]:
+        """Return the layers, base first, when they are those of the configuration.
+
+        All contents of an image come from here.  Raises as chain() and check_chain() do.
+        """
+        with LayersAreOpen():
+            chain = self.storage.image_chain(self)
+            self.check_chain(chain)
+        return chain
+
+    def check_chain(self, chain: Sequence[LayerRecord], what: str = "", top: str = "") -> None:
+        """Compare layers, base first, with the DiffIDs of the configuration, as far as both tell.
+
+        Of a container ``what``, whose own layer is ``top``, only missing layers count.  Raises
+        FormatError when a record does not name the next layer, IntegrityError for other layers.
+        """
+        what = what or f"image {self.id}"
+        wanted = self.diff_ids()
+        if wanted is None:
+            if chain or top:
+                return
+            raise FormatError(f"{what}: no layer")
+        below = len(wanted) - len(chain)
+        if below >= 0 and all(layer.has_diff_id(digest)
+                              for layer, digest in zip(chain, wanted[below:])):
+            if not below:
+                return
+            last = chain[0].id if chain else top
+            raise FormatError(
+                f"{what}: {f'layer {last} has no parent' if last else 'no layer'}, but the "
+                f"configuration names {len(wanted)} layer{'s' if len(wanted) > 1 else ''}")
+        if not top:
+            raise other_layers(what, wanted, [layer.diff_digest for layer in chain])
+
     def _schema1_config(self, manifest: Dict[str, Any]) -> Dict[str, Any]:
         """Derive a configuration from v1Compatibility, which stands newest first."""
         entries = []
@@ -2244,6 +2342,13 @@ class ImageRecord(Record):
         return rows + [{"layer": layer.id, "size": layer.diff_size} for layer in chain]
 
 
+def other_layers(what: str, wanted: Sequence[Any], found: Sequence[str]) -> IntegrityError:
+    """Return the error for layers that are not those of a configuration."""
+    return IntegrityError(f"{what}: its layers are not those that its configuration names",
+                          expected=" ".join(map(str, wanted)) or "none",
+                          actual=" ".join(found) or "none")
+
+
 class ContainerRecord(Record):
     """A record of containers.json: ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs."""
 
@@ -2255,6 +2360,27 @@ class ContainerRecord(Record):
         self.layer = self._take("layer", "")
         self.uidmap: List[Any] = self._take("uidmap", [])
         self.gidmap: List[Any] = self._take("gidmap", [])
+
+    def _look(self) -> None:
+        images = [image for image in self.storage.image_records() if image.id == self.image]
+        if self.image and not images:
+            self._faults.append(f"image not known: {display(self.image)}")
+        self.checked_chain()
+
+    def checked_chain(self) -> Tuple[LayerRecord, ...]:
+        """Return its layers, base first, when none of its image's is missing.
+
+        Raises as chain() and check_chain() do.
+        """
+        with LayersAreOpen():
+            for key, value in (("image", self._fields.get("image")), ("layer", self.layer or None)):
+                if not isinstance(value, str):  # Go writes both, "" for no image
+                    raise FormatError(f"container {self.id}: its record has no {key}")
+            chain = self.storage.chain(self.layer)
+            for image in self.storage.image_records():
+                if image.id == self.image:
+                    image.check_chain(chain[:-1], f"container {self.id}", self.layer)
+        return chain
 
     def details(self) -> Dict[str, Any]:
         """Return ``metadata`` parsed: image-name, name, created-at of podman; pod-name of CRI-O."""
@@ -2434,27 +2560,12 @@ class Metadata:
         if self._images is None:
             # Searched as containers/storage does: imagestore, graph root, additional.
             self._images = self._load(self.KINDS[1], self._own[::-1])
-            for image in self._images:
-                try:
-                    chain = self.image_chain(image)
-                    image.faults += [f"layer {layer.id}: {fault}" for layer in chain[-1:]
-                                     for fault in layer.faults]
-                    if not image.layer and not image.is_list:
-                        image.faults.append("no layer")
-                except (CstorError, OSError) as error:
-                    image.faults.append(str(error))
         return self._images
 
     def container_records(self) -> Tuple[ContainerRecord, ...]:
         """Return all containers of podman, buildah and CRI-O."""
         if self._containers is None:
             self._containers = self._load(self.KINDS[2], [self._graph] if self._graph else [])
-            known = {image.id for image in self.image_records()}
-            for container in self._containers:
-                if container.image and container.image not in known:
-                    container.faults.append(f"image not known: {display(container.image)}")
-                if not self.layer_by_id(container.layer):
-                    container.faults.append(f"layer not known: {display(container.layer)}")
         return self._containers
 
     def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
@@ -6747,11 +6858,6 @@ class Filling:
             add_hint(error, left)
 
 
-def add_hint(error: BaseException, text: str) -> None:
-    """Add to what the command line says of an error."""
-    vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
-
-
 def refuse_storage(path: str) -> None:
     """Raise CstorError when ``path`` is inside a storage that is open or configured.
 
@@ -7171,16 +7277,14 @@ class _Counter:
 
 
 def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
-    """Return an image's configuration, whose DiffIDs must be those of its layers.
+    """Return an image's configuration, whose DiffIDs must be those of its layers' tars.
 
     Raises IntegrityError when they are not, and as ImageRecord.config() does.
     """
     rootfs = image.config().get("rootfs")
-    wanted = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-    if (wanted or []) != list(digests):
-        raise IntegrityError(f"image {image.id}: its layers are not those that its configuration "
-                             "names", expected=" ".join(map(str, as_list(wanted))),
-                             actual=" ".join(digests))
+    wanted = as_list(rootfs.get("diff_ids") if isinstance(rootfs, dict) else None)
+    if wanted != list(digests):
+        raise other_layers(f"image {image.id}", wanted, digests)
     return image.config_bytes()
 
 
@@ -7531,7 +7635,7 @@ class OciLayout:
         ``listed`` is the manifest list that it is an instance of.
         """
         layers = [self.add_layer(layer, compression, progress)
-                  for layer in image.storage.image_chain(image)]
+                  for layer in image.checked_chain()]
         config = check_config(image, [diff_id for diff_id, _ in layers])
         self.add(config)
         manifest = oci_manifest(image, config, [blob for _, blob in layers])
@@ -7662,7 +7766,7 @@ def write_docker_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[s
     archive = ArchiveWriter(fd, progress)
     rows = []
     for image, names in images:
-        layers = [(layer, *layer_blob(layer)) for layer in image.storage.image_chain(image)]
+        layers = [(layer, *layer_blob(layer)) for layer in image.checked_chain()]
         config = check_config(image, [digest for _, digest, _ in layers])
         config_name = sha256_digest(config)[7:] + ".json"
         archive.file(config_name, config)
@@ -7683,7 +7787,7 @@ def write_oci_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]
     archive.directory("blobs")
     archive.directory("blobs/sha256")
     for image, names in images:
-        layers = [(layer, *layer_blob(layer)) for layer in image.storage.image_chain(image)]
+        layers = [(layer, *layer_blob(layer)) for layer in image.checked_chain()]
         config = check_config(image, [digest for _, digest, _ in layers])
         manifest = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
                                                 for _, digest, size in layers])
@@ -9810,7 +9914,7 @@ class _Session:
         """Do the same as a proxy of the second version does."""
         image, digest = self._image_of(params), self._param(params, "layer_digest", "")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
-        for layer in self.storage.image_chain(image):
+        for layer in image.checked_chain():
             if digest in (layer.diff_digest, layer.compressed_diff_digest):
                 break
         else:
@@ -9881,7 +9985,7 @@ class _Session:
         image = image.single()
         return {"manifest": image.manifest_bytes().decode("utf-8", "replace"),
                 "config": image.config_bytes().decode("utf-8", "replace"),
-                "layerDigests": [layer.id for layer in self.storage.image_chain(image)[::-1]]}
+                "layerDigests": [layer.id for layer in image.checked_chain()[::-1]]}
 
     def initialize(self, params: Dict[str, Any]) -> Dict[str, Any]:
         """Return the version of a proxy, as it is asked for."""
@@ -9900,6 +10004,7 @@ class _Session:
             if os.path.realpath(match[1].partition("+")[0]) not in roots:
                 raise ImageUnknown(f"image not known: {reference}: another storage is served here")
         image = find_image(self.storage.image_records(), match[2] if match else reference).single()
+        image.checked_chain()
         number = max(self._images, default=0) + 1
         if len(self._images) >= MAX_OPEN_IMAGES:
             raise ProtocolError("too many open images", code=INVALID_REQUEST)
@@ -11993,8 +12098,7 @@ class Image(ImageRecord):
 
         ``known`` keeps the trees of layers by ID, to be shared with other images.
         """
-        image: Any = self.single()
-        return merged_tree(image.layers(), f"image {self.title}", known)
+        return merged_tree(self.single().checked_chain(), f"image {self.title}", known)
 
     def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> Dict[str, Any]:
         """Add the image to an OCI layout; see copy_to_oci()."""
@@ -12029,11 +12133,12 @@ class Container(ContainerRecord):
         if rootfs:
             contents = Contents(self.storage, Directory.at(rootfs))
             return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
+        chain = self.checked_chain()
         if not self.image and not self.state and self.details().get("name"):
             raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
                               "podman that knows the directory is not read",
                               hint="`container inspect` and `store info` say why")
-        tree = merged_tree(self.storage.chain(self.layer), f"container {self.title}", known)
+        tree = merged_tree(chain, f"container {self.title}", known)
         top = tree.layers[0]
         if isinstance(top, DiskTree) and top.layer and not top.layer.uidmap:
             top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
@@ -12442,8 +12547,8 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
                 entry[key] = [layer.id for layer in value] if key == "layers" else value
             except CstorError as error:
                 entry[key] = None
-                if not entry["manifest-list"] and str(error) not in entry["faults"]:
-                    entry["faults"] = [*entry["faults"], str(error)]
+                if not entry["manifest-list"] and image.fault(error) not in entry["faults"]:
+                    entry["faults"] = [*entry["faults"], image.fault(error)]
         found.append(entry)
     print_inspected(found, args)
 

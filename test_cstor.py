@@ -1736,6 +1736,163 @@ class Records(StoreTest):
             self.assertEqual([own], storage.layer(volatile).lower_ids())
 
 
+class HalfImages(StoreTest):
+    """Contents leave an image only when its layers are those of its configuration."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = store = self.builder()
+        self.base, self.middle, self.top = base, middle, top = [
+            store.layer(make_tar((name, b"x")), "", id=number * 64)
+            for name, number in (("a", "1"), ("b", "2"), ("c", "3"))]
+        store.layers[1]["parent"], store.layers[2]["parent"] = base, middle
+        self.image = store.image(top, "localhost/a:1")
+        store.container(self.image, store.layer(None, top), "c")
+        store.layer(make_tar(("d", b"x")), id="4" * 64)
+        self.records = json.dumps([store.layers, store.images, store.containers])
+
+    def damaged(self, kind: str, number: int, **change: Any) -> None:
+        """Write the records with fields of one of them changed, or with None removed."""
+        store = self.store
+        store.layers, store.images, store.containers = json.loads(self.records)
+        record = getattr(store, kind)[number]
+        record.update(change)
+        for key in [key for key, value in change.items() if value is None]:
+            del record[key]
+        store.save()
+
+    def refused(self, kind: str) -> Tuple[type, str, List[str]]:
+        """Return what looking into the image or container raises, and its faults."""
+        with cstor.Storage.open(self.store.root) as storage:
+            found = storage.image("a:1") if kind == "image" else storage.container("c")
+            with self.assertRaises(cstor.CstorError) as caught:
+                found.tree()
+            self.assertIn("`layer` commands", caught.exception.hint)
+            for layer in (self.base, self.middle, self.top):
+                self.assertEqual(self.store.tars[layer], self.export(storage.layer(layer)))
+            return type(caught.exception), str(caught.exception), found.faults
+
+    def test_damaged_links(self) -> None:
+        other = "its layers are not those that its configuration names"
+        digests = {layer: sha256(tar) for layer, tar in self.store.tars.items()}
+        wanted = " ".join(digests[layer] for layer in (self.base, self.middle, self.top))
+        for kind, number, change, error, text in (
+                ("images", 0, {"layer": None}, cstor.FormatError,
+                 "no layer, but the configuration names 3 layers"),
+                ("images", 0, {"layer": 5}, cstor.FormatError,
+                 "no layer, but the configuration names 3 layers"),
+                ("layers", 1, {"parent": None}, cstor.FormatError,
+                 f"layer {self.middle} has no parent, but the configuration names 3 layers"),
+                ("layers", 2, {"parent": None}, cstor.FormatError,
+                 f"layer {self.top} has no parent, but the configuration names 3 layers"),
+                ("images", 0, {"layer": self.middle}, cstor.IntegrityError,
+                 f"{other}: expected {wanted}, got {digests[self.base]} {digests[self.middle]}"),
+                ("layers", 2, {"parent": self.base}, cstor.IntegrityError,
+                 f"{other}: expected {wanted}, got {digests[self.base]} {digests[self.top]}"),
+                ("layers", 0, {"parent": "4" * 64}, cstor.IntegrityError,
+                 f"{other}: expected {wanted}, got {digests['4' * 64]} {wanted}"),
+                ("layers", 2, {"parent": "9" * 64}, cstor.LayerUnknown,
+                 f"layer not known: {'9' * 64} (parent of {self.top})")):
+            with self.subTest(kind=kind, change=change):
+                self.damaged(kind, number, **change)
+                found, message, faults = self.refused("image")
+                self.assertEqual((error, text), (found, message.replace(
+                    f"image {self.image}: ", "")))
+                self.assertEqual(text, faults[-1])
+        for record, change, text in (
+                ("containers", {"layer": None}, "its record has no layer"),
+                ("containers", {"layer": ""}, "its record has no layer"),
+                ("containers", {"image": None}, "its record has no image"),
+                ("containers", {"image": 5}, "its record has no image"),
+                ("layers", {"parent": None},
+                 "layer {} has no parent, but the configuration names 3 layers")):
+            with self.subTest(record=record, change=change):
+                self.damaged(record, 3 if record == "layers" else 0, **change)
+                text = text.format(self.store.layers[3]["id"])
+                found, message, faults = self.refused("container")
+                self.assertEqual((cstor.FormatError, text), (
+                    found, message.partition(": ")[2]))
+                self.assertEqual(text, faults[-1])
+
+    def test_commands(self) -> None:
+        self.damaged("images", 0, layer=self.middle)
+        out = os.path.join(self.dir, "out")
+        for args in (["extract", "a:1", out], ["export", "a:1", "-o", out], ["files", "a:1"],
+                     ["cat", "a:1", "a"], ["stat", "a:1", "a"], ["cp", "a:1:/a", out],
+                     ["toc", "a:1"], ["blame", "a:1"], ["diff", "a:1", "a:1"],
+                     ["diff", self.base, "a:1"], ["copy-to-oci", "a:1", out],
+                     ["export", "a:1", "-o", out, "--as=docker-archive"],
+                     ["export", "a:1", "-o", out, "--as=oci-archive"]):
+            done = self.run_cstor("--root", self.store.root, "image", *args, status=4)
+            self.assertIn(b"names: expected", done.stderr, args)
+            self.assertFalse(os.path.lexists(out))
+        for args in (["history", "a:1"], ["layers", "a:1"], ["inspect", "a:1"]):
+            self.run_cstor("--root", self.store.root, "image", *args)
+        listed = self.run_cstor("--root", self.store.root, "image", "list").stdout
+        self.assertIn(b"FAULTS\n", listed)
+        self.assertIn(b"  its layers are not those that its configuration names: expected", listed)
+        with cstor.Storage.open(self.store.root) as storage:
+            session = cstor._Session(mock.Mock(opener=lambda: storage), mock.Mock())
+            self.assertRaises(cstor.IntegrityError, session.go_image, {"imageId": "a:1"})
+            self.assertRaises(cstor.IntegrityError, session.open_image, {"image_ref": "a:1"})
+            for take in (storage.image("a:1").toc, lambda: storage.image("a:1").extract(out)):
+                self.assertRaises(cstor.IntegrityError, take)
+
+    def test_what_is_whole_or_cannot_be_known(self) -> None:
+        compressed = {"compressed-diff-digest": sha256(self.store.tars[self.base])}
+        for kind, number, change in (
+                ("images", 0, {}), ("containers", 0, {"image": "", "metadata": ""}),
+                ("containers", 0, {"image": "9" * 64}),
+                ("images", 0, {"big-data-names": []}),  # nobody knows its configuration
+                ("layers", 0, {"diff-digest": None, "toc-digest": sha256(b"")}),
+                ("layers", 0, {"diff-digest": sha256(b"tar of a .xz"), **compressed})):
+            with self.subTest(kind=kind, change=change):
+                self.damaged(kind, number, **change)
+                with cstor.Storage.open(self.store.root) as storage:
+                    for found in (storage.image("a:1"), storage.container("c")):
+                        with found.tree() as tree:
+                            self.assertEqual(b"x", b"".join(tree.read(b"a")))
+        self.damaged("layers", 0, **{"diff-digest": sha256(b"as its store says")})
+        self.store.write(f"overlay/{self.base}/additionallayer", "/elsewhere")
+        with cstor.Storage.open(self.store.root) as storage:
+            self.assertEqual(3, len(storage.image("a:1").checked_chain()))
+
+    def test_images_without_layers(self) -> None:
+        """By right when the configuration has no DiffIDs; Go writes null for none."""
+        store = self.builder()
+        for name, diff_ids in (("empty", []), ("null", None), ("lost", ["sha256:" + "0" * 64])):
+            config = json.dumps({"rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
+            record: Dict[str, Any] = {"id": sha256(config)[7:], "names": [f"localhost/{name}:1"]}
+            store.big_data(record, sha256(config), config)
+            store.big_data(record, "manifest", json.dumps({"schemaVersion": 2, "config": {
+                "digest": sha256(config)}, "layers": []}).encode())
+            store.images.append(record)
+        store.images.append({"id": "f" * 64, "names": ["localhost/bare:1"]})
+        store.save()
+        with self.open(store) as storage:
+            self.assertEqual({
+                "empty": [], "null": [], "lost": ["no layer, but the configuration names 1 layer"],
+                "bare": ["no manifest", "no layer"]},
+                {image.names[0][10:-2]: image.faults for image in storage.images()})
+            for name in ("empty", "null"):
+                with storage.image(name + ":1").tree() as tree:
+                    self.assertEqual([b""], [path for path, _, _ in tree.walk()])
+            for name in ("lost", "bare"):
+                self.assertRaises(cstor.FormatError, storage.image(name + ":1").tree)
+
+    def test_a_damaged_configuration(self) -> None:
+        """What an image should be cannot be known then, and single layers remain."""
+        self.damaged("images", 0)
+        config = self.store.images[0]["big-data-names"][0]
+        path = self.store.path("overlay-images", self.image,
+                               os.fsdecode(cstor.big_data_file(config)))
+        os.truncate(path, 0)
+        self.assertIs(cstor.IntegrityError, self.refused("image")[0])
+        os.unlink(path)
+        self.assertEqual((cstor.FormatError, [f'big data item "{config}" is recorded, but missing'
+                                              ]), self.refused("image")[::2])
+
+
 class Database(StoreTest):
     """podman's db.sql."""
 
