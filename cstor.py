@@ -657,7 +657,14 @@ class Directory:
     def listdir(self, name: bytes) -> List[bytes]:
         """Return the names in the directory ``name``, sorted."""
         with self.directory(name) as directory:
-            fd = directory._open(directory.fd, b".", os.O_DIRECTORY)
+            try:
+                return directory.list_at(directory.fd)
+            except OSError as error:
+                raise with_path(error, directory.path) from None
+
+    def list_at(self, dir_fd: int) -> List[bytes]:
+        """Return the names in a directory that parent() returned, sorted."""
+        fd = self._open(dir_fd, b".", os.O_DIRECTORY)
         try:
             return sorted(os.fsencode(entry) for entry in os.listdir(fd))
         finally:
@@ -1750,7 +1757,7 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
 def _open_lock(root: Directory, lock: bytes) -> int:
     """Open a lock file read-only, never creating it; -1 when it cannot be had."""
     try:
-        return root.open(lock)
+        return Directory.open(root, lock)  # a lock that is closed to us is worth no helper
     except (OSError, FormatError):
         return -1
 
@@ -1967,7 +1974,7 @@ class Record:
     KIND = b""
     WORD = ""
 
-    def __init__(self, metadata: Metadata, root: Directory, record: Any, *, volatile: bool = False,
+    def __init__(self, metadata: Metadata, root: Contents, record: Any, *, volatile: bool = False,
                  readonly: bool = False) -> None:
         self.storage = metadata
         self.root = root
@@ -2396,6 +2403,125 @@ class ContainerRecord(Record):
         return self.storage.podman_containers().get(self.id, {})
 
 
+class Contents(Directory):
+    """A directory of a storage: a root, or one that contents are read from.
+
+    What is closed to us in it the storage's helper looks at and opens, and after expect() many
+    files at a time.
+    """
+
+    __slots__ = ("storage", "_ahead")
+
+    def __init__(self, storage: Metadata, directory: Directory) -> None:
+        super().__init__(directory.path, directory.fd)
+        directory.fd = -1
+        self.storage = storage
+        self._ahead: Dict[bytes, int] = {}  # what the helper opened before it is needed
+
+    def close(self) -> None:
+        """Close all descriptors; harmless when repeated."""
+        self._forget()
+        super().close()
+
+    def _forget(self) -> None:
+        while self._ahead:
+            os.close(self._ahead.popitem()[1])
+
+    def directory(self, name: bytes) -> Contents:
+        """Open a directory below as a root of its own."""
+        try:
+            return Contents(self.storage, super().directory(name))
+        except NeedsUnshare as error:
+            fd = self.storage.helper(error).enter(self.path, name)
+            return Contents(self.storage, Directory(self.host_path(name), fd))
+
+    def lstat(self, name: bytes) -> os.stat_result:
+        """Return lstat(2) of ``name``."""
+        try:
+            return super().lstat(name)
+        except NeedsUnshare as error:
+            status: os.stat_result = self.storage.helper(error).look(self.path, name)[1]
+            return status
+
+    def readlink(self, name: bytes) -> bytes:
+        """Return the target of the symbolic link ``name``."""
+        try:
+            return super().readlink(name)
+        except NeedsUnshare as error:
+            target: bytes = self.storage.helper(error).look(self.path, name)[2]
+            return target
+
+    def listdir(self, name: bytes) -> List[bytes]:
+        """Return the names in the directory ``name``, sorted."""
+        try:
+            return super().listdir(name)
+        except NeedsUnshare as error:
+            return [row[0] for row in self.storage.helper(error).scan(self.path, name, b"")]
+
+    def open(self, name: bytes) -> int:
+        """Open the regular file ``name``; FormatError when it is none."""
+        try:
+            return self._ahead.pop(name) if name in self._ahead else super().open(name)
+        except NeedsUnshare as error:
+            fd = self.borrow(name, error)
+        if fd < 0:
+            raise FormatError(f"is a {file_type(-fd)}, not a regular file",
+                              file=self.host_path(name))
+        return fd
+
+    def look(self, parent: bytes, base: bytes) -> Tuple[int, os.stat_result]:
+        """Open a file; return its descriptor, -1 for what is no regular file, and its status."""
+        name = parent + b"/" + base if parent else base
+        fd = self._ahead.pop(name, -1) if self._ahead else -1
+        try:
+            if fd < 0:
+                dir_fd = self.parent(parent)
+                status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
+                return self.open_at(dir_fd, base) if stat.S_ISREG(status.st_mode) else -1, status
+        except PermissionError as error:
+            if error.errno != errno.EACCES:
+                raise
+            closed: Any = with_path(error, self.host_path(name))
+            fd = self.borrow(name, closed)
+        if fd < 0:
+            return -1, os.stat_result((-fd, *bytes(9)))
+        return fd, os.fstat(fd)
+
+    def borrow(self, name: bytes, error: NeedsUnshare) -> int:
+        """Let the helper open a file; return its descriptor, or minus the type of another file.
+
+        Raises ``error`` when there is no helper, OSError.
+        """
+        fd: int = self.storage.helper(error).open(self.path, [name])[0]
+        if fd == -errno.EACCES:
+            raise NeedsUnshare(str(error), hint="its owner is none of your sub-uids: run it as "
+                                                "root")
+        if -stat.S_IFIFO < fd < 0:
+            raise OSError(-fd, os.strerror(-fd), self.host_path(name))
+        return fd
+
+    def is_closed(self, name: bytes) -> bool:
+        """Tell whether a file is probably closed to us; also of one that is not there."""
+        parent, _, base = name.rpartition(b"/")
+        try:
+            return not os.access(base or b".", os.R_OK, dir_fd=self.parent(parent),
+                                 effective_ids=True, follow_symlinks=False)
+        except (OSError, ValueError) as error:
+            return isinstance(error, PermissionError)
+
+    def expect(self, names: Iterable[bytes]) -> None:
+        """Have opened at once what is closed to us of the files that are opened next."""
+        self._forget()
+        closed = [name for name in dict.fromkeys(names) if self.is_closed(name)]
+        if closed:
+            error: Any = with_path(OSError(errno.EACCES, ""), self.host_path(closed[0]))
+            try:
+                fds = self.storage.helper(error).open(self.path, closed)
+            except OSError:  # said of the file that is opened: its layer may have been removed
+                return
+            self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
+
+
 OPEN_STORAGES: WeakSet[Metadata] = WeakSet()  # nothing may be written in them
 
 
@@ -2415,24 +2541,24 @@ class Metadata:
         self.graphroot, self.runroot, self.imagestore = (
             os.path.abspath(path) if path else "" for path in (graphroot, runroot, imagestore))
         self.faults: List[str] = []
-        self._own: List[Directory] = []
-        self._additional: List[Directory] = []
-        self._run: Optional[Directory] = None
-        self._graph: Optional[Directory] = None
+        self._own: List[Contents] = []
+        self._additional: List[Contents] = []
+        self._run: Optional[Contents] = None
+        self._graph: Optional[Contents] = None
         try:
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
             for store in stores:
                 self._open_other(store, self._additional, "additional image store")
             try:
-                self._graph = self._open_graphroot()
+                self._graph = Contents(self, self._open_graphroot())
                 self._own.insert(0, self._graph)
             except NotFound as error:  # nothing was made yet but what other stores hold
                 if not self.roots:
                     raise
                 self.faults.append(str(error))
             if runroot and os.path.isdir(runroot):
-                self._run = Directory.at(self.runroot)
+                self._run = Contents(self, Directory.at(self.runroot))
         except BaseException:
             self.close()
             raise
@@ -2456,7 +2582,7 @@ class Metadata:
                            hint="the graph root is the directory that holds overlay-images")
         return root
 
-    def _open_other(self, path: str, roots: List[Directory], word: str) -> None:
+    def _open_other(self, path: str, roots: List[Contents], word: str) -> None:
         try:
             if not os.path.isabs(path):
                 raise OSError(errno.EINVAL, "not an absolute path")
@@ -2468,7 +2594,7 @@ class Metadata:
                 or os.path.realpath(path) == os.path.realpath(self.graphroot):
             root.close()  # named twice
         else:
-            roots.append(root)
+            roots.append(Contents(self, root))
 
     def reload(self) -> None:
         """Forget all records, so that the next call reads them again."""
@@ -2490,7 +2616,7 @@ class Metadata:
             self._run.close()
 
     @property
-    def roots(self) -> List[Directory]:
+    def roots(self) -> List[Contents]:
         """All roots in search order: graph root, imagestore, additional stores."""
         return self._own + self._additional
 
@@ -2499,7 +2625,7 @@ class Metadata:
         """The paths of the additional image stores that could be opened."""
         return [root.path for root in self._additional]
 
-    def find(self, name: bytes, first: Optional[Directory] = None) -> Optional[Directory]:
+    def find(self, name: bytes, first: Optional[Contents] = None) -> Optional[Contents]:
         """Return the root that has ``name``, looking in ``first`` first; None when none has it.
 
         With a split imagestore, an image layer's record, tar-split and files lie in two roots.
@@ -2521,7 +2647,7 @@ class Metadata:
         """User and group ID of whoever writes the records."""
         root = self._graph or self.roots[0]
         try:
-            status = root.lstat(LAYERS + b"/layers.json")
+            status = Directory.lstat(root, LAYERS + b"/layers.json")  # the helper asks for it, too
         except OSError:
             status = os.fstat(root.fd)
         return status.st_uid, status.st_gid
@@ -2578,7 +2704,7 @@ class Metadata:
         return any(other.id == layer.id and other.incomplete == layer.incomplete
                    for other in self._load(LayerRecord, self._own))
 
-    def _load(self, new: Type[R], own: Sequence[Directory]) -> Tuple[R, ...]:
+    def _load(self, new: Type[R], own: Sequence[Contents]) -> Tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
         kind = new.KIND
         word = kind.partition(b"-")[2]
@@ -2587,7 +2713,7 @@ class Metadata:
             self._patience = Patience(LOCK_PATIENCE)
         found: List[R] = []
         seen: Set[str] = set()
-        sources: List[Tuple[Directory, List[bytes], bool]] = []
+        sources: List[Tuple[Contents, List[bytes], bool]] = []
         for root in own:
             sources.append((root, [plain, volatile] if root is self._graph and kind != IMAGES
                             else [plain], False))
@@ -3044,7 +3170,7 @@ def clean_name(name: bytes) -> bytes:
     return b"/".join(parts)
 
 
-def overlay_file(layer: LayerRecord, name: bytes) -> Tuple[Optional[Directory], bytes]:
+def overlay_file(layer: LayerRecord, name: bytes) -> Tuple[Optional[Contents], bytes]:
     """Return (root that has overlay/<id>/name or None, that name below it)."""
     layer.path()  # refuses IDs that are no path component
     path = b"/".join((OVERLAY, layer.id.encode(), name))
@@ -3104,93 +3230,6 @@ def removed(layer: LayerRecord, name: bytes = b"") -> Optional[LayerUnknown]:
     return LayerUnknown(f"layer not known: {layer.id}: it was removed while {what} was read")
 
 
-class Contents(Directory):
-    """A directory of a storage that contents are read from.
-
-    What is closed to us in it the storage's helper opens, and after expect() many at a time.
-    """
-
-    __slots__ = ("storage", "_ahead")
-
-    def __init__(self, storage: Metadata, directory: Directory) -> None:
-        super().__init__(directory.path, directory.fd)
-        directory.fd = -1
-        self.storage = storage
-        self._ahead: Dict[bytes, int] = {}  # what the helper opened before it is needed
-
-    def close(self) -> None:
-        """Close all descriptors; harmless when repeated."""
-        self._forget()
-        super().close()
-
-    def _forget(self) -> None:
-        while self._ahead:
-            os.close(self._ahead.popitem()[1])
-
-    def open(self, name: bytes) -> int:
-        """Open the regular file ``name``; FormatError when it is none."""
-        try:
-            return self._ahead.pop(name) if name in self._ahead else super().open(name)
-        except NeedsUnshare as error:
-            fd = self.borrow(name, error)
-        if fd < 0:
-            raise FormatError(f"is a {file_type(-fd)}, not a regular file",
-                              file=self.host_path(name))
-        return fd
-
-    def look(self, parent: bytes, base: bytes) -> Tuple[int, os.stat_result]:
-        """Open a file; return its descriptor, -1 for what is no regular file, and its status."""
-        name = parent + b"/" + base if parent else base
-        fd = self._ahead.pop(name, -1) if self._ahead else -1
-        try:
-            if fd < 0:
-                dir_fd = self.parent(parent)
-                status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
-                return self.open_at(dir_fd, base) if stat.S_ISREG(status.st_mode) else -1, status
-        except PermissionError as error:
-            if error.errno != errno.EACCES:
-                raise
-            closed: Any = with_path(error, self.host_path(name))
-            fd = self.borrow(name, closed)
-        if fd < 0:
-            return -1, os.stat_result((-fd, *bytes(9)))
-        return fd, os.fstat(fd)
-
-    def borrow(self, name: bytes, error: NeedsUnshare) -> int:
-        """Let the helper open a file; return its descriptor, or minus the type of another file.
-
-        Raises ``error`` when there is no helper, OSError.
-        """
-        fd: int = self.storage.helper(error).open(self.path, [name])[0]
-        if fd == -errno.EACCES:
-            raise NeedsUnshare(str(error), hint="its owner is none of your sub-uids: run it as "
-                                                "root")
-        if -stat.S_IFIFO < fd < 0:
-            raise OSError(-fd, os.strerror(-fd), self.host_path(name))
-        return fd
-
-    def is_closed(self, name: bytes) -> bool:
-        """Tell whether a file is probably closed to us; also of one that is not there."""
-        parent, _, base = name.rpartition(b"/")
-        try:
-            return not os.access(base or b".", os.R_OK, dir_fd=self.parent(parent),
-                                 effective_ids=True, follow_symlinks=False)
-        except (OSError, ValueError) as error:
-            return isinstance(error, PermissionError)
-
-    def expect(self, names: Iterable[bytes]) -> None:
-        """Have opened at once what is closed to us of the files that are opened next."""
-        self._forget()
-        closed = [name for name in dict.fromkeys(names) if self.is_closed(name)]
-        if closed:
-            error: Any = with_path(OSError(errno.EACCES, ""), self.host_path(closed[0]))
-            try:
-                fds = self.storage.helper(error).open(self.path, closed)
-            except OSError:  # said of the file that is opened: its layer may have been removed
-                return
-            self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
-
-
 def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[List[T]], None],
                weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
     """Yield ``items``; while they are ``active``, ``expect`` is told of AHEAD of them before.
@@ -3234,7 +3273,7 @@ class LayerFiles:
         if overlay_file(layer, b"additionallayer")[0]:
             raise Unsupported(f"layer {layer.id}: its files are in an additional layer store: "
                               + display(read_overlay_file(layer, b"additionallayer")))
-        self._diffs.append(Contents(layer.storage, root.directory(path)))
+        self._diffs.append(root.directory(path))
         try:
             if overlay_file(layer, b"composefs-data")[0] or self._flat_format():
                 self._read_toc()
@@ -3368,7 +3407,7 @@ class LayerFiles:
             below = self.layer.storage.layer_by_id(self._lowers.pop(0))
             root, path = overlay_file(below, b"diff") if below else (None, b"")
             if root:
-                self._diffs.append(Contents(self.layer.storage, root.directory(path)))
+                self._diffs.append(root.directory(path))
                 yield self._diffs[-1]
 
     @staticmethod
@@ -4975,9 +5014,8 @@ class DiskTree(LayerTree):
         """Yield what is in a directory: the name of each file, and what look_at() returns."""
         last = b""
         try:
-            names = self.directory.listdir(path or b".")
             fd = self.directory.parent(path)
-            for name in names:
+            for name in self.directory.list_at(fd):
                 found = look_at(fd, name)
                 if found:
                     yield (name, *found)
@@ -5663,7 +5701,7 @@ def layer_tree(layer: LayerRecord) -> LayerTree:
     if root is None:
         raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
                                             f"{layer.id}/diff")
-    return DiskTree(Contents(layer.storage, root.directory(path)), layer)
+    return DiskTree(root.directory(path), layer)
 
 
 def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]:
@@ -11817,19 +11855,34 @@ class Helper:
         """
         more = True
         while more:
-            params = {"directory": spell(os.fsencode(directory)), "name": spell(name),
-                      "after": None if start is None else spell(start)}
-            try:
-                (rows, more), _ = self._call("scan", params)
-            except OSError as error:
-                raise with_path(error, os.path.join(directory, os.fsdecode(name))) from None
-            for base, numbers, link, xattrs in rows:
-                start = unspell(base)
-                status = os.stat_result((*numbers[:7], 0, 0, 0), {
-                    "st_rdev": numbers[7], "st_mtime_ns": numbers[8]})
-                yield start, status, unspell(link), {
-                    unspell(key): bytes.fromhex(value) for key, value in xattrs.items()}
-                start = b"" if start == b"." else start
+            (rows, more), _ = self._ask("scan", directory, name,
+                                        after=None if start is None else spell(start))
+            for row in map(self._read_row, rows):
+                start = b"" if row[0] == b"." else row[0]
+                yield row
+
+    def look(self, directory: str, name: bytes) -> Tuple[Any, ...]:
+        """Return what scan() yields of one file."""
+        return self._read_row(self._ask("look", directory, name)[0])
+
+    def enter(self, directory: str, name: bytes) -> int:
+        """Open the directory ``name`` in another one (O_PATH) and return its descriptor."""
+        return self._ask("enter", directory, name)[1].pop()
+
+    def _ask(self, method: str, directory: str, name: bytes, **more: Any) -> Tuple[Any, List[int]]:
+        try:
+            return self._call(method, {"directory": spell(os.fsencode(directory)),
+                                       "name": spell(b"" if name == b"." else name), **more})
+        except OSError as error:
+            raise with_path(error, os.path.join(directory, os.fsdecode(name))) from None
+
+    @staticmethod
+    def _read_row(row: Sequence[Any]) -> Tuple[Any, ...]:
+        base, numbers, link, xattrs = row
+        status = os.stat_result((*numbers[:7], 0, 0, 0), {"st_rdev": numbers[7],
+                                                          "st_mtime_ns": numbers[8]})
+        return unspell(base), status, unspell(link), {
+            unspell(key): bytes.fromhex(value) for key, value in xattrs.items()}
 
     def spread(self, processes: int) -> None:
         """Make so many more connections, one for each process that is forked next."""
@@ -11931,7 +11984,7 @@ def error_reply(number: Any, error: Exception) -> Dict[str, Any]:
 
 
 class ContentServer:
-    """Opens and lists what is below ``roots`` (host paths) for who speaks to serve_contents()."""
+    """Opens and looks at what is below ``roots`` (host paths) for serve_contents()."""
 
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = [Directory.at(root) for root in roots]
@@ -11942,13 +11995,22 @@ class ContentServer:
     def answer(self, request: Dict[str, Any]) -> Tuple[Any, List[int]]:
         """Return the result of a request, and descriptors.  Raises CstorError and OSError."""
         method, params = request.get("method"), request.get("params")
-        if method not in ("open", "scan") or not isinstance(params, dict):
+        if method not in ("open", "scan", "look", "enter") or not isinstance(params, dict):
             raise ProtocolError(f"no such method: {display(str(method)[:40])}", code=NO_METHOD)
         directory = self._open_directory(self._name(params.get("directory")))
-        if method == "scan":
+        if method != "open":
+            name = self._name(params.get("name"))
+            if clean_name(name) != name:
+                raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
+            if method == "enter":
+                return None, [open_in_root(directory.fd, name)]
+            if method == "look":
+                seen = directory._in_parent(name, look_at)
+                if not seen:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+                return self._row(name, seen), []
             after = params.get("after")
-            return self._scan(directory, self._name(params.get("name")),
-                              None if after is None else self._name(after)), []
+            return self._scan(directory, name, None if after is None else self._name(after)), []
         names = params.get("names")
         if not isinstance(names, list) or len(names) > AHEAD:
             raise ProtocolError(f"names: not a list of at most {AHEAD}", code=BAD_PARAMS)
@@ -11999,8 +12061,6 @@ class ContentServer:
 
     def _scan(self, directory: Directory, name: bytes, after: Optional[bytes]) -> Any:
         """Return ([name, numbers, link, xattrs] of some files, whether there are more)."""
-        if clean_name(name) != name:
-            raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
         rows: List[Any] = []
         size = 0
         place = directory.path, name
@@ -12012,16 +12072,20 @@ class ContentServer:
                 found = look_at(folder.fd, base)
                 if not found:
                     continue
-                status, link, xattrs = found
-                numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
-                           self._outside(status.st_uid, 0), self._outside(status.st_gid, 1),
-                           status.st_size, status.st_rdev, status.st_mtime_ns]
-                rows.append([spell(base), numbers, spell(link),
-                             {spell(key): value.hex() for key, value in xattrs.items()}])
-                size += 256 + len(base) + sum(map(len, xattrs.values()))
+                rows.append(self._row(base, found))
+                size += 256 + len(base) + sum(map(len, found[2].values()))
                 if size > CHUNK:
                     return rows, base != (names or [base])[-1]
         return rows, False
+
+    def _row(self, name: bytes, found: Tuple[os.stat_result, bytes, Dict[bytes, bytes]]
+             ) -> List[Any]:
+        status, link, xattrs = found
+        numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
+                   self._outside(status.st_uid, 0), self._outside(status.st_gid, 1),
+                   status.st_size, status.st_rdev, status.st_mtime_ns]
+        return [spell(name), numbers, spell(link),
+                {spell(key): value.hex() for key, value in xattrs.items()}]
 
     def _outside(self, number: int, which: int) -> int:
         for inside, outside, count in self._maps[which]:

@@ -10204,6 +10204,36 @@ class Helpers(StoreTest):
         server._roots[0].close()
         server._directory.close()  # type: ignore[union-attr]
 
+    def test_looking_and_entering(self) -> None:
+        """What is closed is looked at and entered; links stop at the directory that is named."""
+        top = os.path.join(self.dir, "root")
+        os.makedirs(top + "/shut/diff")
+        put(top + "/shut/diff/file", b"12345")
+        for name, target in (("link", "diff/file"), ("out", self.dir), ("up", "../../..")):
+            os.symlink(target, f"{top}/shut/{name}")
+        server, asking = cstor.ContentServer([top]), cstor.Helper.__new__(cstor.Helper)
+        with mock.patch.object(asking, "_call", side_effect=lambda method, params: server.answer(
+                {"method": method, "params": params})):
+            for directory, path, size, link in ((top, b"shut/diff/file", 5, b""),
+                                                (top + "/shut", b"link", 9, b"diff/file"),
+                                                (top + "/shut", b"out", len(self.dir),
+                                                 os.fsencode(self.dir))):
+                _, status, target, _ = asking.look(directory, path)
+                self.assertEqual((size, link), (status.st_size, target))
+            self.assertRaises(FileNotFoundError, asking.look, top, b"shut/none")
+            for path, wanted in ((b"shut/diff", "/shut/diff"), (b".", ""), (b"shut/up", "")):
+                fd = asking.enter(top, path)
+                self.assertTrue(os.path.samestat(os.fstat(fd), os.stat(top + wanted)))
+                os.close(fd)
+            self.assertRaises(FileNotFoundError, asking.enter, top, b"shut/out")
+            self.assertRaises(NotADirectoryError, asking.enter, top, b"shut/diff/file")
+            for directory, path in ((self.dir, b"root"), (top, b"../x"), (top, b"/shut"),
+                                    (top + "/..", b"root")):
+                for ask in (asking.look, asking.enter):
+                    self.assertRaises(cstor.ProtocolError, ask, directory, path)
+        server._roots[0].close()
+        server._directory.close()  # type: ignore[union-attr]
+
     def test_slow_newuidmap(self) -> None:
         path = os.path.join(self.dir, "newuidmap")
         put(path, b"#!/bin/sh\nexec sleep 60\n")
@@ -13221,6 +13251,64 @@ class RealRootless(unittest.TestCase):
                         self.assertGreater(len(found[0][1]), 2)
                     if words.startswith("layer export"):
                         self.assertEqual(self.layer.diff_digest, sha256(found[0][0]))
+
+    def test_copies_for_other_ids(self) -> None:
+        """Layers of keep-id and --uidmap containers, whose directories are of sub-uids and 0700."""
+        root, podman = os.path.join(self.home, "mapped"), ["podman", "--storage-driver", "overlay"]
+        podman += ["--root", root, "--runroot", self.path("run/mapped")]
+        tar = b"".join([entry(b"./", typeflag=b"5"), entry(b"f", b"open"),
+                        entry(b"closed", b"secret", mode=b"0000600"),
+                        entry(b"of-7", b"seven", mode=b"0000600", uid=b"0000007"),
+                        entry(b"d/", typeflag=b"5", mode=b"0000700"), entry(b"d/f", b"deep"),
+                        entry(b"d/link", typeflag=b"2", linkname=b"f")]) + END
+        with open(self.path("small.tar"), "wb") as file:
+            file.write(tar)
+        self.as_user(*podman, "import", "-q", self.path("small.tar"), "localhost/image")
+        owners = {"keep": {"of-7": 7, "new": self.user}, "shifted": {"of-7": 7, "new": 3}}
+        for name, owner, *options in (("keep", 0, "--userns=keep-id"), (
+                "shifted", 103, "--uidmap=0:100:5000", "--gidmap=0:100:5000")):
+            self.as_user(*podman, "create", *options, "--name", name, "localhost/image", "/x")
+            line = " ".join(podman)
+            self.as_user(*podman, "unshare", "sh", "-c", f"""set -e; cd "$({line} mount {name})"
+                echo new > new; chmod 600 new; rm d/link; chown {owner} new
+                cd /; {line} umount {name} > /dev/null""")
+        with cstor.Storage.open(root) as storage:
+            copies = [layer for layer in storage.layers() if layer.mapped and layer.diff_digest]
+            self.assertEqual([sha256(tar)] * 2, [layer.diff_digest for layer in copies])
+        before = snapshot(root)
+        for name in owners:
+            for words in ("container files NAME -l", "container stat NAME new d/f",
+                          "container cat NAME f new closed of-7 d/f", "container cp NAME:d -",
+                          "container export NAME", "image diff image container:NAME",
+                          "container extract NAME DIR", "container list --format json"):
+                with self.subTest(name=name, words=words):
+                    status = int("diff" in words)
+                    found = [(who("-q " + words.replace("NAME", name), root, status=status),
+                              self.made()) for who in (self.cstor, self.by_root)]
+                    if "DIR" in words:  # how many bytes could be shared, owners not set
+                        found = [(b"", made) for _, made in found]
+                    self.assertEqual(found[1], found[0])
+                    self.assertTrue(found[0][0] + b"".join(map(os.fsencode, found[0][1])))
+            rows = json.loads(self.cstor(f"-q container files {name} --format json", root))
+            self.assertEqual(["/", "/closed", "/d", "/d/f", "/f", "/new", "/of-7"],
+                             [row["path"] for row in rows])
+            uids = {row["path"][1:]: row["uid"] for row in rows}
+            self.assertEqual(owners[name], {path: uids[path] for path in owners[name]})
+            self.assertEqual(b"opennew\nsecretsevendeep", self.cstor(
+                f"-q container cat {name} f new closed of-7 d/f", root))
+        for layer in copies:
+            self.assertEqual(tar, self.cstor(f"-q layer export {layer.id}", root))
+            for words in (f"layer files {layer.id} -l", f"layer inspect {layer.id}",
+                          f"layer stream {layer.id}", f"layer cat {layer.id} closed"):
+                self.assertEqual(self.by_root(words, root), self.cstor(words, root), words)
+            error = self.cstor(f"--no-helper layer export {layer.id}", root, status=5)
+            self.assertIn(b"Permission denied (run it as root or as the owner", error)
+        listed = json.loads(self.cstor("-q container list --format json", root))
+        self.assertEqual([[], []], [row["faults"] for row in listed])
+        info = json.loads(self.cstor("-q store info --format json", root))
+        self.assertEqual((2, []), (info["containers"], [
+            fault for fault in info["faults"] if "bolt_state" not in fault]))
+        self.assertEqual(before, snapshot(root))
 
     def test_owners_in_containers(self) -> None:
         for name, root in self.stores.items():
