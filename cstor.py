@@ -701,14 +701,7 @@ class Directory:
 
     def read(self, name: bytes, limit: int) -> bytes:
         """Return the whole regular file ``name``; FormatError when it is larger than ``limit``."""
-        fd = self.open(name)
-        try:
-            data = read_up_to(fd, limit + 1)
-        finally:
-            os.close(fd)
-        if len(data) > limit:
-            raise FormatError(f"larger than {limit} bytes", file=self.host_path(name))
-        return data
+        return read_whole(self.open(name), limit, self.host_path(name))
 
 
 class Target(Directory):
@@ -758,6 +751,35 @@ def read_up_to(fd: int, count: int) -> bytes:
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
+
+
+def read_whole(fd: int, limit: int, path: str) -> bytes:
+    """Return what an open file holds, and close it; FormatError when that is more than ``limit``.
+
+    Its size is asked first: a sparse file can say that it holds terabytes.
+    """
+    try:
+        if os.fstat(fd).st_size <= limit:
+            data = read_up_to(fd, limit + 1)
+            if len(data) <= limit:
+                return data
+    except OSError as error:
+        raise with_path(error, path) from None
+    finally:
+        os.close(fd)
+    raise FormatError(f"larger than {limit} bytes", file=path)
+
+
+def open_input(path: str) -> int:
+    """Open a regular file of the host, links followed; FormatError for anything else.
+
+    A pipe that is open already (/dev/fd/N) will do: only of a FIFO nobody knows if there is an end.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) and os.path.exists(os.path.realpath(path)):
+        raise FormatError(f"is a {file_type(found.st_mode)}, not a regular file", file=path)
+    return os.open(path, OPEN_FILE & ~(os.O_NOFOLLOW | (
+        0 if stat.S_ISREG(found.st_mode) else os.O_NONBLOCK)))
 
 
 def write_all(fd: int, data: Union[bytes, bytearray, memoryview]) -> None:
@@ -1321,12 +1343,7 @@ class _ConfigSearch:
         if named and not is_there(path):
             raise NotFound(f'{named[0]} names no file: "{display(path)}"',
                            hint="unset it, or let it name a storage.conf")
-        if not named and not os.path.isfile(path):  # a variable may name a pipe
-            raise FormatError("is not a regular file", file=path)
-        with open(path, "rb") as file:
-            data = file.read(MAX_SPECIAL + 1)
-        if len(data) > MAX_SPECIAL:
-            raise FormatError(f"larger than {MAX_SPECIAL} bytes", file=path)
+        data = b"" if path == os.devnull else read_whole(open_input(path), MAX_SPECIAL, path)
         config.files.append(path)
         values = Toml(data, path).settings()
         self._sources.update(dict.fromkeys(values, path))
@@ -1411,9 +1428,8 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
     except KeyError:
         pass
     try:
-        with open(file, "rb") as lines:
-            text = lines.read(MAX_SPECIAL).decode("utf-8", "surrogateescape")
-    except OSError:
+        text = read_whole(open_input(file), MAX_SPECIAL, file).decode("utf-8", "surrogateescape")
+    except (OSError, FormatError):
         return []
     found = re.findall(r"^[ \t]*([^:#\s]+):(\d{1,10}):0*([1-9]\d{0,9})[ \t]*$", text, re.MULTILINE)
     return sorted((int(first), int(count)) for name, first, count in found if name in names)
@@ -2072,11 +2088,12 @@ class Record:
                               "but missing")
         if root is None:
             raise NotFound(f'{self.WORD} {self.id}: no big data item "{display(key)}"')
-        data = root.read(name, MAX_BIG_DATA)
         size, digest = self._sizes.get(key), self._digests.get(key)
-        if isinstance(size, int) and size != len(data):
+        status = root.lstat(name)
+        if isinstance(size, int) and size != status.st_size and stat.S_ISREG(status.st_mode):
             raise IntegrityError(f"{root.host_path(name)}: wrong size", expected=f"{size:x} (hex)"
-                                 if abs(size) >> 64 else str(size), actual=str(len(data)))
+                                 if abs(size) >> 64 else str(size), actual=str(status.st_size))
+        data = root.read(name, MAX_BIG_DATA)
         if isinstance(digest, str) and digest.startswith("sha256:"):
             actual = sha256_digest(data)
             if actual != digest and not (key.startswith("manifest") and is_schema1(data)):
@@ -5213,7 +5230,7 @@ class Decompressed:
         if path == "-" and fd < 0:
             fd = 0
         try:
-            self._raw = raw or open(path if fd < 0 else os.dup(fd), "rb", buffering=0)
+            self._raw = raw or open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
         except OSError as error:
             raise with_path(error, path) if path == "-" else error from None
         try:
@@ -6580,7 +6597,7 @@ class Extraction:
             if node.size:
                 self._fill(new, node, fd)
             status = os.fstat(new)
-            self._check(new, status, node)
+            check_copy(new, status, node, self.verify)
             self._describe(new, status, node)
         except FileExistsError:
             raise
@@ -6595,13 +6612,7 @@ class Extraction:
         devices = self._devices.get(node.tree)
         if devices is None:
             devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
-        try:
-            why = self._ladder.fill(fd, node.size, new, devices)
-        except Unsupported as error:
-            raise Unsupported(f'"/{display(node.path)}" {error}', hint=error.hint) from None
-        except IntegrityError as error:
-            raise self._wrong(node, str(error)) from None
-        self._account(node, why)
+        self._account(node, fill_copy(self._ladder, fd, node, new, devices))
 
     def _account(self, node: Node, why: str) -> None:
         """Count a content, and why it is a copy."""
@@ -6620,7 +6631,7 @@ class Extraction:
             return False
         folder, name, why = staged
         status = os.fstat(fd)
-        self._check(fd, status, node)
+        check_copy(fd, status, node, self.verify)
         self._describe(fd, status, node)
         try:
             os.rename(name, base, src_dir_fd=folder, dst_dir_fd=dir_fd)
@@ -6631,29 +6642,13 @@ class Extraction:
         self._account(node, why)
         return True
 
-    def _check(self, fd: int, status: os.stat_result, node: Node) -> None:
-        """Compare what a file holds with what was promised."""
-        if status.st_size != node.size:
-            raise self._wrong(node, "changed while it was read", f"{node.size} bytes",
-                              str(status.st_size))
-        if self.verify and node.size and node.checksum is not None:
-            crc = crc64_file(fd)
-            if crc != node.checksum:
-                raise self._wrong(node, "file integrity checksum failed",
-                                  f"CRC-64 {node.checksum:016x}", f"{crc:016x}")
-
-    @staticmethod
-    def _wrong(node: Node, message: str, expected: str = "", actual: str = "") -> IntegrityError:
-        return IntegrityError(message, layer=node.tree.layer.id if node.tree.layer else "",
-                              name=node.path, expected=expected, actual=actual)
-
     def _share(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
         """Give the store's own file one more name, if it has all metadata that are wanted.
 
         Nothing of its inode is set; the kernel counts the name and notes the time.
         """
         status = os.fstat(fd)
-        self._check(fd, status, node)
+        check_copy(fd, status, node, self.verify)
         inode = status.st_dev, status.st_ino
         why = "it is another file, too" if inode in self._shared else ""
         if (stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid), status.st_mtime_ns,
@@ -7097,12 +7092,48 @@ def copy_out(tree: Tree, path: bytes, target: Target, progress: Optional[Progres
 
 
 def copy_content(tree: Tree, node: Node, fd: int) -> None:
-    """Write the content of a regular file, checked, to a new file; then set its mode and time."""
-    for data in tree.content(node):
-        write_all(fd, data)
-    if stat.S_ISREG(os.fstat(fd).st_mode):  # not of a device that stands for the file
-        os.fchmod(fd, node.mode & 0o777)
-        os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
+    """Copy a regular file, checked, with its holes, mode and time; a device gets only the bytes."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        for data in tree.content(node):
+            write_all(fd, data)
+        return
+    source = tree.open(node)
+    try:
+        if node.size:
+            fill_copy(Ladder(), source, node, fd, (0, 0))
+    finally:
+        os.close(source)
+    check_copy(fd, os.fstat(fd), node, verify=True)
+    os.fchmod(fd, node.mode & 0o777)
+    os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
+
+
+def fill_copy(ladder: Ladder, fd: int, node: Node, new: int, devices: Tuple[int, int]) -> str:
+    """Give a new file the content of a node; see Ladder.fill().  Errors name the file."""
+    try:
+        return ladder.fill(fd, node.size, new, devices)
+    except Unsupported as error:
+        raise Unsupported(f'"/{display(node.path)}" {error}', hint=error.hint) from None
+    except IntegrityError as error:
+        raise wrong_content(node, str(error)) from None
+
+
+def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> None:
+    """Compare what a file holds with what was promised."""
+    if status.st_size != node.size:
+        raise wrong_content(node, "changed while it was read", f"{node.size} bytes",
+                            str(status.st_size))
+    if verify and node.size and node.checksum is not None:
+        crc = crc64_file(fd)
+        if crc != node.checksum:
+            raise wrong_content(node, "file integrity checksum failed",
+                                f"CRC-64 {node.checksum:016x}", f"{crc:016x}")
+
+
+def wrong_content(node: Node, message: str, expected: str = "", actual: str = "") -> IntegrityError:
+    """Return the error for a file whose content is not the node's."""
+    return IntegrityError(message, layer=node.tree.layer.id if node.tree.layer else "",
+                          name=node.path, expected=expected, actual=actual)
 
 
 # ================================================================================================
@@ -7570,7 +7601,7 @@ class OciLayout:
                     left = f"{self.target.host_path(path)} stays: {error.strerror}"
         return left
 
-    def has(self, digest: str) -> bool:
+    def has(self, digest: str, size: int = -1) -> bool:
         """Tell whether a blob is there and whole: one of a power cut can have the right size."""
         import hashlib
 
@@ -7582,6 +7613,8 @@ class OciLayout:
             return False
         found = hashlib.sha256()
         with open(fd, "rb", buffering=0) as file:
+            if os.fstat(fd).st_size != size >= 0:  # before terabytes of a hole are hashed
+                return False
             for data in iter(lambda: file.read(CHUNK), b""):
                 found.update(data)
         return found.hexdigest() == digest[7:]
@@ -7622,7 +7655,7 @@ class OciLayout:
     def add(self, data: bytes) -> Tuple[str, int]:
         """Add a small blob; return its digest and size."""
         digest = sha256_digest(data)
-        if not self.has(digest):
+        if not self.has(digest, len(data)):
             self.put(b"blobs/sha256", digest[7:].encode(), data)
         return digest, len(data)
 
@@ -7647,7 +7680,7 @@ class OciLayout:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
         kind, level = compression
         media_type = OCI_LAYER + COMPRESSIONS[kind]
-        if kind == "none" and self.has(layer.diff_digest):
+        if kind == "none" and self.has(layer.diff_digest, layer.diff_size):
             status = self.target.lstat(b"blobs/sha256/" + layer.diff_digest[7:].encode())
             return layer.diff_digest, descriptor(media_type, layer.diff_digest, status.st_size)
         diff_id = digest = ""
@@ -9245,7 +9278,7 @@ class ExternalFiles:
         self._fd = -1
         try:
             if path:
-                with open(path, "rb") as file:
+                with open(open_input(path), "rb") as file:
                     self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
         except BaseException:
             self.close()
@@ -12497,7 +12530,7 @@ class Output:
         unwind_on_signals()
         self._temporary = os.path.join(os.path.dirname(self._target),
                                        f".cstor-{os.urandom(6).hex()}.partial")
-        self.fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
                           0o666)
 
     def __enter__(self) -> Output:
@@ -12797,7 +12830,7 @@ def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
         raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
     if args.stream == "-" and sys.stdin is None:
         raise CstorError("stdin is closed")
-    label, source = ("stdin", 0) if args.stream == "-" else (args.stream, args.stream)
+    label, source = ("stdin", 0) if args.stream == "-" else (args.stream, open_input(args.stream))
     with open(source, "rb", CHUNK, closefd=source != 0) as file, \
             ExternalFiles(args.external or "") as external:
         if args.codec and external.codec not in ("", args.codec):

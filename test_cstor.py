@@ -1893,6 +1893,127 @@ class HalfImages(StoreTest):
                                               ]), self.refused("image")[::2])
 
 
+class WrongFiles(StoreTest):
+    """What stands in place of a file of the store, of the configuration, or of an input."""
+
+    def names(self, store: StoreBuilder) -> Dict[str, List[str]]:
+        """Return files of a store, and the command that needs them most."""
+        layer, image = store.layers[1]["id"], store.images[0]["id"]
+        store.write("db.sql", "x")
+        store.write(f"overlay-layers/{layer}/a", "x")
+        config = next(key for key in store.images[0]["big-data-names"] if key.startswith("sha256"))
+        item = "=" + base64.b64encode(config.encode()).decode()
+        os.unlink(store.path("overlay/l", store.read(f"overlay/{layer}/link")))
+        return {"overlay-images/images.json": ["image", "list"],
+                "overlay-layers/layers.json": ["layer", "list"],
+                "overlay-containers/containers.json": ["container", "list"],
+                "overlay-layers/layers.lock": ["layer", "list"],
+                "db.sql": ["container", "list"],
+                f"overlay-images/{image}/manifest": ["image", "history", image],
+                f"overlay-images/{image}/{item}": ["image", "history", image],
+                f"overlay/{layer}/link": ["resolve-link", "A" * 26],
+                f"overlay-layers/{layer}.tar-split.gz": ["layer", "export", layer, "-o",
+                                                         self.dir + "/out"]}
+
+    @staticmethod
+    def status(name: str) -> int:
+        """Return the exit status without a file: some things can be done."""
+        return 3 if name.endswith("link") else 0 if name.endswith(("lock", "db.sql")) else 6
+
+    def answer(self, *words: str) -> Tuple[int, str]:
+        """Return exit status and stderr of a command that is run in this process."""
+        with contextlib.redirect_stderr(io.StringIO()) as errors, \
+                contextlib.redirect_stdout(io.StringIO()):
+            return cstor.main(["--no-helper", *words]), errors.getvalue()
+
+    def test_terabytes(self) -> None:
+        """A sparse file that says it is of 4 TiB is refused by its size, not read to the limit."""
+        real = cstor.read_up_to
+
+        def checked(fd: int, count: int) -> bytes:
+            self.assertLess(os.fstat(fd).st_size, 1 << 40)
+            return real(fd, count)
+
+        store = self.sample()
+        for record in store.images:
+            record["big-data-sizes"] = {}
+        for name, words in self.names(store.save()).items():
+            with self.subTest(name), mock.patch.object(cstor, "read_up_to", checked):
+                before = os.stat(store.path(name)).st_size
+                os.truncate(store.path(name), 4 << 40)
+                status, said = self.answer("--root", store.root, *words)
+                os.truncate(store.path(name), before)
+                self.assertEqual(self.status(name), status)
+                if "tar-split" in name:
+                    self.assertIn(f"{name} at offset", said)
+                elif name.endswith((".json", "db.sql", "manifest", "=")):
+                    self.assertRegex(said, f"{re.escape(name)}: larger than [0-9]+ bytes\n$")
+        conf = os.path.join(self.dir, "storage.conf")
+        open(conf, "w").close()
+        os.truncate(conf, 4 << 40)
+        done = self.run_cstor("image", "list", env={"CONTAINERS_STORAGE_CONF": conf}, status=6)
+        self.assertEqual(f"cstor: error: {conf}: larger than 1048576 bytes\n",
+                         done.stderr.decode())
+
+    def test_terabytes_of_a_recorded_size(self) -> None:
+        store = self.sample()
+        image_id = store.images[0]["id"]
+        os.truncate(store.path("overlay-images", image_id, "manifest"), 4 << 40)
+        with self.open(store) as storage:
+            image = storage.image(image_id)
+            with mock.patch.object(cstor, "read_up_to") as read, self.assertRaisesRegex(
+                    cstor.IntegrityError, "manifest: wrong size: .*got 4398046511104"):
+                image.big_data("manifest")
+            read.assert_not_called()
+
+    def test_fifos_of_a_store(self) -> None:
+        store = self.sample()
+        for record in store.images:
+            record["big-data-sizes"] = {}
+        for name, words in self.names(store.save()).items():
+            path = store.path(name)
+            os.rename(path, path + ".kept")
+            for make, remove, word in ((os.mkfifo, os.unlink, "FIFO"),
+                                       (os.mkdir, os.rmdir, "directory")):
+                make(path)
+                with self.subTest(name=name, kind=word):
+                    status, said = self.answer("--root", store.root, *words)
+                    self.assertEqual(self.status(name), status)
+                    if not name.endswith(("lock", "link")):
+                        self.assertTrue(said.endswith(
+                            f"{path}: is a {word}, not a regular file\n"), said)
+                remove(path)
+            os.rename(path + ".kept", path)
+
+    def test_inputs(self) -> None:
+        fifo, good = self.dir + "/fifo", self.dir + "/good"
+        store = self.sample()
+        layer = store.layers[2]["id"]
+        self.run_cstor("--root", store.root, "layer", "export", layer, "-o", good)
+        self.run_cstor("--root", store.root, "layer", "stream", layer, "-o", good + ".s")
+        os.mkfifo(fifo)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(self.dir + "/socket")
+        for path, word in ((fifo, "FIFO"), (self.dir + "/socket", "socket"),
+                           ("/dev/zero", "character device"), (self.dir, "directory")):
+            commands = [["tar-diff", good, path], ["tar-diff", path, good],
+                        ["stream-to-tar", path, "-o", self.dir + "/out"],
+                        ["stream-to-tar", good + ".s", "--external", path, "-o", self.dir + "/out"]]
+            if word != "directory":
+                commands.append(["--root", store.root, "image", "diff", "sample", "dir:" + path])
+            wanted = 6, f"cstor: error: {path}: is a {word}, not a regular file\n"
+            for words in commands:
+                self.assertEqual(wanted, self.answer(*words))
+            with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": path}):
+                self.assertEqual(wanted, self.answer("image", "list"))
+            self.assertFalse(os.path.exists(self.dir + "/out"))
+        # What a shell makes of <(...) is open already.
+        script = '"$1" "$2" tar-diff "$3" <(cat "$3")'
+        self.run_cstor(good, command=["bash", "-c", script, "-", sys.executable, SCRIPT])
+        with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": "/dev/null"}):
+            self.assertEqual(cstor.load_config(euid=0).files, ["/dev/null"])
+
+
 class Database(StoreTest):
     """podman's db.sql."""
 
@@ -5232,6 +5353,31 @@ class Outputs(StoreTest):
         with cstor.Storage.open(self.store.root), cstor.Storage.open(builder.root) as storage:
             storage.image("t:1").extract(self.dir, force=True, exclude=["store"])
         self.assertTrue(os.path.exists(self.dir + "/y"))
+
+    def test_holes_are_kept(self) -> None:
+        builder = StoreBuilder(os.path.join(self.dir, "second"))
+        data = b"start" + bytes(4 << 20) + b"end"
+        layer = builder.layer(make_tar(("d/", None), ("d/f", data)))
+        builder.image(layer, "localhost/t:1")
+        builder.save()
+        with open(builder.path("overlay", layer, "diff/d/f"), "r+b") as file:
+            file.truncate(0)
+            file.write(b"start")
+            file.seek(len(data) - 3)
+            file.write(b"end")
+        for source, place in (("d/f", "x"), ("d", "y")):
+            self.run_cstor("--root", builder.root, "image", "cp", f"t:1:{source}",
+                           os.path.join(self.dir, place))
+        for name in ("x", "y/f"):
+            with open(os.path.join(self.dir, name), "rb") as file:
+                self.assertEqual(data, file.read())
+                self.assertLess(os.fstat(file.fileno()).st_blocks * 512, 1 << 20)
+        with open(builder.path("overlay", layer, "diff/d/f"), "r+b") as file:
+            file.write(b"S")
+        done = self.run_cstor("--root", builder.root, "image", "cp", "t:1:d/f", self.dir + "/z",
+                              status=4)
+        self.assertIn(b'"d/f": file integrity checksum failed: expected CRC-64 ', done.stderr)
+        self.assertEqual(["second", "store", "x", "y"], sorted(os.listdir(self.dir)))
 
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "only root can bind mount")
     def test_bind_mounts(self) -> None:
