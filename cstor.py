@@ -1063,16 +1063,17 @@ class Config:
     stores, in search order), ``layer_stores`` (additional layer stores), ``transient_store``,
     ``rootless``, ``uid``; ``scheme`` is "old", "new" or "environment"; ``files`` lists the
     configuration files that were read, ``named_in`` is the one that names the graph root or "".
-    ``faults`` are warnings, and ``hint`` tells where else a store was looked for.
+    ``faults`` are warnings, ``hint`` tells where else a store was looked for, and ``elsewhere`` the
+    store of who called sudo.
     """
 
     __slots__ = ("driver", "graphroot", "runroot", "imagestore", "stores", "layer_stores",
                  "transient_store", "rootless", "uid", "scheme", "files", "named_in", "drop_ins",
-                 "faults", "hint")
+                 "faults", "hint", "elsewhere")
 
     def __init__(self, scheme: str, rootless: bool, uid: int) -> None:
         self.driver = self.graphroot = self.runroot = self.imagestore = ""
-        self.named_in = self.hint = ""
+        self.named_in = self.hint = self.elsewhere = ""
         self.stores: List[str] = []
         self.layer_stores: List[str] = []
         self.transient_store = False
@@ -1124,13 +1125,59 @@ def with_place(error: Exception) -> str:
     return str(error)
 
 
-def holds_store(root: str) -> bool:
-    """Tell whether containers/storage keeps images of any driver in the directory ``root``.
+def holds_store(root: str, drivers: Sequence[str] = ("overlay", *OTHER_DRIVERS)) -> bool:
+    """Tell whether containers/storage keeps images of one of the drivers in ``root``.
 
     Raises PermissionError where that cannot be seen.
     """
-    return any(is_there(os.path.join(root, driver + end)) for driver in ("overlay", *OTHER_DRIVERS)
+    return any(is_there(os.path.join(root, driver + end)) for driver in drivers
                for end in ("", "-layers", "-images"))
+
+
+def stores_near(path: str, name: str = "") -> List[str]:
+    """Return the graph roots around ``path``, of those that hold the file ``name``.
+
+    Where people point that mean a store: above, below, a disk's root, a home, docker's directory.
+    """
+    path = os.path.abspath(path)
+    above = os.path.dirname(path)
+    places = [path[:at] for at, char in enumerate(path) if char == "/" and at]
+    places += [os.path.join(path, "storage"), os.path.join(above, "containers/storage")]
+    places += [os.path.join(path, base, "containers/storage") for base in (
+        "", "lib", "var/lib", "share", ".local/share", "root/.local/share")]
+    for parent, base in ((path, ".local/share/containers/storage"),
+                         (os.path.join(path, "home"), ".local/share/containers/storage"),
+                         *([(above, ""), (path, "")] if name else [])):
+        if os.access(parent, os.R_OK | os.X_OK) and os.path.isdir(parent):
+            places += [os.path.join(parent, entry, base).rstrip("/")
+                       for entry in sorted(os.listdir(parent))[:1000]]
+    found = {}
+    for place in places:
+        try:
+            if place != path and holds_store(place) and is_there(os.path.join(place, name)):
+                found[os.path.realpath(place)] = place
+        except OSError:  # closed to us
+            continue
+    return list(found.values())[:3]
+
+
+def is_docker(root: str) -> bool:
+    """Tell whether a directory is Docker's, which can hold ``overlay`` or ``vfs`` as well."""
+    return is_there(os.path.join(root, "image")) and is_there(os.path.join(root, "containers"))
+
+
+def no_store(root: str, option: str = "--root") -> CstorError:
+    """Return the error for a directory that holds no store; its hint names those around it."""
+    near = [f"{option} {path}" for path in stores_near(root)]
+    hint = f"use {' or '.join(near)}" if near else ""
+    if is_docker(root) or is_docker(os.path.dirname(root)):
+        return Unsupported(f"{root} is Docker's, which is not containers/storage",
+                           hint=hint or "`docker save` writes archives that `podman load` reads")
+    if not os.path.isdir(root):
+        return NotFound(f"no storage at {root}",
+                        hint=hint or f"name a graph root with {option} DIR")
+    return NotFound(f"no containers/storage store at {root}",
+                    hint=hint or "a graph root is the directory that holds overlay-images")
 
 
 def is_there(path: str) -> bool:
@@ -1224,8 +1271,9 @@ class _ConfigSearch:
                     config.faults.append(f"{READERS[other.scheme]} would use {place}: {state}")
         theirs = self._store_of_sudo_user()
         if theirs:
-            parts.append(f"{self.environ['SUDO_USER']}'s is at {theirs}: run it without sudo, or "
-                         f"use --root {theirs}")
+            config.elsewhere = (f"{self.environ['SUDO_USER']}'s storage is at {theirs}: run it "
+                                f"without sudo, or use --root {theirs}")
+            parts.append(config.elsewhere)
         return "; ".join([*parts, "name a graph root with --root DIR"])
 
     @staticmethod
@@ -2558,6 +2606,7 @@ class Metadata:
         self.graphroot, self.runroot, self.imagestore = (
             os.path.abspath(path) if path else "" for path in (graphroot, runroot, imagestore))
         self.faults: List[str] = []
+        self.elsewhere = ""  # where an image that is unknown may be instead
         self._own: List[Contents] = []
         self._additional: List[Contents] = []
         self._run: Optional[Contents] = None
@@ -2586,17 +2635,16 @@ class Metadata:
         try:
             root = Directory.at(self.graphroot)
         except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"no storage at {self.graphroot}",
-                           hint="name the graph root with --root DIR") from None
-        if not any(root.exists(name) for name in (OVERLAY, LAYERS, IMAGES)):
+            raise no_store(self.graphroot) from None
+        if not any(map(root.exists, (LAYERS, IMAGES))) and (
+                is_docker(self.graphroot) or not root.exists(OVERLAY)):
             others = [name for name in OTHER_DRIVERS if root.exists(name.encode())
                       or root.exists(f"{name}-layers".encode())]
             root.close()
-            if others:
+            if others and not is_docker(self.graphroot):
                 raise Unsupported(f"{self.graphroot}: storage driver {others[0]} is not supported: "
                                   "only overlay is read")
-            raise NotFound(f"no containers/storage store at {self.graphroot}",
-                           hint="the graph root is the directory that holds overlay-images")
+            raise no_store(self.graphroot)
         return root
 
     def _open_other(self, path: str, roots: List[Contents], word: str) -> None:
@@ -2703,7 +2751,24 @@ class Metadata:
         if self._images is None:
             # Searched as containers/storage does: imagestore, graph root, additional.
             self._images = self._load(self.KINDS[1], self._own[::-1])
+            if self._graph and not self.imagestore:
+                self._look_for_imagestore(self._graph)
         return self._images
+
+    def _look_for_imagestore(self, graph: Directory) -> None:
+        """Say so when layers have their tar-split data here and their files elsewhere."""
+        end = b".tar-split.gz"
+        try:
+            split = {name[:-len(end)] for name in graph.listdir(LAYERS) if name.endswith(end)}
+            lost = sorted(split - set(graph.listdir(OVERLAY)) if split else ())
+        except OSError:  # said where it is needed
+            return
+        near = stores_near(self.graphroot, f"overlay/{display(lost[0])}") if lost else []
+        if near or lost and not self._images:
+            self.elsewhere = "images may be in an imagestore: use --imagestore " \
+                + (near[0] if near else "DIR")
+            self.faults.append(f"{len(lost)} of the layers have no files below {self.graphroot}: "
+                               + self.elsewhere)
 
     def container_records(self) -> Tuple[ContainerRecord, ...]:
         """Return all containers of podman, buildah and CRI-O."""
@@ -4195,8 +4260,9 @@ def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
             why = "it is the writable layer of a container, or was made by create-layer"
         raise Unsupported(
             f"layer {layer.id} has no tar-split data: {why}; its tar cannot be rebuilt",
-            hint="of a split store it is below the graph root: --root GRAPHROOT --imagestore DIR"
-                 if layer.diff_digest else "")
+            hint="of a split store it is below the graph root: use --root "
+                 f"{(stores_near(layer.root.path, os.fsdecode(name)) or ['GRAPHROOT'])[0]} "
+                 f"--imagestore {layer.root.path}" if layer.diff_digest else "")
     return root.open(name), root.host_path(name)
 
 
@@ -12286,6 +12352,7 @@ class Storage(Metadata):
                 storage = cls(config.graphroot, recorded, imagestore, [*config.stores, *stores])
                 storage.config = config
         storage.faults += config.faults
+        storage.elsewhere = config.elsewhere
         return storage
 
     @classmethod
@@ -12326,7 +12393,11 @@ class Storage(Metadata):
 
         Raises ImageUnknown, Ambiguous.
         """
-        image: Any = find_image(self.image_records(), reference)
+        try:
+            image: Any = find_image(self.image_records(), reference)
+        except ImageUnknown as error:
+            error.hint = self.elsewhere or error.hint
+            raise
         return image  # type: ignore[no-any-return]
 
     def containers(self) -> Tuple[Container, ...]:
@@ -13679,10 +13750,10 @@ def open_storage(args: Any) -> Storage:
     """Open the storage that the global options ask for."""
     stores = [os.path.abspath(path) for level in range(3)
               for path in getattr(args, f"store{level}", [])]
-    for path in [*stores, args.imagestore]:
-        if path and not holds_store(path):
-            raise NotFound(f"no containers/storage store at {path}",
-                           hint="a store is a directory that holds overlay-images")
+    for option, path in (*(("--store", path) for path in stores),
+                         ("--imagestore", args.imagestore)):
+        if path and not holds_store(path, ("overlay",)):
+            raise no_store(path, option)
     if args.runroot and not os.path.isdir(args.runroot):
         raise NotFound(f"no directory: {args.runroot}", hint="--runroot names the run root")
     if args.root == "":

@@ -1190,8 +1190,8 @@ class Discovery(StoreTest):
         entry = pwd.struct_passwd(("ann", "x", 1000, 1000, "", home, "/bin/sh"))
         with mock.patch("pwd.getpwnam", return_value=entry):
             place = home + "/.local/share/containers/storage"
-            self.assertEqual(f"the default; ann's is at {place}: run it without sudo, or use "
-                             f"--root {place}; name a graph root with --root DIR",
+            self.assertEqual(f"the default; ann's storage is at {place}: run it without "
+                             f"sudo, or use --root {place}; name a graph root with --root DIR",
                              self.system({}, {"SUDO_USER": "ann"}).hint)
             shutil.rmtree(place)
             self.assertEqual("the default; name a graph root with --root DIR",
@@ -1248,6 +1248,62 @@ class Discovery(StoreTest):
                 cstor.Storage.open(root)
         self.assertRaises(cstor.NotFound, cstor.Storage.open, os.path.join(self.dir, "missing"))
         self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir)
+
+    def test_a_root_beside_the_right_one(self) -> None:
+        """The message names the graph root."""
+        store = make_sample(os.path.join(self.dir, "disk/var/lib/containers/storage"))
+        home = os.path.join(self.dir, "disk/home/ann")
+        theirs = StoreBuilder(home + "/.local/share/containers/storage").save()
+        for name in ("var/lib/docker/image/overlay2", "var/lib/docker/containers",
+                     "var/lib/docker/overlay/x", "srv/docker/image", "srv/docker/containers"):
+            os.makedirs(os.path.join(self.dir, "disk", name))
+        both = f"use --root {store.root} or --root {theirs.root}"
+        use, user = f"use --root {store.root}", f"use --root {theirs.root}"
+        docker, save = "is Docker's, which is not containers/storage", \
+            "`docker save` writes archives that `podman load` reads"
+        none, missing = "no containers/storage store at", "no storage at"
+        for name, status, message, hint in (
+                ("", 3, none, both), ("var", 3, none, use), ("var/lib", 3, none, use),
+                ("var/lib/containers", 3, none, use),
+                ("var/lib/containers/storage/overlay", 3, none, use),
+                ("var/lib/containers/storage/overlay/l", 3, none, use),
+                ("var/lib/containers/storage/overlay-images", 3, none, use),
+                ("var/lib/containers/storage/overlay-images/images.json", 3, missing, use),
+                ("var/lib/containers/storage/volumes", 3, missing, use),
+                ("var/lib/docker", 6, docker, use), ("srv/docker", 6, docker, save),
+                ("srv/docker/image", 6, docker, save), ("home", 3, none, user),
+                ("home/ann", 3, none, user), ("home/ann/.local/share", 3, none, user),
+                ("srv", 3, none, "a graph root is the directory that holds overlay-images"),
+                ("none", 3, missing, "name a graph root with --root DIR")):
+            root = os.path.join(self.dir, "disk", name).rstrip("/")
+            done = self.run_cstor("--root", root, "image", "list", status=status)
+            text = f"{root} {message}" if status == 6 else f"{message} {root}"
+            self.assertEqual(f"cstor: error: {text} ({hint})\n", done.stderr.decode())
+        done = self.run_cstor("--root", store.root, "--store", home, "image", "list", status=3)
+        self.assertIn(f"({user.replace('--root', '--store')})", done.stderr.decode())
+
+    def test_a_split_store_without_its_imagestore(self) -> None:
+        store = self.sample()
+        split = os.path.join(self.dir, "images")
+        layer = store.images[0]["layer"]
+        for name in ("overlay", "overlay-images", "overlay-layers"):
+            os.makedirs(os.path.join(split, name))
+        os.rename(store.path("overlay"), os.path.join(split, "overlay"))
+        os.mkdir(store.path("overlay"))
+        for name in ("overlay-images", "overlay-layers/layers.json"):
+            os.rename(store.path(name), os.path.join(split, name))
+        done = self.run_cstor("--root", store.root, "image", "list")
+        self.assertEqual(f"cstor: warning: 3 of the layers have no files below {store.root}: "
+                         f"images may be in an imagestore: use --imagestore {split}\n",
+                         done.stderr.decode())
+        done = self.run_cstor("--root", store.root, "image", "inspect", "app", status=3)
+        self.assertEqual("cstor: error: image not known: app (images may be in an imagestore: use "
+                         f"--imagestore {split})\n", done.stderr.decode())
+        done = self.run_cstor("--root", split, "layer", "export", layer, "-o",
+                              os.path.join(self.dir, "x.tar"), status=6)
+        self.assertIn(f"use --root {store.root} --imagestore {split})", done.stderr.decode())
+        done = self.run_cstor("--root", store.root, "--imagestore", split, "image", "list")
+        self.assertEqual(b"", done.stderr)
 
     def test_what_podman_recorded(self) -> None:
         """The configured graph root stays; the run root is podman's, but not that of a copy."""
