@@ -280,7 +280,6 @@ AHEAD = 128  # files that a helper opens at a time; a message carries 253 descri
 HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes, or a process extracts, at a time
 MAX_WORKERS = 8  # processes that extract
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
-SMALL_TAR_SPLIT = 64 << 10  # compressed bytes that are read in some milliseconds
 INLINE_THRESHOLD = 4096  # contents of up to so many bytes go inline in a stream
 READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
 LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
@@ -3458,15 +3457,6 @@ class LayerFiles:
         return self._wrong(name, "is not a regular file on disk", "regular file",
                            file_type(status.st_mode))
 
-    def lies_at(self, fd: int, name: bytes) -> bool:
-        """Tell whether an open file is the layer's own at just this place, behind no link."""
-        try:
-            place, root = (os.readlink(f"/proc/self/fd/{number}".encode())
-                           for number in (fd, self._diffs[0].fd))
-        except OSError:  # no /proc
-            return False
-        return place == root + b"/" + name
-
     def _place(self, name: bytes) -> bytes:
         """Return where below ``diff`` the content of ``name`` is."""
         wanted = clean_name(name)
@@ -4298,38 +4288,6 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
         os.close(fd)
 
 
-def find_regular(layer: LayerRecord, name: bytes) -> Optional[Tuple[int, bytes]]:
-    """Return (size, CRC-64 in base64) of a regular file that holds something, by its plain name.
-
-    The text of tar-split is searched up to that entry, a hundred times as fast as it is read.  None
-    when nothing is found so simply, which does not mean that there is nothing.
-    """
-    if not re.fullmatch(rb"[ !#-%'-;=?-\[\]-~]+", name) or b"/.wh." in b"/" + name:
-        return None  # JSON may spell it otherwise; it may be no file
-    fd, path = open_tar_split(layer)
-    try:
-        needle, pair = name + b'"', re.compile(TarSplit.PAIR)
-        before = b""
-        for chunk in gunzip(fd, path):
-            # Joined only where something was found, or could be across the border.
-            seam = before[-len(needle):] + chunk[:len(needle)]
-            if needle in chunk or needle in seam:
-                text = before + chunk
-                at = text.find(needle, max(0, len(before) - len(needle)))
-                while at >= 0:
-                    entry = text.rfind(b'{"type":1,', 0, at)
-                    match = pair.match(text, text.rfind(TarSplit.SEGMENT, 0, max(entry, 0)))
-                    header = binascii.a2b_base64(match[1])[-BLOCK:] if match else b""
-                    if match and match[2] in (name, b"./" + name, b"/" + name) and match[5] \
-                            and len(header) == BLOCK and header[TYPE_AT] in b"0\0":
-                        return int(match[4]), match[5]
-                    at = text.find(needle, at + 1)
-            before = chunk
-    finally:
-        os.close(fd)
-    return None
-
-
 def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = None
                 ) -> Generator[Union[bytes, Extent], None, None]:
     """Yield a layer's tar as bytes and Extents of open files.
@@ -4789,17 +4747,6 @@ class LayerTree:
         return f"layer {self.layer.id}" if self.layer else "tree"
 
     @property
-    def at_hand(self) -> bool:
-        """Whether the entries were read already, or can be read in a moment."""
-        if self._root is None and self.layer:
-            fd, _ = open_tar_split(self.layer)
-            try:
-                return os.fstat(fd).st_size < SMALL_TAR_SPLIT
-            finally:
-                os.close(fd)
-        return True
-
-    @property
     def root(self) -> Node:
         """The root directory.  Raises FormatError, Unsupported, NeedsUnshare."""
         if self._root is None:
@@ -5016,25 +4963,6 @@ class LayerTree:
         """
         return None
 
-    def read_small(self, path: bytes) -> Optional[bytes]:
-        """Return the content of a small regular file, checked, without reading all entries.
-
-        None when that cannot be told so simply: all entries have to be read then.
-        """
-        assert self.layer
-        found = find_regular(self.layer, path)
-        if found is None or found[0] > CHUNK:
-            return None
-        node = Node(self, None, path, "reg")
-        node.size, node._checksum = found
-        fd = self.open(node)
-        try:
-            data = os.pread(fd, node.size, 0) if self.files.lies_at(fd, path) else b""
-        finally:
-            os.close(fd)
-        return data if len(data) == node.size and crc64(data) == node.checksum else None
-
-
 class DiskTree(LayerTree):
     """The tree of a directory: a container's writable layer, or any host directory.
 
@@ -5054,8 +4982,6 @@ class DiskTree(LayerTree):
         self._groups: Dict[Tuple[int, int], Node] = {}
         self._moved: List[Node] = []
         self._stubs: List[Node] = []
-
-    at_hand = True
 
     @property
     def label(self) -> str:
@@ -5260,8 +5186,6 @@ class TarTree(LayerTree):
     def __init__(self, path: str, *, whiteouts: bool = False) -> None:
         super().__init__(None)
         self.file, self.whiteouts = path, whiteouts
-
-    at_hand = True
 
     @property
     def label(self) -> str:
@@ -5652,38 +5576,7 @@ class Tree:
 
     def read(self, path: bytes, *, follow: bool = True) -> Iterator[bytes]:
         """Yield the content of the regular file ``path``, checked; see lookup() and content()."""
-        data = None
-        if clean_name(path) == path.strip(b"/"):  # ".." after a link is not known by its text
-            try:
-                data = self._read_small(path.strip(b"/"))
-            except (CstorError, OSError, ValueError):
-                pass  # the long way says what is wrong
-        if data is not None and not path.endswith(b"/"):
-            yield data
-        else:
-            yield from self.content(self.lookup(path, follow=follow)[1])
-
-    def _read_small(self, path: bytes) -> Optional[bytes]:
-        """Read a small file of a large layer that was not read yet; None when that is not so.
-
-        Only the layers above it have to be known, and they are mostly small.
-        """
-        parts = path.split(b"/")
-        for layer in self.layers:
-            if not layer.at_hand:
-                return layer.read_small(path)
-            node = layer.root
-            for part in parts:
-                child = node.children.get(part)
-                if node.opaque or child and child.type != "dir":
-                    return None
-                if child is None:
-                    break
-                node = child
-            else:
-                return None
-        return None
-
+        yield from self.content(self.lookup(path, follow=follow)[1])
 
 def checked_content(fd: int, node: Node) -> Iterator[bytes]:
     """Yield the content of a node from its open file.  Raises IntegrityError at the end."""
@@ -9046,8 +8939,6 @@ class _StreamFile(io.RawIOBase):
 
 class StreamTree(LayerTree):
     """The tree of a layer that came as a stream, whose contents are in a Staging."""
-
-    at_hand = True
 
     def __init__(self, staging: int, label: str) -> None:
         super().__init__(None)
