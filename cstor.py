@@ -269,7 +269,7 @@ MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
 FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
 RECEIVE_SIZE = 256 << 10
 MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
-MAX_UNPAIRED = 512 << 20  # memory for entries of two tars that wait for their counterparts
+MAX_UNPAIRED = 512 << 20  # memory for names of two tars, and entries without a counterpart yet
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
@@ -7904,22 +7904,20 @@ def diff_tars(a: str, b: str, progress: Optional[Progress] = None) -> Iterator[D
 class TarEntry:
     """One entry of a tar that is compared, or its trailer, which has no header.
 
-    ``header`` are all its header blocks, b"" once they are packed; ``name`` is what it is shown
-    as, ``key`` what it is paired by; ``size`` is the length of the content by the header, ``done``
-    what is there, and ``digest`` its SHA-256.
+    ``header`` are all its header blocks; ``name`` is what it is shown as, ``key`` what it is paired
+    by; ``size`` is the length of the content by the header, ``done`` what is there, and ``digest``
+    its SHA-256.
     """
 
     __slots__ = ("index", "start", "header", "name", "key", "size", "done", "sha", "digest",
-                 "padding", "packed", "next", "last")
+                 "padding")
 
     def __init__(self, index: int, start: int, header: bytes) -> None:
         self.index, self.start, self.header = index, start, header
-        self.name = self.key = self.digest = self.packed = b""
+        self.name = self.key = self.digest = b""
         self.size = self.done = 0
         self.sha: Any = None
         self.padding: Optional[bytes] = None
-        self.next: Optional[TarEntry] = None  # of the same name, among those that wait
-        self.last: Optional[TarEntry] = None  # the end of that chain, where there is one
 
     def feed(self, data: bytes) -> None:
         """Count a piece of the content."""
@@ -7930,22 +7928,10 @@ class TarEntry:
         self.sha.update(data)
         self.done += len(data)
 
-    def pack(self) -> int:
-        """Keep but a little of the header; return about how much memory the entry takes then."""
-        import marshal
-
-        self.packed = zlib.compress(marshal.dumps(self.facts()), 1)
-        self.header = b""
-        return len(self.packed) + 2 * len(self.name) + 600
-
-    def facts(self) -> Tuple[str, Dict[str, bytes]]:
-        """Return the digest of the header and its fields."""
-        import marshal
-
-        if not self.packed:
-            return sha256_digest(self.header), header_fields(self.header)
-        facts: Tuple[str, Dict[str, bytes]] = marshal.loads(zlib.decompress(self.packed))
-        return facts
+    @property
+    def memory(self) -> int:
+        """About how many bytes the entry takes while it waits for its counterpart."""
+        return len(self.header) + 2 * len(self.name) + 700
 
     def content(self) -> Dict[str, Any]:
         """Return size and digest of the content."""
@@ -8048,13 +8034,12 @@ class _TarDiff:
     """Compares two tars: in step up to the first difference, by name from there on."""
 
     def __init__(self, left: TarSide, right: TarSide) -> None:
-        from array import array
-
         self.sides = left, right
         self.first: Optional[Dict[str, Any]] = None
-        self.waiting: Tuple[Dict[bytes, TarEntry], ...] = {}, {}  # by key, for a counterpart
+        self.counts: Dict[bytes, List[int]] = {}  # how often a key came on either side
+        # For a counterpart, by key and how often that came before.
+        self.waiting: Tuple[Dict[Tuple[bytes, int], TarEntry], ...] = {}, {}
         self.trailers: List[TarEntry] = []
-        self.paired = array("q")  # the hash of each key that found one: 8 bytes for an entry
         self.high = -1, -1  # indexes of the last pair that is in order
         self.room = MAX_UNPAIRED
 
@@ -8129,51 +8114,39 @@ class _TarDiff:
 
     def _settle(self, a: Optional[TarEntry], b: Optional[TarEntry]) -> Iterator[Dict[str, Any]]:
         """Find the counterparts of what was read, and yield how they differ."""
-        if a and b and a.header and a.key == b.key and not any(
-                a.key in waiting for waiting in self.waiting):
-            yield from self._match(a, b)
-            return
         for place, entry in enumerate((a, b)):
             if entry and not entry.header:
                 self.trailers.insert(place, entry)
             elif entry:
-                found = self._partner(1 - place, entry.key)
+                counts = self.counts.get(entry.key)
+                if counts is None:
+                    counts = self.counts[entry.key] = [0, 0]
+                    self._reserve(place, len(entry.key) + 250)
+                number = counts[place]
+                counts[place] += 1
+                found = self.waiting[1 - place].pop((entry.key, number), None)
                 if found:
+                    self.room += found.memory
                     yield from self._match(*((found, entry) if place else (entry, found)))
                 else:
-                    self._wait(place, entry)
+                    self._reserve(place, entry.memory)
+                    self.waiting[place][entry.key, number] = entry
 
-    def _partner(self, place: int, key: bytes) -> Optional[TarEntry]:
-        """Take the first entry of a name out of those of one side that wait."""
-        entry = self.waiting[place].pop(key, None)
-        if entry and entry.next:
-            entry.next.last = entry.last if entry.last is not entry.next else None
-            self.waiting[place][key] = entry.next
-        return entry
-
-    def _wait(self, place: int, entry: TarEntry) -> None:
-        self.room -= entry.pack()
+    def _reserve(self, place: int, memory: int) -> None:
+        self.room -= memory
         if self.room < 0:
             raise Unsupported(f"{self.sides[place].path}: too many entries that the other tar does "
                               "not have, or has elsewhere")
-        head = self.waiting[place].setdefault(entry.key, entry)
-        if head is not entry:
-            (head.last or head).next = head.last = entry
 
     def _match(self, a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
         """Yield how two entries of one name differ."""
-        for entry in (a, b):
-            self.room += len(entry.packed) + 2 * len(entry.name) + 600 if entry.packed else 0
-        self.paired.append(hash(a.key))
-        if len(self.paired) > MAX_ENTRIES:
-            raise Unsupported(f"{self.sides[0].path}: more than {MAX_ENTRIES} entries")
         if a.index > self.high[0] and b.index > self.high[1]:
             self.high = a.index, b.index
         else:  # others that were behind it in one tar, and before it in the other, are settled
             yield tar_row("reordered", a, "", a.index, b.index)
         if not self.first:
             return
-        if a.packed or b.packed or a.header != b.header:
+        if a.header != b.header:
             yield from compare_headers(a, b)
         if (a.done, a.digest) != (b.done, b.digest):
             yield tar_row("changed", a, "content", a.content(), b.content())
@@ -8189,16 +8162,11 @@ class _TarDiff:
         left, right = self.sides
         if left.why != right.why:
             yield tar_row("unreadable", None, "", left.why or None, right.why or None)
-        paired = {hash(key): 0 for waiting in self.waiting for key in waiting}
-        for number in self.paired:
-            if number in paired:
-                paired[number] += 1
         for place, word in enumerate(("missing", "extra")):
-            for key, entry in self.waiting[place].items():
-                counts = [paired[hash(key)]] * 2
-                item: Optional[TarEntry] = entry
-                while item:
-                    counts[place], item = counts[place] + 1, item.next
+            for (key, number), entry in self.waiting[place].items():
+                counts = self.counts[key]
+                if number > counts[1 - place]:
+                    continue  # one row for all that wait under a name
                 if 0 in counts:
                     yield tar_row(word, entry, "", *[None if i != place else entry.index
                                                      for i in (0, 1)])
@@ -8215,8 +8183,8 @@ def tar_row(change: str, entry: Optional[TarEntry], field: str, a: Any, b: Any
 
 def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
     """Yield a row for each field in which two headers differ, if only by its spelling."""
-    (mark_a, fields_a), (mark_b, fields_b) = a.facts(), b.facts()
-    same = mark_a == mark_b
+    fields_a, fields_b = header_fields(a.header), header_fields(b.header)
+    told = False
     for field in {**fields_a, **fields_b}:
         raw = fields_a.get(field), fields_b.get(field)
         if raw[0] == raw[1] or field == "pax order" and (
@@ -8228,9 +8196,9 @@ def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
         if x == y:
             x, y = (field_value("", value) for value in raw)
         yield tar_row("changed", a, field, x, y)
-        same = True
-    if not same:
-        yield tar_row("changed", a, "header", mark_a, mark_b)
+        told = True
+    if not told:
+        yield tar_row("changed", a, "header", sha256_digest(a.header), sha256_digest(b.header))
 
 
 def first_difference(a: bytes, b: bytes) -> int:
