@@ -1082,7 +1082,6 @@ class Config:
         self.faults: List[str] = []
 
 
-NO_STORAGE = "no storage there"
 READERS = {"old": "podman 4 and 5", "new": "podman 6"}  # which follow each scheme
 
 
@@ -1110,18 +1109,11 @@ def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[i
                      or not holds_store(config.graphroot)):
         raise failures[0]
     config.faults += [f"{READERS['new' if config.scheme == 'old' else 'old']} cannot read the "
-                      f"configuration: {with_place(failure)}" for failure in failures]
+                      f"configuration: {failure}" for failure in failures]
     if search.decide(config, other):
         config, other = other, config
-    config.hint = search.explain(config, other)
+    search.explain(config, other)
     return config
-
-
-def with_place(error: Exception) -> str:
-    """Spell an error with the file that it is about."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
 
 
 def holds_store(root: str, drivers: Sequence[str] = ("overlay", *OTHER_DRIVERS)) -> bool:
@@ -1192,9 +1184,9 @@ class _ConfigSearch:
     """One search for configuration files with one environment."""
 
     def __init__(self, environ: Mapping[str, str], euid: int, system_root: str) -> None:
-        bad = [name for name, value in environ.items() if "\0" in value]
-        if bad:
-            raise FormatError("holds a NUL byte", file=f"environment variable {bad[0]}")
+        for name, value in environ.items():
+            if "\0" in value:
+                raise FormatError("holds a NUL byte", file=f"environment variable {name}")
         self.environ = environ
         self.system_root = system_root
         self.rootless = euid != 0
@@ -1255,51 +1247,38 @@ class _ConfigSearch:
         return not holds_store(own.graphroot) and bool(
             other.drop_ins or holds_store(other.graphroot))
 
-    def explain(self, config: Config, other: Config) -> str:
-        """Tell what was looked at besides ``config``, and warn of what it leaves aside."""
+    def explain(self, config: Config, other: Config) -> None:
+        """Say what was looked at besides ``config``, and warn of what it leaves aside."""
         parts = [f"{config.named_in} names it" if config.named_in else
                  f"the default for HOME={self.home}" if self.rootless else "the default"]
         if os.path.realpath(config.graphroot) != os.path.realpath(other.graphroot):
             place = f"{other.graphroot} ({other.named_in or 'the default'})"
-            state = self._state(other.graphroot)
-            if self.is_foreign(other):
-                parts.append(f"{place} is another user's: {state}")
-            else:
-                parts.append(f"looked also at {place}: {state}")
-                if self.is_named_by_caller(other) and (other.named_in or state != NO_STORAGE):
-                    config.faults.append(f"{READERS[other.scheme]} would use {place}: {state}")
-        theirs = self._store_of_sudo_user()
-        if theirs:
-            config.elsewhere = (f"{self.environ['SUDO_USER']}'s storage is at {theirs}: run it "
-                                f"without sudo, or use --root {theirs}")
-            parts.append(config.elsewhere)
-        return "; ".join([*parts, "name a graph root with --root DIR"])
-
-    @staticmethod
-    def _state(root: str) -> str:
-        """Tell in words what is at a graph root."""
-        try:
-            if not holds_store(root):
-                return NO_STORAGE
-            records = os.path.join(root, os.fsdecode(IMAGES))
-            if is_there(records) and not os.access(records, os.R_OK | os.X_OK):
-                return os.strerror(errno.EACCES)
-            return f"--root {root} reads it"
-        except OSError as error:
-            return error.strerror or str(error)
+            mine = not self.is_foreign(other)
+            parts.append(f"looked also at {place}" if mine else f"{place} is another user's")
+            if mine and self.is_named_by_caller(other):
+                try:
+                    state = "" if holds_store(other.graphroot) else ": no storage there"
+                except OSError as error:
+                    state = f": {error.strerror}"
+                if other.named_in or not state:
+                    config.faults.append(f"{READERS[other.scheme]} would use {place}{state}")
+        config.elsewhere = self._store_of_sudo_user()
+        config.hint = "; ".join([*parts, *filter(None, [config.elsewhere]),
+                                 "name a graph root with --root DIR"])
 
     def _store_of_sudo_user(self) -> str:
-        """Return the graph root of who called sudo, when there is a store; else ""."""
+        """Name the graph root of who called sudo, when there is a store; else ""."""
         import pwd
 
-        if self.euid or self.environ.get("SUDO_USER", "root") == "root":
+        name = self.environ.get("SUDO_USER", "root")
+        if self.euid or name == "root":
             return ""
         try:
-            user = pwd.getpwnam(self.environ["SUDO_USER"])
-            search = _ConfigSearch({"HOME": user.pw_dir, "USER": user.pw_name}, user.pw_uid,
-                                   self.system_root)
-            root = search.old_scheme().graphroot
-            return root if holds_store(root) else ""
+            user = pwd.getpwnam(name)
+            root = _ConfigSearch({"HOME": user.pw_dir, "USER": name}, user.pw_uid,
+                                 self.system_root).old_scheme().graphroot
+            return f"{name}'s storage is at {root}: run it without sudo, or use --root {root}" \
+                if holds_store(root) else ""
         except (KeyError, CstorError, OSError):  # it would only be a hint
             return ""
 
@@ -1404,23 +1383,21 @@ class _ConfigSearch:
         config.transient_store = bool(values.get("storage.transient_store", False))
         config.imagestore = values.get("storage.imagestore") or ""
         config.stores = self._stores(values, "additionalimagestore", "imagestore")
-        config.layer_stores = [re.sub(":ref$", "", path) for path in
-                               self._stores(values, "additionallayerstore")]
-        decisive = "storage.graphroot"
+        config.layer_stores = self._stores(values, "additionallayerstore")
         config.graphroot = (self.environ.get("CONTAINERS_GRAPHROOT")
                             or self._path(values, "graphroot"))
         config.runroot = self.environ.get("CONTAINERS_RUNROOT") or self._path(values, "runroot")
         if self.rootless:
             data = self.environ.get("XDG_DATA_HOME") or os.path.join(self.home, ".local/share")
-            if not config.graphroot:
-                config.graphroot = self._path(values, "rootless_storage_path")
-                decisive = "storage.rootless_storage_path"
-            config.graphroot = config.graphroot or os.path.join(data, "containers/storage")
+            config.graphroot = (config.graphroot or self._path(values, "rootless_storage_path")
+                                or os.path.join(data, "containers/storage"))
             config.runroot = config.runroot or self._rootless_runroot()
         else:
             config.graphroot = config.graphroot or self.system("var/lib/containers/storage")
             config.runroot = config.runroot or self.system("run/containers/storage")
-        config.named_in = self._sources.get(decisive, "") if values.get(decisive) else ""
+        config.named_in = next((self._sources[key] for key in (
+            "storage.graphroot", "storage.rootless_storage_path")[:1 + self.rootless]
+            if values.get(key)), "")
         if self.environ.get("CONTAINERS_GRAPHROOT"):
             config.scheme, config.named_in = "environment", "CONTAINERS_GRAPHROOT"
 
@@ -1495,59 +1472,44 @@ class _Appended(list):  # type: ignore[type-arg]
     """An array with the element ``{append=true}``."""
 
 
-class TomlTable(dict):  # type: ignore[type-arg]
-    """A table of TOML; ``places`` has where each key stands, ``whole`` that it is defined."""
-
-    __slots__ = ("places", "whole")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: Dict[str, int] = {}
-        self.whole = False
-
-
-class _TableArray(list):  # type: ignore[type-arg]
-    """An array that ``[[headers]]`` make."""
-
-
 class Toml:
     """A parser of TOML 1.1, which podman 6 reads; older ones read 1.0.
 
     It takes what BurntSushi's decoder takes: a byte order mark, and headers and dotted keys that
-    add to one another's tables.  parse() returns all as dicts, settings() what concerns us; both
-    raise FormatError with file and line.
+    add to one another's tables.  parse() returns all, with numbers and times as bytes, and
+    settings() what concerns us; both raise FormatError with file and line.
     """
 
     SETTINGS: Dict[str, Tuple[Type[Any], str]] = {
         "storage.transient_store": (bool, "boolean"),
-        **{f"storage.options.additional{kind}stores": (list, "list of strings")
-           for kind in ("image", "layer")},
+        "storage.options.additionalimagestores": (list, "list of strings"),
+        "storage.options.additionallayerstores": (list, "list of strings"),
         **{"storage." + key: (str, "string") for key in (
             "driver", "graphroot", "runroot", "imagestore", "rootless_storage_path")}}
     SPACE = "[ \t]*"
     GAP = "(?:[ \t\n]|#[^\n]*)*"  # between lines, and between the elements of an array
     END = r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)"
     BARE = "[A-Za-z0-9_-]+"
-    LITERAL = r"'([^'\n]*)'"
-    BASIC = r'"((?:[^"\\\n]|\\[^\n])*)"'
-    LONG_LITERAL = r"'''\n?((?:[^']|''?(?!'))*'{0,2})'''"
-    LONG_BASIC = r'"""\n?((?:[^"\\]|\\(?s:.)|""?(?!"))*"{0,2})"""'
-    ESCAPE = r"\\(u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|x[0-9A-Fa-f]{2}|[ \t]*\n[ \t\n]*|.)"
-    ESCAPES = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", "e": "\x1b", '"': '"',
-               "\\": "\\"}
+    ESCAPE = (r'\\([btnfre"\\]|x[0-9A-Fa-f]{2}|u(?![dD][89A-Fa-f])[0-9A-Fa-f]{4}'
+              r"|U(?!0000[dD][89A-Fa-f])00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}|[ \t]*\n[ \t\n]*)")
+    SHORT = (rf'"((?:[^"\\\n]|{ESCAPE.replace("(", "(?:", 1).rpartition("|")[0]}))*)"',
+             r"'([^'\n]*)'")
+    LONG = (rf'"""\n?((?:[^"\\]|{ESCAPE.replace("(", "(?:", 1)}|""?(?!"))*"{{0,2}})"""',
+            r"'''\n?((?:[^']|''?(?!'))*'{0,2})'''")
+    ESCAPES = dict(zip('btnfre"\\', '\b\t\n\f\r\x1b"\\'))
     WORD = r"[A-Za-z0-9_.:+-]+(?:(?<=\d{4}-\d\d-\d\d) \d[0-9.:Zz+-]*)?"
     DIGITS = "[0-9](?:_?[0-9])*"
-    INTEGER = ("[+-]?(?:0|[1-9](?:_?[0-9])*)|0x[0-9A-Fa-f](?:_?[0-9A-Fa-f])*|0o[0-7](?:_?[0-7])*"
-               "|0b[01](?:_?[01])*")
-    FLOAT = (rf"[+-]?(?:inf|nan|(?:0|[1-9](?:_?[0-9])*)(?:\.{DIGITS})?(?:[eE][+-]?{DIGITS})?)")
-    DATE = "([0-9]{4})-([0-9]{2})-([0-9]{2})"
-    TIME = "([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:[.][0-9]+)?)?"
-    ZONE = "(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])?"
-    MOMENT = f"{DATE}(?:[Tt ]{TIME}{ZONE})?|{TIME}"
+    CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+    TIME = rf"{CLOCK}(?::[0-5][0-9](?:\.[0-9]+)?)?"
+    SCALAR = (rf"[+-]?(?:inf|nan|(?:0|[1-9](?:_?[0-9])*)(?:\.{DIGITS})?(?:[eE][+-]?{DIGITS})?)"
+              "|0x[0-9A-Fa-f](?:_?[0-9A-Fa-f])*|0o[0-7](?:_?[0-7])*|0b[01](?:_?[01])*"
+              rf"|([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})(?:[Tt ]{TIME}(?:[Zz]|[+-]{CLOCK})?)?|{TIME}")
 
     def __init__(self, data: bytes, file: str) -> None:
         self.file = file
         self.at = 0
+        self._places: Dict[Tuple[int, str], int] = {}  # of each key of a table, by its id()
+        self._whole: Set[int] = set()  # tables and arrays that a header or braces made, by id()
         try:
             self.text = data.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
@@ -1564,24 +1526,21 @@ class Toml:
                 # Go's decoder matches names whatever their case; the exact one shall win.
                 matches = [(table, key) for table in tables
                            for key in sorted(table, key=part.__eq__) if key.lower() == part]
-                tables = []
+                tables = [table[key] for table, key in matches]
                 for table, key in matches:
-                    self.at = table.places[key]
+                    self.at = self._places[id(table), key]
                     if depth == len(parts):
                         found[name] = self._setting(name, table[key], kind, word)
-                    elif isinstance(table[key], TomlTable):
-                        tables.append(table[key])
-                    else:
+                    elif not isinstance(table[key], dict):
                         self._refuse(f'"{".".join(parts[:depth])}" must be a table')
         return found
 
     def _setting(self, name: str, value: Any, kind: Type[Any], word: str) -> Any:
         if kind is list and isinstance(value, list):
             # {append=true} among the elements: they follow those of earlier files.
-            marks = [item for item in value if isinstance(item, dict)]
-            plain = [item for item in value if not isinstance(item, dict)]
-            if all(list(mark) == ["append"] and isinstance(mark["append"], bool) for mark in marks):
-                value = _Appended(plain) if marks and marks[-1]["append"] else plain
+            marks = [item for item in value if item in ({"append": True}, {"append": False})]
+            value = (_Appended if marks and marks[-1]["append"] else list)(
+                item for item in value if item not in marks)
         strings = value if isinstance(value, list) else [value] * (kind is str)
         if not isinstance(value, kind) or not all(isinstance(item, str) for item in strings):
             self._refuse(f'"{name}" must be a {word}')
@@ -1589,13 +1548,14 @@ class Toml:
             self._refuse(f'"{name}" holds a NUL byte')
         return value
 
-    def parse(self) -> TomlTable:
+    def parse(self) -> Dict[str, Any]:
         """Return the whole file."""
         stray = re.search("[\0-\x08\x0b-\x1f\x7f]", self.text)
         if stray:
             self.at = stray.start()
             self._refuse(f'control character "{display(stray[0])}"')
-        root = table = TomlTable()
+        root: Dict[str, Any] = {}
+        table = root
         try:
             while self._take(self.GAP) is not None and self.at < len(self.text):
                 if self.text.startswith("[", self.at):
@@ -1608,43 +1568,35 @@ class Toml:
             self._refuse("nested too deeply")
         return root
 
-    def _header(self, root: TomlTable) -> TomlTable:
+    def _header(self, root: Dict[str, Any]) -> Dict[str, Any]:
         start, brackets = self.at, self._take(r"\[\[?") or ""
         *above, last = self._keys()
         self._expect("]" * len(brackets))
         table = self._below(root, above, start)
-        before = table.get(last)
-        new = TomlTable()
-        new.whole = True
-        if len(brackets) == 2:
-            if before is None:
-                before = table[last] = _TableArray()
-            if not isinstance(before, _TableArray):
-                self._refuse(f'"{last}" is defined twice')
-            before.append(new)
-        elif isinstance(before, TomlTable) and not before.whole:
-            before.whole, new = True, before
-        elif last in table:
-            self._refuse(f"table [{'.'.join([*above, last])}] is defined twice")
-        else:
-            table[last] = new
-        table.places.setdefault(last, start)
-        return new
+        self._places.setdefault((id(table), last), start)
+        made: Any = table.get(last, [] if len(brackets) == 2 else {})
+        if not isinstance(made, list if len(brackets) == 2 else dict) or last in table and (
+                (id(made) in self._whole) != (len(brackets) == 2)):
+            self._refuse(f'"{".".join([*above, last])}" is defined twice')
+        table[last] = made
+        self._whole.add(id(made))
+        if isinstance(made, list):
+            made.append({})
+        return self._below(table, [last], start)
 
-    def _below(self, table: TomlTable, keys: Sequence[str], place: int) -> TomlTable:
+    def _below(self, table: Dict[str, Any], keys: Sequence[str], place: int) -> Dict[str, Any]:
         """Return the table that ``keys`` lead to, made where it is missing."""
         for key in keys:
-            if key not in table:
-                table[key], table.places[key] = TomlTable(), place
-            below = table[key]
-            if isinstance(below, _TableArray):
+            below = table.setdefault(key, {})
+            self._places.setdefault((id(table), key), place)
+            if isinstance(below, list) and id(below) in self._whole:
                 below = below[-1]
-            if not isinstance(below, TomlTable):
+            if not isinstance(below, dict):
                 self._refuse(f'"{key}" is not a table')
             table = below
         return table
 
-    def _pair(self, table: TomlTable) -> None:
+    def _pair(self, table: Dict[str, Any]) -> None:
         start = self.at
         *above, last = self._keys()
         self._expect("=")
@@ -1653,8 +1605,8 @@ class Toml:
         table = self._below(table, above, start)
         if last in table:
             self.at = start
-            self._refuse(f'key "{".".join([*above, last])}" is defined twice')
-        table[last], table.places[last] = value, start
+            self._refuse(f'"{".".join([*above, last])}" is defined twice')
+        table[last], self._places[id(table), last] = value, start
 
     def _keys(self) -> List[str]:
         """Read a key, dotted or not."""
@@ -1662,88 +1614,54 @@ class Toml:
         while not parts or self._take("[.]"):
             self._take(self.SPACE)
             part = self._take(self.BARE)
-            if part is None:
-                if self.text[self.at:self.at + 1] not in ('"', "'"):
-                    self._refuse("expected a key")
-                part = self._string(self.BASIC, self.LITERAL)
-            parts.append(part)
+            parts.append(self._string(self.SHORT, "a key") if part is None else part)
             self._take(self.SPACE)
         return parts
 
     def _value(self) -> Any:
-        start = self.text[self.at:self.at + 1]
         if self.text.startswith(('"""', "'''"), self.at):
-            return self._string(self.LONG_BASIC, self.LONG_LITERAL)
-        if start in ('"', "'"):
-            return self._string(self.BASIC, self.LITERAL)
-        if start == "[":
+            return self._string(self.LONG, "a string and its end")
+        if self.text.startswith(('"', "'"), self.at):
+            return self._string(self.SHORT, "a string and its end")
+        if self.text.startswith("[", self.at):
             values: List[Any] = []
             self._items("]", lambda: values.append(self._value()))
             return values
-        if start == "{":
-            table = TomlTable()
-            table.whole = True
+        if self.text.startswith("{", self.at):
+            table: Dict[str, Any] = {}
+            self._whole.add(id(table))
             self._items("}", lambda: self._pair(table))
             return table
-        place = self.at
-        word = self._take(self.WORD) or ""
+        place, word = self.at, self._take(self.WORD) or ""
+        match = re.fullmatch(self.SCALAR, word)
         try:
-            return self._scalar(word)
-        except ValueError:
+            if match and match[1]:
+                time.strptime(match[1], "%Y-%m-%d")
+            return match[0].encode() if match else {"true": True, "false": False}[word]
+        except (KeyError, ValueError):
             self.at = place
             self._refuse(f'malformed value "{display(word[:40])}"' if word else "expected a value")
 
-    def _scalar(self, word: str) -> Any:
-        """Return the value of a word, six numbers for a time; raise ValueError."""
-        if word in ("true", "false"):
-            return word == "true"
-        if re.fullmatch(self.INTEGER, word):
-            return int(word, 0)
-        if re.fullmatch(self.FLOAT, word):
-            return float(word)
-        moment = re.fullmatch(self.MOMENT, word)
-        if not word or not moment:
-            raise ValueError
-        parts = moment.groups()
-        year, month, day = (int(part or 1) for part in parts[:3])
-        time.strptime(f"{year:04} {month} {day}", "%Y %m %d")
-        hour, minute, second = (int(part or 0) for part in parts[3 if parts[0] else 6:][:3])
-        if hour > 23 or minute > 59 or second > 59:
-            raise ValueError
-        return year, month, day, hour, minute, second
-
-    def _string(self, basic: str, literal: str) -> str:
-        match = re.compile(literal).match(self.text, self.at)
-        if match:
-            self.at = match.end()
-            return match[1]
-        match = re.compile(basic).match(self.text, self.at)
+    def _string(self, patterns: Sequence[str], wanted: str) -> str:
+        """Read a string, with escapes or without."""
+        basic, literal = (re.compile(pattern).match(self.text, self.at) for pattern in patterns)
+        match = basic or literal
         if not match:
-            self._refuse("string without an end")
-        text = re.sub(self.ESCAPE, self._escape, match[1])
+            self._refuse(f"expected {wanted}")
         self.at = match.end()
-        return text
+        return re.sub(self.ESCAPE, self._escape, match[1]) if basic else match[1]
 
     def _escape(self, match: re.Match[str]) -> str:
         code = match[1]
-        if code in self.ESCAPES:
-            return self.ESCAPES[code]
-        if not code.strip(" \t\n") and "\n" in code:  # the string goes on at the next word
+        if code[-1] in " \t\n":  # the string goes on at the next word
             return ""
-        try:
-            if len(code) == 1 or 0xD800 <= int(code[1:], 16) <= 0xDFFF:
-                raise ValueError
-            return chr(int(code[1:], 16))
-        except ValueError:
-            self._refuse(f"unknown escape \\{display(code)}")
+        return self.ESCAPES.get(code) or chr(int(code[1:], 16))
 
     def _items(self, end: str, read: Callable[[], None]) -> None:
         """Read what stands in brackets; a comma may follow the last item."""
         self.at += 1
-        while True:
+        while self._take(self.GAP + re.escape(end)) is None:
             self._take(self.GAP)
-            if self._take(re.escape(end)):
-                return
             read()
             self._take(self.GAP)
             if not self._take(",") and not self.text.startswith(end, self.at):

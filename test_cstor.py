@@ -872,11 +872,17 @@ class Toml(unittest.TestCase):
             tomllib = None  # type: ignore[assignment]
 
         def plain(value: Any) -> Any:
+            """Numbers as numbers: our parser leaves them as they are written."""
             if isinstance(value, dict):
                 return {key: plain(item) for key, item in value.items()}
             if isinstance(value, list):
                 return list(map(plain, value))
-            moment = isinstance(value, (tuple, datetime.date, datetime.time))
+            if isinstance(value, bytes):
+                with contextlib.suppress(ValueError):
+                    return int(value, 0)
+                with contextlib.suppress(ValueError):
+                    return repr(float(value))
+            moment = isinstance(value, (bytes, datetime.date, datetime.time))
             return "moment" if moment else repr(value) if isinstance(value, float) else value
 
         for text in self.VALID:
@@ -889,16 +895,18 @@ class Toml(unittest.TestCase):
                 tomllib.loads(text)
         self.assertEqual({"a": "x\ny", "b": "nodev,metacopy=on", "c": '"x""y""'},
                          self.parse(self.VALID[0]))
-        self.assertEqual({"A": 1, "a": 2}, self.parse("A = 1\na = 2\n"))
+        self.assertEqual({"A": b"1", "a": b"07:32:00"}, self.parse("A = 1\na = 07:32:00\n"))
 
     def test_what_only_newer_podman_reads(self) -> None:
         """TOML 1.1, a byte order mark, and what BurntSushi's decoder lets pass."""
-        for text, value in (("a = {\nb = 1, # c\n}", {"a": {"b": 1}}), ("\ufeffa = 1", {"a": 1}),
+        for text, value in (("a = {\nb = 1, # c\n}", {"a": {"b": b"1"}}),
+                            ("\ufeffa = 1", {"a": b"1"}),
                             ('a = "\\e\\x41"', {"a": "\x1bA"}),
-                            ("[a]\nb.c = 1\n[a.b]\nd = 2", {"a": {"b": {"c": 1, "d": 2}}}),
-                            ("a = {b = 1}\na.c = 2", {"a": {"b": 1, "c": 2}})):
+                            ("[a]\nb.c = 1\n[a.b]\nd = 2",
+                             {"a": {"b": {"c": b"1", "d": b"2"}}}),
+                            ("a = {b = 1}\na.c = 2", {"a": {"b": b"1", "c": b"2"}}),
+                            ("a = 07:32", {"a": b"07:32"})):
             self.assertEqual(value, self.parse(text))
-        self.assertEqual({"a": (1, 1, 1, 7, 32, 0)}, self.parse("a = 07:32"))
 
     def test_names_in_any_case_and_in_quotes(self) -> None:
         self.assertEqual({"storage.graphroot": "/b", "storage.runroot": "/r"}, self.settings(
@@ -1071,7 +1079,7 @@ class Discovery(StoreTest):
         drop_in = {"home/.config/containers/storage.conf.d/1.conf":
                    '[storage]\ngraphroot = "@/data"\n'}
         roots = {"etc/containers/storage.conf.d/1.conf": '[storage]\ngraphroot = "@/system"\n'}
-        passed = f"podman 4 and 5 would use @/{own} (the default): --root @/{own} reads it"
+        passed = f"podman 4 and 5 would use @/{own} (the default)"
         for files in (self.SYSTEM_FILE, roots):
             self.assertEqual((own, "old", []), self.whole_system(files, system, owned=[own]))
             self.assertEqual((own, "old", []), self.whole_system(files, owned=[own, system]))
@@ -1104,7 +1112,7 @@ class Discovery(StoreTest):
             self.assertEqual((self.OWN, "old", []),
                              (self.where(config), config.scheme, config.faults))
             self.assertIn(f"{closed}/system ({self.dir}/etc/containers/storage.conf) is another "
-                          "user's: Permission denied; name a graph root", config.hint)
+                          "user's; name a graph root", config.hint)
             self.assertEqual("closed/x", self.where(self.system(mine, uid=1000,
                                                                 stores=[self.SYSTEM])))
             with self.assertRaises(PermissionError) as caught:
@@ -1118,7 +1126,7 @@ class Discovery(StoreTest):
         own, data = "var/lib/containers/storage", self.DATA
         name = "(@/home/.config/containers/storage.conf)"
         self.assertEqual((own, "old",
-                          [f"podman 6 would use @/data {name}: --root @/data reads it"]),
+                          [f"podman 6 would use @/data {name}"]),
                          self.whole_system(mine, own, data, uid=0))
         self.assertEqual((own, "old", [f"podman 6 would use @/data {name}: no storage there"]),
                          self.whole_system(mine, own, uid=0))
@@ -1130,7 +1138,7 @@ class Discovery(StoreTest):
             mine, own, data, uid=0, env={"XDG_CONFIG_HOME": "@/home/.config"}))
         drop_in = {"etc/containers/storage.conf.d/1.conf": '[storage]\ngraphroot = "@/data"\n'}
         self.assertEqual((data, "new", [
-            f"podman 4 and 5 would use @/{own} (the default): --root @/{own} reads it"]),
+            f"podman 4 and 5 would use @/{own} (the default)"]),
             self.whole_system(drop_in, own, data, uid=0))
 
     def test_a_configuration_that_cannot_be_read(self) -> None:
@@ -1166,9 +1174,9 @@ class Discovery(StoreTest):
         self.assertEqual(["/shared"], self.system(drop_in, uid=1000).stores)
         config = self.system({"etc/containers/storage.conf": '[storage.options]\n'
                               'additionallayerstores = ["/als:ref", "/b"]\n'})
-        self.assertEqual(["/als", "/b"], config.layer_stores)
+        self.assertEqual(["/als:ref", "/b"], config.layer_stores)
         config = self.system({}, {"STORAGE_OPTS": "overlay.additionallayerstore=/x:ref,/y"})
-        self.assertEqual((["/x", "/y"], []), (config.layer_stores, config.stores))
+        self.assertEqual((["/x:ref", "/y"], []), (config.layer_stores, config.stores))
 
     def test_no_store_at_all(self) -> None:
         """The error names the place, and the hint where it was looked for."""
@@ -1181,7 +1189,7 @@ class Discovery(StoreTest):
                          "it; name a graph root with --root DIR)\n", done.stderr.decode())
         hint = self.system(self.SYSTEM_FILE, uid=1000).hint
         self.assertEqual(f"the default for HOME={self.dir}/home; looked also at {self.dir}/system "
-                         f"({self.dir}/etc/containers/storage.conf): no storage there; name a "
+                         f"({self.dir}/etc/containers/storage.conf); name a "
                          "graph root with --root DIR", hint)
 
     def test_the_store_of_who_called_sudo(self) -> None:
