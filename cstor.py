@@ -71,25 +71,39 @@ Sections, each built only from those above it:
 
 from __future__ import annotations
 
-import binascii
 import errno
-import fcntl
 import io
-import json
 import os
-import re
 import stat
 import sys
 import time
-import zlib
 from _thread import allocate_lock
-from _weakrefset import WeakSet
+from _weakref import ref
+
+
+# This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
+# the first one.  Only Python 3.9 and later take any expression as a decorator.
+@(lambda kind: kind)  # cstor.py needs Python 3.9 or later
+class _MissingModule:
+    """A standard module that this Python lacks; using it raises the error of its import."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
+
 
 # Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, signal, sqlite3, tempfile and threading
 # are imported, and patterns compiled (re keeps them), where they are used.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import binascii
+    import fcntl
+    import json
+    import re
     import socket
+    import zlib
     from typing import (Any, BinaryIO, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
                         NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
 
@@ -100,6 +114,12 @@ if TYPE_CHECKING:
     C = TypeVar("C", bound="Connection")
     K = TypeVar("K", bound="RpcClient")
     Progress = Callable[[int, int], None]  # bytes and files done so far
+
+for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-minimal lacks json
+    try:
+        globals()[_name] = __import__(_name)
+    except ImportError:
+        globals()[_name] = _MissingModule(_name)
 
 __version__ = "0.1.0"
 
@@ -377,6 +397,13 @@ class ProtocolError(CstorError):
 def add_hint(error: BaseException, text: str) -> None:
     """Add to what the command line says of an error."""
     vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
+
+
+def explain_import(error: ImportError) -> str:
+    """Say which standard module this Python lacks, and which package of Debian has it."""
+    what = f"this Python has no module {error.name}" if isinstance(error, ModuleNotFoundError) \
+        else f"this Python cannot load a module: {display(str(error))}"
+    return f"{what}; on Debian, `apt install python3` brings it (libpython3-stdlib)"
 
 
 def display(name: Union[str, bytes]) -> str:
@@ -797,7 +824,7 @@ def widen_pipe(fd: int) -> None:
     """Give a pipe room for a whole chunk, so that writer and reader change places less often."""
     try:
         fcntl.fcntl(fd, F_SETPIPE_SZ, CHUNK)
-    except OSError:  # no pipe, or the user's allowance (fs.pipe-user-pages-soft) is used up
+    except (ImportError, OSError):  # no pipe, or fs.pipe-user-pages-soft is used up
         pass
 
 
@@ -819,10 +846,75 @@ def capabilities() -> List[str]:
 
 def soft_limit() -> int:
     """Return how many files this process may have open."""
-    import resource
-
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft = os.sysconf("SC_OPEN_MAX")  # the soft RLIMIT_NOFILE; -1 is none
     return soft if 0 <= soft < 1 << 20 else 1 << 20
+
+
+class Job:
+    """A call that Threads make; result() waits for it."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call, self._error = call, None  # type: Callable[[], Any], Optional[BaseException]
+        self._begun, self._running = allocate_lock(), allocate_lock()
+        self._running.acquire()
+
+    def cancel(self) -> bool:
+        """Keep it from being begun; False when it was begun before."""
+        return self._begun.acquire(False)
+
+    def run(self) -> None:
+        """Make the call, unless it was cancelled."""
+        if self._begun.acquire(False):
+            try:
+                self._value = self._call()
+            except BaseException as error:  # handed over in result()
+                self._error = error
+            self._running.release()
+
+    def result(self) -> Any:
+        """Return what the call returned, or raise its error."""
+        with self._running:
+            if self._error:
+                raise self._error
+            return self._value
+
+
+class Threads:
+    """Up to ``count`` threads; where the system or this Python has none for us, submit() works."""
+
+    def __init__(self, count: int) -> None:
+        self._threads: List[Any] = []
+        try:
+            import queue
+            import threading
+
+            self._jobs: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
+            for _ in range(count):
+                thread = threading.Thread(target=self._run, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except (ImportError, RuntimeError):  # RuntimeError: can't start new thread
+            pass
+
+    def _run(self) -> None:
+        for job in iter(self._jobs.get, None):
+            job.run()
+
+    def submit(self, call: Callable[[], object]) -> Job:
+        """Have a call made."""
+        job = Job(call)
+        if self._threads:
+            self._jobs.put(job)
+        else:
+            job.run()
+        return job
+
+    def close(self, patience: Optional[float] = None) -> None:
+        """Wait for the threads to do what was submitted, and end; harmless when repeated."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(patience)
 
 
 class Copier:
@@ -1199,11 +1291,11 @@ class _ConfigSearch:
 
     @staticmethod
     def _home_of(uid: int) -> str:
-        import pwd
-
         try:
+            import pwd
+
             return pwd.getpwuid(uid).pw_dir
-        except KeyError:
+        except (ImportError, KeyError):
             return "/"
 
     def system(self, path: str) -> str:
@@ -1444,12 +1536,12 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
     In this order podman maps them to the IDs from 1 on.  [] when there are none, or the file cannot
     be read; what only NSS knows is not seen.
     """
-    import pwd
-
     names = {str(uid)}
     try:
+        import pwd
+
         names.add(pwd.getpwuid(uid).pw_name)
-    except KeyError:
+    except (ImportError, KeyError):
         pass
     try:
         text = read_whole(open_input(file), MAX_SPECIAL, file).decode("utf-8", "surrogateescape")
@@ -1747,6 +1839,8 @@ def _lock_shared(fd: int, patience: Patience) -> None:
     while True:
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except ImportError:
             return
         except OSError as error:
             # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
@@ -2504,7 +2598,7 @@ class Contents(Directory):
             self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
 
 
-OPEN_STORAGES: WeakSet[Metadata] = WeakSet()  # nothing may be written in them
+OPEN_STORAGES: Set[ref[Metadata]] = set()  # nothing may be written in them
 
 
 class Metadata:
@@ -2545,7 +2639,7 @@ class Metadata:
         except BaseException:
             self.close()
             raise
-        OPEN_STORAGES.add(self)
+        OPEN_STORAGES.add(ref(self, OPEN_STORAGES.discard))
         self.reload()
 
     def _open_graphroot(self) -> Directory:
@@ -2591,7 +2685,7 @@ class Metadata:
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
-        OPEN_STORAGES.discard(self)
+        OPEN_STORAGES.discard(ref(self))
         for root in self.roots:
             root.close()
         if self._run:
@@ -2621,8 +2715,9 @@ class Metadata:
         """Return what opens files that are closed to us; without any, raise ``error``."""
         raise error
 
-    def prepare(self, processes: int) -> None:
-        """Make the helper ready for so many processes that are about to be forked."""
+    def prepare(self, processes: int) -> int:
+        """Make the helper ready for processes about to be forked; return for how many it is."""
+        return processes
 
     @property
     def owner(self) -> Tuple[int, int]:
@@ -2935,13 +3030,11 @@ def query_database(root: Directory, query: str) -> List[Tuple[Any, ...]]:
     beside a database in WAL mode, rolls back a hot journal, and follows what else lies there.
     Raises FormatError when SQLite cannot read it, Unsupported when this Python has no SQLite.
     """
-    import tempfile
-
     try:
         import sqlite3
-    except ImportError:
-        raise Unsupported(f"{root.host_path(DATABASE_FILES[0])}: this Python has no sqlite3"
-                          ) from None
+        import tempfile
+    except ImportError as error:
+        raise Unsupported(f"{root.host_path(DATABASE_FILES[0])}: {explain_import(error)}") from None
 
     problem: Exception = FormatError("it changes all the time")
     for _ in range(5):
@@ -4319,9 +4412,6 @@ class TarSink:
 
     def __init__(self, out: Union[int, BinaryIO], *, hashing: bool, layer: str,
                  progress: Optional[Progress] = None) -> None:
-        import queue
-        import threading
-
         self.size = 0
         self.files = 0
         self._layer, self._progress = layer, progress
@@ -4333,37 +4423,34 @@ class TarSink:
 
             self._hash = hashlib.sha256()
         self._error: Optional[BaseException] = None
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[Optional[memoryview]] = queue.SimpleQueue()
-        for _ in range(self.BUFFERS):
-            self._free.put(bytearray(CHUNK))
+        self._closed = False  # or soon, by the thread
+        self._free = [bytearray(CHUNK) for _ in range(self.BUFFERS)]
+        self._writes: List[Job] = []
         self._take_buffer()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._thread = Threads(1)
 
     def _take_buffer(self) -> None:
-        self._buffer = self._free.get()
+        self._buffer = self._free.pop() if self._free else self._writes.pop(0).result()
         self._view, self._fill = memoryview(self._buffer), 0
 
-    def _work(self) -> None:
-        for view in iter(self._full.get, None):
-            try:
-                if self._error is None:
-                    if self._hash:
-                        self._hash.update(view)
-                    if isinstance(self._out, int):
-                        write_all(self._out, view)
-                    else:
-                        write_object(self._out, view)
-            except BaseException as error:  # handed to the thread that reads, in _flush()
-                self._error = error
-            self._free.put(view.obj)  # type: ignore[arg-type]
-        if isinstance(self._out, int):
-            os.close(self._out)
+    def _write(self, view: memoryview) -> object:
+        """Hash and write a buffer; return it, whatever happens."""
+        try:
+            if self._error is None:
+                if self._hash:
+                    self._hash.update(view)
+                if isinstance(self._out, int):
+                    write_all(self._out, view)
+                else:
+                    write_object(self._out, view)
+        except BaseException as error:  # handed to the thread that reads, in _flush()
+            self._error = error
+        return view.obj
 
     def _flush(self) -> None:
         self.size += self._fill
-        self._full.put(self._view[:self._fill])
+        view = self._view[:self._fill]
+        self._writes.append(self._thread.submit(lambda: self._write(view)))
         self._take_buffer()
         if self._error:
             raise self._error
@@ -4373,8 +4460,8 @@ class TarSink:
     def _drain(self) -> None:
         """Wait until everything is written."""
         self._flush()
-        for buffer in [self._free.get() for _ in range(self.BUFFERS - 1)]:
-            self._free.put(buffer)
+        while self._writes:
+            self._free.append(self._writes.pop(0).result())
         if self._error:
             raise self._error
 
@@ -4443,8 +4530,7 @@ class TarSink:
     def finish(self) -> str:
         """Write what is left; return the digest, "" without ``hashing``."""
         self._drain()
-        self._full.put(None)
-        self._thread.join()
+        self._close()
         return f"sha256:{self._hash.hexdigest()}" if self._hash else ""
 
     def abort(self) -> None:
@@ -4452,8 +4538,14 @@ class TarSink:
         self._error = self._error or InterruptedError()
         if hasattr(self._out, "abort"):  # what the thread may be waiting for
             self._out.abort()
-        self._full.put(None)
-        self._thread.join(0.5 if isinstance(self._out, int) else None)
+        self._close(0.5 if isinstance(self._out, int) else None)
+
+    def _close(self, patience: Optional[float] = None) -> None:
+        out = self._out
+        if isinstance(out, int) and not self._closed:
+            self._closed = True
+            self._thread.submit(lambda: os.close(out))
+        self._thread.close(patience)
 
 
 def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool = True,
@@ -5179,9 +5271,9 @@ class Decompressed:
             self._damage = EOFError, lzma.LZMAError
             return lzma.LZMAFile(file)
         if magic.startswith(b"\x28\xb5\x2f\xfd"):
-            import importlib
-
             try:
+                import importlib
+
                 zstd = importlib.import_module("compression.zstd")  # Python 3.14
             except ImportError:
                 return io.BufferedReader(ZstdProgram(self.path, magic, self._raw.read), CHUNK)
@@ -5236,6 +5328,8 @@ class ZstdProgram(io.RawIOBase):
         except (FileNotFoundError, PermissionError):
             raise Unsupported(f"{path}: compressed by zstd", hint="this takes Python 3.14 or the "
                               "program zstd") from None
+        except OSError as error:
+            raise with_path(error, "zstd") from None
         self._source, self._sink = self._program.stdin, self._program.stdout
         os.set_blocking(self._source.fileno(), False)
         self._poll = select.poll()
@@ -5717,40 +5811,42 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
         for name, node, first in items:
             yield name, node, first, ""
         return
-    from concurrent.futures import ThreadPoolExecutor
-
-    batches: List[Any] = []  # (what walk() yields with a descriptor or -1 each, future)
+    batches: List[Any] = []  # (what walk() yields with a descriptor or -1 each, Job)
     size = files = 0
     share = HASH_BATCH // max(min(64, soft_limit() // 16), 1)  # of each file: five batches are open
 
     def finish(keep: int) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
         nonlocal size, files
         while len(batches) > keep:
-            batch, future = batches.pop(0)
-            for (name, node, first, fd), digest in zip(batch, future.result()):
+            batch, job = batches.pop(0)
+            for (name, node, first, fd), digest in zip(batch, job.result()):
                 yield name, node, first, digest
                 size, files = size + node.size * (fd >= 0), files + (fd >= 0)
             if progress:
                 progress(size, files)
 
+    def submit(batch: List[Tuple[bytes, Node, Optional[bytes], int]]) -> None:
+        batches.append((batch, threads.submit(lambda: hash_batch(batch))))
+
     batch: List[Tuple[bytes, Node, Optional[bytes], int]] = []
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        try:
-            room = HASH_BATCH
-            for name, node, first in nodes_ahead(items, lambda item: item[1]):
-                hashed = node.type == "reg" and node.size > 0 and first is None
-                batch.append((name, node, first, opener(node) if hashed else -1))
-                room -= node.size + share
-                if room < 0:
-                    batches.append((batch, pool.submit(hash_batch, batch)))
-                    batch, room = [], HASH_BATCH
-                    yield from finish(3)
-            batches.append((batch, pool.submit(hash_batch, batch)))
-            batch = []
-            yield from finish(0)
-        finally:
-            for rest in [batch, *(rest for rest, future in batches if future.cancel())]:
-                close_batch(rest)
+    threads = Threads(min(os.cpu_count() or 1, 8))
+    try:
+        room = HASH_BATCH
+        for name, node, first in nodes_ahead(items, lambda item: item[1]):
+            hashed = node.type == "reg" and node.size > 0 and first is None
+            batch.append((name, node, first, opener(node) if hashed else -1))
+            room -= node.size + share
+            if room < 0:
+                submit(batch)
+                batch, room = [], HASH_BATCH
+                yield from finish(3)
+        submit(batch)
+        batch = []
+        yield from finish(0)
+    finally:
+        for rest in [batch, *(rest for rest, job in batches if job.cancel())]:
+            close_batch(rest)
+        threads.close()
 
 
 def hash_batch(batch: Sequence[Tuple[bytes, Node, Optional[bytes], int]]) -> List[str]:
@@ -6230,17 +6326,18 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
-def prepare_helper(nodes: Iterable[Node], processes: int) -> None:
+def prepare_helper(nodes: Iterable[Node], processes: int) -> int:
     """Start the helper before processes are forked, when a content is closed to us.
 
-    Only what its mode, or its directory's, shows to be private is asked for.
+    Only what its mode, or its directory's, shows to be private is asked for.  Return how many
+    processes may be forked.
     """
     for node in nodes:
         if node.type == "reg" and node.size and node.tree.storage and node.parent \
                 and not (node.mode & stat.S_IROTH and node.parent.mode & stat.S_IXOTH) \
                 and node.tree.is_closed(node):
-            node.tree.storage.prepare(processes)
-            break
+            return node.tree.storage.prepare(processes)
+    return processes
 
 
 def unlink_quietly(dir_fd: int, name: bytes) -> None:
@@ -6303,7 +6400,8 @@ class Extraction:
         workers = 1 if self._hardlinks else self._workers or default_workers()
         workers = min(workers, len(batches) // 2 or 1)
         if workers > 1:
-            prepare_helper((node for batch in batches for node in batch[2::3]), workers - 1)
+            workers = 1 + prepare_helper(
+                (node for batch in batches for node in batch[2::3]), workers - 1)
         for counted in share_out(len(batches), workers,
                                  lambda number: self._make_batch(batches[number]),
                                  self.tally.plain, self._ticker(batches)):
@@ -6794,7 +6892,7 @@ def storage_places() -> Dict[str, List[str]]:
     A run root may hold more: what podman has in it is what counts.
     """
     runs, roots = [], []
-    for storage in list(OPEN_STORAGES):
+    for storage in filter(None, [entry() for entry in list(OPEN_STORAGES)]):
         roots += [root.path for root in storage.roots]
         runs.append(storage.runroot)
     try:
@@ -7059,12 +7157,10 @@ class GzipWriter:
     DICTIONARY = 32 << 10
 
     def __init__(self, write: Callable[[bytes], object], level: int = 6) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         self._write, self._level = write, level
         threads = min(os.cpu_count() or 1, 8)
-        self._pool, self._most = ThreadPoolExecutor(threads), threads + 2
-        self._blocks: List[Any] = []  # futures of compressed blocks
+        self._threads, self._most = Threads(threads), threads + 2
+        self._blocks: List[Job] = []  # those that are compressed now
         self._buffer, self._before = bytearray(), b""
         self._crc = self._size = 0
         write(b"\x1f\x8b\x08\0\0\0\0\0%c\xff" % {1: 4, 9: 2}.get(level, 0))
@@ -7080,8 +7176,8 @@ class GzipWriter:
     def _compress(self, block: bytes, *, last: bool) -> None:
         self._crc = zlib.crc32(block, self._crc)
         self._size += len(block)
-        self._blocks.append(self._pool.submit(self._deflate, block, self._before, last))
-        self._before = block[-self.DICTIONARY:]
+        before, self._before = self._before, block[-self.DICTIONARY:]
+        self._blocks.append(self._threads.submit(lambda: self._deflate(block, before, last)))
         while self._blocks and (last or len(self._blocks) > self._most):
             self._write(self._blocks.pop(0).result())
 
@@ -7098,7 +7194,7 @@ class GzipWriter:
 
     def close(self) -> None:
         """End the threads; harmless when repeated."""
-        self._pool.shutdown()
+        self._threads.close()
 
 
 class ZstdWriter:
@@ -7119,42 +7215,43 @@ class ZstdWriter:
             self._start(level)
 
     def _start(self, level: int) -> None:
+        import select
         import subprocess
-        import threading
 
         try:
-            self._program = subprocess.Popen(["zstd", "-q", "-c", f"-{level}", "-T0"],
+            self._program = subprocess.Popen(["zstd", "-q", "-c", f"-{level}", "-T0"], bufsize=0,
                                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise Unsupported("no zstd: neither Python 3.14 nor the program zstd is here",
                               hint="--compress gzip needs nothing") from None
-        self._error: Optional[BaseException] = None
-        self._thread = threading.Thread(target=self._pass_on, daemon=True)
-        self._thread.start()
-
-    def _pass_on(self) -> None:
-        try:
-            for data in iter(lambda: self._program.stdout.read(CHUNK), b""):
-                self._write(data)
-        except BaseException as error:  # handed over in finish()
-            self._error = error
-            self._program.kill()
+        except OSError as error:
+            raise with_path(error, "zstd") from None
+        os.set_blocking(self._program.stdin.fileno(), False)
+        self._poll = select.poll()
+        for file, event in ((self._program.stdin, select.POLLOUT),
+                            (self._program.stdout, select.POLLIN)):
+            widen_pipe(file.fileno())
+            self._poll.register(file, event)
 
     def write(self, data: Union[bytes, memoryview]) -> int:
         """Take uncompressed bytes."""
         if not self._program:
             self._write(self._compressor.compress(data))
             return len(data)
-        try:
-            self._program.stdin.write(data)
-        except (BrokenPipeError, ValueError):
-            self._give_up()
+        view = memoryview(data)
+        source, sink = self._program.stdin.fileno(), self._program.stdout.fileno()
+        while view:
+            if sink in dict(self._poll.poll()):
+                self._write(os.read(sink, CHUNK) or self._give_up())
+                continue
+            try:
+                view = view[os.write(source, view):]
+            except BrokenPipeError:
+                self._give_up()
         return len(data)
 
     def _give_up(self) -> NoReturn:
-        """Raise what made the program end before its time."""
-        self._thread.join()
-        raise self._error or CstorError(f"zstd failed with status {self._program.wait()}")
+        raise CstorError(f"zstd failed with status {self._program.wait()}")
 
     def abort(self) -> None:
         """Let nothing wait for the program any more."""
@@ -7166,12 +7263,10 @@ class ZstdWriter:
         if not self._program:
             self._write(self._compressor.flush())
             return
-        try:
-            self._program.stdin.close()
-        except BrokenPipeError:
-            self._give_up()
-        self._thread.join()
-        if self._error or self._program.wait():
+        self._program.stdin.close()
+        for data in iter(lambda: self._program.stdout.read(CHUNK), b""):
+            self._write(data)
+        if self._program.wait():
             self._give_up()
 
     def close(self) -> None:
@@ -7179,11 +7274,7 @@ class ZstdWriter:
         if self._program:
             self._program.kill()
             self._program.wait()
-            try:
-                self._program.stdin.close()
-            except BrokenPipeError:
-                pass
-            self._thread.join()
+            self._program.stdin.close()
             self._program.stdout.close()
 
 
@@ -9558,6 +9649,7 @@ class RpcServer:
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._stopping = False
+        self._alone: Optional[socket.socket] = None  # the client that serve() itself answers
         self._waker = -1
         self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
 
@@ -9565,6 +9657,8 @@ class RpcServer:
         """Let serve() return; for signal handlers and other threads."""
         self._stopping = True
         try:
+            if self._alone:
+                self._alone.shutdown(0)  # SHUT_RD: it is told of no other request
             os.write(self._waker, b"\0")
         except OSError:  # it is full, or serve() does not run
             pass
@@ -9592,8 +9686,10 @@ class RpcServer:
                     continue
                 try:
                     threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
-                except RuntimeError:  # there are too many threads
-                    sock.close()
+                except RuntimeError:  # can't start new thread: the others wait for this client
+                    self._alone = sock
+                    self.handle(sock)
+                    self._alone = None
         finally:
             self._finish(grace)
             waker, self._waker = self._waker, -1  # before the number belongs to another file
@@ -9626,7 +9722,7 @@ class RpcServer:
                     return
                 with _Session(self, connection) as session:
                     session.run()
-            except (CstorError, OSError, MemoryError):
+            except (CstorError, ImportError, OSError, MemoryError):
                 pass  # the client was told, or has gone
             finally:
                 connection.close()  # before it counts as gone
@@ -11431,7 +11527,7 @@ class Unshared:
             try:
                 self._start(way, function, words, process)
                 return
-            except (CstorError, OSError) as error:
+            except (CstorError, ImportError, OSError) as error:
                 reasons.append(f"{way}: {error}")
         user = os.environ.get("USER") or process["uid"]
         hint = "run it as root"
@@ -11760,8 +11856,11 @@ class Helper:
         return unspell(base), status, unspell(link), {
             unspell(key): bytes.fromhex(value) for key, value in xattrs.items()}
 
-    def spread(self, processes: int) -> None:
-        """Make so many more connections, one for each process that is forked next."""
+    def spread(self, processes: int) -> int:
+        """Make so many more connections, one for each process that is forked next.
+
+        Return how many were made: fewer where the system has no more processes for us.
+        """
         import socket
 
         while self._spare:  # those who had them have ended
@@ -11769,13 +11868,18 @@ class Helper:
         for _ in range(processes):
             ours, theirs = socket.socketpair()
             self._spare.append(Connection(ours, timeout=HELPER_PATIENCE))
-            with theirs:
-                self._call("attach", {}, [theirs.fileno()])
+            try:
+                with theirs:
+                    self._call("attach", {}, [theirs.fileno()])
+            except OSError:  # EAGAIN of its fork(2)
+                self._spare.pop().close()
+                break
         if self._tokens >= 0:
             os.close(self._tokens)
         self._tokens, end = os.pipe()  # whoever reads a number from it has that connection
-        os.write(end, bytes(range(processes)))
+        os.write(end, bytes(range(len(self._spare))))
         os.close(end)
+        return len(self._spare)
 
     def _adopt(self) -> None:
         """Take a connection of our own in a forked process; without any, start a helper."""
@@ -11828,13 +11932,13 @@ def serve_contents(roots: Sequence[str]) -> int:
                         and stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
                     if processes == MAX_HELPERS:
                         raise ProtocolError("too many connections", code=INVALID_REQUEST)
-                    processes += 1
                     if os.fork() == 0:
                         connection.close()
                         connection = Connection(socket.socket(fileno=message.take()[0]),
                                                 timeout=None)
                         processes = MAX_HELPERS
                         continue
+                    processes += 1
                     result: Any = None
                 else:
                     result, fds = server.answer(message.value)
@@ -12234,12 +12338,12 @@ class ProxiedStorage(Storage):
             raise NeedsUnshare(f"{error}{why}", hint=self._failure.hint if self._failure else "")
         return self._helper
 
-    def prepare(self, processes: int) -> None:
+    def prepare(self, processes: int) -> int:
         """Give each of so many processes, to be forked next, a connection of its own."""
         try:
-            self.helper(NeedsUnshare("")).spread(processes)
+            return self.helper(NeedsUnshare("")).spread(processes)
         except NeedsUnshare:
-            pass  # said when the content is needed
+            return processes  # said when the content is needed
 
     def close(self) -> None:
         """End the helper, and close all descriptors; harmless when repeated."""
@@ -13567,6 +13671,8 @@ def describe(error: Exception) -> str:
         place = display(os.fsencode(error.filename)) \
             if isinstance(error.filename, (str, bytes)) else "stdout"
         text = f"{place}: {error.strerror}"
+    elif isinstance(error, ImportError):
+        text = explain_import(error)
     else:
         text = display(str(error)) or type(error).__name__
     if isinstance(error, Ambiguous):
@@ -13585,8 +13691,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         status = EXIT_PIPE
-    except (CstorError, OSError, _UsageError, MemoryError) as error:
-        if sum(word.count("v") for word in words if re.fullmatch("-v+|--verbose", word)) > 1:
+    except (CstorError, ImportError, OSError, _UsageError, MemoryError) as error:
+        verbose = (word for word in words if word == "--verbose" or not word[1:].strip("v"))
+        if sum(word.count("v") for word in verbose if word.startswith("-")) > 1:
             raise
         say(f"error: {describe(error)}")
         status = exit_status(error)

@@ -22,6 +22,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -535,10 +536,10 @@ class House(unittest.TestCase):
         self.assertEqual([], used)
 
     def test_imports_are_of_the_standard_library(self) -> None:
-        allowed = {"__future__", "_thread", "_weakrefset", "argparse", "array", "binascii",
-                   "builtins", "bz2", "concurrent.futures", "ctypes", "errno", "fcntl", "gc",
+        allowed = {"__future__", "_thread", "_weakref", "argparse", "array", "binascii",
+                   "builtins", "bz2", "ctypes", "errno", "fcntl", "gc",
                    "gzip", "hashlib", "heapq", "importlib", "io", "json", "lzma", "marshal",
-                   "os", "pwd", "queue", "re", "resource", "select", "signal", "socket", "sqlite3",
+                   "os", "pwd", "queue", "re", "select", "signal", "socket", "sqlite3",
                    "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
                    "typing", "zlib"}
         found = set()
@@ -548,6 +549,30 @@ class House(unittest.TestCase):
             elif isinstance(node, ast.ImportFrom):
                 found.add(node.module or "")
         self.assertEqual(allowed, found)
+
+    def test_an_older_python_is_told(self) -> None:
+        """The first line that it cannot parse says what is needed; its SyntaxError quotes it."""
+        lines = self.source.splitlines()
+        first = next(node for node in self.tree.body[1:]
+                     if not isinstance(node, (ast.Import, ast.ImportFrom)))
+        assert isinstance(first, ast.ClassDef)
+        line = lines[first.decorator_list[0].lineno - 1]
+        self.assertEqual("@(lambda kind: kind)  # cstor.py needs Python 3.9 or later", line)
+        self.assertTrue(all(ord(char) < 128 for char in self.source[:self.source.index(line)]))
+        found = [shutil.which("python2"), *(shutil.which(f"python3.{i}") for i in range(2, 9)),
+                 *glob.glob("/root/.pyenv/versions/[23].[0-8]*/bin/python")]
+        for python in filter(None, found):
+            if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info >= (3, 9))"],
+                              stderr=subprocess.DEVNULL, check=False).returncode:
+                continue  # 3.10, or a version manager's name for none
+            for words in ([SCRIPT, "image", "list"], ["-", "image", "list"], ["-c", "import cstor"],
+                          ["-m", "cstor"]):
+                with open(SCRIPT, "rb") as script:
+                    done = subprocess.run([python, "-B", *words], stdin=script, cwd=HERE,
+                                          stderr=subprocess.PIPE, check=False)
+                self.assertEqual(1, done.returncode, python)
+                self.assertEqual([line, "^", "SyntaxError: invalid syntax"], [
+                    text.strip() for text in done.stderr.decode().splitlines()[-3:]], python)
 
     def test_only_the_command_line_prints_and_exits(self) -> None:
         last = self.sections()[-1][0]
@@ -8722,6 +8747,20 @@ class DumbClients(MessageTest):
 
     # -- good ones -------------------------------------------------------------------------------
 
+    def test_without_threads_one_client_is_served_at_a_time(self) -> None:
+        with self.running(grace=0.1) as server, \
+                mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
+            for _ in range(2):
+                with cstor.RpcClient(cstor.connect(self.path)) as client:
+                    self.assertEqual(1, len(client.images()))
+            with cstor.RpcClient(cstor.connect(self.path)) as idle:
+                idle.images()
+                begin = time.monotonic()
+                server.stop()  # for which nobody waits who asks nothing
+                while server._waker >= 0 and time.monotonic() < begin + 5:
+                    time.sleep(0.01)
+                self.assertLess(time.monotonic() - begin, 3)
+
     def test_every_form(self) -> None:
         with self.running():
             for layer in (self.layer, self.big):
@@ -10186,6 +10225,18 @@ class Helpers(StoreTest):
         os.symlink("x", top + "/overlay/y")
         return top
 
+    def test_a_helper_that_gets_no_more_processes(self) -> None:
+        """As many connections are made as its fork(2) allows; so many processes are forked."""
+        helper = cstor.Helper.__new__(cstor.Helper)
+        helper._spare, helper._tokens = [], -1
+        with mock.patch.object(cstor.Helper, "_call", side_effect=[
+                (None, []), (None, []), BlockingIOError(errno.EAGAIN, "no process")]):
+            self.assertEqual(2, helper.spread(5))
+        self.assertEqual(b"\0\1", os.read(helper._tokens, 9))
+        os.close(helper._tokens)
+        for connection in helper._spare:
+            connection.close()
+
     def test_answers(self) -> None:
         top = self.place()
         self.guard(top)
@@ -10640,6 +10691,128 @@ class CommandLine(StoreTest):
 
     def cstor(self, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         return self.run_cstor("--root", self.store.root, *args, **kwargs)
+
+    def test_a_python_without_a_module(self) -> None:
+        """Each standard module that can be missing: the work goes on, or one line names it."""
+        tar = make_tar(("etc/os-release", b"NAME=Small\n"))
+        small = StoreBuilder(os.path.join(self.dir, "small"))
+        small.image(small.layer(tar), "docker.io/library/small:latest")
+        small.save()
+        for name, data in (("", tar), (".gz", gzip.compress(tar)), (".bz2", bz2.compress(tar)),
+                           (".xz", lzma.compress(tar))):
+            small.write("../in.tar" + name, data)
+        out = os.path.join(self.dir, "out")
+        commands = {
+            "list": ["image", "list"], "export": ["layer", "export", small.layers[0]["id"]],
+            "cat": ["image", "cat", "small", "/etc/os-release"],
+            "toc": ["image", "toc", "small", "--digests"],
+            "extract": ["image", "extract", "small", out, "--no-same-owner"],
+            "oci": ["image", "copy-to-oci", "small", out, "--compress", "gzip"],
+            **{name: ["tar-diff", *[os.path.join(self.dir, "in.tar" + end) for end in ("", end)]]
+               for name, end in (("tar", ""), ("gz", ".gz"), ("bz2", ".bz2"), ("xz", ".xz"))}}
+        every = " ".join(commands)
+        stops: Dict[str, str] = {  # what needs the module; of all others nothing does
+            "argparse": every, "re": every, "json": "list export cat toc extract oci",
+            "zlib": every.replace("list ", ""), "binascii": "list export cat toc extract oci",
+            "array": "tar gz bz2 xz",
+            "hashlib": every, "struct": "gz", "fcntl": "extract oci",
+            "signal": "extract oci", "gzip": "gz", "bz2": "bz2", "_bz2": "bz2", "lzma": "xz",
+            "_lzma": "xz"}
+        loaded = subprocess.run(  # nothing runs without these
+            [sys.executable, "-c", "import sys; print(*sys.modules, *sys.builtin_module_names)"],
+            stdout=subprocess.PIPE, check=True).stdout.decode().split()
+        with open(SCRIPT, encoding="utf-8") as script:
+            wanted = {alias.name for node in ast.walk(ast.parse(script.read()))
+                      if isinstance(node, ast.Import) for alias in node.names}
+        self.assertLess(set(stops) - {"_bz2", "_lzma"}, wanted)
+        code = textwrap.dedent("""\
+            import io, json, shutil, sys
+            module, commands, out = json.loads(sys.argv[1])
+            sys.modules.pop(module.lstrip("_"), None)
+            sys.modules[module] = None
+            import cstor
+            sys.argv, said, codes, sys.stdout = ["cstor"], sys.stdout, {}, open("/dev/null", "w")
+            for name, words in commands.items():
+                sys.stderr = io.StringIO()
+                status = cstor.main(words)
+                codes[name] = status, sys.stderr.getvalue()
+                shutil.rmtree(out, ignore_errors=True)
+            print(codes, file=said)
+            """)
+        for module in sorted(wanted - set(loaded) - {"importlib"} | {"_bz2", "_lzma", "_hashlib"}):
+            sent = {name: ["--root", small.root, *words] for name, words in commands.items()}
+            done = subprocess.run(
+                [sys.executable, "-c", code, json.dumps([module, sent, out])], cwd=HERE, env=IDLE,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+            self.assertEqual((0, b""), (done.returncode, done.stderr), module)
+            for name, (status, text) in ast.literal_eval(done.stdout.decode()).items():
+                stopped = name in stops.get(module, "").split()
+                with self.subTest(module=module, command=name):
+                    self.assertEqual(6 if stopped else 0, status, text)
+                    if stopped:
+                        self.assertEqual(
+                            f"cstor: error: this Python has no module {module}; on Debian, `apt "
+                            "install python3` brings it (libpython3-stdlib)\n", text)
+                    else:
+                        self.assertNotIn("error", text)
+
+    def test_the_database_without_sqlite(self) -> None:
+        self._root = ""
+        sqlite3.connect(os.path.join(self.store.root, "db.sql")).close()
+        with mock.patch.dict(sys.modules, {"sqlite3": None}), \
+                contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual(0, cstor.main(["--root", self.store.root, "container", "list"]))
+        self.assertIn("web", out.getvalue())
+        self.assertEqual(
+            f"cstor: warning: {self.store.root}/db.sql: this Python has no module sqlite3; on "
+            "Debian, `apt install python3` brings it (libpython3-stdlib)\n", err.getvalue())
+
+    def test_a_system_without_threads_and_processes(self) -> None:
+        """What a limit of processes (ulimit -u, a pids cgroup) leaves is one thread."""
+        out, none = os.path.join(self.dir, "out"), OSError(errno.EAGAIN, "nothing to be had")
+        commands: List[Tuple[List[str], int, str]] = [
+            (["layer", "export", self.layer, "-o", out + ".tar"], 0, ""),
+            (["layer", "export", self.layer, "-o", out + ".tar", "--no-verify"], 0, ""),
+            (["image", "toc", "sample", "--digests"], 0, ""),
+            (["image", "copy-to-oci", "sample", out + ":gz", "--compress=gzip"], 0, ""),
+            (["image", "extract", "sample", out + ".d", "--no-same-owner"], 0, "")]
+        if sys.version_info < (3, 14):
+            commands.append((["image", "copy-to-oci", "sample", out + ":z", "--compress=zstd"], 6,
+                             "cstor: error: zstd: Resource temporarily unavailable\n"))
+        plain = [self.cstor(*words) for words, status, _ in commands if not status]
+        made = snapshot(self.dir), self.tree_bytes(out + ".tar", out, out + ".d")
+        for path in (out + ".tar", out, out + ".d"):
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError(
+                "can't start new thread")) as start, \
+                mock.patch.object(os, "fork", side_effect=none) as fork, \
+                mock.patch.object(subprocess, "Popen", side_effect=none), \
+                mock.patch.object(cstor, "default_workers", return_value=4), \
+                mock.patch.object(cstor, "HASH_BATCH", 1):
+            for number, (words, status, text) in enumerate(commands):
+                with contextlib.redirect_stderr(io.StringIO()) as err, \
+                        mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO())) as said:
+                    self.assertEqual(status, cstor.main(["-q", "--root", self.store.root, *words]))
+                    said.flush()
+                    if not status:
+                        self.assertEqual(plain[number].stdout if "toc" in words else b"",
+                                         said.buffer.getvalue() if "toc" in words else b"")
+                self.assertEqual(text, err.getvalue())
+        self.assertGreaterEqual(start.call_count, 4)
+        self.assertTrue(fork.called)
+        self.assertEqual(made[1], self.tree_bytes(out + ".tar", out, out + ".d"))
+
+    @staticmethod
+    def tree_bytes(*roots: str) -> Dict[str, bytes]:
+        """Return the contents of all files."""
+        found = {}
+        for root in roots:
+            for path in [root, *glob.glob(root + "/**", recursive=True)]:
+                if os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        found[path] = file.read()
+        return found
 
     def test_the_installed_command_is_compiled(self) -> None:
         need_tools("make", "install")
