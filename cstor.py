@@ -5552,9 +5552,13 @@ class Tree:
             if self.raw or merged[name][0].type != "whiteout":
                 yield name, merged[name]
 
+    def paths(self) -> Iterator[bytes]:
+        """Yield the paths that walk() yields."""
+        return (path for path, _, _ in self.walk())
+
     def glob(self, patterns: Sequence[str]) -> Iterator[Tuple[bytes, Node, Optional[bytes]]]:
         """Yield what walk() yields for the paths that fit a pattern; see compile_patterns()."""
-        fits = compile_patterns(patterns)
+        fits = compile_patterns(patterns, self.paths)
         return (item for item in self.walk() if fits(item[0]))
 
     # -- contents ------------------------------------------------------------------------------
@@ -5624,23 +5628,27 @@ def lower_path(node: Node) -> List[bytes]:
     return parts
 
 
-def compile_patterns(patterns: Sequence[str]) -> Callable[[bytes], bool]:
+def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]] = tuple
+                     ) -> Callable[[bytes], bool]:
     """Return a test whether a relative path fits one of the patterns; without any, all do.
 
-    ``*`` and ``?`` stop at "/", ``**`` does not; ``[a-z]`` and ``[!a-z]`` are sets.  A pattern
-    without "/" is about the last component, any other about the whole path.  A pattern without
-    ``*?[`` means everything below that path as well.
+    ``*`` and ``?`` stop at "/", ``**`` does not; ``[a-z]`` and ``[!a-z]`` are sets; a backslash
+    takes the meaning of what follows.  A pattern without "/" is about the last component, any other
+    about the whole path.  One that ``names()`` has just as it is written is meant literally: people
+    name directories ``[slug]``.  A pattern without ``*?[``, or meant literally, means everything
+    below that path as well.
     """
+    literal = existing_patterns(patterns, names)
     alternatives = []
     for pattern in patterns:
-        name = re.sub(r"\*\*+(?=/|\Z)", "**", re.sub(r"(?:\*\*/)+", "**/", pattern.strip("/")))
+        name = pattern.strip("/")
         text = "" if "/" in pattern.rstrip("/") else "(?:.*/)?"
-        for token in re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", name, re.DOTALL):
-            text += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token) or (
-                translate_set(token) if len(token) > 2 else re.escape(token))
+        tokens = ["\\" + char for char in name] if pattern in literal else re.findall(
+            r"\\.|(?:\*\*+/)+|\*+|\?|\[!?\]?(?:\\.|[^]\\])*\]|.", name, re.DOTALL)
+        text += "".join(map(translate_token, tokens))
         if not name:
             text = ".*"
-        elif not re.search(r"[*?\[]", name):
+        elif not any(token[0] in "*?[" for token in tokens):
             text += "(?:/.*)?"
         else:
             text += "(?<!\\A)"  # no pattern but "/" is about the root
@@ -5650,16 +5658,40 @@ def compile_patterns(patterns: Sequence[str]) -> Callable[[bytes], bool]:
                              or not path.isascii() and fits(spell(path)))
 
 
+def existing_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> Set[str]:
+    """Return the patterns that are a path, or a last component, of ``names()`` as written."""
+    paths: Dict[bytes, List[str]] = {}
+    bases: Dict[bytes, List[str]] = {}
+    for pattern in patterns:
+        if re.search(r"[*?[\\]", pattern):
+            for name in {os.fsencode(pattern), unspell(pattern)}:
+                wanted = paths if "/" in pattern.rstrip("/") else bases
+                wanted.setdefault(name.strip(b"/"), []).append(pattern)
+    found: Set[str] = set()
+    for path in names() if paths or bases else ():
+        found.update(paths.get(path, ()), bases.get(path.rpartition(b"/")[2], ()))
+    return found
+
+
+def translate_token(token: str) -> str:
+    """Return the regular expression of one token of a pattern."""
+    if token.startswith("**"):
+        return "(?:.*/)?" if token.endswith("/") else ".*"
+    if token.startswith("[") and len(token) > 2:
+        return translate_set(token)
+    return {"*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token[-1])
+
+
 def translate_set(token: str) -> str:
     """Return the regular expression of a set like ``[a-z]`` or ``[!a-z]``; "/" is in none."""
     inside = token[1:-1]
     negated = inside.startswith("!")
     items = ""
-    for start, end, single in re.findall(r"(.)-(.)|(.)", inside[negated:], re.DOTALL):
+    for start, end, single in re.findall(r"(\\?.)-(\\?.)|(\\?.)", inside[negated:], re.DOTALL):
         if single:
-            items += re.escape(single)
-        elif start <= end:
-            items += f"{re.escape(start)}-{re.escape(end)}"
+            items += re.escape(single[-1])
+        elif start[-1] <= end[-1]:
+            items += f"{re.escape(start[-1])}-{re.escape(end[-1])}"
     if not items:  # nothing but ranges that are the wrong way round
         return "[^/]" if negated else "(?!)"
     return f"(?!/)[{'^' * negated}{items}]"
@@ -6017,8 +6049,8 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
     holds.  ``exclude`` leaves out what fits, with all below.  The root comes first, but not when it
     is only what the selected files lie in.  Of a raw tree whiteouts are files called .wh.NAME.
     """
-    fits = compile_patterns(paths)
-    omits = compile_patterns(exclude) if exclude else lambda path: False
+    fits = compile_patterns(paths, tree.paths)
+    omits = compile_patterns(exclude, tree.paths) if exclude else lambda path: False
     inside: Optional[bytes] = None  # what begins so is in a directory that was selected
     outside: Optional[bytes] = None  # ... excluded
     above: List[Tuple[bytes, Node]] = []  # directories that nothing was taken from yet
@@ -12890,9 +12922,10 @@ def cmd_files(storage: Storage, args: Any) -> None:
         items: Iterator[Any] = ((b"/" + path, node, first)
                                 for path, node, first in tree.glob(args.pattern))
         if args.kind == "layer" and not isinstance(tree.layers[0], DiskTree):
-            fits = compile_patterns(args.pattern)  # names as in the tar, whiteouts among them
-            items = ((name, node, None) for name, node in layer_entries(storage.layer(args.layer))
-                     if fits(node.name))
+            layer = storage.layer(args.layer)  # names as in the tar, whiteouts among them
+            fits = compile_patterns(args.pattern,
+                                    lambda: (node.name for _, node in layer_entries(layer)))
+            items = ((name, node, None) for name, node in layer_entries(layer) if fits(node.name))
         first_item, items = peek(items)
         if first_item is None:
             need_match(tree, args.pattern)
@@ -13309,8 +13342,10 @@ def cmd_blame(storage: Storage, args: Any) -> None:
     except NotFound:
         steps = {}  # an image without a manifest
     with image.tree() as tree:
+        views = [Tree([layer]) for layer in tree.layers] if args.hidden else [tree]
         first, rows = peek((hidden_rows if args.hidden else blame_rows)(
-            tree, steps, compile_patterns(args.pattern)))
+            tree, steps, compile_patterns(
+                args.pattern, lambda: (path for view in views for path in view.paths()))))
         if first is None and not args.hidden:
             need_match(tree, args.pattern)
         if args.format == "json":
@@ -13452,7 +13487,8 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "CONTAINER": "name, ID or the start of an ID",
              "LINK": "26 characters, as in overlay/l",
              "PATH": "path inside, with or without a leading slash",
-             "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z]; without a slash it is about the "
+             "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z] and \\ before what is meant "
+                        "literally, as a path that exists is; without a slash it is about the "
                         "last component",
              "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
              "DIR[:TAG]": "OCI layout; without TAG the image's own tag",

@@ -3836,6 +3836,52 @@ class Contents(TreeTest):
                 self.assertEqual(fits, list(filter(cstor.compile_patterns(patterns), paths)),
                                  patterns)
 
+    def test_patterns_with_a_backslash_and_names_that_exist_as_written(self) -> None:
+        paths = [b"app", b"app/[slug]", b"app/[slug]/p", b"app/s", b"app/a*", b"app/ab", b"x/[slug]",
+                 b"back\\slash", b"star\\*", b"caf\xe9[1]", b"caf\xe91", b"app/[s]", b"q]"]
+        for pattern, wild, exact in (
+                ("app/[slug]", [b"app/s"], [b"app/[slug]", b"app/[slug]/p"]),
+                ("/app/[slug]/", [b"app/s"], [b"app/[slug]", b"app/[slug]/p"]),
+                ("[slug]", [b"app/s"], [b"app/[slug]", b"app/[slug]/p", b"x/[slug]"]),
+                ("app/[slug]/p", [], [b"app/[slug]/p"]), ("app/[s]", [b"app/s"], [b"app/[s]"]),
+                ("app/a*", [b"app/a*", b"app/ab"], [b"app/a*"]),
+                (r"app/\[slug\]", *2 * ([b"app/[slug]", b"app/[slug]/p"],)),
+                (r"app/\[slug]/*", *2 * ([b"app/[slug]/p"],)), (r"a\*", *2 * ([b"app/a*"],)),
+                (r"app/a[\*]", *2 * ([b"app/a*"],)), (r"[q\]][\]]", *2 * ([b"q]"],)),
+                (r"back\slash", [], [b"back\\slash"]), (r"back\\*", *2 * ([b"back\\slash"],)),
+                (r"star\*", [], [b"star\\*"]), ("star\\\\\\*", *2 * ([b"star\\*"],)),
+                ("caf\udce9[1]", [b"caf\xe91"], [b"caf\xe9[1]"]),
+                ("caf\uefe9[1]", [b"caf\xe91"], [b"caf\xe9[1]"]),
+                ("app/[slug", [], []), ("p\\", [], []), ("[xyz]", [], [])):
+            self.assertEqual(wild, list(filter(cstor.compile_patterns([pattern]), paths)), pattern)
+            fits = cstor.compile_patterns([pattern], lambda: paths)
+            self.assertEqual(exact, list(filter(fits, paths)), pattern)
+
+    def test_commands_take_an_existing_name_literally(self) -> None:
+        base = entry(b"app/[slug]/page.js", b"P") + entry(b"app/s", b"other") + entry(b"old/[x]",
+                                                                                      b"hidden")
+        with self.opened(base + entry(b"old/x", b"x"), entry(b"old/.wh.[x]")) as storage:
+            ids = [layer.id for layer in storage.image("t").layers()]
+            for command, names in (
+                    ("image files t app/[slug]", ["/app/[slug]", "/app/[slug]/page.js"]),
+                    ("image files t [slug]", ["/app/[slug]", "/app/[slug]/page.js"]),
+                    ("image files t old/[x]", ["/old/x"]), ("image files t old/\\[x]", []),
+                    (f"layer files {ids[0]} old/[x]", ["old/[x]"]),
+                    (f"layer files {ids[1]} old/.wh.[x]", ["old/.wh.[x]"])):
+                done = self.run_cstor("--root", storage.graphroot, *command.split(),
+                                      status=0 if names else 3)
+                self.assertEqual(names, done.stdout.decode().splitlines(), command)
+            for command, path in (("t app/[slug]/page.js", "/app/[slug]/page.js"),
+                                  ("t --hidden old/[x]", "/old/[x]")):
+                done = self.run_cstor("--root", storage.graphroot, "image", "blame", "--format",
+                                      "json", *command.split())
+                self.assertEqual([path], [row["path"] for row in json.loads(done.stdout)])
+            out = os.path.join(self.dir, "out")
+            self.run_cstor("--root", storage.graphroot, "image", "extract", "t", out, "--path",
+                           "app/[slug]", "--exclude", "[x]")
+            self.assertEqual([["app"], ["[slug]"], []], [dirs for _, dirs, _ in os.walk(out)])
+            self.assertTrue(os.path.isfile(f"{out}/app/[slug]/page.js"))
+
     def changes(self, old: bytes, new: bytes, *ignore: str) -> Dict[str, str]:
         with self.tree(old) as a, self.tree(new) as b:
             return {path.decode(): ",".join(what) if x and y else "deleted" if x else "added"
