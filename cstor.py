@@ -297,7 +297,7 @@ START_PATIENCE = 10  # seconds that a helper may take to start
 HELPER_PATIENCE = 120  # ... to open AHEAD files
 MAX_HELPERS = 64  # connections that a helper serves at a time
 AHEAD = 128  # files that a helper opens at a time; a message carries 253 descriptors at most
-HASH_BATCH = 4 << 20  # bytes, or 64 files, that a thread hashes, or a process extracts, at a time
+BATCH = 4 << 20  # bytes, or 64 files, that a process extracts at a time
 MAX_WORKERS = 8  # processes that extract
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
 INLINE_THRESHOLD = 4096  # contents of up to so many bytes go inline in a stream
@@ -855,21 +855,16 @@ class Job:
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call, self._error = call, None  # type: Callable[[], Any], Optional[BaseException]
-        self._begun, self._running = allocate_lock(), allocate_lock()
+        self._running = allocate_lock()
         self._running.acquire()
 
-    def cancel(self) -> bool:
-        """Keep it from being begun; False when it was begun before."""
-        return self._begun.acquire(False)
-
     def run(self) -> None:
-        """Make the call, unless it was cancelled."""
-        if self._begun.acquire(False):
-            try:
-                self._value = self._call()
-            except BaseException as error:  # handed over in result()
-                self._error = error
-            self._running.release()
+        """Make the call."""
+        try:
+            self._value = self._call()
+        except BaseException as error:  # handed over in result()
+            self._error = error
+        self._running.release()
 
     def result(self) -> Any:
         """Return what the call returned, or raise its error."""
@@ -4548,6 +4543,13 @@ class TarSink:
         self._thread.close(patience)
 
 
+class _Nowhere(io.BytesIO):
+    """What TarSink writes to when only the digest is wanted."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
 def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool = True,
                  progress: Optional[Progress] = None,
                  also: Optional[Callable[[Union[bytes, Extent]], object]] = None) -> str:
@@ -4992,6 +4994,8 @@ class DiskTree(LayerTree):
         self._groups: Dict[Tuple[int, int], Node] = {}
         self._moved: List[Node] = []
         self._stubs: List[Node] = []
+
+    writable = False  # whether it is a container's own layer, which nobody takes a digest of
 
     @property
     def label(self) -> str:
@@ -5563,6 +5567,30 @@ class Tree:
 
     # -- contents ------------------------------------------------------------------------------
 
+    @property
+    def tar_size(self) -> int:
+        """The bytes of all layers' tars, as far as they are recorded."""
+        return sum(max(layer.layer.diff_size, 0) for layer in self.layers if layer.layer)
+
+    def verify(self, progress: Optional[Progress] = None) -> List[str]:
+        """Compare the tar of each layer, headers and contents, with its DiffID.
+
+        Return what has none by right: the label of a container's writable layer.  Raises
+        IntegrityError, and Unsupported for any other layer that has none.
+        """
+        unverified, done = [], 0
+        for tree in reversed(self.layers):
+            layer = tree.layer
+            if isinstance(tree, DiskTree) and tree.writable and len(self.layers) > 1:
+                unverified.append(tree.label)
+            elif layer is None and isinstance(tree, DiskTree) or layer and not layer.diff_digest:
+                raise Unsupported(f"{tree.label} has no DiffID, so that it cannot be verified",
+                                  hint="without --verify, sizes and recorded CRC-64s are checked")
+            elif layer:
+                export_layer(layer, _Nowhere(), progress=shifted(progress, done))
+                done += max(layer.diff_size, 0)
+        return unverified
+
     def open(self, node: Node) -> int:
         """Open the content of a regular file and return its descriptor.
 
@@ -5593,6 +5621,11 @@ class Tree:
     def read(self, path: bytes, *, follow: bool = True) -> Iterator[bytes]:
         """Yield the content of the regular file ``path``, checked; see lookup() and content()."""
         yield from self.content(self.lookup(path, follow=follow)[1])
+
+def shifted(progress: Optional[Progress], done: int) -> Optional[Progress]:
+    """Return what tells the progress of a second job, after ``done`` bytes of the first."""
+    return progress and (lambda size, files: progress(done + size, files))
+
 
 def checked_content(fd: int, node: Node) -> Iterator[bytes]:
     """Yield the content of a node from its open file.  Raises IntegrityError at the end."""
@@ -5836,72 +5869,25 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
                   ) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
     """Add the sha256 of each regular file, checked by size and CRC-64, to what walk() yields.
 
-    "" for what is no file, is empty, or was yielded before.  Files are opened here in order and
-    read by threads, in batches: read(2) and hashlib leave the interpreter to others.
+    "" for what is no file, is empty, or was yielded before.
     """
-    if not wanted:
-        for name, node, first in items:
-            yield name, node, first, ""
-        return
-    batches: List[Any] = []  # (what walk() yields with a descriptor or -1 each, Job)
-    size = files = 0
-    share = HASH_BATCH // max(min(64, soft_limit() // 16), 1)  # of each file: five batches are open
-
-    def finish(keep: int) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
-        nonlocal size, files
-        while len(batches) > keep:
-            batch, job = batches.pop(0)
-            for (name, node, first, fd), digest in zip(batch, job.result()):
-                yield name, node, first, digest
-                size, files = size + node.size * (fd >= 0), files + (fd >= 0)
-            if progress:
-                progress(size, files)
-
-    def submit(batch: List[Tuple[bytes, Node, Optional[bytes], int]]) -> None:
-        batches.append((batch, threads.submit(lambda: hash_batch(batch))))
-
-    batch: List[Tuple[bytes, Node, Optional[bytes], int]] = []
-    threads = Threads(min(os.cpu_count() or 1, 8))
-    try:
-        room = HASH_BATCH
-        for name, node, first in nodes_ahead(items, lambda item: item[1]):
-            hashed = node.type == "reg" and node.size > 0 and first is None
-            batch.append((name, node, first, opener(node) if hashed else -1))
-            room -= node.size + share
-            if room < 0:
-                submit(batch)
-                batch, room = [], HASH_BATCH
-                yield from finish(3)
-        submit(batch)
-        batch = []
-        yield from finish(0)
-    finally:
-        for rest in [batch, *(rest for rest, job in batches if job.cancel())]:
-            close_batch(rest)
-        threads.close()
-
-
-def hash_batch(batch: Sequence[Tuple[bytes, Node, Optional[bytes], int]]) -> List[str]:
-    """Return the sha256 digest of each open file, "" for a descriptor of -1; close them all."""
     import hashlib
 
-    digests = []
-    try:
-        for _, node, _, fd in batch:
-            digest = hashlib.sha256()
-            for data in checked_content(fd, node) if fd >= 0 else ():
-                digest.update(data)
-            digests.append(f"sha256:{digest.hexdigest()}" if fd >= 0 else "")
-    finally:
-        close_batch(batch)
-    return digests
-
-
-def close_batch(batch: Sequence[Tuple[bytes, Node, Optional[bytes], int]]) -> None:
-    """Close the descriptors of a batch."""
-    for *_, fd in batch:
-        if fd >= 0:
-            os.close(fd)
+    size = files = 0
+    for name, node, first in nodes_ahead(items, lambda item: item[1]) if wanted else items:
+        digest = ""
+        if wanted and node.type == "reg" and node.size and first is None:
+            fd, content = opener(node), hashlib.sha256()
+            try:
+                for data in checked_content(fd, node):
+                    content.update(data)
+            finally:
+                os.close(fd)
+            digest = f"sha256:{content.hexdigest()}"
+            size, files = size + node.size, files + 1
+            if progress:
+                progress(size, files)
+        yield name, node, first, digest
 
 
 # -- comparing -----------------------------------------------------------------------------------
@@ -6102,6 +6088,14 @@ def strip_components(items: Iterator[Tuple[bytes, Node]], count: int
                              f'"{display(rest)}" without {count} components')
         if other == path:
             yield rest, node
+
+
+def source_date_epoch() -> int:
+    """Return SOURCE_DATE_EPOCH in nanoseconds, for times that are ours to choose; else 1970."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "") or "0"
+    if not re.fullmatch(r"\d{1,11}", text):
+        raise CstorError(f'SOURCE_DATE_EPOCH is no number of seconds: "{display(text)}"')
+    return int(text) * 10**9
 
 
 class OwnerMap:
@@ -6416,6 +6410,7 @@ class Extraction:
         self._stores = {inode for places in storage_places().values()
                         for inode in find_inodes(places)} if merge else ()
         self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
+        self._made = source_date_epoch()  # the time of directories without an entry
 
     # -- planning --------------------------------------------------------------------------------
 
@@ -6450,7 +6445,7 @@ class Extraction:
         sixteen times a batch.  The lists are flat: a tuple for each of 500,000 files takes 30 MB.
         """
         batch: List[Any] = []
-        room = HASH_BATCH
+        room = BATCH
         for path, node in items:
             if node.type == "dir":
                 self._make_directory(path, node)
@@ -6458,13 +6453,13 @@ class Extraction:
             if node in node.tree.linked and not self._is_first(path, node):
                 continue
             parent, _, base = path.rpartition(b"/")
-            if room < 0 and (parent != batch[-3] or room < -16 * HASH_BATCH):
+            if room < 0 and (parent != batch[-3] or room < -16 * BATCH):
                 yield batch
-                batch, room = [], HASH_BATCH
+                batch, room = [], BATCH
             if batch and parent == batch[-3]:
                 parent = batch[-3]
             batch += (parent, node.name if node.name == base else base, node)
-            room -= node.size + HASH_BATCH // 64
+            room -= node.size + BATCH // 64
         yield batch
 
     def _ticker(self, batches: Sequence[List[Any]]) -> Callable[[int], None]:
@@ -6748,8 +6743,8 @@ class Extraction:
                 mode &= ~drop
             if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL among them sets it, too
                 os.chmod(place, mode)
-        if not node.implicit:
-            os.utime(place, ns=(node.mtime_ns, node.mtime_ns))
+        moment = self._made if node.implicit else node.mtime_ns
+        os.utime(place, ns=(moment, moment))
 
     def _chown(self, place: Union[int, str], owner: Tuple[int, int], node: Node) -> bool:
         if self._set_owners:
@@ -6804,19 +6799,23 @@ class Extraction:
 
 def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
                  exclude: Sequence[str] = (), strip: int = 0, whiteouts: bool = True,
-                 force: bool = False, clean: Optional[bool] = None, **options: Any
-                 ) -> Dict[str, Any]:
+                 force: bool = False, clean: Optional[bool] = None, verify: bool = False,
+                 progress: Optional[Progress] = None, **options: Any) -> Dict[str, Any]:
     """Put the files of a tree into ``directory``, which is made, or is empty, or ``force``.
 
     ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
     With ``clean`` (None: if the directory is made here) nothing is left there after an error.
-    ``options`` are those of Extraction.  Return its summary().  Raises as Extraction.run() does,
-    and NotFound when nothing fits.
+    ``verify`` compares all layers with their DiffIDs before anything is made, and then what was
+    made with its CRC-64.  ``options`` are those of Extraction.  Return its summary(), with what
+    Tree.verify() returns as ``unverified``.  Raises as these do, and NotFound when nothing fits.
     """
     filling = Filling(directory, force=force, clean=clean)
+    unverified = tree.verify(progress) if verify else []
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
     with filling as target:
-        return filling.fill(target, items, **options)
+        summary = filling.fill(target, items, verify=verify, progress=shifted(
+            progress, tree.tar_size if verify else 0), **options)
+    return {**summary, "unverified": unverified} if verify else summary
 
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
@@ -6879,6 +6878,7 @@ class Filling:
         extraction.run(items, settled)
         if self.made and (first is None or first[0]):  # the root was not selected
             os.chmod(f"/proc/self/fd/{target.fd}", self.mode)
+            os.utime(f"/proc/self/fd/{target.fd}", ns=(source_date_epoch(),) * 2)
         if not is_at(target, self.directory):
             raise OSError(errno.ESTALE, "it was moved or removed while it was filled",
                           self.directory)
@@ -7167,14 +7167,6 @@ def compact_json(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
     except ValueError as error:
         raise FormatError(f"it cannot be written as JSON: {error}") from None
-
-
-def source_date_epoch() -> int:
-    """Return SOURCE_DATE_EPOCH in nanoseconds, for times that are ours to choose; else 1970."""
-    text = os.environ.get("SOURCE_DATE_EPOCH", "") or "0"
-    if not re.fullmatch(r"\d{1,11}", text):
-        raise CstorError(f'SOURCE_DATE_EPOCH is no number of seconds: "{display(text)}"')
-    return int(text) * 10**9
 
 
 class GzipWriter:
@@ -9124,13 +9116,6 @@ class Staging:
                               f"{MAX_EXPANDED >> 30} GiB")
         pieces = (piece for piece in content if isinstance(piece, bytes))  # none is an Extent
         return expand_content(member, _Source(pieces, f'"{display(member.name)}"').take)
-
-
-class _Nowhere(io.BytesIO):
-    """What TarSink writes to when only the digest is wanted."""
-
-    def write(self, data: Any) -> int:
-        return len(data)
 
 
 def _hashed(content: Iterator[Union[bytes, Extent]], sink: TarSink
@@ -12216,8 +12201,10 @@ class Container(ContainerRecord):
                               hint="`container inspect` and `store info` say why")
         tree = merged_tree(chain, f"container {self.title}", known)
         top = tree.layers[0]
-        if isinstance(top, DiskTree) and top.layer and not top.layer.uidmap:
-            top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
+        if isinstance(top, DiskTree):
+            top.writable = True
+            if top.layer and not top.layer.uidmap:
+                top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
         return tree
 
     def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
@@ -12876,6 +12863,20 @@ def open_tree(storage: Storage, args: Any) -> Tree:
     return tree
 
 
+def verify_first(tree: Tree, args: Any, progress: ProgressLine) -> int:
+    """Do what --verify asks for before there is any output; return the bytes that were read."""
+    if not args.verify:
+        return 0
+    say_unverified(tree.verify(progress))
+    return tree.tar_size
+
+
+def say_unverified(labels: Sequence[str]) -> None:
+    """Name what --verify could not verify, with -q, too: the exit status cannot tell it."""
+    for label in labels:
+        say(f"not verified: the container's writable layer, which has no DiffID: {display(label)}")
+
+
 def path_of(tree: Tree, text: str) -> bytes:
     """Return the path that an argument names: as it is, or else as JSON spells it."""
     path = os.fsencode(text)
@@ -12907,9 +12908,10 @@ def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
 
 def cmd_toc(storage: Storage, args: Any) -> None:
     """print the table of contents as JSON, by the rules of eStargz"""
-    with ProgressLine(0, args.quiet or not args.digests) as progress:
-        options: Any = {"digests": args.digests, "progress": progress}
+    with ProgressLine(0, args.quiet or not (args.digests or args.verify)) as progress:
         with open_tree(storage, args) as tree:
+            done = verify_first(tree, args, progress)
+            options: Any = {"digests": args.digests, "progress": shifted(progress, done)}
             entries = layer_toc(storage.layer(args.layer), **options) if args.kind == "layer" \
                 else tree_toc(tree, **options)
             print_entries(entries, head='{"version":1,"entries":[', tail="]}",
@@ -13074,12 +13076,14 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     else:
         with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
             if progress.active:
-                progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
+                progress.total = args.verify * tree.tar_size + sum(
+                    node.size for _, node in select_nodes(tree, **selection))
             summary = extract_tree(tree, args.dir, progress=progress, **options)
     if args.format == "json":
         print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
     elif not args.quiet:
         print_summary(summary)
+    say_unverified(summary.get("unverified", ()))
     for words, count in (("owner", "files keep your own owner"),
                          ("setuid", "programs lose setuid or setgid, as their owner is another"),
                          ("xattr", "extended attributes cannot be set")):
@@ -13217,7 +13221,7 @@ def cmd_image_export(storage: Storage, args: Any) -> None:
                 for layer in storage.image_chain(image))
     write = write_docker_archive if args.as_ == "docker-archive" else write_oci_archive
     with Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
-        write(output.fd, named, progress)
+        write(output.fd, named, progress)  # verified as it is written, layer by layer
 
 
 def cmd_container_export(storage: Storage, args: Any) -> None:
@@ -13229,8 +13233,10 @@ def export_tree(tree: Tree, args: Any) -> None:
     """Write a tree as a tar to stdout or a file."""
     with tree, Output(args.output) as output, ProgressLine(0, args.quiet) as progress:
         if progress.active:
-            progress.total = sum(node.size for _, node, first in tree.walk() if first is None)
-        for data in tar_out(tree, b"", b"", progress):
+            progress.total = args.verify * tree.tar_size + sum(
+                node.size for _, node, first in tree.walk() if first is None)
+        done = verify_first(tree, args, progress)
+        for data in tar_out(tree, b"", b"", shifted(progress, done)):
             write_all(output.fd, data)
 
 
@@ -13447,20 +13453,20 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE --format --no-trunc"),
     ("image history", cmd_image_history, "IMAGE --format --no-trunc"),
-    ("image toc", cmd_toc, "IMAGE --digests --pretty"),
+    ("image toc", cmd_toc, "IMAGE --digests --pretty --verify"),
     ("image files", cmd_files, "IMAGE PATTERN* -l -0 --format"),
     ("image stat", cmd_stat, "IMAGE PATH+ --follow --format"),
     ("image cat", cmd_cat, "IMAGE PATH+ -o --no-follow"),
     ("image cp", cmd_cp, "IMAGE:PATH DEST"),
     ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS} --via-skopeo"),
-    ("image export", cmd_image_export, "IMAGE+ --as -o"),
+    ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
     ("image copy-to-oci", cmd_copy_to_oci,
      "IMAGE DIR[:TAG] --compress --platform --all --format --via-skopeo"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "--format --no-trunc"),
     ("layer inspect", cmd_layer_inspect, "LAYER+ --format"),
-    ("layer toc", cmd_toc, "LAYER --digests --pretty"),
+    ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
     ("layer files", cmd_files, "LAYER PATTERN* -l -0 --format"),
     ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
     ("layer cat", cmd_cat, "LAYER PATH+ -o --no-follow"),
@@ -13475,7 +13481,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("container cat", cmd_cat, "CONTAINER PATH+ -o --no-follow"),
     ("container cp", cmd_cp, "CONTAINER:PATH DEST"),
     ("container extract", cmd_extract, f"CONTAINER {EXTRACT_OPTIONS}"),
-    ("container export", cmd_container_export, "CONTAINER -o"),
+    ("container export", cmd_container_export, "CONTAINER -o --verify"),
     ("store info", cmd_store_info, "--format"),
     ("serve", cmd_serve, "--socket"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
@@ -13508,7 +13514,8 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
             "--hidden": "list files that other layers hide, and the bytes that they waste",
             "--all": "of a manifest list, all instances that are here",
             "--no-reflinks": "the same as --link-mode copy",
-            "--verify": "read back what was made and compare its CRC-64",
+            "--verify": "first compare each layer's tar, headers and contents, with its DiffID; "
+                        "extract also reads back what it made",
             "--force": "merge into a directory that is not empty: files are replaced, links "
                        "are not followed",
             "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}
