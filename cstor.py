@@ -419,6 +419,14 @@ def display(name: Union[str, bytes]) -> str:
                    c.encode("unicode_escape").decode("ascii") for c in name)
 
 
+def can_be_path(text: str) -> bool:
+    """Tell whether a file can have this name: no NUL byte, no lone surrogate of JSON's."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def spell(name: bytes) -> str:
     """Spell a name for JSON without loss: UTF-8 as it is, any other byte as U+EF00 plus its value.
 
@@ -1272,7 +1280,7 @@ class _ConfigSearch:
 
     def __init__(self, environ: Mapping[str, str], euid: int, system_root: str) -> None:
         for name, value in environ.items():
-            if "\0" in value:
+            if not can_be_path(value):
                 raise FormatError("holds a NUL byte", file=f"environment variable {name}")
         self.environ = environ
         self.system_root = system_root
@@ -2370,8 +2378,8 @@ class ImageRecord(Record):
         entries = []
         for item in as_list(manifest.get("history")):
             text = item.get("v1Compatibility") if isinstance(item, dict) else None
-            entry = parse_json(text.encode() if isinstance(text, str) else b"null",
-                               f"manifest of image {self.id}")
+            text = text if isinstance(text, str) else "null"
+            entry = parse_json(text.encode("utf-8", "replace"), f"manifest of image {self.id}")
             if not isinstance(entry, dict):
                 raise FormatError("malformed history of schema1", file=f"image {self.id}")
             entries.append(entry)
@@ -2939,7 +2947,8 @@ class Metadata:
                         container_id, entry = podman_container(row)
                         if entry["rootfs"]:
                             entry["rootfs-refused"] = self.distrust(root, str(row[6])) or (
-                                "" if os.path.isabs(entry["rootfs"]) else "not an absolute path")
+                                "" if os.path.isabs(entry["rootfs"])
+                                and can_be_path(entry["rootfs"]) else "not an absolute path")
                         self._podman.setdefault(container_id, entry)
                     except FormatError as error:
                         self.faults.append(f"container {display(str(row[0]))}: {error}")
@@ -3055,6 +3064,8 @@ def copy_database(root: Directory, scratch: str) -> bool:
 
 def _query(sqlite3: Any, path: str, query: str) -> List[Tuple[Any, ...]]:
     database = sqlite3.connect(path)
+    # Any bytes can stand there, but no path has a NUL byte.
+    database.text_factory = lambda data: data.decode("utf-8", "replace").replace("\0", "\ufffd")
     end = time.monotonic() + 1
     try:
         # A hostile database can hold views without an end.
@@ -10025,8 +10036,8 @@ class _Session:
         reference = self._param(params, "image_ref", "")
         match = re.fullmatch(r"containers-storage:(?:\[(?:overlay@)?([^\]]+)\])?(.*)", reference)
         if match and match[1]:
-            if "\0" in match[1]:
-                raise ImageUnknown("image not known: a NUL byte in its storage's path")
+            if not can_be_path(match[1]):
+                raise ImageUnknown(f"image not known: {display(reference)}: that is no path")
             roots = [os.path.realpath(root.path) for root in self.storage.roots]
             if os.path.realpath(match[1].partition("+")[0]) not in roots:
                 raise ImageUnknown(f"image not known: {reference}: another storage is served here")
@@ -10107,8 +10118,7 @@ class _Session:
         if place is None:
             return self._layer(params, "diff_id")
         path = place.get("storage_path") if isinstance(place, dict) else None
-        if not isinstance(path, str) or "\0" in path or os.path.realpath(
-                path.encode("utf-8", "replace").decode()) not in [
+        if not isinstance(path, str) or not can_be_path(path) or os.path.realpath(path) not in [
                 os.path.realpath(root.path) for root in self.storage.roots]:
             raise ImageUnknown(f"no storage is served at {display(str(path))}")
         return self._layer(place, "layer_id")
@@ -13774,6 +13784,8 @@ def _run(words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
+    if not all(map(can_be_path, words)):
+        raise _UsageError("an argument holds a NUL byte or a lone surrogate")
     try:
         parser = make_parser(words)
         try:

@@ -2103,6 +2103,132 @@ class WrongFiles(StoreTest):
             self.assertEqual(cstor.load_config(euid=0).files, ["/dev/null"])
 
 
+class OddText(StoreTest):
+    """Lone surrogates, which Python's json reads, and NUL bytes, wherever records hold text."""
+
+    TEXT = "\ud800\0\x1b[31m"
+
+    def call(self, *words: str) -> Tuple[int, str, str]:
+        """Run main() in this process with a terminal that takes ASCII alone."""
+        raw = io.BytesIO(), io.BytesIO()
+        streams = [io.TextIOWrapper(data, "ascii", write_through=True) for data in raw]
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            status = cstor.main(words)
+        out, err = (data.getvalue().decode("utf-8", "replace") for data in raw)
+        self.assertRegex(err, r"\A(cstor: [^\n]+\n)*\Z")
+        self.assertNotIn("\x1b", out + err)
+        return status, out, err
+
+    def spoiled(self) -> StoreBuilder:
+        """Return a store whose records hold such text in all fields that are free."""
+        store = self.sample()
+        text = self.TEXT
+        for record in (*store.layers, *store.images, *store.containers):
+            record.update({"metadata": text, "created": text, "flags": {text: text}, text: text})
+            record["names"] = [*record.get("names", []), text]
+            record.setdefault("big-data-names", []).append(text)
+        for image in store.images:
+            image.update({"names-history": [text], "mapped-layers": [text]})
+            manifest, config = (json.loads(store.read(
+                f"overlay-images/{image['id']}/{os.fsdecode(cstor.big_data_file(key))}"))
+                for key in ("manifest", f"sha256:{image['id']}"))
+            config.update({"author": text, text: text, "os": text, "architecture": text})
+            config["config"] = {"Labels": {text: text}, "Env": [text], "Cmd": [text]}
+            for step in config["history"]:
+                step.update({"created_by": text, "comment": text, "created": text})
+            manifest.update({"annotations": {text: text}, text: text})
+            for key, value in (("manifest", manifest), (f"sha256:{image['id']}", config)):
+                image["big-data-names"].remove(key)
+                store.big_data(image, key, json.dumps(value).encode())
+        store.layers[0].update({"mountlabel": text, "toc-digest": text,
+                                "compressed-diff-digest": text})
+        return store.save()
+
+    def test_every_command(self) -> None:
+        store = self.spoiled()
+        image, layer, container = (records[-1]["id"] for records in (
+            store.images, store.layers[:3], store.containers))
+        self.guard(store.root)
+        both = (("image", "list"), ("layer", "list"), ("container", "list"), ("store", "info"),
+                ("image", "inspect", image), ("image", "layers", image),
+                ("image", "history", image), ("image", "blame", image), ("image", "files", image),
+                ("layer", "inspect", layer), ("container", "inspect", container),
+                ("image", "diff", "localhost/app:1", image), ("container", "files", "web"))
+        for words in both:
+            for form in ("table", "json"):
+                status, out, err = self.call("--root", store.root, *words, "--format", form)
+                self.assertEqual(1 if "diff" in words else 0, status, (words, err))
+        status, out, _ = self.call("--root", store.root, "image", "list", "--format", "json")
+        self.assertEqual(self.TEXT, json.loads(out)[-1]["names"][-1])
+        self.assertIn("\\ud800\\x00\\x1b[31m", self.call("--root", store.root, "image", "list")[1])
+        for command in (("toc", image), ("export", image, "-o", "@/tar"),
+                        ("export", image, "--as", "docker-archive", "-o", "@/docker"),
+                        ("copy-to-oci", image, "@/oci"), ("extract", image, "@/root"),
+                        ("export", image, "--as", "oci-archive", "-o", "@/archive")):
+            status, _, err = self.call("--root", store.root, "image", *(
+                word.replace("@", self.dir) for word in command))
+            self.assertEqual((0, ""), (status, err), command)
+
+    def test_what_names_a_layer_or_an_image(self) -> None:
+        """A fault of that record, and an error of what needs it."""
+        for kind, field, words, status in (
+                ("layers", "id", ("layer", "list"), 0), ("layers", "parent", ("layer", "list"), 0),
+                ("layers", "diff-digest", ("layer", "list"), 0),
+                ("images", "layer", ("image", "files", "sample"), 3),
+                ("images", "id", ("image", "inspect", "sample"), 0),
+                ("containers", "layer", ("container", "files", "web"), 3),
+                ("containers", "image", ("container", "list"), 0),
+                ("containers", "id", ("container", "list"), 0)):
+            for text in ("\ud800", "x\0y"):
+                shutil.rmtree(os.path.join(self.dir, "store"), ignore_errors=True)
+                store = self.sample()
+                getattr(store, kind)[-1][field] = text
+                store.save()
+                for form in ("table", "json"):
+                    found, _, err = self.call("--root", store.root, *words, "--format", form)
+                    self.assertEqual(status, found, (kind, field, err))
+
+    def test_schema1(self) -> None:
+        store = self.builder()
+        image = store.image(store.layer(make_tar(("a", b"1"))), "localhost/old:1")
+        store.images[0]["big-data-names"].remove("manifest")
+        store.big_data(store.images[0], "manifest", json.dumps(
+            {"schemaVersion": 1, "history": [{"v1Compatibility": '{"author":"\ud800"}'}]}).encode())
+        store.save()
+        status, out, err = self.call("--root", store.root, "image", "inspect", image)
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual("?", json.loads(out)[0]["config"]["author"])
+
+    def test_database(self) -> None:
+        for root, rootfs in (("/g\0x", "/a\0b"), ("/g", "/\ud800"), ("", "/\ud800")):
+            shutil.rmtree(os.path.join(self.dir, "store"), ignore_errors=True)
+            store = self.sample()
+            database = make_database(store.root, graphroot=root or store.root, runroot=root,
+                                     containers=[(store.containers[0]["id"], "w\0b", 3, {
+                                         "rootfs": rootfs, "labels": {"\ud800": "\0"}})])
+            database.execute("UPDATE PodConfig SET Name = CAST(x'eda080' AS TEXT)")
+            database.commit()
+            database.close()
+            for form in ("table", "json"):
+                for words in (("store", "info"), ("container", "list"), ("container", "inspect",
+                                                                         "web")):
+                    status, _, err = self.call("--root", store.root, *words, "--format", form)
+                    self.assertEqual(0, status, err)
+            status, _, err = self.call("--root", store.root, "container", "files", "web")
+            self.assertEqual(5, status)
+            self.assertIn(f"its --rootfs directory {cstor.display(rootfs)} is not opened", err)
+
+    def test_arguments(self) -> None:
+        store = self.sample()
+        for text in ("\ud800", "x\0y"):
+            for words in (("--root", text, "image", "list"), ("image", "inspect", text),
+                          ("layer", "export", "x", "-o", text), ("image", "cat", "sample", text)):
+                status, out, err = self.call("--root", store.root, *words)
+                self.assertEqual((2, ""), (status, out))
+                self.assertEqual("cstor: error: an argument holds a NUL byte or a lone surrogate\n",
+                                 err)
+
+
 class Database(StoreTest):
     """podman's db.sql."""
 
