@@ -64,6 +64,9 @@ sys.path.insert(0, HERE)
 import cstor  # noqa: E402
 
 SCRIPT = os.path.join(HERE, "cstor.py")
+# The command as it is installed: a child that compiles the script takes 0.1 s more each time.
+LAUNCH = f"import sys; sys.path.insert(0, {HERE!r}); import cstor; sys.exit(cstor.main())"
+COMMAND = sys.executable, "-c", LAUNCH
 UMASK = os.umask(0o22)
 os.umask(UMASK)
 FULL = bool(os.environ.get("CSTOR_TEST_FULL"))  # real trees of 50,000 files
@@ -465,8 +468,8 @@ class StoreTest(unittest.TestCase):
 
     def run_cstor(self, *args: str, status: int = 0, env: Optional[Mapping[str, str]] = None,
                   command: Sequence[str] = (), **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
-        """Run the script in a process of its own and check its exit status."""
-        done = subprocess.run([*(command or (sys.executable, SCRIPT)), *args], timeout=60,
+        """Run the command in a process of its own and check its exit status."""
+        done = subprocess.run([*(command or COMMAND), *args], timeout=60,
                               env={**IDLE, **(env or {})},
                               **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
                                  "stdin": subprocess.DEVNULL, **kwargs})
@@ -6973,6 +6976,8 @@ class TarDiffs(StoreTest):
             self.assertEqual([], list(cstor.diff_tars(original, other)))
             with open(other, "r+b", buffering=0) as file:
                 for at, place in enumerate(places):
+                    if not FULL and at % 4 and 8 < at % BLOCK < BLOCK - 8:
+                        continue
                     values = {tar[at] ^ 1, *([0, tar[at] ^ 0x80] if FULL else [])} - {tar[at]}
                     for value in values:
                         os.pwrite(file.fileno(), bytes([value]), at)
@@ -7209,7 +7214,7 @@ class TarDiffs(StoreTest):
         tar = entry(b"f", b"1") + END
         plain = self.put("plain", tar)
         for data in (tar, gzip.compress(tar)):
-            process = subprocess.Popen([sys.executable, SCRIPT, "tar-diff", "-", plain],
+            process = subprocess.Popen([*COMMAND, "tar-diff", "-", plain],
                                        stdin=subprocess.PIPE, env=IDLE)
             assert process.stdin
             with process.stdin as pipe:
@@ -10960,7 +10965,6 @@ class CommandLine(StoreTest):
         stops: Dict[str, str] = {  # what needs the module; of all others nothing does
             "argparse": every, "re": every, "json": "list export cat toc extract oci",
             "zlib": every.replace("list ", ""), "binascii": "list export cat toc extract oci",
-            "array": "tar gz bz2 xz",
             "hashlib": every, "struct": "gz", "fcntl": "extract oci",
             "signal": "extract oci", "gzip": "gz", "bz2": "bz2", "_bz2": "bz2", "lzma": "xz",
             "_lzma": "xz"}
@@ -12091,8 +12095,7 @@ class RealExport(unittest.TestCase):
                 if name not in without]
 
     def command(self, *arguments: str, **options: Any) -> str:
-        return run(sys.executable, cstor.__file__, "--root", self.store.root, *arguments,
-                   **options)
+        return run(*COMMAND, "--root", self.store.root, *arguments, **options)
 
     # -- archives --------------------------------------------------------------------------------
 
