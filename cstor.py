@@ -2614,6 +2614,7 @@ class Metadata:
     KINDS: Tuple[Type[LayerRecord], Type[ImageRecord], Type[ContainerRecord]] = (
         LayerRecord, ImageRecord, ContainerRecord)
     is_proxied = False  # whether a helper opens what is closed to us
+    layer_stores: Sequence[str] = ()  # additional layer stores
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
                  stores: Sequence[str] = ()) -> None:
@@ -3350,6 +3351,27 @@ def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable
         yield from batch
 
 
+def additional_layer(layer: LayerRecord) -> Optional[Contents]:
+    """Open the files that an additional layer store has of a layer; None when they are our own.
+
+    The storage names the place, so that it is opened below a configured store only.  Nothing else
+    is touched there: looking at ``use`` would take and release the layer.  Raises Unsupported.
+    """
+    root, path = overlay_file(layer, b"additionallayer")
+    if root is None:
+        return None
+    place = root.read(path, 64 << 10).strip()
+    for store in layer.storage.layer_stores:
+        top = os.fsencode(re.sub(":ref$", "", store).rstrip("/")) + b"/"
+        if place.startswith(top):
+            with Directory.at(os.fsdecode(top)) as directory:
+                name = clean_name(place[len(top):]) + b"/diff"
+                return Contents(layer.storage, directory.directory(name))
+    raise Unsupported(f"layer {layer.id}: its files are in an additional layer store that is not "
+                      f"configured: {display(place)}",
+                      hint="additionallayerstores in storage.conf names it, without --root")
+
+
 class LayerFiles:
     """Opens the contents of one layer's files by their names in the tar.
 
@@ -3368,10 +3390,7 @@ class LayerFiles:
         if root is None:
             raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
                                                 f"{layer.id}/diff")
-        if overlay_file(layer, b"additionallayer")[0]:
-            raise Unsupported(f"layer {layer.id}: its files are in an additional layer store: "
-                              + display(read_overlay_file(layer, b"additionallayer")))
-        self._diffs.append(root.directory(path))
+        self._diffs.append(additional_layer(layer) or root.directory(path))
         try:
             if overlay_file(layer, b"composefs-data")[0] or self._flat_format():
                 self._read_toc()
@@ -4252,12 +4271,13 @@ def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
     name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
     root = layer.storage.find(name, layer.root)
     if root is None:
-        gone = removed(layer)
+        additional = overlay_file(layer, b"additionallayer")[0]
+        gone = None if additional else removed(layer)
         if gone:
             raise gone
         if layer.incomplete:
             why = "its creation was interrupted"
-        elif overlay_file(layer, b"additionallayer")[0]:
+        elif additional:
             why = "it comes from an additional layer store"
         elif not overlay_file(layer, b"diff")[0]:
             why = "its files are gone as well"
@@ -4269,7 +4289,7 @@ def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
             f"layer {layer.id} has no tar-split data: {why}; its tar cannot be rebuilt",
             hint="of a split store it is below the graph root: use --root "
                  f"{(stores_near(layer.root.path, os.fsdecode(name)) or ['GRAPHROOT'])[0]} "
-                 f"--imagestore {layer.root.path}" if layer.diff_digest else "")
+                 f"--imagestore {layer.root.path}" if why.endswith(("well", "lost")) else "")
     return root.open(name), root.host_path(name)
 
 
@@ -5756,10 +5776,16 @@ def peek(items: Iterator[T]) -> Tuple[Optional[T], Iterator[T]]:
 
 
 def layer_tree(layer: LayerRecord) -> LayerTree:
-    """Return the tree of one layer: from tar-split, or from disk for a writable layer."""
+    """Return the tree of one layer: from tar-split, or from disk where a layer never has it."""
     name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
-    if layer.diff_digest or layer.toc_digest or layer.incomplete \
-            or layer.storage.find(name, layer.root):
+    if layer.storage.find(name, layer.root):
+        return LayerTree(layer)
+    additional = additional_layer(layer)
+    if additional:
+        tree = DiskTree(additional, layer)
+        tree.maps = []  # owners are those of the image
+        return tree
+    if layer.diff_digest or layer.toc_digest or layer.incomplete:
         return LayerTree(layer)
     root, path = overlay_file(layer, b"diff")
     if root is None:
@@ -12262,7 +12288,7 @@ class Storage(Metadata):
                 storage = cls(config.graphroot, recorded, imagestore, [*config.stores, *stores])
                 storage.config = config
         storage.faults += config.faults
-        storage.elsewhere = config.elsewhere
+        storage.elsewhere, storage.layer_stores = config.elsewhere, config.layer_stores
         return storage
 
     @classmethod
@@ -12280,6 +12306,19 @@ class Storage(Metadata):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
+        """Return the layer of exactly this ID, or None.
+
+        containers/storage 1.58 and later writes no records of layers of additional layer stores.
+        """
+        found = super().layer_by_id(layer_id)
+        if not found and is_safe_id(layer_id):
+            root = self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer")))
+            if root:
+                found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
+                found.parent = "".join(found.lower_ids()[:1])
+        return found
+
     def layers(self) -> Tuple[Layer, ...]:
         """Return all layers, damaged ones with their ``faults``."""
         layers: Tuple[Any, ...] = self.layer_records()
@@ -12290,7 +12329,8 @@ class Storage(Metadata):
 
         Raises LayerUnknown, Ambiguous.
         """
-        layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
+        layer: Any = self.layer_by_id(reference) or find_layer(
+            self.layer_records(), reference, self.resolve_link)
         return layer  # type: ignore[no-any-return]
 
     def images(self) -> Tuple[Image, ...]:

@@ -1341,6 +1341,60 @@ class Discovery(StoreTest):
         done = self.run_cstor("--root", store.root, "--imagestore", split, "image", "list")
         self.assertEqual(b"", done.stderr)
 
+    def test_layers_of_an_additional_layer_store(self) -> None:
+        """Their files are looked into where the configuration names the store, else it says so."""
+        store = self.builder()
+        base = store.layer(make_tar(("a/", None), ("a/f", b"one")))
+        top = store.layer(make_tar(("g", b"two")), base)
+        image = store.image(top, "localhost/als:1")
+        als = os.path.join(self.dir, "als/sha256:x")
+        for number, layer in enumerate((base, top)):
+            place = f"{als}{number}"
+            os.makedirs(place)
+            os.rename(store.path("overlay", layer, "diff"), place + "/diff")
+            os.symlink(place + "/diff", store.path("overlay", layer, "diff"))
+            store.write(f"overlay/{layer}/additionallayer", place)
+            os.unlink(store.path(f"overlay-layers/{layer}.tar-split.gz"))
+        store.write(f"overlay/{top}/lower-layers", base)
+        store.save()
+        conf = os.path.join(self.dir, "c.conf")
+        env = {"CONTAINERS_STORAGE_CONF": conf}
+        for layers, names in ((store.layers, [f"{self.dir}/als"]),
+                              ([], ["/x", f"{self.dir}/als:ref"])):
+            # containers/storage 1.58 and later write no records of such layers.
+            store.layers = layers
+            store.save()
+            with open(conf, "w", encoding="utf-8") as file:
+                file.write(f'[storage]\ngraphroot = "{store.root}"\n[storage.options]\n'
+                           f"additionallayerstores = {json.dumps(names)}\n")
+            self.guard(store.root)
+            done = self.run_cstor("image", "files", "als:1", env=env)
+            self.assertEqual(b"/\n/a\n/a/f\n/g\n", done.stdout)
+            done = self.run_cstor("image", "cat", "als:1", "a/f", "g", env=env)
+            self.assertEqual(b"onetwo", done.stdout)
+            self.assertEqual(b"/\n/g\n", self.run_cstor("layer", "files", top, env=env).stdout)
+            target = os.path.join(self.dir, f"root{len(layers)}")
+            self.run_cstor("image", "extract", "als:1", target, env=env)
+            self.assertEqual(["a", "g"], sorted(os.listdir(target)))
+            self.run_cstor("image", "cp", "als:1:/a", target + "/copy", env=env)
+            self.assertEqual(["f"], os.listdir(target + "/copy"))
+            done = self.run_cstor("layer", "export", top, "-o", target + ".tar", env=env, status=6)
+            self.assertEqual(f"cstor: error: layer {top} has no tar-split data: it comes from an "
+                             "additional layer store; its tar cannot be rebuilt\n",
+                             done.stderr.decode())
+            done = self.run_cstor("--root", store.root, "image", "files", image, status=6)
+            self.assertEqual(f"cstor: error: layer {base}: its files are in an additional layer "
+                             f"store that is not configured: {als}0 (additionallayerstores in "
+                             "storage.conf names it, without --root)\n", done.stderr.decode())
+        # No other place of the host is opened, whatever the storage says.
+        for place in (f"{self.dir}/other", f"{self.dir}/als/../other", f"{self.dir}/als2/x"):
+            os.makedirs(place + "/diff", exist_ok=True)
+            store.write(f"overlay/{base}/additionallayer", place)
+            self.guard(store.root)
+            done = self.run_cstor("image", "files", image, env=env, status=6)
+            self.assertIn(b"other/diff: No such file" if b".." in place.encode()
+                          else b"that is not configured", done.stderr)
+
     def test_what_podman_recorded(self) -> None:
         """The configured graph root stays; the run root is podman's, but not that of a copy."""
         store = self.sample()
