@@ -13674,7 +13674,7 @@ def _add_globals(parser: Any, level: int) -> Any:
     def add(*names: str, default: Any = None, **kwargs: Any) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS if level else default, **kwargs)
 
-    add("--root", metavar="DIR", help="graph root, instead of the configured one")
+    add("-r", "--root", metavar="DIR", help="graph root, instead of the configured one")
     add("--runroot", metavar="DIR", default="", help="run root, where volatile records can be")
     add("--imagestore", metavar="DIR", default="",
         help="where images are, when they are split off the graph root")

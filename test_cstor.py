@@ -1382,7 +1382,7 @@ class Discovery(StoreTest):
             self.assertEqual(f"cstor: error: layer {top} has no tar-split data: it comes from an "
                              "additional layer store; its tar cannot be rebuilt\n",
                              done.stderr.decode())
-            done = self.run_cstor("--root", store.root, "image", "files", image, status=6)
+            done = self.run_cstor("-r", store.root, "image", "files", image, status=6)
             self.assertEqual(f"cstor: error: layer {base}: its files are in an additional layer "
                              f"store that is not configured: {als}0 (additionallayerstores in "
                              "storage.conf names it, without --root)\n", done.stderr.decode())
