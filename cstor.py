@@ -109,10 +109,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
     R = TypeVar("R", bound="Record")
-    L = TypeVar("L", bound="LayerTree")
+    S = TypeVar("S", bound="Closing")
     D = TypeVar("D", bound="Directory")
-    C = TypeVar("C", bound="Connection")
-    K = TypeVar("K", bound="RpcClient")
     Progress = Callable[[int, int], None]  # bytes and files done so far
 
 for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-minimal lacks json
@@ -583,7 +581,23 @@ def open_beneath(root_fd: int, name: bytes, flags: int = OPEN_DIRECTORY) -> int:
     return fd
 
 
-class Directory:
+class Closing:
+    """What owns descriptors: a context manager that calls close(), which may be repeated."""
+
+    __slots__ = ()
+
+    def close(self) -> object:
+        """Close all descriptors."""
+        raise NotImplementedError
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Directory(Closing):
     """A directory that is the root of all lookups made through it; owns its descriptor.
 
     Names are bytes, relative, with "/" between components; nothing outside can be reached.  An
@@ -614,12 +628,6 @@ class Directory:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
-
-    def __enter__(self: D) -> D:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()
@@ -2604,7 +2612,7 @@ class Contents(Directory):
 OPEN_STORAGES: Set[ref[Metadata]] = set()  # nothing may be written in them
 
 
-class Metadata:
+class Metadata(Closing):
     """The joined records of all roots of a storage; the base of Storage.
 
     Records are read once, when first asked for; reload() forgets them.  ``faults`` names what of
@@ -3372,7 +3380,7 @@ def additional_layer(layer: LayerRecord) -> Optional[Contents]:
                       hint="additionallayerstores in storage.conf names it, without --root")
 
 
-class LayerFiles:
+class LayerFiles(Closing):
     """Opens the contents of one layer's files by their names in the tar.
 
     A context manager; owns the directories that it searches.  Raises Unsupported from the
@@ -3421,12 +3429,6 @@ class LayerFiles:
         """Close all directories; harmless when repeated."""
         for diff in self._diffs:
             diff.close()
-
-    def __enter__(self) -> LayerFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def open(self, name: bytes, size: Optional[int] = None) -> int:
         """Open the content of the regular file ``name`` and return its descriptor.
@@ -4754,7 +4756,7 @@ _NO_CHILDREN: Dict[bytes, Node] = {}
 _NO_EXTRA: Dict[str, Any] = {}
 
 
-class LayerTree:
+class LayerTree(Closing):
     """The tree of one layer, from its headers; read when it is first asked for.
 
     A context manager; owns the layer's directories once a content was opened.
@@ -4777,12 +4779,6 @@ class LayerTree:
         if self._files:
             self._files.close()
             self._files = None
-
-    def __enter__(self: L) -> L:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def label(self) -> str:
@@ -5005,6 +5001,7 @@ class LayerTree:
         That is (directory, name in it, why it is a copy or "").
         """
         return None
+
 
 class DiskTree(LayerTree):
     """The tree of a directory: a container's writable layer, or any host directory.
@@ -5449,7 +5446,7 @@ def map_id(number: int, mappings: Sequence[Any]) -> int:
     return 65534 if mappings else number
 
 
-class Tree:
+class Tree(Closing):
     """The merged view of several LayerTrees, the top one first.
 
     Paths are bytes, relative to the root of the image; a leading "/" does not matter.  With ``raw``
@@ -5464,12 +5461,6 @@ class Tree:
         """Close all layers; harmless when repeated."""
         for layer in self.layers:
             layer.close()
-
-    def __enter__(self) -> Tree:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # -- looking up ----------------------------------------------------------------------------
 
@@ -5652,6 +5643,7 @@ class Tree:
     def read(self, path: bytes, *, follow: bool = True) -> Iterator[bytes]:
         """Yield the content of the regular file ``path``, checked; see lookup() and content()."""
         yield from self.content(self.lookup(path, follow=follow)[1])
+
 
 def shifted(progress: Optional[Progress], done: int) -> Optional[Progress]:
     """Return what tells the progress of a second job, after ``done`` bytes of the first."""
@@ -8835,7 +8827,7 @@ def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: 
         yield data, None, iter(())
 
 
-class LayerStream:
+class LayerStream(Closing):
     """A layer whose tar comes as chunks, from a peer or a file; it can be read once.
 
     ``label`` is the layer's ID, or names the stream in errors.  ``digest`` is the sha256 of the
@@ -8861,12 +8853,6 @@ class LayerStream:
             self._chunks.close()
         while self._close:
             self._close.pop(0)()
-
-    def __enter__(self) -> LayerStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def items(self, verify: bool = True
               ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
@@ -9251,7 +9237,7 @@ def place_of(fd: int) -> bytes:
     return b""
 
 
-class ExternalFiles:
+class ExternalFiles(Closing):
     """What a list of write_stream() names, opened when a stream asks for it; "" is an empty list.
 
     ``codec``, ``layer``, ``digest`` and ``size`` are as the list says, "" and -1 when it does not;
@@ -9278,12 +9264,6 @@ class ExternalFiles:
             if fd >= 0:
                 os.close(fd)
         self._fd, self.directories = -1, []
-
-    def __enter__(self) -> ExternalFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _read(self, lines: Iterator[bytes]) -> None:
         for number, line in enumerate(lines, 1):
@@ -9351,7 +9331,7 @@ class _Silent(ProtocolError):
     """A peer does nothing."""
 
 
-class Message:
+class Message(Closing):
     """One message of a peer: ``value`` is the object, ``fds`` the descriptors, owned until taken.
 
     A context manager that closes what was not taken.
@@ -9372,14 +9352,8 @@ class Message:
         for fd in self.take():
             os.close(fd)
 
-    def __enter__(self) -> Message:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Connection:
+class Connection(Closing):
     """One end of a Unix stream socket that carries messages; owns it and what was received.
 
     ``timeout`` is how many seconds a peer may do nothing where something is due, ``max_fds`` how
@@ -9413,12 +9387,6 @@ class Connection:
         self.socket.close()
         while self._fds:
             os.close(self._fds.pop()[1])
-
-    def __enter__(self: C) -> C:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # -- sending ---------------------------------------------------------------------------------
 
@@ -10340,7 +10308,7 @@ def varlink_error(error: Exception) -> Dict[str, Any]:
 
 # -- clients -------------------------------------------------------------------------------------
 
-class RpcClient:
+class RpcClient(Closing):
     """Asks a server of layers, by JSON-RPC; ``where`` is the path of its socket, or a socket.
 
     A context manager.  A layer is to be read to its end, or else the client be closed, before
@@ -10363,12 +10331,6 @@ class RpcClient:
     def close(self) -> None:
         """Close the connection."""
         self.connection.close()
-
-    def __enter__(self: K) -> K:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def call(self, method: str, params: Any = None) -> Dict[str, Any]:
         """Return the result of a method that passes no files."""
@@ -10889,7 +10851,7 @@ class _Refused(CstorError):
     """skopeo's own words for why it did not do what it was asked."""
 
 
-class ProxyV1Client:
+class ProxyV1Client(Closing):
     """Runs ``skopeo experimental-image-proxy`` and opens images of every transport it knows.
 
     A context manager; owns the process.  ``command`` is the program with global options,
@@ -10954,12 +10916,6 @@ class ProxyV1Client:
         if not match:
             self.fail(f"speaks version {version!r:.40}, not 0.2")
         self.version = int(match[1])
-
-    def __enter__(self) -> ProxyV1Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self, *, ask: bool = True) -> None:
         """End skopeo: ask it, wait a little, then TERM and KILL; harmless when repeated."""
@@ -11448,6 +11404,7 @@ def true_type(media_type: str, start: bytes) -> str:
     return OCI_LAYER + ("+gzip" if start.startswith(b"\x1f\x8b") else "+zstd"
                         if start == b"\x28\xb5\x2f\xfd" else "")
 
+
 # ================================================================================================
 # 17. Rootless
 #
@@ -11564,7 +11521,7 @@ def why_no_helper(storage: Metadata) -> str:
     return ""
 
 
-class Unshared:
+class Unshared(Closing):
     """This very program once more, as root of a user namespace with our sub-uids.
 
     ``function`` of this module is called there with ``words``; it has to say hello, and then speaks
@@ -11674,12 +11631,6 @@ class Unshared:
                 raise CstorError("it is another program")
         self.connection.timeout = HELPER_PATIENCE
         self.connection.socket.settimeout(HELPER_PATIENCE)
-
-    def __enter__(self) -> Unshared:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> int:
         """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status.
@@ -12299,12 +12250,6 @@ class Storage(Metadata):
         Raises NotFound when there is none, Unsupported for another driver, OSError.
         """
         return cls(root, runroot, imagestore, stores)
-
-    def __enter__(self) -> Storage:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
         """Return the layer of exactly this ID, or None.
