@@ -397,6 +397,24 @@ def add_hint(error: BaseException, text: str) -> None:
     vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
 
 
+def check_type(what: str, value: object, kind: type) -> None:
+    """Raise TypeError for an argument of another type: names inside layers are bytes."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {kind.__name__}, not {type(value).__name__}")
+
+
+def check_words(what: str, words: Iterable[str], known: Sequence[str] = ()) -> List[str]:
+    """Return a list of str.  Raises TypeError for another, ValueError for one not ``known``."""
+    if isinstance(words, (str, bytes)):
+        raise TypeError(f"{what} must be a list of str, not {type(words).__name__}")
+    words = list(words)
+    for word in words:
+        check_type(f"each of {what}", word, str)
+        if known and word not in known:
+            raise ValueError(f"{what}: unknown {word!r}; expected {', '.join(map(repr, known))}")
+    return words
+
+
 def explain_import(error: ImportError) -> str:
     """Say which standard module this Python lacks, and which package of Debian has it."""
     what = f"this Python has no module {error.name}" if isinstance(error, ModuleNotFoundError) \
@@ -431,6 +449,7 @@ def spell(name: bytes) -> str:
     The characters U+EF80 to U+EFFF (private use; the rule is that of MirBSD's OPTU-8) are spelled
     by their three bytes, so that unspell() gives every name back.
     """
+    check_type("name", name, bytes)
     text = name.decode("utf-8", "surrogateescape")
     if text.isascii():
         return text
@@ -977,6 +996,9 @@ class Copier:
         return len(data)
 
 
+LINK_MODES = ("auto", "reflink", "hardlink", "copy")
+
+
 class Ladder:
     """Fills new files with contents: by FICLONE, or else by a Copier.
 
@@ -991,6 +1013,7 @@ class Ladder:
     PATIENCE = 8  # files in a row that are refused before a pair is that never took one
 
     def __init__(self, mode: str = "auto") -> None:
+        check_words("link_mode", [mode], LINK_MODES)
         self.mode = mode
         self._refused: Dict[Tuple[int, int], str] = {}  # by devices, why
         self._strikes: Dict[Tuple[int, int], int] = {}  # below 0: a file was shared
@@ -2627,7 +2650,8 @@ class Metadata(Closing):
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
                  stores: Sequence[str] = ()) -> None:
         self.graphroot, self.runroot, self.imagestore = (
-            os.path.abspath(path) if path else "" for path in (graphroot, runroot, imagestore))
+            os.path.abspath(os.fsdecode(path)) if path else ""
+            for path in (graphroot, runroot, imagestore))
         self.faults: List[str] = []
         self.elsewhere = ""  # where an image that is unknown may be instead
         self._own: List[Contents] = []
@@ -2637,7 +2661,7 @@ class Metadata(Closing):
         try:
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
-            for store in stores:
+            for store in check_words("stores", stores):
                 self._open_other(store, self._additional, "additional image store")
             try:
                 self._graph = Contents(self, self._open_graphroot())
@@ -3119,6 +3143,7 @@ def normalize_name(name: str) -> List[str]:
 
 def find_image(images: Sequence[ImageRecord], reference: str) -> ImageRecord:
     """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous."""
+    check_type("reference", reference, str)
     text = reference
     if text.startswith("containers-storage:"):
         text = text[len("containers-storage:"):]
@@ -3199,6 +3224,7 @@ def find_layer(layers: Sequence[LayerRecord], reference: str,
     Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
     passed over.
     """
+    check_type("reference", reference, str)
     unknown = LayerUnknown(f"layer not known: {display(reference)}",
                            hint="`layer list` shows what there is")
     if re.fullmatch(LINK_ID, reference):
@@ -3222,6 +3248,7 @@ def find_layer(layers: Sequence[LayerRecord], reference: str,
 
 def find_container(containers: Sequence[ContainerRecord], reference: str) -> ContainerRecord:
     """Return the container of an ID, a name, a layer ID or the start of an ID."""
+    check_type("reference", reference, str)
     unknown = ContainerUnknown(f"container not known: {display(reference)}",
                                hint="`container list` shows what there is")
     if not reference:
@@ -4443,6 +4470,8 @@ class TarSink:
         self.size = 0
         self.files = 0
         self._layer, self._progress = layer, progress
+        if not isinstance(out, int) and not hasattr(out, "write"):
+            raise TypeError(f"out must be a descriptor or a binary file, not {type(out).__name__}")
         self._out = os.dup(out) if isinstance(out, int) else out  # the thread may outlive us
         self._copier = Copier() if isinstance(self._out, int) and not hashing else None
         self._hash: Any = None
@@ -5497,6 +5526,7 @@ class Tree(Closing):
         Symbolic links lead nowhere outside: "/" and ".." stop at the image's root.  Raises
         NotFound, FormatError for a loop.
         """
+        check_type("path", path, bytes)
         done: List[bytes] = []
         todo = path.split(b"/")[::-1]
         links = steps = 0
@@ -5537,6 +5567,7 @@ class Tree(Closing):
 
         "First name" is that of a hard-link group which was yielded before, else None.
         """
+        check_type("path", path, bytes)
         path = clean_name(path)
         nodes = self._find(path.split(b"/") if path else [], top=False)
         if not nodes:
@@ -5694,6 +5725,7 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
     name directories ``[slug]``.  A pattern without ``*?[``, or meant literally, means everything
     below that path as well.
     """
+    patterns = check_words("patterns", patterns)
     literal = existing_patterns(patterns, names)
     alternatives = []
     for pattern in patterns:
@@ -5931,6 +5963,7 @@ def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
     A node of None means added or deleted; what differs are words of DIFFERENCES.  Contents are
     compared by size and CRC-64, and read only where no CRC-64 is recorded.
     """
+    ignore = check_words("ignore", ignore, DIFFERENCES)
     walks = [iter(tree.walk()) for tree in (old, new)]
     items = [next(walk, None) for walk in walks]
     groups: Tuple[Dict[Node, bytes], Dict[Node, bytes]] = ({}, {})
@@ -6053,9 +6086,6 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
 # need the write permission that a mode of 0444 has not.
 # ================================================================================================
 
-LINK_MODES = ("auto", "reflink", "hardlink", "copy")
-
-
 def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] = (), *,
                  top: bytes = b"", whiteouts: bool = True) -> Iterator[Tuple[bytes, Node]]:
     """Yield (path below ``top``, node) of what fits ``paths`` (all, without any) to be extracted.
@@ -6137,7 +6167,7 @@ class OwnerMap:
     def __init__(self, ranges: Sequence[str]) -> None:
         self.users: List[Tuple[int, int, int]] = []
         self.groups: List[Tuple[int, int, int]] = []
-        for text in ranges:
+        for text in check_words("owner_map", ranges):
             match = re.fullmatch(r"(?:([ug]):)?(\d{1,10}):(\d{1,10}):(\d{1,10})", text)
             numbers = tuple(map(int, match.groups()[1:])) if match else ()
             if not match or not numbers[2] or max(numbers[0], numbers[1]) + numbers[2] > NO_ID:
@@ -6850,6 +6880,7 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
                  whiteouts: bool) -> Iterator[Tuple[bytes, Node]]:
     """Yield what select_nodes() and strip_components() do.  Raises NotFound now, not later."""
+    check_type("strip", strip, int)
     if strip < 0:
         raise ValueError("strip is negative")
     items = select_nodes(tree, paths, exclude, whiteouts=whiteouts)
@@ -6933,6 +6964,7 @@ def refuse_storage(path: str) -> None:
     All that is made asks this first, as nothing is ever written to a store.  Links and ".." are
     followed; bind mounts are recognized by inode, and deep inside a store by /proc.
     """
+    check_type("path", path, str)
     place = os.path.realpath(path)
     above = [place]
     while above[-1] != "/":
@@ -9198,6 +9230,7 @@ def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] 
     stay where they are, and JSON lines are written there for ExternalFiles: a head, and for a
     splitfdstream each file by number; a splitdirfdstream needs but the storage's directories.
     """
+    check_words("codec", [codec], CODECS)
     roots = [os.readlink(b"/proc/self/fd/%d" % root.fd) for root in layer.storage.roots]
 
     def take(piece: Extent) -> bool:
@@ -10359,6 +10392,7 @@ class RpcClient(Closing):
         number; "splitfdstream", one file with the stream, and the largest files beside it.
         Contents of more than ``threshold`` bytes come as open files.
         """
+        check_words("form", [form], ("stream", "splitfdstream"))
         if form == "stream":
             self._send("StreamLayer", {"layer": reference, "threshold": threshold})
             return self._notified(reference)
@@ -10564,6 +10598,7 @@ class VarlinkClient(RpcClient):
 
         Our own server takes an ID, a name and so on, too.
         """
+        check_words("form", [form], ("",))
         path, _, layer_id = reference.rpartition("#") if reference.startswith("/") \
             else ("", "", reference)
         place = {"storage_path": path, "layer_id": layer_id} if path else None
@@ -12104,6 +12139,7 @@ class Layer(LayerRecord):
 
     def open_file(self, path: bytes) -> BinaryIO:
         """Open the content of a regular file of this layer by its name in the tar."""
+        check_type("path", path, bytes)
         with LayerFiles(self) as files:
             return open(files.open(path), "rb")
 
@@ -13721,7 +13757,7 @@ def describe(error: Exception) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else check_words("argv", argv)
     status = 0
     try:
         status = _run(words)

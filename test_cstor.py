@@ -10880,6 +10880,78 @@ class Helpers(StoreTest):
 # ================================================================================================
 
 class Library(StoreTest):
+    def test_what_it_does_not_understand_is_refused(self) -> None:
+        """Unknown words, a str where bytes or a list are wanted: each says what is right."""
+        store = self.sample()
+        out = os.path.join(self.dir, "out")
+        modes = "'auto', 'reflink', 'hardlink', 'copy'"
+        patterns = "patterns must be a list of str, not str"
+        path = "path must be bytes, not str"
+        ours, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        with self.open(store) as storage, storage.image("sample").tree() as tree, \
+                cstor.RpcClient(ours) as client:
+            image, layer = storage.image("sample"), storage.layers()[0]
+            stream = cstor.LayerStream([], label="x")
+            anything: Any = cstor  # what mypy refuses is tried here
+            cases: List[Tuple[str, Callable[[], Any]]] = [
+                *[(f"ValueError: link_mode: unknown {mode!r}; expected {modes}",
+                   functools.partial(image.extract, out, link_mode=mode))
+                  for mode in ("reflinks", "COPY", "none", "hardlinks", "")],
+                (f"ValueError: link_mode: unknown 'x'; expected {modes}",
+                 lambda: cstor.extract_streams([stream], out, link_mode="x")),
+                ("TypeError: each of link_mode must be str, not NoneType",
+                 lambda: image.extract(out, link_mode=None)),
+                ("ValueError: expected none, gzip[:1 to 9] or zstd[:1 to 19], got \"lz4\"",
+                 lambda: image.copy_to_oci(out, "x", compression="lz4")),
+                (f"ValueError: codec: unknown 'splitfd'; expected {cstor.CODECS!r}".translate(
+                    {40: None, 41: None}),
+                 lambda: cstor.write_stream(layer, io.BytesIO(), codec="splitfd")),
+                ("ValueError: form: unknown 'splitfd'; expected 'stream', 'splitfdstream'",
+                 lambda: client.layer("x", "splitfd")),
+                ("ValueError: form: unknown 'stream'; expected ''",
+                 lambda: cstor.VarlinkClient.layer(anything, "x", "stream")),
+                (f"ValueError: ignore: unknown 'times'; expected {cstor.DIFFERENCES!r}".translate(
+                    {40: None, 41: None}),
+                 lambda: list(cstor.diff_trees(tree, tree, ["times"]))),
+                ("TypeError: ignore must be a list of str, not str",
+                 lambda: list(cstor.diff_trees(tree, tree, "time"))),
+                (f"TypeError: {patterns}", lambda: tree.glob("etc")),
+                ("TypeError: patterns must be a list of str, not bytes",
+                 lambda: tree.glob(anything.OVERLAY)),
+                ("TypeError: each of patterns must be str, not bytes",
+                 lambda: tree.glob([anything.OVERLAY])),
+                (f"TypeError: {patterns}", lambda: image.extract(out, paths="etc")),
+                (f"TypeError: {patterns}", lambda: layer.extract(out, exclude="etc")),
+                ("TypeError: owner_map must be a list of str, not str",
+                 lambda: image.extract(out, owner_map="0:100000:65536")),
+                ("TypeError: stores must be a list of str, not str",
+                 lambda: cstor.Storage.open(store.root, stores=store.root)),
+                ("TypeError: argv must be a list of str, not str", lambda: cstor.main("--version")),
+                (f"TypeError: {path}", lambda: tree.lookup(anything.REF_NAME)),
+                (f"TypeError: {path}", lambda: list(tree.walk(anything.REF_NAME))),
+                (f"TypeError: {path}", lambda: list(tree.read(anything.REF_NAME))),
+                (f"TypeError: {path}", lambda: layer.open_file(anything.REF_NAME)),
+                ("TypeError: path must be str, not bytes", lambda: image.extract(anything.OVERLAY)),
+                ("TypeError: path must be str, not bytes",
+                 lambda: image.copy_to_oci(anything.OVERLAY)),
+                *[("TypeError: reference must be str, not bytes",
+                   functools.partial(find, anything.OVERLAY))
+                  for find in (storage.image, storage.layer, storage.container)],
+                ("TypeError: name must be bytes, not str",
+                 lambda: cstor.spell(anything.REF_NAME)),
+                ("TypeError: out must be a descriptor or a binary file, not str",
+                 lambda: layer.export(anything.REF_NAME)),
+                ("TypeError: strip must be int, not str", lambda: image.extract(out, strip="1")),
+            ]
+            for wanted, call in cases:
+                with self.subTest(wanted=wanted):
+                    with self.assertRaises((TypeError, ValueError)) as caught:
+                        call()
+                    self.assertEqual(
+                        wanted, f"{type(caught.exception).__name__}: {caught.exception}")
+                    self.assertFalse(os.path.exists(out))
+
     def test_everyday_use(self) -> None:
         store = self.sample()
         self.guard(store.root)
