@@ -1192,19 +1192,15 @@ class Config:
     store of who called sudo.
     """
 
-    __slots__ = ("driver", "graphroot", "runroot", "imagestore", "stores", "layer_stores",
-                 "transient_store", "rootless", "uid", "scheme", "files", "named_in", "drop_ins",
-                 "faults", "hint", "elsewhere")
+    driver = graphroot = runroot = imagestore = named_in = hint = elsewhere = ""
+    stores: Sequence[str] = ()
+    layer_stores: Sequence[str] = ()
+    drop_ins: Sequence[str] = ()
+    transient_store = False
 
     def __init__(self, scheme: str, rootless: bool, uid: int) -> None:
-        self.driver = self.graphroot = self.runroot = self.imagestore = ""
-        self.named_in = self.hint = self.elsewhere = ""
-        self.stores: List[str] = []
-        self.layer_stores: List[str] = []
-        self.transient_store = False
         self.rootless, self.uid, self.scheme = rootless, uid, scheme
         self.files: List[str] = []
-        self.drop_ins: List[str] = []
         self.faults: List[str] = []
 
 
@@ -1257,19 +1253,17 @@ def stores_near(path: str, name: str = "") -> List[str]:
     Where people point that mean a store: above, below, a disk's root, a home, docker's directory.
     """
     path = os.path.abspath(path)
-    above = os.path.dirname(path)
+    above, end = os.path.dirname(path), ".local/share/containers/storage"
     places = [path[:at] for at, char in enumerate(path) if char == "/" and at]
-    places += [os.path.join(path, "storage"), os.path.join(above, "containers/storage")]
-    places += [os.path.join(path, base, "containers/storage") for base in (
-        "", "lib", "var/lib", "share", ".local/share", "root/.local/share")]
-    for parent, base in ((path, ".local/share/containers/storage"),
-                         (os.path.join(path, "home"), ".local/share/containers/storage"),
-                         *([(above, ""), (path, "")] if name else [])):
-        if os.access(parent, os.R_OK | os.X_OK) and os.path.isdir(parent):
-            places += [os.path.join(parent, entry, base).rstrip("/")
-                       for entry in sorted(os.listdir(parent))[:1000]]
-    found = {}
-    for place in places:
+    places += [os.path.join(path, base, "storage") for base in (
+        "", "containers", "../containers", "lib/containers", "var/lib/containers",
+        "share/containers", ".local/share/containers", "root/.local/share/containers")]
+    for parent, base in ((path, end), (os.path.join(path, "home"), end),
+                         *([(path, ""), (above, "")] if name else [])):
+        if os.path.isdir(parent) and os.access(parent, os.R_OK | os.X_OK):
+            places += [os.path.join(parent, entry, base) for entry in sorted(os.listdir(parent))]
+    found: Dict[str, str] = {}
+    for place in map(os.path.normpath, places):
         try:
             if place != path and holds_store(place) and is_there(os.path.join(place, name)):
                 found[os.path.realpath(place)] = place
@@ -1290,11 +1284,9 @@ def no_store(root: str, option: str = "--root") -> CstorError:
     if is_docker(root) or is_docker(os.path.dirname(root)):
         return Unsupported(f"{root} is Docker's, which is not containers/storage",
                            hint=hint or "`docker save` writes archives that `podman load` reads")
-    if not os.path.isdir(root):
-        return NotFound(f"no storage at {root}",
-                        hint=hint or f"name a graph root with {option} DIR")
-    return NotFound(f"no containers/storage store at {root}",
-                    hint=hint or "a graph root is the directory that holds overlay-images")
+    word = "containers/storage store" if os.path.isdir(root) else "storage"
+    return NotFound(f"no {word} at {root}", hint=hint or f"name a graph root, the directory that "
+                    f"holds overlay-images, with {option} DIR")
 
 
 def is_there(path: str) -> bool:
@@ -1310,9 +1302,9 @@ class _ConfigSearch:
     """One search for configuration files with one environment."""
 
     def __init__(self, environ: Mapping[str, str], euid: int, system_root: str) -> None:
-        for name, value in environ.items():
-            if not can_be_path(value):
-                raise FormatError("holds a NUL byte", file=f"environment variable {name}")
+        bad = [name for name, value in environ.items() if not can_be_path(value)]
+        if bad:
+            raise FormatError("holds a NUL byte", file=f"environment variable {bad[0]}")
         self.environ = environ
         self.system_root = system_root
         self.rootless = euid != 0
@@ -1415,21 +1407,16 @@ class _ConfigSearch:
             return self.new_scheme()  # no older tool knows it
         config = Config("old", self.rootless, self.uid)
         named = self.environ.get("CONTAINERS_STORAGE_CONF")
-        system = [self.system("etc/containers/storage.conf"),
-                  self.system("usr/share/containers/storage.conf")]
-        values: Dict[str, Any] = {}
         if named is not None:
             values = self._read(named, config)
         elif not self.rootless:
-            own = self.environ.get("XDG_CONFIG_HOME") and self._has_user_file()
-            values = self._read_first([self.user_file()] * bool(own) + system, config)
+            values = self._read_main(config, bool(self.environ.get("XDG_CONFIG_HOME")))
         else:
-            found = self._read_first(system, config)
-            values = {key: found[key] for key in ("storage.driver", "storage.rootless_storage_path")
-                      if key in found}
-            if self._has_user_file():
-                values.pop("storage.driver", None)  # his file replaces all else
-                values.update(self._read(self.user_file(), config))
+            values = self._read_main(config, False)
+            own = self._has_user_file()  # it replaces all but this
+            values = {key: value for key, value in values.items() if key.endswith("_storage_path")
+                      or key == "storage.driver" and not own}
+            values.update(self._read(self.user_file(), config) if own else {})
         self._fill(config, values)
         return config
 
@@ -1439,16 +1426,11 @@ class _ConfigSearch:
         if named:
             values = self._read(named, config)
         else:
-            values = self._read_first(
-                [self.user_file()] * self._has_user_file()
-                + [self.system("etc/containers/storage.conf"),
-                   self.system("usr/share/containers/storage.conf")], config)
+            values = self._read_main(config, True)
             config.drop_ins = self._drop_ins()
-            for path in config.drop_ins:
-                merge_config(values, self._read(path, config))
         override = self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")
-        if override:
-            merge_config(values, self._read(override, config))
+        for path in (*config.drop_ins, *([override] if override else [])):
+            merge_config(values, self._read(path, config))
         self._fill(config, values)
         return config
 
@@ -1476,11 +1458,11 @@ class _ConfigSearch:
                     chosen[name] = path
         return [chosen[name] for name in sorted(chosen)]
 
-    def _read_first(self, paths: Iterable[str], config: Config) -> Dict[str, Any]:
-        for path in paths:
-            if is_there(path):
-                return self._read(path, config)
-        return {}
+    def _read_main(self, config: Config, own: bool) -> Dict[str, Any]:
+        """Read the first main file there is, the user's own only where it counts."""
+        paths = [self.user_file()] if own and self._has_user_file() else list(filter(is_there, (
+            self.system(f"{base}/containers/storage.conf") for base in ("etc", "usr/share"))))
+        return self._read(paths[0], config) if paths else {}
 
     def _has_user_file(self) -> bool:
         try:
@@ -1554,14 +1536,10 @@ class _ConfigSearch:
         return os.path.realpath(path) if path and os.path.exists(path) else path
 
     def _rootless_runroot(self) -> str:
-        runtime = self.environ.get("XDG_RUNTIME_DIR")
-        if runtime:
-            return os.path.join(runtime, "containers")
         runtime = self.system(f"run/user/{self.uid}")
-        if os.path.isdir(runtime):
-            return os.path.join(runtime, "containers")
-        return os.path.join(self.environ.get("TMPDIR") or "/tmp", f"storage-run-{self.uid}",
-                            "containers")
+        if not os.path.isdir(runtime):
+            runtime = os.path.join(self.environ.get("TMPDIR") or "/tmp", f"storage-run-{self.uid}")
+        return os.path.join(self.environ.get("XDG_RUNTIME_DIR") or runtime, "containers")
 
 
 def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:

@@ -1298,6 +1298,7 @@ class Discovery(StoreTest):
         docker, save = "is Docker's, which is not containers/storage", \
             "`docker save` writes archives that `podman load` reads"
         none, missing = "no containers/storage store at", "no storage at"
+        name_one = "name a graph root, the directory that holds overlay-images, with --root DIR"
         for name, status, message, hint in (
                 ("", 3, none, both), ("var", 3, none, use), ("var/lib", 3, none, use),
                 ("var/lib/containers", 3, none, use),
@@ -1309,8 +1310,7 @@ class Discovery(StoreTest):
                 ("var/lib/docker", 6, docker, use), ("srv/docker", 6, docker, save),
                 ("srv/docker/image", 6, docker, save), ("home", 3, none, user),
                 ("home/ann", 3, none, user), ("home/ann/.local/share", 3, none, user),
-                ("srv", 3, none, "a graph root is the directory that holds overlay-images"),
-                ("none", 3, missing, "name a graph root with --root DIR")):
+                ("srv", 3, none, name_one), ("none", 3, missing, name_one)):
             root = os.path.join(self.dir, "disk", name).rstrip("/")
             done = self.run_cstor("--root", root, "image", "list", status=status)
             text = f"{root} {message}" if status == 6 else f"{message} {root}"
