@@ -703,6 +703,10 @@ class Directory(Closing):
         return self._in_parent(name, lambda fd, base: os.stat(base, dir_fd=fd,
                                                               follow_symlinks=False))
 
+    def inspect(self, name: bytes) -> Any:
+        """Return what look_at() returns of ``name``."""
+        return self._in_parent(name, look_at)
+
     def exists(self, name: bytes) -> bool:
         """Tell whether ``name`` is there; errors other than its absence are raised."""
         try:
@@ -782,6 +786,33 @@ class Target(Directory):
             return OSError(error.errno, "another process put a link or file where a directory was",
                            self.host_path(name))
         return OSError(error.errno, error.strerror, self.host_path(name))
+
+
+def look_at(dir_fd: int, name: bytes
+            ) -> Optional[Tuple[os.stat_result, bytes, Dict[bytes, bytes]]]:
+    """Return lstat(2), the target of a symbolic link, and xattrs; None for what has vanished."""
+    try:
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
+        return status, link, read_xattrs(dir_fd, name)
+    except FileNotFoundError:
+        if not os.path.exists("/proc/self/fd"):
+            raise Unsupported("extended attributes are read through /proc, which is not "
+                              "mounted") from None
+        return None
+
+
+def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
+    """Return the extended attributes of a file that is not followed; {} where there are none."""
+    place = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+    try:
+        return {os.fsencode(key): os.getxattr(place, key, follow_symlinks=False)
+                for key in os.listxattr(place, follow_symlinks=False)
+                if key != "security.selinux"}  # the label of this place, not of the file
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA, errno.EPERM):
+            return {}
+        raise
 
 
 def with_path(error: OSError, path: str) -> OSError:
@@ -1543,24 +1574,49 @@ class _ConfigSearch:
 
 
 def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
-    """Return the ranges (first ID, count) that a user has in /etc/subuid or /etc/subgid, sorted.
+    """Return the ranges (first ID, count) that a user has in /etc/subuid or a file like it, sorted.
 
     In this order podman maps them to the IDs from 1 on.  [] when there are none, or the file cannot
-    be read; what only NSS knows is not seen.
+    be read; what only NSS knows is not seen.  A passwd beside the file has the user's names.
     """
-    names = {str(uid)}
-    try:
-        import pwd
+    def read(path: str) -> str:
+        try:
+            return os.fsdecode(read_whole(open_input(path), MAX_SPECIAL, path))
+        except (OSError, FormatError):
+            return ""
 
-        names.add(pwd.getpwuid(uid).pw_name)
-    except (ImportError, KeyError):
-        pass
-    try:
-        text = read_whole(open_input(file), MAX_SPECIAL, file).decode("utf-8", "surrogateescape")
-    except (OSError, FormatError):
-        return []
-    found = re.findall(r"^[ \t]*([^:#\s]+):(\d{1,10}):0*([1-9]\d{0,9})[ \t]*$", text, re.MULTILINE)
+    etc = os.path.dirname(file)
+    users = re.findall(r"^([^:\n]+):[^:\n]*:(\d+):", read(etc + "/passwd"), re.M)
+    names = {str(uid), *(name for name, number in users if int(number) == uid)}
+    if not users or etc == "/etc":
+        try:
+            import pwd
+
+            names.add(pwd.getpwuid(uid).pw_name)
+        except (ImportError, KeyError):
+            pass
+    found = re.findall(r"^[ \t]*([^:#\s]+):(\d{1,10}):0*([1-9]\d{0,9})[ \t]*$", read(file), re.M)
     return sorted((int(first), int(count)) for name, first, count in found if name in names)
+
+
+def owner_ranges(uid: int, given: str, below: str) -> List[List[Tuple[int, int]]]:
+    """Return the sub-uids and the sub-gids of who owns the store at ``below``; see sub_ids().
+
+    The machine that wrote the store counts.  ``given`` is a file for both, or a directory like
+    /etc.  Without it etc/ of the nearest directory above that has etc/subuid serves: a disk's, or
+    at last that of "/".  Raises NotFound when ``given`` has none.
+    """
+    above = os.path.realpath(below)
+    while not (given or above == "/" or os.path.lexists(above + "/etc/subuid")):
+        above = os.path.dirname(above)
+    etc = given or os.path.join(above, "etc")
+    found = [sub_ids(uid, os.path.join(etc, name) if os.path.isdir(etc) else given)
+             for name in ("subuid", "subgid")]
+    if given and not found[0]:
+        raise NotFound(f"{given} has no range of uid {uid}, who owns the store"
+                       if os.path.exists(given) else f"no such file or directory: {given}",
+                       hint=f"write lines like {uid}:100000:65536, or name a directory like /etc")
+    return found
 
 
 def merge_config(values: Dict[str, Any], later: Dict[str, Any]) -> None:
@@ -2515,36 +2571,30 @@ class Contents(Directory):
         while self._ahead:
             os.close(self._ahead.popitem()[1])
 
-    def directory(self, name: bytes) -> Contents:
-        """Open a directory below as a root of its own."""
+    def _ask(self, action: Callable[[bytes], T], name: bytes, ask: Callable[[Any], Any]) -> T:
+        """Return what ``action`` returns, or if ``name`` is closed to us what the helper says."""
         try:
-            return Contents(self.storage, super().directory(name))
+            return action(name)
         except NeedsUnshare as error:
-            fd = self.storage.helper(error).enter(self.path, name)
-            return Contents(self.storage, Directory(self.host_path(name), fd))
+            found: T = ask(self.storage.helper(error))
+            return found
+
+    def directory(self, name: bytes) -> Contents:
+        return Contents(self.storage, self._ask(super().directory, name, lambda helper: Directory(
+            self.host_path(name), helper.enter(self.path, name))))
 
     def lstat(self, name: bytes) -> os.stat_result:
-        """Return lstat(2) of ``name``."""
-        try:
-            return super().lstat(name)
-        except NeedsUnshare as error:
-            status: os.stat_result = self.storage.helper(error).look(self.path, name)[1]
-            return status
+        return self._ask(super().lstat, name, lambda helper: helper.look(self.path, name)[1])
 
     def readlink(self, name: bytes) -> bytes:
-        """Return the target of the symbolic link ``name``."""
-        try:
-            return super().readlink(name)
-        except NeedsUnshare as error:
-            target: bytes = self.storage.helper(error).look(self.path, name)[2]
-            return target
+        return self._ask(super().readlink, name, lambda helper: helper.look(self.path, name)[2])
+
+    def inspect(self, name: bytes) -> Any:
+        return self._ask(super().inspect, name, lambda helper: helper.look(self.path, name)[1:])
 
     def listdir(self, name: bytes) -> List[bytes]:
-        """Return the names in the directory ``name``, sorted."""
-        try:
-            return super().listdir(name)
-        except NeedsUnshare as error:
-            return [row[0] for row in self.storage.helper(error).scan(self.path, name, b"")]
+        return self._ask(super().listdir, name, lambda helper: [
+            row[0] for row in helper.scan(self.path, name, b"")])
 
     def open(self, name: bytes) -> int:
         """Open the regular file ``name``; FormatError when it is none."""
@@ -2626,10 +2676,11 @@ class Metadata(Closing):
     layer_stores: Sequence[str] = ()  # additional layer stores
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
-                 stores: Sequence[str] = ()) -> None:
+                 stores: Sequence[str] = (), owner_ids: str = "") -> None:
         self.graphroot, self.runroot, self.imagestore = (
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
+        self.owner_ids = owner_ids
         self.faults: List[str] = []
         self.elsewhere = ""  # where an image that is unknown may be instead
         self._own: List[Contents] = []
@@ -2650,6 +2701,8 @@ class Metadata(Closing):
                 self.faults.append(str(error))
             if runroot and os.path.isdir(runroot):
                 self._run = Contents(self, Directory.at(self.runroot))
+            if owner_ids:
+                owner_ranges(self.owner[0], owner_ids, "")  # says at once that there are none
         except BaseException:
             self.close()
             raise
@@ -2747,16 +2800,16 @@ class Metadata(Closing):
     def id_maps(self) -> Tuple[List[Any], List[Any]]:
         """How IDs on disk are to be read, for users and groups: maps as in records; [] = as is.
 
-        Whoever writes the records is root to his containers, and his sub-uids follow.  Seen by root
-        of his namespace, it is so already.
+        Whoever writes the records is root to his containers, and his sub-uids follow; see
+        owner_ranges().  Seen by root of his namespace, it is so already.
         """
         if self._id_maps is None:
             self._id_maps = [], []
             uid, gid = self.owner
-            for maps, own, file in ((self._id_maps[0], uid, "/etc/subuid"),
-                                    (self._id_maps[1], gid, "/etc/subgid")):
+            both = owner_ranges(uid, self.owner_ids, self.graphroot) if uid else []
+            for maps, own, ranges in zip(self._id_maps, (uid, gid), both):
                 at = 0
-                for first, count in [(own, 1), *sub_ids(uid, file)] if uid else ():
+                for first, count in [(own, 1), *ranges]:
                     maps.append({"container_id": at, "host_id": first, "size": count})
                     at += count
         return self._id_maps
@@ -2966,10 +3019,7 @@ class Metadata(Closing):
         return self._podman
 
     def recorded_roots(self, *, trusted: bool = False) -> Dict[str, str]:
-        """Return GraphRoot, RunRoot and GraphDriver as podman's database recorded them, or {}.
-
-        With ``trusted`` {} too where the paths must not be opened; see distrust().
-        """
+        """Return GraphRoot, RunRoot and GraphDriver of podman's database, {} when not trusted."""
         if self._graph:
             for row in self._podman_rows(self._graph,
                                          "SELECT GraphRoot, RunRoot, GraphDriver FROM DBConfig"):
@@ -2984,17 +3034,13 @@ class Metadata(Closing):
         mounted store anybody: the database and our graph root must belong to the caller, and
         ``graphroot``, which the database records, must be our graph root.
         """
-        places = [(self._graph or root, b".")] + [
-            (root, name) for name in DATABASE_FILES if root.exists(name)]
-        for place, name in places:
-            status = place.lstat(name)
-            if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
-                whose = f"belongs to uid {status.st_uid}" if status.st_uid != os.geteuid() \
-                    else "is writable by everybody"
-                return f"{os.path.normpath(place.host_path(name))} {whose}"
+        top = self._graph or root
+        for place, name in ((top, b"."), *((root, name) for name in DATABASE_FILES)):
+            uid = place.lstat(name).st_uid if place.exists(name) else os.geteuid()
+            if uid != os.geteuid():
+                return f"{os.path.normpath(place.host_path(name))} belongs to uid {uid}"
         try:
-            if os.path.isabs(graphroot) and os.path.samestat(os.stat(graphroot),
-                                                             places[0][0].lstat(b".")):
+            if os.path.isabs(graphroot) and os.path.samestat(os.stat(graphroot), top.lstat(b".")):
                 return ""
         except (OSError, ValueError):  # it is not on this machine
             pass
@@ -4805,6 +4851,10 @@ class LayerTree(Closing):
                 raise
         return self._root
 
+    def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
+        """Return a root that has at least what is at a path, and with ``below`` all below it."""
+        return self.root
+
     def _load(self) -> None:
         for _, member in read_members(self.layer) if self.layer else ():
             if member is not None:
@@ -5026,6 +5076,7 @@ class DiskTree(LayerTree):
         self.maps = [self.storage.id_maps] if self.storage else []
         if layer:
             self.maps.append((layer.uidmap, layer.gidmap))
+        self._strangers: Dict[str, Set[Tuple[int, int]]] = {}  # files at 65534, by why
         self._groups: Dict[Tuple[int, int], Node] = {}
         self._moved: List[Node] = []
         self._stubs: List[Node] = []
@@ -5041,6 +5092,8 @@ class DiskTree(LayerTree):
         return self.directory.storage if isinstance(self.directory, Contents) else None
 
     def close(self) -> None:
+        for why, files in self._strangers.items():
+            self._note(f"owner or group 65534 in {len(files)} file{'s' * (len(files) > 1)}: {why}")
         self.directory.close()
 
     def expect(self, nodes: Iterable[Node]) -> None:
@@ -5051,14 +5104,33 @@ class DiskTree(LayerTree):
         return isinstance(self.directory, Contents) and "data" not in node.extra \
             and self.directory.is_closed(node.path)
 
-    def _load(self) -> None:
-        root = self.root
-        try:
-            found: Any = look_at(self.directory.fd, b".")
-        except PermissionError as error:
-            found = next(self._scan(b"", None, error))[1:]
-        self._fill(root, *found)
-        todo = [(root, b"")]
+    def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
+        """Return a root that has at least what is at a path, and with ``below`` all below it.
+
+        A directory of the host can be "/": one that was not read yet is not read as a whole.
+        """
+        if self._root or self.whiteouts or below and not parts:
+            return self.root
+        part = DiskTree(self.directory, overlay=False)  # with hard links of its own
+        part._strangers = self._strangers
+        part._root = Node(part, None, b"", "dir")
+        part._load(parts, below)
+        return part._root
+
+    def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
+        top = self.root
+        self._fill(top, *self.directory.inspect(b"."))
+        for depth, name in enumerate(parts, 1):
+            try:
+                path = b"/".join(parts[:depth])
+                found = self.directory.inspect(path) if len(name) < 256 else None
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            child = self._enter(top, name, *found) if found else None
+            if child is None or child.type != "dir":
+                return
+            top = child
+        todo = [(top, b"/".join(parts))] if below else []
         while todo:
             above, path = todo.pop()
             for name, status, link, xattrs in self._entries(path):
@@ -5078,21 +5150,11 @@ class DiskTree(LayerTree):
                 if found:
                     yield (name, *found)
                 last = name
-        except PermissionError as error:
-            yield from self._scan(path, last, error)
         except OSError as error:
-            raise with_path(error, self.directory.host_path(path)) from None
-
-    def _scan(self, path: bytes, start: Optional[bytes], error: OSError
-              ) -> Iterator[Tuple[Any, ...]]:
-        """Yield the entries of a directory from ``start`` on, if ``error`` is that it is closed.
-
-        With None the first is the directory itself.
-        """
-        error = with_path(error, self.directory.host_path(path))
-        if not self.storage or not isinstance(error, NeedsUnshare):
-            raise error from None
-        yield from self.storage.helper(error).scan(self.directory.path, path, start)
+            closed = with_path(error, self.directory.host_path(path))
+            if not self.storage or not isinstance(closed, NeedsUnshare):
+                raise closed from None
+            yield from self.storage.helper(closed).scan(self.directory.path, path, last)
 
     def _join(self, below: Tree) -> None:
         """Fill in what renamed directories and stubs take from the layers below."""
@@ -5153,9 +5215,8 @@ class DiskTree(LayerTree):
         node.linkname = link
         node.type = NODE_TYPES.get(stat.S_IFMT(status.st_mode), "reg")
         node.mode, node.mtime_ns = stat.S_IMODE(status.st_mode), status.st_mtime_ns
-        uid, gid = status.st_uid, status.st_gid
-        for uids, gids in self.maps:
-            uid, gid = map_id(uid, uids), map_id(gid, gids)
+        uid, gid = self._owner(node, status)
+        for uids, _ in self.maps:
             capability = xattrs.get(b"security.capability", b"")
             if uids and len(capability) == 24 and map_id(
                     int.from_bytes(capability[20:], "little"), uids) == 0:  # of root in there
@@ -5175,6 +5236,27 @@ class DiskTree(LayerTree):
                 node.type = "whiteout"
         node.owner = self.intern((uid, gid, b"", b""))
         node.extra = extra or _NO_EXTRA
+
+    def _note(self, text: str) -> None:
+        if self.storage and f"{self.label}: {text}" not in self.storage.faults:
+            self.storage.faults.append(f"{self.label}: {text}")
+
+    def _owner(self, node: Node, status: os.stat_result) -> Tuple[int, int]:
+        """Return owner and group in the container; close() tells what no map covers."""
+        uid, gid = status.st_uid, status.st_gid
+        for number, (uids, gids) in enumerate(self.maps):
+            if number and uids and uid == gid == 0 and node.parent is None:
+                if map_id(0, uids):
+                    self._note("shown as its container's root's: podman gives it to that when it "
+                               "first starts the container")
+                break
+            known, uid, gid = min(uid, gid), map_id(uid, uids, -1), map_id(gid, gids, -1)
+            if min(uid, gid) < 0 <= known:
+                self._strangers.setdefault(
+                    "the container's own map does not cover their IDs" if number else "their IDs "
+                    "are in no range known of the store's owner (--owner-ids FILE names more)",
+                    set()).add((status.st_dev, status.st_ino))
+        return 65534 if uid < 0 else uid, 65534 if gid < 0 else gid
 
     def _interpret(self, node: Node, xattrs: Dict[bytes, bytes], extra: Dict[str, Any]) -> None:
         """Read what overlayfs and fuse-overlayfs say in xattrs."""
@@ -5415,42 +5497,15 @@ class ZstdProgram(io.RawIOBase):
         super().close()
 
 
-def look_at(dir_fd: int, name: bytes
-            ) -> Optional[Tuple[os.stat_result, bytes, Dict[bytes, bytes]]]:
-    """Return lstat(2), the target of a symbolic link, and xattrs; None for what has vanished."""
-    try:
-        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
-        return status, link, read_xattrs(dir_fd, name)
-    except FileNotFoundError:
-        if not os.path.exists("/proc/self/fd"):
-            raise Unsupported("extended attributes are read through /proc, which is not "
-                              "mounted") from None
-        return None
-
-
-def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
-    """Return the extended attributes of a file that is not followed; {} where there are none."""
-    place = b"/proc/self/fd/%d/%s" % (dir_fd, name)
-    try:
-        return {os.fsencode(key): os.getxattr(place, key, follow_symlinks=False)
-                for key in os.listxattr(place, follow_symlinks=False)
-                if key != "security.selinux"}  # the label of this place, not of the file
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA, errno.EPERM):
-            return {}
-        raise
-
-
-def map_id(number: int, mappings: Sequence[Any]) -> int:
-    """Return the ID in the container for one on disk; 65534 for one that no mapping covers."""
+def map_id(number: int, mappings: Sequence[Any], unknown: int = 65534) -> int:
+    """Return the ID in the container for one on disk; ``unknown`` when no mapping covers it."""
     for entry in mappings:
         inside, outside, size = (entry.get(key) if isinstance(entry, dict) else None
                                  for key in ("container_id", "host_id", "size"))
         if isinstance(inside, int) and isinstance(outside, int) and isinstance(size, int) \
                 and outside <= number < outside + size:
             return inside + number - outside
-    return 65534 if mappings else number
+    return unknown if mappings else number
 
 
 class Tree(Closing):
@@ -5479,7 +5534,7 @@ class Tree(Closing):
         found: List[Node] = []
         seen = 0  # so many components are directories in layers above
         for layer in self.layers:
-            node = layer.root
+            node = layer.reach(parts, below=not top)
             last = node.opaque
             for depth, part in enumerate(parts, 1):
                 child = node.children.get(part)
@@ -5535,7 +5590,7 @@ class Tree(Closing):
     @property
     def root(self) -> Node:
         """The root directory, as the topmost layer has it that has an entry for it."""
-        roots = [layer.root for layer in self.layers]
+        roots = [layer.reach(()) for layer in self.layers]
         return next((root for root in roots if not root.implicit), roots[0])
 
     # -- walking -------------------------------------------------------------------------------
@@ -11823,11 +11878,7 @@ class Helper:
         found: List[int] = []
         for at in range(0, len(names), AHEAD):
             part = names[at:at + AHEAD]
-            try:
-                codes, fds = self._call("open", {"directory": spell(os.fsencode(directory)),
-                                                 "names": list(map(spell, part))})
-            except OSError as error:
-                raise with_path(error, directory) from None
+            codes, fds = self._ask("open", directory, b"", names=list(map(spell, part)))
             if len(codes) != len(part) or codes.count(0) != len(fds):
                 for fd in fds:
                     os.close(fd)
@@ -11868,10 +11919,9 @@ class Helper:
     @staticmethod
     def _read_row(row: Sequence[Any]) -> Tuple[Any, ...]:
         base, numbers, link, xattrs = row
-        status = os.stat_result((*numbers[:7], 0, 0, 0), {"st_rdev": numbers[7],
-                                                          "st_mtime_ns": numbers[8]})
-        return unspell(base), status, unspell(link), {
-            unspell(key): bytes.fromhex(value) for key, value in xattrs.items()}
+        times = {"st_rdev": numbers[7], "st_mtime_ns": numbers[8]}
+        return (unspell(base), os.stat_result((*numbers[:7], 0, 0, 0), times), unspell(link),
+                {unspell(key): bytes.fromhex(value) for key, value in xattrs.items()})
 
     def spread(self, processes: int) -> int:
         """Make so many more connections, one for each process that is forked next.
@@ -12002,7 +12052,7 @@ class ContentServer:
             if method == "enter":
                 return None, [open_in_root(directory.fd, name)]
             if method == "look":
-                seen = directory._in_parent(name, look_at)
+                seen = directory.inspect(name)
                 if not seen:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
                 return self._row(name, seen), []
@@ -12224,12 +12274,13 @@ class Storage(Metadata):
     config: Optional[Config] = None
 
     @classmethod
-    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = ()
-                 ) -> Storage:
+    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
+                 owner_ids: str = "") -> Storage:
         """Open the storage that podman would use for this user: see load_config().
 
         ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
-        additional image stores.  Raises NotFound, Unsupported, FormatError.
+        additional image stores; ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported,
+        FormatError.
         """
         config = load_config()
         if config.driver not in ("", "overlay"):
@@ -12240,7 +12291,7 @@ class Storage(Metadata):
         imagestore = imagestore or config.imagestore
         try:
             storage = cls(config.graphroot, runroot or config.runroot, imagestore,
-                          [*config.stores, *stores])
+                          [*config.stores, *stores], owner_ids)
         except NotFound as error:
             error.hint = config.hint
             raise
@@ -12249,21 +12300,20 @@ class Storage(Metadata):
             # podman goes on with the run root of its database when the configuration has changed.
             recorded = storage.recorded_roots(trusted=True).get("RunRoot", "")
             if os.path.isdir(recorded):
-                storage.close()
-                storage = cls(config.graphroot, recorded, imagestore, [*config.stores, *stores])
-                storage.config = config
+                storage.runroot, storage._run = recorded, Contents(storage, Directory.at(recorded))
+                storage.reload()
         storage.faults += config.faults
         storage.elsewhere, storage.layer_stores = config.elsewhere, config.layer_stores
         return storage
 
     @classmethod
     def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
-             stores: Sequence[str] = ()) -> Storage:
+             stores: Sequence[str] = (), owner_ids: str = "") -> Storage:
         """Open the storage with graph root ``root``, whatever is configured.
 
-        Raises NotFound when there is none, Unsupported for another driver, OSError.
+        ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported, OSError.
         """
-        return cls(root, runroot, imagestore, stores)
+        return cls(root, runroot, imagestore, stores, owner_ids)
 
     def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
         """Return the layer of exactly this ID, or None.
@@ -13639,6 +13689,9 @@ def _add_globals(parser: Any, level: int) -> Any:
         help="where images are, when they are split off the graph root")
     add("--store", metavar="DIR", action="append", default=[], dest=f"store{level}",
         help="additional image store; may be repeated")
+    add("--owner-ids", metavar="FILE", default="",
+        help="ranges of the store's owner on another machine: lines as in /etc/subuid, with his "
+             "name or numeric ID, for users and groups; or a directory with subuid, subgid, passwd")
     add("--no-helper", action="store_true", default=False,
         help="never enter a user namespace")
     add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
@@ -13693,9 +13746,9 @@ def open_storage(args: Any) -> Storage:
         raise _UsageError("--root is empty")
     imagestore = os.path.abspath(args.imagestore) if args.imagestore else ""
     kind = Storage if args.no_helper else ProxiedStorage
-    if args.root:
-        return kind.open(args.root, runroot=args.runroot, imagestore=imagestore, stores=stores)
-    return kind.discover(runroot=args.runroot, imagestore=imagestore, stores=stores)
+    options: Any = {"runroot": args.runroot, "imagestore": imagestore, "stores": stores,
+                    "owner_ids": args.owner_ids}
+    return kind.open(args.root, **options) if args.root else kind.discover(**options)
 
 
 def say(message: str) -> None:

@@ -2417,12 +2417,52 @@ class Database(StoreTest):
             storage.helper(cstor.NeedsUnshare(""))
             helper.assert_called_once_with([store.root, host])
 
+    def test_one_path_of_a_rootfs(self) -> None:
+        """No directory of the host is listed but those that are copied: it can be "/"."""
+        store, _, host = self.rootfs()
+        for number in range(3):
+            os.makedirs(f"{host}/d{number}/sub")
+            put(f"{host}/d{number}/file", b"%d" % number)
+        os.link(host + "/d1/file", host + "/d1/sub/hard")
+        os.link(host + "/d1/file", host + "/d2/elsewhere")
+        os.symlink("/d1/sub/../file", host + "/link")
+        os.symlink(self.dir, host + "/out")
+        real = cstor.Directory.list_at
+        with self.open(store) as storage, mock.patch.object(
+                cstor.Directory, "list_at", autospec=True, side_effect=real) as listed:
+            with storage.container("web").tree() as tree:
+                self.assertEqual(b"1", b"".join(tree.read(b"/link")))
+                self.assertEqual(b"1", b"".join(tree.read(b"/d2/../d2/elsewhere")))
+                self.assertEqual("dir", tree.lookup(b"/")[1].type)
+                self.assertEqual((b"d1/sub", "dir"), (tree.lookup(b"d1/sub")[0],
+                                                      tree.lookup(b"d1/sub")[1].type))
+                for name in (b"none", b"d1/none", b"d1/file/none", b"d1/none/x", b"out/host",
+                             b"x" * 300, b"d1/" + b"x" * 300):
+                    self.assertRaises(cstor.NotFound, tree.lookup, name)
+                self.assertEqual(0, listed.call_count)
+                walked = [(path, first) for path, _, first in tree.walk(b"d1")]
+                self.assertEqual([(b"d1", None), (b"d1/file", None), (b"d1/sub", None),
+                                  (b"d1/sub/hard", b"d1/file")], walked)
+                self.assertEqual(2, listed.call_count)
+                self.assertEqual(b"1", b"".join(tree.read(b"d2/elsewhere")))
+                self.assertEqual(2, listed.call_count)
+                self.assertEqual(15, len(list(tree.walk())))
+                count = listed.call_count
+                node = tree.lookup(b"d1/sub")[1]
+                self.assertIs(tree.layers[0].root.find([b"d1", b"sub"]), node)
+                self.assertEqual(count, listed.call_count)
+        for words, wanted in (("cat web /link", b"1"), ("cat web out/host/secret", None),
+                              ("cat web /secret d0/file", b"of the host0")):
+            done = self.run_cstor("--root", store.root, "container", *words.split(),
+                                  status=0 if wanted else 3)
+            self.assertEqual(wanted or b"", done.stdout)
+
     def test_rootfs_of_another_store_or_user(self) -> None:
         """Neither copied stores nor other users' lead anybody to files of the host."""
         store, database, host = self.rootfs()
         other = os.path.join(self.dir, "other")
         os.mkdir(other)
-        for recorded in ("/var/lib/elsewhere", other, ".", "", "a\0b"):
+        for recorded in ("/var/lib/elsewhere", other, ".", "", "a\1b"):
             database.execute("UPDATE DBConfig SET GraphRoot = ?", (recorded,))
             database.commit()
             error = self.refused(store, host, "podman's database records another graph root, "
@@ -2440,9 +2480,6 @@ class Database(StoreTest):
         self.refused(store, "../host", "not an absolute path")
         database.execute("UPDATE ContainerConfig SET JSON = ?", (json.dumps({"rootfs": host}),))
         database.commit()
-        os.chmod(store.path("db.sql"), 0o666)
-        self.refused(store, host, store.path("db.sql") + " is writable by everybody")
-        os.chmod(store.path("db.sql"), 0o644)
         need(os.geteuid() == 0, "only root can give files away")
         put(store.path("db.sql-wal"), b"")
         for name in ("", "db.sql", "db.sql-wal"):
@@ -2475,7 +2512,7 @@ class Database(StoreTest):
         store, _ = self.make()
         with mock.patch.dict(sys.modules, {"sqlite3": None}), self.open(store) as storage:
             self.assertEqual({}, storage.podman_containers())
-            self.assertRegex(storage.faults[0], "no sqlite3")
+            self.assertRegex(storage.faults[0], "no module sqlite3")
 
     def test_damaged_database_hides_no_container(self) -> None:
         for data in (b"", b"SQLite format 3\0" + bytes(100), os.urandom(5000)):
@@ -10828,6 +10865,109 @@ class Helpers(StoreTest):
                 self.assertEqual(uids, gids)
                 self.assertEqual(wanted, cstor.map_id(5, uids))
 
+    def foreign(self) -> StoreBuilder:
+        """Return a rootless store of uid 1234 on a disk, whose container has a file of uid 8."""
+        home = os.path.join(self.dir, "disk/home/u/.local/share/containers/storage")
+        store = StoreBuilder(home)
+        base = store.layer(make_tar(("f", b"base")))
+        writable = store.layer(None, base)
+        for name, uid, gid in (("", 1234, 77), ("ours", 1234, 77), ("mapped", 500_007, 600_004),
+                               ("group", 1234, 1_000_000), ("none", 400_000, 77)):
+            path = os.path.join(home, "overlay", writable, "diff", name)
+            if name:
+                put(path)
+            os.chown(path, uid, gid)
+        os.link(path, path + "-too")
+        store.container(store.image(base, "localhost/t:1"), writable, "c")
+        store.save()
+        os.chown(store.path("overlay-layers/layers.json"), 1234, 77)
+        return store
+
+    def owners(self, store: StoreBuilder, expected: Sequence[str] = (), *options: str
+               ) -> Dict[str, Tuple[int, int]]:
+        """Return the owners in the container; check that all commands say the same warnings."""
+        diff = os.path.join(store.path("overlay"), store.layers[1]["id"], "diff")
+        said = "".join(f"cstor: warning: {diff}: {text}\n" for text in expected)
+        for words in ("files c -l", "stat c none", "export c", f"extract c {self.dir}/out"):
+            done = self.run_cstor("--root", store.root, *options, "container", *words.split())
+            self.assertEqual(said, done.stderr.decode())
+        self.assertEqual(b"", self.run_cstor("--root", store.root, *options, "-q", "container",
+                                             "stat", "c", "none").stderr)
+        made = {name: os.lstat(f"{self.dir}/out/{name}") for name in os.listdir(self.dir + "/out")}
+        shutil.rmtree(self.dir + "/out")
+        return {name: (status.st_uid, status.st_gid) for name, status in made.items()}
+
+    UNKNOWN = ("owner or group 65534 in {}: their IDs are in no range known of the store's owner "
+               "(--owner-ids FILE names more)")
+
+    def test_ranges_of_another_machine(self) -> None:
+        need(os.geteuid() == 0, "only root can give files away")
+        store, etc = self.foreign(), os.path.join(self.dir, "disk/etc")
+        unknown = {"f": (0, 0), "ours": (0, 0), "mapped": (65534, 65534), "group": (0, 65534),
+                   "none": (65534, 0), "none-too": (65534, 0)}
+        self.assertEqual(unknown, self.owners(store, [self.UNKNOWN.format("3 files")]))
+        os.mkdir(etc)
+        put(etc + "/passwd", b"x:x:123:1234::/:/\nu:x:1234:77:U:/home/u:/bin/sh\nroot:x:0:0::/:\n")
+        put(etc + "/subuid", b"x:400000:9\nu:500000:1000\nv:600000:10\n")
+        put(etc + "/subgid", b"77:600000:1\nu:600001:1000\n")
+        found = {**unknown, "mapped": (8, 4)}
+        warning = self.UNKNOWN.format("2 files")
+        self.assertEqual(found, self.owners(store, [warning]))
+        ids = os.path.join(self.dir, "ids")
+        os.rename(etc, ids)
+        self.assertEqual(found, self.owners(store, [warning], "--owner-ids", ids))
+        self.assertEqual({**found, "mapped": (8, 65534)}, self.owners(
+            store, [self.UNKNOWN.format("3 files")], "--owner-ids", ids + "/subuid"))
+        lines = os.path.join(self.dir, "lines")
+        put(lines, b"# those of the owner\n1234:400000:1\n1234:500000:1000000\n")
+        self.assertEqual({**found, "mapped": (9, 100_006), "group": (0, 500_002),
+                          "none": (1, 0), "none-too": (1, 0)},
+                         self.owners(store, [], "--owner-ids", lines))
+        with cstor.Storage.open(store.root, owner_ids=lines) as storage, \
+                storage.container("c").tree() as tree:
+            self.assertEqual((9, 100_006), tree.lookup(b"mapped")[1].owner[:2])
+
+    def test_owner_ids_that_do_not_serve(self) -> None:
+        need(os.geteuid() == 0, "only root can give files away")
+        store, lines = self.foreign(), os.path.join(self.dir, "lines")
+        hint = " (write lines like 1234:100000:65536, or name a directory like /etc)"
+        put(lines, b"somebody:1:2\n123:100:200\n")
+        none = f"has no range of uid 1234, who owns the store{hint}"
+        for path, why in ((lines, f"{lines} {none}"), (self.dir, f"{self.dir} {none}"),
+                          (lines + "x", f"no such file or directory: {lines}x{hint}")):
+            for words in ("image list", "container files c"):
+                done = self.run_cstor("--root", store.root, "--owner-ids", path, *words.split(),
+                                      status=3)
+                self.assertEqual(f"cstor: error: {why}\n", done.stderr.decode())
+        os.makedirs(os.path.join(self.dir, "disk/etc"))
+        os.mkfifo(os.path.join(self.dir, "disk/etc/subuid"))  # nobody writes to it
+        self.run_cstor("--root", store.root, "container", "files", "c")
+
+    def test_root_of_a_container_that_never_ran(self) -> None:
+        """Until then "/" belongs to the store's owner, whom the container's map may not have."""
+        need(os.geteuid() == 0, "only root can give files away")
+        store = self.builder()
+        base = store.layer(make_tar(("f", b"base")))
+        writable = store.layer(None, base)
+        put(store.path(f"overlay/{writable}/diff/new"))
+        maps = [{"container_id": 0, "host_id": 200_000, "size": 65_536}]
+        store.container(store.image(base, "localhost/t:1"), writable, "c", uidmap=maps, gidmap=maps)
+        store.save()
+        diff = store.path(f"overlay/{writable}/diff")
+        first = ("shown as its container's root's: podman gives it to that when it first starts "
+                 "the container")
+        second = "owner or group 65534 in 1 file: the container's own map does not cover their IDs"
+        for root, new, said in ((0, 0, [first, second]), (200_000, 200_003, []),
+                                (200_009, 200_003, [])):
+            os.chown(diff, root, root)
+            os.chown(diff + "/new", new, new)
+            done = self.run_cstor("--root", store.root, "container", "files", "c", "--format",
+                                  "json")
+            self.assertEqual({"/": max(root - 200_000, 0), "/f": 0, "/new": 3 if new else 65534},
+                             {row["path"]: row["uid"] for row in json.loads(done.stdout)})
+            self.assertEqual("".join(f"cstor: warning: {diff}: {text}\n" for text in said),
+                             done.stderr.decode())
+
     def test_ids_of_containers_with_a_map(self) -> None:
         """Layers that are mounted with a map have none; the container's record has it."""
         need(os.geteuid() == 0, "only root can give files away")
@@ -14017,7 +14157,8 @@ class RealRootless(unittest.TestCase):
         with open(self.path("small.tar"), "wb") as file:
             file.write(tar)
         self.as_user(*podman, "import", "-q", self.path("small.tar"), "localhost/image")
-        owners = {"keep": {"of-7": 7, "new": self.user}, "shifted": {"of-7": 7, "new": 3}}
+        owners = {"keep": {"": 0, "of-7": 7, "new": self.user},
+                  "shifted": {"": 0, "of-7": 7, "new": 3}}
         for name, owner, *options in (("keep", 0, "--userns=keep-id"), (
                 "shifted", 103, "--uidmap=0:100:5000", "--gidmap=0:100:5000")):
             self.as_user(*podman, "create", *options, "--name", name, "localhost/image", "/x")
