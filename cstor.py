@@ -11863,6 +11863,9 @@ class Helper:
             problem = message.value.get("error")
             if isinstance(problem, dict):
                 code = problem.get("data")
+                if code == errno.EACCES:
+                    raise NeedsUnshare(str(problem.get("message")), hint="its owner is none of "
+                                       "your sub-uids: run it as root")
                 if isinstance(code, int):
                     raise OSError(code, os.strerror(code))
                 raise CstorError(f"the helper refuses: {problem.get('message')}")
@@ -12025,8 +12028,8 @@ def error_reply(number: Any, error: Exception) -> Dict[str, Any]:
     """Return the JSON-RPC response to a request that fails; its data is the errno, if any."""
     code = error.code if isinstance(error, ProtocolError) and error.code else BAD_PARAMS
     reply: Dict[str, Any] = {"code": code, "message": str(error)}
-    if isinstance(error, OSError) and error.errno:
-        reply["data"] = error.errno
+    if isinstance(error, PermissionError) or isinstance(error, OSError) and error.errno:
+        reply["data"] = error.errno or errno.EACCES
     return {"jsonrpc": "2.0", "error": reply, "id": number}
 
 

@@ -14524,6 +14524,12 @@ class RealRootless(unittest.TestCase):
             self.cstor("image cat image f-0-644", place, uid=uid)
             error = self.cstor("image cat image f-1-600", place, uid=uid, status=5).decode()
             self.assertIn(f"belongs to uid {self.user}: run it as root or as that user", error)
+        # An additional store whose records are root's: its file is named.
+        closed = StoreBuilder(self.path("target/closed")).save()
+        os.chmod(closed.path("overlay-images"), 0o700)
+        error = self.cstor(f"image list --store {closed.root}", status=5).decode()
+        self.assertEqual(f"cstor: error: {closed.root}/overlay-images/images.json: Permission "
+                         "denied (its owner is none of your sub-uids: run it as root)\n", error)
         # Copied without its owners' being shifted.
         os.chown(place + "/overlay-layers/layers.json", other, other)
         error = self.cstor("image cat image f-1-600", place, uid=other, status=5).decode()
