@@ -1470,23 +1470,16 @@ class _ConfigSearch:
 
         They sort by file name over all directories; of one name the highest directory's counts.
         """
-        kind = "rootless" if self.rootless else "rootful"
-        dirs = [os.path.dirname(self.user_file()) + "/storage.conf.d"]
-        for base in ("etc/containers/", "usr/share/containers/"):
-            if self.rootless:
-                dirs.append(self.system(f"{base}storage.rootless.conf.d/{self.uid}"))
-            dirs.append(self.system(f"{base}storage.{kind}.conf.d"))
-            dirs.append(self.system(f"{base}storage.conf.d"))
+        kinds = [f"rootless.conf.d/{self.uid}", "rootless.conf.d"] if self.rootless \
+            else ["rootful.conf.d"]
+        dirs = [f"{self.user_file()}.d/", *(
+            self.system(f"{base}/containers/storage.{kind}/") for base in ("etc", "usr/share")
+            for kind in (*kinds, "conf.d"))]
         chosen: Dict[str, str] = {}
-        for directory in reversed(dirs):
-            try:
-                names = os.listdir(directory)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            for name in names:
-                path = os.path.join(directory, name)
-                if name.endswith(".conf") and not os.path.isdir(path):
-                    chosen[name] = path
+        for directory in filter(is_there, reversed(dirs)):
+            paths = ((name, os.path.join(directory, name)) for name in os.listdir(directory))
+            chosen.update((name, path) for name, path in paths
+                          if name.endswith(".conf") and not os.path.isdir(path))
         return [chosen[name] for name in sorted(chosen)]
 
     def _read_main(self, config: Config, own: bool) -> Dict[str, Any]:
@@ -1722,8 +1715,7 @@ class Toml:
                     table = self._header(root)
                 else:
                     self._pair(table)
-                if self._take(self.END) is None:
-                    self._refuse("expected the end of the line")
+                self._take(self.END, "the end of the line")
         except RecursionError:
             self._refuse("nested too deeply")
         return root
@@ -1731,7 +1723,7 @@ class Toml:
     def _header(self, root: Dict[str, Any]) -> Dict[str, Any]:
         start, brackets = self.at, self._take(r"\[\[?") or ""
         *above, last = self._keys()
-        self._expect("]" * len(brackets))
+        self._take("]" * len(brackets), "]" * len(brackets))
         table = self._below(root, above, start)
         self._places.setdefault((id(table), last), start)
         made: Any = table.get(last, [] if len(brackets) == 2 else {})
@@ -1759,8 +1751,7 @@ class Toml:
     def _pair(self, table: Dict[str, Any]) -> None:
         start = self.at
         *above, last = self._keys()
-        self._expect("=")
-        self._take(self.SPACE)
+        self._take("=" + self.SPACE, "=")
         value = self._value()
         table = self._below(table, above, start)
         if last in table:
@@ -1823,23 +1814,15 @@ class Toml:
         while self._take(self.GAP + re.escape(end)) is None:
             self._take(self.GAP)
             read()
-            self._take(self.GAP)
-            if not self._take(",") and not self.text.startswith(end, self.at):
-                self._refuse(f'expected "," or "{end}"')
+            self._take(f"{self.GAP}(?:,|(?={re.escape(end)}))", f"a comma or {end}")
 
-    def _take(self, pattern: str) -> Optional[str]:
-        """Skip what ``pattern`` fits and return it; None when it does not fit."""
+    def _take(self, pattern: str, wanted: str = "") -> Optional[str]:
+        """Skip what ``pattern`` fits and return it; else refuse what is not ``wanted``, or None."""
         match = re.compile(pattern).match(self.text, self.at)
-        if not match:
-            return None
-        self.at = match.end()
-        return match[0]
-
-    def _expect(self, text: str) -> None:
-        self._take(self.SPACE)
-        if not self.text.startswith(text, self.at):
-            self._refuse(f'expected "{text}"')
-        self.at += len(text)
+        if not match and wanted:
+            self._refuse(f"expected {wanted}")
+        self.at = match.end() if match else self.at
+        return match[0] if match else None
 
     def _refuse(self, message: str) -> NoReturn:
         line = self.text.count("\n", 0, self.at) + 1

@@ -1053,6 +1053,8 @@ class Discovery(StoreTest):
                  "etc/containers/storage.conf.d/10-a.conf": conf("runroot", "etc-10"),
                  "etc/containers/storage.conf.d/20-b.conf": conf("graphroot", "etc-20"),
                  "etc/containers/storage.conf.d/30-c.txt": conf("graphroot", "no"),
+                 "etc/containers/storage.conf.d/30-d.conf/x": "",
+                 "usr/share/containers/storage.rootful.conf.d": "",
                  "etc/containers/storage.rootful.conf.d/05.conf": conf("graphroot", "rootful"),
                  "etc/containers/storage.rootless.conf.d/30.conf": conf("graphroot", "rootless"),
                  "etc/containers/storage.rootless.conf.d/1000/40.conf": conf("graphroot", "user")}
@@ -1173,14 +1175,14 @@ class Discovery(StoreTest):
         """No other store is taken in silence."""
         own = self.OWN
         bad = {"home/.config/containers/storage.conf": "\n[storage\n"}
-        place = '@/home/.config/containers/storage.conf:2: expected "]"'
+        place = '@/home/.config/containers/storage.conf:2: expected ]'
         self.assertEqual(place, self.whole_system(bad, self.SYSTEM, owned=[own]))
         root = "var/lib/containers/storage"
         self.assertEqual((root, "old", [f"podman 6 cannot read the configuration: {place}"]),
                          self.whole_system(bad, root, uid=0))
         self.assertEqual(place, self.whole_system(bad, uid=0))
         etc = {"etc/containers/storage.conf": "[storage\n"}
-        place = '@/etc/containers/storage.conf:1: expected "]"'
+        place = '@/etc/containers/storage.conf:1: expected ]'
         self.assertEqual(place, self.whole_system(etc, owned=[own]))
         self.assertEqual((own, "new", [f"podman 4 and 5 cannot read the configuration: {place}"]),
                          self.whole_system({**etc, "home/.config/containers/storage.conf": ""},
