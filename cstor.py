@@ -156,6 +156,7 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"  # +gzip, +zstd
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}  # of uname
 
 # Annotations: the name of an image in an OCI layout, and what a manifest was made from.
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -2089,6 +2090,40 @@ def is_schema1(manifest: bytes) -> bool:
     return isinstance(value, dict) and value.get("schemaVersion") == 1
 
 
+def platform_in(said: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what a configuration or descriptor says of a platform, as far as it is well-formed."""
+    found: Dict[str, Any] = {
+        key: said[key] for key in ("architecture", "os", "os.version", "variant")
+        if isinstance(said.get(key), str) and said[key]}
+    features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
+    return {**found, **({"os.features": features} if features else {})}
+
+
+def platform_name(said: Any) -> str:
+    """Spell the platform of a configuration or descriptor as os/arch[/variant]."""
+    words = platform_in(said) if isinstance(said, dict) else {}
+    return "/".join(words.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/")
+
+
+def best_platform(items: Sequence[Tuple[str, T]], platform: str) -> List[T]:
+    """Return those of ``items``, given by os/arch[/variant], that are for ``platform``.
+
+    "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8.
+    """
+    machine = os.uname().machine
+    wanted = platform or f"linux/{ARCHITECTURES.get(machine, machine)}"
+    named = [(f"{name}/".replace("/arm64/v8/", "/arm64/"), item) for name, item in items]
+    wanted = f"{wanted}/".replace("/arm64/v8/", "/arm64/")
+    return [item for name, item in named if name == wanted] \
+        or [item for name, item in named if name.startswith(wanted)]
+
+
+def is_index(manifest: Any) -> bool:
+    """Tell whether a manifest is a list of manifests."""
+    return isinstance(manifest, dict) and (
+        manifest.get("mediaType") in (OCI_INDEX, DOCKER_LIST) or "manifests" in manifest)
+
+
 class Record:
     """What layers, images and containers have in common.
 
@@ -2137,15 +2172,22 @@ class Record:
             try:
                 self._look()
             except (CstorError, OSError) as error:
-                self._faults.append(self.fault(error))
+                self._faults.append(re.sub(f"^{self.WORD} {re.escape(self.id)}: ", "", str(error)))
         return self._faults
-
-    def fault(self, error: Exception) -> str:
-        """Spell an error as a fault of this record, which need not be named."""
-        return re.sub(f"^{self.WORD} {re.escape(self.id)}: ", "", str(error))
 
     def _look(self) -> None:
         """Raise what is wrong with the objects that the record names."""
+
+    def checked_chain(self) -> Tuple[LayerRecord, ...]:
+        """Return the layers that contents come from, base first, when they are the right ones."""
+        try:
+            return self._chain()
+        except CstorError as error:
+            add_hint(error, "`layer list` and the other `layer` commands still read what is there")
+            raise
+
+    def _chain(self) -> Tuple[LayerRecord, ...]:
+        return ()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
@@ -2249,26 +2291,12 @@ class LayerRecord(Record):
         return bool(self.uidmap or self.gidmap)
 
     def has_diff_id(self, digest: Any) -> bool:
-        """Tell whether this is the layer of a DiffID, as far as the record tells.
-
-        ``podman import`` of bzip2 and xz takes the digest of the compressed file for it (seen with
-        4.3.1).  An additional layer store says what it likes.
-        """
+        """Tell whether this is the layer of a DiffID, as far as the record can be believed."""
+        # podman 4.3.1 imports bzip2 and xz with the digest of the compressed file.
         if not self.diff_digest or digest in (self.diff_digest, self.compressed_diff_digest):
             return True
-        mark = b"/".join((OVERLAY, self.id.encode(), b"additionallayer"))
-        return is_safe_id(self.id) and self.storage.find(mark, self.root) is not None
-
-
-class LayersAreOpen:
-    """A context in which errors get the hint that single layers can still be read."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: Any, error: Optional[BaseException], *more: Any) -> None:
-        if isinstance(error, CstorError):
-            add_hint(error, "`layer list` and the other `layer` commands still read what is there")
+        store = b"/".join((OVERLAY, self.id.encode(), b"additionallayer"))
+        return is_safe_id(self.id) and self.storage.find(store, self.root) is not None
 
 
 class ImageRecord(Record):
@@ -2294,10 +2322,10 @@ class ImageRecord(Record):
             self._faults.append("no manifest")
 
     def _look(self) -> None:
-        for layer in self.storage.image_chain(self)[-1:]:
+        for layer in self.storage.chain(self.layer)[-1:]:
             self._faults += [f"layer {layer.id}: {fault}" for fault in layer.faults]
-        if not self.is_list:
-            self.check_chain(self.storage.image_chain(self))
+        if not self.is_list and not self._chain() and self.diff_ids() is None:
+            self._faults.append("no layer")
 
     def manifest_bytes(self) -> bytes:
         """Return the default manifest as stored.  Raises NotFound, IntegrityError."""
@@ -2313,38 +2341,50 @@ class ImageRecord(Record):
     @property
     def is_list(self) -> bool:
         """Whether this is a manifest list (OCI index): it has no layer and no config."""
-        if self.layer or "manifest" not in self.big_data_names:
+        try:
+            return not self.layer and is_index(self.manifest())
+        except (CstorError, OSError):  # said to who asks for the manifest, or the layers
             return False
-        manifest = self.manifest()
-        return manifest.get("mediaType") in (OCI_INDEX, DOCKER_LIST) or "manifests" in manifest
+
+    def list_bytes(self) -> bytes:
+        """Return the manifest list that this is, or was pulled through, as stored; else b""."""
+        for key in ("manifest", f"manifest-{self.digest}", *self.big_data_names[::-1]):
+            if key.startswith("manifest") and key in self.big_data_names:
+                data = self.manifest_bytes() if key == "manifest" else self.big_data(key)
+                if is_index(parse_json(data, f"{key} of image {self.id}")):
+                    return data
+        return b""
+
+    def entries(self) -> List[Tuple[Dict[str, Any], Optional[ImageRecord]]]:
+        """Return each descriptor of the manifest list, and its image if the storage has it."""
+        images = [image for image in self.storage.image_records() if image.layer]
+        value = parse_json(self.list_bytes() or b"{}", f"manifest list of image {self.id}")
+        return [(entry, next((image for image in images
+                              if str(entry.get("digest")) in image.digests), None))
+                for entry in as_list(value.get("manifests")) if isinstance(entry, dict)]
 
     def instances(self) -> List[Tuple[str, ImageRecord]]:
-        """Return (``os/arch[/variant]``, image) for each instance of this list in the storage."""
-        found = []
-        for entry in as_list(self.manifest().get("manifests")):
-            if not isinstance(entry, dict):
-                continue
-            platform = entry.get("platform")
-            words = [str(platform.get(key)) for key in ("os", "architecture", "variant")
-                     if platform.get(key)] if isinstance(platform, dict) else []
-            found += [("/".join(words), image) for image in self.storage.image_records()
-                      if image.layer and str(entry.get("digest")) in image.digests]
-        return found
+        """Return (``os/arch[/variant]``, image) for each entry that the storage has."""
+        return [(platform_name(entry.get("platform")), image)
+                for entry, image in self.entries() if image]
 
-    def single(self) -> ImageRecord:
-        """Return this image, or of a manifest list the instance for this machine.
+    def single(self, platform: str = "") -> ImageRecord:
+        """Return this image, or of a manifest list the instance for os/arch[/variant].
 
-        Raises Unsupported when the storage has none.
+        Raises NotFound when it is not here; Unsupported if "", for this machine, was asked for.
         """
         if not self.is_list:
+            have = platform_name(self.config()) if platform else ""
+            if platform and not best_platform([(have, self)], platform):
+                raise NotFound(f"image {self.title} is for {have}, not {platform}")
             return self
-        machine = os.uname().machine
-        here = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
         instances = self.instances()
-        for platform, image in instances:
-            if platform.split("/")[:2] == ["linux", here.get(machine, machine)]:
-                return image
-        names = ", ".join(f"{image.id[:12]} ({platform})" for platform, image in instances)
+        for image in best_platform(instances, platform):
+            return image
+        if platform:
+            raise NotFound(f"image {self.title} has no instance {platform}", hint="here: " + (
+                ", ".join(name for name, _ in instances) or "none"))
+        names = ", ".join(f"{image.id[:12]} ({name})" for name, image in instances)
         raise Unsupported(f"image {self.id} is a manifest list without an instance for this "
                           "machine", hint=f"its instances here: {names or 'none'}")
 
@@ -2378,48 +2418,30 @@ class ImageRecord(Record):
     def diff_ids(self) -> Optional[List[Any]]:
         """Return the DiffIDs of the configuration, base first; None where it has none to tell."""
         try:
-            if self.manifest().get("schemaVersion") == 1:  # it names blobs, as they were pulled
-                return None
-            rootfs = self.config().get("rootfs")
+            config, version = self.config(), self.manifest().get("schemaVersion")
         except (NotFound, Unsupported):  # made with no manifest or no configuration
             return None
+        if version == 1:  # it names layers as they were pulled, but there must be some
+            made = [row for row in config["history"] if not row.get("empty_layer")]
+            return None if self.layer else made
+        rootfs = config.get("rootfs")
         found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
         # Go writes null for none.
         return found if isinstance(found, list) else None if self.layer else []
 
-    def checked_chain(self) -> Tuple[LayerRecord, ...]:
-        """Return the layers, base first, when they are those of the configuration.
-
-        All contents of an image come from here.  Raises as chain() and check_chain() do.
-        """
-        with LayersAreOpen():
-            chain = self.storage.image_chain(self)
-            self.check_chain(chain)
-        return chain
-
-    def check_chain(self, chain: Sequence[LayerRecord], what: str = "", top: str = "") -> None:
-        """Compare layers, base first, with the DiffIDs of the configuration, as far as both tell.
-
-        Of a container ``what``, whose own layer is ``top``, only missing layers count.  Raises
-        FormatError when a record does not name the next layer, IntegrityError for other layers.
-        """
-        what = what or f"image {self.id}"
-        wanted = self.diff_ids()
-        if wanted is None:
-            if chain or top:
-                return
-            raise FormatError(f"{what}: no layer")
+    def _chain(self) -> Tuple[LayerRecord, ...]:
+        chain, wanted = self.storage.chain(self.layer), self.diff_ids()
+        if wanted in (None, [layer.diff_digest for layer in chain]):
+            return chain
         below = len(wanted) - len(chain)
-        if below >= 0 and all(layer.has_diff_id(digest)
-                              for layer, digest in zip(chain, wanted[below:])):
-            if not below:
-                return
-            last = chain[0].id if chain else top
-            raise FormatError(
-                f"{what}: {f'layer {last} has no parent' if last else 'no layer'}, but the "
-                f"configuration names {len(wanted)} layer{'s' if len(wanted) > 1 else ''}")
-        if not top:
-            raise other_layers(what, wanted, [layer.diff_digest for layer in chain])
+        if below < 0 or not all(layer.has_diff_id(digest) for layer, digest in
+                                zip(chain, wanted[below:])):
+            raise other_layers(self, wanted, [layer.diff_digest for layer in chain])
+        if below:  # a record does not name the next layer
+            raise FormatError(f"image {self.id}: " + (
+                f"layer {chain[0].id} has no parent" if chain else "no layer")
+                + ", but the configuration names more")
+        return chain
 
     def _schema1_config(self, manifest: Dict[str, Any]) -> Dict[str, Any]:
         """Derive a configuration from v1Compatibility, which stands newest first."""
@@ -2444,7 +2466,7 @@ class ImageRecord(Record):
                    "comment": entry.get("comment"), "empty_layer": entry.get("throwaway") or None}
             history.append({key: value for key, value in row.items() if value})
         config["rootfs"] = {"type": "layers", "diff_ids": [layer.diff_digest for layer in
-                                                          self.storage.image_chain(self)]}
+                                                          self.storage.chain(self.layer)]}
         config["history"] = history
         return config
 
@@ -2454,7 +2476,7 @@ class ImageRecord(Record):
         data = sum(size for size in self._sizes.values() if isinstance(size, int)
                    and 0 <= size < 1 << 63)
         try:
-            chain = self.storage.image_chain(self)
+            chain = self.storage.chain(self.layer)
         except CstorError:
             return data
         return data + sum(max(layer.diff_size, 0) for layer in chain)
@@ -2462,25 +2484,29 @@ class ImageRecord(Record):
     def history(self) -> List[Dict[str, Any]]:
         """Return the history, oldest first, with ``layer`` and ``size`` for entries that made one.
 
-        Layers that the history does not account for follow as entries of their own.
+        Lower layers that it does not tell of come first, as podman aligns them; if it tells of
+        more than there are, nobody knows which made which, and all come last.
         """
-        chain = list(self.storage.image_chain(self))
-        rows = []
-        for entry in as_list(self.config().get("history")):
-            row = {key: value for key, value in entry.items() if key not in ("layer", "size")} \
-                if isinstance(entry, dict) else {}
-            if not row.get("empty_layer") and chain:
-                layer = chain.pop(0)
-                row["layer"], row["size"] = layer.id, layer.diff_size
-            rows.append(row)
-        return rows + [{"layer": layer.id, "size": layer.diff_size} for layer in chain]
+        layers = [{"layer": layer.id, "size": layer.diff_size}
+                  for layer in self.storage.chain(self.layer)]
+        entries = as_list(self.config().get("history"))
+        rows = [{key: value for key, value in entry.items() if key not in ("layer", "size")}
+                if isinstance(entry, dict) else {} for entry in entries]
+        made = [row for row in rows if not row.get("empty_layer")]
+        below = len(layers) - len(made)
+        for row in made if below < 0 else ():
+            row["size"] = -1
+        if below < 0:
+            return rows + layers
+        for row, layer in zip(made, layers[below:]):
+            row.update(layer)
+        return layers[:below] + rows
 
 
-def other_layers(what: str, wanted: Sequence[Any], found: Sequence[str]) -> IntegrityError:
-    """Return the error for layers that are not those of a configuration."""
-    return IntegrityError(f"{what}: its layers are not those that its configuration names",
-                          expected=" ".join(map(str, wanted)) or "none",
-                          actual=" ".join(found) or "none")
+def other_layers(image: ImageRecord, wanted: Sequence[Any], found: Sequence[str]) -> CstorError:
+    """Return the error for layers that are not those of an image's configuration."""
+    text = f"image {image.id}: its layers are not those that its configuration names"
+    return IntegrityError(text, expected=" ".join(map(str, wanted)), actual=" ".join(found))
 
 
 class ContainerRecord(Record):
@@ -2496,24 +2522,19 @@ class ContainerRecord(Record):
         self.gidmap: List[Any] = self._take("gidmap", [])
 
     def _look(self) -> None:
-        images = [image for image in self.storage.image_records() if image.id == self.image]
-        if self.image and not images:
+        if self.image and self.image not in [image.id for image in self.storage.image_records()]:
             self._faults.append(f"image not known: {display(self.image)}")
-        self.checked_chain()
+        self._chain()
 
-    def checked_chain(self) -> Tuple[LayerRecord, ...]:
-        """Return its layers, base first, when none of its image's is missing.
-
-        Raises as chain() and check_chain() do.
-        """
-        with LayersAreOpen():
-            for key, value in (("image", self._fields.get("image")), ("layer", self.layer or None)):
-                if not isinstance(value, str):  # Go writes both, "" for no image
-                    raise FormatError(f"container {self.id}: its record has no {key}")
-            chain = self.storage.chain(self.layer)
-            for image in self.storage.image_records():
-                if image.id == self.image:
-                    image.check_chain(chain[:-1], f"container {self.id}", self.layer)
+    def _chain(self) -> Tuple[LayerRecord, ...]:
+        for key in ("image", "layer"):  # Go writes both, "" for no image
+            if not isinstance(self._fields.get(key), str) or key == "layer" and not self.layer:
+                raise FormatError(f"container {self.id}: its record has no {key}")
+        chain = self.storage.chain(self.layer)
+        for image in self.storage.image_records():  # one layer is the container's own
+            if image.id == self.image and len(chain) <= len(image.diff_ids() or ()):
+                raise FormatError(f"container {self.id}: layer {chain[0].id} has no parent, but "
+                                  "the configuration of its image names more")
         return chain
 
     def details(self) -> Dict[str, Any]:
@@ -2891,7 +2912,7 @@ class Metadata(Closing):
     # -- chains --------------------------------------------------------------------------------
 
     def chain(self, layer_id: str) -> Tuple[LayerRecord, ...]:
-        """Return the layer and its ancestors, base first.
+        """Return the layer and its ancestors, base first; () for "".
 
         Raises LayerUnknown for a missing one, FormatError for a loop or a chain that is too long.
         """
@@ -2907,10 +2928,6 @@ class Metadata(Closing):
                                   f"longer than {MAX_LOWERS}")
             layer_id = layer.parent
         return tuple(found[::-1])
-
-    def image_chain(self, image: ImageRecord) -> Tuple[LayerRecord, ...]:
-        """Return the layers of an image, base first; () for an image without layers."""
-        return self.chain(image.layer)
 
     def _name_faults(self) -> None:
         """Give every layer the fault of its chain, looking at each link once."""
@@ -3148,30 +3165,34 @@ def normalize_name(name: str) -> List[str]:
     return [f"localhost/{name}", f"docker.io/{name}" if slash else f"docker.io/library/{name}"]
 
 
-def find_image(images: Sequence[ImageRecord], reference: str) -> ImageRecord:
-    """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous."""
+def find_image(images: Sequence[ImageRecord], reference: str, platform: str = "") -> ImageRecord:
+    """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous.
+
+    Of images that share a digest (a list's), the one for ``platform`` or this machine counts.
+    """
     check_type("reference", reference, str)
-    text = reference
-    if text.startswith("containers-storage:"):
-        text = text[len("containers-storage:"):]
-        if text.startswith("["):
-            raise Unsupported(f"store specifier in reference: {display(reference)}",
-                              hint="name the store with --root DIR")
-    if text.startswith("@"):
-        text = text[1:]
+    check_type("platform", platform, str)
+    if reference.startswith("containers-storage:["):
+        raise Unsupported(f"store specifier in reference: {display(reference)}",
+                          hint="name the store with --root DIR")
+    text = reference.removeprefix("containers-storage:").removeprefix("@")
+    bare = text.removeprefix("sha256:")
     unknown = ImageUnknown(f"image not known: {display(reference)}",
                            hint="`image list` shows what there is")
-    if not text:
-        raise unknown
-    bare = text[len("sha256:"):] if text.startswith("sha256:") else text
     if not bare:
         raise unknown
     if re.fullmatch(HEX64, bare):
         found = [image for image in images if image.id == bare] \
             or [image for image in images if f"sha256:{bare}" in image.digests]
     else:
-        found = _images_by_name(images, text) or _by_prefix(images, bare) \
-            or _images_by_short_name(images, text)
+        # Of an image that is ours as well, the names in an additional store do not count.
+        own = {image.id for image in images if not image.readonly}
+        named = [image for image in images if not image.readonly or image.id not in own]
+        found = _images_by_name(named, text) or _by_prefix(images, bare) \
+            or _images_by_short_name(named, text)
+    if len(found) > 1 and ("@" in text or re.fullmatch(HEX64, bare)):
+        found = best_platform([(platform_name(image.config()), image) for image in found],
+                              platform) or found
     return _one(found, unknown, reference, lambda image: ", ".join(image.names) or "<none>")
 
 
@@ -3181,9 +3202,11 @@ def _images_by_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecor
         return [image for image in images if image.id == digest]
     for full in normalize_name(name) if name and not text.endswith(":") else []:
         if digest:
-            found = [image for image in images if f"{full}@{digest}" in image.names] or \
-                [image for image in images if digest in image.digests
-                 and any(split_reference(other)[0] == full for other in image.names)]
+            # podman 4.3.1 takes any name for it; here a name that it had, or any for a nameless.
+            found = [image for image in images if f"{full}@{digest}" in image.names
+                     or digest in image.digests and full in [
+                         split_reference(other)[0] for other in
+                         image.names + image.names_history or [full]]]
         else:
             found = _named(images, f"{full}:{tag or 'latest'}")
         if found:
@@ -3192,13 +3215,8 @@ def _images_by_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecor
 
 
 def _named(images: Sequence[ImageRecord], name: str) -> List[ImageRecord]:
-    """Return the image that holds a name: the first store's last record, as after Go's repair.
-
-    Of an image that is ours as well, the names in an additional store do not count.
-    """
-    own = {image.id for image in images if not image.readonly}
-    holders = [image for image in images if name in image.names
-               and not (image.readonly and image.id in own)]
+    """Return the image that holds a name: the first store's last record, as after Go's repair."""
+    holders = [image for image in images if name in image.names]
     return [image for image in holders if image.root is holders[0].root][-1:]
 
 
@@ -3208,9 +3226,8 @@ def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> List[Imag
     found: List[ImageRecord] = []
     if len(normalize_name(name)) == 1 or text.endswith(":"):  # not short, not a reference
         return found
-    own = {image.id for image in images if not image.readonly}
     for image in images:
-        for other in image.names if not (image.readonly and image.id in own) else ():
+        for other in image.names + image.names_history * bool(digest):
             their_name, their_tag, _ = split_reference(other)
             if (their_name == name or their_name.endswith("/" + name)) and (
                     digest in image.digests if digest else their_tag == (tag or "latest")):
@@ -7422,37 +7439,13 @@ def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
     rootfs = image.config().get("rootfs")
     wanted = as_list(rootfs.get("diff_ids") if isinstance(rootfs, dict) else None)
     if wanted != list(digests):
-        raise other_layers(f"image {image.id}", wanted, digests)
+        raise other_layers(image, wanted, digests)
     return image.config_bytes()
 
 
-def platform_of(image: ImageRecord, listed: Optional[ImageRecord] = None) -> Dict[str, Any]:
-    """Return an image's platform for a descriptor, as a manifest list or its own words say it."""
-    said = image.config()
-    for entry in as_list(listed.manifest().get("manifests")) if listed else ():
-        if isinstance(entry, dict) and str(entry.get("digest")) in image.digests \
-                and isinstance(entry.get("platform"), dict):
-            said = entry["platform"]
-    return platform_in(said)
-
-
-def platform_in(said: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return what a configuration or descriptor says of a platform, as far as it is well-formed."""
-    found: Dict[str, Any] = {
-        key: said[key] for key in ("architecture", "os", "os.version", "variant")
-        if isinstance(said.get(key), str) and said[key]}
-    features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
-    return {**found, **({"os.features": features} if features else {})}
-
-
-def platform_name(platform: Mapping[str, Any]) -> str:
-    """Spell a platform as os/arch[/variant]."""
-    return "/".join(str(platform.get(key, "")) for key in ("os", "architecture", "variant")
-                    ).rstrip("/")
-
-
-def with_platform(blob: Dict[str, Any], platform: Dict[str, Any]) -> Dict[str, Any]:
-    """Add a platform to a descriptor, if it has what it must: system and architecture."""
+def with_platform(blob: Dict[str, Any], said: Mapping[str, Any]) -> Dict[str, Any]:
+    """Add the platform of a configuration to a descriptor, if it tells system and architecture."""
+    platform = platform_in(said)
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
 
@@ -7471,18 +7464,16 @@ def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[Dict[str, A
         and not str(kind).startswith("application/vnd.docker.")
     blob = descriptor(str(kind) if is_oci and kind else OCI_CONFIG, sha256_digest(config),
                       len(config))
-    annotations = stored.get("annotations") or {}
     if is_oci and is_strict(stored) and [
             {key: entry.get(key) for key in blob} for entry in (old, *stored["layers"])
             ] == [blob, *layers]:
         return data
     before = image.digest if stored.get("schemaVersion") == 1 else sha256_digest(data)
-    kept = {key: value for key, value in annotations.items() if isinstance(value, str)} \
-        if is_oci and isinstance(annotations, dict) else {}
+    kept = kept_fields(stored, "schemaversion", "mediatype", "config", "layers", "manifests") \
+        if is_oci and is_strict(stored) else {}
     return compact_json({
         "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": blob, "layers": list(layers),
-        **{key: stored[key] for key in ("artifactType", "subject") if is_oci and key in stored},
-        "annotations": {**kept, ORIGINAL_DIGEST: before}})
+        **kept, "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: before}})
 
 
 def is_strict(manifest: Dict[str, Any]) -> bool:
@@ -7498,7 +7489,8 @@ def is_strict(manifest: Dict[str, Any]) -> bool:
         for key in ("annotations", "platform"):
             values = entry.get(key) or {}
             if not isinstance(values, dict) or not all(
-                    isinstance(value, str) or key == "platform" and word == "os.features"
+                    isinstance(value, str) or key == "platform" and word not in (
+                        "architecture", "os", "os.version", "variant")
                     for word, value in values.items()):
                 return False
     return is_json(manifest)
@@ -7515,36 +7507,38 @@ def is_json(value: Any) -> bool:
 
 def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
     """Return the index of a manifest list whose instances are ``manifests``, as oci_manifest()."""
-    data = image.manifest_bytes()
-    stored = image.manifest()
+    data = image.list_bytes()
+    stored = parse_json(data, "manifest list")
     found = [(entry.get("digest"), entry.get("size")) for entry in as_list(stored.get("manifests"))
              if isinstance(entry, dict)]
     if stored.get("mediaType", OCI_INDEX) == OCI_INDEX and is_strict(stored) \
             and found == [(entry["digest"], entry["size"]) for entry in manifests]:
         return data
-    return compact_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests),
-                         "annotations": {ORIGINAL_DIGEST: sha256_digest(data)}})
+    kept: Dict[str, Any] = {}
+    if is_strict(stored):
+        kept = kept_fields(stored, "schemaversion", "mediatype", "manifests")
+        manifests = [{**blob, **kept_fields(entry, "mediatype", "digest", "size", "data", "urls")}
+                     for blob, entry in zip(manifests, [
+                         entry for entry, instance in image.entries() if instance])]
+    return compact_json({
+        "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests), **kept,
+        "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: sha256_digest(data)}})
+
+
+def kept_fields(stored: Mapping[str, Any], *own: str) -> Dict[str, Any]:
+    """Return the fields of a strict object but ``own``; Go takes names whatever their case."""
+    known = ("annotations", "artifactType", "platform", "subject")
+    other = {key.lower() for key in known}.union(own)
+    return {key: value for key, value in stored.items() if value is not None
+            and (key in known or key.lower() not in other)}
 
 
 def choose_instances(image: ImageRecord, platform: str, every: bool) -> List[ImageRecord]:
-    """Return the images that stand for ``image``: one, of a list that of a platform, or all.
-
-    ``platform`` is os/arch[/variant] or "" for this machine.  Raises NotFound, Unsupported.
-    """
-    if not image.is_list:
-        have = platform_name(platform_of(image)) if platform else ""
-        if platform and not (have + "/").startswith(platform + "/"):
-            raise NotFound(f"image {image.title} is for {have}, not {platform}")
-        return [image]
-    instances = image.instances()
-    if not every and not platform:
-        return [image.single()]
-    found = [instance for name, instance in instances
-             if every or (name + "/").startswith(platform + "/")]
-    if not found:
-        raise NotFound(f"image {image.title} has no instance {platform or 'in the storage'}",
-                       hint="here: " + (", ".join(name for name, _ in instances) or "none"))
-    return list(dict.fromkeys(found)) if every else found[:1]
+    """Return the images that stand for ``image``: see single(), or all of its list."""
+    found = [instance for _, instance in image.instances()] if every else []
+    if every and image.is_list and not found:
+        raise NotFound(f"image {image.title} has no instance in the storage")
+    return found or [image.single(platform)]
 
 
 # -- OCI layout ----------------------------------------------------------------------------------
@@ -7768,24 +7762,19 @@ class OciLayout:
         return diff_id, descriptor(media_type, digest, size)
 
     def add_image(self, image: ImageRecord, compression: Tuple[str, int] = ("none", 0),
-                  progress: Optional[Progress] = None, listed: Optional[ImageRecord] = None
-                  ) -> Dict[str, Any]:
-        """Add an image's layers, configuration and manifest; return the manifest's descriptor.
-
-        ``listed`` is the manifest list that it is an instance of.
-        """
+                  progress: Optional[Progress] = None) -> Dict[str, Any]:
+        """Add an image's layers, configuration and manifest; return the manifest's descriptor."""
         layers = [self.add_layer(layer, compression, progress)
                   for layer in image.checked_chain()]
         config = check_config(image, [diff_id for diff_id, _ in layers])
         self.add(config)
         manifest = oci_manifest(image, config, [blob for _, blob in layers])
-        return with_platform(descriptor(OCI_MANIFEST, *self.add(manifest)),
-                             platform_of(image, listed))
+        return with_platform(descriptor(OCI_MANIFEST, *self.add(manifest)), image.config())
 
-    def tag(self, blob: Dict[str, Any], tag: str) -> None:
+    def tag(self, blob: Dict[str, Any], tag: str) -> List[Any]:
         """Enter a manifest in the index, under ``tag`` if it is not ""; the last step.
 
-        What had the tag is not in the index any more; its blobs stay.
+        What had the tag is not in the index any more; its blobs stay.  Returns its digest, if any.
         """
         try:
             data = self.target.read(b"index.json", MAX_JSON)
@@ -7804,10 +7793,12 @@ class OciLayout:
             return name != tag if tag else name is not None or entry.get("digest") != blob["digest"]
 
         entry = {**blob, "annotations": {REF_NAME: tag}} if tag else blob
+        replaced = [old.get("digest") for old in index["manifests"] or () if not stays(old)]
         index["manifests"] = [*filter(stays, index["manifests"] or []), entry]
         if not self.target.exists(b"oci-layout"):
             self.put(b"", b"oci-layout", LAYOUT_FILE)
         self.put(b"", b"index.json", compact_json(index))
+        return [digest for digest in replaced if digest != blob["digest"]]
 
 
 def compress_layer(layer: LayerRecord, fd: int, kind: str, level: int,
@@ -7838,23 +7829,29 @@ def check_tag(tag: str) -> None:
 
 def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
                 compression: str = "none", platform: str = "", every: bool = False,
-                progress: Optional[Progress] = None) -> Dict[str, Any]:
+                progress: Optional[Progress] = None,
+                tell: Callable[[str], object] = lambda text: None) -> Dict[str, Any]:
     """Add an image to the OCI layout ``directory``; return the descriptor in its index.
 
-    Of a manifest list that is the instance for this machine or ``platform``, or with ``every`` an
-    index of all instances that the storage has.  Raises IntegrityError, NotFound, Unsupported,
-    FormatError, ValueError for an unknown compression, OSError.
+    Of a manifest list, or with ``every`` the one that the image was pulled through, that is the
+    instance for ``platform`` or this machine, or an index of every one that the storage has;
+    ``tell`` gets what is left out or replaced.  Raises CstorError, ValueError, OSError.
     """
     check_tag(tag)
     how = parse_compression(compression)
     chosen = choose_instances(image, platform, every)
     with OciLayout(directory) as layout:
-        listed = image if image.is_list else None
-        blobs = [layout.add_image(instance, how, progress, listed) for instance in chosen]
+        blobs = [layout.add_image(instance, how, progress) for instance in chosen]
         blob = blobs[0]
-        if every and listed:
+        if every and image.list_bytes():
             blob = descriptor(OCI_INDEX, *layout.add(oci_index(image, blobs)))
-        layout.tag(blob, tag)
+        replaced = layout.tag(blob, tag)
+    for entry, instance in image.entries() if every else ():
+        if not instance:
+            kind = entry.get("artifactType") or platform_name(entry.get("platform"))
+            tell(display(f"not in the storage, so left out: {entry.get('digest')} ({kind})"))
+    for digest in replaced:
+        tell(f"{tag} was the tag of {display(str(digest))}")
     return blob
 
 
@@ -7936,7 +7933,7 @@ def write_oci_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]
         for layer, digest, size in layers:
             archive.layer("blobs/sha256/" + digest[7:], layer, digest, size)
         blob = with_platform(descriptor(OCI_MANIFEST, sha256_digest(manifest), len(manifest)),
-                             platform_of(image))
+                             image.config())
         # One name only: two entries are two images to those who load it.
         entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
     archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
@@ -11153,7 +11150,7 @@ class ProxyV1Client(Closing):
         image.id = image.number(method, image.request(self.call, method, reference)[0],
                                 method == "OpenImage")
         if self.platform and image.id:
-            have = platform_name(platform_in(image.parsed_config()))
+            have = platform_name(image.parsed_config())
             if not (have + "/").startswith(self.platform + "/"):
                 raise NotFound(f"image {reference} is for {have}, not {self.platform}")
         return image
@@ -11412,8 +11409,7 @@ class ProxyImage:
                 kept = manifest.get("annotations")
                 data = compact_json({**manifest, "layers": layers, "annotations": {
                     **(kept if isinstance(kept, dict) else {}), ORIGINAL_DIGEST: before}})
-            blob = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
-                                 platform_in(self.parsed_config()))
+            blob = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)), self.parsed_config())
             layout.tag(blob, tag)
         return blob
 
@@ -12188,15 +12184,15 @@ class Image(ImageRecord):
 
     def layers(self) -> Tuple[Layer, ...]:
         """Return the layers, base first.  Raises LayerUnknown, FormatError."""
-        chain: Tuple[Any, ...] = self.storage.image_chain(self)
+        chain: Tuple[Any, ...] = self.storage.chain(self.layer)
         return chain
 
-    def tree(self, known: Optional[Dict[str, LayerTree]] = None) -> Tree:
-        """Return the merged tree, of a manifest list that of the instance for this machine.
+    def tree(self, known: Optional[Dict[str, LayerTree]] = None, platform: str = "") -> Tree:
+        """Return the merged tree, of a manifest list that of an instance: see single().
 
         ``known`` keeps the trees of layers by ID, to be shared with other images.
         """
-        return merged_tree(self.single().checked_chain(), f"image {self.title}", known)
+        return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
 
     def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> Dict[str, Any]:
         """Add the image to an OCI layout; see copy_to_oci()."""
@@ -12333,13 +12329,14 @@ class Storage(Metadata):
         images: Tuple[Any, ...] = self.image_records()
         return images
 
-    def image(self, reference: str) -> Image:
+    def image(self, reference: str, platform: str = "") -> Image:
         """Return one image by name, digest, ID or the start of an ID.
 
-        Raises ImageUnknown, Ambiguous.
+        Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
+        this machine.  Raises ImageUnknown, Ambiguous.
         """
         try:
-            image: Any = find_image(self.image_records(), reference)
+            image: Any = find_image(self.image_records(), reference, platform)
         except ImageUnknown as error:
             error.hint = self.elsewhere or error.hint
             raise
@@ -12628,22 +12625,18 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
             repository, tag, digest = split_reference(name)
             rows.append([repository, tag or ("<none>" if digest or not image.names else ""),
                          short_id(image.id, args), human_age(image.created_ns),
-                         "list" if is_list(image) else human_size(image.size),
+                         "list" if image.is_list else human_size(image.size),
                          "yes" if image.readonly else "", "; ".join(image.faults)])
     print_table(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"], rows)
 
 
-def is_list(image: Image) -> bool:
-    """Tell whether an image is a manifest list, as far as its manifest can be read."""
-    try:
-        return image.is_list
-    except (CstorError, OSError):
-        return False  # its faults say why
-
-
 def image_json(image: Image) -> Dict[str, Any]:
     """Return an image's record with what listings add: size, manifest-list, store, faults ..."""
-    return {**image.record, "size": image.size, "manifest-list": is_list(image),
+    instances = {"instances": [
+        {"platform": platform_name(entry.get("platform")), "digest": entry.get("digest"),
+         "id": instance and instance.id} for entry, instance in image.entries()]
+        } if image.is_list else {}
+    return {**image.record, "size": image.size, "manifest-list": image.is_list, **instances,
             "store": image.root.path, "readonly": image.readonly, "faults": image.faults}
 
 
@@ -12651,17 +12644,16 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
     """show the record, manifest and configuration of images"""
     found = []
     for reference in args.image:
-        image = storage.image(reference)
+        image: Any = storage.image(reference, args.platform)
+        image = image.single(args.platform) if args.platform else image
         entry = image_json(image)
         for key, get in (("layers", image.layers), ("manifest", image.manifest),
                          ("config", image.config)):
             try:
                 value: Any = get()
                 entry[key] = [layer.id for layer in value] if key == "layers" else value
-            except CstorError as error:
+            except CstorError:  # its faults say why
                 entry[key] = None
-                if not entry["manifest-list"] and image.fault(error) not in entry["faults"]:
-                    entry["faults"] = [*entry["faults"], image.fault(error)]
         found.append(entry)
     print_inspected(found, args)
 
@@ -12679,13 +12671,14 @@ def print_inspected(found: List[Dict[str, Any]], args: Any) -> None:
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
     """list the layers of an image, base first"""
-    image: Any = storage.image(args.image).single()
+    image: Any = storage.image(args.image, args.platform).single(args.platform)
     print_layers(image.layers(), args)
 
 
 def cmd_image_history(storage: Storage, args: Any) -> None:
     """show the history of an image, newest first"""
-    history = storage.image(args.image).single().history()[::-1]
+    history = storage.image(args.image, args.platform).single(args.platform).history()[::-1]
+    note_open_steps(history, args)
     if args.format == "json":
         print_json(history)
         return
@@ -12696,10 +12689,20 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
             age = human_age(parse_time(created)) if isinstance(created, str) else ""
         except FormatError:
             age = str(created)
-        rows.append([short_id(row.get("layer", ""), args) or "<empty>", age,
+        rows.append([short_id(row.get("layer", ""), args)
+                     or ("<unknown>" if "size" in row else "<empty>"), age,
                      short_step(str(row.get("created_by") or ""), args, 60),
                      human_size(row.get("size", 0)), str(row.get("comment") or "")])
     print_table(["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows)
+
+
+def note_open_steps(history: Sequence[Dict[str, Any]], args: Any) -> None:
+    """Say on stderr which layers have no known step in a history."""
+    bare = sum("layer" in row and len(row) == 2 for row in history)
+    if any("size" in row and "layer" not in row for row in history):
+        note(args, "the history has more steps than layers: which step made which is not known")
+    elif bare:
+        note(args, f"layers of which the history does not tell, from the lowest: {bare}")
 
 
 def cmd_layer_list(storage: Storage, args: Any) -> None:
@@ -12902,9 +12905,11 @@ def cmd_container_inspect(storage: Storage, args: Any) -> None:
 
 # -- commands that look inside -------------------------------------------------------------------
 
-def open_tree(storage: Storage, args: Any) -> Tree:
+def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
     """Return the tree of the image, layer or container that the arguments name."""
-    tree: Tree = getattr(storage, args.kind)(getattr(args, args.kind)).tree()
+    options = {"platform": args.platform} if args.kind == "image" else {}
+    found = getattr(storage, args.kind)(reference or getattr(args, args.kind), **options)
+    tree: Tree = found.tree(**options)
     return tree
 
 
@@ -13049,7 +13054,7 @@ def cmd_cp(storage: Storage, args: Any) -> None:
         else args.source.rpartition(":")
     if not colon or not reference or not args.dest:
         raise _UsageError(f'expected {args.kind.upper()}:PATH, got "{args.source}"')
-    with getattr(storage, args.kind)(reference).tree() as tree:
+    with open_tree(storage, args, reference) as tree:
         path, node = tree.lookup(path_of(tree, text))
         name = path.rpartition(b"/")[2]
         if args.dest == "-":
@@ -13145,7 +13150,7 @@ def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> D
         raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
                           "share contents with")
     reference = via_skopeo(args)
-    with ProxyV1Client() as proxy, ProgressLine(0, args.quiet) as progress:
+    with ProxyV1Client(platform=args.platform) as proxy, ProgressLine(0, args.quiet) as progress:
         return proxy.open_image(reference).extract(args.dir, progress=progress, **options)
 
 
@@ -13197,10 +13202,11 @@ def via_skopeo(args: Any) -> str:
 
 def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     """add an image to an OCI layout, which is made when it is not there"""
-    directory, colon, tag = args.layout.rpartition(":")
-    if not colon or "/" in tag:
-        directory, colon, tag = args.layout, "", ""
-    if not directory or colon and not tag:
+    # At the first colon, as podman does, or after a directory that is there: a tag can hold more.
+    parts = args.layout.split(":")
+    pairs = [(":".join(parts[:i]), ":".join(parts[i:])) for i in range(1, len(parts) + 1)]
+    directory, tag = next((pair for pair in pairs if os.path.isdir(pair[0])), pairs[0])
+    if not directory or directory + ":" == args.layout:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
     if args.all and args.platform:
         raise _UsageError("--all and --platform exclude one another")
@@ -13223,15 +13229,16 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
 def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
                       ) -> Tuple[str, Dict[str, Any]]:
     """Copy an image that is in the storage; return its tag and descriptor."""
-    image = storage.image(args.image)
+    image = storage.image(args.image, args.platform)
     names = names_to_give(image, args.image)
     if not tag and names:
         tag = split_reference(names[0])[1]
     total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
-        image, args.platform, args.all) for layer in storage.image_chain(chosen))
+        image, args.platform, args.all) for layer in storage.chain(chosen.layer))
     with ProgressLine(total, args.quiet) as progress:
         return tag, image.copy_to_oci(directory, tag, compression=args.compress or "none",
-                                      platform=args.platform, every=args.all, progress=progress)
+                                      platform=args.platform, every=args.all, progress=progress,
+                                      tell=lambda text: note(args, text))
 
 
 def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: str
@@ -13254,16 +13261,16 @@ def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: 
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
     """write images as one stream: the root file system as a tar, or an archive to be loaded"""
-    images: List[Any] = [storage.image(reference) for reference in args.image]
+    images: List[Any] = [storage.image(reference, args.platform) for reference in args.image]
     if args.as_ == "rootfs":
         if len(images) > 1:
             raise _UsageError("a root file system is of one image; --as docker-archive takes more")
-        export_tree(images[0].tree(), args)
+        export_tree(images[0].tree(platform=args.platform), args)
         return
-    named = [(image.single(), names_to_give(image, reference))
+    named = [(image.single(args.platform), names_to_give(image, reference))
              for image, reference in zip(images, args.image)]
     total = sum(max(layer.diff_size, 0) for image, _ in named
-                for layer in storage.image_chain(image))
+                for layer in storage.chain(image.layer))
     write = write_docker_archive if args.as_ == "docker-archive" else write_oci_archive
     with Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
         write(output.fd, named, progress)  # verified as it is written, layer by layer
@@ -13288,7 +13295,7 @@ def export_tree(tree: Tree, args: Any) -> None:
 def cmd_diff(storage: Storage, args: Any) -> int:
     """compare two images, or an image with a layer, container, directory or tar file"""
     known: Dict[str, LayerTree] = {}
-    sides = [open_side(storage, text, known) for text in (args.a, args.b)]
+    sides = [open_side(storage, text, known, args.platform) for text in (args.a, args.b)]
     raw = all(side is None or side.raw for side in sides) and any(sides)
     with (sides[0] or open_path(args.a, raw)) as old, (sides[1] or open_path(args.b, raw)) as new:
         old.raw = new.raw = raw  # whiteouts count where layers are compared
@@ -13309,7 +13316,8 @@ def cmd_diff(storage: Storage, args: Any) -> int:
 PATH_SIDE = r"(?:dir:|tar:(?=.)|(?=[/.])|(?=-\Z))(.*)"
 
 
-def open_side(storage: Storage, text: str, known: Dict[str, LayerTree]) -> Optional[Tree]:
+def open_side(storage: Storage, text: str, known: Dict[str, LayerTree], platform: str
+              ) -> Optional[Tree]:
     """Return the tree of one side of a comparison, None for a path of the host.
 
     An image, container or layer is looked for in this order, unless ``image:`` and the like leave
@@ -13322,13 +13330,13 @@ def open_side(storage: Storage, text: str, known: Dict[str, LayerTree]) -> Optio
     for word in ("image", "container", "layer"):
         for reference in [text] + [rest] * (word == kind and bool(rest)):
             try:
-                found = getattr(storage, word)(reference)
-                tree: Tree = found.tree() if word == "layer" else found.tree(known)
-                return tree
-            except Ambiguous:
-                raise
-            except NotFound as error:
+                options: Any = {"platform": platform} if word == "image" else {}
+                found = getattr(storage, word)(reference, **options)
+            except (ImageUnknown, ContainerUnknown, LayerUnknown) as error:
                 unknown = unknown or error
+                continue
+            tree: Tree = found.tree() if word == "layer" else found.tree(known, **options)
+            return tree
     assert unknown
     unknown.hint = "no container or layer has this name either; a path begins with / or ./"
     raise unknown
@@ -13386,13 +13394,14 @@ WITHOUT_STORAGE = (cmd_tar_diff, cmd_stream_to_tar)  # commands that get None fo
 def cmd_blame(storage: Storage, args: Any) -> None:
     """show which layer and step brought each file and what it hides, or with --hidden what is
     hidden"""
-    image: Any = storage.image(args.image).single()
+    image: Any = storage.image(args.image, args.platform).single(args.platform)
     try:
-        steps = {row["layer"]: str(row.get("created_by") or "") for row in image.history()
-                 if "layer" in row}
+        history = image.history()
     except NotFound:
-        steps = {}  # an image without a manifest
+        history = []  # an image without a manifest
+    steps = {row["layer"]: str(row.get("created_by") or "") for row in history if "layer" in row}
     with image.tree() as tree:
+        note_open_steps(history, args)
         views = [Tree([layer]) for layer in tree.layers] if args.hidden else [tree]
         first, rows = peek((hidden_rows if args.hidden else blame_rows)(
             tree, steps, compile_patterns(
@@ -13506,7 +13515,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS} --via-skopeo"),
     ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
     ("image copy-to-oci", cmd_copy_to_oci,
-     "IMAGE DIR[:TAG] --compress --platform --all --format --via-skopeo"),
+     "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "--format --no-trunc"),
@@ -13542,7 +13551,7 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
                         "literally, as a path that exists is; without a slash it is about the "
                         "last component",
              "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
-             "DIR[:TAG]": "OCI layout; without TAG the image's own tag",
+             "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
              "DIR": "directory to make or to fill; it must be empty, but for --force",
              "STREAM": "file that holds a stream; - is stdin",
              "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
@@ -13580,7 +13589,7 @@ OPTIONS: Dict[str, Dict[str, Any]] = {
     "serve --socket": {"metavar": "PATH", "help": "where to listen; default: the socket that "
                        "stdin is, or that systemd passes"},
     "--platform": {"metavar": "OS/ARCH", "default": "",
-                   "help": "which instance of a manifest list, also os/arch/variant"},
+                   "help": "of a manifest list, or os/arch/variant; default: this machine's"},
     "--codec": {"choices": CODECS, "help": "how the stream is spelled; default: splitfdstream"},
     "--threshold": {"metavar": "N", "type": int, "default": INLINE_THRESHOLD,
                     "help": "contents of up to N bytes stay inline; default: %(default)s"},
@@ -13604,6 +13613,7 @@ OPTIONS: Dict[str, Dict[str, Any]] = {
     "--clean-on-error": {"negated": "leave what was made until then", "default": None,
                          "help": "leave nothing in DIR after an error; default: when DIR is made"},
 }
+ALIASES = {"ls": "list", "copy": "copy-to-oci"}
 GROUPS = {"image": "images", "layer": "layers", "container": "containers",
           "store": "the storage as a whole"}
 
@@ -13616,7 +13626,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
     import argparse
 
     chosen = [row for row in COMMANDS if set(row[0].split()) <= {
-        "list" if word == "ls" else word for word in words}]
+        ALIASES.get(word, word) for word in words}]
     if not chosen or {"-h", "--help"} & set(words):
         chosen = COMMANDS
 
@@ -13651,10 +13661,10 @@ def make_parser(words: Sequence[str] = ()) -> Any:
                     metavar="COMMAND", required=True, prog=f"{program} {group}")
         sub = (groups[group] if group else commands).add_parser(
             verb, help=function.__doc__, description=function.__doc__, formatter_class=formatter,
-            allow_abbrev=False, aliases=["ls"] if verb == "list" else [])
+            allow_abbrev=False, aliases=[word for word in ALIASES if ALIASES[word] == verb])
         sub.set_defaults(function=function, kind=group)
         _add_globals(sub, 2)
-        names = arguments.split()
+        names = arguments.split() + ["--platform"] * (group == "image" and verb != "list")
         if "--via-skopeo" in names and any(
                 word.partition("=")[0] == "--via-skopeo" for word in words):
             names.remove("IMAGE")
@@ -13744,6 +13754,12 @@ def say(message: str) -> None:
             print(f"cstor: {message}", file=sys.stderr)
     except OSError:  # nobody can be told; at exit Python would try once more, and return 120
         sys.stderr = None
+
+
+def note(args: Any, text: str) -> None:
+    """Print a note, unless -q is given."""
+    if not args.quiet:
+        say(f"note: {text}")
 
 
 def exit_status(error: BaseException) -> int:

@@ -1724,6 +1724,42 @@ class Records(StoreTest):
                                           "oci:1").stdout)
         self.assertEqual((None, [base, top]), (shown[0]["config"], shown[1]["layers"]))
 
+    def test_history_is_aligned_from_the_top(self) -> None:
+        store = self.builder()
+        layers: List[str] = []
+        for name in "abc":
+            layers.append(store.layer(make_tar((name, b"x")), layers[-1] if layers else ""))
+        made, empty = {"created_by": "made"}, {"created_by": "none", "empty_layer": True}
+        steps: List[Tuple[List[Dict[str, Any]], List[Tuple[Any, Any]], str]] = [
+            ([empty, made], [(layers[0], None), (layers[1], None), (None, "none"),
+                             (layers[2], "made")],
+             "layers of which the history does not tell, from the lowest: 2"),
+            ([made, empty, {"created_by": "top"}, empty],
+             [(layers[0], None), (layers[1], "made"), (None, "none"), (layers[2], "top"),
+              (None, "none")], "layers of which the history does not tell, from the lowest: 1"),
+            ([made] * 3, [(layer, "made") for layer in layers], ""),
+            ([made] * 4, [(None, "made")] * 4 + [(layer, None) for layer in layers],
+             "the history has more steps than layers: which step made which is not known"),
+            ([empty], [*[(layer, None) for layer in layers], (None, "none")],
+             "layers of which the history does not tell, from the lowest: 3")]
+        for number, (history, _, _) in enumerate(steps):
+            store.image(layers[2], f"localhost/{number}:1", history=history)
+        store.save()
+        for number, (_, rows, told) in enumerate(steps):
+            with self.subTest(number), cstor.Storage.open(store.root) as storage:
+                self.assertEqual(rows, [(row.get("layer"), row.get("created_by")) for row in
+                                        storage.image(f"{number}:1").history()])
+                for words in (["history"], ["blame", "--format=json"]):
+                    done = self.run_cstor("--root", store.root, "image", words[0], f"{number}:1",
+                                          *words[1:])
+                    self.assertEqual(f"cstor: note: {told}\n" if told else "",
+                                     done.stderr.decode())
+                self.assertEqual({layer: step or "" for layer, step in rows if layer}, {
+                    row["layer"]: row["created-by"] for row in json.loads(done.stdout)})
+        shown = self.run_cstor("-q", "--root", store.root, "image", "history", "3:1")
+        self.assertEqual((b"", 4), (shown.stderr, shown.stdout.count(b"<unknown>")))
+        self.assertRegex(shown.stdout.decode(), r"<unknown> +made +unknown\n")
+
     def test_manifest_lists_stand_for_the_instance_of_this_machine(self) -> None:
         store = self.builder()
         layer = store.layer(make_tar(("f", b"x")))
@@ -1926,13 +1962,13 @@ class HalfImages(StoreTest):
         wanted = " ".join(digests[layer] for layer in (self.base, self.middle, self.top))
         for kind, number, change, error, text in (
                 ("images", 0, {"layer": None}, cstor.FormatError,
-                 "no layer, but the configuration names 3 layers"),
+                 "no layer, but the configuration names more"),
                 ("images", 0, {"layer": 5}, cstor.FormatError,
-                 "no layer, but the configuration names 3 layers"),
+                 "no layer, but the configuration names more"),
                 ("layers", 1, {"parent": None}, cstor.FormatError,
-                 f"layer {self.middle} has no parent, but the configuration names 3 layers"),
+                 f"layer {self.middle} has no parent, but the configuration names more"),
                 ("layers", 2, {"parent": None}, cstor.FormatError,
-                 f"layer {self.top} has no parent, but the configuration names 3 layers"),
+                 f"layer {self.top} has no parent, but the configuration names more"),
                 ("images", 0, {"layer": self.middle}, cstor.IntegrityError,
                  f"{other}: expected {wanted}, got {digests[self.base]} {digests[self.middle]}"),
                 ("layers", 2, {"parent": self.base}, cstor.IntegrityError,
@@ -1953,7 +1989,7 @@ class HalfImages(StoreTest):
                 ("containers", {"image": None}, "its record has no image"),
                 ("containers", {"image": 5}, "its record has no image"),
                 ("layers", {"parent": None},
-                 "layer {} has no parent, but the configuration names 3 layers")):
+                 "layer {} has no parent, but the configuration of its image names more")):
             with self.subTest(record=record, change=change):
                 self.damaged(record, 3 if record == "layers" else 0, **change)
                 text = text.format(self.store.layers[3]["id"])
@@ -2015,18 +2051,22 @@ class HalfImages(StoreTest):
             store.big_data(record, "manifest", json.dumps({"schemaVersion": 2, "config": {
                 "digest": sha256(config)}, "layers": []}).encode())
             store.images.append(record)
-        store.images.append({"id": "f" * 64, "names": ["localhost/bare:1"]})
+        old: Dict[str, Any] = {"id": "e" * 64, "names": ["localhost/old:1"]}  # and lost its layer
+        store.big_data(old, "manifest", json.dumps({"schemaVersion": 1, "history": [
+            {"v1Compatibility": "{}"}]}).encode())
+        store.images += [old, {"id": "f" * 64, "names": ["localhost/bare:1"]}]
         store.save()
         with self.open(store) as storage:
             self.assertEqual({
-                "empty": [], "null": [], "lost": ["no layer, but the configuration names 1 layer"],
+                "empty": [], "null": [], "lost": ["no layer, but the configuration names more"],
+                "old": ["no layer, but the configuration names more"],
                 "bare": ["no manifest", "no layer"]},
                 {image.names[0][10:-2]: image.faults for image in storage.images()})
-            for name in ("empty", "null"):
+            for name in ("empty", "null", "bare"):  # nobody knows of the last
                 with storage.image(name + ":1").tree() as tree:
                     self.assertEqual([b""], [path for path, _, _ in tree.walk()])
-            for name in ("lost", "bare"):
-                self.assertRaises(cstor.FormatError, storage.image(name + ":1").tree)
+            for name in ("lost:1", "old:1"):
+                self.assertRaises(cstor.FormatError, storage.image(name).tree)
 
     def test_a_damaged_configuration(self) -> None:
         """What an image should be cannot be known then, and single layers remain."""
@@ -6396,14 +6436,34 @@ class Layouts(StoreTest):
 
     def test_tags(self) -> None:
         for args, tag in ((["app:1", self.out], "1"), (["localhost/app", self.out], "latest"),
-                          (["sample", self.out + ":x/y"], ""), (["sample", self.out + ":"], ""),
-                          (["sample", self.out + ":a b"], "")):
+                          (["sample", self.out + ":x/y"], "x/y"), (["sample", self.out + ":"], ""),
+                          (["app", self.out + ":localhost/app:1"], "localhost/app:1"),
+                          (["app", self.out + ":r.io:5000/a/b@c"], "r.io:5000/a/b@c"),
+                          (["sample", self.out + ":a b"], ""), (["sample", ":1"], "")):
             if tag:
-                self.copy(*args)
+                done = self.copy(*args)
+                self.assertEqual(tag.encode(), done.stdout.split()[1])
+                self.assertEqual(b"", done.stderr)
                 self.assertIn(tag, read_layout(self.out))
             else:
-                self.copy(*args, status=6 if args[1].endswith("/y") else 2)
-        self.assertEqual({"1", "latest"}, set(read_layout(self.out)))
+                self.copy(*args, status=2)
+        self.assertEqual({"1", "latest", "x/y", "localhost/app:1", "r.io:5000/a/b@c"},
+                         set(read_layout(self.out)))
+        os.mkdir(os.path.join(self.dir, "a:b"))  # a directory that is there is meant
+        for text, tags in (("a:b:t:u", {"t:u"}), ("a:b", {"t:u", "latest"})):
+            self.copy("sample", text, cwd=self.dir)
+            self.assertEqual(tags, set(read_layout(os.path.join(self.dir, "a:b"))))
+
+    def test_a_tag_that_changes_hands(self) -> None:
+        first = self.copy("app:1", self.out + ":t").stdout.split()[0]
+        self.assertEqual(b"", self.copy("app:1", self.out + ":t").stderr)
+        for args, told in ((["sample"], b"cstor: note: t was the tag of %s\n" % first),
+                           (["app:1", "-q"], b"")):
+            self.assertEqual(told, self.copy(*args, self.out + ":t").stderr)
+
+    def test_the_other_name_of_the_command(self) -> None:
+        self.run_cstor(*self.ours, "image", "copy", "sample", self.out + ":x", "--compress=gzip")
+        self.assertEqual({"x"}, set(read_layout(self.out)))
 
     def test_what_is_there_stays(self) -> None:
         self.copy("app:1", self.out + ":one")
@@ -6516,6 +6576,149 @@ class Layouts(StoreTest):
                 cstor.Storage.open(self.store.root) as storage:
             storage.image("list").copy_to_oci(self.out, "here")
         self.assertEqual([tar], read_layout(self.out)["here"][2])
+
+    def pull_list(self, **more: Any) -> Tuple[str, List[str], Dict[str, Any]]:
+        """Store a list's instances as two pulls do; return its digest, their IDs and the list."""
+        arm = self.store.layer(make_tar(("etc/", None), ("etc/arch", b"arm64")))
+        amd = self.store.layer(make_tar(("etc/", None), ("etc/arch", b"amd64")))
+        for layer, names in ((amd, []), (arm, ["quay.io/org/multi:1"])):
+            self.store.image(layer, *names)
+            self.store.images[-1]["names-history"] = ["quay.io/org/multi:1"]
+        records = self.store.images[-2:]
+        manifests: List[Dict[str, Any]] = [
+            {"mediaType": cstor.OCI_MANIFEST, "digest": record["digest"], "size": 7,
+             "platform": {"architecture": arch, "os": "linux", "os.features": ["f"], "x.y": 1}}
+            for record, arch in zip(records, ("amd64", "arm64"))]
+        index = {"schemaVersion": 2, "mediaType": cstor.OCI_INDEX, "manifests": [
+            *manifests, {"mediaType": cstor.OCI_MANIFEST, "digest": sha256(b"a"), "size": 1,
+                         "artifactType": "text/plain"}], **more}
+        data = json.dumps(index).encode()
+        for record, arch in zip(records, ("amd64", "arm64")):
+            record["digest"] = sha256(data)
+            self.store.big_data(record, "manifest-" + sha256(data), data)
+            self.retell(record, arch)
+        self.store.save()
+        return sha256(data), [record["id"] for record in records], index
+
+    def retell(self, record: Dict[str, Any], arch: str) -> None:
+        """Give an image's configuration an architecture, whatever its digest says."""
+        key = record["big-data-names"][0]
+        path = self.store.path("overlay-images", record["id"], os.fsdecode(
+            cstor.big_data_file(key)))
+        with open(path, "rb") as file:
+            data = file.read().replace(b"amd64", arch.encode())
+        with open(path, "wb") as file:
+            file.write(data)
+        record["big-data-digests"][key] = sha256(data)
+
+    def test_a_digest_that_images_share(self) -> None:
+        """As after `podman pull --arch amd64` and `--arch arm64`: the second takes the name."""
+        digest, (amd, arm), _ = self.pull_list()
+        with cstor.Storage.open(self.store.root) as storage:
+            for machine, wanted in (("x86_64", amd), ("aarch64", arm)):
+                with mock.patch.object(os, "uname", return_value=mock.Mock(machine=machine)):
+                    for name in ("quay.io/org/multi@", "quay.io/org/multi:7@", "multi@", ""):
+                        self.assertEqual(wanted, storage.image(name + digest).id)
+            with mock.patch.object(os, "uname", return_value=mock.Mock(machine="s390x")):
+                self.assertRaises(cstor.Ambiguous, storage.image, "quay.io/org/multi@" + digest)
+            for platform, wanted in (("linux/amd64", amd), ("linux/arm64", arm),
+                                     ("linux/arm64/v8", arm)):
+                self.assertEqual(wanted, storage.image("multi@" + digest, platform).id)
+            for image in (amd, arm):  # each one's own digest, also of the one without a name
+                own = json.loads(storage.image(amd).list_bytes())["manifests"][
+                    [amd, arm].index(image)]["digest"]
+                self.assertEqual(image, storage.image("quay.io/org/multi@" + own).id)
+            self.assertEqual(arm, storage.image("quay.io/org/multi:1").id)
+            self.assertRaises(cstor.ImageUnknown, storage.image, "quay.io/org/else@" + digest)
+        self.copy("quay.io/org/multi:1", self.out + ":x", "--all")
+        self.assertEqual({"x@amd64", "x@arm64"}, set(read_layout(self.out)))
+        self.copy("quay.io/org/multi:1", self.out + ":one")
+        self.assertIn("one", read_layout(self.out))
+
+    def test_what_a_list_says_stays(self) -> None:
+        more = {"annotations": {"top": "z"}, "subject": {"mediaType": "a/b", "size": 2, "digest":
+                sha256(b"s")}, "artifactType": "c/d", "x-unknown": [1, {"y": None}]}
+        digest, (amd, arm), index = self.pull_list(**more)
+        index["manifests"][0].update(annotations={"x": "y"}, artifactType="e/f", data="Zm9v",
+                                     urls=["https://a"], other={"z": 1.5})
+        record: Dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"]}
+        data = json.dumps({**index, "Manifests": [], "MEDIATYPE": 5, "Annotations": 7}).encode()
+        self.store.big_data(record, "manifest", data)
+        self.store.images.append(record)
+        self.store.save()
+        for name, source in (("list", data), ("quay.io/org/multi:1", None)):
+            done = self.copy(name, self.out + ":all", "--all", "--format=json")
+            told = f"cstor: note: not in the storage, so left out: {sha256(b'a')} (text/plain)"
+            self.assertEqual(told, done.stderr.decode().splitlines()[0])
+            with open(f"{self.out}/blobs/sha256/{json.loads(done.stdout)['digest'][7:]}",
+                      "rb") as file:
+                found = json.load(file)
+            entries = found.pop("manifests")
+            self.assertEqual({**more, "schemaVersion": 2, "mediaType": cstor.OCI_INDEX,
+                              "annotations": {"top": "z", cstor.ORIGINAL_DIGEST:
+                                              sha256(source) if source else digest}}, found)
+            self.assertEqual([entry["platform"] for entry in index["manifests"][:2]],
+                             [entry["platform"] for entry in entries])
+            if source:
+                self.assertEqual({"x": "y"}, entries[0].pop("annotations"))
+                self.assertEqual(("e/f", {"z": 1.5}), (entries[0].pop("artifactType"),
+                                                       entries[0].pop("other")))
+            self.assertEqual([{"mediaType", "digest", "size", "platform"}] * 2,
+                             list(map(set, entries)))
+        shown, = json.loads(self.run_cstor(*self.ours, "image", "inspect", "list").stdout)
+        self.assertEqual(
+            [{"platform": "linux/amd64", "digest": index["manifests"][0]["digest"], "id": amd},
+             {"platform": "linux/arm64", "digest": index["manifests"][1]["digest"], "id": arm},
+             {"platform": "", "digest": sha256(b"a"), "id": None}], shown["instances"])
+
+    def test_a_platform_wherever_an_image_is_named(self) -> None:
+        digest, (amd, arm), index = self.pull_list()
+        record: Dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"]}
+        self.store.big_data(record, "manifest", json.dumps(index).encode())
+        self.store.images.append(record)
+        self.store.save()
+        chosen = "--platform=linux/arm64"
+        out = os.path.join(self.dir, "file")
+
+        def ask(*args: str, status: int = 0) -> bytes:
+            return self.run_cstor(*self.ours, "image", *args, status=status).stdout
+
+        self.assertEqual(arm, json.loads(ask("inspect", "list", chosen))[0]["id"])
+        layer = self.store.images[-2]["layer"]
+        for args in (["layers", "list"], ["history", "list"], ["blame", "list", "/etc/arch"]):
+            self.assertIn(layer[:12].encode(), ask(*args, chosen))
+        for name in ("list", "multi@" + digest):
+            for platform in ("linux/amd64", "linux/arm64"):
+                self.assertEqual(platform[6:].encode(), ask("cat", name, "etc/arch", "--platform",
+                                                            platform))
+        for args in (["stat", "list", "etc/arch", "--format=json"],
+                     ["files", "list", "--format=json"]):
+            self.assertEqual({layer}, {row["layer"] for row in json.loads(ask(*args, chosen))})
+        with cstor.Storage.open(self.store.root) as storage:
+            self.assertEqual(storage.image(arm).toc(), json.loads(ask("toc", "list", chosen)))
+        ask("cp", "list:/etc/arch", out, chosen)
+        ask("extract", "list", out + "-tree", chosen)
+        for path in (out, out + "-tree/etc/arch"):
+            with open(path, "rb") as file:
+                self.assertEqual(b"arm64", file.read())
+        for kind in ("rootfs", "docker-archive"):
+            ask("export", "list", "--as", kind, "-o", out + "." + kind, chosen)
+        with tarfile.open(out + ".rootfs") as tar:
+            self.assertIn(b"arm64", [tar.extractfile(item).read()  # type: ignore[union-attr]
+                                     for item in tar if item.isreg()])
+        with tarfile.open(out + ".docker-archive") as tar:
+            manifest, = json.load(tar.extractfile("manifest.json"))  # type: ignore[arg-type]
+        self.assertEqual(["localhost/list:latest"], manifest["RepoTags"])
+        self.assertEqual(b"", ask("diff", arm, "list", chosen))
+        self.assertEqual(b"", ask("diff", "list", "multi@" + digest, chosen))
+        ask("diff", amd, "list", chosen, status=3)
+        for platform in ("linux/s390x", "arm64"):
+            done = self.run_cstor(*self.ours, "image", "files", "list", "--platform", platform,
+                                  status=3)
+            self.assertIn(f"has no instance {platform} (here: linux/amd64, linux/arm64)".encode(),
+                          done.stderr)
+        done = self.run_cstor(*self.ours, "image", "cat", "app", "x", chosen, status=3)
+        self.assertIn(b"is for linux/amd64, not linux/arm64", done.stderr)
 
     def test_an_index_that_fits_is_kept(self) -> None:
         with cstor.Storage.open(self.store.root) as storage:
