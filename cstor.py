@@ -1221,14 +1221,15 @@ class Config:
     ``rootless``, ``uid``; ``scheme`` is "old", "new" or "environment"; ``files`` lists the
     configuration files that were read, ``named_in`` is the one that names the graph root or "".
     ``faults`` are warnings, ``hint`` tells where else a store was looked for, and ``elsewhere`` the
-    store of who called sudo.
+    store of who called sudo.  ``own``: the caller himself names the graph root, or it is the
+    default; ``foreign``: it is another user's; ``lack``: why no store can be read there, or "".
     """
 
-    driver = graphroot = runroot = imagestore = named_in = hint = elsewhere = ""
+    driver = graphroot = runroot = imagestore = named_in = hint = elsewhere = lack = ""
     stores: Sequence[str] = ()
     layer_stores: Sequence[str] = ()
     drop_ins: Sequence[str] = ()
-    transient_store = False
+    own = foreign = transient_store = False
 
     def __init__(self, scheme: str, rootless: bool, uid: int) -> None:
         self.rootless, self.uid, self.scheme = rootless, uid, scheme
@@ -1236,6 +1237,7 @@ class Config:
         self.faults: List[str] = []
 
 
+NO_STORAGE = "no storage there"
 READERS = {"old": "podman 4 and 5", "new": "podman 6"}  # which follow each scheme
 
 
@@ -1254,13 +1256,13 @@ def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[i
     for scheme in (search.old_scheme, search.new_scheme):
         try:
             found.append(scheme())
+            search.judge(found[-1])
         except (CstorError, OSError) as error:  # in a file that the other may not look at
             failures.append(error)
     if not found:
         raise failures[0]
     config, other = found[0], found[-1]
-    if failures and (config.scheme == "new" and search.is_foreign(config)
-                     or not holds_store(config.graphroot)):
+    if failures and (config.foreign or config.lack):
         raise failures[0]
     config.faults += [f"{READERS['new' if config.scheme == 'old' else 'old']} cannot read the "
                       f"configuration: {failure}" for failure in failures]
@@ -1365,37 +1367,28 @@ class _ConfigSearch:
 
     # -- which of two -------------------------------------------------------------------------
 
-    def is_named_by_caller(self, config: Config) -> bool:
-        """Tell whether the caller himself names the graph root, or it is the default."""
-        named = [self.environ.get("CONTAINERS_STORAGE_CONF"),
-                 self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")]
-        return not self.rootless or config.named_in in ("", *named) or config.named_in.startswith(
-            os.path.dirname(self.user_file()) + "/")
-
-    def is_foreign(self, config: Config) -> bool:
-        """Tell whether a graph root is another user's, and only root's files name it."""
-        if self.is_named_by_caller(config):
-            return False
+    def judge(self, config: Config) -> None:
+        """Find out whose a graph root is, and what is there."""
+        config.own = not self.rootless or config.named_in.startswith(
+            os.path.dirname(self.user_file()) + "/") or config.named_in in (
+            "", *map(self.environ.get, ("CONTAINERS_STORAGE_CONF",
+                                        "CONTAINERS_STORAGE_CONF_OVERRIDE")))
         try:
-            return os.stat(config.graphroot).st_uid != self.euid
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError:
-            return True
+            config.lack = "" if holds_store(config.graphroot) else NO_STORAGE
+            config.foreign = not config.own and is_there(config.graphroot) \
+                and os.stat(config.graphroot).st_uid != self.euid
+        except OSError as error:
+            config.lack, config.foreign = error.strerror or "closed", not config.own
 
     def decide(self, own: Config, other: Config) -> bool:
         """Tell whether the new scheme's ``other`` wins over the old one's; see the banner."""
-        if own is other:
+        if own is other or other.foreign:
             return False
         if os.path.realpath(own.graphroot) == os.path.realpath(other.graphroot):
             return bool(other.drop_ins)
-        if self.is_foreign(other):
-            return False
-        by_drop_in = other.named_in in other.drop_ins and self.is_named_by_caller(other)
-        if by_drop_in and holds_store(other.graphroot):
+        if other.own and other.named_in in other.drop_ins and not other.lack:
             return True
-        return not holds_store(own.graphroot) and bool(
-            other.drop_ins or holds_store(other.graphroot))
+        return own.lack == NO_STORAGE and bool(other.drop_ins or not other.lack)
 
     def explain(self, config: Config, other: Config) -> None:
         """Say what was looked at besides ``config``, and warn of what it leaves aside."""
@@ -1403,15 +1396,11 @@ class _ConfigSearch:
                  f"the default for HOME={self.home}" if self.rootless else "the default"]
         if os.path.realpath(config.graphroot) != os.path.realpath(other.graphroot):
             place = f"{other.graphroot} ({other.named_in or 'the default'})"
-            mine = not self.is_foreign(other)
-            parts.append(f"looked also at {place}" if mine else f"{place} is another user's")
-            if mine and self.is_named_by_caller(other):
-                try:
-                    state = "" if holds_store(other.graphroot) else ": no storage there"
-                except OSError as error:
-                    state = f": {error.strerror}"
-                if other.named_in or not state:
-                    config.faults.append(f"{READERS[other.scheme]} would use {place}{state}")
+            parts.append(f"{place} is another user's" if other.foreign else
+                         f"looked also at {place}")
+            if other.own and (other.named_in or not other.lack):
+                config.faults.append(f"{READERS[other.scheme]} would use {place}"
+                                     + (other.lack and f": {other.lack}"))
         config.elsewhere = self._store_of_sudo_user()
         config.hint = "; ".join([*parts, *filter(None, [config.elsewhere]),
                                  "name a graph root with --root DIR"])
