@@ -191,7 +191,6 @@ SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
 
 # Whiteouts of AUFS, which OCI took over.
 OPAQUE_MARKER = b".wh..wh..opq"
-AUFS_BOOKKEEPING = rb"(?:^|/)\.wh\.\.wh\.(?!\.opq\Z)"
 
 # Files on disk as the TOC of eStargz names them.
 WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
@@ -206,8 +205,9 @@ NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
 # Owner, mode and type where files are made otherwise (force_mask); the first one there counts.
 OVERRIDES = (b"security.fuseoverlayfs.override_stat", b"user.fuseoverlayfs.override_stat",
              b"user.containers.override_stat")
-OVERLAY_XATTRS = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.",
-                  b"security.fuseoverlayfs.") + OVERRIDES[-1:]
+FUSE_XATTRS = (b"user.fuseoverlayfs.", b"security.fuseoverlayfs.") + OVERRIDES[-1:]
+# What the kernel takes as a redirect: one name, or an absolute path; no ".", ".." or "//".
+REDIRECT = rb"(?:/(?!\.{1,2}(?:/|\Z))[^/]+)+|(?!\.{1,2}\Z)[^/]+"
 METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
 
 # Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
@@ -795,7 +795,7 @@ def look_at(dir_fd: int, name: bytes
     try:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
-        return status, link, read_xattrs(dir_fd, name)
+        return status, link, read_xattrs(b"/proc/self/fd/%d/%s" % (dir_fd, name))
     except FileNotFoundError:
         if not os.path.exists("/proc/self/fd"):
             raise Unsupported("extended attributes are read through /proc, which is not "
@@ -803,12 +803,12 @@ def look_at(dir_fd: int, name: bytes
         return None
 
 
-def read_xattrs(dir_fd: int, name: bytes) -> Dict[bytes, bytes]:
-    """Return the extended attributes of a file that is not followed; {} where there are none."""
-    place = b"/proc/self/fd/%d/%s" % (dir_fd, name)
+def read_xattrs(place: Union[int, bytes]) -> Dict[bytes, bytes]:
+    """Return the xattrs of an open file, or of what is at a path and no link that is followed."""
+    follow = isinstance(place, int)
     try:
-        return {os.fsencode(key): os.getxattr(place, key, follow_symlinks=False)
-                for key in os.listxattr(place, follow_symlinks=False)
+        return {os.fsencode(key): os.getxattr(place, key, follow_symlinks=follow)
+                for key in os.listxattr(place, follow_symlinks=follow)
                 if key != "security.selinux"}  # the label of this place, not of the file
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA, errno.EPERM):
@@ -2790,6 +2790,12 @@ class Metadata(Closing):
         return status.st_uid, status.st_gid
 
     @property
+    def rootless(self) -> bool:
+        """Whether overlayfs is mounted in a user namespace, where its xattrs begin with user."""
+        return self.owner[0] != 0 or read_proc("self/uid_map").split() not in (
+            [], ["0", "0", str(NO_ID)])
+
+    @property
     def id_maps(self) -> Tuple[List[Any], List[Any]]:
         """How IDs on disk are to be read, for users and groups: maps as in records; [] = as is.
 
@@ -4664,26 +4670,36 @@ def verify_files(layer: LayerRecord) -> int:
                 continue
             fd = files.open(member.name, member.size)
             try:
-                actual = crc64_file(fd)
+                for _ in checked_content(fd, member.size, member.checksum, member.name, layer.id):
+                    pass
             finally:
                 os.close(fd)
-            if actual != member.checksum:
-                raise IntegrityError("file integrity checksum failed", layer=layer.id,
-                                     name=member.name, expected=f"CRC-64 {member.checksum:016x}",
-                                     actual=f"{actual:016x}")
             count += 1
     return count
 
 
-def crc64_file(fd: int) -> int:
-    """Return the CRC-64/ISO of an open file from its beginning."""
+def checked_content(fd: int, size: int, checksum: Optional[int], name: bytes, layer: str
+                    ) -> Iterator[bytes]:
+    """Yield the content of an open file; then compare its CRC-64, where that is known.
+
+    Raises IntegrityError, also for a file that has become shorter.
+    """
     crc = at = 0
-    while True:
-        data = os.pread(fd, CHUNK, at)
+    while at < size:
+        try:
+            data = os.pread(fd, min(CHUNK, size - at), at)
+        except OSError as error:
+            raise with_path(error, f"layer {layer}: " * bool(layer) + display(name)) from None
         if not data:
-            return crc
-        crc = crc64(data, crc)
+            raise IntegrityError("the file shrank while it was read", layer=layer, name=name,
+                                 expected=f"{size} bytes", actual=str(at))
         at += len(data)
+        if checksum is not None:
+            crc = crc64(data, crc)
+        yield data
+    if size and checksum not in (None, crc):
+        raise IntegrityError("file integrity checksum failed", layer=layer, name=name,
+                             expected=f"CRC-64 {checksum:016x}", actual=f"{crc:016x}")
 
 
 # ================================================================================================
@@ -4693,7 +4709,8 @@ def crc64_file(fd: int) -> int:
 # what one layer has, built from the headers as containers/storage unpacks them:
 #   .wh.NAME         hides NAME of the layers below, .wh..wh..opq all that they have in a directory;
 #                    neither touches its own layer, wherever it stands in the tar
-#   .wh..wh.*        else is bookkeeping of AUFS and is passed over
+#   .wh..wh.*        else is bookkeeping of AUFS and is not shown; its parents are made
+#   trusted.overlay.* xattrs (user.overlay.* in a user's store) act as in the mount
 #   a hard link      is another name of the file; owner, mode and time of its header count for it
 #   a parent         that has no entry is made: root's, mode 0755; that is a link, is followed
 #   char device 0,0  is a whiteout: to overlayfs there is no difference
@@ -4701,6 +4718,21 @@ def crc64_file(fd: int) -> int:
 # A writable layer has no tar-split and is read from disk, where whiteouts, opaque directories,
 # renamed directories (redirect) and stubs (metacopy) are devices and xattrs.
 # ================================================================================================
+
+def linux_keeps(name: bytes, value: bytes, kind: str) -> bool:
+    """Tell whether an xattr stays with a file: one rule for extract, stat, toc and diff.
+
+    The kernel knows four namespaces, and takes user.* of files and directories alone, and an ACL of
+    three entries for a mode.  security.selinux belongs to a place: podman does not take it either.
+    """
+    space = name.partition(b".")[0]
+    if space == b"user":
+        return kind in ("reg", "dir", "hardlink")
+    if space == b"system":
+        return kind == "dir" and name == b"system.posix_acl_default" or \
+            kind != "symlink" and name == b"system.posix_acl_access" and len(value) > 28
+    return space in (b"trusted", b"security") and name != b"security.selinux"
+
 
 class Node:
     """One file of a layer: all names of a hard-link group share it.
@@ -4748,10 +4780,12 @@ class Node:
 
     @property
     def xattrs(self) -> Dict[bytes, bytes]:
-        """Extended attributes, name to value, without those that overlayfs and its kin keep."""
+        """Extended attributes, name to value: as a container sees them, or all of a layer alone."""
         found: Dict[bytes, bytes] = self.extra.get("xattrs", {})
+        hidden = FUSE_XATTRS + self.tree.hidden * (
+            self.tree.kernel_made and self.tree.whiteouts or self.tree.below is not None)
         return {name: value for name, value in found.items()
-                if not name.startswith(OVERLAY_XATTRS)}
+                if linux_keeps(name, value, self.type) and not name.startswith(hidden)}
 
     @property
     def device(self) -> Tuple[int, int]:
@@ -4768,6 +4802,11 @@ class Node:
         if isinstance(self._checksum, bytes):
             return int.from_bytes(binascii.a2b_base64(self._checksum), "big")
         return self._checksum
+
+    def checked(self, fd: int) -> Iterator[bytes]:
+        """Yield its content from its open file; see checked_content()."""
+        return checked_content(fd, self.size, self.checksum, self.path,
+                               self.tree.layer.id if self.tree.layer else "")
 
     def describe(self, member: Member) -> None:
         """Take what a header says; of a hard link all but what is of its target."""
@@ -4805,9 +4844,16 @@ class LayerTree(Closing):
     """
 
     whiteouts = True  # names beginning with .wh. have their meaning
+    kernel_made = False  # whether the kernel itself wrote overlayfs's xattrs
+    below: Optional[Tree] = None  # the layers that it lies on, when they are merged
 
     def __init__(self, layer: Optional[LayerRecord]) -> None:
         self.layer = layer
+        self.rootless = bool(layer and layer.storage.rootless)
+        self.heeded: Tuple[bytes, ...] = (
+            b"user.overlay." if self.rootless else b"trusted.overlay.",)
+        # A container sees none of these; in a user namespace there is no trusted.*.
+        self.hidden = (b"trusted.", b"user.overlay.") if self.rootless else (b"trusted.overlay.",)
         self.linked: Dict[Node, List[Tuple[Node, bytes]]] = {}  # by node, its further names
         self._root: Optional[Node] = None
         self._files: Optional[LayerFiles] = None
@@ -4815,6 +4861,9 @@ class LayerTree(Closing):
         self._at: Optional[bytes] = None  # the directory of the last entry
         self._directory: Any = None
         self._count = self._steps = self._xattrs = 0  # against MAX_ENTRIES and its kin
+        self._aufs: List[Tuple[Node, bytes]] = []
+        self._marked: Dict[Node, None] = {}  # what has xattrs that overlayfs heeds
+        self._moved: List[Node] = []  # renamed directories and stubs
 
     def close(self) -> None:
         """Close what content was opened through; harmless when repeated."""
@@ -4835,6 +4884,7 @@ class LayerTree(Closing):
             self._root.implicit, self._root.mode = True, 0o555  # as containers/storage makes it
             try:
                 self._load()
+                self._heed()
             except BaseException:
                 self._root = None
                 raise
@@ -4862,8 +4912,7 @@ class LayerTree(Closing):
                 or b"\0" in base:
             name = clean_name(name)
             parent, _, base = name.rpartition(b"/")
-        if kind == "global" or self.whiteouts and b".wh..wh." in name \
-                and re.search(AUFS_BOOKKEEPING, name):
+        if kind == "global":
             return
         if len(name) > MAX_PATH:
             raise FormatError(f'name too long: "{display(name[:80])}..."', file=self.label)
@@ -4922,6 +4971,8 @@ class LayerTree(Closing):
             node.extra = {**node.extra, "device": device}
             if kind == "char" and self.whiteouts and device == (0, 0):
                 node.type = "whiteout"
+        if self.whiteouts and node.parent and xattrs:
+            self._marked[node] = None
         self._xattrs += sum(map(len, xattrs.values()))
         if self._xattrs > MAX_XATTRS or any(len(key) > 255 or len(value) > 64 << 10
                                             for key, value in xattrs.items()):
@@ -4945,6 +4996,8 @@ class LayerTree(Closing):
         if base in directory.children:
             self._at = None  # a directory that is no more may be the last entry's
         directory.children[base] = node
+        if self.whiteouts and base.startswith(b".wh..wh."):
+            self._aufs.append((directory, base))
 
     def _add_link(self, directory: Node, base: bytes, member: Member) -> Node:
         """Give the target one more name."""
@@ -4959,6 +5012,74 @@ class LayerTree(Closing):
             self._put(directory, base, node)
             self.linked.setdefault(node, []).append((directory, base))
         return node
+
+    def _heed(self) -> None:
+        """Do what names and xattrs ask for, once all are known."""
+        for directory, base in self._aufs:
+            directory.children.pop(base, None)
+        words = {word for node in self._marked for word in self._interpret(node)}
+        if self.below and self._moved:
+            self._join(self.below)
+        if words and not self.kernel_made:
+            refused = [display(node.path) for node in self._moved if node.extra["refused"]]
+            self._note(f"overlayfs's own xattrs in it ({', '.join(sorted(words))}) act as in a "
+                       f"mount{' with metacopy=on' * ('metacopy' in words)}"
+                       f"{'; refused: ' * bool(refused)}{', '.join(refused)[:99]}")
+
+    def _note(self, text: str) -> None:
+        if self.storage and f"{self.label}: {text}" not in self.storage.faults:
+            self.storage.faults.append(f"{self.label}: {text}")
+
+    def _interpret(self, node: Node) -> Set[str]:
+        """Read overlayfs's xattrs of a node as the kernel does; return its words."""
+        found = {name[len(prefix):].decode("latin-1"): value for prefix in self.heeded
+                 for name, value in node.extra["xattrs"].items() if name.startswith(prefix)}
+        redirect, stub = found.get("redirect", b"").partition(b"\0")[0], "metacopy" in found
+        if node.type == "dir":
+            stub, node.opaque = False, node.opaque or found.get("opaque") == b"y"
+        elif node.type != "reg" or "whiteout" in found and not node.size:
+            stub, node.type = False, "whiteout" if node.type == "reg" else node.type
+        if (self.below or self.kernel_made) and (
+                stub or redirect and node.type == "dir" and not node.opaque):
+            bad = self.rootless or redirect and not re.fullmatch(REDIRECT, redirect) or stub \
+                and len(found["metacopy"]) < 4
+            node.extra = {**node.extra, "redirect": redirect, **({"data": None} if stub else {}),
+                          "refused": bool(bad) and not self.kernel_made}
+            self._moved.append(node)
+        return {"opaque", "whiteout", "redirect", "metacopy"} & set(found)
+
+    def _join(self, below: Tree) -> None:
+        """Fill in what renamed directories and stubs take from the layers below."""
+        self._count += max(layer._count for layer in below.layers)  # what is grafted adds up
+        places = [below._find(lower_path(node), top=False) for node in self._moved]
+        for node, found in zip(self._moved, places):
+            kind = found[0].type if found and not node.extra["refused"] else ""
+            if node.type == kind == "dir":
+                self._graft(node, found, below)
+            elif node.type == "dir":
+                node.opaque, node.children = True, {} if node.extra["refused"] else node.children
+            elif kind == "reg" and (found[0].size == node.size or not self.kernel_made):
+                node.extra, node.size = {**node.extra, "data": found[0]}, found[0].size
+
+    def _graft(self, directory: Node, nodes: Sequence[Node], below: Tree) -> None:
+        """Put into a renamed directory what the layers below have at its old place."""
+        todo = [(directory, nodes)]
+        while todo:
+            directory, nodes = todo.pop()
+            directory.opaque = True  # nothing else of the layers below belongs here
+            for name, found in below._merge(nodes):
+                child = directory.children.get(name)
+                if child is None and found[0].type != "dir":
+                    self._put(directory, name, found[0])
+                    continue
+                if child is None:
+                    child = self._add_node(directory, name, "dir")
+                    for field in ("mode", "owner", "mtime_ns", "extra", "implicit"):
+                        setattr(child, field, getattr(found[0], field))
+                elif child.type != "dir" or child.opaque or "redirect" in child.extra \
+                        or found[0].type != "dir":
+                    continue
+                todo.append((child, found))
 
     def _add_whiteout(self, directory: Node, base: bytes) -> None:
         if base == OPAQUE_MARKER:
@@ -5027,19 +5148,30 @@ class LayerTree(Closing):
 
     def expect(self, nodes: Iterable[Node]) -> None:
         """Announce the regular files that are opened next; see Contents.expect()."""
-        self.files.expect(node.path for node in nodes)
+        self.files.expect(node.path for node in nodes if "data" not in node.extra)
 
     def is_closed(self, node: Node) -> bool:
         """Tell whether the content of a regular file is probably closed to us."""
-        return self.files.is_closed(node.path)
+        return "data" not in node.extra and self.files.is_closed(node.path)
 
     def open(self, node: Node) -> int:
         """Open the content of a regular file of this layer; see LayerFiles.open()."""
+        if "data" in node.extra:
+            return self._open_below(node)
         for parent, name in self.linked.get(node, ()):
             if self.root.find(node.path.split(b"/")) is node:
                 break
             node.parent, node.name = parent, name  # the first name was given to another file
         return self.files.open(node.path, node.size)
+
+    def _open_below(self, node: Node) -> int:
+        """Open the content of a stub, which a layer below has."""
+        data: Optional[Node] = node.extra["data"]
+        if data is None:
+            why = "overlayfs refuses its redirect or metacopy xattr" if node.extra["refused"] \
+                else "its content is not in the layers below"
+            raise Unsupported(f'{self.label}: "{display(node.path)}" cannot be read: {why}')
+        return data.tree.open(data)
 
     def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
         """Return where a content waits to be moved away, None = it stays where it is.
@@ -5060,16 +5192,15 @@ class DiskTree(LayerTree):
         super().__init__(layer)
         self.directory = directory
         self.whiteouts = overlay
-        self.below: Optional[Tree] = None  # what a renamed directory or a stub points to
+        self.heeded = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
         # How IDs on disk are to be read, one map after the other.
         self.maps = [self.storage.id_maps] if self.storage else []
         if layer:
             self.maps.append((layer.uidmap, layer.gidmap))
         self._strangers: Dict[str, Set[Tuple[int, int]]] = {}  # files at 65534, by why
         self._groups: Dict[Tuple[int, int], Node] = {}
-        self._moved: List[Node] = []
-        self._stubs: List[Node] = []
 
+    kernel_made = True
     writable = False  # whether it is a container's own layer, which nobody takes a digest of
 
     @property
@@ -5126,8 +5257,6 @@ class DiskTree(LayerTree):
                 node = self._enter(above, name, status, link, xattrs)
                 if node is not None and node.type == "dir":
                     todo.append((node, path + b"/" + name if path else name))
-        if self.below:
-            self._join(self.below)
 
     def _entries(self, path: bytes) -> Iterator[Tuple[Any, ...]]:
         """Yield what is in a directory: the name of each file, and what look_at() returns."""
@@ -5144,37 +5273,6 @@ class DiskTree(LayerTree):
             if not self.storage or not isinstance(closed, NeedsUnshare):
                 raise closed from None
             yield from self.storage.helper(closed).scan(self.directory.path, path, last)
-
-    def _join(self, below: Tree) -> None:
-        """Fill in what renamed directories and stubs take from the layers below."""
-        for node in self._moved:
-            nodes = below._find(lower_path(node), top=False)
-            if not node.opaque and nodes and nodes[0].type == "dir":
-                self._graft(node, nodes, below)
-        for node in self._stubs:
-            nodes = below._find(lower_path(node))
-            if nodes and nodes[0].type == "reg" and nodes[0].size == node.size:
-                node.extra = {**node.extra, "data": nodes[0]}
-
-    def _graft(self, directory: Node, nodes: Sequence[Node], below: Tree) -> None:
-        """Put into a renamed directory what the layers below have at its old place."""
-        todo = [(directory, nodes)]
-        while todo:
-            directory, nodes = todo.pop()
-            directory.opaque = True  # nothing else of the layers below belongs here
-            for name, found in below._merge(nodes):
-                child = directory.children.get(name)
-                if child is None and found[0].type != "dir":
-                    directory.children[name] = found[0]
-                    continue
-                if child is None:
-                    child = self._add_node(directory, name, "dir")
-                    for field in ("mode", "owner", "mtime_ns", "extra", "implicit"):
-                        setattr(child, field, getattr(found[0], field))
-                elif child.type != "dir" or child.opaque or "redirect" in child.extra \
-                        or found[0].type != "dir":
-                    continue
-                todo.append((child, found))
 
     def _enter(self, above: Node, name: bytes, status: os.stat_result, link: bytes,
                xattrs: Dict[bytes, bytes]) -> Optional[Node]:
@@ -5217,7 +5315,8 @@ class DiskTree(LayerTree):
         device = os.major(status.st_rdev), os.minor(status.st_rdev)
         extra: Dict[str, Any] = {"xattrs": xattrs} if xattrs else {}
         if self.whiteouts:
-            self._interpret(node, xattrs, extra)
+            if xattrs:
+                self._marked[node] = None
             uid, gid, device = self._override(node, xattrs, (uid, gid, device))
         if node.type in ("char", "block"):
             extra["device"] = device
@@ -5225,10 +5324,6 @@ class DiskTree(LayerTree):
                 node.type = "whiteout"
         node.owner = self.intern((uid, gid, b"", b""))
         node.extra = extra or _NO_EXTRA
-
-    def _note(self, text: str) -> None:
-        if self.storage and f"{self.label}: {text}" not in self.storage.faults:
-            self.storage.faults.append(f"{self.label}: {text}")
 
     def _owner(self, node: Node, status: os.stat_result) -> Tuple[int, int]:
         """Return owner and group in the container; close() tells what no map covers."""
@@ -5246,21 +5341,6 @@ class DiskTree(LayerTree):
                     "are in no range known of the store's owner (--owner-ids FILE names more)",
                     set()).add((status.st_dev, status.st_ino))
         return 65534 if uid < 0 else uid, 65534 if gid < 0 else gid
-
-    def _interpret(self, node: Node, xattrs: Dict[bytes, bytes], extra: Dict[str, Any]) -> None:
-        """Read what overlayfs and fuse-overlayfs say in xattrs."""
-        for prefix in (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs."):
-            if xattrs.get(prefix + b"opaque") == b"y":
-                node.opaque = node.type == "dir"
-            if prefix + b"whiteout" in xattrs and node.type == "reg" and not node.size:
-                node.type = "whiteout"
-            if xattrs.get(prefix + b"redirect"):
-                extra["redirect"] = xattrs[prefix + b"redirect"]
-                if node.type == "dir":
-                    self._moved.append(node)
-            if prefix + b"metacopy" in xattrs and node.type == "reg":
-                extra["data"] = None
-                self._stubs.append(node)
 
     @staticmethod
     def _override(node: Node, xattrs: Dict[bytes, bytes], found: Tuple[int, int, Tuple[int, int]]
@@ -5283,13 +5363,9 @@ class DiskTree(LayerTree):
 
     def open(self, node: Node) -> int:
         """Open the content of a regular file; IntegrityError when it has changed its type."""
-        path = node.path
         if "data" in node.extra:
-            below: Optional[Node] = node.extra["data"]
-            if below is None:
-                raise IntegrityError("its content is not in the layers below", name=path,
-                                     layer=self.layer.id if self.layer else "")
-            return below.tree.open(below)
+            return self._open_below(node)
+        path = node.path
         fd = self.directory.open(path)
         if os.fstat(fd).st_size != node.size:
             os.close(fd)
@@ -5642,29 +5718,21 @@ class Tree(Closing):
 
     # -- contents ------------------------------------------------------------------------------
 
-    @property
-    def tar_size(self) -> int:
-        """The bytes of all layers' tars, as far as they are recorded."""
-        return sum(max(layer.layer.diff_size, 0) for layer in self.layers if layer.layer)
-
-    def verify(self, progress: Optional[Progress] = None) -> List[str]:
+    def verify(self) -> None:
         """Compare the tar of each layer, headers and contents, with its DiffID.
 
-        Return what has none by right: the label of a container's writable layer.  Raises
+        A container's writable layer has none by right, and becomes a fault of the storage.  Raises
         IntegrityError, and Unsupported for any other layer that has none.
         """
-        unverified, done = [], 0
         for tree in reversed(self.layers):
             layer = tree.layer
             if isinstance(tree, DiskTree) and tree.writable and len(self.layers) > 1:
-                unverified.append(tree.label)
+                tree._note("not verified: the container's writable layer, which has no DiffID")
             elif layer is None and isinstance(tree, DiskTree) or layer and not layer.diff_digest:
                 raise Unsupported(f"{tree.label} has no DiffID, so that it cannot be verified",
                                   hint="without --verify, sizes and recorded CRC-64s are checked")
             elif layer:
-                export_layer(layer, _Nowhere(), progress=shifted(progress, done))
-                done += max(layer.diff_size, 0)
-        return unverified
+                export_layer(layer, _Nowhere())
 
     def open(self, node: Node) -> int:
         """Open the content of a regular file and return its descriptor.
@@ -5680,7 +5748,7 @@ class Tree(Closing):
         """Yield the content of a regular file; its size and CRC-64 are checked at the end."""
         fd = self.open(node)
         try:
-            yield from checked_content(fd, node)
+            yield from node.checked(fd)
         finally:
             os.close(fd)
 
@@ -5698,38 +5766,17 @@ class Tree(Closing):
         yield from self.content(self.lookup(path, follow=follow)[1])
 
 
-def shifted(progress: Optional[Progress], done: int) -> Optional[Progress]:
-    """Return what tells the progress of a second job, after ``done`` bytes of the first."""
-    return progress and (lambda size, files: progress(done + size, files))
-
-
-def checked_content(fd: int, node: Node) -> Iterator[bytes]:
-    """Yield the content of a node from its open file.  Raises IntegrityError at the end."""
-    layer = node.tree.layer.id if node.tree.layer else ""
-    crc = at = 0
-    while at < node.size:
-        try:
-            data = os.pread(fd, min(CHUNK, node.size - at), at)
-        except OSError as error:
-            raise with_path(error, f"{node.tree.label}: {display(node.path)}") from None
-        if not data:
-            raise IntegrityError("the file shrank while it was read", layer=layer, name=node.path,
-                                 expected=f"{node.size} bytes", actual=str(at))
-        at += len(data)
-        if node.checksum is not None:
-            crc = crc64(data, crc)
-        yield data
-    if node.size and node.checksum not in (None, crc):
-        raise IntegrityError("file integrity checksum failed", layer=layer, name=node.path,
-                             expected=f"CRC-64 {node.checksum:016x}", actual=f"{crc:016x}")
-
-
 def lower_path(node: Node) -> List[bytes]:
-    """Return where the layers below have what ``node`` is made of: renamed files lie elsewhere."""
+    """Return where the layers below have what ``node`` is made of: renamed files lie elsewhere.
+
+    That is nowhere below an opaque directory, unless an absolute path leads out of it.
+    """
     parts: List[bytes] = []
     at: Optional[Node] = node
     while at is not None and at.parent is not None:
         redirect = at.extra.get("redirect", b"")
+        if at.opaque:
+            return [b""]
         if redirect.startswith(b"/"):
             return clean_name(redirect).split(b"/") + parts
         parts.insert(0, redirect or at.name)
@@ -5770,33 +5817,27 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
 
 def existing_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> Set[str]:
     """Return the patterns that are a path, or a last component, of ``names()`` as written."""
-    paths: Dict[bytes, List[str]] = {}
-    bases: Dict[bytes, List[str]] = {}
+    wanted: Dict[Tuple[bool, bytes], List[str]] = {}
     for pattern in patterns:
-        if re.search(r"[*?[\\]", pattern):
-            for name in {os.fsencode(pattern), unspell(pattern)}:
-                wanted = paths if "/" in pattern.rstrip("/") else bases
-                wanted.setdefault(name.strip(b"/"), []).append(pattern)
+        whole = "/" in pattern.rstrip("/")
+        for name in {os.fsencode(pattern), unspell(pattern)} if re.search(
+                r"[*?[\\]", pattern) else ():
+            wanted.setdefault((whole, name.strip(b"/")), []).append(pattern)
     found: Set[str] = set()
-    for path in names() if paths or bases else ():
-        found.update(paths.get(path, ()), bases.get(path.rpartition(b"/")[2], ()))
+    for path in names() if wanted else ():
+        found.update(wanted.get((True, path), ()),
+                     wanted.get((False, path.rpartition(b"/")[2]), ()))
     return found
 
 
 def translate_token(token: str) -> str:
-    """Return the regular expression of one token of a pattern."""
+    """Return the regular expression of one token of a pattern; "/" is in no set."""
     if token.startswith("**"):
         return "(?:.*/)?" if token.endswith("/") else ".*"
-    if token.startswith("[") and len(token) > 2:
-        return translate_set(token)
-    return {"*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token[-1])
-
-
-def translate_set(token: str) -> str:
-    """Return the regular expression of a set like ``[a-z]`` or ``[!a-z]``; "/" is in none."""
-    inside = token[1:-1]
+    if token[0] != "[" or token == "[":
+        return {"*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token[-1])
+    inside, items = token[1:-1], ""
     negated = inside.startswith("!")
-    items = ""
     for start, end, single in re.findall(r"(\\?.)-(\\?.)|(\\?.)", inside[negated:], re.DOTALL):
         if single:
             items += re.escape(single[-1])
@@ -5863,9 +5904,8 @@ def merged_tree(layers: Sequence[LayerRecord], label: str,
     known = {} if known is None else known
     for number, layer in enumerate(layers):
         if layer.id not in known:
-            known[layer.id] = tree = layer_tree(layer)
-            if isinstance(tree, DiskTree):
-                tree.below = Tree([known[below.id] for below in layers[:number][::-1]])
+            known[layer.id] = layer_tree(layer)
+            known[layer.id].below = Tree([known[below.id] for below in layers[:number][::-1]])
     return Tree([known[layer.id] for layer in reversed(layers)], label)
 
 
@@ -5962,7 +6002,7 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
         if wanted and node.type == "reg" and node.size and first is None:
             fd, content = opener(node), hashlib.sha256()
             try:
-                for data in checked_content(fd, node):
+                for data in node.checked(fd):
                     content.update(data)
             finally:
                 os.close(fd)
@@ -6735,7 +6775,7 @@ class Extraction:
         inode = status.st_dev, status.st_ino
         why = "it is another file, too" if inode in self._shared else ""
         if (stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid), status.st_mtime_ns,
-                fd_xattrs(fd)) != (node.mode, self._owner(node), node.mtime_ns, node.xattrs):
+                read_xattrs(fd)) != (node.mode, self._owner(node), node.mtime_ns, node.xattrs):
             why = "its mode, owner, time or xattrs in the store are others"
         try:
             if not why:
@@ -6850,9 +6890,7 @@ class Extraction:
         try:
             os.setxattr(place, name, value)
         except OSError as error:
-            # EINVAL: a label that this machine's SELinux does not know.
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP) \
-                    and (error.errno, name) != (errno.EINVAL, b"security.selinux"):
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise OSError(error.errno, f"xattr {display(name)} of {len(value)} bytes: "
                               f"{error.strerror}") from None
             self.tally.note("xattr")
@@ -6881,22 +6919,21 @@ class Extraction:
 def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
                  exclude: Sequence[str] = (), strip: int = 0, whiteouts: bool = True,
                  force: bool = False, clean: Optional[bool] = None, verify: bool = False,
-                 progress: Optional[Progress] = None, **options: Any) -> Dict[str, Any]:
+                 **options: Any) -> Dict[str, Any]:
     """Put the files of a tree into ``directory``, which is made, or is empty, or ``force``.
 
     ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
     With ``clean`` (None: if the directory is made here) nothing is left there after an error.
     ``verify`` compares all layers with their DiffIDs before anything is made, and then what was
-    made with its CRC-64.  ``options`` are those of Extraction.  Return its summary(), with what
-    Tree.verify() returns as ``unverified``.  Raises as these do, and NotFound when nothing fits.
+    made with its CRC-64.  ``options`` are those of Extraction.  Return its summary().  Raises as
+    these do, and NotFound when nothing fits.
     """
     filling = Filling(directory, force=force, clean=clean)
-    unverified = tree.verify(progress) if verify else []
+    if verify:
+        tree.verify()
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
     with filling as target:
-        summary = filling.fill(target, items, verify=verify, progress=shifted(
-            progress, tree.tar_size if verify else 0), **options)
-    return {**summary, "unverified": unverified} if verify else summary
+        return filling.fill(target, items, verify=verify, **options)
 
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
@@ -7104,17 +7141,6 @@ def remove_acls(place: Union[int, str]) -> None:
             raise
 
 
-def fd_xattrs(fd: int) -> Dict[bytes, bytes]:
-    """Return the extended attributes of an open file but for the label of its place."""
-    try:
-        return {os.fsencode(key): os.getxattr(fd, key) for key in os.listxattr(fd)
-                if key != "security.selinux"}
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        return {}
-
-
 def remove_empty(directory: str) -> str:
     """Remove a directory, unless something is in it; return "" in any case."""
     try:
@@ -7213,11 +7239,8 @@ def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> Non
     if status.st_size != node.size:
         raise wrong_content(node, "changed while it was read", f"{node.size} bytes",
                             str(status.st_size))
-    if verify and node.size and node.checksum is not None:
-        crc = crc64_file(fd)
-        if crc != node.checksum:
-            raise wrong_content(node, "file integrity checksum failed",
-                                f"CRC-64 {node.checksum:016x}", f"{crc:016x}")
+    for _ in node.checked(fd) if verify and node.checksum is not None else ():
+        pass
 
 
 def wrong_content(node: Node, message: str, expected: str = "", actual: str = "") -> IntegrityError:
@@ -12902,20 +12925,6 @@ def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
     return tree
 
 
-def verify_first(tree: Tree, args: Any, progress: ProgressLine) -> int:
-    """Do what --verify asks for before there is any output; return the bytes that were read."""
-    if not args.verify:
-        return 0
-    say_unverified(tree.verify(progress))
-    return tree.tar_size
-
-
-def say_unverified(labels: Sequence[str]) -> None:
-    """Name what --verify could not verify, with -q, too: the exit status cannot tell it."""
-    for label in labels:
-        say(f"not verified: the container's writable layer, which has no DiffID: {display(label)}")
-
-
 def path_of(tree: Tree, text: str) -> bytes:
     """Return the path that an argument names: as it is, or else as JSON spells it."""
     path = os.fsencode(text)
@@ -12947,10 +12956,11 @@ def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
 
 def cmd_toc(storage: Storage, args: Any) -> None:
     """print the table of contents as JSON, by the rules of eStargz"""
-    with ProgressLine(0, args.quiet or not (args.digests or args.verify)) as progress:
+    with ProgressLine(0, args.quiet or not args.digests) as progress:
+        options: Any = {"digests": args.digests, "progress": progress}
         with open_tree(storage, args) as tree:
-            done = verify_first(tree, args, progress)
-            options: Any = {"digests": args.digests, "progress": shifted(progress, done)}
+            if args.verify:
+                tree.verify()
             entries = layer_toc(storage.layer(args.layer), **options) if args.kind == "layer" \
                 else tree_toc(tree, **options)
             print_entries(entries, head='{"version":1,"entries":[', tail="]}",
@@ -13115,14 +13125,12 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     else:
         with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
             if progress.active:
-                progress.total = args.verify * tree.tar_size + sum(
-                    node.size for _, node in select_nodes(tree, **selection))
+                progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
             summary = extract_tree(tree, args.dir, progress=progress, **options)
     if args.format == "json":
         print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
     elif not args.quiet:
         print_summary(summary)
-    say_unverified(summary.get("unverified", ()))
     for words, count in (("owner", "files keep your own owner"),
                          ("setuid", "programs lose setuid or setgid, as their owner is another"),
                          ("xattr", "extended attributes cannot be set")):
@@ -13273,11 +13281,11 @@ def cmd_container_export(storage: Storage, args: Any) -> None:
 def export_tree(tree: Tree, args: Any) -> None:
     """Write a tree as a tar to stdout or a file."""
     with tree, Output(args.output) as output, ProgressLine(0, args.quiet) as progress:
+        if args.verify:
+            tree.verify()
         if progress.active:
-            progress.total = args.verify * tree.tar_size + sum(
-                node.size for _, node, first in tree.walk() if first is None)
-        done = verify_first(tree, args, progress)
-        for data in tar_out(tree, b"", b"", shifted(progress, done)):
+            progress.total = sum(node.size for _, node, first in tree.walk() if first is None)
+        for data in tar_out(tree, b"", b"", progress):
             write_all(output.fd, data)
 
 
