@@ -2673,7 +2673,7 @@ class Metadata(Closing):
         self.graphroot, self.runroot, self.imagestore = (
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
-        self.owner_ids = owner_ids
+        self.owner_ids = os.fsdecode(owner_ids)
         self.faults: List[str] = []
         self.elsewhere = ""  # where an image that is unknown may be instead
         self._own: List[Contents] = []
@@ -2694,8 +2694,8 @@ class Metadata(Closing):
                 self.faults.append(str(error))
             if runroot and os.path.isdir(runroot):
                 self._run = Contents(self, Directory.at(self.runroot))
-            if owner_ids:
-                owner_ranges(self.owner[0], owner_ids, "")  # says at once that there are none
+            if owner_ids and self.owner[0]:
+                owner_ranges(self.owner[0], self.owner_ids, "")  # says at once that there are none
         except BaseException:
             self.close()
             raise

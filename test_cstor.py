@@ -11320,6 +11320,9 @@ class Helpers(StoreTest):
         os.makedirs(os.path.join(self.dir, "disk/etc"))
         os.mkfifo(os.path.join(self.dir, "disk/etc/subuid"))  # nobody writes to it
         self.run_cstor("--root", store.root, "container", "files", "c")
+        os.chown(store.path("overlay-layers/layers.json"), 0, 0)  # as in the owner's namespace
+        done = self.run_cstor("--root", store.root, "--owner-ids", lines, "container", "files", "c")
+        self.assertEqual(b"", done.stderr)
 
     def test_root_of_a_container_that_never_ran(self) -> None:
         """Until then "/" belongs to the store's owner, whom the container's map may not have."""
