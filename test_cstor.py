@@ -30,7 +30,6 @@ import itertools
 import json
 import lzma
 import os
-import pty
 import pwd
 import py_compile
 import random
@@ -85,6 +84,22 @@ def need(condition: object, reason: str) -> None:
         raise unittest.SkipTest(reason)
 
 
+def need_proc() -> None:
+    """Skip without /proc."""
+    need(os.path.exists("/proc/self/fd"), "/proc is not mounted")
+
+
+def open_terminal() -> Tuple[int, int]:
+    """Return both ends of a new terminal; skip where there is none."""
+    try:
+        import pty
+
+        return pty.openpty()
+    except (ImportError, OSError) as error:
+        need(False, f"no terminals here: {error}")
+        raise
+
+
 def need_tools(*tools: str) -> None:
     """Skip unless all ``tools`` are on the PATH."""
     for tool in tools:
@@ -110,6 +125,12 @@ def snapshot(root: str) -> Dict[bytes, Tuple[int, ...]]:
 def open_fds() -> Dict[str, str]:
     """Return this process's descriptors and what they are open on."""
     found = {}
+    if not os.path.exists("/proc/self/fd"):
+        for number in range(min(os.sysconf("SC_OPEN_MAX"), 1 << 12)):
+            with contextlib.suppress(OSError):
+                status = os.fstat(number)
+                found[str(number)] = f"{status.st_dev}:{status.st_ino}"
+        return found
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found[fd] = os.readlink(f"/proc/self/fd/{fd}")
@@ -406,9 +427,12 @@ def make_sample(root: str) -> StoreBuilder:
 
 def on_terminal(*args: str, script: bool = True) -> bytes:
     """Return what the script, or Python without it, prints on a terminal."""
-    pid, fd = pty.fork()
-    if not pid:
-        os.execve(sys.executable, [sys.executable, *[SCRIPT] * script, *args], IDLE)
+    fd, slave = open_terminal()
+    code = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    process = subprocess.Popen([sys.executable, "-c", code, *[SCRIPT] * script, *args], env=IDLE,
+                               stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
     output = b""
     with contextlib.suppress(OSError):  # EIO: the other end is closed
         while True:
@@ -417,7 +441,7 @@ def on_terminal(*args: str, script: bool = True) -> bytes:
                 break
             output += part
     os.close(fd)
-    os.waitpid(pid, 0)
+    process.wait()
     return output
 
 
@@ -4530,7 +4554,7 @@ class HostileTrees(HostileStores):
                            + entry(b"m", typeflag=b"1", linkname=b"\x1b[2J\n\xff") + END)
         for command in (["image", "files", "-l", "x"], ["image", "files", "x"],
                         ["image", "blame", "x"], ["image", "stat", "x", "/l", "--no-follow"]):
-            master, slave = pty.openpty()
+            master, slave = open_terminal()
             try:
                 subprocess.run([sys.executable, SCRIPT, "--root", store.root, *command],
                                stdout=slave, stderr=slave, env=IDLE, check=False)
@@ -11943,7 +11967,7 @@ class CommandLine(StoreTest):
 
     def test_terminal(self) -> None:
         """Progress on a terminal, and no tar there."""
-        master, slave = pty.openpty()
+        master, slave = open_terminal()
         code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor\n"
                 "cstor.ProgressLine.INTERVAL = 0\n"
                 "sys.exit(cstor.main())")
@@ -15299,7 +15323,9 @@ def bench_crc64() -> None:
 # ================================================================================================
 
 class Result(unittest.TextTestResult):
-    """Counts what passed."""
+    """Counts what passed, and each test of a class that is skipped."""
+
+    classes: Dict[str, List[unittest.TestCase]] = {}  # the chosen tests of each
 
     def __init__(self, stream: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(stream, *args, **kwargs)
@@ -15308,6 +15334,11 @@ class Result(unittest.TextTestResult):
     def addSuccess(self, test: unittest.TestCase) -> None:
         super().addSuccess(test)
         self.passed += 1
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        whole = re.fullmatch(r"setUpClass \((?:.*\.)?(\w+)\)", str(test))
+        for each in self.classes[whole[1]] if whole else [test]:
+            super().addSkip(each, reason)
 
 
 def run_tests(names: Sequence[str]) -> int:
@@ -15320,6 +15351,7 @@ def run_tests(names: Sequence[str]) -> int:
             assert isinstance(test, unittest.TestCase)
             if not names or any(name in test.id() for name in names):
                 chosen.addTest(test)
+                Result.classes.setdefault(type(test).__name__, []).append(test)
         suite.addTest(chosen)
     result = unittest.TextTestRunner(resultclass=Result, verbosity=1, buffer=True).run(suite)
     assert isinstance(result, Result)
