@@ -1785,12 +1785,13 @@ class Toml:
 
     def _string(self, patterns: Sequence[str], wanted: str) -> str:
         """Read a string, with escapes or without."""
-        basic, literal = (re.compile(pattern).match(self.text, self.at) for pattern in patterns)
-        match = basic or literal
+        literal = self.text.startswith("'", self.at)
+        match = re.compile(patterns[literal]).match(self.text, self.at)
         if not match:
             self._refuse(f"expected {wanted}")
         self.at = match.end()
-        return re.sub(self.ESCAPE, self._escape, match[1]) if basic else match[1]
+        escaped = not literal and "\\" in match[1]
+        return re.sub(self.ESCAPE, self._escape, match[1]) if escaped else match[1]
 
     def _escape(self, match: re.Match[str]) -> str:
         code = match[1]
