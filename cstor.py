@@ -13587,7 +13587,7 @@ OPTIONS: Dict[str, Dict[str, Any]] = {
     "serve --socket": {"metavar": "PATH", "help": "where to listen; default: the socket that "
                        "stdin is, or that systemd passes"},
     "--platform": {"metavar": "OS/ARCH", "default": "",
-                   "help": "of a manifest list, or os/arch/variant; default: this machine's"},
+                   "help": "which instance of a manifest list; default: for this machine"},
     "--codec": {"choices": CODECS, "help": "how the stream is spelled; default: splitfdstream"},
     "--threshold": {"metavar": "N", "type": int, "default": INLINE_THRESHOLD,
                     "help": "contents of up to N bytes stay inline; default: %(default)s"},
