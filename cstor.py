@@ -4934,6 +4934,8 @@ class LayerTree(Closing):
             return
         elif kind == "hardlink":
             node = self._add_link(directory, base, member)
+            if node.tree is not self:  # of a layer below: nothing of it changes
+                return
         else:
             node = self._add_node(directory, base, kind)
         try:
@@ -5001,17 +5003,19 @@ class LayerTree(Closing):
             self._aufs.append((directory, base))
 
     def _add_link(self, directory: Node, base: bytes, member: Member) -> Node:
-        """Give the target one more name."""
+        """Give the target one more name; of what was never podman's it can be in a layer below."""
         parent, _, last = clean_name(member.linkname).rpartition(b"/")
         above = self._make_directory(parent, "look")
         node: Optional[Node] = above.children.get(last) if above else None
+        if self.below and not self.layer and (node is None or node.type == "whiteout"):
+            node = self.below.file_below(self, clean_name(member.linkname))
         if node is None or node.type == "dir":
             raise FormatError(f'"{display(member.name)}" is a hard link to '
                               f'"{display(member.linkname[:200])}", which is no file of its layer',
                               file=self.label)
         if directory.children.get(base) is not node:
             self._put(directory, base, node)
-            self.linked.setdefault(node, []).append((directory, base))
+            node.tree.linked.setdefault(node, []).append((directory, base))
         return node
 
     def _heed(self) -> None:
@@ -5652,6 +5656,13 @@ class Tree(Closing):
                 continue
             done.append(part)
         return b"/".join(done), self._find(done)[0] if done else self.root
+
+    def file_below(self, layer: LayerTree, path: bytes) -> Optional[Node]:
+        """Return what is at a path when ``layer`` lies on top, as far as it was read."""
+        try:
+            return Tree([layer, *self.layers]).lookup(path, follow=False)[1]
+        except NotFound:
+            return None
 
     @property
     def root(self) -> Node:
@@ -9116,14 +9127,17 @@ class Staging:
                 self._target.close()
                 self._target = None
 
-    def read(self, stream: LayerStream) -> StreamTree:
+    def read(self, stream: LayerStream, below: Optional[Tree] = None) -> StreamTree:
         """Read a stream to its end, and return its tree when digest and size are right.
+
+        ``below`` are the layers that it lies on.
 
         Raises as LayerStream.export() does, and Unsupported for what cannot be shared though
         link_mode is "reflink".
         """
         assert self._target
         tree, size, digest = StreamTree(self._target.fd, stream.label), 0, ""
+        tree.below = below
         sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) if self._check else None
         try:
             for literal, member, content in stream.items(self._check):
@@ -9236,7 +9250,9 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
     filling = Filling(directory, force=force, clean=clean)
     with filling as target, Staging(target, link_mode=link_mode, check=check, crc=verify,
                                     progress=progress) as staging:
-        trees = [staging.read(stream) for stream in streams]
+        trees: List[LayerTree] = []
+        for stream in streams:
+            trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
         items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
         return filling.fill(target, items, staging.remove, verify=verify, **options)

@@ -8295,6 +8295,37 @@ class StreamExtracts(TreeTest):
             return cstor.extract_streams(streams, self.out,
                                          **{"owners": self.owners, **options})
 
+    def test_hard_links_to_files_of_lower_layers(self) -> None:
+        """As umoci unpacks them: another name, and the link's header changes nothing."""
+        base = entry(b"d/a", b"AAA", mode=b"0000640") + link(b"s", b"nowhere") + link(b"l", b"d") \
+            + entry(b"null", b"", b"6")
+        out = os.path.join(self.dir, "out")
+        for tars, names in (
+                ([link(b"c", b"d/a", b"1", mode=b"0000777")], ["c", "d/a"]),
+                ([link(b"c", b"/l/a", b"1") + link(b"e", b"c", b"1")], ["c", "d/a", "e"]),
+                ([link(b"c", b"d/a", b"1"), link(b"e", b"c", b"1")], ["c", "d/a", "e"]),
+                ([link(b"c", b"d/a", b"1") + entry(b"d/.wh.a")], ["c"]),
+                ([link(b"c", b"d/a", b"1"), entry(b"d/a", b"new")], ["c"]),
+                ([link(b"c", b"s", b"1")], ["c", "s"]), ([link(b"c", b"d", b"1")], []),
+                ([link(b"c", b"null", b"1")], ["c", "null"]),
+                ([entry(b"d/.wh.a"), link(b"c", b"d/a", b"1")], []),
+                ([entry(b"d/.wh.a") + link(b"c", b"d/a", b"1")], []),
+                ([entry(b"d/.wh..wh..opq") + link(b"c", b"d/a", b"1")], [])):
+            streams = [cstor.LayerStream([tar + END], label="t") for tar in (base, *tars)]
+            with self.subTest(tars=[tar[:300].replace(b"\0", b"") for tar in tars]):
+                if not names:
+                    with self.assertRaisesRegex(cstor.FormatError, '"c" is a hard link to "d'):
+                        cstor.extract_streams(streams, out, check=False)
+                    self.assertFalse(os.path.lexists(out))
+                    continue
+                cstor.extract_streams(streams, out, check=False)
+                found = [os.lstat(os.path.join(out, name)) for name in names]
+                self.assertEqual({(found[0].st_ino, len(names))},
+                                 {(status.st_ino, status.st_nlink) for status in found})
+                if found[0].st_size == 3:
+                    self.assertEqual(0o640, stat.S_IMODE(found[0].st_mode))
+                shutil.rmtree(out)
+
     def test_images(self) -> None:
         with self.opened(self.BASE, self.TOP) as storage:
             image = storage.image("t")
