@@ -122,10 +122,10 @@ for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-mi
 __version__ = "0.1.0"
 
 __all__ = [
-    "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FormatError",
-    "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree", "LayerUnknown",
-    "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError", "ProxiedStorage",
-    "ProxyV1Client", "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader",
+    "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FetchedImage",
+    "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree",
+    "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError",
+    "ProxiedStorage", "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader",
     "SplitdirfdstreamWriter", "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree",
     "Unsupported", "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree",
     "fetch_layer", "load_config", "main", "read_stream", "spell", "unspell",
@@ -7567,6 +7567,33 @@ def choose_instances(image: ImageRecord, platform: str, every: bool) -> List[Ima
 
 # -- OCI layout ----------------------------------------------------------------------------------
 
+def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
+    """Open a blob of an OCI layout, whose content has the ``digest`` and, unless -1, the ``size``.
+
+    Raises IntegrityError, FileNotFoundError, FormatError for what is not a regular file.
+    """
+    import hashlib
+
+    name = b"blobs/sha256/" + digest[7:].encode()
+    fd = layout.open(name)
+    try:
+        actual = os.fstat(fd).st_size
+        if actual != size >= 0:  # before terabytes of a hole are hashed
+            raise IntegrityError(f"{layout.host_path(name)}: wrong size",
+                                 expected=f"{size} bytes", actual=f"{actual} bytes")
+        found = hashlib.sha256()
+        for data in iter(lambda: os.read(fd, CHUNK), b""):
+            found.update(data)
+        if found.hexdigest() != digest[7:]:
+            raise IntegrityError(f"{layout.host_path(name)}: wrong digest", expected=digest,
+                                 actual=f"sha256:{found.hexdigest()}")
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
 class OciLayout:
     """An OCI layout that images are added to.  A context manager.
 
@@ -7690,21 +7717,13 @@ class OciLayout:
 
     def has(self, digest: str, size: int = -1) -> bool:
         """Tell whether a blob is there and whole: one of a power cut can have the right size."""
-        import hashlib
-
         if not re.fullmatch("sha256:" + HEX64, digest):
             return False
         try:
-            fd = self.target.open(b"blobs/sha256/" + digest[7:].encode())
-        except (FileNotFoundError, FormatError):
+            os.close(open_blob(self.target, digest, size))
+            return True
+        except (FileNotFoundError, FormatError, IntegrityError):
             return False
-        found = hashlib.sha256()
-        with open(fd, "rb", buffering=0) as file:
-            if os.fstat(fd).st_size != size >= 0:  # before terabytes of a hole are hashed
-                return False
-            for data in iter(lambda: file.read(CHUNK), b""):
-                found.update(data)
-        return found.hexdigest() == digest[7:]
 
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
         """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
@@ -7745,22 +7764,6 @@ class OciLayout:
         if not self.has(digest, len(data)):
             self.put(b"blobs/sha256", digest[7:].encode(), data)
         return digest, len(data)
-
-    def add_blob(self, digest: str, fill: Callable[[int], object]) -> bytes:
-        """Add a blob, unless it is there, that ``fill`` writes and checks; return its start."""
-        name = digest[7:].encode()
-
-        def write(fd: int) -> bytes:
-            fill(fd)
-            return name
-
-        if not self.has(digest):
-            self.write(b"blobs/sha256", write)
-        fd = self.target.open(b"blobs/sha256/" + name)
-        try:
-            return read_up_to(fd, 4)
-        finally:
-            os.close(fd)
 
     def add_layer(self, layer: LayerRecord, compression: Tuple[str, int] = ("none", 0),
                   progress: Optional[Progress] = None) -> Tuple[str, Dict[str, Any]]:
@@ -10904,573 +10907,15 @@ class ListeningSocket:
         self.socket.close()
 
 
-# -- skopeo's image proxy ------------------------------------------------------------------------
+# -- images that skopeo fetches ------------------------------------------------------------------
 #
-# `skopeo experimental-image-proxy` answers over a SOCK_SEQPACKET socket: one JSON object a packet,
-# data through a pipe whose read end comes with the reply.  skopeo 1.9 to 1.18 (0.2.3 to 0.2.6):
-#   the write end stays open until FinishPipe is asked, which is answered when all was written: it
-#   is asked at once, the pipe read to its end, and then the answer
-#   GetManifest converts to OCI and calls every layer of a docker-archive compressed, while it gives
-#   the digest of the manifest that was there before
-#   GetFullConfig writes the configuration anew: only the blob may have the digest in the manifest
-#   a store has the layers unpacked, though its manifests name them as they were pulled
-
-def proxy_image_tag(reference: str) -> str:
-    """Return the tag in a reference of skopeo's, "" if there is none."""
-    transport, _, rest = reference.partition(":")
-    rest, at, _ = re.sub(r"\A\[[^]]*\]", "", rest).partition("@")
-    _, colon, tag = rest.rpartition("/")[2].rpartition(":")
-    return tag if colon else \
-        "latest" if transport in ("docker", "containers-storage") and not at else ""
-
-
-class _Refused(CstorError):
-    """skopeo's own words for why it did not do what it was asked."""
-
-
-class ProxyV1Client(Closing):
-    """Runs ``skopeo experimental-image-proxy`` and opens images of every transport it knows.
-
-    A context manager; owns the process.  ``command`` is the program with global options,
-    ``options`` are those of the proxy (``--authfile``, ``--tls-verify=false``), ``platform``
-    (os/arch[/variant]) says which instance of a manifest list is meant.  When nothing comes for
-    ``timeout`` seconds skopeo is given up.  One blob is read at a time::
-
-        with ProxyV1Client() as proxy:
-            image = proxy.open_image("oci:/srv/layout:app")
-            for layer in image.layers():
-                with image.blob(layer["digest"], layer["size"]) as blob:
-                    shutil.copyfileobj(blob, out)        # raises at the end unless it is whole
-            image.extract("/srv/root")
-
-    Raises Unsupported without a skopeo that can, ProtocolError when it breaks the protocol, ends or
-    says nothing, and is of no use then; NotFound or CstorError in skopeo's words when it refuses.
-    """
-
-    PACKET = 32 << 10
-    GRACE = 3  # seconds for skopeo to end by itself, then after SIGTERM; to see a broken pipe
-
-    def __init__(self, command: Sequence[str] = ("skopeo",), options: Sequence[str] = (), *,
-                 platform: str = "", timeout: float = 300) -> None:
-        import socket
-        import subprocess
-
-        self.platform, self.version = platform, 0  # the z of protocol 0.2.z
-        self._timeout, self._words, self._why = timeout, b"", ""
-        self._stop = ""  # how the process was stopped
-        self._blob: Optional[ProxyBlob] = None
-        words = [word for pair in zip(("--override-os", "--override-arch", "--override-variant"),
-                                      filter(None, platform.split("/"))) for word in pair]
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process: Any = None
-        try:
-            self._process = subprocess.Popen(
-                [*command, *words, "experimental-image-proxy", *options, "--sockfd",
-                 str(theirs.fileno())], pass_fds=[theirs.fileno()], bufsize=0,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        except OSError as error:
-            self._socket.close()
-            raise Unsupported(f"{command[0]} cannot be run: {error.strerror}",
-                              hint="install skopeo 1.5 or later") from None
-        finally:
-            theirs.close()
-        try:
-            os.set_blocking(self._process.stderr.fileno(), False)
-            self._initialize()
-        except BaseException:
-            self.close()
-            raise
-
-    def _initialize(self) -> None:
-        try:
-            version = self.call("Initialize")[0]
-        except ProtocolError as error:
-            if re.search(rb"unknown (flag|command)", self._words):
-                raise Unsupported(f"this skopeo has no image proxy: {error}",
-                                  hint="install skopeo 1.5 or later") from None
-            raise
-        match = re.fullmatch(r"0\.2\.(\d{1,9})", version) if isinstance(version, str) else None
-        if not match:
-            self.fail(f"speaks version {version!r:.40}, not 0.2")
-        self.version = int(match[1])
-
-    def close(self, *, ask: bool = True) -> None:
-        """End skopeo: ask it, wait a little, then TERM and KILL; harmless when repeated."""
-        import subprocess
-
-        with SignalsHeld():
-            if self._blob:
-                self._blob.drop()
-            if ask and self._socket.fileno() >= 0:
-                try:
-                    self._send("Shutdown")
-                except OSError:  # it is gone, or deaf
-                    pass
-            for stop in ("poll", "terminate", "kill") if ask else ("terminate", "kill"):
-                self._stop = stop
-                getattr(self._process, stop)()
-                try:
-                    self._process.wait(self.GRACE)
-                    break
-                except subprocess.TimeoutExpired:
-                    pass
-            self._process.wait()
-            self._socket.close()
-            if not self._process.stderr.closed:
-                self._hear()
-                self._process.stderr.close()
-
-    def _hear(self) -> bool:
-        """Take what skopeo says on stderr, and keep the end; return False when it says no more."""
-        data = self._process.stderr.read(READ_SIZE)
-        self._words = (self._words + (data or b""))[-4096:]
-        return bool(data != b"")
-
-    def fail(self, message: str, *, code: int = 0, ended: bool = False) -> NoReturn:
-        """End skopeo and raise ProtocolError; with ``ended`` it went by itself."""
-        self.close(ask=ended)
-        if ended:
-            status = self._process.returncode
-            message = "hung up" if self._stop != "poll" else f"ended with status {status}" \
-                if status >= 0 else f"was killed by signal {-status}"
-        lines = self._words.decode("utf-8", "replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
-        last = quoted[1].replace(r"\"", '"') if quoted else last
-        self._why = f"skopeo's image proxy {message}{last and ': ' + last[-500:]}"
-        raise ProtocolError(self._why, code=code)
-
-    def wait(self, fd: int, timeout: float = 0) -> None:
-        """Wait until a descriptor can be read.  Raises ProtocolError after the timeout."""
-        import select
-
-        timeout = timeout or self._timeout
-        poll, end = select.poll(), time.monotonic() + timeout
-        poll.register(fd, select.POLLIN)
-        poll.register(self._process.stderr, select.POLLIN)
-        while True:
-            left = end - time.monotonic()
-            ready = dict(poll.poll(max(left, 0) * 1000))
-            if self._process.stderr.fileno() in ready and not self._hear():
-                poll.unregister(self._process.stderr)
-            if fd in ready:
-                return
-            if left <= 0:
-                self.fail(f"has said nothing for {timeout:g} seconds")
-
-    def _send(self, method: str, *arguments: Any) -> None:
-        import socket
-
-        data = compact_json({"method": method, "args": arguments})
-        if len(data) > self.PACKET:
-            raise CstorError(f"{method}: too long for a packet of skopeo's image proxy")
-        self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-    def ask(self, method: str, *arguments: Any) -> None:
-        """Send a request; answer() is to follow."""
-        if self._socket.fileno() < 0:
-            raise ProtocolError(self._why or "skopeo's image proxy was closed")
-        try:
-            self._send(method, *arguments)
-        except OSError:
-            self.fail("", ended=True)
-
-    def answer(self, method: str, timeout: float = 0) -> Tuple[Any, int, int]:
-        """Return (value, pipe, its read end) of the reply; (value, 0, -1) without one.
-
-        Raises _Refused, ProtocolError.
-        """
-        import array
-        import socket
-
-        self.wait(self._socket.fileno(), timeout)
-        fds = array.array("i")
-        try:
-            try:
-                data, control, flags, _ = self._socket.recvmsg(
-                    self.PACKET, socket.CMSG_SPACE(16 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
-            except OSError:
-                self.fail("", ended=True)
-            for level, kind, part in control:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    fds.frombytes(part[:len(part) - len(part) % fds.itemsize])
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                self.fail(f"{method}: its reply is longer than a packet, or lost descriptors",
-                          code=FD_ERROR)
-            if not data:
-                self.fail("", ended=True)
-            return self._check_reply(method, data, list(fds))
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-
-    def _check_reply(self, method: str, data: bytes, fds: List[int]) -> Tuple[Any, int, int]:
-        try:
-            reply = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            self.fail(f"{method}: malformed reply: {error}", code=-32700)
-        pipe = reply.get("pipeid") or 0 if isinstance(reply, dict) else None
-        if type(pipe) is not int or not 0 <= pipe < 1 << 32 \
-                or type(reply.get("success")) is not bool:
-            self.fail(f"{method}: malformed reply: {display(data[:100])}", code=-32600)
-        if len(fds) != bool(pipe) or fds and not reply["success"]:
-            self.fail(f"{method}: a reply with pipe {pipe} and {len(fds)} descriptors",
-                      code=FD_ERROR)
-        for fd in fds:
-            mode, flags = os.fstat(fd).st_mode, fcntl.fcntl(fd, fcntl.F_GETFL)
-            if not stat.S_ISFIFO(mode) or flags & (os.O_WRONLY | os.O_RDWR | os.O_PATH):
-                self.fail(f"{method}: a {file_type(mode)} came, not the read end of a pipe",
-                          code=FD_ERROR)
-        if not reply["success"]:
-            raise _Refused(str(reply.get("error") or f"{method} failed"))
-        return reply.get("value"), pipe, fds[0] if fds else -1
-
-    def call(self, method: str, *arguments: Any) -> Tuple[Any, int, int]:
-        """Send a request whose reply brings no pipe; return as answer() does."""
-        reply = self.request(method, *arguments)
-        if reply[1]:
-            os.close(reply[2])
-            self.fail(f"{method}: a reply with a pipe", code=FD_ERROR)
-        return reply
-
-    def request(self, method: str, *arguments: Any) -> Tuple[Any, int, int]:
-        """Send a request and return what answer() does.  ValueError while a blob is read."""
-        if self._blob and self._blob.reading:
-            raise ValueError(f"{self._blob.label} is still being read")
-        self.ask(method, *arguments)
-        return self.answer(method)
-
-    def open_pipe(self, label: str, digest: str, size: int, method: str, *arguments: Any
-                  ) -> ProxyBlob:
-        """Send a request whose reply brings a pipe; return what reads it, checked."""
-        value, pipe, fd = self.request(method, *arguments)
-        if not pipe:
-            self.fail(f"{method}: a reply without a pipe", code=FD_ERROR)
-        self._blob = ProxyBlob(self, fd, label, digest, size, value)
-        self.ask("FinishPipe", pipe)
-        return self._blob
-
-    def open_image(self, reference: str) -> ProxyImage:
-        """Open an image by transport and name, as for ``skopeo copy``.
-
-        Raises NotFound, also when there is no instance for ``platform``; CstorError.  With some
-        transports only the image's methods find out that it is not there.
-        """
-        return self._open("OpenImage", reference)
-
-    def find_image(self, reference: str) -> Optional[ProxyImage]:
-        """Open an image, or return None where the registry or storage has none of the name.
-
-        Raises Unsupported for skopeo before 1.10, which cannot tell.
-        """
-        if self.version < 4:
-            raise Unsupported("this skopeo knows no OpenImageOptional",
-                              hint="install skopeo 1.10 or later")
-        image = self._open("OpenImageOptional", reference)
-        return image if image.id else None
-
-    def _open(self, method: str, reference: str) -> ProxyImage:
-        try:
-            reference.encode()
-        except UnicodeEncodeError:
-            raise CstorError(f"{reference}: skopeo's image proxy takes only UTF-8") from None
-        image = ProxyImage(self, reference)
-        image.id = image.number(method, image.request(self.call, method, reference)[0],
-                                method == "OpenImage")
-        if self.platform and image.id:
-            have = platform_name(image.parsed_config())
-            if not (have + "/").startswith(self.platform + "/"):
-                raise NotFound(f"image {reference} is for {have}, not {self.platform}")
-        return image
-
-
-class ProxyBlob(io.RawIOBase):
-    """Data that comes from skopeo, as a raw file: reading to the end raises unless it is whole.
-
-    ``said`` is the size that skopeo gives, -1 if it knows none.  Closed before the end, nothing
-    is checked.  Raises IntegrityError for the wrong digest or size, else CstorError.
-    """
-
-    def __init__(self, client: ProxyV1Client, fd: int, label: str, digest: str, size: int,
-                 said: Any) -> None:
-        import hashlib
-
-        self._client, self._fd, self.label, self.said = client, fd, label, said
-        self._digest, self._size = digest, size
-        self._hash, self._count, self._whole = hashlib.sha256(), 0, False
-        widen_pipe(fd)
-
-    def readable(self) -> bool:
-        return True
-
-    @property
-    def reading(self) -> bool:
-        """Tell whether there is more to come."""
-        return self._fd >= 0
-
-    def drop(self) -> None:
-        """Close the pipe."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def close(self) -> None:
-        if not self.closed and self._fd >= 0:
-            self.drop()
-            try:
-                self._client.answer("FinishPipe", self._client.GRACE)
-            except CstorError:  # the broken pipe is no news, and the next request tells the rest
-                pass
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        if self._whole or not len(buffer):
-            return 0
-        if self._fd < 0:
-            raise CstorError(f"{self.label}: it is not whole")
-        self._client.wait(self._fd)
-        count = os.readv(self._fd, [buffer])
-        self._count += count
-        self._hash.update(memoryview(buffer)[:count])
-        if not count or 0 <= self._size < self._count:
-            self._finish(count == 0)
-        return count
-
-    def skip(self) -> None:
-        """Read on to the end, for the checks."""
-        while self.read(CHUNK):
-            pass
-
-    def _finish(self, ended: bool) -> None:
-        self.drop()
-        words = ""
-        try:
-            self._client.answer("FinishPipe")
-        except _Refused as error:
-            words = f": skopeo: {error}"
-        size, digest = f"{self._count} bytes", f"sha256:{self._hash.hexdigest()}"
-        if words and self._count < self._size or words and not self._digest:
-            raise CstorError(f"{self.label}: got {size} of {self._size}{words}" if self._digest
-                             else f"{self.label}{words}")
-        for what, expected, actual in (
-                ("size", f"{self._size} bytes" if self._size >= 0 else size, size),
-                ("digest", self._digest or digest, digest)):
-            if expected != actual:
-                raise IntegrityError(
-                    f"{self.label}: it has the wrong {what}{words}", expected=expected,
-                    actual=actual if ended else f"more than {actual}")
-        if words:
-            raise CstorError(f"{self.label}{words}")
-        self._whole = True
-
-
-class ProxyImage:
-    """An image that skopeo has open; made by ProxyV1Client.open_image(), good as long as that.
-
-    All methods raise as ProxyV1Client says, and FormatError and IntegrityError for what is not as
-    the manifest says.
-    """
-
-    def __init__(self, client: ProxyV1Client, reference: str) -> None:
-        self.client, self.reference, self.id = client, reference, 0
-        self._manifest: Optional[Tuple[bytes, str]] = None
-        self._config: Optional[bytes] = None
-
-    def request(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a function of the client; a refusal names the image and the next step."""
-        try:
-            return function(*arguments)
-        except _Refused as error:
-            words = f"{display(self.reference)}: {error}"
-        if "policy.json" in words:
-            raise CstorError(words, hint="skopeo needs one: see containers-policy.json(5)")
-        if "Invalid image name" in words:
-            raise CstorError(words, hint="expected oci:DIR:TAG, dir:DIR, docker-archive:FILE, "
-                                         "docker://NAME or another transport of skopeo")
-        missing = re.search("no such file|not found|unknown|no (descriptor|image) found|"
-                            "does not resolve", words)
-        raise NotFound(words) if missing else CstorError(words)
-
-    def number(self, method: str, value: Any, least: int = 0) -> int:
-        """Return a number in a reply, which JSON can hold exactly."""
-        if type(value) is not int or not least <= value < 1 << 53:
-            self.client.fail(f"{method}: expected a number, got {value!r:.40}", code=-32600)
-        return value
-
-    def _read(self, method: str) -> Tuple[bytes, Any]:
-        """Return the data of a pipe whose size is not known, and the value of the reply."""
-        label = f"{self.reference}: {method}"
-        with self.request(self.client.open_pipe, label, "", -1, method, self.id) as blob:
-            data = io.BufferedReader(blob, CHUNK).read(MAX_BIG_DATA + 1)
-            if len(data) > MAX_BIG_DATA:
-                raise FormatError(f"larger than {MAX_BIG_DATA} bytes", file=label)
-            return data, blob.said
-
-    def close(self) -> None:
-        """Let skopeo forget the image."""
-        self.request(self.client.call, "CloseImage", self.id)
-
-    def manifest(self) -> Tuple[bytes, str]:
-        """Return the manifest, converted to OCI if need be, and the digest that it had before."""
-        if not self._manifest:
-            data, digest = self._read("GetManifest")
-            if not isinstance(digest, str) or not re.fullmatch(DIGEST, digest):
-                self.client.fail(f"GetManifest: {digest!r:.40} is no digest", code=-32600)
-            self._manifest = data, digest
-        return self._manifest
-
-    def parsed_manifest(self) -> Dict[str, Any]:
-        """Return the manifest as an object, with a ``config`` and ``layers`` that are right.
-
-        Raises Unsupported for digests other than sha256.
-        """
-        file = f"{self.reference}: manifest"
-        manifest = parse_json(self.manifest()[0], file)
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("layers"), list):
-            raise FormatError("not an OCI manifest", file=file)
-        for entry in (manifest.get("config"), *manifest["layers"]):
-            if not isinstance(entry, dict) or not isinstance(entry.get("mediaType"), str):
-                raise FormatError("malformed descriptor", file=file)
-            self._check_descriptor(entry, file)
-        return manifest
-
-    def _check_descriptor(self, entry: Any, file: str) -> None:
-        digest, size = (entry.get("digest"), entry.get("size")) if isinstance(entry, dict) \
-            else (None, None)
-        if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
-            raise FormatError(f"malformed descriptor: {digest!r:.99}, {size!r:.40}", file=file)
-        if not re.fullmatch("sha256:" + HEX64, digest):
-            raise Unsupported(f"{file}: the digest {display(digest)} is no sha256")
-
-    def config(self) -> bytes:
-        """Return the configuration whose digest the manifest names."""
-        if self._config is None:
-            entry = self.parsed_manifest()["config"]
-            data = b""
-            if self.client.version >= 3:
-                data, _ = self._read("GetFullConfig")
-            if sha256_digest(data) != entry["digest"]:
-                with self.blob(entry["digest"], entry["size"]) as blob:
-                    data = io.BufferedReader(blob).read()
-            self._config = data
-        return self._config
-
-    def parsed_config(self) -> Dict[str, Any]:
-        """Return the configuration as an object; {} if it is none."""
-        config = parse_json(self.config(), f"{self.reference}: configuration")
-        return config if isinstance(config, dict) else {}
-
-    def diff_ids(self) -> List[str]:
-        """Return the digests of the layers' tars, base first."""
-        rootfs = self.parsed_config().get("rootfs")
-        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(found, list) or not all(
-                isinstance(each, str) and re.fullmatch("sha256:" + HEX64, each) for each in found):
-            raise FormatError("it names no layers", file=f"{self.reference}: configuration")
-        return found
-
-    def layers(self) -> List[Dict[str, Any]]:
-        """Return ``digest``, ``size`` and ``media_type`` of each layer, base first.
-
-        Of a storage these are the unpacked ones, which its manifest need not name.
-        """
-        if self.client.version >= 7:
-            found = parse_json(self._read("GetLayerInfoPiped")[0], "GetLayerInfoPiped")
-        elif self.client.version >= 5:
-            found = self.request(self.client.call, "GetLayerInfo", self.id)[0]
-        elif self.reference.startswith("containers-storage:"):
-            found = [self._unpacked(diff_id) for diff_id in self.diff_ids()]
-        else:
-            found = [{"digest": entry["digest"], "size": entry["size"],
-                      "media_type": entry["mediaType"]}
-                     for entry in self.parsed_manifest()["layers"]]
-        if not isinstance(found, list):
-            raise FormatError("it is no list", file=f"{self.reference}: layers")
-        for entry in found:
-            self._check_descriptor(entry, f"{self.reference}: layers")
-        return found
-
-    def _unpacked(self, diff_id: str) -> Dict[str, Any]:
-        """Return what layers() does of a layer in a storage: who asks for it is told its size."""
-        with self.blob(diff_id, 0) as blob:
-            return {"digest": diff_id, "size": blob.said, "media_type": OCI_LAYER}
-
-    def blob(self, digest: str, size: int) -> ProxyBlob:
-        """Open a blob, which is read as a file and checked at its end.  See ProxyBlob."""
-        blob = self.request(self.client.open_pipe, f"{self.reference}: {digest}", digest, size,
-                            "GetBlob", self.id, digest, size)
-        self.number("GetBlob", blob.said, -1)
-        return blob
-
-    def copy_to_oci(self, directory: str, tag: str = "", *, progress: Optional[Progress] = None
-                    ) -> Dict[str, Any]:
-        """Add the image to an OCI layout, blobs as they are; return the descriptor in its index.
-
-        The manifest is skopeo's, or if that does not name just these blobs with their types, a new
-        one with the digest of the old in an annotation.
-        """
-        check_tag(tag)
-        manifest = self.parsed_manifest()
-        named = {entry["digest"]: entry["mediaType"] for entry in manifest["layers"]}
-        done = 0
-
-        def add(files: int, digest: str, size: int) -> Dict[str, Any]:
-            def copy(fd: int) -> None:
-                nonlocal done
-                with self.blob(digest, size) as blob:
-                    for data in iter(lambda: blob.read(CHUNK), b""):
-                        write_all(fd, data)
-                        done += len(data)
-                        if progress:
-                            progress(done, files)
-
-            kind = true_type(named.get(digest, OCI_LAYER), layout.add_blob(digest, copy))
-            return descriptor(kind, digest, size)
-
-        with OciLayout(directory) as layout:
-            layers = [add(files, entry["digest"], entry["size"])
-                      for files, entry in enumerate(self.layers())]
-            layout.add(self.config())
-            data, before = self.manifest()
-            if layers != [descriptor(entry["mediaType"], entry["digest"], entry["size"])
-                          for entry in manifest["layers"]]:
-                kept = manifest.get("annotations")
-                data = compact_json({**manifest, "layers": layers, "annotations": {
-                    **(kept if isinstance(kept, dict) else {}), ORIGINAL_DIGEST: before}})
-            blob = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)), self.parsed_config())
-            layout.tag(blob, tag)
-        return blob
-
-
-    def streams(self) -> Iterator[LayerStream]:
-        """Yield the layers' tars, base first, each to be read before the next is asked for.
-
-        Raises IntegrityError when there are not as many layers as the configuration names.
-        """
-        layers, diff_ids = self.layers(), self.diff_ids()
-        if len(layers) != len(diff_ids):
-            raise IntegrityError(f"{self.reference}: its layers are not those that its "
-                                 "configuration names", expected=f"{len(diff_ids)} layers",
-                                 actual=str(len(layers)))
-        for layer, diff_id in zip(layers, diff_ids):
-            with LayerStream(self._tar(layer["digest"], layer["size"]), label=layer["digest"],
-                             digest=diff_id) as stream:
-                yield stream
-
-    def _tar(self, digest: str, size: int) -> Iterator[bytes]:
-        with self.blob(digest, size) as blob, Decompressed(blob.label, raw=blob) as reader:
-            try:
-                yield from iter(lambda: reader.read(CHUNK), b"")
-            except FormatError:
-                blob.skip()  # if the blob is not what it should be, that is why
-                raise
-            blob.skip()
-
-    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
-        """Put the root file system into a directory; see extract_streams()."""
-        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
-                               **options)
+# `skopeo copy` brings an image of any transport as an OCI layout: manifests of docker come out
+# converted, blobs as they are; all layers of a docker-archive are called compressed (1.9.3).  What
+# it wrote is believed no more than any other input.
+
+def shifted(progress: Optional[Progress], done: int) -> Optional[Progress]:
+    """Return what tells the progress of a second job, after ``done`` bytes of the first."""
+    return progress and (lambda size, files: progress(done + size, files))
 
 
 def true_type(media_type: str, start: bytes) -> str:
@@ -11479,6 +10924,262 @@ def true_type(media_type: str, start: bytes) -> str:
         return media_type
     return OCI_LAYER + ("+gzip" if start.startswith(b"\x1f\x8b") else "+zstd"
                         if start == b"\x28\xb5\x2f\xfd" else "")
+
+
+def reference_tag(reference: str) -> str:
+    """Return the tag in a reference of skopeo's, "" if there is none."""
+    transport, _, rest = reference.partition(":")
+    rest, at, _ = rest.partition("@")
+    _, colon, tag = rest.rpartition("/")[2].rpartition(":")
+    return tag if colon else "latest" if transport == "docker" and not at else ""
+
+
+def measure_files(directory: str) -> Tuple[int, int]:
+    """Return bytes and number of the files below a directory in which another program works."""
+    size = files = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(folder, name)).st_size
+                files += 1
+            except FileNotFoundError:
+                pass
+    return size, files
+
+
+def end_process(process: Any) -> None:
+    """Wait for a process that was asked to end; SIGKILL it after three seconds."""
+    import subprocess
+
+    process.terminate()
+    try:
+        process.wait(3)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class FetchedImage(Closing):
+    """An image of any transport, which skopeo copies to an OCI layout of ours.
+
+    ``reference`` is as for ``skopeo copy``, ``platform`` (os/arch[/variant]) says which instance of
+    a manifest list is meant.  A context manager: the layout lies in TMPDIR until close().  When
+    skopeo writes nothing for ``timeout`` seconds it is given up::
+
+        with FetchedImage("docker-archive:app.tar") as image:
+            image.extract("/srv/root")
+
+    Raises Unsupported without skopeo, NotFound or CstorError in skopeo's words when it refuses,
+    FormatError and IntegrityError for what is not as the manifest says.
+    """
+
+    def __init__(self, reference: str, *, platform: str = "", timeout: float = 300,
+                 progress: Optional[Progress] = None) -> None:
+        import tempfile
+
+        self.reference, self._timeout, self._progress = reference, timeout, progress
+        self._scratch, self.size = "", 0  # bytes that were fetched
+        try:
+            with SignalsHeld():
+                self._scratch = tempfile.mkdtemp(prefix="cstor-")
+            if ":" in self._scratch:
+                raise CstorError(f"skopeo takes no directory with a colon: {self._scratch}",
+                                 hint="set TMPDIR to another one")
+            self._fetch(platform)
+            self._layout = Directory.at(os.path.join(self._scratch, "oci"))
+            self._load(platform)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove the layout; harmless when repeated."""
+        import shutil
+
+        with SignalsHeld():
+            if self._scratch:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = ""
+
+    # -- fetching --------------------------------------------------------------------------------
+
+    def _fetch(self, platform: str) -> None:
+        import subprocess
+
+        words = [word for pair in zip(("--override-os", "--override-arch", "--override-variant"),
+                                      filter(None, platform.split("/"))) for word in pair]
+        process: Any = None
+        try:
+            with open(os.path.join(self._scratch, "log"), "wb") as log:
+                process = subprocess.Popen(
+                    ["skopeo", *words, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
+                     "--", self.reference, f"oci:{self._scratch}/oci"], stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=log,
+                    env={**os.environ, "TMPDIR": self._scratch})
+            self._await(process)
+        except OSError as error:
+            if process:
+                raise
+            raise Unsupported(f"skopeo cannot be run: {error.strerror}",
+                              hint="install skopeo") from None
+        finally:
+            with SignalsHeld():
+                if process:
+                    end_process(process)
+        if process.returncode:
+            with open(os.path.join(self._scratch, "log"), "rb") as said:
+                self._refuse(process.returncode,
+                             said.read(MAX_SPECIAL).decode("utf-8", "replace"))
+
+    def _await(self, process: Any) -> None:
+        """Wait for skopeo's end; raise ProtocolError when it writes nothing for a long time."""
+        end = time.monotonic() + self._timeout
+        while process.poll() is None:
+            size, files = measure_files(self._scratch)
+            if size != self.size:
+                self.size, end = size, time.monotonic() + self._timeout
+                if self._progress:
+                    self._progress(size, files)
+            if time.monotonic() > end:
+                raise ProtocolError(f"skopeo has written nothing for {self._timeout:g} seconds")
+            time.sleep(0.05)
+
+    def _refuse(self, status: int, log: str) -> NoReturn:
+        """Raise what skopeo's end means, in its own last words."""
+        last = next((line for line in reversed(log.split("\n")) if line.strip()), "")
+        quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
+        last = quoted[1].replace(r"\"", '"') if quoted else last
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        words = f"{display(self.reference)}: {display(last[-500:])}" if status == 1 and last \
+            else f"skopeo {how}{last and ': ' + display(last[-500:])}"
+        if "policy.json" in words:
+            raise CstorError(words, hint="skopeo needs one: see containers-policy.json(5)")
+        if "Invalid source name" in words:
+            raise CstorError(words, hint="expected oci:DIR:TAG, dir:DIR, docker-archive:FILE, "
+                                         "docker://NAME or another transport of skopeo")
+        missing = re.search("no such file|not found|unknown|no (descriptor|image) found|"
+                            "does not resolve", words)
+        raise NotFound(words) if missing else CstorError(words)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def _load(self, platform: str) -> None:
+        """Read manifest and configuration."""
+        index = self._parse(self._layout.read(b"index.json", MAX_BIG_DATA), "index")
+        found = index.get("manifests")
+        if not isinstance(found, list) or len(found) != 1:
+            raise FormatError("not one manifest", file=f"{self.reference}: index")
+        self.manifest = self._small(found[0], "index")
+        manifest = self._parse(self.manifest, "manifest")
+        if not isinstance(manifest.get("layers"), list):
+            raise FormatError("not an OCI manifest", file=f"{self.reference}: manifest")
+        self.layers: List[Dict[str, Any]] = manifest["layers"]
+        self.config_blob: Any = manifest.get("config")
+        for entry in self.layers:
+            self._check(entry, "manifest")
+        self.config = self._parse(self._small(self.config_blob, "manifest"), "configuration")
+        have = platform_name(platform_in(self.config))
+        if platform and not (have + "/").startswith(platform + "/"):
+            raise NotFound(f"image {self.reference} is for {have}, not {platform}")
+
+    def _parse(self, data: bytes, what: str) -> Dict[str, Any]:
+        found = parse_json(data, f"{self.reference}: {what}")
+        if not isinstance(found, dict):
+            raise FormatError("not an object", file=f"{self.reference}: {what}")
+        return found
+
+    def _check(self, entry: Any, what: str) -> None:
+        """Raise FormatError for what is no descriptor, Unsupported for other digests."""
+        size, digest = (entry.get("size"), entry.get("digest")) if isinstance(entry, dict) \
+            else (None, None)
+        if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
+            raise FormatError("malformed descriptor", file=f"{self.reference}: {what}")
+        if not re.fullmatch("sha256:" + HEX64, digest):
+            raise Unsupported(f"{self.reference}: the digest {display(digest)} is not a sha256")
+
+    def _small(self, entry: Any, what: str) -> bytes:
+        self._check(entry, what)
+        if entry["size"] > MAX_BIG_DATA:
+            raise FormatError(f"larger than {MAX_BIG_DATA} bytes", file=f"{self.reference}: {what}")
+        with open(self._open(entry), "rb") as file:
+            return file.read()
+
+    def _open(self, entry: Dict[str, Any]) -> int:
+        """Open a blob, whose digest is right."""
+        try:
+            return open_blob(self._layout, entry["digest"], entry["size"])
+        except FileNotFoundError:
+            raise NotFound(f"{self.reference}: skopeo wrote no blob {entry['digest']}") from None
+
+    def copy_to_oci(self, directory: str, tag: str = "", *, progress: Optional[Progress] = None
+                    ) -> Dict[str, Any]:
+        """Add the image to an OCI layout, blobs unchanged; return the descriptor in its index.
+
+        The manifest is skopeo's, or if that gives layers wrong types, a new one with the digest of
+        the old in an annotation.
+        """
+        check_tag(tag)
+        done = 0
+
+        def add(files: int, entry: Dict[str, Any]) -> Dict[str, Any]:
+            def copy(fd: int) -> bytes:
+                nonlocal done
+                for data in iter(lambda: blob.read(CHUNK), b""):
+                    write_all(fd, data)
+                    done += len(data)
+                    if progress:
+                        progress(done, files)
+                return str(entry["digest"][7:]).encode()
+
+            with open(self._open(entry), "rb", buffering=0) as blob:
+                start = os.pread(blob.fileno(), 4, 0)
+                if not layout.has(entry["digest"], entry["size"]):
+                    layout.write(b"blobs/sha256", copy)
+            return {**entry, "mediaType": true_type(str(entry.get("mediaType")), start)}
+
+        with OciLayout(directory) as layout:
+            layers = [add(files, entry) for files, entry in enumerate(self.layers)]
+            add(len(layers), self.config_blob)
+            data = self.manifest
+            if layers != self.layers:
+                manifest = json.loads(data)
+                kept = manifest.get("annotations")
+                data = compact_json({**manifest, "layers": layers, "annotations": {
+                    **(kept if isinstance(kept, dict) else {}),
+                    ORIGINAL_DIGEST: sha256_digest(data)}})
+            found = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
+                                  platform_in(self.config))
+            layout.tag(found, tag)
+        return found
+
+    def streams(self) -> Iterator[LayerStream]:
+        """Yield the layers' tars, base first, each to be read before the next is asked for.
+
+        Raises IntegrityError when there are not as many layers as the configuration names.
+        """
+        rootfs = self.config.get("rootfs")
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        if not isinstance(diff_ids, list) or not all(
+                isinstance(each, str) and re.fullmatch("sha256:" + HEX64, each)
+                for each in diff_ids):
+            raise FormatError("it names no layers", file=f"{self.reference}: configuration")
+        if len(self.layers) != len(diff_ids):
+            raise IntegrityError(f"{self.reference}: its layers are not those that its "
+                                 "configuration names", expected=f"{len(diff_ids)} layers",
+                                 actual=str(len(self.layers)))
+        for entry, diff_id in zip(self.layers, diff_ids):
+            with LayerStream(self._tar(entry), label=entry["digest"], digest=diff_id) as stream:
+                yield stream
+
+    def _tar(self, entry: Dict[str, Any]) -> Iterator[bytes]:
+        with open(self._open(entry), "rb") as blob, \
+                Decompressed(f"{self.reference}: {entry['digest']}", blob.fileno()) as reader:
+            yield from iter(lambda: reader.read(CHUNK), b"")
+
+    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
+        """Put the root file system into a directory; see extract_streams()."""
+        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
+                               **options)
 
 
 # ================================================================================================
@@ -13164,8 +12865,10 @@ def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> D
         raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
                           "share contents with")
     reference = via_skopeo(args)
-    with ProxyV1Client(platform=args.platform) as proxy, ProgressLine(0, args.quiet) as progress:
-        return proxy.open_image(reference).extract(args.dir, progress=progress, **options)
+    refuse_storage(args.dir)
+    with ProgressLine(0, args.quiet) as progress, FetchedImage(
+            reference, platform=args.platform, progress=progress) as image:
+        return image.extract(args.dir, progress=shifted(progress, image.size), **options)
 
 
 def extract_from_server(args: Any, options: Any) -> Dict[str, Any]:
@@ -13259,18 +12962,17 @@ def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: 
                     ) -> Tuple[str, Dict[str, Any]]:
     """Copy an image from elsewhere; return its tag and descriptor."""
     if args.compress is not None:
-        raise _UsageError("with --via-skopeo blobs are kept as they are, which excludes --compress")
+        raise _UsageError("--compress cannot be used with --via-skopeo: blobs are copied unchanged")
     if args.all:
-        raise _UsageError("skopeo's proxy gives one image: --platform chooses it, --all cannot be "
-                          "had")
+        raise _UsageError("--all cannot be used with --via-skopeo; choose one image with "
+                          "--platform")
     reference = via_skopeo(args)
-    tag = tag or proxy_image_tag(reference)
-    with ProxyV1Client(platform=args.platform) as proxy:
-        image = proxy.open_image(reference)
-        with ProgressLine(0, args.quiet) as progress:
-            if progress.active:
-                progress.total = sum(layer["size"] for layer in image.layers())
-            return tag, image.copy_to_oci(directory, tag, progress=progress)
+    check_tag(tag)
+    refuse_storage(directory)
+    tag = tag or reference_tag(reference)
+    with ProgressLine(0, args.quiet) as progress, FetchedImage(
+            reference, platform=args.platform, progress=progress) as image:
+        return tag, image.copy_to_oci(directory, tag, progress=shifted(progress, image.size))
 
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
