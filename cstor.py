@@ -3244,7 +3244,6 @@ def find_layer(layers: Sequence[LayerRecord], reference: str,
     Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
     passed over.
     """
-    check_type("reference", reference, str)
     unknown = LayerUnknown(f"layer not known: {display(reference)}",
                            hint="`layer list` shows what there is")
     if re.fullmatch(LINK_ID, reference):
@@ -10643,7 +10642,7 @@ class VarlinkClient(RpcClient):
 
         Our own server takes an ID, a name and so on, too.
         """
-        check_words("form", [form], ("",))
+        check_words("form", [form], ("", "varlink"))
         path, _, layer_id = reference.rpartition("#") if reference.startswith("/") \
             else ("", "", reference)
         place = {"storage_path": path, "layer_id": layer_id} if path else None
@@ -12050,6 +12049,7 @@ class Storage(Metadata):
 
         Raises LayerUnknown, Ambiguous.
         """
+        check_type("reference", reference, str)
         layer: Any = self.layer_by_id(reference) or find_layer(
             self.layer_records(), reference, self.resolve_link)
         return layer  # type: ignore[no-any-return]
