@@ -222,6 +222,7 @@ FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "
 CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
 F_ADD_SEALS, F_SEAL_ALL = 1033, 15  # no more seals, not shorter, not longer, not written
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
+AT_FDCWD = -100  # in place of a directory's descriptor: the working directory
 OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -789,17 +790,18 @@ class Target(Directory):
         return OSError(error.errno, error.strerror, self.host_path(name))
 
 
-def look_at(dir_fd: int, name: bytes
-            ) -> Optional[Tuple[os.stat_result, bytes, Dict[bytes, bytes]]]:
+def look_at(dir_fd: int, name: bytes) -> Optional[Tuple[os.stat_result, bytes, Dict[bytes, bytes]]]:
     """Return lstat(2), the target of a symbolic link, and xattrs; None for what has vanished."""
     try:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
-        return status, link, read_xattrs(b"/proc/self/fd/%d/%s" % (dir_fd, name))
+        try:
+            return status, link, read_xattrs(b"/proc/self/fd/%d/%s" % (dir_fd, name))
+        except FileNotFoundError:
+            if has_proc():
+                raise
+            return status, link, in_directory(dir_fd, lambda: read_xattrs(name))
     except FileNotFoundError:
-        if not os.path.exists("/proc/self/fd"):
-            raise Unsupported("extended attributes are read through /proc, which is not "
-                              "mounted") from None
         return None
 
 
@@ -814,6 +816,12 @@ def read_xattrs(place: Union[int, bytes]) -> Dict[bytes, bytes]:
         if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODATA, errno.EPERM):
             return {}
         raise
+
+
+def name_error(error: Optional[BaseException], path: str) -> None:
+    """Let an OSError without a file name be about ``path``: what fails elsewhere has a name."""
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        error.filename = path
 
 
 def with_path(error: OSError, path: str) -> OSError:
@@ -902,6 +910,34 @@ def read_proc(name: str) -> str:
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def has_proc(need: str = "") -> bool:
+    """Tell whether open files can be named through /proc.  Raises Unsupported for a ``need``."""
+    found = os.path.exists("/proc/self/fd")
+    if need and not found:
+        raise Unsupported(f"{need} through /proc, which is not mounted",
+                          hint="mount -t proc proc /proc")
+    return found
+
+
+def in_directory(dir_fd: int, action: Callable[[], T]) -> T:
+    """Do what takes no descriptor with names in a directory; where /proc cannot name it."""
+    with Directory("", os.open(".", OPEN_DIRECTORY)) as here:
+        try:
+            os.fchdir(dir_fd)
+            return action()
+        finally:
+            os.fchdir(here.fd)
+
+
+def read_at(fd: int, count: int, offset: int) -> bytes:
+    """Return what pread(2) does; its errors name the file, as they are not of what is written."""
+    try:
+        return os.pread(fd, count, offset)
+    except OSError as error:
+        raise with_path(error, os.readlink(f"/proc/self/fd/{fd}") if has_proc() else "content"
+                        ) from None
 
 
 def capabilities() -> List[str]:
@@ -1020,10 +1056,7 @@ class Copier:
         return os.sendfile(out_fd, fd, offset, min(count, 1 << 30))
 
     def _read_write(self, fd: int, offset: int, count: int, out_fd: int) -> int:
-        try:
-            data = os.pread(fd, min(count, CHUNK), offset)
-        except OSError as error:  # not an error of the target
-            raise with_path(error, os.readlink(f"/proc/self/fd/{fd}")) from None
+        data = read_at(fd, min(count, CHUNK), offset)
         write_all(out_fd, data)
         return len(data)
 
@@ -1051,11 +1084,13 @@ class Ladder:
         self._strikes: Dict[Tuple[int, int], int] = {}  # below 0: a file was shared
         self._copiers: Dict[Tuple[int, int], Copier] = {}
 
-    def fill(self, fd: int, size: int, out_fd: int, devices: Tuple[int, int]) -> str:
+    def fill(self, fd: int, size: int, out_fd: int, devices: Tuple[int, int], name: bytes = b"",
+             layer: str = "") -> str:
         """Give the new file ``out_fd`` the content of ``fd``; return why it was copied, "" if not.
 
-        ``devices`` are those where both are said to lie.  Raises OSError, IntegrityError when
-        ``fd`` is changed meanwhile, Unsupported when mode "reflink" cannot be had.
+        ``devices`` are those where both are said to lie; ``name`` and ``layer`` are for errors.
+        Raises OSError, IntegrityError when ``fd`` is changed meanwhile, Unsupported when mode
+        "reflink" cannot be had.
         """
         why = "--link-mode copy" if self.mode == "copy" else self._refused.get(devices, "")
         if not why:
@@ -1068,7 +1103,7 @@ class Ladder:
                     raise
                 why = f"FICLONE: {os.strerror(error.errno or 0)}"
                 if self.mode == "reflink":
-                    raise Unsupported(f"cannot be shared by reflink: {why}",
+                    raise Unsupported(f'"{display(name)}" cannot be shared by reflink: {why}',
                                       hint="--link-mode auto copies what cannot be") from None
                 devices = os.fstat(fd).st_dev, os.fstat(out_fd).st_dev
                 strikes = self._strikes.get(devices, 0)
@@ -1079,8 +1114,8 @@ class Ladder:
         copier = self._copiers.setdefault(devices, Copier())
         before = os.fstat(fd)
         if before.st_size != size:  # or a file that has become shorter would be filled up by a hole
-            raise IntegrityError("changed while it was read", expected=f"{size} bytes",
-                                 actual=str(before.st_size))
+            raise IntegrityError("changed while it was read", layer=layer, name=name,
+                                 expected=f"{size} bytes", actual=str(before.st_size))
         for offset, length in data_runs(fd, size) if before.st_blocks * 512 < size \
                 else ((0, size),):
             if offset:
@@ -1090,7 +1125,7 @@ class Ladder:
             os.ftruncate(out_fd, size)
         after = os.fstat(fd)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise IntegrityError("changed while it was read")
+            raise IntegrityError("changed while it was read", layer=layer, name=name)
         return why
 
 
@@ -4169,7 +4204,7 @@ class Extent:
         """Yield the bytes; fewer than ``length`` when the file has become shorter."""
         at, end = self.offset, self.offset + self.length
         while at < end:
-            data = os.pread(self.fd, min(CHUNK, end - at), at)
+            data = read_at(self.fd, min(CHUNK, end - at), at)
             if not data:
                 return
             yield data
@@ -4224,8 +4259,7 @@ class TarSplit(ObjectStream):
         decode, pair = binascii.a2b_base64, re.compile(self.PAIR)
         while True:
             buffer, at = self._buffer, self._at
-            for match in pair.finditer(buffer, at) if buffer.startswith(self.SEGMENT, at) \
-                    else ():
+            for match in pair.finditer(buffer, at) if buffer.startswith(self.SEGMENT, at) else ():
                 text, name, raw, size, checksum = match.groups(b"")
                 if match.start() != at or (size == b"") != (checksum == b""):
                     break
@@ -4446,7 +4480,7 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool
     at = 0
     zeros = bytes(CHUNK)
     while at < size:
-        data = os.pread(fd, CHUNK, at)
+        data = read_at(fd, CHUNK, at)
         if not data:
             break
         for start in range(0, len(data), block) if data != zeros[:len(data)] else ():
@@ -4805,8 +4839,7 @@ class Node:
 
     def checked(self, fd: int) -> Iterator[bytes]:
         """Yield its content from its open file; see checked_content()."""
-        return checked_content(fd, self.size, self.checksum, self.path,
-                               self.tree.layer.id if self.tree.layer else "")
+        return checked_content(fd, self.size, self.checksum, self.path, self.tree.layer_id)
 
     def describe(self, member: Member) -> None:
         """Take what a header says; of a hard link all but what is of its target."""
@@ -4870,6 +4903,11 @@ class LayerTree(Closing):
         if self._files:
             self._files.close()
             self._files = None
+
+    @property
+    def layer_id(self) -> str:
+        """The layer's ID, "" for what is no layer of a store."""
+        return self.layer.id if self.layer else ""
 
     @property
     def label(self) -> str:
@@ -6084,8 +6122,7 @@ def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str])
         "xattr": a.xattrs == b.xattrs or any_root,
     }
     if a.type == "reg" and "content" not in ignore:
-        same["content"] = a.size == b.size and (
-            not a.size or old.crc64(a) == new.crc64(b))
+        same["content"] = a.size == b.size and (not a.size or old.crc64(a) == new.crc64(b))
     return [word for word in DIFFERENCES if not same.get(word, True) and word not in ignore]
 
 
@@ -6264,8 +6301,7 @@ class OwnerMap:
 
         Version 2 has 20 bytes and is of the root that owns the machine; version 3 names its root.
         """
-        root = self.shift(0, self.users) if any(
-            inside == 0 for inside, _, _ in self.users) else 0
+        root = self.shift(0, self.users) if any(inside == 0 for inside, _, _ in self.users) else 0
         if not root or len(value) != 20 or value[3] != 2:
             return value
         return value[:3] + b"\x03" + value[4:] + root.to_bytes(4, "little")
@@ -6498,6 +6534,109 @@ def prepare_helper(nodes: Iterable[Node], processes: int) -> int:
     return processes
 
 
+class Undo:
+    """Steps that take back what was made, run in reverse with signals held after an error.
+
+    ``steps`` are what each is to remove, and how.  The error's hint says what stays: where a step
+    fails, or what one returns.
+    """
+
+    def __init__(self) -> None:
+        self.steps: List[Tuple[str, Callable[[], Optional[str]]]] = []
+
+    def run(self, error: BaseException) -> None:
+        with SignalsHeld():
+            while self.steps:
+                path, step = self.steps.pop()
+                try:
+                    add_hint(error, step() or "")
+                except FileNotFoundError:
+                    pass
+                except OSError as trouble:  # it must not hide why we are here
+                    add_hint(error, f"{path} stays: {trouble.strerror}")
+
+
+class NewFile:
+    """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
+
+    Until then it has none (O_TMPFILE), or where that cannot be, a name that tells the target's and
+    a lock: when we are killed nothing is left, or the next run for that target removes it.
+    """
+
+    def __init__(self, folder: Directory, target: bytes) -> None:
+        self._folder, self._name = folder, b""  # until it has its final one
+        remove_dead(folder.fd, target)
+        try:
+            self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
+                              0o666, dir_fd=folder.fd)
+        except OSError:
+            self._name = partial_name(target)
+            self.fd = os.open(self._name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666,
+                              dir_fd=folder.fd)
+            try_lock(self.fd)
+
+    def appear(self, name: bytes) -> None:
+        """Give the file its name, in place of what has it."""
+        os.close(os.dup(self.fd))  # NFS and quotas report a failed write here
+        if not self._name:
+            self._name = partial_name(name)
+            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=self._folder.fd,
+                    follow_symlinks=True)
+        os.rename(self._name, name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
+        self._name = b""
+
+    def close(self) -> None:
+        """Close the file, and remove it when it did not appear."""
+        os.close(self.fd)
+        if self._name:
+            unlink_quietly(self._folder.fd, self._name)
+        self._folder.close()
+
+
+def partial_name(target: bytes) -> bytes:
+    """Return a new name for what is to become ``target``."""
+    return b".cstor-%s-%s.partial" % (target[:200], os.urandom(6).hex().encode())
+
+
+def partials(folder: Target, target: bytes = b"") -> List[bytes]:
+    """Return what is there by a name that partial_name() made for ``target``, or for any."""
+    which = re.escape(target[:200]) + b"-" if target else b"(?:.*-)?"
+    return [name for name in map(os.fsencode, os.listdir(folder.fd))
+            if re.fullmatch(rb"\.cstor-%s[0-9a-f]{12}\.partial" % which, name, re.DOTALL)]
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file or directory while we live; False when it is locked, or cannot be."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> None:
+    """Remove what killed processes left of ``target`` in a directory, but not what is locked.
+
+    Without ``target`` we are alone at work there, and all that is left goes.  What cannot be
+    removed, or a directory that we may not list, is in nobody's way.
+    """
+    try:
+        with Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
+            for name in partials(folder, target):
+                mode = os.stat(name, dir_fd=folder.fd, follow_symlinks=False).st_mode
+                if not target and not stat.S_ISDIR(mode):
+                    os.unlink(name, dir_fd=folder.fd)
+                elif stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+                    with Target("", os.open(name, OPEN_FILE, dir_fd=folder.fd)) as found:
+                        if target and not try_lock(found.fd):
+                            continue
+                        if stat.S_ISDIR(mode):
+                            remove_content(found)
+                        (os.rmdir if stat.S_ISDIR(mode) else os.unlink)(name, dir_fd=folder.fd)
+    except OSError:
+        pass
+
+
 def unlink_quietly(dir_fd: int, name: bytes) -> None:
     """Remove a file, if it is there."""
     try:
@@ -6516,15 +6655,16 @@ class Extraction:
     ``link_mode`` is one of LINK_MODES.  ``owners``: True sets them or fails, False leaves them,
     None sets them when we are root, as far as the kernel lets us.  ``owner_map``: see OwnerMap.
     ``verify`` reads back what was made and compares its CRC-64.  ``merge`` says that files may be
-    there, which are replaced.  ``plain`` is for copies of one's own: no owners, setuid, xattrs,
-    devices.
+    there, which are replaced, ``resume`` that a killed run left them.  ``plain`` is for copies of
+    one's own: no owners, setuid, xattrs, devices.
     """
 
     def __init__(self, target: Target, *, link_mode: str = "auto", owners: Optional[bool] = None,
                  owner_map: Sequence[str] = (), verify: bool = False, merge: bool = False,
-                 plain: bool = False, workers: int = 0, progress: Optional[Progress] = None
-                 ) -> None:
-        self.target, self.verify, self.merge, self.plain = target, verify, merge, plain
+                 resume: bool = False, plain: bool = False, workers: int = 0,
+                 progress: Optional[Progress] = None) -> None:
+        self.target, self.verify, self.plain = target, verify, plain
+        self.merge, self.resume = merge, resume
         self.tally, self._workers, self._progress = Tally(), workers, progress
         self._map = OwnerMap(owner_map)
         self._us = os.geteuid(), os.getegid()
@@ -6539,8 +6679,6 @@ class Extraction:
         self._links: List[Tuple[bytes, bytes]] = []  # hard links to make: path, first path
         self._folders: List[Tuple[bytes, Node]] = []  # whose metadata are to be set
         self._directories = 0
-        self._stores = {inode for places in storage_places().values()
-                        for inode in find_inodes(places)} if merge else ()
         self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
         self._made = source_date_epoch()  # the time of directories without an entry
 
@@ -6550,9 +6688,9 @@ class Extraction:
             settled: Callable[[], object] = lambda: None) -> None:
         """Make all ``items``, as select_nodes() yields them.
 
-        ``settled`` is called before directories get their metadata, which a change of what is in
-        them would spoil.  Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare;
-        what was made until then stays.
+        ``settled`` is called before the target gets its metadata, which a change of what is in it
+        would spoil, and again at the end.  Raises IntegrityError, OSError with the path,
+        Unsupported, NeedsUnshare; what was made until then stays.
         """
         batches = list(self._batches(items))
         # Which of the store's files were shared by hard links is for one process to know.
@@ -6567,8 +6705,7 @@ class Extraction:
             self.tally.add(*counted)
         self.tally.count("dir", self._directories)
         self._make_links()
-        settled()
-        self._finish_directories()
+        self._finish_directories(settled)
 
     def _batches(self, items: Iterable[Tuple[bytes, Node]]) -> Iterator[List[Any]]:
         """Make directories, and yield other files in batches: directory, name, node, and so on.
@@ -6617,11 +6754,11 @@ class Extraction:
         return first == path
 
     def _make_directory(self, path: bytes, node: Node) -> None:
-        made = not self.merge
+        made = not self.merge or self.resume
         if path:
             parent, _, base = path.rpartition(b"/")
             try:
-                made = self._mkdir(self.target.parent(parent), base)
+                made = self._mkdir(self.target.parent(parent), base) or self.resume
             except OSError as error:
                 raise self.target.explain(error, path) from None
         if made or not node.implicit:  # what nobody wrote down is not to be put on what was there
@@ -6635,11 +6772,9 @@ class Extraction:
         except FileExistsError:
             if not self.merge:
                 raise
-            status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
-            if (status.st_dev, status.st_ino) in self._stores:
-                raise CstorError(f"{display(base)} is a directory of a storage, and nothing is "
-                                 "written there", hint="--exclude leaves it out") from None
-            if stat.S_ISDIR(status.st_mode):
+            if stat.S_ISDIR(os.stat(base, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+                if self.resume:
+                    remove_dead(dir_fd, name=base)
                 return False
             os.unlink(base, dir_fd=dir_fd)
             os.mkdir(base, 0o700, dir_fd=dir_fd)
@@ -6660,10 +6795,12 @@ class Extraction:
                 except OSError as error:
                     raise self.target.explain(error, path) from None
 
-    def _finish_directories(self) -> None:
+    def _finish_directories(self, settled: Callable[[], object]) -> None:
         for path, node in reversed(self._folders):
             fd = -1
             try:
+                if not path:
+                    settled()
                 fd = open_beneath(self.target.fd, path or b".", OPEN_NEW_DIRECTORY)
                 self._describe(fd, os.fstat(fd), node)
             except OSError as error:
@@ -6671,6 +6808,7 @@ class Extraction:
             finally:
                 if fd >= 0:
                     os.close(fd)
+        settled()
 
     # -- making files ----------------------------------------------------------------------------
 
@@ -6684,8 +6822,7 @@ class Extraction:
             except _LeftOut:
                 self.tally.left_out.append(parent + b"/" + base if parent else base)
             except OSError as error:
-                raise self.target.explain(error, parent + b"/" + base if parent else base
-                                          ) from None
+                raise self.target.explain(error, parent + b"/" + base if parent else base) from None
             finally:
                 if fd >= 0:
                     os.close(fd)
@@ -6746,7 +6883,8 @@ class Extraction:
         devices = self._devices.get(node.tree)
         if devices is None:
             devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
-        self._account(node, fill_copy(self._ladder, fd, node, new, devices))
+        self._account(node, self._ladder.fill(fd, node.size, new, devices, node.path,
+                                              node.tree.layer_id))
 
     def _account(self, node: Node, why: str) -> None:
         """Count a content, and why it is a copy."""
@@ -6796,7 +6934,7 @@ class Extraction:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOENT,
                                    errno.EOPNOTSUPP):
                 raise
-            why = error.strerror or ""
+            why = (error.strerror or "") if has_proc() else "/proc is not mounted"
         if why:
             self.tally.refuse(f"link: {why}", 1, node.size)
             return False
@@ -6806,7 +6944,11 @@ class Extraction:
 
     def _create_special(self, dir_fd: int, base: bytes, node: Node) -> None:
         """Make a symbolic link, device, FIFO or socket, or the empty file of a whiteout."""
-        kind = FILE_TYPES.get(node.type, stat.S_IFREG)
+        kind, fd = FILE_TYPES.get(node.type, stat.S_IFREG), -1
+        if node.type == "whiteout":
+            with open(os.open(base, OPEN_NEW_FILE, 0, dir_fd=dir_fd), "wb") as file:
+                os.utime(file.fileno(), ns=(0, 0))
+            return
         if node.type == "symlink":
             os.symlink(node.linkname, base, dir_fd=dir_fd)
         else:
@@ -6816,18 +6958,15 @@ class Extraction:
                 if node.type not in ("char", "block"):
                     raise
                 raise _LeftOut from None
-        fd = -1
         try:
             fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
             status = os.fstat(fd)
             if stat.S_IFMT(status.st_mode) != kind or status.st_nlink != 1:
                 raise OSError(errno.EBUSY, "another process put something else in its place")
-            place = f"/proc/self/fd/{fd}"
-            if node.type == "whiteout":
-                os.chmod(place, 0)
-                os.utime(place, ns=(0, 0))
+            if has_proc():
+                self._describe(f"/proc/self/fd/{fd}", status, node)
             else:
-                self._describe(place, status, node)
+                in_directory(dir_fd, lambda: self._describe(base, status, node))
         except BaseException:
             unlink_quietly(dir_fd, base)
             raise
@@ -6849,8 +6988,11 @@ class Extraction:
                 raise CstorError(f'"/{display(node.path)}": {error}') from None
         return uid, gid
 
-    def _describe(self, place: Union[int, str], status: os.stat_result, node: Node) -> None:
-        """Set owner, xattrs, mode and time, by a descriptor or its path below /proc/self/fd."""
+    def _describe(self, place: Union[int, str, bytes], status: os.stat_result, node: Node) -> None:
+        """Set owner, xattrs, mode and time, by a descriptor, its path below /proc/self/fd, or name.
+
+        A name (bytes) is not followed, and in the working directory.
+        """
         found, wanted = (status.st_uid, status.st_gid), self._owner(node)
         if found != wanted and self._chown(place, wanted, node):
             found = wanted
@@ -6876,12 +7018,12 @@ class Extraction:
             if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL among them sets it, too
                 os.chmod(place, mode)
         moment = self._made if node.implicit else node.mtime_ns
-        os.utime(place, ns=(moment, moment))
+        os.utime(place, ns=(moment, moment), follow_symlinks=not isinstance(place, bytes))
 
-    def _chown(self, place: Union[int, str], owner: Tuple[int, int], node: Node) -> bool:
+    def _chown(self, place: Union[int, str, bytes], owner: Tuple[int, int], node: Node) -> bool:
         if self._set_owners:
             try:
-                os.chown(place, *owner)
+                os.chown(place, *owner, follow_symlinks=not isinstance(place, bytes))
                 return True
             except OSError as error:
                 # EINVAL: an ID that the user namespace does not know.
@@ -6895,11 +7037,11 @@ class Extraction:
         self.tally.note("owner")
         return False
 
-    def _set_xattr(self, place: Union[int, str], name: bytes, value: bytes) -> None:
+    def _set_xattr(self, place: Union[int, str, bytes], name: bytes, value: bytes) -> None:
         if name == b"security.capability":
             value = self._map.capability(value)
         try:
-            os.setxattr(place, name, value)
+            os.setxattr(place, name, value, follow_symlinks=not isinstance(place, bytes))
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise OSError(error.errno, f"xattr {display(name)} of {len(value)} bytes: "
@@ -6967,7 +7109,8 @@ class Filling:
 
     After an error what was made in it is removed, if ``clean`` (None: if it is made here); the
     error's hint says what stays.  ``made`` tells whether it was made, and ``mode`` as what: until
-    it is filled it is closed to others.
+    it is filled it is closed to others, and ``staging``, a directory for what is not in its place
+    yet, marks it.  A mark that is not locked is of a run that was killed, which force resumes.
     """
 
     def __init__(self, directory: str, *, force: bool = False, clean: Optional[bool] = None
@@ -6977,38 +7120,61 @@ class Filling:
                              else "no directory is named")
         refuse_storage(directory)
         self.directory, self._force, self._clean = directory, force, clean
-        self.made, self.mode = False, 0
+        self.made, self.mode, self._resume, self._undo = False, 0, False, Undo()
         self._target: Optional[Target] = None
+        self._lock: Optional[Target] = None  # the same, open to be read, and locked
+        self.staging: Optional[Target] = None
 
     def __enter__(self) -> Target:
         try:
             with SignalsHeld():
-                self._target = self._open()
-            return self._target
+                return self._open()
         except BaseException as error:
             self.__exit__(type(error), error)
             raise
 
     def _open(self) -> Target:
-        if not os.path.lexists(self.directory):
-            self.made = True
-            target, self.mode = make_target(self.directory)
-            return target
-        target = Target.at(self.directory)
-        if not self._force and target.listdir(b"."):
-            target.close()
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.directory)
+        self._target, self.mode, self.made = target, _, _ = open_target(self.directory)
+        self._undo.steps.append((self.directory, self._clean_up))
+        self._lock = Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=target.fd))
+        alone, marks = try_lock(self._lock.fd), partials(self._lock)
+        if not self._force and (len(os.listdir(self._lock.fd)) > len(marks) or marks and not alone):
+            self._undo.steps.clear()
+            error = OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.directory)
+            add_hint(error, "--force merges into it" if not marks else "another run is filling it"
+                     if not alone else "left incomplete by a run that was killed: --force goes on")
+            raise error
+        if marks and alone:
+            self._resume = True
+            self.mode = int(re.sub(rb"\.cstor-(?:([0-7]+)-)?.*", rb"0\1", max(marks)), 8)
+            remove_dead(target.fd)
+        name = partial_name(b"%04o" % self.mode)
+        os.mkdir(name, 0o700, dir_fd=target.fd)
+        self._undo.steps.append((target.host_path(name), self._unmark))
+        staging = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=target.fd)
+        self.staging = Target(target.host_path(name), staging)
+        os.fchmod(self.staging.fd, 0o700)  # without the setgid bit that it may have inherited
+        remove_acls(self.staging.fd)
         return target
 
-    def fill(self, target: Target, items: Iterator[Tuple[bytes, Node]],
-             settled: Callable[[], object] = lambda: None, **options: Any) -> Dict[str, Any]:
+    def _unmark(self) -> None:
+        """Remove the mark with what is in it; harmless when repeated."""
+        if self.staging and self._target:
+            with self.staging as staging, SignalsHeld():
+                remove_content(staging)
+                os.rmdir(os.path.basename(staging.path), dir_fd=self._target.fd)
+            self.staging = None
+
+    def fill(self, target: Target, items: Iterator[Tuple[bytes, Node]], **options: Any
+             ) -> Dict[str, Any]:
         """Make ``items`` in the directory by an Extraction with ``options``; return its summary."""
         first, items = peek(items)
-        extraction = Extraction(target, merge=self._force and not self.made, **options)
-        extraction.run(items, settled)
-        if self.made and (first is None or first[0]):  # the root was not selected
-            os.chmod(f"/proc/self/fd/{target.fd}", self.mode)
-            os.utime(f"/proc/self/fd/{target.fd}", ns=(source_date_epoch(),) * 2)
+        extraction = Extraction(target, merge=self._force and not self.made, resume=self._resume,
+                                **options)
+        extraction.run(items, self._unmark)
+        if self.mode and (first is None or first[0]):  # the root was not selected
+            os.chmod(".", self.mode, dir_fd=target.fd)
+            os.utime(".", ns=(source_date_epoch(),) * 2, dir_fd=target.fd)
         if not is_at(target, self.directory):
             raise OSError(errno.ESTALE, "it was moved or removed while it was filled",
                           self.directory)
@@ -7016,113 +7182,91 @@ class Filling:
 
     def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
                  *_: object) -> None:
-        if self._target is None:
-            return
-        with self._target as target:
-            if error is None:
-                return
-            with SignalsHeld():
-                left = f"{self.directory} is left incomplete"
-                if self.made if self._clean is None else self._clean:
-                    left = remove_failed(target, self.directory if self.made else "")
-            add_hint(error, left)
+        if error is not None:
+            name_error(error, self.directory)
+            self._undo.run(error)
+        for directory in filter(None, (self.staging, self._lock, self._target)):
+            directory.close()
+
+    def _clean_up(self) -> str:
+        if self._target and (self.made if self._clean is None else self._clean):
+            return remove_failed(self._target, self.directory if self.made else "")
+        return f"{self.directory} is left incomplete"
 
 
 def refuse_storage(path: str) -> None:
     """Raise CstorError when ``path`` is inside a storage that is open or configured.
 
-    All that is made asks this first, as nothing is ever written to a store.  Links and ".." are
-    followed; bind mounts are recognized by inode, and deep inside a store by /proc.
+    All that is made asks this first.  Links and ".." are followed, bind mounts undone by /proc.
     """
     check_type("path", path, str)
-    place = os.path.realpath(path)
-    above = [place]
-    while above[-1] != "/":
-        above.append(os.path.dirname(above[-1]))
-    inodes, mounts = set(find_inodes(above)), read_mounts()
-    spot = place_on_device(place, mounts)
-    for root, places in storage_places().items():
-        stores = (place_on_device(os.path.realpath(inside), mounts) for inside in places)
-        if inodes.intersection(find_inodes(places)) \
-                or any(f"{spot}/".startswith(f"{store}/") for store in stores):
-            raise CstorError(f"{path} is inside the storage at {root}",
+    spot = place_on_device(path)
+    for store in storage_places():
+        if f"{spot}/".startswith(f"{place_on_device(store)}/"):
+            raise CstorError(f"{path} is inside the storage at {store}",
                              hint="nothing is written to a storage: choose another place")
 
 
-def storage_places() -> Dict[str, List[str]]:
-    """Return the storages that are open or configured, each with the directories that are its own.
-
-    A run root may hold more: what podman has in it is what counts.
-    """
-    runs, roots = [], []
-    for storage in filter(None, [entry() for entry in list(OPEN_STORAGES)]):
-        roots += [root.path for root in storage.roots]
-        runs.append(storage.runroot)
+def storage_places() -> List[str]:
+    """Return the directories of storages that are open or configured, in run roots podman's own."""
+    open_ones = list(filter(None, [entry() for entry in list(OPEN_STORAGES)]))
+    roots = [root.path for storage in open_ones for root in storage.roots]
+    runs = [storage.runroot for storage in open_ones]
     try:
         config = load_config()
         roots += [config.graphroot, config.imagestore, *config.stores]
         runs.append(config.runroot)
     except (CstorError, OSError):  # a configuration that cannot be read names no storage
         pass
-    inside = [os.fsdecode(name) for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
-    found = {root: [os.path.join(root, name) for name in inside] for root in runs + roots if root}
-    for root in filter(None, roots):
-        found[root].append(root)
-    return found
+    return list(filter(None, roots)) + [os.path.join(run, os.fsdecode(name)) for run in runs if run
+                                        for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
 
 
-def find_inodes(paths: Iterable[str]) -> Iterator[Tuple[int, int]]:
-    """Yield device and inode number of those paths that lead somewhere."""
-    for path in paths:
-        try:
-            status = os.stat(path)
-            yield status.st_dev, status.st_ino
-        except OSError:  # nothing can be made below it
-            pass
-
-
-def read_mounts() -> List[List[str]]:
-    """Return device, directory in its file system, and mount point of all mounts; [] if unknown."""
-    return [[re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
-             for word in line.split(" ")[2:5]] for line in read_proc("self/mountinfo").splitlines()]
-
-
-def place_on_device(path: str, mounts: Sequence[Sequence[str]]) -> str:
-    """Return the device of a real path and the path there, which all its bind mounts share."""
-    device, root, point = "", "/", "/"
-    for mount in mounts:
-        if len(mount[2]) >= len(point) and f"{path}/".startswith(f"{mount[2].rstrip('/')}/"):
+def place_on_device(path: str) -> str:
+    """Return the device of a path and the path there, links followed: bind mounts share it."""
+    place, device, root, point = os.path.realpath(path), "", "/", "/"
+    for line in read_proc("self/mountinfo").splitlines():
+        mount = [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
+                 for word in line.split(" ")[2:5]]
+        if len(mount[2]) >= len(point) and f"{place}/".startswith(f"{mount[2].rstrip('/')}/"):
             device, root, point = mount
-    return os.path.normpath(f"/{device}/{root}/{os.path.relpath(path, point)}")
+    return os.path.normpath(f"/{device}/{root}/{os.path.relpath(place, point)}")
 
 
-def make_target(directory: str) -> Tuple[Target, int]:
-    """Make a directory and open it, closed to others; return it with the mode that it had.
+def open_target(directory: str) -> Tuple[Target, int, bool]:
+    """Open a directory to make files in; return it, its mode to be, and whether it was made.
 
-    What is made in it inherits no group and no ACL from where it lies.  Raises OSError, also when
-    somebody else put another directory in its place.
+    One that is made is closed to others until then, and inherits no group and no ACL.  Raises
+    OSError, also when somebody else put another directory in its place; then nothing is left.
     """
     above, name = os.path.split(directory.rstrip("/"))
-    folder = -1
+    undo = Undo()
     try:
-        folder = os.open(above or ".", OPEN_DIRECTORY)
-        os.mkdir(name, dir_fd=folder)
-        fd = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=folder)
+        if os.path.lexists(directory):
+            if not os.path.exists(directory):
+                raise OSError(errno.ENOENT, "is a symbolic link to nothing")
+            return Target(directory, os.open(directory, OPEN_DIRECTORY)), 0, False
+        with Directory("", os.open(above or ".", OPEN_DIRECTORY)) as folder:
+            os.mkdir(name, dir_fd=folder.fd)
+            undo.steps.append((directory, lambda: os.rmdir(directory)))
+            made = Directory("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=folder.fd))
+        with made:
+            status = os.fstat(made.fd)
+            if os.listdir(made.fd):
+                raise OSError(errno.EBUSY, "another process put something else in its place")
+            if status.st_uid != os.geteuid():
+                raise OSError(errno.EPERM, f"it belongs to user {status.st_uid} as soon as it is "
+                              "made: another process put it there, or its file system sets owners")
+            remove_acls(made.fd)
+            os.fchmod(made.fd, 0o700)
+            return Target(directory, os.open(b".", OPEN_DIRECTORY, dir_fd=made.fd)), \
+                stat.S_IMODE(status.st_mode), True
     except OSError as error:
-        raise OSError(error.errno, error.strerror, directory) from None
-    finally:
-        if folder >= 0:
-            os.close(folder)
-    try:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or os.listdir(fd):
-            raise OSError(errno.EBUSY, "another process put something else in its place", directory)
-        remove_acls(fd)
-        os.fchmod(fd, 0o700)
-        return Target(directory, os.open(b".", OPEN_DIRECTORY, dir_fd=fd)), \
-            stat.S_IMODE(status.st_mode)
-    finally:
-        os.close(fd)
+        if isinstance(error, NotADirectoryError) and name == error.filename:
+            error = OSError(errno.EBUSY, "another process put something else in its place")
+        undo.run(error)
+        error.filename = directory
+        raise error from None
 
 
 def is_at(target: Target, directory: str) -> bool:
@@ -7134,14 +7278,15 @@ def is_at(target: Target, directory: str) -> bool:
 
 
 def has_default_acl(target: Target) -> bool:
-    """Tell whether what is made in a directory gets an ACL."""
+    """Tell whether what is made in a directory gets an ACL; assume so where we may not look."""
     try:
-        return "system.posix_acl_default" in os.listxattr(f"/proc/self/fd/{target.fd}")
-    except OSError:  # none are known there
-        return False
+        with Directory("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=target.fd)) as found:
+            return "system.posix_acl_default" in os.listxattr(found.fd)
+    except OSError as error:
+        return error.errno == errno.EACCES  # else none are known there
 
 
-def remove_acls(place: Union[int, str]) -> None:
+def remove_acls(place: Union[int, str, bytes]) -> None:
     """Remove the ACLs that a new file has inherited, if any."""
     try:
         for name in {"system.posix_acl_access", "system.posix_acl_default"} \
@@ -7152,25 +7297,13 @@ def remove_acls(place: Union[int, str]) -> None:
             raise
 
 
-def remove_empty(directory: str) -> str:
-    """Remove a directory, unless something is in it; return "" in any case."""
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass
-    return ""
-
-
 def remove_failed(target: Target, directory: str) -> str:
-    """Remove what a failed run made, and ``directory`` unless ""; return what stays, and why."""
+    """Remove what a failed run made, and ``directory`` unless ""; return what stays if it moved."""
     if directory and not is_at(target, directory):
         return f"{directory} was moved or removed, and what it holds stays"
-    try:
-        remove_content(target)
-        if directory:
-            os.rmdir(directory)
-    except OSError as error:  # it must not hide why we are here
-        return f"{directory or target.path} stays: {error.strerror}"
+    remove_content(target)
+    if directory:
+        os.rmdir(directory)
     return ""
 
 
@@ -7182,7 +7315,7 @@ def remove_content(target: Target) -> None:
             fd = open_beneath(target.fd, folder or b".")
             try:
                 if os.geteuid():  # what has its final mode may be closed to its owner
-                    os.chmod(f"/proc/self/fd/{fd}", 0o700)
+                    os.chmod(f"/proc/self/fd/{fd}" if has_proc() else ".", 0o700, dir_fd=fd)
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
             finally:
                 os.close(fd)
@@ -7206,18 +7339,6 @@ def remove_content(target: Target) -> None:
             raise target.explain(error, folder) from None
 
 
-def copy_out(tree: Tree, path: bytes, target: Target, progress: Optional[Progress] = None
-             ) -> List[bytes]:
-    """Copy the directory ``path`` of a tree into an empty one, contents checked, as our own.
-
-    Return the paths of devices, sockets and whiteouts, which are passed over.  Raises
-    IntegrityError and OSError; what was made until then is left to the caller.
-    """
-    extraction = Extraction(target, plain=True, verify=True, progress=progress)
-    extraction.run(select_nodes(tree, top=path))
-    return [path + b"/" + place if path else place for place in sorted(extraction.tally.left_out)]
-
-
 def copy_content(tree: Tree, node: Node, fd: int) -> None:
     """Copy a regular file, checked, with its holes, mode and time; a device gets only the bytes."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -7227,7 +7348,7 @@ def copy_content(tree: Tree, node: Node, fd: int) -> None:
     source = tree.open(node)
     try:
         if node.size:
-            fill_copy(Ladder(), source, node, fd, (0, 0))
+            Ladder().fill(source, node.size, fd, (0, 0), node.path, node.tree.layer_id)
     finally:
         os.close(source)
     check_copy(fd, os.fstat(fd), node, verify=True)
@@ -7235,29 +7356,13 @@ def copy_content(tree: Tree, node: Node, fd: int) -> None:
     os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
 
 
-def fill_copy(ladder: Ladder, fd: int, node: Node, new: int, devices: Tuple[int, int]) -> str:
-    """Give a new file the content of a node; see Ladder.fill().  Errors name the file."""
-    try:
-        return ladder.fill(fd, node.size, new, devices)
-    except Unsupported as error:
-        raise Unsupported(f'"/{display(node.path)}" {error}', hint=error.hint) from None
-    except IntegrityError as error:
-        raise wrong_content(node, str(error)) from None
-
-
 def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> None:
     """Compare what a file holds with what was promised."""
     if status.st_size != node.size:
-        raise wrong_content(node, "changed while it was read", f"{node.size} bytes",
-                            str(status.st_size))
+        raise IntegrityError("changed while it was read", layer=node.tree.layer_id, name=node.path,
+                             expected=f"{node.size} bytes", actual=str(status.st_size))
     for _ in node.checked(fd) if verify and node.checksum is not None else ():
         pass
-
-
-def wrong_content(node: Node, message: str, expected: str = "", actual: str = "") -> IntegrityError:
-    """Return the error for a file whose content is not the node's."""
-    return IntegrityError(message, layer=node.tree.layer.id if node.tree.layer else "",
-                          name=node.path, expected=expected, actual=actual)
 
 
 # ================================================================================================
@@ -7603,9 +7708,8 @@ class OciLayout:
     def __init__(self, directory: str) -> None:
         refuse_storage(directory)
         self.directory = directory
-        self._made = self._locked = False
         self._complete = False  # the index names all that was added
-        self._added: List[bytes] = []  # paths, in the order that they were made
+        self._undo = Undo()
         self._lock = -1
         self._target: Optional[Target] = None
 
@@ -7632,12 +7736,10 @@ class OciLayout:
                     raise
 
     def _open(self) -> None:
-        self._made = not os.path.lexists(self.directory)
-        if self._made:
-            self._target, mode = make_target(self.directory)
-            os.chmod(f"/proc/self/fd/{self._target.fd}", mode)  # what is in it is no secret
-        else:
-            self._target = Target.at(self.directory)
+        self._target, mode, made = open_target(self.directory)
+        if made:
+            self._undo.steps.append((self.directory, lambda: os.rmdir(self.directory)))
+            os.chmod(".", mode, dir_fd=self._target.fd)  # what is in it is no secret
 
     def _prepare(self) -> None:
         self._lock = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)
@@ -7646,13 +7748,12 @@ class OciLayout:
         except OSError as error:  # a file system without locks
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-        self._locked = True
         if not is_at(self.target, self.directory):
             raise OSError(errno.ESTALE, "another writer removed it", self.directory)
+        remove_dead(self.target.fd)
         names = set(self.target.listdir(b"."))
-        self._made = self._made and not names  # what another writer made there is not ours
-        for name in names:
-            self._remove_partial(b"", name)
+        if names:  # what another writer made there is not ours
+            self._undo.steps.clear()
         names = {name for name in names if not name.startswith(b".cstor-")}
         if b"oci-layout" in names:
             found = parse_json(self.target.read(b"oci-layout", READ_SIZE),
@@ -7667,52 +7768,30 @@ class OciLayout:
                 if not self.target.exists(folder):
                     parent, _, base = folder.rpartition(b"/")
                     os.mkdir(base, dir_fd=self.target.parent(parent))
-                    self._added.append(folder)
+                    self._note(folder, os.rmdir)
             except OSError as error:
                 raise self.target.explain(error, folder) from None
-        for name in self.target.listdir(b"blobs/sha256"):
-            self._remove_partial(b"blobs/sha256", name)
+        remove_dead(self.target.parent(b"blobs/sha256"))
 
-    def _remove_partial(self, folder: bytes, name: bytes) -> None:
-        """Remove a file that is left of a writer that was killed."""
-        if re.fullmatch(rb"\.cstor-[0-9a-f]{12}\.partial", name):
-            try:
-                os.unlink(name, dir_fd=self.target.parent(folder))
-            except OSError:  # it is in nobody's way
-                pass
+    def _note(self, path: bytes, remove: Callable[..., None]) -> None:
+        """Let ``path`` be removed after an error: nothing names it."""
+        parent, _, base = path.rpartition(b"/")
+        self._undo.steps.append((self.target.host_path(path),
+                                 lambda: remove(base, dir_fd=self.target.parent(parent))))
 
     def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
                  *_: object) -> None:
         if self._target is None:
             return
-        left = ""
         try:
+            name_error(error, self.directory)
             if error is not None and not self._complete:
-                with SignalsHeld():
-                    left = self._undo()
-                    if self._made:  # and empty, unless somebody else is at work there
-                        left = remove_failed(self.target, self.directory) if self._locked \
-                            else remove_empty(self.directory)
-            if error is not None:
-                add_hint(error, left)
+                self._undo.run(error)
         finally:
             if self._lock >= 0:
                 os.close(self._lock)
             self._target.close()
-            self._target, self._lock, self._locked, self._added = None, -1, False, []
-
-    def _undo(self) -> str:
-        """Remove what was added, which nothing names; return what stays, and why, or ""."""
-        left = ""
-        for path in reversed(self._added):
-            parent, _, base = path.rpartition(b"/")
-            remove = os.rmdir if path in (b"blobs", b"blobs/sha256") else os.unlink
-            try:
-                remove(base, dir_fd=self.target.parent(parent))
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    left = f"{self.target.host_path(path)} stays: {error.strerror}"
-        return left
+            self._target, self._lock, self._undo = None, -1, Undo()
 
     def has(self, digest: str, size: int = -1) -> bool:
         """Tell whether a blob is there and whole: one of a power cut can have the right size."""
@@ -7726,27 +7805,20 @@ class OciLayout:
 
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
         """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
-        place = b".cstor-%s.partial" % os.urandom(6).hex().encode()
-        dir_fd = os.dup(self.target.parent(folder))
         try:
-            fd = os.open(place, OPEN_NEW_FILE, 0o666, dir_fd=dir_fd)
+            new = NewFile(Directory("", os.dup(self.target.parent(folder))), b"blob")
             try:
-                name = fill(fd)
+                name = fill(new.fd)
+                path = folder + b"/" + name if folder else name
+                with SignalsHeld():
+                    if not self.target.exists(path):
+                        self._note(path, os.unlink)
+                    new.appear(name)
+                    self._complete = path == b"index.json"
             finally:
-                os.close(fd)
-            path = folder + b"/" + name if folder else name
-            with SignalsHeld():
-                if not self.target.exists(path):
-                    self._added.append(path)
-                os.rename(place, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-                self._complete = path == b"index.json"
-        except BaseException as error:
-            unlink_quietly(dir_fd, place)
-            if isinstance(error, OSError):
-                raise self.target.explain(error, folder) from None
-            raise
-        finally:
-            os.close(dir_fd)
+                new.close()
+        except OSError as error:
+            raise self.target.explain(error, folder) from None
         return name
 
     def put(self, folder: bytes, name: bytes, data: bytes) -> None:
@@ -7790,8 +7862,7 @@ class OciLayout:
     def add_image(self, image: ImageRecord, compression: Tuple[str, int] = ("none", 0),
                   progress: Optional[Progress] = None) -> Dict[str, Any]:
         """Add an image's layers, configuration and manifest; return the manifest's descriptor."""
-        layers = [self.add_layer(layer, compression, progress)
-                  for layer in image.checked_chain()]
+        layers = [self.add_layer(layer, compression, progress) for layer in image.checked_chain()]
         config = check_config(image, [diff_id for diff_id, _ in layers])
         self.add(config)
         manifest = oci_manifest(image, config, [blob for _, blob in layers])
@@ -7900,8 +7971,7 @@ class ArchiveWriter:
 
     def directory(self, name: str) -> None:
         """Write a directory."""
-        write_all(self._fd, tar_header(name.encode() + b"/", b"5", mode=0o755,
-                                       mtime_ns=self._time))
+        write_all(self._fd, tar_header(name.encode() + b"/", b"5", mode=0o755, mtime_ns=self._time))
 
     def layer(self, name: str, layer: LayerRecord, digest: str, size: int) -> None:
         """Write a layer's tar, once.  Raises IntegrityError when it is not what was said."""
@@ -8307,8 +8377,7 @@ class _TarDiff:
                     yield tar_row("duplicated", entry, "", *counts)
 
 
-def tar_row(change: str, entry: Optional[TarEntry], field: str, a: Any, b: Any
-            ) -> Dict[str, Any]:
+def tar_row(change: str, entry: Optional[TarEntry], field: str, a: Any, b: Any) -> Dict[str, Any]:
     """Return a row of diff_tars()."""
     return {"change": change, "entry": spell(entry.name) if entry else None,
             **({"field": field} if field else {}), "a": a, "b": b}
@@ -8992,8 +9061,7 @@ class LayerStream(Closing):
         return io.BufferedReader(_StreamFile(self), CHUNK)
 
 
-    def extract(self, directory: str, *, whiteouts: bool = True, **options: Any
-                ) -> Dict[str, Any]:
+    def extract(self, directory: str, *, whiteouts: bool = True, **options: Any) -> Dict[str, Any]:
         """Put the files of this layer alone into a directory; see extract_streams()."""
         return extract_streams([self], directory, label=self.label, raw=True,
                                whiteouts=whiteouts, **options)
@@ -9075,59 +9143,19 @@ class StreamTree(LayerTree):
 
 
 class Staging:
-    """A directory inside a target, closed to others, where contents wait until all were read.
+    """The directory ``target``, closed to others, where contents wait until all were read.
 
-    A context manager: whatever happens, it is gone afterwards.  ``link_mode`` is one of LINK_MODES
-    (there is nothing to make hard links of: "hardlink" is "auto"; "reflink" asks it of what comes
-    as an open file).  Without ``check`` no digest is taken.  ``crc`` keeps the CRC-64 of contents.
+    ``link_mode`` is one of LINK_MODES (there is nothing to make hard links of: "hardlink" is
+    "auto"; "reflink" asks it of what comes as an open file).  Without ``check`` no digest is taken.
+    ``crc`` keeps the CRC-64 of contents.
     """
 
     def __init__(self, target: Target, *, link_mode: str = "auto", check: bool = True,
                  crc: bool = False, progress: Optional[Progress] = None) -> None:
-        self._above, self._name = target, b".cstor-%s.partial" % os.urandom(6).hex().encode()
-        self._target: Optional[Target] = None
+        self._target, self._device = target, os.fstat(target.fd).st_dev
         self._ladder = Ladder("auto" if link_mode == "hardlink" else link_mode)
         self._check, self._crc, self._progress = check, crc, progress
-        self._count = self._holes = self._device = 0
-
-    def __enter__(self) -> Staging:
-        try:
-            with SignalsHeld():
-                self._target = self._open()
-            return self
-        except BaseException as error:
-            self.__exit__(type(error), error)
-            raise
-
-    def _open(self) -> Target:
-        os.mkdir(self._name, 0o700, dir_fd=self._above.fd)
-        try:
-            fd = os.open(self._name, OPEN_NEW_DIRECTORY, dir_fd=self._above.fd)
-            os.fchmod(fd, 0o700)  # without the setgid bit that it may have inherited
-            remove_acls(fd)
-            self._device = os.fstat(fd).st_dev
-        except BaseException:
-            os.rmdir(self._name, dir_fd=self._above.fd)
-            raise
-        return Target(self._above.host_path(self._name), fd)
-
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
-                 *_: object) -> None:
-        try:
-            self.remove()
-        except OSError as trouble:
-            if error is None:
-                raise
-            add_hint(error, f"{self._above.host_path(self._name)} stays: {trouble.strerror}")
-
-    def remove(self) -> None:
-        """Remove what was not moved away; harmless when repeated."""
-        with SignalsHeld():
-            if self._target:
-                remove_content(self._target)
-                os.rmdir(self._name, dir_fd=self._above.fd)
-                self._target.close()
-                self._target = None
+        self._count = self._holes = 0
 
     def read(self, stream: LayerStream, below: Optional[Tree] = None) -> StreamTree:
         """Read a stream to its end, and return its tree when digest and size are right.
@@ -9137,7 +9165,6 @@ class Staging:
         Raises as LayerStream.export() does, and Unsupported for what cannot be shared though
         link_mode is "reflink".
         """
-        assert self._target
         tree, size, digest = StreamTree(self._target.fd, stream.label), 0, ""
         tree.below = below
         sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) if self._check else None
@@ -9168,7 +9195,6 @@ class Staging:
 
     def _store(self, tree: StreamTree, node: Node, member: Member,
                content: Iterator[Union[bytes, Extent]]) -> None:
-        assert self._target
         number, why = self._count, ""
         crc = 0 if self._crc else None
         self._count += 1
@@ -9197,15 +9223,9 @@ class Staging:
 
     def _fill(self, fd: int, piece: Extent) -> str:
         devices = os.fstat(piece.fd).st_dev, self._device
-        try:
-            return self._ladder.fill(piece.fd, piece.length, fd, devices)
-        except Unsupported as error:
-            raise Unsupported(f'"{display(piece.member.name)}" {error}', hint=error.hint) from None
-        except IntegrityError as error:
-            raise IntegrityError(str(error), name=piece.member.name) from None
+        return self._ladder.fill(piece.fd, piece.length, fd, devices, piece.member.name)
 
-    def _expand(self, member: Member, content: Iterator[Union[bytes, Extent]]
-                ) -> Iterator[bytes]:
+    def _expand(self, member: Member, content: Iterator[Union[bytes, Extent]]) -> Iterator[bytes]:
         """Return the content of a sparse file with its holes."""
         self._holes += member.size - member.stored
         if self._holes > MAX_EXPANDED:
@@ -9250,14 +9270,16 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
     came by CRC-64.  Return the summary.  Raises as Staging.read() and extract_tree() do.
     """
     filling = Filling(directory, force=force, clean=clean)
-    with filling as target, Staging(target, link_mode=link_mode, check=check, crc=verify,
-                                    progress=progress) as staging:
+    with filling as target:
+        assert filling.staging
+        staging = Staging(filling.staging, link_mode=link_mode, check=check, crc=verify,
+                          progress=progress)
         trees: List[LayerTree] = []
         for stream in streams:
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
         items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
-        return filling.fill(target, items, staging.remove, verify=verify, **options)
+        return filling.fill(target, items, verify=verify, **options)
 
 
 # -- streams in files ----------------------------------------------------------------------------
@@ -9275,7 +9297,8 @@ def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] 
     splitfdstream each file by number; a splitdirfdstream needs but the storage's directories.
     """
     check_words("codec", [codec], CODECS)
-    roots = [os.readlink(b"/proc/self/fd/%d" % root.fd) for root in layer.storage.roots]
+    roots = [os.readlink(b"/proc/self/fd/%d" % root.fd) for root in layer.storage.roots
+             if listing and has_proc("paths of open files are found")]
 
     def take(piece: Extent) -> bool:
         path = place_of(piece.fd)
@@ -9484,8 +9507,7 @@ class Connection(Closing):
             batch = rest[:FDS_PER_SEND]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(batch)}i", *batch))
                       ] if batch else []
-            sent = self._patiently(self.socket.sendmsg, [view or b" "], rights,
-                                   socket.MSG_NOSIGNAL)
+            sent = self._patiently(self.socket.sendmsg, [view or b" "], rights, socket.MSG_NOSIGNAL)
             view, rest = view[sent:], rest[len(batch):]
 
     def _patiently(self, call: Callable[..., T], *args: Any) -> T:
@@ -10014,8 +10036,7 @@ class _Session:
         known = {"digest": layer.diff_digest, "size": layer.diff_size}
         os.close(open_tar_split(layer)[0])  # what is missing is better said before the start
         self._notify("stream.start", {"layer": layer.id, **known})
-        count = self._send_chunks(layer, threshold, "stream.seg", "stream.file",
-                                  lambda member: {})
+        count = self._send_chunks(layer, threshold, "stream.seg", "stream.file", lambda member: {})
         self._notify("stream.end", {**known, "files": count})
         return {"success": True}
 
@@ -10053,8 +10074,7 @@ class _Session:
         pieces = read_pieces(layer)
         try:
             for piece in pieces:
-                if isinstance(piece, Extent) and piece.length > threshold \
-                        and is_whole_file(piece):
+                if isinstance(piece, Extent) and piece.length > threshold and is_whole_file(piece):
                     flush()
                     self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
                                         **more(piece.member)}, [piece.fd])
@@ -10393,10 +10413,10 @@ class RpcClient(Closing):
     """
 
     def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
-        self.limit = max(soft_limit() - len(os.listdir("/proc/self/fd")) - 32, 8)
+        self.limit = max(soft_limit() - (
+            len(os.listdir("/proc/self/fd")) if has_proc() else 64) - 32, 8)
         sock = connect(where, timeout) if isinstance(where, str) else where
-        self.connection = Connection(sock, timeout=timeout,
-                                     max_fds=min(self.limit, MAX_QUEUED_FDS))
+        self.connection = Connection(sock, timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS))
         self._number = 0
         if isinstance(where, str) and peer_uid(sock) not in (0, os.geteuid()):
             # It could let us open, by a name in a directory, what is closed to itself.
@@ -10865,11 +10885,10 @@ class ListeningSocket:
             self._status = os.lstat(temporary)
             self.socket.listen(64)
             os.link(temporary, path)  # of several servers one comes first
-        except FileExistsError:
-            self.socket.close()
-            raise OSError(errno.EADDRINUSE, "another server listens there", path) from None
         except BaseException as error:
             self.socket.close()
+            if isinstance(error, FileExistsError):
+                raise OSError(errno.EADDRINUSE, "another server listens there", path) from None
             if isinstance(error, OSError):
                 raise OSError(error.errno, error.strerror, path) from None
             raise
@@ -11562,8 +11581,7 @@ class Helper:
                                        "id": number}, fds)
                 message = self._connection.receive()
             except ProtocolError as error:
-                raise CstorError(f"the helper in the user namespace has failed: {error}") \
-                    from None
+                raise CstorError(f"the helper in the user namespace has failed: {error}") from None
             if message is None:
                 raise CstorError("the helper in the user namespace has ended")
             self._calls = number
@@ -12241,14 +12259,11 @@ class ProgressLine:
 
 
 class Output:
-    """The target of one stream: stdout, or a file that appears by rename when it is whole.
-
-    A context manager; ``fd`` takes the bytes.  A FIFO or device is written as it is.  When the
-    block ends by an exception the unfinished file is removed.
-    """
+    """A context whose ``fd`` takes a stream: stdout, a FIFO or device, or a NewFile."""
 
     def __init__(self, path: Optional[str], *, text: bool = False) -> None:
-        self._target = self._temporary = ""
+        self._target, self._name = "", b""
+        self._file: Optional[NewFile] = None
         if path in (None, "-"):
             self.fd = sys.stdout.fileno()
             if os.isatty(self.fd) and not text:
@@ -12260,43 +12275,38 @@ class Output:
         # /dev/stdout may lead to a pipe, which has no path.
         self._target = os.path.realpath(path) if os.path.isfile(path) \
             or not os.path.exists(path) else path
+        refuse_storage(self._target)
+        folder, self._name = os.path.split(os.fsencode(self._target))
         try:
-            self._open()
+            if os.path.exists(self._target) and not os.path.isfile(self._target):
+                self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
+                return
+            unwind_on_signals()
+            with SignalsHeld():
+                self._file = NewFile(Directory("", os.open(folder, OPEN_DIRECTORY)), self._name)
+            self.fd = self._file.fd
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
-
-    def _open(self) -> None:
-        refuse_storage(self._target)
-        if os.path.exists(self._target) and not os.path.isfile(self._target):
-            self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
-            return
-        unwind_on_signals()
-        self._temporary = os.path.join(os.path.dirname(self._target),
-                                       f".cstor-{os.urandom(6).hex()}.partial")
-        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-                          0o666)
 
     def __enter__(self) -> Output:
         return self
 
     def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
                  *_: object) -> None:
-        if self._target:
-            self._finish(error is None)
-        # Errors of the source name a file: those without one are of the target.
-        if isinstance(error, OSError) and error.errno and error.filename is None \
-                and (self._target or not isinstance(error, BrokenPipeError)):
-            raise CstorError(f"{display(self._target or 'stdout')}: {error.strerror}")
-
-    def _finish(self, whole: bool) -> None:
+        name_error(error, self._target or "stdout")  # errors of the source name a file
         try:
-            os.close(self.fd)  # NFS and quotas report a failed write here
-            if self._temporary and whole:
-                os.replace(self._temporary, self._target)
-                self._temporary = ""
+            if self._target and isinstance(error, BrokenPipeError):  # a FIFO is not stdout
+                raise CstorError(f"{display(self._target)}: {error.strerror}")
+            with SignalsHeld():
+                if self._file and error is None:
+                    self._file.appear(self._name)
+        except OSError as trouble:
+            raise OSError(trouble.errno, trouble.strerror, self._target) from None
         finally:
-            if self._temporary:
-                os.unlink(self._temporary)
+            if self._file:
+                self._file.close()
+            elif self._target:
+                os.close(self.fd)
 
 
 def unwind_on_signals() -> None:
@@ -12520,6 +12530,7 @@ def cmd_serve(storage: Storage, args: Any) -> None:
             found.lender = storage
         return found
 
+    has_proc("files of layers are passed")
     server = RpcServer(opener)
     passed = None if args.socket else passed_socket()
     if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -12715,7 +12726,7 @@ def file_json(path: bytes, node: Node, first: Optional[bytes] = None) -> Dict[st
     """Return what is known of a file, as in a TOC, with its path and layer."""
     entry = toc_entry(path, node, first=None if first is None else b"/" + first)
     entry.pop("name")
-    return {"path": spell(path), **entry, "layer": node.tree.layer.id if node.tree.layer else ""}
+    return {"path": spell(path), **entry, "layer": node.tree.layer_id}
 
 
 def long_line(path: bytes, target: bytes, node: Node, hard: bool) -> bytes:
@@ -12779,8 +12790,8 @@ def cmd_cp(storage: Storage, args: Any) -> None:
                 for data in tar_out(tree, path, name, progress):
                     write_all(output.fd, data)
             return
-        above, dest = os.path.split(args.dest.rstrip("/") or "/")  # ".." is the kernel's, no text
-        dest = os.path.join(os.path.realpath(above), dest) if dest not in ("", ".", "..") \
+        above, last = os.path.split(args.dest.rstrip("/"))
+        dest = os.path.join(os.path.realpath(above), last) if last.strip(".") \
             else os.path.realpath(args.dest)
         if os.path.isdir(dest):
             dest = os.path.join(dest, os.fsdecode(name)) if name else dest
@@ -12800,11 +12811,15 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
     refuse_storage(dest)
     unwind_on_signals()
-    temporary = os.path.join(os.path.dirname(dest), f".cstor-{os.urandom(6).hex()}.partial")
+    above, name = os.path.split(dest)
+    remove_dead(AT_FDCWD, os.fsencode(name), os.fsencode(above))
+    temporary = os.path.join(above, os.fsdecode(partial_name(os.fsencode(name))))
     try:
-        with Filling(temporary) as target, ProgressLine(0, args.quiet) as progress:
+        filling = Filling(temporary)
+        with filling as target, ProgressLine(0, args.quiet) as progress:
             target.path = dest
-            left_out = copy_out(tree, path, target, progress)
+            left_out = filling.fill(target, select_nodes(tree, top=path), plain=True, verify=True,
+                                    progress=progress)["left-out"]
             os.rename(temporary, dest)
     except OSError as error:
         if isinstance(error, CstorError) or not str(error.filename).startswith(temporary):
@@ -12812,7 +12827,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
         raise OSError(error.errno, error.strerror, dest) from None
     for place in left_out:
         say(f"warning: left out, as it is a device, socket or whiteout: "
-            f"/{display(place)}")
+            f"{display(b'/' + path if path else b'')}{display(unspell(place))}")
 
 
 def cmd_extract(storage: Storage, args: Any) -> None:
@@ -13157,7 +13172,7 @@ def blame_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
 
 def layer_row(path: bytes, node: Node, steps: Dict[str, str]) -> Dict[str, Any]:
     """Return the JSON of one file of one layer."""
-    layer = node.tree.layer.id if node.tree.layer else ""
+    layer = node.tree.layer_id
     row: Dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
                            "created-by": steps.get(layer, "")}
     if node.type == "reg":
@@ -13404,8 +13419,7 @@ def _add_globals(parser: Any, level: int) -> Any:
     add("--owner-ids", metavar="FILE", default="",
         help="ranges of the store's owner on another machine: lines as in /etc/subuid, with his "
              "name or numeric ID, for users and groups; or a directory with subuid, subgid, passwd")
-    add("--no-helper", action="store_true", default=False,
-        help="never enter a user namespace")
+    add("--no-helper", action="store_true", default=False, help="never enter a user namespace")
     add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
     add("-v", "--verbose", action="count", default=0, help="say more; twice: tracebacks")
     return parser
@@ -13490,10 +13504,9 @@ def exit_status(error: BaseException) -> int:
 def describe(error: Exception) -> str:
     """Spell an error on one line: what, where, and the next step."""
     if isinstance(error, OSError) and error.strerror:
-        # What is read has a name, and so has the target of -o.
-        place = display(os.fsencode(error.filename)) \
-            if isinstance(error.filename, (str, bytes)) else "stdout"
-        text = f"{place}: {error.strerror}"
+        place = display(os.fsencode(error.filename)) + ": " \
+            if isinstance(error.filename, (str, bytes)) else ""
+        text = place + error.strerror
     elif isinstance(error, ImportError):
         text = explain_import(error)
     else:
@@ -13518,6 +13531,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         verbose = (word for word in words if word == "--verbose" or not word[1:].strip("v"))
         if sum(word.count("v") for word in verbose if word.startswith("-")) > 1:
             raise
+        try:
+            sys.stdout.flush()  # what it did not take before it does not take now
+        except (AttributeError, OSError, ValueError) as again:
+            if again.args[:1] == error.args[:1]:
+                name_error(error, "stdout")
         say(f"error: {describe(error)}")
         status = exit_status(error)
     except (KeyboardInterrupt, _Stopped) as error:

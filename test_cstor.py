@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import filecmp
 import functools
 import glob
 import gzip
@@ -4726,9 +4727,10 @@ class Copies(TreeTest):
 
     def copy(self, tree: cstor.Tree, path: bytes) -> List[bytes]:
         """Copy a directory to a new one called "copy"."""
-        os.mkdir(os.path.join(self.dir, "copy"), 0o700)
-        with cstor.Target.at(os.path.join(self.dir, "copy")) as target:
-            return cstor.copy_out(tree, path, target)
+        filling = cstor.Filling(os.path.join(self.dir, "copy"))
+        with filling as target:
+            made = filling.fill(target, cstor.select_nodes(tree, top=path), plain=True, verify=True)
+        return [path + cstor.unspell(place) for place in made["left-out"]]
 
     def test_a_directory_is_copied(self) -> None:
         with self.tree(self.TAR) as tree:
@@ -5974,7 +5976,7 @@ class Outputs(StoreTest):
         places = {self.store.path("new"): self.store.root, link + "/new": self.store.root,
                   link + "/../new": self.store.root, self.dir + "/elsewhere/../store/l":
                   self.store.root, other.path("overlay/l/new"): other.root,
-                  run + "/overlay-containers/new": run,
+                  run + "/overlay-containers/new": run + "/overlay-containers",
                   self.dir + "/configured/new": self.dir + "/configured"}
         before = snapshot(self.dir)
         for place, root in places.items():
@@ -6006,18 +6008,6 @@ class Outputs(StoreTest):
         with mock.patch.object(cstor, "load_config", side_effect=cstor.FormatError("")):
             cstor.refuse_storage(self.store.root)  # it is not open any more
 
-    def test_merging_above_a_storage(self) -> None:
-        tar = make_tar(("store/", None), ("store/x", b"x"), ("y", b"y"))
-        builder = StoreBuilder(os.path.join(self.dir, "second"))
-        builder.image(builder.layer(tar), "localhost/t:1")
-        builder.save()
-        with cstor.Storage.open(self.store.root), cstor.Storage.open(builder.root) as storage, \
-                self.assertRaisesRegex(cstor.CstorError, "^store is a directory of a storage"):
-            storage.image("t:1").extract(self.dir, force=True)
-        with cstor.Storage.open(self.store.root), cstor.Storage.open(builder.root) as storage:
-            storage.image("t:1").extract(self.dir, force=True, exclude=["store"])
-        self.assertTrue(os.path.exists(self.dir + "/y"))
-
     def test_holes_are_kept(self) -> None:
         builder = StoreBuilder(os.path.join(self.dir, "second"))
         data = b"start" + bytes(4 << 20) + b"end"
@@ -6043,6 +6033,210 @@ class Outputs(StoreTest):
         self.assertIn(b'"d/f": file integrity checksum failed: expected CRC-64 ', done.stderr)
         self.assertEqual(["second", "store", "x", "y"], sorted(os.listdir(self.dir)))
 
+    SLOW = """import sys, time
+sys.path.insert(0, {here!r})
+import cstor
+def stop(*_, **__):
+    print("stopped", flush=True)
+    time.sleep(60)
+{patch}
+sys.exit(cstor.main(sys.argv[1:]))
+"""
+
+    @contextlib.contextmanager
+    def stopped(self, patch: str, *args: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a command until it calls what ``patch`` replaces by stop(); then it is killed."""
+        with subprocess.Popen([sys.executable, "-c", self.SLOW.format(here=HERE, patch=patch),
+                               "--root", self.store.root, *args], env=IDLE,
+                              stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            self.assertEqual(b"stopped\n", process.stdout.readline())
+            yield process
+            process.kill()
+
+    WRITING = "cstor.write_all = cstor.Copier.copy = stop"
+    NAMED = "cstor.has_proc = lambda need='': False; "
+
+    def names(self) -> List[str]:
+        """Return what lies beside the store."""
+        return sorted(set(os.listdir(self.dir)) - {"store"})
+
+    def test_killed_writing_a_file(self) -> None:
+        words = ["image", "export", self.image, "-o", self.dir + "/a.tar"]
+        with self.stopped(self.WRITING, *words):
+            self.assertEqual([], self.names())
+        self.assertEqual([], self.names())
+        partial = r"\.cstor-a\.tar-[0-9a-f]{12}\.partial"
+        for patch in (self.NAMED + self.WRITING, self.WRITING):
+            with self.stopped(patch, *words):
+                live = self.names()
+                if patch.startswith(self.NAMED):
+                    self.assertRegex(" ".join(live), rf"\A{partial}\Z")
+                self.run_cstor("--root", self.store.root, *words)
+                self.assertEqual(sorted({*live, "a.tar"}), self.names())  # it is not a dead one's
+            self.assertEqual(sorted({*live, "a.tar"}), self.names())
+            self.run_cstor("--root", self.store.root, *words[:-1], self.dir + "/b.tar")
+            self.assertEqual(sorted({*live, "a.tar", "b.tar"}), self.names())
+            self.run_cstor("--root", self.store.root, *words)
+            self.assertEqual(["a.tar", "b.tar"], self.names())
+            os.unlink(self.dir + "/b.tar")
+
+    def test_killed_copying(self) -> None:
+        words = ["image", "cp", self.image + ":/usr", self.dir + "/new"]
+        for _ in range(2):  # the second removes what the first has left
+            with self.stopped(self.WRITING, *words):
+                self.assertRegex(" ".join(self.names()), r"\A\.cstor-new-\w{12}\.partial\Z")
+        self.run_cstor("--root", self.store.root, *words)
+        self.assertEqual(["new"], self.names())
+        self.assertEqual(["share"], os.listdir(self.dir + "/new"))
+        words = ["image", "copy-to-oci", self.image, self.dir + "/layout"]
+        for patch in (self.WRITING, self.NAMED + self.WRITING):
+            with self.stopped(patch, *words):
+                pass
+            self.assertEqual(["blobs"], os.listdir(self.dir + "/layout"))
+        self.run_cstor("--root", self.store.root, *words)
+        self.assertNotIn(b".partial", b" ".join(snapshot(self.dir + "/layout")))
+
+    def test_killed_extracting(self) -> None:
+        words = ["--root", self.store.root, "image", "extract", self.image]
+        for place, more in (("/whole", []), ("/part", ["--path", "srv"])):
+            self.run_cstor(*words, self.dir + place, *more)
+        for number, (patch, place, more) in enumerate((
+                (self.WRITING, "/whole", []), ("cstor.Extraction._make_links = stop", "/whole", []),
+                ("cstor.Extraction._make_links = stop", "/part", ["--path", "srv"]),
+                ("cstor.os.rename = stop", "/whole", ["--force"]))):
+            out = f"{self.dir}/{number}"
+            if "--force" in more:
+                shutil.copytree(self.dir + "/whole", out, symlinks=True)
+            with self.subTest(patch=patch, place=place):
+                with self.stopped(patch, *words[2:], out, *more):
+                    done = self.run_cstor(*words, out, status=6)
+                    self.assertEqual(f"cstor: error: {out}: Directory not empty (another run is "
+                                     "filling it)\n", done.stderr.decode())
+                done = self.run_cstor(*words, out, status=6)
+                self.assertEqual(f"cstor: error: {out}: Directory not empty (left incomplete by a "
+                                 "run that was killed: --force goes on)\n", done.stderr.decode())
+                self.run_cstor(*words, out, "--force", *more)
+                wanted, found = (
+                    {name[len(top):]: (status.st_mode, status.st_size, status.st_mtime_ns)
+                     for name in snapshot(top) for status in [os.lstat(name)]}
+                    for top in (self.dir + place, out))
+                self.assertEqual(wanted, found)
+        os.mkdir(self.dir + "/mine")
+        open(self.dir + "/mine/x", "w").close()
+        done = self.run_cstor(*words, self.dir + "/mine", status=6)
+        self.assertEqual(f"cstor: error: {self.dir}/mine: Directory not empty (--force merges into "
+                         "it)\n", done.stderr.decode())
+
+    def test_errors_without_a_name(self) -> None:
+        out = os.path.join(self.dir, "out")
+
+        def answer(*words: str) -> Tuple[int, str]:
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                return cstor.main(["--no-helper", "--root", self.store.root, *words]), \
+                    errors.getvalue()
+
+        refused = OSError(errno.EIO, os.strerror(errno.EIO))
+        for words in (["image", "extract", self.image, out],
+                      ["image", "copy-to-oci", self.image, out + ":t"],
+                      ["image", "cp", self.image + ":/etc", out],
+                      ["image", "cp", self.image + ":/etc/os-release", out],
+                      ["layer", "export", self.layer, "-o", out]):
+            for call in ("fchmod", "listxattr", "fstat", "mkdir", "chmod", "lseek", "dup", "link",
+                         "rename", "utime", "copy_file_range", "write"):
+                with self.subTest(words=words, call=call), \
+                        mock.patch.object(os, call, side_effect=refused), \
+                        mock.patch.object(cstor, "default_workers", lambda: 1):
+                    status, said = answer(*words)
+                    if status:
+                        self.assertEqual(6, status)
+                        self.assertRegex(said, r"\Acstor: error: (/|layer |content)[^\n]*: Input/"
+                                               r"output error[^\n]*\n\Z")
+                if os.path.lexists(out):
+                    self.assertEqual(0, status, (words, call, said))
+                    subprocess.run(["rm", "-rf", out], check=True)
+                self.assertEqual([], self.names())
+                refused.filename = None
+                vars(refused).pop("hint", None)
+        with mock.patch.object(cstor, "print_table", side_effect=refused):
+            self.assertEqual((6, "cstor: error: Input/output error\n"), answer("image", "list"))
+        with open("/dev/full", "wb") as full:
+            for words in (["image", "list"], ["image", "cat", self.image, "etc/os-release"],
+                          ["layer", "export", self.layer], ["--help"]):
+                done = self.run_cstor("--root", self.store.root, *words, status=6, stdout=full)
+                self.assertEqual(b"cstor: error: stdout: No space left on device\n", done.stderr)
+
+    def test_places_are_called_what_they_are(self) -> None:
+        os.symlink("nowhere", self.dir + "/link")
+        for words in (["extract", self.image], ["copy-to-oci", self.image]):
+            done = self.run_cstor("--root", self.store.root, "image", *words, self.dir + "/link",
+                                  status=6)
+            self.assertEqual(f"cstor: error: {self.dir}/link: is a symbolic link to nothing\n",
+                             done.stderr.decode())
+        real = os.mkdir
+
+        def swapped(name: Any, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> None:
+            os.symlink("store", name, dir_fd=dir_fd)
+
+        def foreign(name: Any, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> None:
+            real(name, mode, dir_fd=dir_fd)
+            os.chown(name, 1234, -1, dir_fd=dir_fd)
+
+        for make, number, message in (
+                (swapped, errno.EBUSY, "another process put something else in its place"),
+                (foreign, errno.EPERM, ("it belongs to user 1234 as soon as it is made: another "
+                                        "process put it there, or its file system sets owners"))):
+            if make is foreign and os.geteuid():
+                continue
+            with mock.patch.object(os, "mkdir", make), self.assertRaises(OSError) as caught:
+                cstor.open_target(self.dir + "/new")
+            self.assertEqual((number, message, self.dir + "/new"), caught.exception.args
+                             + (caught.exception.filename,))
+            self.assertEqual(["link"] + ["new"] * (make is swapped), self.names())
+            if make is swapped:
+                os.unlink(self.dir + "/new")
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "only root can hide /proc")
+    def test_without_proc(self) -> None:
+        builder = StoreBuilder(os.path.join(self.dir, "second"))
+        layer = builder.layer(make_tar(("d/", None), ("d/f", b"x" * 9000), ("d/l", "f"),
+                                       ("d/.wh.gone", b""))
+                              [:-1024] + entry(b"d/fifo", typeflag=b"6", mode=b"0004640")
+                              + entry(b"d/null", typeflag=b"3", major=b"0000001", minor=b"0000003")
+                              + pax({b"SCHILY.xattr.trusted.a": b"b"})
+                              + entry(b"d/s", typeflag=b"2", linkname=b"f") + bytes(1024))
+        image = builder.image(layer, "localhost/t:1")
+        builder.save()
+        hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "-",
+                  sys.executable, SCRIPT, "--root", builder.root]
+        seen = [sys.executable, SCRIPT, "--root", builder.root]
+        for number, words in enumerate((["layer", "extract", layer], ["image", "extract", image],
+                                        ["image", "cp", image + ":/d"],
+                                        ["image", "copy-to-oci", image],
+                                        ["layer", "export", layer, "-o"],
+                                        ["layer", "stream", layer, "-o"])):
+            places = [f"{self.dir}/{number}{end}" for end in "ab"]
+            for command, place in zip((hidden, seen), places):
+                self.run_cstor(*words, place, command=command)
+            if os.path.exists(places[0] + "/index.json"):
+                self.assertEqual(*(sorted(os.listdir(place + "/blobs/sha256"))
+                                   for place in places))
+            elif os.path.isdir(places[0]):
+                for command in (hidden, seen):
+                    done = self.run_cstor("image", "diff", f"dir:{places[0]}", f"dir:{places[1]}",
+                                          command=command)
+                    self.assertEqual((b"", b""), (done.stdout, done.stderr))
+            else:
+                self.assertTrue(filecmp.cmp(places[0], places[1], shallow=False))
+        for words, what in (
+                (["layer", "stream", layer, "-o", "/dev/null", "--external", self.dir + "/x"],
+                 "paths of open files are found"),
+                (["serve", "--socket", self.dir + "/x"], "files of layers are passed")):
+            done = self.run_cstor(*words, command=hidden, status=6)
+            self.assertEqual(f"cstor: error: {what} through /proc, which is not mounted (mount -t "
+                             "proc proc /proc)\n", done.stderr.decode())
+            self.assertFalse(os.path.lexists(self.dir + "/x"))
+
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which("unshare"), "only root can bind mount")
     def test_bind_mounts(self) -> None:
         for word in ("a b", "b", "c"):
@@ -6051,8 +6245,8 @@ class Outputs(StoreTest):
                   f"mount --bind store/overlay/{self.layer}/diff b; mount --bind store c; "
                   '[ -z "$3" ] || mount -t tmpfs none /proc; '
                   f'exec "$1" -B "$2" --root {self.store.root} layer export {self.layer} -o "$4"')
-        for proc, place, status in (("", "a b/x", 6), ("", "b/x", 6), ("", "c/x", 6),
-                                    ("no", "a b/x", 6), ("no", "c/overlay/l/x", 6), ("", "x", 0)):
+        for proc, place, status in (("", "a b/x", 6), ("", "b/x", 6), ("", "c/x", 6), ("", "x", 0),
+                                    ("no", "store/overlay/l/x", 6)):
             done = self.run_cstor(proc, os.path.join(self.dir, place), status=status, command=[
                 "unshare", "-m", "sh", "-c", script, "-", sys.executable, SCRIPT])
             if status:
@@ -8464,7 +8658,7 @@ class StreamExtracts(TreeTest):
             names = dict(row)
             names.pop("mine", None)
             self.assertEqual([0o700], list(names.values()))
-            self.assertRegex("".join(names), r"\A\.cstor-[0-9a-f]{12}\.partial\Z")
+            self.assertRegex("".join(names), r"\A\.cstor-[0-7]{4}-[0-9a-f]{12}\.partial\Z")
 
     def test_errors_leave_nothing(self) -> None:
         def failing() -> Iterator[bytes]:
@@ -8572,7 +8766,7 @@ class StreamExtracts(TreeTest):
                     assert process.stdout
                     self.assertEqual(b"ready\n", process.stdout.readline())
                     inside = os.listdir(self.out)
-                    self.assertRegex(" ".join(inside), r"\A\.cstor-\w+\.partial\Z")
+                    self.assertRegex(" ".join(inside), r"\A\.cstor-\w+-\w+\.partial\Z")
                     self.assertEqual(["0", "1"],
                                      sorted(os.listdir(os.path.join(self.out, inside[0]))))
                     process.send_signal(number)
@@ -11653,7 +11847,6 @@ class CommandLine(StoreTest):
                  "-o", target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=IDLE)
             assert process.stdout and process.stderr
             self.assertEqual(b"x\n", process.stdout.readline())
-            self.assertEqual(1, sum(name.endswith(".partial") for name in os.listdir(self.dir)))
             process.send_signal(number)
             self.assertEqual((b"", b""), process.communicate(timeout=20))
             self.assertEqual(128 + number, process.returncode)
