@@ -5267,10 +5267,7 @@ class DiskTree(LayerTree):
             and self.directory.is_closed(node.path)
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
-        """Return a root that has at least what is at a path, and with ``below`` all below it.
-
-        A directory of the host can be "/": one that was not read yet is not read as a whole.
-        """
+        # A directory of the host can be "/": one that was not read yet is not read as a whole.
         if self._root or self.whiteouts or below and not parts:
             return self.root
         part = DiskTree(self.directory, overlay=False)  # with hard links of its own
@@ -11691,7 +11688,7 @@ class Helper:
 def serve_contents(roots: Sequence[str]) -> int:
     """Answer on stdin what Helper asks, until the other end closes; return the exit status.
 
-    Nothing outside of ``roots`` is opened, nothing but regular files, and only for reading.
+    Nothing outside of ``roots`` is opened: regular files, only to read, and directories (O_PATH).
     """
     import signal
     import socket
