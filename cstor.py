@@ -4407,7 +4407,7 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
         os.close(fd)
 
 
-def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = None
+def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool, int]] = None
                 ) -> Generator[Union[bytes, Extent], None, None]:
     """Yield a layer's tar as bytes and Extents of open files.
 
@@ -4422,14 +4422,15 @@ def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool]] = Non
             if member is None or not member.stored:
                 continue
             if member.sparse == "1.0" and convention is None:
-                convention = sparse_convention(layer)
+                convention = sparse_convention(layer, member.name)
             fd = files.open(member.name, member.size)
             try:
                 if member.sparse is None:
                     yield Extent(fd, 0, member.size, member)
                     continue
                 table, runs = (b"", member.sparse) if isinstance(member.sparse, list) \
-                    else sparse_table(fd, member.size, *(convention or ()))
+                    else sparse_table(
+                        fd, member.size, *(convention or (BLOCK, False, -1)), member.stored)
                 if len(table) + sum(length for _, length in runs) != member.stored \
                         or any(offset + length > member.size for offset, length in runs):
                     raise Unsupported(f'layer {layer.id}: "{display(member.name)}": the map of '
@@ -4450,35 +4451,50 @@ def members_ahead(layer: LayerRecord, files: LayerFiles
         lambda item: 1 + len(item[0]) // (8 << 10))
 
 
-def sparse_convention(layer: LayerRecord) -> Tuple[int, bool]:
+def sparse_convention(layer: LayerRecord, name: bytes) -> Tuple[int, bool, int]:
     """Return how the maps of a layer's sparse files (format 1.0) were made, found by trying.
 
-    Maps of both kinds can be equally long, so that only the layer's digest tells.  Raises
-    IntegrityError for a damaged file, Unsupported when no convention gives the digest.
+    File systems have larger blocks, too, and zeros that were written are data.  Maps of several
+    kinds can be equally long, so that only the layer's digest tells.  Raises IntegrityError for a
+    damaged file, Unsupported when no convention gives the digest.
     """
-    import hashlib
-
-    for convention in SPARSE_CONVENTIONS if layer.diff_digest else ():
-        digest = hashlib.sha256()
+    ways = [(*way, gap) for gap in range(-1, 8) for way in SPARSE_CONVENTIONS]
+    ways[4:4] = [(1 << bit, end, -1) for bit in range(13, 21) for end in (False, True)]
+    for convention in ways if layer.diff_digest else ():
         try:
-            for piece in read_pieces(layer, convention):
-                for data in [piece] if isinstance(piece, bytes) else piece.chunks():
-                    digest.update(data)
+            sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
+            if sink.take_all(read_pieces(layer, convention)) == layer.diff_digest:
+                return convention
         except Unsupported:
             continue
-        if f"sha256:{digest.hexdigest()}" == layer.diff_digest:
-            return convention
     verify_files(layer)
-    raise Unsupported(f"layer {layer.id}: it holds sparse files whose maps were not kept and "
-                      "cannot be found again from their contents")
+    raise Unsupported(f'layer {layer.id}: "{display(name)}": the map of this sparse file was not '
+                      "kept, and none that fits gives the layer's digest", hint="its tar cannot be "
+                      "rebuilt; `image cat`, `cp`, `extract` and `export` still work")
 
 
-def sparse_table(fd: int, size: int, block: int, always_end: bool
+def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, stored: int = 0
                  ) -> Tuple[bytes, List[Tuple[int, int]]]:
-    """Return the map of sparse format 1.0 as stored in front of the content, and its runs."""
+    """Return the map of sparse format 1.0 as stored in front of the content, and its runs.
+
+    ``gap`` is the number of a gap between runs where so many zeros were written as ``stored``
+    tells: even numbers for the fronts of gaps, odd ones for their ends.
+    """
     runs: List[Tuple[int, int]] = []
-    at = 0
-    zeros = bytes(CHUNK)
+
+    def add(start: int, length: int) -> None:
+        if runs and sum(runs[-1]) == start:
+            start, length = runs[-1][0], runs.pop()[1] + length
+        runs.append((start, length))
+        if len(runs) > MAX_EXTENTS:
+            raise FormatError("a sparse file of too many pieces")
+
+    def table() -> Tuple[bytes, List[Tuple[int, int]]]:
+        full = runs + [(size, 0)] * (always_end or not runs or sum(runs[-1]) < size)
+        text = "".join(f"{number}\n" for number in (len(full), *(n for run in full for n in run)))
+        return text.encode() + bytes(-len(text) % BLOCK), full
+
+    at, zeros = 0, bytes(CHUNK)
     while at < size:
         data = read_at(fd, CHUNK, at)
         if not data:
@@ -4486,17 +4502,17 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool
         for start in range(0, len(data), block) if data != zeros[:len(data)] else ():
             part = data[start:start + block]
             if part != zeros[:len(part)]:
-                if runs and sum(runs[-1]) == at + start:
-                    runs[-1] = (runs[-1][0], runs[-1][1] + len(part))
-                else:
-                    runs.append((at + start, len(part)))
-                if len(runs) > MAX_EXTENTS:
-                    raise FormatError("a sparse file of too many pieces")
+                add(at + start, len(part))
         at += len(data)
-    if always_end or not runs or sum(runs[-1]) < size:
-        runs.append((size, 0))
-    text = "".join(f"{number}\n" for number in [len(runs), *(n for run in runs for n in run)])
-    return text.encode() + bytes(-len(text) % BLOCK), runs
+    if 0 <= gap // 2 <= len(runs):
+        found, length = runs[:], stored - len(table()[0]) - sum(length for _, length in runs)
+        start = [0, *map(sum, found)][gap // 2]
+        room = [*(start for start, _ in found), size][gap // 2] - start
+        if 0 < length <= room:
+            runs.clear()
+            for run in sorted([*found, (start + (room - length) * (gap % 2), length)]):
+                add(*run)
+    return table()
 
 
 def write_object(out: BinaryIO, view: memoryview) -> None:
