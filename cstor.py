@@ -2743,8 +2743,8 @@ class Metadata(Closing):
             root = Directory.at(self.graphroot)
         except (FileNotFoundError, NotADirectoryError):
             raise no_store(self.graphroot) from None
-        if not any(map(root.exists, (LAYERS, IMAGES))) and (
-                is_docker(self.graphroot) or not root.exists(OVERLAY)):
+        if not any(map(root.exists, (OVERLAY, LAYERS, IMAGES))) or (
+                is_docker(self.graphroot) and not root.exists(LAYERS)):
             others = [name for name in OTHER_DRIVERS if root.exists(name.encode())
                       or root.exists(f"{name}-layers".encode())]
             root.close()
@@ -12081,8 +12081,12 @@ class Storage(Metadata):
         Raises LayerUnknown, Ambiguous.
         """
         check_type("reference", reference, str)
-        layer: Any = self.layer_by_id(reference) or find_layer(
-            self.layer_records(), reference, self.resolve_link)
+        try:
+            layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
+        except LayerUnknown:
+            layer = self.layer_by_id(reference)
+            if layer is None:
+                raise
         return layer  # type: ignore[no-any-return]
 
     def images(self) -> Tuple[Image, ...]:

@@ -2286,7 +2286,7 @@ class OddText(StoreTest):
         self.assertIn("\\ud800\\x00\\x1b[31m", self.call("--root", store.root, "image", "list")[1])
         for command in (("toc", image), ("export", image, "-o", "@/tar"),
                         ("export", image, "--as", "docker-archive", "-o", "@/docker"),
-                        ("copy-to-oci", image, "@/oci"), ("extract", image, "@/root"),
+                        ("copy-to-oci", image, "@/oci"), ("extract", image, "@/root", "-q"),
                         ("export", image, "--as", "oci-archive", "-o", "@/archive")):
             status, _, err = self.call("--root", store.root, "image", *(
                 word.replace("@", self.dir) for word in command))
