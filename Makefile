@@ -45,6 +45,9 @@ lab: ## install the real parts that the real tests need (Debian, as root) and th
 	    e2fsprogs python3 python3-venv
 	[ -e /etc/containers/policy.json ] || { mkdir -p /etc/containers && \
 	    echo '{"default":[{"type":"insecureAcceptAnything"}]}' > /etc/containers/policy.json; }
+	! command -v cargo >/dev/null || { DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
+	    --no-install-recommends gcc libc6-dev libssl-dev pkg-config && \
+	    $(PYTHON) test_cstor.py --build-peer; }
 	[ -x .lab/bin/ruff ] || { python3 -m venv .lab && .lab/bin/pip install -q mypy==2.4.1 ruff==0.17.6; }
 
 lint: ## mypy --strict and ruff, from .lab or the PATH

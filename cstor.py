@@ -273,6 +273,7 @@ MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
 MAX_HEADERS = 8 << 20  # all that stands before one file's data
 MAX_OBJECT = 4 << 20  # one JSON object of a stream
 MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
+MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
 MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
 MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
@@ -283,9 +284,10 @@ MAX_REQUEST = 1 << 20  # ... of a client
 MAX_OPEN_IMAGES = 1024  # of one client
 MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
 MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
-DEFAULT_FDS = 500  # that a client gets with one message which does not say how many it can take
+DEFAULT_FDS = 252  # files for a client which does not say how many it takes with one message
 SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
 MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
+SHUT_RD, SHUT_RDWR = 0, 2  # shutdown(2)
 FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
 RECEIVE_SIZE = 256 << 10
 MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
@@ -293,6 +295,8 @@ MAX_UNPAIRED = 512 << 20  # memory for names of two tars, and entries without a 
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 
+PEER_TIMEOUT = 30.0  # seconds without a byte, after which a peer is given up
+PLACE_PATIENCE = 2  # seconds that a client waits for a place among those that are served
 START_PATIENCE = 10  # seconds that a helper may take to start
 HELPER_PATIENCE = 120  # ... to open AHEAD files
 MAX_HELPERS = 64  # connections that a helper serves at a time
@@ -422,6 +426,10 @@ def explain_import(error: ImportError) -> str:
     what = f"this Python has no module {error.name}" if isinstance(error, ModuleNotFoundError) \
         else f"this Python cannot load a module: {display(str(error))}"
     return f"{what}; on Debian, `apt install python3` brings it (libpython3-stdlib)"
+
+
+class _Silent(ProtocolError):
+    """A peer does nothing."""
 
 
 def display(name: Union[str, bytes]) -> str:
@@ -1865,23 +1873,40 @@ class Toml:
 # lock is safe too; only a change between two files has to be noticed, by token and stat.
 # ================================================================================================
 
-class Patience:
-    """A time allowance, such as all the locks of one storage share."""
+class Deadline:
+    """A time allowance in seconds (None: no end), of all locks of a storage or of one peer."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    def __init__(self, seconds: Optional[float]) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + (float("inf") if seconds is None else seconds)
 
-    def wait(self) -> bool:
-        """Sleep a moment; False when the allowance is used up."""
-        left = self.end - time.monotonic()
-        if left <= 0:
-            return False
+    def left(self) -> float:
+        """Return how many seconds are left, 0 when the time is over."""
+        return max(self._end - time.monotonic(), 0)
+
+    def pause(self) -> bool:
+        """Sleep a moment, where no event tells when to go on; False when the time is over."""
+        left = self.left()
         time.sleep(min(0.01, left))
-        return True
+        return left > 0
+
+    def wait(self, peer: Any, event: str) -> None:
+        """Wait for a poll(2) event of a descriptor or socket.  Raises error() when it is late."""
+        import select
+
+        poll = select.poll()
+        poll.register(peer, getattr(select, event))
+        if not poll.poll(None if self.seconds is None else self.left() * 1000):
+            raise self.error()
+
+    def error(self, words: str = "done nothing") -> ProtocolError:
+        """Return the error for a peer that is late."""
+        return _Silent(f"the other end has {words} for {self.seconds:g} seconds",
+                       hint="--timeout SECONDS waits longer")
 
 
 def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
-                      patience: Patience) -> List[bytes]:
+                      patience: Deadline) -> List[bytes]:
     """Read the JSON files ``names`` below ``root`` as one state; b"" for a file that is missing.
 
     ``lock`` is taken shared when it can be had within ``patience``.  Without it the files are read
@@ -1912,7 +1937,7 @@ def _open_lock(root: Directory, lock: bytes) -> int:
         return -1
 
 
-def _lock_shared(fd: int, patience: Patience) -> None:
+def _lock_shared(fd: int, patience: Deadline) -> None:
     while True:
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1921,7 +1946,7 @@ def _lock_shared(fd: int, patience: Patience) -> None:
             return
         except OSError as error:
             # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
-            if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.wait():
+            if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.pause():
                 return
 
 
@@ -2770,7 +2795,7 @@ class Metadata(Closing):
 
     def reload(self) -> None:
         """Forget all records, so that the next call reads them again."""
-        self._patience: Optional[Patience] = None
+        self._patience: Optional[Deadline] = None
         self._layers: Optional[Tuple[Any, ...]] = None
         self._images: Optional[Tuple[Any, ...]] = None
         self._containers: Optional[Tuple[Any, ...]] = None
@@ -2906,7 +2931,7 @@ class Metadata(Closing):
         word = kind.partition(b"-")[2]
         plain, volatile = word + b".json", b"volatile-" + word + b".json"
         if self._patience is None:
-            self._patience = Patience(LOCK_PATIENCE)
+            self._patience = Deadline(LOCK_PATIENCE)
         found: List[R] = []
         seen: Set[str] = set()
         sources: List[Tuple[Contents, List[bytes], bool]] = []
@@ -4240,6 +4265,14 @@ def gunzip(fd: int, file: str) -> Iterator[bytes]:
         raise FormatError(f"damaged gzip stream: {error}", file=file, offset=total) from None
 
 
+def decode_base64(text: Union[str, bytes]) -> bytes:
+    """Decode base64 strictly: Python before 3.11 can only skip what is none of its letters."""
+    data = binascii.a2b_base64(text)
+    if (len(data) + 2) // 3 * 4 != len(text):
+        raise ValueError("other letters")
+    return data
+
+
 class TarSplit(ObjectStream):
     """The entries of one tar-split stream, in order.
 
@@ -4334,14 +4367,10 @@ class TarSplit(ObjectStream):
         return b"", path, size, text if size > 0 else b""
 
     def _base64(self, text: bytes) -> bytes:
-        """Decode base64 strictly: Python before 3.11 can only skip what is none of its letters."""
         try:
-            data = binascii.a2b_base64(text)
-        except binascii.Error as error:
+            return decode_base64(text)
+        except ValueError as error:
             raise self.error(f"malformed base64: {error}") from None
-        if (len(data) + 2) // 3 * 4 != len(text):
-            raise self.error("malformed base64")
-        return data
 
 
 def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
@@ -4383,9 +4412,14 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
     fd, path = open_tar_split(layer)
     try:
         pending: List[bytes] = []
-        length = padding = 0
+        limit = layer.diff_size if layer.diff_digest and layer.diff_size >= 0 else float("inf")
+        length = padding = total = empty = 0
         for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
             length += len(segment)
+            total += len(segment)
+            empty += not segment and name is None
+            if total > limit or empty > MAX_EMPTY:
+                break
             if name is None:
                 if length <= MAX_HEADERS:
                     pending.append(segment)
@@ -4400,9 +4434,17 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
             except FormatError as error:
                 raise FormatError(str(error), file=path) from None
             padding, length = member.padding, 0
+            total += member.stored
+            if total > limit:
+                break
             if pending:
                 pending = []
             yield segment, member
+        if empty > MAX_EMPTY:
+            raise FormatError(f"more than {MAX_EMPTY} empty segments", file=path)
+        if total != limit < float("inf"):
+            raise IntegrityError("its tar has the wrong size", layer=layer.id, expected=str(limit),
+                                 actual=str(total) if total < limit else "more")
     finally:
         os.close(fd)
 
@@ -4702,9 +4744,6 @@ def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool 
             raise IntegrityError("its tar has the wrong digest, though all files match their "
                                  "checksums: tar-split data or layers.json was changed",
                                  layer=layer.id, expected=layer.diff_digest, actual=digest)
-    if sink.size != layer.diff_size and layer.diff_size >= 0 and layer.diff_digest:
-        raise IntegrityError("its tar has the wrong size", layer=layer.id,
-                             expected=str(layer.diff_size), actual=str(sink.size))
     return digest
 
 
@@ -7733,7 +7772,7 @@ class OciLayout:
         return self._target
 
     def __enter__(self) -> OciLayout:
-        patience = Patience(10)
+        patience = Deadline(10)
         while True:
             try:
                 with SignalsHeld():
@@ -7745,7 +7784,7 @@ class OciLayout:
                 # Another writer has just made it, or failed and removed it.
                 if not isinstance(error, FileExistsError) and not (isinstance(
                         error, OSError) and error.errno in (errno.EBUSY, errno.ESTALE)) \
-                        or not patience.wait():
+                        or not patience.pause():
                     raise
 
     def _open(self) -> None:
@@ -8650,7 +8689,7 @@ class _ChunkReader:
 
     def __init__(self, read: Callable[[int], bytes], file: str) -> None:
         self.file, self.offset = file, 0
-        self._read = read
+        self._read, self._empty = read, 0
 
     def _error(self, message: str) -> FormatError:
         return FormatError(message, file=self.file, offset=self.offset)
@@ -8669,6 +8708,9 @@ class _ChunkReader:
     def _inline(self, count: int) -> Iterator[bytes]:
         if count > MAX_INLINE:
             raise self._error(f"a chunk of {count} bytes, more than {MAX_INLINE}")
+        self._empty = 0 if count else self._empty + 1
+        if self._empty > MAX_EMPTY:
+            raise self._error(f"more than {MAX_EMPTY} empty chunks")
         return (self._take(part) for part in split_count(count))
 
 
@@ -8748,7 +8790,11 @@ class SplitdirfdstreamReader(_ChunkReader):
         if index >= len(self._fds):
             raise self._error(f"there is no directory {index}")
         directory = opened.get(index)
-        if directory is None:
+        if directory is None:  # composefs puts /dev/null and the like where it names nothing
+            mode = os.fstat(self._fds[index]).st_mode
+            if not stat.S_ISDIR(mode):
+                raise ProtocolError(f"{self.file}: descriptor {index} is a {file_type(mode)}, not "
+                                    "a directory", code=FD_ERROR)
             directory = opened[index] = Directory(f"{self.file}: directory {index}",
                                                   os.dup(self._fds[index]))
         parent, _, base = name.rpartition(b"/")
@@ -8760,26 +8806,6 @@ class SplitdirfdstreamReader(_ChunkReader):
             return length, directory.open_at(dir_fd, base)
         except OSError as error:
             raise with_path(error, directory.host_path(name)) from None
-
-
-def write_inline(write: Callable[[Any], object], head: Callable[[int], bytes],
-                 piece: Union[bytes, Extent]) -> None:
-    """Write a piece as chunks of up to MAX_INLINE bytes, each behind what ``head(length)`` returns.
-
-    Nothing for an empty piece.  Raises IntegrityError when its file is shorter.
-    """
-    left = piece.length if isinstance(piece, Extent) else len(piece)
-    room = 0
-    for data in whole_chunks(piece):
-        view = memoryview(data)
-        while view:
-            if not room:
-                room = min(left, MAX_INLINE)
-                write(head(room))
-            part, view = view[:room], view[room:]
-            write(part)
-            left -= len(part)
-            room -= len(part)
 
 
 def whole_chunks(piece: Union[bytes, Extent]) -> Iterator[bytes]:
@@ -8802,10 +8828,37 @@ def is_whole_file(piece: Extent) -> bool:
         and os.fstat(piece.fd).st_size == piece.length
 
 
-class SplitfdstreamWriter:
+class _ChunkWriter:
+    """Writes pieces as chunks; ``write`` takes all bytes, and no reader takes ``broken``."""
+
+    def __init__(self, write: Callable[[Any], object], broken: bytes) -> None:
+        self._write, self._broken = write, broken
+        self._room = 0  # bytes that are missing of the last chunk
+
+    def _inline(self, head: Callable[[int], bytes], piece: Union[bytes, Extent]) -> None:
+        """Write a piece as chunks, each behind ``head(length)``, nothing for an empty one."""
+        left = piece.length if isinstance(piece, Extent) else len(piece)
+        for data in whole_chunks(piece):
+            view = memoryview(data)
+            while view:
+                if not self._room:
+                    self._room = min(left, MAX_INLINE)
+                    self._write(head(self._room))
+                part, view = view[:self._room], view[self._room:]
+                self._write(part)
+                left -= len(part)
+                self._room -= len(part)
+
+    def break_off(self) -> None:
+        """After an error, leave a stream that nobody takes for whole: it has no mark of its end."""
+        if not self._room:
+            self._write(self._broken)
+
+
+class SplitfdstreamWriter(_ChunkWriter):
     """Writes a splitfdstream from the pieces of read_pieces().
 
-    ``write`` takes all bytes that it is given.  A whole file of more than ``threshold`` bytes is
+    A whole file of more than ``threshold`` bytes is
     offered to ``external(extent)``, which takes it as number ``files`` and returns True, or leaves
     it to be written inline.
     """
@@ -8813,8 +8866,9 @@ class SplitfdstreamWriter:
     def __init__(self, write: Callable[[Any], object],
                  external: Optional[Callable[[Extent], bool]] = None, *,
                  threshold: int = INLINE_THRESHOLD) -> None:
+        super().__init__(write, b"\xff" * 8)  # a chunk without its one byte
         self.files = 0  # external ones so far
-        self._write, self._external, self._threshold = write, external, threshold
+        self._external, self._threshold = external, threshold
 
     def add(self, piece: Union[bytes, Extent]) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
@@ -8823,33 +8877,32 @@ class SplitfdstreamWriter:
             self._write(self.files.to_bytes(8, "little"))
             self.files += 1
         else:
-            write_inline(self._write, lambda count: (-count).to_bytes(8, "little", signed=True),
-                         piece)
+            self._inline(lambda count: (-count).to_bytes(8, "little", signed=True), piece)
 
 
-class SplitdirfdstreamWriter:
+class SplitdirfdstreamWriter(_ChunkWriter):
     """Writes a splitdirfdstream from the pieces of read_pieces().
 
-    ``write`` takes all bytes that it is given.  A whole file is offered to ``external(extent)``,
-    which returns (number of a directory, name in it, relative), or None: inline.
+    A whole file is offered to ``external(extent)``, which returns (number of a directory, name in
+    it, relative), or None: inline, as are files whose names are not UTF-8 (composefs takes none).
     """
 
     def __init__(self, write: Callable[[Any], object],
                  external: Optional[Callable[[Extent], Optional[Tuple[int, bytes]]]] = None
                  ) -> None:
-        self._write, self._external = write, external
+        super().__init__(write, b"\xff")  # a chunk of unknown type
+        self._external = external
 
     def add(self, piece: Union[bytes, Extent]) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
         kind = b"\1" if isinstance(piece, Extent) else b"\0"
         if isinstance(piece, Extent) and piece.length and self._external and is_whole_file(piece):
-            place = self._external(piece)
-            if place:
-                index, name = place
+            index, name = self._external(piece) or (0, b"")
+            if name and name.decode("utf-8", "replace").encode() == name:
                 self._write(b"\2" + piece.length.to_bytes(8, "little") + index.to_bytes(
                     4, "little") + len(name).to_bytes(4, "little") + name)
                 return
-        write_inline(self._write, lambda count: kind + count.to_bytes(4, "little"), piece)
+        self._inline(lambda count: kind + count.to_bytes(4, "little"), piece)
 
 
 class _Source:
@@ -8867,10 +8920,14 @@ class _Source:
 
     def _fill(self) -> bool:
         """Have some bytes or a passed file at hand; return False at the end."""
+        empty = 0
         while self._at == len(self._data) and not self._passed:
             chunk = next(self._chunks, None)
             if chunk is None:
                 return False
+            if empty > MAX_EMPTY:
+                raise self._error(f"more than {MAX_EMPTY} empty chunks")
+            empty += 1
             if isinstance(chunk, Passed):
                 self._size = check_passed(chunk.fd)
                 if chunk.length not in (-1, self._size):
@@ -8932,16 +8989,14 @@ class _Source:
             yield data
 
 
-def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: bool = False,
-                pairs: bool = False
+def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: bool = False
                 ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
     """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
 
     All together is the tar, bit for bit: padding, special headers and what stands behind the last
     member are in the bytes.  A content is good until the next item is asked for, and is of
     ``member.stored`` bytes; a passed file is one Extent.  ``need_end`` asks for the tar's end of
-    two zero blocks, without which a cut between members cannot be told.  ``pairs`` is for streams
-    of containers/storage's Go code, which have neither padding nor an end: both are added.
+    two zero blocks, without which a cut between members cannot be told.
 
     Raises FormatError with the offset in the tar, IntegrityError for passed files of another size,
     ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
@@ -8970,10 +9025,8 @@ def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: 
         yield b"".join(parts), member, content
         for _ in content:  # what was not asked for
             pass
-        parts[:] = [bytes(member.padding) if pairs else source.take(member.padding, True)]
-    if pairs and not parts[-1]:
-        parts.append(bytes(2 * BLOCK))
-    elif parts[-1] + take(BLOCK, True) != bytes(2 * BLOCK) and need_end:
+        parts[:] = [source.take(member.padding, True)]
+    if parts[-1] + take(BLOCK, True) != bytes(2 * BLOCK) and need_end:
         raise FormatError("the tar has no end: it was cut off", file=file, offset=source.offset)
     yield b"".join(parts), None, iter(())
     for data in iter(lambda: source.some(CHUNK), b""):
@@ -8984,16 +9037,14 @@ class LayerStream(Closing):
     """A layer whose tar comes as chunks, from a peer or a file; it can be read once.
 
     ``label`` is the layer's ID, or names the stream in errors.  ``digest`` is the sha256 of the
-    tar, "" when it is not known, ``size`` its length or -1; ``pairs`` as for read_stream().  A
+    tar, "" when it is not known, ``size`` its length or -1.  A
     context manager: ``close`` is called at its end.
     """
 
     def __init__(self, chunks: Iterable[Union[bytes, Passed]], *, label: str, digest: str = "",
-                 size: int = -1, pairs: bool = False,
-                 close: Optional[Callable[[], object]] = None) -> None:
+                 size: int = -1, close: Optional[Callable[[], object]] = None) -> None:
         self.label, self.digest, self.size = label, digest, size
-        self.need_digest = False  # by check(); without one nothing is known to be right
-        self._chunks, self._pairs = iter(chunks), pairs
+        self._chunks = iter(chunks)
         self._close = [close] if close else []
 
     def also_close(self, close: Callable[[], object]) -> None:
@@ -9014,7 +9065,7 @@ class LayerStream(Closing):
         What would make the tar longer than ``size`` is refused before it is read.
         """
         size = 0
-        for item in read_stream(self._chunks, self.label, pairs=self._pairs,
+        for item in read_stream(self._chunks, self.label,
                                 need_end=self.size < 0 and not (verify and self.digest)):
             size += len(item[0]) + (item[1].stored if item[1] else 0)
             if size > self.size >= 0:
@@ -9033,9 +9084,6 @@ class LayerStream(Closing):
 
         Raises IntegrityError.
         """
-        if self.need_digest and digest and not self.digest:
-            raise IntegrityError("its server gives no digest to compare its tar with",
-                                 layer=self.label, hint="layer export --no-verify takes it so")
         for what, expected, actual in (
                 ("size", str(self.size) if self.size >= 0 else "", str(size)),
                 ("digest", self.digest if digest else "", digest)):
@@ -9300,6 +9348,15 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
 CODECS = ("splitfdstream", "splitdirfdstream")
 
 
+def tell_codec(head: bytes, file: str) -> str:
+    """Return the codec of a stream by its first 8 bytes: the headers of a tar are inline."""
+    if not head or len(head) == 8 and head[4:] == b"\xff" * 4:  # a length, negative
+        return CODECS[0]
+    if head[0] <= 1 and len(head) >= 5 and int.from_bytes(head[1:5], "little") <= MAX_INLINE:
+        return CODECS[1]
+    raise FormatError(f"not a stream of a layer, neither {CODECS[0]} nor {CODECS[1]}", file=file)
+
+
 def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] = None, *,
                  codec: str = CODECS[0], threshold: int = INLINE_THRESHOLD,
                  progress: Optional[Progress] = None) -> str:
@@ -9331,12 +9388,14 @@ def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] 
         if codec != CODECS[0]:
             head["directories"] = [spell(root) for root in roots]
         listing.write(compact_json(head) + b"\n")
-    if codec != CODECS[0]:
-        add = SplitdirfdstreamWriter(out.write, name if listing else None).add
-    else:
-        writer = SplitfdstreamWriter(out.write, take if listing else None, threshold=threshold)
-        add = writer.add
-    return export_layer(layer, _Nowhere(), progress=progress, also=add)
+    writer: Any = SplitdirfdstreamWriter(out.write, name if listing else None) \
+        if codec != CODECS[0] else \
+        SplitfdstreamWriter(out.write, take if listing else None, threshold=threshold)
+    try:
+        return export_layer(layer, _Nowhere(), progress=progress, also=writer.add)
+    except BaseException:
+        writer.break_off()
+        raise
 
 
 def place_of(fd: int) -> bytes:
@@ -9440,10 +9499,6 @@ class ExternalFiles(Closing):
 # What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
 # ================================================================================================
 
-class _Silent(ProtocolError):
-    """A peer does nothing."""
-
-
 class Message(Closing):
     """One message of a peer: ``value`` is the object, ``fds`` the descriptors, owned until taken.
 
@@ -9475,7 +9530,7 @@ class Connection(Closing):
     Raises ProtocolError for all that a peer does wrong.
     """
 
-    def __init__(self, sock: socket.socket, *, timeout: Optional[float] = 30.0,
+    def __init__(self, sock: socket.socket, *, timeout: Optional[float] = PEER_TIMEOUT,
                  max_fds: int = MAX_QUEUED_FDS, max_message: int = MAX_MESSAGE,
                  either: bool = False) -> None:
         self.socket, self.timeout = sock, timeout
@@ -9484,16 +9539,12 @@ class Connection(Closing):
         self._buffer = bytearray()
         self._received = 0  # bytes in all
         self._fds: List[Tuple[int, int]] = []  # and how many bytes were received with them
-        self._end = float("inf")  # when a message has to be whole
+        self.idle_since = float("inf")  # when it began to wait for a message
+        self._deadline = Deadline(timeout)  # of what is due: some bytes go, or a message is whole
         # So far the buffer was looked at; brackets that are open there; tokens of the message.
         self._at = self._depth = self._tokens = 0
         self._inside = False  # of a string
-        sock.settimeout(timeout)
-
-    def wait(self, timeout: float) -> None:
-        """Set ``timeout`` for what is due next."""
-        self.timeout = timeout
-        self.socket.settimeout(timeout)
+        sock.settimeout(None)  # no call blocks: MSG_DONTWAIT
 
     def close(self) -> None:
         """Close the socket and the descriptors that nobody took; harmless when repeated."""
@@ -9520,25 +9571,25 @@ class Connection(Closing):
             batch = rest[:FDS_PER_SEND]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(batch)}i", *batch))
                       ] if batch else []
-            sent = self._patiently(self.socket.sendmsg, [view or b" "], rights, socket.MSG_NOSIGNAL)
+            self._deadline = Deadline(self.timeout)
+            sent = self._when_ready("POLLOUT", self.socket.sendmsg, [view or b" "], rights,
+                                    socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             view, rest = view[sent:], rest[len(batch):]
 
-    def _patiently(self, call: Callable[..., T], *args: Any) -> T:
-        """Make a call on the socket; wait while more descriptors are under way than may be."""
-        end = time.monotonic() + (self.timeout or 30)
+    def _when_ready(self, event: str, call: Callable[..., T], *args: Any) -> T:
+        """Make a call on the socket, again when it can do something."""
         while True:
             try:
                 return call(*args)
+            except BlockingIOError:
+                self._deadline.wait(self.socket, event)
             except OSError as error:
-                if error.errno == errno.ETOOMANYREFS and time.monotonic() < end:
-                    time.sleep(0.001)
-                    continue
                 if error.errno in (errno.EPIPE, errno.ECONNRESET):
                     raise ProtocolError("the other end has closed the connection") from None
-                if isinstance(error, TimeoutError) or error.errno is None:  # socket.timeout
-                    raise _Silent("the other end has done nothing for "
-                                  f"{self.timeout or 30:g} seconds") from None
-                raise ProtocolError(f"the connection failed: {error.strerror}") from None
+                if error.errno != errno.ETOOMANYREFS:
+                    raise ProtocolError(f"the connection failed: {error.strerror}") from None
+                if not self._deadline.pause():  # more descriptors are under way than may be
+                    raise self._deadline.error() from None
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -9548,15 +9599,9 @@ class Connection(Closing):
         It may begin within ``idle`` seconds, and has to come whole within ``timeout``.  After an
         error the connection is of no more use for receiving.
         """
-        end = self._boundary()
-        if end < 0 and not self._buffer and idle is not None:
-            self.socket.settimeout(idle)
-            alive = self._fill()
-            self.socket.settimeout(self.timeout)
-            if not alive and not self._fds:
-                return None
-            end = self._boundary()
-        self._end = time.monotonic() + (self.timeout or 1 << 30)
+        self.idle_since = time.monotonic()
+        end, fresh = self._boundary(), not self._buffer
+        self._deadline = Deadline(self.timeout if idle is None or not fresh else idle)
         while end < 0:
             if len(self._buffer) > self.max_message:
                 raise ProtocolError(f"a message of more than {self.max_message} bytes",
@@ -9565,6 +9610,8 @@ class Connection(Closing):
                 if self._buffer or self._fds:
                     raise ProtocolError("the connection ended inside a message", code=PARSE_ERROR)
                 return None
+            if fresh:
+                fresh, self._deadline = False, Deadline(self.timeout)
             end = self._boundary()
         value = parse_message(bytes(self._buffer[:end]))
         self._drop(end + self.varlink)
@@ -9580,6 +9627,7 @@ class Connection(Closing):
                                     f"{len(self._fds)} came", code=FD_ERROR)
         message = Message(value, [fd for _, fd in self._fds[:count]])
         del self._fds[:count]
+        self.idle_since = float("inf")
         return message
 
     def _decide(self, value: Dict[str, Any]) -> None:
@@ -9595,11 +9643,11 @@ class Connection(Closing):
         import socket
         import struct
 
-        data, rights, flags, _ = self._patiently(
-            self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
-            socket.MSG_CMSG_CLOEXEC)
-        if time.monotonic() > self._end:
-            raise _Silent(f"the other end has sent no whole message for {self.timeout:g} seconds")
+        data, rights, flags, _ = self._when_ready(
+            "POLLIN", self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
+            socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+        if not self._deadline.left():
+            raise self._deadline.error("sent no whole message")
         self._received += len(data)
         self._buffer += data
         for level, kind, content in rights:
@@ -9755,6 +9803,14 @@ def error_of(code: int, message: str, kind: object = None) -> CstorError:
     return ProtocolError(message, code=code)
 
 
+def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
+    """Call shutdown(2); a socket that has gone by itself does not matter."""
+    try:
+        sock.shutdown(how)
+    except OSError:
+        pass
+
+
 def peer_uid(sock: socket.socket) -> int:
     """Return the user of the process that made or connected the other end."""
     import socket
@@ -9769,17 +9825,17 @@ def peer_uid(sock: socket.socket) -> int:
 class RpcServer:
     """Gives the layers of a storage to this user's processes and root's, over Unix sockets.
 
-    ``opener`` is called for each client, ``clients`` is how many there may be at a time, and
-    ``timeout`` the seconds that one may take for what is due (``idle`` between its requests).  Each
-    client has a thread, so that it can hold up nobody else.
+    ``opener`` is called for each client, each has a thread, and there may be ``clients`` at a time:
+    then the one that is idle for longest has to go.  ``timeout`` is the seconds that one may take
+    for what is due, ``idle`` those between its requests.
     """
 
     def __init__(self, opener: Callable[[], Metadata], *, clients: int = 64,
-                 timeout: float = 60.0, idle: float = 600.0) -> None:
+                 timeout: float = PEER_TIMEOUT, idle: float = 600.0) -> None:
         import threading
 
         self.opener, self.timeout, self.idle = opener, timeout, idle
-        self._room, self._clients = clients, set()  # type: int, Set[socket.socket]
+        self._room, self._clients = clients, set()  # type: int, Set[Connection]
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._stopping = False
@@ -9831,25 +9887,18 @@ class RpcServer:
             os.close(wake)
 
     def _finish(self, grace: float) -> None:
-        import socket
-
-        for how, patience in ((socket.SHUT_RD, grace), (socket.SHUT_RDWR, 1.0)):
+        for how, patience in ((SHUT_RD, grace), (SHUT_RDWR, 1.0)):
             with self._lock:
-                for sock in self._clients:
-                    try:
-                        sock.shutdown(how)
-                    except OSError:  # it has gone by itself
-                        pass
+                for client in self._clients:
+                    hang_up(client.socket, how)
                 self._empty.wait_for(lambda: not self._clients, patience)
 
     def handle(self, sock: socket.socket) -> None:
         """Answer one client until it closes its end, which is then closed here as well."""
         with Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
                         either=True) as connection:
-            with self._lock:
-                self._clients.add(sock)
             try:
-                refusal = self._refusal(sock)
+                refusal = self._admit(connection)
                 if refusal:
                     connection.send({"jsonrpc": "2.0", "error": {
                         "code": INTERNAL_ERROR, "message": refusal}, "id": None})
@@ -9861,16 +9910,25 @@ class RpcServer:
             finally:
                 connection.close()  # before it counts as gone
                 with self._lock:
-                    self._clients.discard(sock)
+                    self._clients.discard(connection)
                     self._empty.notify_all()
 
-    def _refusal(self, sock: socket.socket) -> str:
-        """Return why a client is not served, "" if it is."""
-        if peer_uid(sock) not in (0, os.geteuid()):
+    def _admit(self, client: Connection) -> str:
+        """Give a client a place, when there is one soon; return why it has none, else ""."""
+        if peer_uid(client.socket) not in (0, os.geteuid()):
             return "this server is for another user"
-        if self._stopping:  # and perhaps _finish() did not see this client
-            return "the server is ending"
-        return "too many clients" if len(self._clients) > self._room else ""
+        deadline = Deadline(PLACE_PATIENCE)
+        with self._lock:
+            while len(self._clients) >= self._room and not self._stopping and deadline.left():
+                longest = min(self._clients, key=lambda each: each.idle_since, default=client)
+                if longest.idle_since < time.monotonic() - PLACE_PATIENCE / 2:
+                    self._clients.discard(longest)
+                    hang_up(longest.socket)
+                self._empty.wait(0.05)
+            if self._stopping or len(self._clients) >= self._room:
+                return "the server is shutting down" if self._stopping else "too many clients"
+            self._clients.add(client)
+        return ""
 
     def take_fds(self, wanted: int) -> int:
         """Return how many of the wanted descriptors a client gets; they are to be given back."""
@@ -9885,7 +9943,7 @@ class RpcServer:
             self._spare_fds += count
 
 
-class _Session:
+class _Session(Closing):
     """The requests of one client; ``METHODS`` are those of JSON-RPC, ``CALLS`` of varlink."""
 
     METHODS = {"GetLayerSplitfdstream": "splitfdstream", "GetImage": "go_image",
@@ -9906,29 +9964,36 @@ class _Session:
         self._number: Any = None  # of the request that is answered
         self._done = False
 
-    def __enter__(self) -> _Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the storage."""
         if self._storage:
             self._storage.close()
 
     def run(self) -> None:
         """Answer all requests.  Raises ProtocolError where the client can no more be understood."""
+        connection = self.connection
         while not self._done:
+            self._number = None
             try:
-                message = self.connection.receive(self.server.idle)
+                message = connection.receive(self.server.idle)
             except ProtocolError as error:
                 if error.code:
-                    self.connection.wait(1.0)
-                    self._send_error(None, error)
+                    connection.timeout = 1.0
+                    self._send_error(error)
                 raise
             if message is None:
                 return
-            if self.connection.varlink:
-                self._call(message.value)
-            else:
-                self._request(message.value)
+            value = message.value
+            wanted = value.get("oneway") is not True if connection.varlink else "id" in value
+            try:
+                result = self._call(value) if connection.varlink else self._request(value)
+                if wanted and result is not None:
+                    self._reply(result)
+            except (CstorError, OSError) as error:
+                if isinstance(error, ProtocolError) and not error.code:
+                    raise  # of the connection itself
+                if wanted:
+                    self._send_error(error)
 
     @property
     def storage(self) -> Metadata:
@@ -9937,35 +10002,24 @@ class _Session:
             self._storage = self.server.opener()
         return self._storage
 
-    def _request(self, value: Dict[str, Any]) -> None:
-        """Answer a request of JSON-RPC; a notification has no answer."""
-        number, params = value.get("id"), value.get("params") or {}
-        try:
-            method = value.get("method")
-            if "id" not in value and method != "shutdown":
-                return
-            if value.get("jsonrpc") != "2.0" or not isinstance(method, str) \
-                    or not isinstance(number, (str, int, float, type(None))) \
-                    or isinstance(number, bool):
-                number = None if isinstance(number, (bool, dict, list)) else number
-                raise ProtocolError("no request of JSON-RPC 2.0", code=INVALID_REQUEST)
-            if not isinstance(params, dict):
-                raise ProtocolError("params are to be an object", code=BAD_PARAMS)
-            if method not in self.METHODS:
-                raise ProtocolError(f'method not found: "{display(method[:80])}"', code=NO_METHOD)
-            self._number = number
-            result = self._run(self.METHODS[method], params)
-        except (CstorError, OSError) as error:
-            if isinstance(error, ProtocolError) and not error.code:
-                raise  # of the connection itself
-            if "id" in value:
-                self._send_error(number, error)
-            return
-        if "id" in value and result is not None:
-            self._reply(result)
+    def _request(self, value: Dict[str, Any]) -> Any:
+        """Return the result of a request of JSON-RPC, None for most notifications."""
+        number, method, params = value.get("id"), value.get("method"), value.get("params") or {}
+        if "id" not in value and method != "shutdown":
+            return None
+        is_number = not isinstance(number, (bool, dict, list))
+        self._number = number if is_number else None
+        if value.get("jsonrpc") != "2.0" or not isinstance(method, str) or not is_number:
+            raise ProtocolError("not a request of JSON-RPC 2.0", code=INVALID_REQUEST)
+        if not isinstance(params, dict):
+            raise ProtocolError("params must be an object", code=BAD_PARAMS)
+        if method not in self.METHODS:
+            raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
+        return self._run(self.METHODS[method], params)
 
     def _reply(self, result: Dict[str, Any], fds: Sequence[int] = ()) -> None:
-        self.connection.send({"jsonrpc": "2.0", "result": result, "id": self._number}, fds)
+        self.connection.send({"parameters": result} if self.connection.varlink else
+                             {"jsonrpc": "2.0", "result": result, "id": self._number}, fds)
 
     def _run(self, name: str, params: Dict[str, Any]) -> Any:
         if self._storage:
@@ -9978,13 +10032,10 @@ class _Session:
             raise ProtocolError(f"internal error: {type(error).__name__}: {error}",
                                 code=INTERNAL_ERROR) from error
 
-    def _send_error(self, number: Any, error: Exception) -> None:
-        if self.connection.varlink:
-            self.connection.send(varlink_error(error))
-        else:
-            self.connection.send({"jsonrpc": "2.0", "error": {
-                "code": error_code(error), "message": str(error),
-                "data": type(error).__name__}, "id": number})
+    def _send_error(self, error: Exception) -> None:
+        self.connection.send(varlink_error(error) if self.connection.varlink else {
+            "jsonrpc": "2.0", "error": {"code": error_code(error), "message": str(error),
+                                        "data": type(error).__name__}, "id": self._number})
 
     # -- what requests name ----------------------------------------------------------------------
 
@@ -10013,24 +10064,21 @@ class _Session:
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
         fds: List[int] = []
-        equal = 0
+        numbers = iter(range(sys.maxsize))
 
         def external(piece: Extent) -> bool:
-            nonlocal equal
-            equal -= piece.length == threshold
-            if len(fds) == most or piece.length == threshold and equal < 0:
-                return False
-            fds.append(os.dup(piece.fd))
-            return True
+            is_chosen = next(numbers) in chosen
+            if is_chosen:
+                fds.append(os.dup(piece.fd))
+            return is_chosen
 
         try:
-            threshold, equal, inline = choose_external(layer, threshold, most)
+            chosen, inline = choose_external(layer, threshold, most)
             if inline > MAX_SPOOL:
                 raise ProtocolError(f"{inline} bytes would be in the stream: StreamLayer has no "
                                     "such limit", code=INVALID_REQUEST)
             with open_spool(inline) as spool:
-                write_pieces(layer, SplitfdstreamWriter(spool.write, external,
-                                                        threshold=threshold - (equal > 0)))
+                write_pieces(layer, SplitfdstreamWriter(spool.write, external, threshold=threshold))
                 result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell(),
                           "digest": layer.diff_digest, "size": layer.diff_size}
                 fds.insert(0, seal_spool(spool))
@@ -10066,7 +10114,8 @@ class _Session:
                                      "uncompressed_size": layer.diff_size})
         count = self._send_chunks(layer, threshold, "layer.segment", "layer.file", lambda member: {
             "mode": member.mode, "uid": member.uid, "gid": member.gid,
-            "mtime": member.mtime_ns // 10**9, "fd": {"__jsonrpc_fd__": True, "index": 0}})
+            **({"mtime": format_time(member.mtime_ns)} if has_rfc3339(member.mtime_ns) else {}),
+            "fd": {"__jsonrpc_fd__": True, "index": 0}})
         self._notify("layer.end", {"files_sent": count, "checksum": layer.diff_digest})
         return {"success": True}
 
@@ -10168,33 +10217,24 @@ class _Session:
     def shutdown(self, _: Dict[str, Any]) -> Dict[str, Any]:
         """End this client's connection."""
         self._done = True
-        return {}
+        return {"success": True}
 
     # -- varlink ---------------------------------------------------------------------------------
 
-    def _call(self, value: Dict[str, Any]) -> None:
-        """Answer a call of varlink."""
+    def _call(self, value: Dict[str, Any]) -> Any:
+        """Return the reply to a call of varlink."""
         method, params = value.get("method"), value.get("parameters") or {}
-        more, oneway = value.get("more") is True, value.get("oneway") is True
-        try:
-            if not isinstance(method, str) or not isinstance(params, dict):
-                raise ProtocolError("no call of varlink", code=INVALID_REQUEST)
-            interface = method.rpartition(".")[0]
-            if interface not in VARLINK:
-                raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
-            if method not in self.CALLS:
-                raise _VarlinkError("org.varlink.service.MethodNotFound", "method", method)
-            if method.endswith(".GetLayer") and (not more or oneway):
-                raise ProtocolError("it is to be called with more", code=INVALID_REQUEST)
-            result = self._run(self.CALLS[method], params)
-        except (CstorError, OSError) as error:
-            if isinstance(error, ProtocolError) and not error.code:
-                raise  # of the connection itself
-            if not oneway:
-                self.connection.send(varlink_error(error))
-            return
-        if result is not None and not oneway:
-            self.connection.send({"parameters": result})
+        if not isinstance(method, str) or not isinstance(params, dict):
+            raise ProtocolError("not a call of varlink", code=INVALID_REQUEST)
+        interface = method.rpartition(".")[0]
+        if interface not in VARLINK:
+            raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
+        if method not in self.CALLS:
+            raise _VarlinkError("org.varlink.service.MethodNotFound", "method", method)
+        if method.endswith(".GetLayer") and (value.get("more") is not True
+                                             or value.get("oneway") is True):
+            raise ProtocolError("GetLayer must be called with more", code=INVALID_REQUEST)
+        return self._run(self.CALLS[method], params)
 
     def service_info(self, _: Dict[str, Any]) -> Dict[str, Any]:
         """Return what org.varlink.service tells of a server."""
@@ -10237,46 +10277,31 @@ class _Session:
         if root is None:
             raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone")
         os.close(open_tar_split(layer)[0])  # what is missing is better said before the reply
-        with root.directory(path) as diff, _Pipe() as data, _Pipe() as alive:
+        source, sink, kept, alive = (open(fd, mode, 0) for _ in range(2) for fd, mode in zip(
+            os.pipe2(os.O_CLOEXEC), ("rb", "wb")))
+        with source, sink, kept, alive, root.directory(path) as diff:
             self.connection.send({"parameters": {
                 "dir_count": 1, "layer": layer.id, "digest": layer.diff_digest,
                 "size": layer.diff_size}, "continues": False},
-                [data.read_fd, diff.fd, alive.write_fd])
-            data.close_read()  # so that a client which goes is noticed
+                [source.fileno(), diff.fd, alive.fileno()])
+            source.close()  # so that a client which goes is noticed
             place = _Place(diff, inner.get("consumer_has_cap_dac_override") is True)
+            pipe = _PipeWriter(sink.fileno(), self.server.timeout)
+            writer = SplitdirfdstreamWriter(pipe.write, place.find)
             try:
-                pipe = _PipeWriter(data.write_fd, self.server.timeout)
-                write_pieces(layer, SplitdirfdstreamWriter(pipe.write, place.find))
+                write_pieces(layer, writer)
                 pipe.flush()
             except (CstorError, OSError) as error:
-                # It was answered; the stream lacks its end, and who looks for more learns why.
+                # It was answered: who looks for more learns why, all others that it is broken.
                 if not isinstance(error, ProtocolError):
                     self.connection.send(varlink_error(error))
+                    writer.break_off()
+                    pipe.flush()
                 raise ProtocolError(str(error)) from None
 
 
-class _Pipe:
-    """A pipe whose ends are closed at the end of a block."""
-
-    def __init__(self) -> None:
-        self.read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
-
-    def close_read(self) -> None:
-        """Leave the reading to others."""
-        fd, self.read_fd = self.read_fd, -1
-        os.close(fd)
-
-    def __enter__(self) -> _Pipe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for fd in (self.read_fd, self.write_fd):
-            if fd >= 0:
-                os.close(fd)
-
-
 class _PipeWriter:
-    """Writes to a pipe in large parts; ProtocolError when nobody reads for ``timeout`` seconds."""
+    """Writes to a pipe; its last byte waits for flush(), so that after a kill a chunk is cut."""
 
     def __init__(self, fd: int, timeout: float) -> None:
         self._fd, self._timeout, self._buffer = fd, timeout, bytearray()
@@ -10287,17 +10312,17 @@ class _PipeWriter:
         """Take some bytes."""
         self._buffer += data
         if len(self._buffer) >= CHUNK:
-            self.flush()
+            self.flush(1)
 
-    def flush(self) -> None:
-        """Write what was taken."""
-        view = memoryview(bytes(self._buffer))
-        self._buffer.clear()
+    def flush(self, kept: int = 0) -> None:
+        """Write what was taken, but for the last bytes that are ``kept``."""
+        view = memoryview(bytes(self._buffer[:len(self._buffer) - kept]))
+        del self._buffer[:len(view)]
         while view:
             try:
                 view = view[os.write(self._fd, view):]
             except BlockingIOError:
-                wait_until_ready(self._fd, "POLLOUT", self._timeout)
+                Deadline(self._timeout).wait(self._fd, "POLLOUT")
             except BrokenPipeError:
                 raise ProtocolError("the other end has closed the pipe") from None
 
@@ -10332,36 +10357,22 @@ class _Place:
         return self._open[folder]
 
 
-def wait_until_ready(fd: int, event: str, timeout: float) -> None:
-    """Wait for a poll(2) event of a descriptor.  Raises ProtocolError after ``timeout`` seconds."""
-    import select
+def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[Set[int], int]:
+    """Choose the ``most`` largest of the files above ``threshold``: reflinks save most with them.
 
-    poll = select.poll()
-    poll.register(fd, getattr(select, event))
-    if not poll.poll(timeout * 1000):
-        raise _Silent(f"the other end has done nothing for {timeout:g} seconds")
-
-
-def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[int, int, int]:
-    """Choose the ``most`` largest files, if so many are larger than ``threshold``.
-
-    Return (threshold, files of just that size to take as well, bytes that stay inline).  It is the
-    largest ones that reflinks save most with.
+    Return their numbers among those, from 0 on, and how many bytes stay inline.
     """
     import heapq
 
-    sizes, total, equal = [], 0, 0
+    sizes, total = [], 0
     for literal, member in read_members(layer):
         total += len(literal)
         if member:
             total += member.stored
             if member.stored > threshold and member.sparse is None:
                 sizes.append(member.stored)
-    if len(sizes) > most:
-        *taken, threshold = heapq.nlargest(most + 1, sizes)
-        equal = taken.count(threshold)
-    return threshold, equal, total - equal * threshold - sum(
-        size for size in sizes if size > threshold)
+    chosen = set(heapq.nlargest(most, range(len(sizes)), key=sizes.__getitem__))
+    return chosen, total - sum(sizes[number] for number in chosen)
 
 
 def open_spool(size: int) -> BinaryIO:
@@ -10425,7 +10436,7 @@ class RpcClient(Closing):
     anything else is asked for.  Raises LayerUnknown, ImageUnknown, ProtocolError.
     """
 
-    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
+    def __init__(self, where: Union[str, socket.socket], *, timeout: float = PEER_TIMEOUT) -> None:
         self.limit = max(soft_limit() - (
             len(os.listdir("/proc/self/fd")) if has_proc() else 64) - 32, 8)
         sock = connect(where, timeout) if isinstance(where, str) else where
@@ -10466,12 +10477,14 @@ class RpcClient(Closing):
         """Return a layer, which is to be read at once.
 
         ``form`` is how it comes: "stream", a notification for each file, of which there may be any
-        number; "splitfdstream", one file with the stream, and the largest files beside it.
-        Contents of more than ``threshold`` bytes come as open files.
+        number; "splitfdstream", one file with the stream, and the largest files beside it; "push",
+        notifications of a server that sends one layer without being asked, which ``reference``
+        names in errors.  Contents of more than ``threshold`` bytes come as open files.
         """
-        check_words("form", [form], ("stream", "splitfdstream"))
+        check_words("form", [form], ("stream", "splitfdstream", "push"))
         if form == "stream":
             self._send("StreamLayer", {"layer": reference, "threshold": threshold})
+        if form in ("stream", "push"):
             return self._notified(reference)
         self._send("GetLayerSplitfdstream", {
             "layer": reference, "threshold": threshold, "compressed": False,
@@ -10485,33 +10498,21 @@ class RpcClient(Closing):
             if media_type != SPLITFDSTREAM:
                 raise Unsupported(f"the server sends {display(str(media_type))}, and not "
                                   f"{SPLITFDSTREAM}")
-            return self._split(reference, result, message.take())
+            return self._split(reference, result, Message({}, message.take()))
 
-    def _split(self, label: str, result: Dict[str, Any], fds: List[int]) -> LayerStream:
+    def _split(self, label: str, result: Dict[str, Any], passed: Message) -> LayerStream:
         """Return the layer of a splitfdstream, which is in the first of the descriptors."""
-        def close() -> None:
-            while fds:
-                os.close(fds.pop())
-
+        fds = passed.fds
         try:
-            check_passed(fds[0])
-            at = 0
-
-            def read(count: int) -> bytes:
-                nonlocal at
-                data = os.pread(fds[0], count, at)
-                at += len(data)
-                return data
-
-            size = result.get("streamSize")
-            if size is not None and size != os.fstat(fds[0]).st_size:
-                raise ProtocolError(f"the stream is to be of {display(str(size))} bytes, and has "
-                                    f"{os.fstat(fds[0]).st_size}")
-            chunks = SplitfdstreamReader(read, lambda number: fds[number + 1])
-            return asked_for(label, LayerStream(chunks, label=label, close=close,
-                                                **known_of(result)))
+            found, size = check_passed(fds[0]), result.get("streamSize")
+            if size not in (None, found):
+                raise ProtocolError(f"streamSize is {display(repr(size))}, but {found} bytes came")
+            stream = open(fds[0], "rb", closefd=False)
+            stream.seek(0)
+            chunks = SplitfdstreamReader(stream.read, lambda number: fds[number + 1])
+            return received_layer(label, chunks, result, label, passed.close)
         except BaseException:
-            close()
+            passed.close()
             raise
 
     # -- notifications ---------------------------------------------------------------------------
@@ -10521,13 +10522,13 @@ class RpcClient(Closing):
         with self._next() as message:
             if not str(message.value.get("method")).endswith(".start") or message.fds:
                 self._result(message)
-                raise ProtocolError("a layer does not begin with its start")
+                raise ProtocolError("expected stream.start")
             start = as_dict(message.value.get("params"))
         start.setdefault("size", start.get("uncompressed_size"))
-        name = start.get("layer", label)
-        stream = LayerStream(self._chunks(lambda: stream, start),
-                             label=name if isinstance(name, str) else label, **known_of(start))
-        return asked_for(label, stream)
+        name = start.get("layer")
+        stream = received_layer(label, self._chunks(lambda: stream, start), start,
+                                name if isinstance(name, str) else label)
+        return stream
 
     def _chunks(self, stream: Callable[[], LayerStream], start: Dict[str, Any]
                 ) -> Iterator[Union[bytes, Passed]]:
@@ -10535,6 +10536,9 @@ class RpcClient(Closing):
         end: Optional[Dict[str, Any]] = None
         files = 0
         while True:
+            if end is not None and not self._number:  # nobody asked, so that nobody is answered
+                self.connection.settle()
+                return
             message = self.connection.receive() if end is not None else self._next()
             if message is None:  # cstor-rs sends no response behind the end
                 return
@@ -10550,7 +10554,11 @@ class RpcClient(Closing):
                     raise ProtocolError(f"{display(str(method))} is out of place, or has "
                                         f"{len(message.fds)} files", code=FD_ERROR)
                 if method in SEGMENT_METHODS:
-                    yield decode_base64(params.get("data"))
+                    try:
+                        data = decode_base64(params["data"])
+                    except (KeyError, TypeError, ValueError):
+                        raise ProtocolError("malformed base64", code=BAD_PARAMS) from None
+                    yield data
                 elif method in FILE_METHODS:
                     size = params.get("size")
                     if type(size) is not int or size < 0:
@@ -10651,81 +10659,82 @@ class ProxyV2Client(RpcClient):
 class VarlinkClient(RpcClient):
     """Asks a server of composefs's interface ``org.composefs.Oci``, or our own, by varlink."""
 
-    def __init__(self, where: Union[str, socket.socket], *, timeout: float = 120.0) -> None:
+    def __init__(self, where: Union[str, socket.socket], *, timeout: float = PEER_TIMEOUT) -> None:
         super().__init__(where, timeout=timeout)
         self.connection.varlink = True
-        self._timeout = timeout
 
     def call(self, method: str, params: Any = None) -> Dict[str, Any]:
         """Return the reply to a method that passes no files."""
-        self.connection.send({"method": method, "parameters": params or {}})
+        method = method if "." in method else f"dev.cstor.Store.{method}"
+        # zlink closes the connection for empty parameters of a method that has none.
+        self.connection.send({"method": method, **({"parameters": params} if params else {})})
         with self._next() as message:
             return self._parameters(message)
 
-    def images(self) -> List[Dict[str, Any]]:
-        """Return the records of all images, of our own server."""
-        return as_list(self.call("dev.cstor.Store.ListImages").get("images"))
+    def open_repository(self, path: str = "") -> int:
+        """Return this connection's handle of a repository; "" is the system's, or the user's."""
+        which = {"path": path} if path else {"user" if os.geteuid() else "system": True}
+        handle = self.call("org.composefs.Repository.OpenRepository", which).get("handle")
+        if type(handle) is not int:
+            raise ProtocolError(f"OpenRepository was answered by {display(repr(handle))}")
+        return handle
 
-    def layers(self) -> List[Dict[str, Any]]:
-        """Return the records of all layers, of our own server."""
-        return as_list(self.call("dev.cstor.Store.ListLayers").get("layers"))
+    def layer(self, reference: str, form: str = "", *, threshold: int = 0,
+              handle: Optional[int] = None) -> LayerStream:
+        """Return a layer by STORAGE_PATH#ID or DiffID, to be read at once.
 
-    def layer(self, reference: str, form: str = "", *, threshold: int = 0) -> LayerStream:
-        """Return a layer by its DiffID, or by STORAGE_PATH#ID, to be read at once.
-
-        Our own server takes an ID, a name and so on, too.
+        Where a server wants the ``handle`` of a repository, one is opened, if it is not given.  Our
+        own server takes an ID, a name and so on, too.
         """
         check_words("form", [form], ("", "varlink"))
-        path, _, layer_id = reference.rpartition("#") if reference.startswith("/") \
+        path, _, name = reference.rpartition("#") if reference.startswith("/") \
             else ("", "", reference)
-        place = {"storage_path": path, "layer_id": layer_id} if path else None
-        self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": None if place else reference, "storage": place,
-                                    "consumer_has_cap_dac_override":
-                                    "CAP_DAC_OVERRIDE" in capabilities()}}})
-        fds: List[int] = []
-
-        def close() -> None:
-            while fds:
-                os.close(fds.pop())
-
+        passed = Message({}, [])
+        fds = passed.fds
         try:
-            count, reply = self._collect(fds)
-            label = str(reply.get("layer") or layer_id)
-            for fd in fds[1:count + 1]:
-                if not stat.S_ISDIR(os.fstat(fd).st_mode):
-                    raise ProtocolError("no directory was passed", code=FD_ERROR)
-            flags = fcntl.fcntl(fds[0], fcntl.F_GETFL)
-            if not stat.S_ISFIFO(os.fstat(fds[0]).st_mode) \
-                    or flags & (os.O_PATH | os.O_WRONLY | os.O_RDWR):
+            try:
+                count, reply = self._get_layer(path, name, handle or 0, fds)
+            except ProtocolError as error:
+                if error.code != BAD_PARAMS or handle is not None:
+                    raise
+                count, reply = self._get_layer(path, name, self.open_repository(), fds)
+            if not stat.S_ISFIFO(os.fstat(fds[0]).st_mode) or fcntl.fcntl(
+                    fds[0], fcntl.F_GETFL) & (os.O_PATH | os.O_WRONLY | os.O_RDWR):
                 raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
             os.set_blocking(fds[0], False)
-            reader = io.BufferedReader(_PipeReader(fds[0], self._timeout), CHUNK)
+            reader = io.BufferedReader(_PipeReader(fds[0], self.connection.timeout), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1])
-            return asked_for(reference, LayerStream(
-                self._until_failure(chunks), label=label, close=close, **known_of(reply)))
+            return received_layer(name, self._until_failure(chunks), reply,
+                                  str(reply.get("layer") or name), passed.close)
         except BaseException:
-            close()
+            passed.close()
             raise
+
+    def _get_layer(self, path: str, name: str, handle: int, fds: List[int]
+                   ) -> Tuple[int, Dict[str, Any]]:
+        """Ask for a layer of the storage at ``path``, or by DiffID; return as _collect() does."""
+        place = {"storage_path": path, "layer_id": name} if path else None
+        self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": handle, "params": {"diff_id": None if place else name, "storage": place,
+                                         "consumer_has_cap_dac_override":
+                                         "CAP_DAC_OVERRIDE" in capabilities()}}})
+        return self._collect(fds)
 
     def _until_failure(self, chunks: Iterable[Union[bytes, Passed]]
                        ) -> Iterator[Union[bytes, Passed]]:
-        """Yield chunks; raise what our own server says when it fails behind its reply."""
+        """Yield chunks; where they are broken off, raise what our own server says of it."""
         import select
 
-        failure: Optional[FormatError] = None
         try:
             yield from chunks
-        except FormatError as error:
-            failure = error
-        poll = select.poll()
-        poll.register(self.connection.socket, select.POLLIN)
-        message = self.connection.receive() if poll.poll(0) else None
-        if message:
-            with message:
-                self._parameters(message)
-        if failure:
-            raise failure
+        except FormatError:
+            poll = select.poll()
+            poll.register(self.connection.socket, select.POLLIN)
+            message = self.connection.receive() if poll.poll(0) else None
+            if message:
+                with message:
+                    self._parameters(message)
+            raise
 
     def _collect(self, fds: List[int]) -> Tuple[int, Dict[str, Any]]:
         """Put the descriptors of all replies into ``fds``; return (directories, first reply)."""
@@ -10759,33 +10768,41 @@ class VarlinkClient(RpcClient):
         name = str(error)
         if name.endswith("Oci.InternalError"):
             raise error_of(INTERNAL_ERROR, display(str(params.get("message"))), params.get("kind"))
-        raise ProtocolError(f"{display(name)}: {words}", code=NO_METHOD if name.endswith((
-            ".MethodNotFound", ".InterfaceNotFound")) else INTERNAL_ERROR)
+        codes = {"MethodNotFound": NO_METHOD, "InterfaceNotFound": NO_METHOD,
+                 "InvalidHandle": BAD_PARAMS}
+        raise ProtocolError(f"{display(name)}: {words}",
+                            code=codes.get(name.rpartition(".")[2], INTERNAL_ERROR))
 
 
-def fetch_layer(path: str, reference: str) -> LayerStream:
+def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = True,
+                timeout: float = PEER_TIMEOUT) -> LayerStream:
     """Return a layer of the server at ``path``, in the fastest form that it knows.
 
-    For a layer of 67,000 files, directories (varlink) take half the time that a message for each
-    file takes.  Raises LayerUnknown, ProtocolError, OSError.
+    Directories (varlink) take half the time of a message for each file.  "-" is what a server sends
+    unasked.  The tar must have ``digest``; where nobody tells one, IntegrityError is raised before
+    the transfer, unless ``verify`` is false.  Raises LayerUnknown, ProtocolError, OSError.
     """
     unknown = (0, NO_METHOD, PARSE_ERROR, INVALID_REQUEST)  # to a server that speaks otherwise
     trouble: Optional[ProtocolError] = None
-    for kind, form in ((VarlinkClient, ""), (RpcClient, "stream"), (RpcClient, "splitfdstream")):
-        client = kind(path)
+    forms: Any = ((VarlinkClient, ""), (RpcClient, "stream"), (RpcClient, "splitfdstream"))
+    for kind, form in forms if reference != "-" else ((RpcClient, "push"),):
+        client = kind(path, timeout=timeout)
         try:
-            stream = client.layer(reference, form)
-            stream.also_close(client.close)
-            stream.need_digest = True
-            return stream
-        except ProtocolError as error:
+            stream = client.layer(reference if form != "push" else path, form)
+        except BaseException as error:
             client.close()
-            if error.code not in unknown or isinstance(error, _Silent):
+            if not isinstance(error, ProtocolError) or isinstance(error, _Silent) \
+                    or error.code not in unknown:
                 raise
             trouble = trouble or error
-        except BaseException:
-            client.close()
-            raise
+            continue
+        stream.also_close(client.close)
+        asked_for(digest, stream)
+        if verify and not stream.digest:
+            stream.close()
+            raise IntegrityError("the server sent no digest, so its tar cannot be verified",
+                                 layer=stream.label, hint="use --digest SHA256 or --no-verify")
+        return stream
     assert trouble
     raise trouble
 
@@ -10793,7 +10810,7 @@ def fetch_layer(path: str, reference: str) -> LayerStream:
 class _PipeReader(io.RawIOBase):
     """Reads a pipe; ProtocolError when nothing comes for ``timeout`` seconds."""
 
-    def __init__(self, fd: int, timeout: float) -> None:
+    def __init__(self, fd: int, timeout: Optional[float]) -> None:
         self._fd, self._timeout = fd, timeout
 
     def readable(self) -> bool:
@@ -10804,7 +10821,16 @@ class _PipeReader(io.RawIOBase):
             try:
                 return os.readv(self._fd, [buffer])
             except BlockingIOError:
-                wait_until_ready(self._fd, "POLLIN", self._timeout)
+                Deadline(self._timeout).wait(self._fd, "POLLIN")
+
+
+def received_layer(reference: str, chunks: Iterable[Union[bytes, Passed]], said: Dict[str, Any],
+                   label: str, close: Optional[Callable[[], object]] = None) -> LayerStream:
+    """Return the layer that a server sends, with the digest and size that it has ``said``."""
+    digest, size = said.get("digest"), said.get("size")
+    return asked_for(reference, LayerStream(
+        chunks, label=label, digest=digest if isinstance(digest, str) else "",
+        size=size if type(size) is int else -1, close=close))
 
 
 def asked_for(reference: str, stream: LayerStream) -> LayerStream:
@@ -10822,27 +10848,9 @@ def asked_for(reference: str, stream: LayerStream) -> LayerStream:
     return stream
 
 
-def known_of(params: Dict[str, Any]) -> Dict[str, Any]:
-    """Return what a server says of a layer's tar, as arguments of LayerStream."""
-    digest, size = params.get("digest"), params.get("size")
-    return {"digest": digest if isinstance(digest, str) else "",
-            "size": size if type(size) is int else -1}
-
-
 def as_dict(value: Any) -> Dict[str, Any]:
     """Return ``value`` when it is an object of JSON, else an empty one."""
     return value if isinstance(value, dict) else {}
-
-
-def decode_base64(text: Any) -> bytes:
-    """Decode base64 strictly.  Raises ProtocolError."""
-    try:
-        data = binascii.a2b_base64(text)
-        if (len(data) + 2) // 3 * 4 == len(text):
-            return data
-    except (TypeError, ValueError):
-        pass
-    raise ProtocolError("malformed base64", code=BAD_PARAMS)
 
 
 def with_short_path(path: str, action: Callable[[str], T]) -> T:
@@ -10858,23 +10866,28 @@ def with_short_path(path: str, action: Callable[[str], T]) -> T:
         os.close(fd)
 
 
-def connect(path: str, timeout: float = 30.0) -> socket.socket:
+def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
     """Connect to the Unix socket at ``path``.
 
-    Raises OSError with the path; EAGAIN when ``timeout`` seconds long nobody accepted.
+    Raises OSError with the path; ProtocolError when nobody accepts for ``timeout`` seconds.
     """
     import socket
-    import struct
 
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:  # with settimeout() connecting would not wait at all
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
-                        struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6) | 1))
-        with_short_path(path, sock.connect)
+    sock, deadline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), Deadline(timeout)
+    try:
+        sock.setblocking(False)
+        code = with_short_path(path, sock.connect_ex)
+        while code == errno.EAGAIN and deadline.pause():  # too many wait to be accepted
+            code = with_short_path(path, sock.connect_ex)
+        if code == errno.EAGAIN:
+            raise deadline.error()
+        if code:
+            raise OSError(code, os.strerror(code), path)
+        sock.setblocking(True)
         return sock
-    except OSError as error:
+    except BaseException:
         sock.close()
-        raise OSError(error.errno, error.strerror, path) from None
+        raise
 
 
 class ListeningSocket:
@@ -10922,7 +10935,7 @@ class ListeningSocket:
             return
         except FileNotFoundError:
             return
-        except BlockingIOError:  # too busy to answer
+        except _Silent:  # too busy to answer
             pass
         raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
 
@@ -11390,8 +11403,10 @@ class Unshared(Closing):
         finally:
             os.close(end)
         try:
-            if way == "newuidmap" and ours.recv(1) == b"!":
-                self._map_ids(process)
+            if way == "newuidmap":
+                Deadline(START_PATIENCE).wait(ours, "POLLIN")
+                if ours.recv(1) == b"!":
+                    self._map_ids(process)
             code = marshal.dumps(_CODE)
             self.connection.send_bytes(b"%08x%s" % (len(code), code))
             self._greet()
@@ -11438,7 +11453,6 @@ class Unshared(Closing):
                     or params.get("version") != __version__:
                 raise CstorError("it is another program")
         self.connection.timeout = HELPER_PATIENCE
-        self.connection.socket.settimeout(HELPER_PATIENCE)
 
     def close(self) -> int:
         """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status.
@@ -11466,17 +11480,16 @@ class Unshared(Closing):
         import socket
         import subprocess
 
-        sock = self.connection.socket
+        sock, deadline = self.connection.socket, Deadline(self._patience)
         try:
-            sock.settimeout(self._patience)
             sock.shutdown(socket.SHUT_WR)
+            deadline.wait(sock, "POLLIN")
             while sock.recv(RECEIVE_SIZE):
-                pass
-        except (ConnectionError, BrokenPipeError):
+                deadline.wait(sock, "POLLIN")
+        except _Silent:
+            return False
+        except OSError:  # they have ended
             pass
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:  # the time is over
-                return False
         try:
             self._process.wait(self._patience)
         except subprocess.TimeoutExpired:
@@ -11508,7 +11521,6 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
             process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
                 fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
             process.connection.timeout = None
-            process.connection.socket.settimeout(None)
             with process.connection.receive() or Message({}, []) as done:
                 status = done.value.get("status")
         if not isinstance(status, int):
@@ -12510,6 +12522,7 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
     """write a layer's tar, bit for bit as it was pulled or built"""
+    check_verification(args)
     if args.socket is not None:
         with ask_server(args) as stream:
             label, digest = stream.label, export_to(args, stream, stream.size)
@@ -12518,6 +12531,18 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
         label, digest = layer.id, export_to(args, layer, layer.diff_size)
     if args.verbose:
         say(f"layer {label}: {digest or 'not verified'}")
+
+
+def check_verification(args: Any) -> None:
+    """Raise _UsageError for options about digests that are wrong or contradict one another."""
+    given = [name for name in ("verify", "digest", "no_verify") if getattr(args, name, None)]
+    if "digest" in given and not re.fullmatch(f"sha256:{HEX64}", args.digest):
+        raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
+    if "no_verify" in given[1:]:
+        raise _UsageError(f"--{given[0]} cannot be used with --no-verify")
+    if getattr(args, "socket", "") is None and ("digest" in given or args.function is cmd_extract
+                                                and "no_verify" in given):
+        raise _UsageError(f"--{given[-1].replace('_', '-')} is for layers from a --socket")
 
 
 def export_to(args: Any, layer: Any, size: int) -> str:
@@ -12530,7 +12555,8 @@ def export_to(args: Any, layer: Any, size: int) -> str:
 def ask_server(args: Any) -> LayerStream:
     """Return a layer of the server that --socket names."""
     try:
-        return fetch_layer(args.socket, args.layer)
+        return fetch_layer(args.socket, args.layer, digest=args.digest or "",
+                           verify=not args.no_verify, timeout=args.timeout)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise NotFound(f"no server listens at {args.socket}: {error.strerror}",
                        hint=f"start one: cstor serve --socket {args.socket}") from None
@@ -12548,7 +12574,7 @@ def cmd_serve(storage: Storage, args: Any) -> None:
         return found
 
     has_proc("files of layers are passed")
-    server = RpcServer(opener)
+    server = RpcServer(opener, timeout=args.timeout)
     passed = None if args.socket else passed_socket()
     if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         signal.signal(signal.SIGTERM, lambda *_: passed.shutdown(socket.SHUT_RD))
@@ -12603,8 +12629,7 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
 
 def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
     """turn a stream of a layer back into its tar, bit for bit"""
-    if args.digest and not re.fullmatch(f"sha256:{HEX64}", args.digest):
-        raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
+    check_verification(args)
     if args.stream == "-" and sys.stdin is None:
         raise CstorError("stdin is closed")
     label, source = ("stdin", 0) if args.stream == "-" else (args.stream, open_input(args.stream))
@@ -12612,11 +12637,17 @@ def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
             ExternalFiles(args.external or "") as external:
         if args.codec and external.codec not in ("", args.codec):
             raise _UsageError(f"--codec: the list is of a {external.codec}")
-        chunks = SplitdirfdstreamReader(file.read, external.directories, label) \
-            if CODECS[1] in (args.codec, external.codec) \
-            else SplitfdstreamReader(file.read, external.open, label)
-        stream = LayerStream(chunks, label=label, digest=args.digest or external.digest,
-                             size=external.size)
+        head = io.BytesIO(file.read(8))
+
+        def read(count: int) -> bytes:
+            data = head.read(count)
+            return data + file.read(count - len(data))
+
+        codec = args.codec or external.codec or tell_codec(head.getvalue(), label)
+        size = external.size if head.getvalue() else max(external.size, 0)  # an empty layer's
+        chunks = SplitdirfdstreamReader(read, external.directories, label) \
+            if codec == CODECS[1] else SplitfdstreamReader(read, external.open, label)
+        stream = LayerStream(chunks, label=label, digest=args.digest or external.digest, size=size)
         with stream, Output(args.output) as output, \
                 ProgressLine(max(external.size, 0), args.quiet) as progress:
             digest = stream.export(output.fd, progress=progress)
@@ -12859,6 +12890,7 @@ def cmd_extract(storage: Storage, args: Any) -> None:
         OwnerMap(args.owner_map)
     except ValueError as error:
         raise _UsageError(f"--owner-map: {error}") from None
+    check_verification(args)
     if args.owner_map and args.same_owner is False:
         raise _UsageError("--owner-map needs owners to be set, which --no-same-owner forbids")
     unwind_on_signals()
@@ -12909,7 +12941,7 @@ def extract_from_server(args: Any, options: Any) -> Dict[str, Any]:
         raise _UsageError("--link-mode hardlink: a file that is passed gets no further name")
     with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
         return extract_streams([stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
-                               progress=progress, **options)
+                               check=not args.no_verify, progress=progress, **options)
 
 
 def print_summary(summary: Dict[str, Any]) -> None:
@@ -13273,8 +13305,9 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
     ("layer cat", cmd_cat, "LAYER PATH+ -o --no-follow"),
     ("layer cp", cmd_cp, "LAYER:PATH DEST"),
-    ("layer extract", cmd_extract, f"LAYER {EXTRACT_OPTIONS} --no-whiteouts --socket"),
-    ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket"),
+    ("layer extract", cmd_extract,
+     f"LAYER {EXTRACT_OPTIONS} --no-whiteouts --socket --digest --no-verify"),
+    ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
     ("container list", cmd_container_list, "--format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
@@ -13343,8 +13376,8 @@ OPTIONS: Dict[str, Dict[str, Any]] = {
                     "help": "contents of up to N bytes stay inline; default: %(default)s"},
     "--external": {"metavar": "LIST",
                    "help": "contents stay in their files, which LIST names, as JSON lines"},
-    "--digest": {"metavar": "SHA256", "default": "",
-                 "help": "the tar's digest, sha256:...; default: what LIST says"},
+    "--digest": {"metavar": "SHA256",
+                 "help": "what the tar must have; default: what the storage, LIST or server says"},
     "--path": {"metavar": "PATTERN", "action": "append", "default": [],
                "help": "only what fits, with all below and the directories above; may be repeated"},
     "--exclude": {"metavar": "PATTERN", "action": "append", "default": [],
@@ -13436,6 +13469,8 @@ def _add_globals(parser: Any, level: int) -> Any:
     add("--owner-ids", metavar="FILE", default="",
         help="ranges of the store's owner on another machine: lines as in /etc/subuid, with his "
              "name or numeric ID, for users and groups; or a directory with subuid, subgid, passwd")
+    add("--timeout", metavar="SECONDS", type=float, default=PEER_TIMEOUT,
+        help=f"how long a server or client may send nothing; default: {PEER_TIMEOUT:g}")
     add("--no-helper", action="store_true", default=False, help="never enter a user namespace")
     add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
     add("-v", "--verbose", action="count", default=0, help="say more; twice: tracebacks")
@@ -13606,6 +13641,8 @@ def _run(words: Sequence[str]) -> int:
                     args, "via_skopeo", None) else ""))
     except SystemExit:  # argparse, after --help and --version
         return 0
+    if not 0 < args.timeout <= 1e6:
+        raise _UsageError("--timeout takes a number of seconds above 0")
     if sys.stdout is None:
         raise CstorError("stdout is closed")
     if args.function is cmd_extract and args.same_owner and os.geteuid() and not (
