@@ -12326,8 +12326,8 @@ class Output:
         try:
             if self._target and isinstance(error, BrokenPipeError):  # a FIFO is not stdout
                 raise CstorError(f"{display(self._target)}: {error.strerror}")
-            with SignalsHeld():
-                if self._file and error is None:
+            if self._file and error is None:
+                with SignalsHeld():
                     self._file.appear(self._name)
         except OSError as trouble:
             raise OSError(trouble.errno, trouble.strerror, self._target) from None
