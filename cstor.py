@@ -4242,7 +4242,7 @@ def gunzip(fd: int, file: str) -> Iterator[bytes]:
     Raises FormatError when it is damaged, truncated or empty.
     """
     data = memoryview(os.read(fd, READ_SIZE))
-    total, parts, size = 0, [], 0
+    total, parts, size, members = 0, [], 0, 0
     try:
         while True:
             inflate = zlib.decompressobj(wbits=31)
@@ -4261,6 +4261,9 @@ def gunzip(fd: int, file: str) -> Iterator[bytes]:
                     parts, size = [], 0
             if not data:
                 return
+            members += 1
+            if members > total + size + MAX_EMPTY:
+                raise FormatError(f"more than {MAX_EMPTY} empty gzip members", file=file)
     except zlib.error as error:
         raise FormatError(f"damaged gzip stream: {error}", file=file, offset=total) from None
 
@@ -8989,14 +8992,16 @@ class _Source:
             yield data
 
 
-def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: bool = False
+def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: bool = False,
+                pairs: bool = False
                 ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
     """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
 
     All together is the tar, bit for bit: padding, special headers and what stands behind the last
     member are in the bytes.  A content is good until the next item is asked for, and is of
     ``member.stored`` bytes; a passed file is one Extent.  ``need_end`` asks for the tar's end of
-    two zero blocks, without which a cut between members cannot be told.
+    two zero blocks, without which a cut between members cannot be told.  ``pairs`` is for streams
+    of containers/storage's Go code, which have neither padding nor an end: both are added.
 
     Raises FormatError with the offset in the tar, IntegrityError for passed files of another size,
     ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
@@ -9025,8 +9030,10 @@ def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: 
         yield b"".join(parts), member, content
         for _ in content:  # what was not asked for
             pass
-        parts[:] = [source.take(member.padding, True)]
-    if parts[-1] + take(BLOCK, True) != bytes(2 * BLOCK) and need_end:
+        parts[:] = [bytes(member.padding) if pairs else source.take(member.padding, True)]
+    if pairs and not parts[-1]:
+        parts.append(bytes(2 * BLOCK))
+    elif parts[-1] + take(BLOCK, True) != bytes(2 * BLOCK) and need_end:
         raise FormatError("the tar has no end: it was cut off", file=file, offset=source.offset)
     yield b"".join(parts), None, iter(())
     for data in iter(lambda: source.some(CHUNK), b""):
@@ -9037,14 +9044,15 @@ class LayerStream(Closing):
     """A layer whose tar comes as chunks, from a peer or a file; it can be read once.
 
     ``label`` is the layer's ID, or names the stream in errors.  ``digest`` is the sha256 of the
-    tar, "" when it is not known, ``size`` its length or -1.  A
+    tar, "" when it is not known, ``size`` its length or -1; ``pairs`` as for read_stream().  A
     context manager: ``close`` is called at its end.
     """
 
     def __init__(self, chunks: Iterable[Union[bytes, Passed]], *, label: str, digest: str = "",
-                 size: int = -1, close: Optional[Callable[[], object]] = None) -> None:
+                 size: int = -1, pairs: bool = False,
+                 close: Optional[Callable[[], object]] = None) -> None:
         self.label, self.digest, self.size = label, digest, size
-        self._chunks = iter(chunks)
+        self._chunks, self._pairs = iter(chunks), pairs
         self._close = [close] if close else []
 
     def also_close(self, close: Callable[[], object]) -> None:
@@ -9065,7 +9073,7 @@ class LayerStream(Closing):
         What would make the tar longer than ``size`` is refused before it is read.
         """
         size = 0
-        for item in read_stream(self._chunks, self.label,
+        for item in read_stream(self._chunks, self.label, pairs=self._pairs,
                                 need_end=self.size < 0 and not (verify and self.digest)):
             size += len(item[0]) + (item[1].stored if item[1] else 0)
             if size > self.size >= 0:

@@ -3557,6 +3557,11 @@ class TarSplitTests(StoreTest):
             done = self.run_cstor(*root, "layer", "export", layer, status=status)
             self.assertEqual(tar if not status else b"", done.stdout)
         self.assertIn(b"more than 65536 empty segments", done.stderr)
+        text = gzip.compress("".join(map(go_json, whole)).encode())
+        for count, status in ((65_000, 0), (200_000, 6)):
+            store.write(f"overlay-layers/{layer}.tar-split.gz", gzip.compress(b"") * count + text)
+            done = self.run_cstor(*root, "layer", "export", layer, status=status)
+        self.assertIn(b"more than 65536 empty gzip members", done.stderr)
 
     def test_headers_that_are_too_long(self) -> None:
         store = self.builder()
@@ -8165,6 +8170,24 @@ class Streams(StoreTest):
         writer.add(b"")
         self.assertEqual("000500000068656c6c6f02090000000000000002000000020000006162",
                          b"".join(out).hex())
+
+    def test_pairs_of_header_and_content(self) -> None:
+        """What containers/storage's Go code sends has neither padding nor an end."""
+        pieces = [entry(b"d/", typeflag=b"5"),
+                  pax({b"mtime": b"1.5"}) + entry(b"d/a", self.A)[:512], entry(b"d/empty"),
+                  entry(b"d/b", self.B)[:512]]
+        data = (inline(pieces[0]) + inline(pieces[1]) + in_file(0) + inline(pieces[2])
+                + inline(pieces[3]) + inline(self.B))
+        tar = pieces[0] + pieces[1] + self.A + bytes(324) + pieces[2] + pieces[3] + self.B \
+            + bytes(503) + END
+        self.assertEqual(tar, self.tar_of(data, pairs=True))
+        self.refused(cstor.FormatError, "cut off|checksum", data)
+        ends = [len(data)]
+        for piece in (inline(self.B), inline(pieces[3]), inline(pieces[2]), in_file(0),
+                      inline(pieces[1]), inline(pieces[0])):
+            ends.append(ends[-1] - len(piece))
+        for cut in set(range(len(data))) - {ends[i] for i in (0, 2, 3, 5, 6)}:
+            self.refused(cstor.FormatError, "", data[:cut], pairs=True)
 
     def test_every_cut_is_an_error(self) -> None:
         for codec, data in self.streams.items():
