@@ -110,6 +110,12 @@ def open_terminal() -> Tuple[int, int]:
         raise
 
 
+def without_owners(said: str) -> str:
+    """Return what a command said, without what only an ordinary user is told."""
+    return said if os.geteuid() == 0 else re.sub(
+        r"cstor: warning: \d+ files? keeps? your own owner\n", "", said)
+
+
 def need_tools(*tools: str) -> None:
     """Skip unless all ``tools`` are on the PATH."""
     for tool in tools:
@@ -2300,7 +2306,7 @@ class OddText(StoreTest):
                         ("export", image, "--as", "oci-archive", "-o", "@/archive")):
             status, _, err = self.call("--root", store.root, "image", *(
                 word.replace("@", self.dir) for word in command))
-            self.assertEqual((0, ""), (status, err), command)
+            self.assertEqual((0, ""), (status, without_owners(err)), command)
 
     def test_what_names_a_layer_or_an_image(self) -> None:
         """A fault of that record, and an error of what needs it."""
@@ -4721,7 +4727,7 @@ class HostileTrees(HostileStores):
                                     for i in range(1, 1500)) + entry(b"z", b"1") + END)
         self.assertEqual(1501, len(self.files(store)))
         store.write(f"overlay/{1:064x}/diff/z", "2")
-        self.copied(store, status=4 if os.sysconf("SC_OPEN_MAX") > 2000 else 6)
+        self.copied(store, status=4)
 
     def test_a_damaged_file_leaves_nothing_behind(self) -> None:
         store = self.store(entry(b"a/f", b"good") + entry(b"z", b"good") + END)
@@ -5159,7 +5165,7 @@ class Extracts(TreeTest):
             done = self.run_cstor("--root", store.root, *words, "--verify")
             self.assertEqual(f"cstor: warning: {said}/diff: not verified: the container's "
                              "writable layer, which has no DiffID\n" * ("-q" not in words),
-                             done.stderr.decode())
+                             without_owners(done.stderr.decode()))
         subprocess.run(["rm", "-rf", self.out], check=True)
         for layer, name in ((writable, f"{said}/diff"), ("5" * 64, "layer " + "5" * 64)):
             done = self.run_cstor("--root", store.root, "layer", "extract", layer, self.out,
@@ -8643,8 +8649,10 @@ class StreamExtracts(TreeTest):
                       - {"."})
 
     def differences(self, tree: cstor.Tree) -> List[Any]:
+        """Return what is not as in the tree, but for what an ordinary user cannot set."""
         return [row for row in tree_differences(self.out, tree)
-                if self.owners is None or row[1] != "owner"]
+                if self.owners is None or row[1] != "owner" and not (
+                    row[1] == "mode" and row[3] & 0o6000 and row[2] == row[3] & 0o1777)]
 
     def extract(self, image: cstor.Image, codec: str = CODECS[0], threshold: int = 0,
                 external: bool = True, **options: Any) -> Dict[str, Any]:
