@@ -1111,7 +1111,8 @@ class Ladder:
                     raise
                 why = f"FICLONE: {os.strerror(error.errno or 0)}"
                 if self.mode == "reflink":
-                    raise Unsupported(f'"{display(name)}" cannot be shared by reflink: {why}',
+                    place = "/" * bool(layer) + display(name)
+                    raise Unsupported(f'"{place}" cannot be shared by reflink: {why}',
                                       hint="--link-mode auto copies what cannot be") from None
                 devices = os.fstat(fd).st_dev, os.fstat(out_fd).st_dev
                 strikes = self._strikes.get(devices, 0)

@@ -8868,7 +8868,7 @@ class StreamExtracts(TreeTest):
             copy(*args)
             return ""
 
-        def other(ladder: Any, fd: int, size: int, new: int, devices: Any) -> str:
+        def other(ladder: Any, fd: int, size: int, new: int, devices: Any, *_: Any) -> str:
             os.write(new, b"evil" * 2000)
             return ""
 
