@@ -111,7 +111,7 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound="Record")
     S = TypeVar("S", bound="Closing")
     D = TypeVar("D", bound="Directory")
-    Progress = Callable[[int, int], None]  # bytes and files done so far
+    Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
 
 for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-minimal lacks json
     try:
@@ -451,6 +451,13 @@ def can_be_path(text: str) -> bool:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
+
+
+def counted(number: object, noun: str) -> str:
+    """Spell a number of things: "1 file", "2 files", "0 directories"."""
+    if str(number) != "1":
+        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number} {noun}"
 
 
 def spell(name: bytes) -> str:
@@ -1829,13 +1836,12 @@ class Toml:
 
     def _string(self, patterns: Sequence[str], wanted: str) -> str:
         """Read a string, with escapes or without."""
-        literal = self.text.startswith("'", self.at)
-        match = re.compile(patterns[literal]).match(self.text, self.at)
+        basic, literal = (re.compile(pattern).match(self.text, self.at) for pattern in patterns)
+        match = basic or literal
         if not match:
             self._refuse(f"expected {wanted}")
         self.at = match.end()
-        escaped = not literal and "\\" in match[1]
-        return re.sub(self.ESCAPE, self._escape, match[1]) if escaped else match[1]
+        return re.sub(self.ESCAPE, self._escape, match[1]) if basic else match[1]
 
     def _escape(self, match: re.Match[str]) -> str:
         code = match[1]
@@ -2089,17 +2095,10 @@ def has_rfc3339(moment: int) -> bool:
 
 def format_time(moment: int) -> str:
     """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does."""
-    days, rest = divmod(moment, 86400 * 10**9)
-    days += 719468  # from 1 March of the year 0, in eras of 400 years
-    era, day = divmod(days, 146097)
-    year = (day - day // 1460 + day // 36524 - day // 146096) // 365
-    day -= 365 * year + year // 4 - year // 100
-    month = (5 * day + 2) // 153
-    seconds, nanoseconds = divmod(rest, 10**9)
+    seconds, nanoseconds = divmod(moment, 10**9)
     fraction = f".{nanoseconds:09d}".rstrip("0") if nanoseconds else ""
-    return (f"{400 * era + year + (month >= 10):04d}-{(month + 2) % 12 + 1:02d}-"
-            f"{day - (153 * month + 2) // 5 + 1:02d}T{seconds // 3600:02d}:"
-            f"{seconds // 60 % 60:02d}:{seconds % 60:02d}{fraction}Z")
+    year, month, day, hour, minute, second = time.gmtime(seconds)[:6]
+    return f"{year:04d}-{month:02d}-{day:02d}T{hour:02d}:{minute:02d}:{second:02d}{fraction}Z"
 
 
 def as_list(value: Any) -> List[Any]:
@@ -2907,8 +2906,8 @@ class Metadata(Closing):
         if near or lost and not self._images:
             self.elsewhere = "images may be in an imagestore: use --imagestore " \
                 + (near[0] if near else "DIR")
-            self.faults.append(f"{len(lost)} of the layers have no files below {self.graphroot}: "
-                               + self.elsewhere)
+            self.faults.append(f"{counted(len(lost), 'layer')} without files below "
+                               f"{self.graphroot}: {self.elsewhere}")
 
     def container_records(self) -> Tuple[ContainerRecord, ...]:
         """Return all containers of podman, buildah and CRI-O."""
@@ -2957,14 +2956,10 @@ class Metadata(Closing):
 
     @staticmethod
     def _array(data: bytes, file: str) -> List[Any]:
-        if not data.strip():
-            return []
-        value = parse_json(data, file)
-        if value is None:  # Go writes null for an empty list
-            return []
-        if not isinstance(value, list):
+        value = parse_json(data, file) if data.strip() else None
+        if not isinstance(value, (list, type(None))):  # Go writes null for an empty list
             raise FormatError("expected a JSON array", file=file)
-        return value
+        return value or []
 
     # -- chains --------------------------------------------------------------------------------
 
@@ -4587,6 +4582,8 @@ class TarSink:
         self._layer, self._progress = layer, progress
         if not isinstance(out, int) and not hasattr(out, "write"):
             raise TypeError(f"out must be a descriptor or a binary file, not {type(out).__name__}")
+        if progress:
+            progress(0, 0)
         self._out = os.dup(out) if isinstance(out, int) else out  # the thread may outlive us
         self._copier = Copier() if isinstance(self._out, int) and not hashing else None
         self._hash: Any = None
@@ -5499,7 +5496,7 @@ class TarTree(LayerTree):
         raise Unsupported(f"{self.file}: only what is in its headers is known")
 
 
-class Decompressed:
+class Decompressed(Closing):
     """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
     Of a descriptor ``fd``, which stays the caller's, or a raw file ``raw``, which is closed at the
@@ -5523,10 +5520,8 @@ class Decompressed:
             self._raw.close()
             raise
 
-    def __enter__(self) -> Decompressed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file and what reads it."""
         self._reader.close()
         self._raw.close()
 
@@ -8197,7 +8192,7 @@ class TarEntry:
         return {"size": self.done, "sha256": self.digest.hex() or sha256_digest(b"")[7:]}
 
 
-class TarSide:
+class TarSide(Closing):
     """One of two tars that are compared, read once from start to end; a context manager.
 
     ``at`` is the offset, ``ahead`` what was read already of what follows, ``over`` whether the
@@ -8210,11 +8205,9 @@ class TarSide:
         self.over = False
         self._reader = Decompressed(path)
 
-    def __enter__(self) -> TarSide:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._reader.__exit__()
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
 
     def take(self, count: int) -> bytes:
         """Return ``count`` bytes, or fewer at the end."""
@@ -11965,8 +11958,7 @@ class Image(ImageRecord):
 
     def layers(self) -> Tuple[Layer, ...]:
         """Return the layers, base first.  Raises LayerUnknown, FormatError."""
-        chain: Tuple[Any, ...] = self.storage.chain(self.layer)
-        return chain
+        return self.storage.chain(self.layer)  # type: ignore[return-value]
 
     def tree(self, known: Optional[Dict[str, LayerTree]] = None, platform: str = "") -> Tree:
         """Return the merged tree, of a manifest list that of an instance: see single().
@@ -12093,15 +12085,17 @@ class Storage(Metadata):
 
     def layers(self) -> Tuple[Layer, ...]:
         """Return all layers, damaged ones with their ``faults``."""
-        layers: Tuple[Any, ...] = self.layer_records()
-        return layers
+        return self.layer_records()  # type: ignore[return-value]
 
     def layer(self, reference: str) -> Layer:
-        """Return one layer by ID, name, link, digest, or the start of an ID or digest.
+        """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
 
         Raises LayerUnknown, Ambiguous.
         """
         check_type("reference", reference, str)
+        places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
+        reference = next((name for name in places if "/" in reference and (
+            self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
         try:
             layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
         except LayerUnknown:
@@ -12112,8 +12106,7 @@ class Storage(Metadata):
 
     def images(self) -> Tuple[Image, ...]:
         """Return all images, damaged ones with their ``faults``."""
-        images: Tuple[Any, ...] = self.image_records()
-        return images
+        return self.image_records()  # type: ignore[return-value]
 
     def image(self, reference: str, platform: str = "") -> Image:
         """Return one image by name, digest, ID or the start of an ID.
@@ -12130,16 +12123,15 @@ class Storage(Metadata):
 
     def containers(self) -> Tuple[Container, ...]:
         """Return all containers, damaged ones with their ``faults``."""
-        containers: Tuple[Any, ...] = self.container_records()
-        return containers
+        return self.container_records()  # type: ignore[return-value]
 
     def container(self, reference: str) -> Container:
         """Return one container by ID, name, layer ID or the start of an ID.
 
         Raises ContainerUnknown, Ambiguous.
         """
-        container: Any = find_container(self.container_records(), reference)
-        return container  # type: ignore[no-any-return]
+        return find_container(  # type: ignore[return-value]
+            self.container_records(), reference)
 
 
 _HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
@@ -12270,28 +12262,39 @@ class ProgressLine:
         self.total = total
         self.active = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.start = self.shown = time.monotonic()
+        self._files, self._done, self._before = 0, (0, 0), (0, 0)  # before this part
 
     def __call__(self, size: int, files: int) -> None:
         if _stopped_by:
             raise _Stopped(_stopped_by[0])
-        now = time.monotonic()
-        if not self.active or now - self.shown < self.INTERVAL:
-            return
-        self.shown = now
-        rate = size / (now - self.start)
-        text = f"{human_size(size)}"
+        if not size and not files:
+            self._before = self._done
+        size, self._files = self._done = self._before[0] + size, self._before[1] + files
+        if self.active and time.monotonic() - self.shown >= self.INTERVAL:
+            self.shown = time.monotonic()
+            self._draw(size)
+
+    def _draw(self, size: int) -> None:
+        """Show as much as the terminal has room for; its last column would begin a new line."""
+        rate = size / (self.shown - self.start)
+        text, percent = human_size(size), f"{min(100 * size // max(self.total, 1), 100)}%"
         if self.total > 0:
-            left = max(self.total - size, 0) / rate if rate else 0
-            text += (f" of {human_size(self.total)} ({min(100 * size // self.total, 100)}%), "
-                     f"{int(left // 60)}:{int(left % 60):02d} left")
-        sys.stderr.write(f"\r{text}, {files} files, {human_size(int(rate))}/s\x1b[K")
+            left = int(max(self.total - size, 0) / rate) if rate else 0
+            text += f" of {human_size(self.total)} ({percent}), {left // 60}:{left % 60:02d} left"
+        texts = [f"{text}, {counted(self._files, 'file')}, {human_size(int(rate))}/s", text,
+                 percent if self.total > 0 else text]
+        room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        text = next((text for text in texts if len(text) <= room), texts[-1][:room])
+        sys.stderr.write(f"\r{text}\x1b[K")
         sys.stderr.flush()
 
     def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
         if self.active:
+            if not kind and self.shown > self.start and self.total > 0:
+                self._draw(self.total)
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
@@ -12391,21 +12394,57 @@ class _UsageError(Exception):
 
 # -- commands: each takes the open storage and the parsed arguments ------------------------------
 
+def print_list(args: Any, headers: Sequence[str], rows: Iterable[Sequence[str]],
+               entries: Iterable[Any], records: Iterable[Record] = ()) -> None:
+    """Print what a list holds: as JSON, with -q the IDs of ``records``, or as a table."""
+    if args.format == "json":
+        print_json(list(entries))
+    elif getattr(args, "ids", False):
+        for name in dict.fromkeys(record.id for record in records if record.id):
+            print(display(short_id(name, args)))
+    else:
+        print_table(headers, list(rows))
+
+
 def cmd_image_list(storage: Storage, args: Any) -> None:
     """list images"""
     images = storage.images()
-    if args.format == "json":
-        print_json([image_json(image) for image in images])
-        return
-    rows = []
-    for image in sorted(images, key=lambda image: -(image.created_ns or 0)):
-        for name in image.names or ["<none>"]:
-            repository, tag, digest = split_reference(name)
-            rows.append([repository, tag or ("<none>" if digest or not image.names else ""),
-                         short_id(image.id, args), human_age(image.created_ns),
-                         "list" if image.is_list else human_size(image.size),
-                         "yes" if image.readonly else "", "; ".join(image.faults)])
-    print_table(["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"], rows)
+    hidden = set() if args.all else intermediate_images(storage)
+    images = tuple(image for image in images if image.id not in hidden or image.faults)
+    aged = sorted([(image.created_ns, image) for image in images],
+                  key=lambda pair: -(pair[0] or 0))
+    print_list(args, ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"], (
+        [repository, tag or ("<none>" if digest or not image.names else ""),
+         short_id(image.id, args), human_age(created),
+         "list" if image.is_list else human_size(image.size),
+         "yes" if image.readonly else "", "; ".join(image.faults)]
+        for created, image in aged for repository, tag, digest in map(
+            split_reference, image.names or ["<none>"])),
+        map(image_json, images), (image for _, image in aged))
+
+
+def intermediate_images(storage: Storage) -> Set[str]:
+    """Return the IDs of images without a name that another was built on, as podman tells them.
+
+    The other has the same top layer or the next one, and one more line of history.
+    """
+    def is_parent(image: Image, other: Image) -> bool:
+        try:
+            (ids, steps), (other_ids, other_steps) = (
+                (config["rootfs"]["diff_ids"], config["history"])
+                for config in (image.config(), other.config()))
+            return image.id != other.id and bool(
+                ids == other_ids[:len(ids)] and steps == other_steps[:-1])
+        except (CstorError, OSError, KeyError, TypeError):
+            return False
+
+    above: Dict[str, List[Image]] = {}
+    for image in storage.images():
+        layer = storage.layer_by_id(image.layer)
+        for top in {image.layer, layer.parent if layer else image.layer}:
+            above.setdefault(top, []).append(image)
+    return {image.id for image in storage.images() if not image.names and any(
+        is_parent(image, other) for other in above[image.layer])}
 
 
 def image_json(image: Image) -> Dict[str, Any]:
@@ -12457,9 +12496,6 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
     """show the history of an image, newest first"""
     history = storage.image(args.image, args.platform).single(args.platform).history()[::-1]
     note_open_steps(history, args)
-    if args.format == "json":
-        print_json(history)
-        return
     rows = []
     for row in history:
         created = row.get("created")
@@ -12471,7 +12507,7 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
                      or ("<unknown>" if "size" in row else "<empty>"), age,
                      short_step(str(row.get("created_by") or ""), args, 60),
                      human_size(row.get("size", 0)), str(row.get("comment") or "")])
-    print_table(["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows)
+    print_list(args, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows, history)
 
 
 def note_open_steps(history: Sequence[Dict[str, Any]], args: Any) -> None:
@@ -12490,13 +12526,10 @@ def cmd_layer_list(storage: Storage, args: Any) -> None:
 
 def print_layers(layers: Sequence[Layer], args: Any) -> None:
     """Print layers in the given order."""
-    if args.format == "json":
-        print_json([layer_json(layer) for layer in layers])
-        return
-    print_table(["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"], [
+    print_list(args, ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"], (
         [short_id(layer.id, args), short_id(layer.parent, args), short_id(layer.diff_digest, args),
          human_age(layer.created_ns), human_size(layer.diff_size), ", ".join(layer.names),
-         "; ".join(layer.faults)] for layer in layers])
+         "; ".join(layer.faults)] for layer in layers), map(layer_json, layers), layers)
 
 
 def layer_json(layer: Layer) -> Dict[str, Any]:
@@ -12512,8 +12545,18 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
         layer = storage.layer(reference)
         entry = layer_json(layer)
         entry["compression-name"] = layer.compression
-        entry["images"] = [image.id for image in storage.images()
-                           if layer.id in (image.layer, *image.mapped_layers)]
+        if args.chain:
+            entry["chain"] = [below.id for below in storage.chain(layer.id)]
+        above, size = {layer.id}, 0
+        while size < len(above):  # mostly twice, as parents come first
+            size = len(above)
+            for other in storage.layers():
+                above |= {other.id} if other.parent in above else set()
+        for word, records in (("image", storage.images()), ("container", storage.containers())):
+            users = {record.id: record for record in records if not above.isdisjoint(
+                (record.layer, *getattr(record, "mapped_layers", ())))}
+            entry[word + "s"] = list(users)
+            entry[word + "-names"] = [name for user in users.values() for name in user.names]
         try:
             entry["link"] = layer.link_id
             root, path = overlay_file(layer, b"diff")
@@ -12549,7 +12592,8 @@ def check_verification(args: Any) -> None:
         raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
     if "no_verify" in given[1:]:
         raise _UsageError(f"--{given[0]} cannot be used with --no-verify")
-    if args.function is cmd_extract and given not in ([], ["verify"]) and args.socket is None:
+    if getattr(args, "socket", "") is None and ("digest" in given or args.function is cmd_extract
+                                                and "no_verify" in given):
         raise _UsageError(f"--{given[-1].replace('_', '-')} is for layers from a --socket")
 
 
@@ -12557,9 +12601,6 @@ def export_to(args: Any, layer: Any, size: int) -> str:
     """Write a Layer or LayerStream as the options say; return the digest."""
     with Output(args.output) as output, ProgressLine(size, args.quiet) as progress:
         digest: str = layer.export(output.fd, verify=not args.no_verify, progress=progress)
-        if args.digest not in (None, digest):
-            raise IntegrityError("its tar has another digest than --digest says",
-                                 expected=args.digest, actual=digest)
     return digest
 
 
@@ -12669,38 +12710,35 @@ def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
 def cmd_container_list(storage: Storage, args: Any) -> None:
     """list containers of podman, buildah and CRI-O"""
     entries = [container_json(container) for container in storage.containers()]
-    if args.format == "json":
-        print_json(entries)
-        return
-    print_table(["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"], [
+    print_list(args, ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"], (
         [short_id(container.id, args), ", ".join(container.names),
          str(entry["image-name"] or entry["rootfs"] or short_id(container.image, args)),
          human_age(container.created_ns), entry["state"], str(entry["pod"]),
          "; ".join(container.faults)]
-        for container, entry in zip(storage.containers(), entries)])
+        for container, entry in zip(storage.containers(), entries)), entries, storage.containers())
 
 
 def container_json(container: Container) -> Dict[str, Any]:
     """Return a container's record with image-name, and state, pod and rootfs of podman's."""
     details, state = container.details(), container.state
+    # As `podman ps --external` calls what its database does not know: buildah's, say.
+    unknown = "" if details and not container.storage.podman_containers() else "storage"
     names = [name for image in container.storage.image_records() if image.id == container.image
              for name in image.names]
     return {**container.record,
             "image-name": details.get("image-name") or state.get("image-name")
             or (names[0] if names else ""),
-            "state": state.get("state", ""), "pod": state.get("pod") or details.get("pod-name", ""),
+            "state": state.get("state", unknown),
+            "pod": state.get("pod") or details.get("pod-name", ""),
             "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
             "store": container.root.path, "faults": container.faults}
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers and what podman's database says of them"""
-    found = []
-    for reference in args.container:
-        container = storage.container(reference)
-        found.append({**container_json(container), "details": container.details(),
-                      "podman": container.state})
-    print_inspected(found, args)
+    print_inspected([{**container_json(container), "details": container.details(),
+                      "podman": container.state}
+                     for container in map(storage.container, args.container)], args)
 
 
 # -- commands that look inside -------------------------------------------------------------------
@@ -12730,16 +12768,12 @@ def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
     encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
     _, entries = peek(entries)
     sys.stdout.write(head)
-    parts: List[str] = []
     between = "\n"
     for entry in entries:
         text = encode(entry)
-        parts.append(between + ("  " + text.replace("\n", "\n  ") if indent else text))
+        sys.stdout.write(between + ("  " + text.replace("\n", "\n  ") if indent else text))
         between = ",\n"
-        if len(parts) > 500:
-            sys.stdout.write("".join(parts))
-            parts = []
-    sys.stdout.write("".join(parts) + f"\n{tail}\n")
+    sys.stdout.write(f"\n{tail}\n")
 
 
 def cmd_toc(storage: Storage, args: Any) -> None:
@@ -12813,10 +12847,9 @@ def cmd_stat(storage: Storage, args: Any) -> None:
             entry = file_json(b"/" + path, node)
             if node.checksum is not None and node.size:
                 entry["crc64"] = f"{node.checksum:016x}"
-            if args.format == "json":
-                found.append(entry)
-            else:
-                names = {"path": b"/" + path, "linkName": node.linkname}
+            found.append(entry)
+            names = {"path": b"/" + path, "linkName": node.linkname}
+            if args.format != "json":
                 print_table(["KEY", "VALUE"], [
                     [key, display(names[key]) if key in names else f"{value:04o}" if key == "mode"
                      else ", ".join(f"{display(name)}={display(content)}" for name, content in
@@ -12924,13 +12957,13 @@ def cmd_extract(storage: Storage, args: Any) -> None:
         print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
     elif not args.quiet:
         print_summary(summary)
-    for words, count in (("owner", "files keep your own owner"),
-                         ("setuid", "programs lose setuid or setgid, as their owner is another"),
-                         ("xattr", "extended attributes cannot be set")):
-        if words in summary["unset"] and not args.quiet:
-            say(f"warning: {summary['unset'][words]} {count}")
+    for word, noun, what in (("owner", "file", "kept your own owner"),
+                             ("setuid", "program", "lost setuid or setgid with its owner"),
+                             ("xattr", "extended attribute", "could not be set")):
+        if word in summary["unset"] and not args.quiet:
+            say(f"warning: {counted(summary['unset'][word], noun)} {what}")
     if summary["left-out"] and not args.quiet:
-        say(f"warning: {len(summary['left-out'])} devices cannot be made by this user: "
+        say(f"warning: {counted(len(summary['left-out']), 'device')} could not be made by you: "
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
 
 
@@ -12959,12 +12992,12 @@ def print_summary(summary: Dict[str, Any]) -> None:
     """Print what an extraction made, on two lines."""
     words = ("files", "directories", "symlinks", "hardlinks", "devices", "fifos", "sockets",
              "whiteouts")
-    print(", ".join(f"{summary[word]} {word}" for word in words
-                    if summary[word] or word in words[:2]))
+    print(", ".join(counted(summary[word], word[:-3] + "y" if word == words[1] else word[:-1])
+                    for word in words if summary[word] or word in words[:2]))
     parts = [f"{human_size(summary[key])} {gloss}" for key, gloss in (
         ("bytes-reflinked", "shared by reflink"), ("bytes-hardlinked", "shared by hard link"),
         ("bytes-copied", "copied")) if summary[key]]
-    why = [f"{row['why']}, {row['files']} files" for row in summary["refused"]]
+    why = [f"{row['why']}, {counted(row['files'], 'file')}" for row in summary["refused"]]
     print((", ".join(parts) or "0 B") + (f" ({'; '.join(why)})" if why else ""))
 
 
@@ -13060,8 +13093,8 @@ def cmd_image_export(storage: Storage, args: Any) -> None:
         return
     named = [(image.single(args.platform), names_to_give(image, reference))
              for image, reference in zip(images, args.image)]
-    total = sum(max(layer.diff_size, 0) for image, _ in named
-                for layer in storage.chain(image.layer))
+    total = sum({layer.diff_digest: max(layer.diff_size, 0) for image, _ in named
+                 for layer in storage.chain(image.layer)}.values())
     write = write_docker_archive if args.as_ == "docker-archive" else write_oci_archive
     with Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
         write(output.fd, named, progress)  # verified as it is written, layer by layer
@@ -13294,9 +13327,9 @@ EXTRACT_OPTIONS = ("DIR --path --exclude --strip-components --link-mode --no-ref
                    "--same-owner --owner-map --force --clean-on-error --format")
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
 COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
-    ("image list", cmd_image_list, "--format --no-trunc"),
+    ("image list", cmd_image_list, "-a -q --format --no-trunc"),
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
-    ("image layers", cmd_image_layers, "IMAGE --format --no-trunc"),
+    ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
     ("image history", cmd_image_history, "IMAGE --format --no-trunc"),
     ("image toc", cmd_toc, "IMAGE --digests --pretty --verify"),
     ("image files", cmd_files, "IMAGE PATTERN* -l -0 --format"),
@@ -13309,8 +13342,8 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
      "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
-    ("layer list", cmd_layer_list, "--format --no-trunc"),
-    ("layer inspect", cmd_layer_inspect, "LAYER+ --format"),
+    ("layer list", cmd_layer_list, "-q --format --no-trunc"),
+    ("layer inspect", cmd_layer_inspect, "LAYER+ --chain --format"),
     ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
     ("layer files", cmd_files, "LAYER PATTERN* -l -0 --format"),
     ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
@@ -13320,7 +13353,7 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
      f"LAYER {EXTRACT_OPTIONS} --no-whiteouts --socket --digest --no-verify"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
-    ("container list", cmd_container_list, "--format --no-trunc"),
+    ("container list", cmd_container_list, "-q --format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
     ("container files", cmd_files, "CONTAINER PATTERN* -l -0 --format"),
     ("container stat", cmd_stat, "CONTAINER PATH+ --follow --format"),
@@ -13335,7 +13368,8 @@ COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
     ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
 ]
 ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
-             "LAYER": "ID, name, DiffID, short link, or the start of an ID or DiffID",
+             "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path "
+                      "below overlay/",
              "CONTAINER": "name, ID or the start of an ID",
              "LINK": "26 characters, as in overlay/l",
              "PATH": "path inside, with or without a leading slash",
@@ -13352,7 +13386,13 @@ ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
              "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
              **{f"{word}:PATH": f"{word.lower()} and the path inside" for word in (
                  "IMAGE", "LAYER", "CONTAINER")}}
-SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
+SHORTCUTS = {"-0": ["--null"], "-a": ["--all"], "-l": ["--long"], "-o": ["--output"],
+         "-q": ["--quiet"]}
+SWITCHES = {"-0": "names as they are, each ended by a NUL byte",
+            "-a": "also images without a name that another image was built on",
+            "-l": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
+            "--chain": "also the IDs of the layer and its parents, base first",
+            "--no-verify": "skip the checksums; sizes are still checked",
             "--no-trunc": "full IDs and commands",
             "--pretty": "indented JSON", "--digests": "add the sha256 of each file, checked",
             "--follow": "follow a link at the end of a path",
@@ -13367,6 +13407,11 @@ SWITCHES = {"--no-verify": "skip the checksums; sizes are still checked",
             "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}
 # Options that take a value, or can be negated.
 OPTIONS: Dict[str, Dict[str, Any]] = {
+    "-q": {"action": "store_true", "dest": "ids", "help": "IDs alone, one a line, each once"},
+    "-o": {"metavar": "FILE", "help": "write to FILE, which appears when it is whole and verified; "
+                                      "default: stdout"},
+    "--format": {"choices": ("table", "json"), "default": "table"},
+    "inspect --format": {"choices": ("table", "json"), "default": "json"},
     "--ignore": {"metavar": "WHAT", "action": "append", "default": [], "choices": DIFFERENCES,
                  "help": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated"},
     "--as": {"choices": ("rootfs", "docker-archive", "oci-archive"), "default": "rootfs",
@@ -13426,12 +13471,15 @@ def make_parser(words: Sequence[str] = ()) -> Any:
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
+    width = 80
+    if {"-h", "--help"} & set(words):
+        import shutil
+
+        width = shutil.get_terminal_size().columns or 80  # 0 before Python 3.11
+
     def formatter(prog: str) -> argparse.HelpFormatter:
-        try:
-            width = os.get_terminal_size().columns
-        except OSError:
-            width = 100
-        return argparse.HelpFormatter(prog, width=min(width, 100) - 2, max_help_position=28)
+        return argparse.HelpFormatter(prog, width=max(40, min(width, 100)) - 2,
+                                      max_help_position=28)
 
     name = os.path.basename(sys.argv[0])
     program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
@@ -13440,7 +13488,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
         description="Read images of containers/storage: no podman, no root, no mount, no writes.",
         epilog="Exit status: 0 done, 1 the answer is no, 2 usage, 3 not found or ambiguous, "
         "4 content fails its checksum, 5 permission, 6 malformed or unsupported data or other "
-        "failure."), 0)
+        "failure, 130 interrupted, 141 stdout was closed."), 0)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=program)
     groups: Dict[str, Any] = {}
@@ -13453,7 +13501,8 @@ def make_parser(words: Sequence[str] = ()) -> Any:
                     metavar="COMMAND", required=True, prog=f"{program} {group}")
         sub = (groups[group] if group else commands).add_parser(
             verb, help=function.__doc__, description=function.__doc__, formatter_class=formatter,
-            allow_abbrev=False, aliases=[word for word in ALIASES if ALIASES[word] == verb])
+            allow_abbrev=False, aliases=[word for word in ALIASES if ALIASES[word] == verb],
+            conflict_handler="resolve")  # -q of lists
         sub.set_defaults(function=function, kind=group)
         _add_globals(sub, 2)
         names = arguments.split() + ["--platform"] * (group == "image" and verb != "list")
@@ -13490,13 +13539,8 @@ def _add_globals(parser: Any, level: int) -> Any:
 
 def _add_arguments(parser: Any, names: List[str], verb: str) -> None:
     for name in names:
-        if name == "-o":
-            parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE, which "
-                                "appears when it is whole and verified; default: stdout")
-        elif name == "--format":
-            parser.add_argument("--format", choices=("table", "json"),
-                                default="json" if verb == "inspect" else "table")
-        elif name in OPTIONS:
+        flags = [name, *SHORTCUTS.get(name, ())]
+        if name in OPTIONS:
             options = dict(OPTIONS.get(f"{verb} {name}", OPTIONS[name]))
             negated = options.pop("negated", "")
             if negated:  # what BooleanOptionalAction does, with a help for each
@@ -13504,15 +13548,9 @@ def _add_arguments(parser: Any, names: List[str], verb: str) -> None:
                 parser.add_argument("--no-" + name[2:], action="store_false", dest=word,
                                     default=None, help=negated)
                 options["action"] = "store_true"
-            parser.add_argument(name, **options)
-        elif name == "-l":
-            parser.add_argument("-l", "--long", action="store_true",
-                                help="mode (+ = has xattrs), owner, group, size, time (UTC), link")
-        elif name == "-0":
-            parser.add_argument("-0", "--null", action="store_true",
-                                help="names as they are, each ended by a NUL byte")
+            parser.add_argument(*flags, **options)
         elif name in SWITCHES:
-            parser.add_argument(name, action="store_true", help=SWITCHES[name])
+            parser.add_argument(*flags, action="store_true", help=SWITCHES[name])
         else:
             word = name.rstrip("+*")
             parser.add_argument({"DIR[:TAG]": "layout"}.get(
@@ -13593,7 +13631,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (CstorError, ImportError, OSError, _UsageError, MemoryError) as error:
         verbose = (word for word in words if word == "--verbose" or not word[1:].strip("v"))
         if sum(word.count("v") for word in verbose if word.startswith("-")) > 1:
-            raise
+            import traceback
+
+            traceback.print_exc()
         try:
             sys.stdout.flush()  # what it did not take before it does not take now
         except (AttributeError, OSError, ValueError) as again:

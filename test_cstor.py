@@ -49,6 +49,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -56,7 +57,7 @@ import unittest
 import warnings
 import zipfile
 from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping,
-                    Optional, Sequence, Tuple, Type, Union)
+                    Optional, Sequence, Set, Tuple, Type, Union)
 from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -584,7 +585,7 @@ class House(unittest.TestCase):
                    "gzip", "hashlib", "heapq", "importlib", "io", "json", "lzma", "marshal",
                    "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket", "sqlite3",
                    "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
-                   "typing", "zlib"}
+                   "traceback", "typing", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -1371,7 +1372,7 @@ class Discovery(StoreTest):
         for name in ("overlay-images", "overlay-layers/layers.json"):
             os.rename(store.path(name), os.path.join(split, name))
         done = self.run_cstor("--root", store.root, "image", "list")
-        self.assertEqual(f"cstor: warning: 3 of the layers have no files below {store.root}: "
+        self.assertEqual(f"cstor: warning: 3 layers without files below {store.root}: "
                          f"images may be in an imagestore: use --imagestore {split}\n",
                          done.stderr.decode())
         done = self.run_cstor("--root", store.root, "image", "inspect", "app", status=3)
@@ -5881,8 +5882,8 @@ class Extracts(TreeTest):
             self.guard(storage.graphroot)
             done = self.run_cstor(*ours, "image", "extract", "t", self.out, *owner)
             if not owner:
-                self.assertRegex(done.stdout.decode(), r"\A3 files, 6 directories, 1 symlinks, "
-                                 r"1 hardlinks, 1 fifos\n2 kB (shared|copied).*\n\Z")
+                self.assertRegex(done.stdout.decode(), r"\A3 files, 6 directories, 1 symlink, "
+                                 r"1 hardlink, 1 fifo\n2 kB (shared|copied).*\n\Z")
                 self.assertEqual(b"", done.stderr)
             done = self.run_cstor(*ours, "image", "extract", "t", self.out, status=6)
             self.assertIn(b"not empty", done.stderr)
@@ -10853,10 +10854,7 @@ class Serving(StoreTest):
     def test_digests_of_the_storage(self) -> None:
         root, layer = ("--root", self.store.root, "layer"), self.layer
         out = os.path.join(self.dir, "out")
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", self.digests[layer])
-        os.unlink(out)
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", sha256(b""), status=4)
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", "x", status=2)
+        self.run_cstor(*root, "export", layer, "--digest", self.digests[layer], status=2)
         for words in (("--digest", self.digests[layer]), ("--no-verify",)):
             done = self.run_cstor(*root, "extract", layer, out, *words, status=2)
             self.assertIn(b"is for layers from a --socket", done.stderr)
@@ -12481,7 +12479,7 @@ class CommandLine(StoreTest):
                          (container["names"], container["image-name"], container["state"]))
         self.assertIn(b"web", self.cstor("container", "list").stdout)
         inspected = json.loads(self.cstor("layer", "inspect", layers[1]).stdout)[0]
-        self.assertEqual(([layers[0]], [self.store.images[0]["id"]], []),
+        self.assertEqual(([layers[0]], [entry["id"] for entry in self.store.images], []),
                          (inspected["lower"], inspected["images"], inspected["faults"]))
         self.assertEqual(self.store.path(f"overlay-layers/{layers[1]}.tar-split.gz"),
                          inspected["tar-split"])
@@ -12495,6 +12493,79 @@ class CommandLine(StoreTest):
                       "container inspect web"):
             self.assertIn(b"graph-root" if "info" in words else b"created",
                           self.cstor(*words.split(), "--format", "table").stdout)
+
+    def test_ids_alone(self) -> None:
+        images, layers, containers = ([entry["id"] for entry in entries] for entries in (
+            self.store.images, self.store.layers, self.store.containers))
+        for words, ids in ((["image", "list"], images), (["layer", "ls"], layers),
+                           (["container", "list"], containers),
+                           (["image", "layers", "sample"], layers[:3])):
+            self.assertEqual([name[:12] for name in ids], self.cstor(
+                *words, "-q").stdout.decode().splitlines())
+            self.assertEqual(ids, self.cstor(
+                *words, "--no-trunc", "--quiet").stdout.decode().splitlines())
+            self.assertIn(b"CREATED", self.cstor("-q", *words).stdout)
+            self.assertEqual(ids, [entry["id"] for entry in json.loads(self.cstor(
+                *words, "-q", "--format", "json").stdout)])
+
+    def test_intermediate_images(self) -> None:
+        self._root = ""
+        steps: List[Dict[str, Any]] = [{"created_by": word, "empty_layer": word != "base"}
+                                       for word in ("base", "env", "cmd", "other")]
+        base, layer = self.layer, self.store.layer(make_tar(("z", b"")), self.layer)
+        named = self.store.image(layer, "localhost/n:1", history=[*steps[:2], {"created_by": "z"}])
+        first = self.store.image(base, history=steps[:1])
+        second = self.store.image(base, history=steps[:2])
+        alone = self.store.image(base, history=[steps[0], steps[3]])
+        leaf = self.store.image(layer, history=[*steps[:1], steps[2], {"created_by": "z"}])
+        self.store.save()
+
+        def listed(*words: str) -> Set[str]:
+            return {entry["id"] for entry in json.loads(self.cstor(
+                "image", "list", "--format", "json", *words).stdout)}
+
+        samples = {entry["id"] for entry in self.store.images[:2]}
+        self.assertEqual({*samples, named, alone, leaf}, listed())
+        for word in ("-a", "--all"):
+            self.assertEqual({*samples, named, first, second, alone, leaf}, listed(word))
+        self.assertEqual(5, len(self.cstor("image", "list", "-q").stdout.splitlines()))
+        os.unlink(self.store.path("overlay-images", second, "manifest"))
+        self.assertEqual({*samples, named, second, alone, leaf}, listed())
+
+    def test_who_uses_a_layer(self) -> None:
+        layers = [entry["id"] for entry in self.store.layers]
+        app, top = (entry["id"] for entry in self.store.images)
+        web = self.store.containers[0]["id"]
+        link = self.store.read(f"overlay/{layers[3]}/link")
+        for layer, images, containers in ((layers[0], [app, top], [web]), (layers[2], [top], [web]),
+                                          (layers[3], [], [web])):
+            for reference in (layer, self.store.path("overlay", layer),
+                              self.store.path("overlay", layer, "diff/etc/x"),
+                              f"overlay/{layer}/diff/../merged", os.path.relpath(
+                                  self.store.path("overlay", layer, "work")),
+                              *[self.store.path("overlay/l", link)] * (layer == layers[3])):
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    cstor.main(["--root", self.store.root, "layer", "inspect", reference])
+                found = json.loads(out.getvalue())[0]
+                self.assertEqual((layer, images, containers, ["web"]), (
+                    found["id"], found["images"], found["containers"], found["container-names"]))
+                self.assertNotIn("chain", found)
+        self.assertEqual(["localhost/app:1", "localhost/app:latest",
+                          "docker.io/library/sample:latest"], json.loads(self.cstor(
+                              "layer", "inspect", layers[0]).stdout)[0]["image-names"])
+        found = json.loads(self.cstor("layer", "inspect", "--chain", layers[2]).stdout)[0]
+        self.assertEqual(layers[:3], found["chain"])
+        for path in (f"/else/{layers[0]}/diff", self.dir, self.store.path("overlay", "7" * 64)):
+            self.assertIn(b"layer not known", self.cstor("layer", "inspect", path,
+                                                         status=3).stderr)
+
+    def test_containers_that_podman_does_not_know(self) -> None:
+        self._root = ""
+        self.store.container("", self.store.layers[3]["id"], "builder", metadata="")
+        self.store.save()
+        states = {entry["names"][0]: entry["state"] for entry in json.loads(self.cstor(
+            "container", "list", "--format", "json").stdout)}
+        self.assertEqual({"web": "", "builder": "storage"}, states)
 
     def test_names_cannot_steer_a_terminal(self) -> None:
         self._root = ""
@@ -12524,12 +12595,69 @@ class CommandLine(StoreTest):
         os.close(slave)
         os.close(master)
 
+    def shown(self, columns: int, *args: str) -> List[str]:
+        """Return the lines, with their ends, that show on a terminal; progress, or help."""
+        master, slave = open_terminal()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor\n"
+                "cstor.ProgressLine.INTERVAL = 0\nsys.exit(cstor.main())")
+        with subprocess.Popen([sys.executable, "-c", code, "--root", self.store.root, *args],
+                              env=IDLE, stdin=subprocess.DEVNULL, stderr=slave,
+                              stdout=slave if "--help" in args else subprocess.DEVNULL) as process:
+            os.close(slave)
+            output = b""
+            with contextlib.suppress(OSError):  # EIO: the other end is closed
+                while True:
+                    output += os.read(master, 65536)
+        os.close(master)
+        self.assertEqual(0, process.returncode, output)
+        return [line for line in output.decode().replace("\x1b[K", "").split("\r") if line]
+
+    def test_progress_of_many_layers_fits_and_rises_once(self) -> None:
+        images = [entry["id"] for entry in self.store.images]
+        for number, (columns, words) in enumerate((
+                (0, ["image", "export", *images, "--as", "docker-archive", "-o", "@"]),
+                (80, ["image", "export", *images, "--as", "oci-archive", "-o", "@"]),
+                (50, ["image", "copy-to-oci", images[1], "@"]),
+                (39, ["image", "copy-to-oci", images[1], "@", "--compress", "gzip"]),
+                (34, ["image", "export", images[1], "-o", "@"]),
+                (5, ["image", "extract", images[1], "@",
+                     *["--no-same-owner"] * bool(os.geteuid())]),
+                (3, ["layer", "export", self.layer, "-o", "@"]),
+                (1, ["layer", "export", self.layer, "-o", "@"]))):
+            lines = self.shown(columns, *(os.path.join(self.dir, f"out{number}") if word == "@"
+                                          else word for word in words))
+            self.assertLess(max(map(len, lines), default=0), columns or 80, words)
+            if columns > 4:
+                done = [int(found[1]) for found in (re.search(r"(\d+)%", line) for line in lines)
+                        if found]
+                self.assertEqual((sorted(done), 100), (done, done[-1]), words)
+                self.assertEqual(len(lines), len(done))
+            if columns in (0, 80):
+                self.assertRegex(lines[-1], r"\A[\d.]+ MB of [\d.]+ MB \(100%\), 0:00 left, "
+                                            r"\d+ files, [\d.]+ MB/s\Z")
+
+    def test_help_in_any_terminal(self) -> None:
+        for columns, least, most in ((0, 60, 80), (10, 30, 48), (60, 50, 60), (300, 80, 100)):
+            longest = max(map(len, "".join(self.shown(
+                columns, "image", "list", "--help")).splitlines()))
+            self.assertTrue(least < longest <= most, (columns, longest))
+
+    def test_counts_are_grammatical(self) -> None:
+        self.assertEqual(["0 files", "1 file", "2 files", "1 directory", "2 directories"], [
+            cstor.counted(number, noun) for number, noun in (
+                (0, "file"), (1, "file"), (2, "file"), (1, "directory"), (2, "directory"))])
+        done = self.cstor("layer", "extract", self.store.layers[2]["id"], os.path.join(
+            self.dir, "one"), *["--no-same-owner"] * bool(os.geteuid()))
+        self.assertRegex(done.stdout, rb"\A1 file, 2 directories\n2 B ")
+
     def test_tracebacks_only_when_asked(self) -> None:
         self.cstor("image", "inspect", "nothing", status=3)
         done = subprocess.run([sys.executable, SCRIPT, "-vv", "--root", self.store.root, "image",
                                "inspect", "nothing"],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.assertIn(b"Traceback", done.stderr)
+        self.assertRegex(done.stderr.decode(), r"(?s)\ATraceback .*\ncstor: error: image not known")
+        self.assertEqual(3, done.returncode)
 
     def test_humane_numbers(self) -> None:
         for size, text in ((0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"),
