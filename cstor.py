@@ -4411,7 +4411,8 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
     fd, path = open_tar_split(layer)
     try:
         pending: List[bytes] = []
-        limit = layer.diff_size if layer.diff_digest and layer.diff_size >= 0 else float("inf")
+        # Go writes no size of 0: the layer is empty, or its record is of before sizes were kept.
+        limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
         length = padding = total = empty = 0
         for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
             length += len(segment)

@@ -693,6 +693,7 @@ class Errors(unittest.TestCase):
 class Openings(StoreTest):
     def test_a_signal_while_a_directory_is_closed(self) -> None:
         """A descriptor that was closed is not closed again: it may be another file's by then."""
+        need_proc()
         real = os.close
 
         def close(fd: int) -> None:
@@ -2215,6 +2216,7 @@ class WrongFiles(StoreTest):
             os.rename(path + ".kept", path)
 
     def test_inputs(self) -> None:
+        need_proc()
         fifo, good = self.dir + "/fifo", self.dir + "/good"
         store = self.sample()
         layer = store.layers[2]["id"]
@@ -4712,6 +4714,7 @@ class HostileTrees(HostileStores):
             self.cstor(store, "image", "files", "x", status=6)
 
     def test_memory_of_many_entries(self) -> None:
+        need_proc()
         store = self.store(END)
         with gzip.open(store.path(f"overlay-layers/{1:064x}.tar-split.gz"), "wb", 1) as out:
             for i in range(100_000):
@@ -10526,6 +10529,7 @@ class ManyFiles(StoreTest):
     """Layers of many files, for processes that may have 1,024 files open each."""
 
     def test_many_external_files(self) -> None:
+        need_proc()
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
