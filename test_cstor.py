@@ -11996,7 +11996,7 @@ class Library(StoreTest):
                 (f"ValueError: codec: unknown 'splitfd'; expected {cstor.CODECS!r}".translate(
                     {40: None, 41: None}),
                  lambda: cstor.write_stream(layer, io.BytesIO(), codec="splitfd")),
-                ("ValueError: form: unknown 'splitfd'; expected 'stream', 'splitfdstream'",
+                ("ValueError: form: unknown 'splitfd'; expected 'stream', 'splitfdstream', 'push'",
                  lambda: client.layer("x", "splitfd")),
                 ("ValueError: form: unknown 'stream'; expected '', 'varlink'",
                  lambda: cstor.VarlinkClient.layer(anything, "x", "stream")),
