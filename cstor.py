@@ -2335,6 +2335,15 @@ class LayerRecord(Record):
         if self.incomplete:
             self._faults.append("incomplete: its creation was interrupted")
 
+    def _look(self) -> None:
+        self._faults += self.damage()
+        self._faults += [f"parent {layer.id} is incomplete" for layer in self.storage.chain(
+            self.id)[:-1] if layer.incomplete][-1:]
+
+    def damage(self) -> List[str]:
+        """Return which of its files are missing or empty, which a Layer can tell."""
+        return []
+
     @property
     def mapped(self) -> bool:
         """Whether this is a copy of another layer made for other user IDs."""
@@ -2372,8 +2381,10 @@ class ImageRecord(Record):
             self._faults.append("no manifest")
 
     def _look(self) -> None:
-        for layer in self.storage.chain(self.layer)[-1:]:
-            self._faults += [f"layer {layer.id}: {fault}" for fault in layer.faults]
+        chain = self.storage.chain(self.layer)
+        for layer in chain:
+            self._faults += [f"layer {layer.id}: {fault}" for fault in (
+                layer.faults if layer is chain[-1] else layer.damage())]
         if not self.is_list and not self._chain() and self.diff_ids() is None:
             self._faults.append("no layer")
 
@@ -2574,7 +2585,7 @@ class ContainerRecord(Record):
     def _look(self) -> None:
         if self.image and self.image not in [image.id for image in self.storage.image_records()]:
             self._faults.append(f"image not known: {display(self.image)}")
-        self._chain()
+        self._faults += [fault for layer in self._chain()[-1:] for fault in layer.damage()]
 
     def _chain(self) -> Tuple[LayerRecord, ...]:
         for key in ("image", "layer"):  # Go writes both, "" for no image
@@ -2741,6 +2752,7 @@ class Metadata(Closing):
         self._additional: List[Contents] = []
         self._run: Optional[Contents] = None
         self._graph: Optional[Contents] = None
+        self._folders: Dict[Tuple[Directory, bytes], Directory] = {}  # of roots, for state()
         try:
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
@@ -2800,6 +2812,7 @@ class Metadata(Closing):
         self._images: Optional[Tuple[Any, ...]] = None
         self._containers: Optional[Tuple[Any, ...]] = None
         self._layer_by_id: Dict[str, LayerRecord] = {}
+        self._malformed: Dict[bytes, FormatError] = {}  # JSON files
         self._links: Optional[Dict[str, str]] = None
         self._podman: Optional[Dict[str, Dict[str, Any]]] = None
         self._id_maps: Optional[Tuple[List[Any], List[Any]]] = None
@@ -2807,7 +2820,7 @@ class Metadata(Closing):
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
         OPEN_STORAGES.discard(ref(self))
-        for root in self.roots:
+        for root in [*self.roots, *self._folders.values()]:
             root.close()
         if self._run:
             self._run.close()
@@ -2831,6 +2844,26 @@ class Metadata(Closing):
             if root.exists(name):
                 return root
         return None
+
+    def state(self, first: Directory, kind: bytes, name: bytes) -> str:
+        """Say whether a file below the directory ``kind`` of a root is "missing" or "empty".
+
+        Lists ask it thousands of times: one call of the kernel each, and never the helper.
+        """
+        for root in [first, *self.roots]:
+            try:
+                if (root, kind) not in self._folders:
+                    self._folders[root, kind] = root.directory(kind)
+                folder = self._folders[root, kind]
+                found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+                if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
+                    return "empty" * (found.st_nlink <= 2 and not Directory.listdir(folder, name))
+                return "" if found.st_size else "empty"
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except PermissionError:  # nobody knows
+                return ""
+        return "missing"
 
     def helper(self, error: NeedsUnshare) -> Any:
         """Return what opens files that are closed to us; without any, raise ``error``."""
@@ -2876,13 +2909,19 @@ class Metadata(Closing):
 
     # -- records -------------------------------------------------------------------------------
 
+    def strays(self, kind: bytes, known: Iterable[Record]) -> List[str]:
+        """Name directories of objects that are not recorded, as when the JSON file was lost."""
+        ids = {record.id for record in known}
+        return [f"{root.host_path(kind + b'/' + name)} has no record"
+                for root in self.roots if root.exists(kind) for name in root.listdir(kind)
+                if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids]
+
     def layer_records(self) -> Tuple[LayerRecord, ...]:
         """Return all layers in the order in which they are stored, parents mostly first."""
         if self._layers is None:
             self._layers = self._load(self.KINDS[0], self._own)
             for layer in self._layers:
                 self._layer_by_id.setdefault(layer.id, layer)
-            self._name_faults()
         return self._layers
 
     def image_records(self) -> Tuple[ImageRecord, ...]:
@@ -2928,6 +2967,8 @@ class Metadata(Closing):
     def _load(self, new: Type[R], own: Sequence[Contents]) -> Tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
         kind = new.KIND
+        if kind in self._malformed:  # said once more, not read for each image
+            raise self._malformed[kind].with_traceback(None)
         word = kind.partition(b"-")[2]
         plain, volatile = word + b".json", b"volatile-" + word + b".json"
         if self._patience is None:
@@ -2945,7 +2986,12 @@ class Metadata(Closing):
             paths = [kind + b"/" + name for name in names]
             lock = kind + b"/" + word + b".lock"
             for path, data in zip(paths, read_consistently(root, lock, paths, self._patience)):
-                for item in self._array(data, root.host_path(path)):
+                try:
+                    items = self._array(data, root.host_path(path))
+                except FormatError as error:
+                    self._malformed[kind] = error
+                    raise
+                for item in items:
                     record = new(self, self._graph or root if root is self._run else root, item,
                                  volatile=path.endswith(volatile), readonly=readonly)
                     if readonly or not record.id or record.id not in seen:
@@ -2981,32 +3027,6 @@ class Metadata(Closing):
             layer_id = layer.parent
         return tuple(found[::-1])
 
-    def _name_faults(self) -> None:
-        """Give every layer the fault of its chain, looking at each link once."""
-        verdict: Dict[str, str] = {"": ""}
-        for layer in self._layers or ():
-            path = []
-            at: Optional[LayerRecord] = layer
-            fault = ""
-            on_path: Set[str] = set()
-            while at is not None and at.id not in verdict:
-                if at.id in on_path:
-                    fault = "its chain of parents is a loop"
-                    break
-                path.append(at)
-                on_path.add(at.id)
-                parent = self._layer_by_id.get(at.parent)
-                if at.parent and parent is None:
-                    fault = f"parent layer not known: {display(at.parent)}"
-                at = parent
-            if not fault and at is not None:
-                fault = verdict[at.id] or (at.incomplete and f"parent {at.id} is incomplete") or ""
-            for step in reversed(path):
-                verdict[step.id] = fault
-                if fault:
-                    step.faults.append(fault)
-                elif step.incomplete:
-                    fault = f"parent {step.id} is incomplete"
 
     def resolve_link(self, link: str) -> str:
         """Return the ID of the layer whose short link in overlay/l is ``link``.
@@ -11905,10 +11925,34 @@ class ContentServer:
 class Layer(LayerRecord):
     """One layer of a storage; made by Storage.layer(), Storage.layers() and Image.layers()."""
 
+    _damage: Optional[List[str]] = None
+
     @property
     def link_id(self) -> str:
         """The 26 characters that stand for this layer in overlay/l; "" when they are lost."""
         return read_overlay_file(self, b"link")
+
+    def damage(self) -> List[str]:
+        """Return which of its files are missing or empty, as far as lstat(2) tells."""
+        if self._damage is None:
+            name = self.id.encode("utf-8", "replace")
+            files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
+                (LAYERS, name + b".tar-split.gz")] * bool(self.diff_digest)
+            self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
+                f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
+                for word in [self.storage.state(self.root, kind, place)] if word and not (
+                    overlay_file(self, b"additionallayer")[0] if kind is LAYERS else
+                    place.endswith(b"/diff") and word == "empty" and not self._has_files())]
+        return self._damage
+
+    def _has_files(self) -> bool:
+        """Tell whether by its tar something has to be in "diff"."""
+        try:
+            return not self.mapped and not self.toc_digest and self.diff_size > 2 * BLOCK and any(
+                member.type in ("reg", "dir", "symlink") and clean_name(member.name)
+                and b".wh." not in member.name for member in self.members())
+        except (CstorError, OSError):
+            return False  # what cannot be read is another fault
 
     def lower_ids(self) -> List[str]:
         """Return the IDs of the overlay lower chain, top first.  Raises LayerUnknown."""
@@ -12410,6 +12454,7 @@ def print_list(args: Any, headers: Sequence[str], rows: Iterable[Sequence[str]],
 def cmd_image_list(storage: Storage, args: Any) -> None:
     """list images"""
     images = storage.images()
+    storage.faults += storage.strays(IMAGES, images)
     hidden = set() if args.all else intermediate_images(storage)
     images = tuple(image for image in images if image.id not in hidden or image.faults)
     aged = sorted([(image.created_ns, image) for image in images],
@@ -13286,6 +13331,19 @@ def hidden_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
 def cmd_store_info(storage: Storage, args: Any) -> None:
     """show where the storage is and what is in it"""
     config = storage.config
+    counts: Dict[str, Optional[int]] = {}
+    damage: Dict[str, None] = {}  # in order, each once
+    for kind, get in ((OVERLAY, storage.layers), (IMAGES, storage.images),
+                      (CONTAINERS, storage.containers)):
+        counts[get.__name__] = None
+        try:
+            records: Sequence[Record] = get()
+            counts[get.__name__] = len(records)
+            damage.update((f"{record.WORD} {record.id}: {fault}", None) for record in records
+                          for fault in record.faults if fault not in damage)
+            damage.update((fault, None) for fault in storage.strays(kind, records))
+        except (CstorError, OSError) as error:
+            damage[describe(error)] = None
     info: Dict[str, Any] = {
         "driver": "overlay",
         "graph-root": storage.graphroot, "run-root": storage.runroot,
@@ -13295,21 +13353,21 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
         "scheme": config.scheme if config else "--root",
         "rootless": config.rootless if config else os.geteuid() != 0,
         "transient-store": bool(config and config.transient_store),
-        "images": len(storage.images()), "layers": len(storage.layers()),
-        "containers": len(storage.containers()),
+        **counts,
         "podman-database": storage.recorded_roots(),
         "process": describe_process(),
-        "faults": storage.faults,
+        "faults": [*storage.faults, *damage],
     }
     if args.format == "json":
         print_json(info)
         return
     info["process"] = explain_process(info["process"])
+    faults = info.pop("faults")
     print_table(["KEY", "VALUE"], [
         [key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
-         else ", ".join(value) if isinstance(value, list)
+         else ", ".join(value) if isinstance(value, list) else "unknown" if value is None
          else ("yes" if value else "no") if isinstance(value, bool) else str(value)]
-        for key, value in info.items()])
+        for key, value in info.items()] + [["fault", fault] for fault in faults])
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:

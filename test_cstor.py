@@ -1680,28 +1680,30 @@ class Records(StoreTest):
         store.layers += bad_layers
         store.images += bad_images
         store.save()
+        loop = "its chain of parents is a loop or longer than 500"
         with self.open(store) as storage:
-            faults = {layer.id or i: layer.faults for i, layer in enumerate(storage.layers())}
+            faults = {layer.id or i: [fault for fault in layer.faults if "overlay/" not in fault]
+                      for i, layer in enumerate(storage.layers())}
             self.assertEqual({
                 4: ["the record is no JSON object", 'unusable ID ""'], 5: ['unusable ID ""'],
                 "../../evil": ['unusable ID "../../evil"'], 7: ['field "id" is no str',
                                                                'unusable ID ""'],
-                "1" * 64: [f"parent layer not known: {'2' * 64}"],
-                "3" * 64: ["its chain of parents is a loop"],
+                "1" * 64: [f"layer not known: {'2' * 64} (parent of {'1' * 64})"],
+                "3" * 64: [loop],
                 "4" * 64: ["incomplete: its creation was interrupted"],
                 "5" * 64: [f"parent {'4' * 64} is incomplete"],
                 "6" * 64: ['field "names" is no list', 'field "created" is no str'],
-                "7" * 64: ["its chain of parents is a loop"],
-                "8" * 64: ["its chain of parents is a loop"],
+                "7" * 64: [loop], "8" * 64: [loop],
                 "esc\x1b[31m": ['unusable ID "esc\\x1b[31m"']},
                 {key: value for key, value in faults.items() if value})
             self.assertEqual(16, len(storage.layers()))
             images = {image.id: image.faults for image in storage.images()}
             self.assertEqual(["no manifest", "no layer"], images["a" * 64])
             self.assertEqual([f"layer not known: {'9' * 64}"], images["b" * 64])
-            self.assertEqual(['field "names" holds more than strings', "no manifest",
-                              f"layer {'5' * 64}: parent {'4' * 64} is incomplete"],
-                             images["c" * 64])
+            self.assertEqual(['field "names" holds more than strings', "no manifest", *(
+                f"layer {'5' * 64}: {fault}" for fault in (
+                    f"overlay/{'5' * 64}/diff is missing", f"overlay/{'5' * 64}/link is missing",
+                    f"parent {'4' * 64} is incomplete"))], images["c" * 64])
             self.assertEqual(7, len(storage.images()))
             self.assertRaises(cstor.FormatError, storage.image("d" * 64).manifest)
             self.assertRaises(cstor.FormatError, self.export, storage.layer("../../evil"))
@@ -1710,6 +1712,97 @@ class Records(StoreTest):
         self.assertEqual(16, len(json.loads(listed.stdout)))
         table = self.run_cstor("--root", store.root, "layer", "list").stdout
         self.assertNotIn(b"\x1b", table)
+
+    def test_a_malformed_file_is_read_once(self) -> None:
+        store = self.sample()
+        store.write("overlay-layers/layers.json", "{")
+        with self.open(store) as storage, \
+                mock.patch.object(cstor, "parse_json", side_effect=cstor.parse_json) as parse:
+            for image in storage.images():
+                self.assertRegex("; ".join(image.faults), "layers.json at offset 1: malformed")
+            self.assertEqual(1, sum("layers.json" in call[0][1] for call in parse.call_args_list))
+
+    def faults(self, store: StoreBuilder) -> Tuple[List[str], List[str]]:
+        """Return what `image list` and `store info` say of damage."""
+        listed, info = (json.loads(self.run_cstor(
+            "--root", store.root, *words, "--format", "json").stdout)
+            for words in (["image", "list", "-a"], ["store", "info"]))
+        return [fault for image in listed for fault in image["faults"]], info["faults"]
+
+    def test_lost_and_emptied_files_are_faults(self) -> None:
+        def make(name: str) -> Tuple[StoreBuilder, List[str]]:
+            store = StoreBuilder(os.path.join(self.dir, name))
+            base = store.layer(make_tar(("a/", None), ("a/f", b"x")))
+            top = store.layer(make_tar(("b", b"y")), base)
+            image = store.image(top, "localhost/app:1")
+            store.container(image, store.layer(None, top, id="8" * 64), "c1")
+            store.layer(make_tar(("./", None)), top)  # "diff" is empty by right
+            store.layer(b"", top)
+            store.layer(make_tar(("b", b"y")), base, id="7" * 64, uidmap=[
+                {"container_id": 0, "host_id": 5, "size": 9}])
+            shutil.rmtree(store.path("overlay", "7" * 64, "diff"))
+            os.mkdir(store.path("overlay", "7" * 64, "diff"))
+            return store.save(), [base, top, image, store.layers[2]["id"]]
+
+        store, (base, top, image, own) = make("sound")
+        self.assertEqual(([], []), self.faults(store))
+        split = "overlay-layers/{}.tar-split.gz"
+        for number, (damage, path, words) in enumerate((
+                ("lose", split.format(top), "missing"), ("empty", split.format(base), "empty"),
+                ("lose", f"overlay/{base}/diff", "missing"), ("clear", f"overlay/{top}/diff",
+                                                              "empty"),
+                ("empty", f"overlay/{top}/link", "empty"), ("lose", f"overlay/{own}/link",
+                                                            "missing"))):
+            store, _ = make(str(number))
+            place = store.path(path)
+            if damage == "empty":
+                open(place, "wb").close()
+            elif os.path.isdir(place):
+                shutil.rmtree(place)
+            else:
+                os.unlink(place)
+            if damage == "clear":
+                os.mkdir(place)
+            fault = f"layer {re.findall('[0-9a-f]{64}', path)[0]}: {path} is {words}"
+            of_image, of_store = self.faults(store)
+            self.assertEqual([fault] * (own not in path), of_image)
+            self.assertEqual([fault] + [f"container {store.containers[0]['id']}: "
+                                        + fault.partition(": ")[2]] * (own in path), of_store)
+
+    def test_store_info_of_any_store(self) -> None:
+        store = self.sample()
+        image = store.images[1]["id"]
+        os.unlink(store.path("overlay-images", image, "manifest"))
+        missing = 'big data item "manifest" is recorded, but missing'
+        self.assertEqual(([missing], [f"image {image}: {missing}"]), self.faults(store))
+        store.write("overlay-images/images.json", bytes(5000))
+        store.write("overlay-layers/layers.json", "{")
+        for name in ("d" * 64, "no-layer"):
+            os.mkdir(store.path("overlay", name))
+        info = json.loads(self.run_cstor("--root", store.root, "store", "info", "--format",
+                                         "json").stdout)
+        images, layers = (store.path(f"overlay-{word}/{word}.json at offset {at}: malformed JSON: ")
+                          for word, at in (("images", 0), ("layers", 1)))
+        self.assertEqual((None, None, 1), (info["images"], info["layers"], info["containers"]))
+        self.assertEqual([
+            layers + "Expecting property name enclosed in double quotes",
+            images + "Expecting value"], info["faults"][:2])
+        table = self.run_cstor("--root", store.root, "store", "info").stdout.decode()
+        self.assertIn(f"fault                    {images}Expecting value\n", table)
+        self.assertIn("images                   unknown\n", table)
+        self.run_cstor("--root", store.root, "image", "list", status=6)
+        # Lost records are noticed, whole ones are not blamed.
+        store.save()
+        os.unlink(store.path("overlay-images/images.json"))
+        os.mkdir(store.path("overlay", "e" * 64))
+        strays = sorted(store.path("overlay-images", entry["id"]) + " has no record"
+                        for entry in store.images)
+        done = self.run_cstor("--root", store.root, "image", "list")
+        self.assertEqual(strays, [line[len("cstor: warning: "):]
+                                  for line in done.stderr.decode().splitlines()])
+        found = self.faults(store)[1]
+        self.assertEqual([store.path("overlay", name * 64) + " has no record" for name in "de"]
+                         + strays, [fault for fault in found if fault.endswith(" has no record")])
 
     def test_long_chains_and_many_layers(self) -> None:
         store = self.builder()
