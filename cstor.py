@@ -12503,10 +12503,25 @@ def image_json(image: Image) -> Dict[str, Any]:
             "store": image.root.path, "readonly": image.readonly, "faults": image.faults}
 
 
+def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Iterator[T]:
+    """Yield what ``action`` returns for each argument; report those that fail, and go on.
+
+    The highest status counts.  An error without a file name is one of the output, and ends all.
+    """
+    for word in words:
+        try:
+            found = action(word)
+        except (CstorError, OSError) as error:
+            if not isinstance(error, CstorError) and error.filename is None:
+                raise
+            args.status = max(args.status, report_error(error, args.verbose > 1))
+        else:
+            yield found
+
+
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
     """show the record, manifest and configuration of images"""
-    found = []
-    for reference in args.image:
+    def inspect(reference: str) -> Dict[str, Any]:
         image: Any = storage.image(reference, args.platform)
         image = image.single(args.platform) if args.platform else image
         entry = image_json(image)
@@ -12517,13 +12532,15 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
                 entry[key] = [layer.id for layer in value] if key == "layers" else value
             except CstorError:  # its faults say why
                 entry[key] = None
-        found.append(entry)
-    print_inspected(found, args)
+        return entry
+
+    print_inspected(for_each(args, args.image, inspect), args)
 
 
-def print_inspected(found: List[Dict[str, Any]], args: Any) -> None:
-    """Print objects as a JSON array, or as tables of keys and values."""
-    if args.format == "json":
+def print_inspected(entries: Iterator[Dict[str, Any]], args: Any) -> None:
+    """Print objects as a JSON array, or as tables of keys and values; nothing if all failed."""
+    found = list(entries)
+    if args.format == "json" and found:
         print_json(found)
         return
     for entry in found:
@@ -12586,8 +12603,7 @@ def layer_json(layer: Layer) -> Dict[str, Any]:
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
     """show the record of layers, and where their files are"""
-    found = []
-    for reference in args.layer:
+    def inspect(reference: str) -> Dict[str, Any]:
         layer = storage.layer(reference)
         entry = layer_json(layer)
         entry["compression-name"] = layer.compression
@@ -12614,8 +12630,9 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
         except CstorError as error:
             if layer.diff_digest:  # a writable layer has none
                 entry["faults"] = [*layer.faults, str(error)]
-        found.append(entry)
-    print_inspected(found, args)
+        return entry
+
+    print_inspected(for_each(args, args.layer, inspect), args)
 
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
@@ -12782,9 +12799,12 @@ def container_json(container: Container) -> Dict[str, Any]:
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers and what podman's database says of them"""
-    print_inspected([{**container_json(container), "details": container.details(),
-                      "podman": container.state}
-                     for container in map(storage.container, args.container)], args)
+    def inspect(reference: str) -> Dict[str, Any]:
+        container = storage.container(reference)
+        return {**container_json(container), "details": container.details(),
+                "podman": container.state}
+
+    print_inspected(for_each(args, args.container, inspect), args)
 
 
 # -- commands that look inside -------------------------------------------------------------------
@@ -12888,8 +12908,8 @@ def cmd_stat(storage: Storage, args: Any) -> None:
     """show all that is known of files"""
     found = []
     with open_tree(storage, args) as tree:
-        for text in args.path:
-            path, node = tree.lookup(path_of(tree, text), follow=args.follow)
+        for path, node in for_each(args, args.path, lambda text: tree.lookup(
+                path_of(tree, text), follow=args.follow)):
             entry = file_json(b"/" + path, node)
             if node.checksum is not None and node.size:
                 entry["crc64"] = f"{node.checksum:016x}"
@@ -12902,16 +12922,21 @@ def cmd_stat(storage: Storage, args: Any) -> None:
                                     sorted(node.xattrs.items())) if key == "xattrs"
                      else value if isinstance(value, str) else json.dumps(value)]
                     for key, value in entry.items()])
-    if args.format == "json":
+    if args.format == "json" and found:
         print_json(found)
 
 
 def cmd_cat(storage: Storage, args: Any) -> None:
     """write the contents of files, checked, to stdout"""
     with open_tree(storage, args) as tree, Output(args.output, text=True) as output:
-        for path in args.path:
+        def copy(path: str) -> None:
             for data in tree.read(path_of(tree, path), follow=not args.no_follow):
                 write_all(output.fd, data)
+
+        # A file appears only when it is whole, so that the first failure ends it.
+        for _ in for_each(args, args.path, copy) if args.output in (None, "-") \
+                else map(copy, args.path):
+            pass
 
 
 def cmd_cp(storage: Storage, args: Any) -> None:
@@ -13677,6 +13702,16 @@ def describe(error: Exception) -> str:
     return f"{text} ({hint})" if hint else text
 
 
+def report_error(error: Exception, trace: bool) -> int:
+    """Say on one line of stderr what failed, after its traceback if asked; return the status."""
+    if trace:
+        import traceback
+
+        traceback.print_exception(type(error), error, error.__traceback__)
+    say(f"error: {describe(error)}")
+    return exit_status(error)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
     words = sys.argv[1:] if argv is None else check_words("argv", argv)
@@ -13688,18 +13723,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:
         status = EXIT_PIPE
     except (CstorError, ImportError, OSError, _UsageError, MemoryError) as error:
-        verbose = (word for word in words if word == "--verbose" or not word[1:].strip("v"))
-        if sum(word.count("v") for word in verbose if word.startswith("-")) > 1:
-            import traceback
-
-            traceback.print_exc()
         try:
             sys.stdout.flush()  # what it did not take before it does not take now
         except (AttributeError, OSError, ValueError) as again:
             if again.args[:1] == error.args[:1]:
                 name_error(error, "stdout")
-        say(f"error: {describe(error)}")
-        status = exit_status(error)
+        verbose = (word for word in words if word == "--verbose" or not word[1:].strip("v"))
+        status = report_error(error, sum(
+            word.count("v") for word in verbose if word.startswith("-")) > 1)
     except (KeyboardInterrupt, _Stopped) as error:
         status = 128 + int(error.args[0]) if error.args else 130
         if getattr(error, "hint", ""):  # what it leaves behind
@@ -13751,6 +13782,7 @@ def _run(words: Sequence[str]) -> int:
                     args, "via_skopeo", None) else ""))
     except SystemExit:  # argparse, after --help and --version
         return 0
+    args.status = 0
     if not 0 < args.timeout <= 1e6:
         raise _UsageError("--timeout takes a number of seconds above 0")
     if sys.stdout is None:
@@ -13770,10 +13802,10 @@ def _run(words: Sequence[str]) -> int:
     if not opened:
         return args.function(None, args) or 0
     with opened as storage:
-        status = args.function(storage, args)
-        for fault in storage.faults if not args.quiet else ():
+        status = args.function(storage, args) or 0
+        for fault in storage.faults if not args.quiet and not args.status else ():
             say(f"warning: {display(fault)}")
-    return status or 0
+    return max(status, int(args.status))
 
 
 if __name__ == "__main__":

@@ -12251,6 +12251,43 @@ class CommandLine(StoreTest):
     def cstor(self, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         return self.run_cstor("--root", self.store.root, *args, **kwargs)
 
+    def test_several_arguments_of_which_some_fail(self) -> None:
+        """The others are printed, each failure is said, and the highest status counts."""
+        with open(self.store.path("overlay", self.layer, "diff/bin/hello"), "r+b") as file:
+            file.write(b"X")
+        self._before = snapshot(self.store.root)
+        image = self.store.images[0]["id"]
+        unknown = ["cstor: error: {0} not known: x (`{0} list` shows what there is)".format(word)
+                   for word in ("image", "layer", "container")]
+        missing = 'cstor: error: no such file in image localhost/app:1: "{}"'
+        wrong = f'cstor: error: layer {self.layer}: "bin/hello": file integrity'
+        app = b"print('app')\n" * 400
+        for status, args, check, errors in (
+                (3, ["image", "inspect", "x", "app:1", "x"], [image], unknown[:1] * 2),
+                (3, ["layer", "inspect", "x", self.layer], [self.layer], unknown[1:2]),
+                (3, ["container", "inspect", "web", "x"], [self.store.containers[0]["id"]],
+                 unknown[2:]),
+                (3, ["image", "stat", "app:1", "a", "srv/app.py", "b", "--format", "json"],
+                 ["/srv/app.py"], [missing.format("a"), missing.format("b")]),
+                (3, ["image", "inspect", "x"], b"", unknown[:1]),
+                (4, ["image", "cat", "app:1", "a", "bin/hello", "srv/app.py", "b"], app,
+                 [missing.format("a"), wrong, missing.format("b")]),
+                (3, ["image", "cat", "app:1", "a", "bin/hello", "-o", f"{self.dir}/out"], b"",
+                 [missing.format("a")])):
+            with self.subTest(args):
+                done = subprocess.run([*COMMAND, "--root", self.store.root, *args], env=IDLE,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+                said = done.stderr.decode().splitlines()
+                self.assertEqual([status, len(errors)], [done.returncode, len(said)], said)
+                for line, error in zip(said, errors):
+                    self.assertEqual(error, line[:len(error)])
+                if isinstance(check, bytes):
+                    self.assertEqual(check, done.stdout[-len(check):] if check else done.stdout)
+                else:
+                    self.assertEqual(check, [entry.get("id") or entry["path"]
+                                             for entry in json.loads(done.stdout)])
+        self.assertFalse(os.path.exists(f"{self.dir}/out"))
+
     def test_a_python_without_a_module(self) -> None:
         """Each standard module that can be missing: the work goes on, or one line names it."""
         tar = make_tar(("etc/os-release", b"NAME=Small\n"))
