@@ -11146,8 +11146,20 @@ class FetchedImage(Closing):
             self._check(entry, "manifest")
         self.config = self._parse(self._small(self.config_blob, "manifest"), "configuration")
         have = platform_name(platform_in(self.config))
-        if platform and not (have + "/").startswith(platform + "/"):
+        if platform and not (have + "/").startswith(platform + "/") and not self._is_of_list():
             raise NotFound(f"image {self.reference} is for {have}, not {platform}")
+
+    def _is_of_list(self) -> bool:
+        """Tell whether skopeo chose the image from a list, which names platforms of its own.
+
+        podman 4.3.1 builds for another platform with a configuration that names its own.
+        """
+        import subprocess
+
+        done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
+        return not done.returncode and "manifests" in self._parse(done.stdout, "manifest")
 
     def _parse(self, data: bytes, what: str) -> Dict[str, Any]:
         found = parse_json(data, f"{self.reference}: {what}")

@@ -11253,6 +11253,9 @@ import json, os, shutil, signal, sys, time
 words = sys.argv[1:]
 with open(os.environ["FAKE_LAYOUT"] + "/words", "w") as file:
     print(json.dumps([os.getpid(), words]), file=file)
+if "inspect" in words:
+    print(json.dumps({"manifests": []} if words[-1].endswith(":list") else {"layers": []}))
+    sys.exit()
 reference, target = words[-2], words[-1][4:]
 _, tag, *faults = reference.split(":", 2)
 fault, _, detail = "".join(faults).partition("=")
@@ -11444,6 +11447,7 @@ class Fetching(StoreTest):
                              self.said()[1][:4])
         with self.assertRaisesRegex(cstor.NotFound, "is for linux/amd64, not linux/arm64/v8"):
             cstor.FetchedImage("fake:none", platform="linux/arm64/v8")
+        cstor.FetchedImage("fake:none:list", platform="linux/arm64").close()  # chosen from a list
 
     # -- command line ----------------------------------------------------------------------------
 
