@@ -13521,6 +13521,8 @@ def sparse_by_hand() -> Iterator[Tuple[str, bytes]]:
         records = {b"GNU.sparse." + key: value for key, value in zip(numbers, values) if value}
         yield f"sparse-by-hand-{name}", pax(records) + entry(b"f", content) + entry(b"g") + END
     yield "sparse-1.0-of-nothing", sparse_1_0(b"1\n0\n0\n", b"", 0) + END
+    yield "sparse-1.0-zero-run", sparse_1_0(b"2\n0\n8192\n16384\n0\n", b"1" + bytes(8191),
+                                            16384) + END
 
 
 def sparse_1_0(table: bytes, data: bytes, size: int) -> bytes:
@@ -13554,9 +13556,7 @@ def gone_tars() -> Dict[str, bytes]:
             "aufs-content": entry(b".wh..wh.aufs", b"gone") + END,
             "sparse-1.0-no-run": sparse_1_0(b"0\n", b"", 0) + END,
             "no-name": entry(b"", b"gone") + END, "dot": entry(b".", b"gone") + END,
-            "sparse-1.0-odd-runs": sparse_1_0(b"2\n10\n3\n100\n5\n", b"12345678", 5000) + END,
-            "sparse-1.0-zero-run": sparse_1_0(b"2\n0\n8192\n16384\n0\n",
-                                              b"1" + bytes(8191), 16384) + END}
+            "sparse-1.0-odd-runs": sparse_1_0(b"2\n10\n3\n100\n5\n", b"12345678", 5000) + END}
 
 
 def overwritten_tars() -> Dict[str, bytes]:
