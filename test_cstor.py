@@ -519,6 +519,18 @@ class StoreTest(unittest.TestCase):
             self.assertRegex(done.stderr.decode(), r"\Acstor: error: [^\n]+\n\Z")
         return done
 
+    def call(self, *words: str, env: Optional[Mapping[str, str]] = None) -> Tuple[int, str, str]:
+        """Run main() in this process with a terminal that takes ASCII alone."""
+        raw = io.BytesIO(), io.BytesIO()
+        streams = [io.TextIOWrapper(data, "ascii", write_through=True) for data in raw]
+        with mock.patch.dict(os.environ, {**IDLE, **(env or {})}, clear=True), \
+                contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            status = cstor.main(words)
+        out, err = (data.getvalue().decode("utf-8", "replace") for data in raw)
+        self.assertRegex(err, r"\A(cstor: [^\n]+\n)*\Z")
+        self.assertNotIn("\x1b", out + err)
+        return status, out, err
+
 
 # ================================================================================================
 # 0. The house
@@ -1356,9 +1368,9 @@ class Discovery(StoreTest):
                 ("home/ann", 3, none, user), ("home/ann/.local/share", 3, none, user),
                 ("srv", 3, none, name_one), ("none", 3, missing, name_one)):
             root = os.path.join(self.dir, "disk", name).rstrip("/")
-            done = self.run_cstor("--root", root, "image", "list", status=status)
             text = f"{root} {message}" if status == 6 else f"{message} {root}"
-            self.assertEqual(f"cstor: error: {text} ({hint})\n", done.stderr.decode())
+            self.assertEqual((status, "", f"cstor: error: {text} ({hint})\n"),
+                             self.call("--root", root, "image", "list"))
         done = self.run_cstor("--root", store.root, "--store", home, "image", "list", status=3)
         self.assertIn(f"({user.replace('--root', '--store')})", done.stderr.decode())
 
@@ -1412,32 +1424,34 @@ class Discovery(StoreTest):
                 file.write(f'[storage]\ngraphroot = "{store.root}"\n[storage.options]\n'
                            f"additionallayerstores = {json.dumps(names)}\n")
             self.guard(store.root)
-            done = self.run_cstor("image", "files", "als:1", env=env)
-            self.assertEqual(b"/\n/a\n/a/f\n/g\n", done.stdout)
-            done = self.run_cstor("image", "cat", "als:1", "a/f", "g", env=env)
-            self.assertEqual(b"onetwo", done.stdout)
-            self.assertEqual(b"/\n/g\n", self.run_cstor("layer", "files", top, env=env).stdout)
             target = os.path.join(self.dir, f"root{len(layers)}")
-            self.run_cstor("image", "extract", "als:1", target, env=env)
-            self.assertEqual(["a", "g"], sorted(os.listdir(target)))
-            self.run_cstor("image", "cp", "als:1:/a", target + "/copy", env=env)
+            for words, printed in ((("image", "files", "als:1"), "/\n/a\n/a/f\n/g\n"),
+                                   (("layer", "files", top), "/\n/g\n"),
+                                   (("-q", "image", "extract", "als:1", target), ""),
+                                   (("image", "cp", "als:1:/a", target + "/copy"), "")):
+                self.assertEqual((0, printed), self.call(*words, env=env)[:2])
+            self.assertEqual(b"onetwo", self.run_cstor("image", "cat", "als:1", "a/f", "g",
+                                                       env=env).stdout)
+            self.assertEqual(["a", "copy", "g"], sorted(os.listdir(target)))
             self.assertEqual(["f"], os.listdir(target + "/copy"))
-            done = self.run_cstor("layer", "export", top, "-o", target + ".tar", env=env, status=6)
-            self.assertEqual(f"cstor: error: layer {top} has no tar-split data: it comes from an "
-                             "additional layer store; its tar cannot be rebuilt\n",
-                             done.stderr.decode())
-            done = self.run_cstor("-r", store.root, "image", "files", image, status=6)
-            self.assertEqual(f"cstor: error: layer {base}: its files are in an additional layer "
-                             f"store that is not configured: {als}0 (additionallayerstores in "
-                             "storage.conf names it, without --root)\n", done.stderr.decode())
+            none = (f"layer {top} has no tar-split data: it comes from an additional layer store; "
+                    "its tar cannot be rebuilt")
+            closed = (f"layer {base}: its files are in an additional layer store that is not "
+                      f"configured: {als}0 (additionallayerstores in storage.conf names it, "
+                      "without --root)")
+            for message, call in ((none, ("layer", "export", top, "-o", target + ".tar")),
+                                  (closed, ("-r", store.root, "image", "files", image))):
+                self.assertEqual((6, "", f"cstor: error: {message}\n"),
+                                 self.call(*call, env=env))
         # No other place of the host is opened, whatever the storage says.
         for place in (f"{self.dir}/other", f"{self.dir}/als/../other", f"{self.dir}/als2/x"):
             os.makedirs(place + "/diff", exist_ok=True)
             store.write(f"overlay/{base}/additionallayer", place)
             self.guard(store.root)
-            done = self.run_cstor("image", "files", image, env=env, status=6)
-            self.assertIn(b"other/diff: No such file" if b".." in place.encode()
-                          else b"that is not configured", done.stderr)
+            status, _, err = self.call("image", "files", image, env=env)
+            self.assertEqual(6, status)
+            self.assertIn("other/diff: No such file" if ".." in place
+                          else "that is not configured", err)
 
     def test_what_podman_recorded(self) -> None:
         """The configured graph root stays; the run root is podman's, but not that of a copy."""
@@ -2343,17 +2357,6 @@ class OddText(StoreTest):
 
     TEXT = "\ud800\0\x1b[31m"
 
-    def call(self, *words: str) -> Tuple[int, str, str]:
-        """Run main() in this process with a terminal that takes ASCII alone."""
-        raw = io.BytesIO(), io.BytesIO()
-        streams = [io.TextIOWrapper(data, "ascii", write_through=True) for data in raw]
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            status = cstor.main(words)
-        out, err = (data.getvalue().decode("utf-8", "replace") for data in raw)
-        self.assertRegex(err, r"\A(cstor: [^\n]+\n)*\Z")
-        self.assertNotIn("\x1b", out + err)
-        return status, out, err
-
     def spoiled(self) -> StoreBuilder:
         """Return a store whose records hold such text in all fields that are free."""
         store = self.sample()
@@ -2406,6 +2409,7 @@ class OddText(StoreTest):
 
     def test_what_names_a_layer_or_an_image(self) -> None:
         """A fault of that record, and an error of what needs it."""
+        store = self.sample()
         for kind, field, words, status in (
                 ("layers", "id", ("layer", "list"), 0), ("layers", "parent", ("layer", "list"), 0),
                 ("layers", "diff-digest", ("layer", "list"), 0),
@@ -2415,10 +2419,9 @@ class OddText(StoreTest):
                 ("containers", "image", ("container", "list"), 0),
                 ("containers", "id", ("container", "list"), 0)):
             for text in ("\ud800", "x\0y"):
-                shutil.rmtree(os.path.join(self.dir, "store"), ignore_errors=True)
-                store = self.sample()
-                getattr(store, kind)[-1][field] = text
-                store.save()
+                record = getattr(store, kind)[-1]
+                with mock.patch.dict(record, {field: text}):
+                    store.save()
                 for form in ("table", "json"):
                     found, _, err = self.call("--root", store.root, *words, "--format", form)
                     self.assertEqual(status, found, (kind, field, err))
@@ -2435,9 +2438,10 @@ class OddText(StoreTest):
         self.assertEqual("?", json.loads(out)[0]["config"]["author"])
 
     def test_database(self) -> None:
+        store = self.sample()
         for root, rootfs in (("/g\0x", "/a\0b"), ("/g", "/\ud800"), ("", "/\ud800")):
-            shutil.rmtree(os.path.join(self.dir, "store"), ignore_errors=True)
-            store = self.sample()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(store.path("db.sql"))
             database = make_database(store.root, graphroot=root or store.root, runroot=root,
                                      containers=[(store.containers[0]["id"], "w\0b", 3, {
                                          "rootfs": rootfs, "labels": {"\ud800": "\0"}})])
