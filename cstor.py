@@ -2732,7 +2732,8 @@ class Metadata(Closing):
     """The joined records of all roots of a storage; the base of Storage.
 
     Records are read once, when first asked for; reload() forgets them.  ``faults`` names what of
-    the storage as a whole cannot be used.  ``KINDS`` are the classes of its records.
+    the storage as a whole cannot be used, ``notes`` what a reader should know of its layers, and
+    ``unverified`` what Tree.verify() passed over.  ``KINDS`` are the classes of its records.
     """
 
     KINDS: Tuple[Type[LayerRecord], Type[ImageRecord], Type[ContainerRecord]] = (
@@ -2747,6 +2748,8 @@ class Metadata(Closing):
             for path in (graphroot, runroot, imagestore))
         self.owner_ids = os.fsdecode(owner_ids)
         self.faults: List[str] = []
+        self.notes: List[str] = []
+        self.unverified: List[str] = []
         self.elsewhere = ""  # where an image that is unknown may be instead
         self._own: List[Contents] = []
         self._additional: List[Contents] = []
@@ -4974,6 +4977,7 @@ class LayerTree(Closing):
         self._aufs: List[Tuple[Node, bytes]] = []
         self._marked: Dict[Node, None] = {}  # what has xattrs that overlayfs heeds
         self._moved: List[Node] = []  # renamed directories and stubs
+        self.note = ""  # what a reader should know of it
 
     def close(self) -> None:
         """Close what content was opened through; harmless when repeated."""
@@ -5141,11 +5145,14 @@ class LayerTree(Closing):
             self._join(self.below)
         if words and not self.kernel_made:
             refused = [display(node.path) for node in self._moved if node.extra["refused"]]
-            self._note(f"overlayfs's own xattrs in it ({', '.join(sorted(words))}) act as in a "
-                       f"mount{' with metacopy=on' * ('metacopy' in words)}"
-                       f"{'; refused: ' * bool(refused)}{', '.join(refused)[:99]}")
+            self.note = (f"layer {self.layer_id or self.label}: overlayfs's own xattrs in it "
+                         f"({', '.join(sorted(words))}) act as in a mount"
+                         f"{' with metacopy=on' * ('metacopy' in words)}"
+                         f"{'; refused: ' * bool(refused)}{', '.join(refused)[:99]}")
+            if self.storage and self.note not in self.storage.notes:
+                self.storage.notes.append(self.note)
 
-    def _note(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         if self.storage and f"{self.label}: {text}" not in self.storage.faults:
             self.storage.faults.append(f"{self.label}: {text}")
 
@@ -5332,7 +5339,7 @@ class DiskTree(LayerTree):
 
     def close(self) -> None:
         for why, files in self._strangers.items():
-            self._note(f"owner or group 65534 in {len(files)} file{'s' * (len(files) > 1)}: {why}")
+            self._warn(f"owner or group 65534 in {len(files)} file{'s' * (len(files) > 1)}: {why}")
         self.directory.close()
 
     def expect(self, nodes: Iterable[Node]) -> None:
@@ -5447,7 +5454,7 @@ class DiskTree(LayerTree):
         for number, (uids, gids) in enumerate(self.maps):
             if number and uids and uid == gid == 0 and node.parent is None:
                 if map_id(0, uids):
-                    self._note("shown as its container's root's: podman gives it to that when it "
+                    self._warn("shown as its container's root's: podman gives it to that when it "
                                "first starts the container")
                 break
             known, uid, gid = min(uid, gid), map_id(uid, uids, -1), map_id(gid, gids, -1)
@@ -5839,16 +5846,21 @@ class Tree(Closing):
 
     # -- contents ------------------------------------------------------------------------------
 
+    def notes(self) -> List[str]:
+        """Return what a reader should know of the layers that were read, the top one first."""
+        return [layer.note for layer in self.layers if layer.note]
+
     def verify(self) -> None:
         """Compare the tar of each layer, headers and contents, with its DiffID.
 
-        A container's writable layer has none by right, and becomes a fault of the storage.  Raises
+        A container's writable layer never has one: ``unverified`` of the storage names it.  Raises
         IntegrityError, and Unsupported for any other layer that has none.
         """
         for tree in reversed(self.layers):
             layer = tree.layer
-            if isinstance(tree, DiskTree) and tree.writable and len(self.layers) > 1:
-                tree._note("not verified: the container's writable layer, which has no DiffID")
+            if isinstance(tree, DiskTree) and tree.writable and not self.raw and tree.storage:
+                tree.storage.unverified.append(
+                    f"{tree.label}: not verified: the container's writable layer has no DiffID")
             elif layer is None and isinstance(tree, DiskTree) or layer and not layer.diff_digest:
                 raise Unsupported(f"{tree.label} has no DiffID, so that it cannot be verified",
                                   hint="without --verify, sizes and recorded CRC-64s are checked")
@@ -7150,15 +7162,15 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
     With ``clean`` (None: if the directory is made here) nothing is left there after an error.
     ``verify`` compares all layers with their DiffIDs before anything is made, and then what was
-    made with its CRC-64.  ``options`` are those of Extraction.  Return its summary().  Raises as
-    these do, and NotFound when nothing fits.
+    made with its CRC-64.  ``options`` are those of Extraction.  Return its summary() with the
+    tree's ``notes``.  Raises as these do, and NotFound when nothing fits.
     """
     filling = Filling(directory, force=force, clean=clean)
     if verify:
         tree.verify()
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
     with filling as target:
-        return filling.fill(target, items, verify=verify, **options)
+        return {**filling.fill(target, items, verify=verify, **options), "notes": tree.notes()}
 
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
@@ -9187,8 +9199,11 @@ class _StreamFile(io.RawIOBase):
 class StreamTree(LayerTree):
     """The tree of a layer that came as a stream, whose contents are in a Staging."""
 
+    kept = False  # whether contents stay in the Staging, as other names may want them, too
+
     def __init__(self, staging: int, label: str) -> None:
         super().__init__(None)
+        self.rootless = os.geteuid() != 0  # as in a store of ours
         self._label, self._staging = label, staging
         self._numbers: Dict[Node, int] = {}
         self._copied: Dict[Node, str] = {}  # why, of those that are not shared
@@ -9213,6 +9228,14 @@ class StreamTree(LayerTree):
             node._checksum = None  # that is in tar-split only
             self._last = node
 
+    def finish(self) -> None:
+        """Do what names and xattrs ask for, once all members are entered."""
+        self._heed()
+        if self._moved and self.below:
+            for layer in self.below.layers:
+                if isinstance(layer, StreamTree):
+                    layer.kept = True
+
     def stage(self, node: Node, number: int, why: str, crc: Optional[int]) -> None:
         """Note that a node's content is in file ``number``, why it is a copy, and its CRC-64."""
         self._numbers[node], node._checksum = number, crc
@@ -9220,9 +9243,13 @@ class StreamTree(LayerTree):
             self._copied[node] = why
 
     def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
+        if self.kept or "data" in node.extra:
+            return None
         return self._staging, b"%d" % self._numbers[node], self._copied.get(node, "")
 
     def open(self, node: Node) -> int:
+        if "data" in node.extra:
+            return self._open_below(node)
         return os.open(b"%d" % self._numbers[node], OPEN_FILE, dir_fd=self._staging)
 
 
@@ -9275,6 +9302,7 @@ class Staging:
                 sink.abort()
             raise
         stream.check(digest, size)
+        tree.finish()
         return tree
 
     def _store(self, tree: StreamTree, node: Node, member: Member,
@@ -9363,7 +9391,7 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
         items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
-        return filling.fill(target, items, verify=verify, **options)
+        return {**filling.fill(target, items, verify=verify, **options), "notes": tree.notes()}
 
 
 # -- streams in files ----------------------------------------------------------------------------
@@ -13036,6 +13064,9 @@ def cmd_extract(storage: Storage, args: Any) -> None:
             if progress.active:
                 progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
             summary = extract_tree(tree, args.dir, progress=progress, **options)
+    for text in summary["notes"]:
+        if not storage or text not in storage.notes:  # those are printed at the end
+            note(args, display(text))
     if args.format == "json":
         print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
     elif not args.quiet:
@@ -13815,8 +13846,11 @@ def _run(words: Sequence[str]) -> int:
         return args.function(None, args) or 0
     with opened as storage:
         status = args.function(storage, args) or 0
-        for fault in storage.faults if not args.quiet and not args.status else ():
+        hidden = args.quiet or args.status
+        for fault in [*storage.unverified, *([] if hidden else storage.faults)]:
             say(f"warning: {display(fault)}")
+        for text in [] if hidden else storage.notes:
+            note(args, display(text))
     return max(status, int(args.status))
 
 
