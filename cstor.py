@@ -12619,7 +12619,7 @@ def note_open_steps(history: Sequence[Dict[str, Any]], args: Any) -> None:
     if any("size" in row and "layer" not in row for row in history):
         note(args, "the history has more steps than layers: which step made which is not known")
     elif bare:
-        note(args, f"layers of which the history does not tell, from the lowest: {bare}")
+        note(args, f"the history has no step for the {counted(bare, 'lowest layer')}")
 
 
 def cmd_layer_list(storage: Storage, args: Any) -> None:

@@ -1882,15 +1882,15 @@ class Records(StoreTest):
         steps: List[Tuple[List[Dict[str, Any]], List[Tuple[Any, Any]], str]] = [
             ([empty, made], [(layers[0], None), (layers[1], None), (None, "none"),
                              (layers[2], "made")],
-             "layers of which the history does not tell, from the lowest: 2"),
+             "the history has no step for the 2 lowest layers"),
             ([made, empty, {"created_by": "top"}, empty],
              [(layers[0], None), (layers[1], "made"), (None, "none"), (layers[2], "top"),
-              (None, "none")], "layers of which the history does not tell, from the lowest: 1"),
+              (None, "none")], "the history has no step for the 1 lowest layer"),
             ([made] * 3, [(layer, "made") for layer in layers], ""),
             ([made] * 4, [(None, "made")] * 4 + [(layer, None) for layer in layers],
              "the history has more steps than layers: which step made which is not known"),
             ([empty], [*[(layer, None) for layer in layers], (None, "none")],
-             "layers of which the history does not tell, from the lowest: 3")]
+             "the history has no step for the 3 lowest layers")]
         for number, (history, _, _) in enumerate(steps):
             store.image(layers[2], f"localhost/{number}:1", history=history)
         store.save()
