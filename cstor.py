@@ -2308,7 +2308,7 @@ class LayerRecord(Record):
     """A record of layers.json.
 
     ``parent`` is a layer ID or "".  ``diff_digest`` is the DiffID of the uncompressed tar or "",
-    ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest``, ``compressed_size`` and
+    ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest`` and
     ``compression`` (a word) describe the blob as it was pulled; ``toc_digest`` that of partial
     pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.
     """
@@ -2318,17 +2318,13 @@ class LayerRecord(Record):
 
     def _read_fields(self) -> None:
         self.parent = self._take("parent", "")
-        self.mount_label = self._take("mountlabel", "")
         self.compressed_diff_digest = self._take("compressed-diff-digest", "")
-        self.compressed_size = self._take("compressed-size", 0)
         self.diff_digest = self._take("diff-digest", "")
         # Go omits 0: an empty blob has a digest and no size; without a digest nothing is known.
         self.diff_size = self._take("diff-size", 0 if self.diff_digest else -1)
         self.toc_digest = self._take("toc-digest", "")
         number = self._take("compression", 0)
         self.compression = COMPRESSION[number] if 0 <= number < len(COMPRESSION) else str(number)
-        self.uidset: List[int] = self._take("uidset", [])
-        self.gidset: List[int] = self._take("gidset", [])
         self.uidmap: List[Any] = self._take("uidmap", [])
         self.gidmap: List[Any] = self._take("gidmap", [])
         self.incomplete = self.flags.get("incomplete") is True

@@ -1646,10 +1646,9 @@ class Records(StoreTest):
         store.save()
         with self.open(store) as storage:
             found = storage.layer(layer)
-            self.assertEqual((["n"], 7, "gzip", [0, 5], [0], "sha256:1", "l", "m", {"a": 1}),
-                             (found.names, found.compressed_size, found.compression, found.uidset,
-                              found.gidset, found.toc_digest, found.mount_label, found.metadata,
-                              found.record["something-new"]))
+            self.assertEqual((["n"], "gzip", [0, 5], "sha256:1", "m", {"a": 1}),
+                             (found.names, found.compression, found.record["uidset"],
+                              found.toc_digest, found.metadata, found.record["something-new"]))
             self.assertEqual([], found.faults)
             taken = storage.image(image)
             self.assertEqual((["old"], [layer], layer, []),
