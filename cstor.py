@@ -744,9 +744,9 @@ class Directory(Closing):
             except OSError as error:
                 raise with_path(error, directory.path) from None
 
-    def list_at(self, dir_fd: int) -> List[bytes]:
-        """Return the names in a directory that parent() returned, sorted."""
-        fd = self._open(dir_fd, b".", os.O_DIRECTORY)
+    def list_at(self, dir_fd: int, name: bytes = b".") -> List[bytes]:
+        """Return the names in a directory that parent() returned, or in one below it, sorted."""
+        fd = self._open(dir_fd, name, os.O_DIRECTORY)
         try:
             return sorted(os.fsencode(entry) for entry in os.listdir(fd))
         finally:
@@ -875,8 +875,10 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
     Its size is asked first: a sparse file can say that it holds terabytes.
     """
     try:
-        if os.fstat(fd).st_size <= limit:
-            data = read_up_to(fd, limit + 1)
+        size = os.fstat(fd).st_size
+        if size <= limit:
+            data = read_up_to(fd, size + 1)
+            data += read_up_to(fd, limit + 1 - len(data)) if len(data) > size else b""
             if len(data) <= limit:
                 return data
     except OSError as error:
@@ -2284,24 +2286,32 @@ class Record:
         Raises NotFound, FormatError when it is recorded but missing, IntegrityError.
         """
         name = self.path(big_data_file(key))
-        root = self.storage.find(name, self.root)
-        if root is None and key in self.big_data_names:
+        fd, path = self._open(name)
+        if fd < 0 and key in self.big_data_names:
             raise FormatError(f'{self.WORD} {self.id}: big data item "{display(key)}" is recorded, '
                               "but missing")
-        if root is None:
+        if fd < 0:
             raise NotFound(f'{self.WORD} {self.id}: no big data item "{display(key)}"')
-        size, digest = self._sizes.get(key), self._digests.get(key)
-        status = root.lstat(name)
-        if isinstance(size, int) and size != status.st_size and stat.S_ISREG(status.st_mode):
-            raise IntegrityError(f"{root.host_path(name)}: wrong size", expected=f"{size:x} (hex)"
-                                 if abs(size) >> 64 else str(size), actual=str(status.st_size))
-        data = root.read(name, MAX_BIG_DATA)
+        size, digest, actual = self._sizes.get(key), self._digests.get(key), os.fstat(fd).st_size
+        if isinstance(size, int) and size != actual:
+            os.close(fd)
+            raise IntegrityError(f"{path}: wrong size", expected=f"{size:x} (hex)"
+                                 if abs(size) >> 64 else str(size), actual=str(actual))
+        data = read_whole(fd, MAX_BIG_DATA, path)
         if isinstance(digest, str) and digest.startswith("sha256:"):
-            actual = sha256_digest(data)
-            if actual != digest and not (key.startswith("manifest") and is_schema1(data)):
-                raise IntegrityError(f"{root.host_path(name)}: wrong digest", expected=digest,
-                                     actual=actual)
+            found = sha256_digest(data)
+            if found != digest and not (key.startswith("manifest") and is_schema1(data)):
+                raise IntegrityError(f"{path}: wrong digest", expected=digest, actual=found)
         return data
+
+    def _open(self, name: bytes) -> Tuple[int, str]:
+        """Open a file in the first root that has it, ours before all; return it and its path."""
+        for root in (self.root, *self.storage.roots):
+            try:
+                return root.open(name), root.host_path(name)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+        return -1, ""
 
 
 class LayerRecord(Record):
@@ -2445,12 +2455,13 @@ class ImageRecord(Record):
         raise Unsupported(f"image {self.id} is a manifest list without an instance for this "
                           "machine", hint=f"its instances here: {names or 'none'}")
 
-    def config_bytes(self) -> bytes:
+    def config_bytes(self, manifest: Optional[Dict[str, Any]] = None) -> bytes:
         """Return the image configuration as stored; for schema1 as containers/image makes it.
 
-        Raises Unsupported for a manifest list, NotFound for an image without a manifest.
+        ``manifest`` is the parsed one, where it is known.  Raises Unsupported for a manifest list,
+        NotFound for an image without a manifest.
         """
-        manifest = self.manifest()
+        manifest = self.manifest() if manifest is None else manifest
         if manifest.get("schemaVersion") == 1:
             # As Go marshals a map: keys sorted, and what HTML minds escaped.
             text = json.dumps(dict(sorted(self._schema1_config(manifest).items())),
@@ -2465,9 +2476,9 @@ class ImageRecord(Record):
                 else "its manifest names no configuration"))
         return self.big_data(digest)
 
-    def config(self) -> Dict[str, Any]:
+    def config(self, manifest: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Return the image configuration, parsed."""
-        value = parse_json(self.config_bytes(), f"configuration of image {self.id}")
+        value = parse_json(self.config_bytes(manifest), f"configuration of image {self.id}")
         if not isinstance(value, dict):
             raise FormatError("the configuration is no JSON object", file=f"image {self.id}")
         return value
@@ -2475,10 +2486,12 @@ class ImageRecord(Record):
     def diff_ids(self) -> Optional[List[Any]]:
         """Return the DiffIDs of the configuration, base first; None where it has none to tell."""
         try:
-            config, version = self.config(), self.manifest().get("schemaVersion")
+            manifest = self.manifest()
+            config = self.config(manifest)
         except (NotFound, Unsupported):  # made with no manifest or no configuration
             return None
-        if version == 1:  # it names layers as they were pulled, but there must be some
+        # Schema1 names layers as they were pulled, but there must be some.
+        if manifest.get("schemaVersion") == 1:
             made = [row for row in config["history"] if not row.get("empty_layer")]
             return None if self.layer else made
         rootfs = config.get("rootfs")
@@ -2856,7 +2869,7 @@ class Metadata(Closing):
                 folder = self._folders[root, kind]
                 found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
                 if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
-                    return "empty" * (found.st_nlink <= 2 and not Directory.listdir(folder, name))
+                    return "empty" * (found.st_nlink <= 2 and not folder.list_at(folder.fd, name))
                 return "" if found.st_size else "empty"
             except (FileNotFoundError, NotADirectoryError):
                 pass
@@ -3015,7 +3028,7 @@ class Metadata(Closing):
         """
         found: List[LayerRecord] = []
         while layer_id:
-            layer = self.layer_by_id(layer_id)
+            layer = self._layer_by_id.get(layer_id) or self.layer_by_id(layer_id)
             if layer is None:
                 below = f" (parent of {found[-1].id})" if found else ""
                 raise LayerUnknown(f"layer not known: {display(layer_id)}{below}")
@@ -3025,7 +3038,6 @@ class Metadata(Closing):
                                   f"longer than {MAX_LOWERS}")
             layer_id = layer.parent
         return tuple(found[::-1])
-
 
     def resolve_link(self, link: str) -> str:
         """Return the ID of the layer whose short link in overlay/l is ``link``.
@@ -12520,12 +12532,13 @@ def intermediate_images(storage: Storage) -> Set[str]:
         except (CstorError, OSError, KeyError, TypeError):
             return False
 
+    nameless = [image for image in storage.images() if not image.names]
     above: Dict[str, List[Image]] = {}
-    for image in storage.images():
+    for image in storage.images() if nameless else ():
         layer = storage.layer_by_id(image.layer)
         for top in {image.layer, layer.parent if layer else image.layer}:
             above.setdefault(top, []).append(image)
-    return {image.id for image in storage.images() if not image.names and any(
+    return {image.id for image in nameless if any(
         is_parent(image, other) for other in above[image.layer])}
 
 

@@ -12290,6 +12290,22 @@ class CommandLine(StoreTest):
     def cstor(self, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         return self.run_cstor("--root", self.store.root, *args, **kwargs)
 
+    def test_a_list_opens_each_file_of_images_once(self) -> None:
+        opened: List[bytes] = []
+        before = cstor.Directory.open
+
+        def counting(directory: cstor.Directory, name: bytes) -> int:
+            opened.append(name)
+            return before(directory, name)
+
+        with mock.patch.object(cstor.Directory, "open", counting), \
+                contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(0, cstor.main(["--root", self.store.root, "image", "list"]))
+        found = [name for name in opened if name.startswith(b"overlay-images/")
+                 and not name.endswith((b".json", b".lock"))]
+        self.assertEqual(2 * len(self.store.images), len(found))
+        self.assertEqual(len(found), len(set(found)))
+
     def test_several_arguments_of_which_some_fail(self) -> None:
         """The others are printed, each failure is said, and the highest status counts."""
         with open(self.store.path("overlay", self.layer, "diff/bin/hello"), "r+b") as file:
