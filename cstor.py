@@ -1445,7 +1445,9 @@ class _ConfigSearch:
 
     def explain(self, config: Config, other: Config) -> None:
         """Say what was looked at besides ``config``, and warn of what it leaves aside."""
+        data = self.environ.get("XDG_DATA_HOME")
         parts = [f"{config.named_in} names it" if config.named_in else
+                 f"the default for XDG_DATA_HOME={data}" if self.rootless and data else
                  f"the default for HOME={self.home}" if self.rootless else "the default"]
         if os.path.realpath(config.graphroot) != os.path.realpath(other.graphroot):
             place = f"{other.graphroot} ({other.named_in or 'the default'})"
@@ -1600,6 +1602,9 @@ class _ConfigSearch:
         path = re.sub(r"\$(?:\{([^}]*)\}|(\w+))",
                       lambda m: self.environ.get(m[1] if m[1] is not None else m[2], ""), path,
                       flags=re.ASCII)
+        if path and not os.path.isabs(path):
+            raise FormatError(f"{key} is not an absolute path: {display(path)}",
+                              file=self._sources["storage." + key])
         return os.path.realpath(path) if path and os.path.exists(path) else path
 
     def _rootless_runroot(self) -> str:
@@ -1635,16 +1640,22 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
     return sorted((int(first), int(count)) for name, first, count in found if name in names)
 
 
-def owner_ranges(uid: int, given: str, below: str) -> List[List[Tuple[int, int]]]:
+def owner_ranges(uid: int, given: str, below: str, made_at: str = ""
+                 ) -> List[List[Tuple[int, int]]]:
     """Return the sub-uids and the sub-gids of who owns the store at ``below``; see sub_ids().
 
     The machine that wrote the store counts.  ``given`` is a file for both, or a directory like
-    /etc.  Without it etc/ of the nearest directory above that has etc/subuid serves: a disk's, or
-    at last that of "/".  Raises NotFound when ``given`` has none.
+    /etc.  Without it etc/ of the nearest directory above that has etc/subuid or etc/passwd serves:
+    a disk's, or at last that of "/", but not for a store that podman made at another path,
+    ``made_at``.  Raises NotFound when ``given`` has none.
     """
     above = os.path.realpath(below)
-    while not (given or above == "/" or os.path.lexists(above + "/etc/subuid")):
+    moved = made_at and (not can_be_path(made_at) or os.path.realpath(made_at) != above)
+    while not (given or above == "/" or os.path.lexists(above + "/etc/subuid")
+               or os.path.lexists(above + "/etc/passwd")):
         above = os.path.dirname(above)
+    if moved and above == "/" and not given:  # from another machine, or a copy: nobody knows
+        return [[], []]
     etc = given or os.path.join(above, "etc")
     found = [sub_ids(uid, os.path.join(etc, name) if os.path.isdir(etc) else given)
              for name in ("subuid", "subgid")]
@@ -2781,6 +2792,9 @@ class Metadata(Closing):
                 self._run = Contents(self, Directory.at(self.runroot))
             if owner_ids and self.owner[0]:
                 owner_ranges(self.owner[0], self.owner_ids, "")  # says at once that there are none
+            elif owner_ids:
+                self.faults.append("--owner-ids is not used: root owns the store, so that its IDs "
+                                   "need no map")
         except BaseException:
             self.close()
             raise
@@ -2809,7 +2823,8 @@ class Metadata(Closing):
                 raise OSError(errno.EINVAL, "not an absolute path")
             root = Directory.at(path)
         except OSError as error:
-            self.faults.append(f"{word} {path}: {error.strerror or error}")
+            reason = error.strerror or str(error).replace(f"{path}: ", "", 1)
+            self.faults.append(f"{word} {path}: {reason}")
             return
         if any(os.path.samestat(os.fstat(root.fd), os.fstat(other.fd)) for other in self.roots) \
                 or os.path.realpath(path) == os.path.realpath(self.graphroot):
@@ -2911,7 +2926,8 @@ class Metadata(Closing):
         if self._id_maps is None:
             self._id_maps = [], []
             uid, gid = self.owner
-            both = owner_ranges(uid, self.owner_ids, self.graphroot) if uid else []
+            made_at = "" if uid in (0, os.geteuid()) else self.recorded_roots().get("GraphRoot", "")
+            both = owner_ranges(uid, self.owner_ids, self.graphroot, made_at) if uid else []
             for maps, own, ranges in zip(self._id_maps, (uid, gid), both):
                 at = 0
                 for first, count in [(own, 1), *ranges]:

@@ -1275,6 +1275,18 @@ class Discovery(StoreTest):
         self.assertEqual(f"the default for HOME={self.dir}/home; looked also at {self.dir}/system "
                          f"({self.dir}/etc/containers/storage.conf); name a "
                          "graph root with --root DIR", hint)
+        hint = self.system({}, {"XDG_DATA_HOME": "@/data"}, 1000).hint
+        self.assertIn(f"the default for XDG_DATA_HOME={self.dir}/data; ", hint)
+
+    def test_relative_paths(self) -> None:
+        """The current directory must not choose the store; podman refuses such paths, too."""
+        for key, value in (("graphroot", "g"), ("runroot", "~/r"), ("graphroot", "${NONE}g"),
+                           ("rootless_storage_path", "./g")):
+            with self.assertRaises(cstor.FormatError) as caught:
+                self.system({"etc/containers/storage.conf": f'[storage]\n{key} = "{value}"\n'},
+                            uid=1000 if "less" in key else 0)
+            self.assertEqual(f"{self.dir}/etc/containers/storage.conf: {key} is not an absolute "
+                             f"path: {value.replace('${NONE}', '')}", str(caught.exception))
 
     def test_the_store_of_who_called_sudo(self) -> None:
         home = os.path.join(self.dir, "ann")
@@ -2056,6 +2068,10 @@ class Records(StoreTest):
                        runroot=run.root) as storage:
             self.assertEqual(["additional image store /nonexistent: No such file or directory"],
                              storage.faults)
+            closed = cstor.NeedsUnshare(f"{additional.root}: Permission denied")
+            with mock.patch.object(cstor.Directory, "at", side_effect=closed):
+                storage._open_other(additional.root, [], "store")
+            self.assertEqual(f"store {additional.root}: Permission denied", storage.faults.pop())
             self.assertEqual({own, image_layer, base, volatile},
                              {layer.id for layer in storage.layers()})
             self.assertEqual([base, own], [layer.id for layer in storage.image("both:1").layers()])
@@ -12022,7 +12038,38 @@ class Helpers(StoreTest):
         self.run_cstor("--root", store.root, "container", "files", "c")
         os.chown(store.path("overlay-layers/layers.json"), 0, 0)  # as in the owner's namespace
         done = self.run_cstor("--root", store.root, "--owner-ids", lines, "container", "files", "c")
-        self.assertEqual(b"", done.stderr)
+        self.assertEqual("cstor: warning: --owner-ids is not used: root owns the store, so that "
+                         "its IDs need no map\n", done.stderr.decode())
+
+    def test_whose_ranges(self) -> None:
+        """This machine's own serve no store that was made elsewhere; see owner_ranges()."""
+        here = os.path.join(self.dir, "disk/home/u/storage")
+        os.makedirs(here)
+        link = os.path.join(self.dir, "link")
+        os.symlink(here, link)
+        numbers = [(1, 2)], [(3, 4)]
+
+        def found(made_at: str, below: str = here) -> Any:
+            with mock.patch.object(cstor, "sub_ids", lambda uid, file: {
+                    "/etc/subuid": [(1, 2)], "/etc/subgid": [(3, 4)]}.get(file, [(uid, 9)])):
+                return tuple(cstor.owner_ranges(5, "", below, made_at))
+
+        for made_at in ("", here, link):
+            self.assertEqual(numbers, found(made_at))
+            self.assertEqual(numbers, found(made_at, link))
+        for made_at in ("/home/u/storage", "/g\0x", "/\ud800", here + "/x"):
+            self.assertEqual(([], []), found(made_at))
+        os.mkdir(os.path.join(self.dir, "disk/etc"))  # a system whose users have no sub-uids
+        put(os.path.join(self.dir, "disk/etc/passwd"))
+        for made_at in ("", "/home/u/storage"):
+            self.assertEqual(([(5, 9)], [(5, 9)]), found(made_at))
+        store = self.builder().save()
+        make_database(store.root, graphroot="/home/u/storage").close()
+        if os.geteuid() == 0:
+            os.chown(store.path("overlay-layers/layers.json"), 5, 5)
+            with mock.patch.object(cstor, "sub_ids", lambda *_: [(1, 2)]), \
+                    cstor.Storage.open(store.root) as storage:
+                self.assertEqual(1, len(storage.id_maps[0]))
 
     def test_root_of_a_container_that_never_ran(self) -> None:
         """Until then "/" belongs to the store's owner, whom the container's map may not have."""
