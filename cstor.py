@@ -5154,7 +5154,7 @@ class LayerTree(Closing):
         parent, _, last = clean_name(member.linkname).rpartition(b"/")
         above = self._make_directory(parent, "look")
         node: Optional[Node] = above.children.get(last) if above else None
-        if self.below and not self.layer and (node is None or node.type == "whiteout"):
+        if self.below and not self.layer and node is None:
             node = self.below.file_below(self, clean_name(member.linkname))
         if node is None or node.type == "dir":
             raise FormatError(f'"{display(member.name)}" is a hard link to '
