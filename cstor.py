@@ -2943,11 +2943,15 @@ class Metadata(Closing):
     # -- records -------------------------------------------------------------------------------
 
     def strays(self, kind: bytes, known: Iterable[Record]) -> List[str]:
-        """Name directories of objects that are not recorded, as when the JSON file was lost."""
+        """Name directories of objects that are not recorded, as when the JSON file was lost.
+
+        containers/storage 1.58 and later records no layers of additional layer stores.
+        """
         ids = {record.id for record in known}
         return [f"{root.host_path(kind + b'/' + name)} has no record"
                 for root in self.roots if root.exists(kind) for name in root.listdir(kind)
-                if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids]
+                if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids
+                and not root.exists(b"/".join((kind, name, b"additionallayer")))]
 
     def layer_records(self) -> Tuple[LayerRecord, ...]:
         """Return all layers in the order in which they are stored, parents mostly first."""
@@ -12189,10 +12193,7 @@ class Storage(Metadata):
         return cls(root, runroot, imagestore, stores, owner_ids)
 
     def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
-        """Return the layer of exactly this ID, or None.
-
-        containers/storage 1.58 and later writes no records of layers of additional layer stores.
-        """
+        """Return the layer of exactly this ID, or None; see strays()."""
         found = super().layer_by_id(layer_id)
         if not found and is_safe_id(layer_id):
             root = self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer")))
@@ -13451,6 +13452,7 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
         "graph-root": storage.graphroot, "run-root": storage.runroot,
         "imagestore": storage.imagestore,
         "additional-image-stores": storage.additional_stores,
+        "additional-layer-stores": list(storage.layer_stores),
         "configuration": config.files if config else [],
         "scheme": config.scheme if config else "--root",
         "rootless": config.rootless if config else os.geteuid() != 0,

@@ -1437,6 +1437,8 @@ class Discovery(StoreTest):
                 file.write(f'[storage]\ngraphroot = "{store.root}"\n[storage.options]\n'
                            f"additionallayerstores = {json.dumps(names)}\n")
             self.guard(store.root)
+            info = json.loads(self.call("store", "info", "--format", "json", env=env)[1])
+            self.assertEqual(([], names), (info["faults"], info["additional-layer-stores"]))
             target = os.path.join(self.dir, f"root{len(layers)}")
             for words, printed in ((("image", "files", "als:1"), "/\n/a\n/a/f\n/g\n"),
                                    (("layer", "files", top), "/\n/g\n"),
