@@ -4500,7 +4500,9 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
             raise FormatError(f"more than {MAX_EMPTY} empty segments", file=path)
         if total != limit < float("inf"):
             raise IntegrityError("its tar has the wrong size", layer=layer.id, expected=str(limit),
-                                 actual=str(total) if total < limit else "more")
+                                 actual=str(total) if total < limit else "more",
+                                 hint=f"its record's diff-size and {path} disagree, one is damaged;"
+                                      f" its files are in overlay/{layer.id}/diff")
     finally:
         os.close(fd)
 
@@ -5905,6 +5907,7 @@ class Tree(Closing):
 
         Raises CstorError for what is no regular file, and as LayerFiles.open() does.
         """
+        check_type("node", node, Node)
         if node.type != "reg":
             raise CstorError(f'"/{display(node.path)}" is a {WORDS[node.type]}, not a regular file',
                              hint="cp copies directories" if node.type == "dir" else "")
@@ -5920,6 +5923,7 @@ class Tree(Closing):
 
     def crc64(self, node: Node) -> int:
         """Return the CRC-64 of a regular file's content: as recorded, or by reading it."""
+        check_type("node", node, Node)
         crc = node.checksum
         if crc is None:
             crc = 0
@@ -10770,7 +10774,8 @@ class VarlinkClient(RpcClient):
         """Return a layer by STORAGE_PATH#ID or DiffID, to be read at once.
 
         Where a server wants the ``handle`` of a repository, one is opened, if it is not given.  Our
-        own server takes an ID, a name and so on, too.
+        own server takes an ID, a name and so on, too.  Files of up to ``threshold`` bytes, which
+        come open, are read here.
         """
         check_words("form", [form], ("", "varlink"))
         path, _, name = reference.rpartition("#") if reference.startswith("/") \
@@ -10790,7 +10795,7 @@ class VarlinkClient(RpcClient):
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(_PipeReader(fds[0], self.connection.timeout), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1])
-            return received_layer(name, self._until_failure(chunks), reply,
+            return received_layer(name, self._until_failure(chunks, threshold), reply,
                                   str(reply.get("layer") or name), passed.close)
         except BaseException:
             passed.close()
@@ -10806,13 +10811,19 @@ class VarlinkClient(RpcClient):
                                          "CAP_DAC_OVERRIDE" in capabilities()}}})
         return self._collect(fds)
 
-    def _until_failure(self, chunks: Iterable[Union[bytes, Passed]]
+    def _until_failure(self, chunks: Iterable[Union[bytes, Passed]], threshold: int
                        ) -> Iterator[Union[bytes, Passed]]:
         """Yield chunks; where they are broken off, raise what our own server says of it."""
         import select
 
         try:
-            yield from chunks
+            for chunk in chunks:
+                if isinstance(chunk, Passed) and check_passed(chunk.fd) == chunk.length \
+                        and chunk.length <= threshold:
+                    yield from (read_at(chunk.fd, min(CHUNK, chunk.length - at), at)
+                                for at in range(0, chunk.length, CHUNK))
+                else:
+                    yield chunk
         except FormatError:
             poll = select.poll()
             poll.register(self.connection.socket, select.POLLIN)
