@@ -8877,6 +8877,18 @@ class SplitdirfdstreamReader(_ChunkReader):
             raise with_path(error, directory.host_path(name)) from None
 
 
+def read_small(chunks: Iterable[Union[bytes, Passed]], threshold: int
+               ) -> Iterator[Union[bytes, Passed]]:
+    """Yield chunks, and the bytes in place of files of up to ``threshold`` that are as declared."""
+    for chunk in chunks:
+        if isinstance(chunk, Passed) and chunk.length <= threshold \
+                and chunk.length == check_passed(chunk.fd):
+            yield from (read_at(chunk.fd, min(CHUNK, chunk.length - at), at)
+                        for at in range(0, chunk.length, CHUNK))
+        else:
+            yield chunk
+
+
 def whole_chunks(piece: Union[bytes, Extent]) -> Iterator[bytes]:
     """Yield the bytes of a piece.  Raises IntegrityError at the end when its file is shorter."""
     if not isinstance(piece, Extent):
@@ -9625,7 +9637,7 @@ class Connection(Closing):
                  either: bool = False) -> None:
         self.socket, self.timeout = sock, timeout
         self.max_fds, self.max_message = max_fds, max_message
-        self.varlink, self._either = False, either
+        self.varlink, self.either = False, either
         self._buffer = bytearray()
         self._received = 0  # bytes in all
         self._fds: List[Tuple[int, int]] = []  # and how many bytes were received with them
@@ -9704,9 +9716,13 @@ class Connection(Closing):
                 fresh, self._deadline = False, Deadline(self.timeout)
             end = self._boundary()
         value = parse_message(bytes(self._buffer[:end]))
-        self._drop(end + self.varlink)
-        if self._either:
-            self._decide(value)
+        self._drop(end)
+        if self.either:  # varlink has neither "jsonrpc" nor "id"
+            self.either, self.varlink = False, not {"jsonrpc", "id"} & value.keys()
+        if self.varlink:
+            if not self._buffer and not self._fill() or self._buffer[0]:
+                raise ProtocolError("no NUL byte behind a message of varlink", code=PARSE_ERROR)
+            self._drop(1)
         count = len(self._passed()) if self.varlink else count_fds(value)
         if count > self.max_fds:
             raise ProtocolError(f"{count} file descriptors with one message", code=FD_ERROR)
@@ -9719,14 +9735,6 @@ class Connection(Closing):
         del self._fds[:count]
         self.idle_since = float("inf")
         return message
-
-    def _decide(self, value: Dict[str, Any]) -> None:
-        """Learn the framing from the first message: varlink has neither "jsonrpc" nor "id"."""
-        self._either, self.varlink = False, not {"jsonrpc", "id"} & value.keys()
-        if self.varlink:
-            if not self._buffer and not self._fill() or self._buffer[0]:
-                raise ProtocolError("no NUL byte behind a message of varlink", code=PARSE_ERROR)
-            self._drop(1)
 
     def _fill(self) -> bool:
         """Receive some bytes, and descriptors with them; False at the end."""
@@ -9758,7 +9766,7 @@ class Connection(Closing):
         What was looked at once is not looked at again.
         """
         buffer = self._buffer
-        if self.varlink:
+        if self.varlink and not self.either:
             end = buffer.find(0, self._at)
             self._at = len(buffer)
             return end
@@ -10751,7 +10759,7 @@ class VarlinkClient(RpcClient):
 
     def __init__(self, where: Union[str, socket.socket], *, timeout: float = PEER_TIMEOUT) -> None:
         super().__init__(where, timeout=timeout)
-        self.connection.varlink = True
+        self.connection.varlink = self.connection.either = True  # the reply tells what it speaks
 
     def call(self, method: str, params: Any = None) -> Dict[str, Any]:
         """Return the reply to a method that passes no files."""
@@ -10794,8 +10802,10 @@ class VarlinkClient(RpcClient):
                 raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(_PipeReader(fds[0], self.connection.timeout), CHUNK)
-            chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1])
-            return received_layer(name, self._until_failure(chunks, threshold), reply,
+            chunks: Any = SplitdirfdstreamReader(reader.read, fds[1:count + 1])
+            if threshold:
+                chunks = read_small(chunks, threshold)
+            return received_layer(name, self._until_failure(chunks), reply,
                                   str(reply.get("layer") or name), passed.close)
         except BaseException:
             passed.close()
@@ -10811,19 +10821,13 @@ class VarlinkClient(RpcClient):
                                          "CAP_DAC_OVERRIDE" in capabilities()}}})
         return self._collect(fds)
 
-    def _until_failure(self, chunks: Iterable[Union[bytes, Passed]], threshold: int
+    def _until_failure(self, chunks: Iterable[Union[bytes, Passed]]
                        ) -> Iterator[Union[bytes, Passed]]:
         """Yield chunks; where they are broken off, raise what our own server says of it."""
         import select
 
         try:
-            for chunk in chunks:
-                if isinstance(chunk, Passed) and check_passed(chunk.fd) == chunk.length \
-                        and chunk.length <= threshold:
-                    yield from (read_at(chunk.fd, min(CHUNK, chunk.length - at), at)
-                                for at in range(0, chunk.length, CHUNK))
-                else:
-                    yield chunk
+            yield from chunks
         except FormatError:
             poll = select.poll()
             poll.register(self.connection.socket, select.POLLIN)
@@ -10857,6 +10861,8 @@ class VarlinkClient(RpcClient):
     def _parameters(message: Message) -> Dict[str, Any]:
         error = message.value.get("error")
         params = as_dict(message.value.get("parameters"))
+        if {"jsonrpc", "id"} & message.value.keys():
+            raise ProtocolError("the server speaks JSON-RPC, not varlink", code=NO_METHOD)
         if error is None:
             return params
         words = display(", ".join(map(str, params.values())))

@@ -3673,8 +3673,8 @@ class TarSplitTests(StoreTest):
                 if got:
                     self.assertIn(f"its tar has the wrong size: expected {len(tar)}, got {got} "
                                   f"(its record's diff-size and {store.root}/overlay-layers/{layer}"
-                                  ".tar-split.gz disagree, one is damaged; its files are in overlay/"
-                                  f"{layer}/diff)", done.stderr.decode())
+                                  ".tar-split.gz disagree, one is damaged; its files are in "
+                                  f"overlay/{layer}/diff)", done.stderr.decode())
                 self.assertLessEqual(len(done.stdout), 2 * len(tar) if most is None else most + 99)
         empty = [{"type": 2, "payload": ""}]
         for count, status in ((65_536, 0), (70_000, 6)):
@@ -9535,6 +9535,17 @@ class DumbServers(MessageTest):
         with mock.patch.object(cstor, "RECEIVE_SIZE", size):
             return self.fetched("varlink", say, 5.0, reference)
 
+    def test_a_server_that_answers_in_json_rpc(self) -> None:
+        """It says that it does not understand, and then keeps its client: nothing is waited for."""
+        for answer in (b'{"jsonrpc":"2.0","error":{"code":-32600,"message":"?"},"id":null}',
+                       b'{"id":null,"error":{"code":-32700,"message":"?"}}\n'):
+            with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=20) as client:
+                dumb.send(answer)
+                with self.assertRaisesRegex(cstor.ProtocolError, "speaks JSON-RPC, not varlink"
+                                            ) as caught:
+                    client.layer("x")
+                self.assertEqual(cstor.NO_METHOD, caught.exception.code)  # so others are tried
+
     def test_frames_of_varlink(self) -> None:
         for size in (1, 2, 7, 1 << 16):
             for extra in (0, 1, 2):
@@ -9683,8 +9694,10 @@ class DumbServers(MessageTest):
         for flags in (os.O_RDWR, os.O_PATH):
             fd = self.opened(os.open(fifo, flags))
             refused("pipe to read", (reply(1), "fifo dir alive"), kinds={"fifo": fd}.items())
-        refused("ended inside", (b'{"parameters":{"dir_count":1}}', "data dir alive"))
-        refused("no object", (b"[]\0", "data dir alive"))
+        refused("no NUL byte", (b'{"parameters":{"dir_count":1}}', "data dir alive"))
+        refused("no NUL byte", (b'{"parameters":{"dir_count":1}}{', "data dir alive"))
+        refused("ended inside", (reply(1, continues=True), "data dir"), (b'{"parameters"', "alive"))
+        refused("an array of messages", (b"[]\0", "data dir alive"))
         refused("malformed|no object", (b"\0", "data dir alive"))
         refused("malformed", (b'{"parameters":{"dir_count":1,"dir_count":1}}\0', "data dir alive"))
         refused("layer not known: y", ({"error": "org.composefs.Oci.NoSuchLayer",
@@ -13341,7 +13354,11 @@ class RealStores(unittest.TestCase):
                     if isinstance(thing, cstor.Container) and thing.state.get("rootfs"):
                         continue  # its directory is not in the archive
                     with self.subTest(store=name, thing=thing.title), thing.tree() as tree:
-                        done = thing.extract(out, verify=True)
+                        known = thing.title != "nomanifest"  # its one layer was never a tar
+                        if not known:
+                            with self.assertRaisesRegex(cstor.Unsupported, "has no DiffID, so"):
+                                thing.extract(out, verify=True)
+                        done = thing.extract(out, verify=known)
                         self.assertEqual([], tree_differences(out, tree))
                         self.assertEqual(({}, []), (done["unset"], done["left-out"]))
                         self.assertEqual(sum(node.size for _, node, first in tree.walk()
