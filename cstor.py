@@ -8818,14 +8818,14 @@ class SplitdirfdstreamReader(_ChunkReader):
     """The chunks of a splitdirfdstream: iterating yields bytes and Passed.
 
     ``directories`` are descriptors, which stay the caller's; files are opened beneath them, and no
-    link out of them is followed.  Raises FormatError with the offset, OSError for what cannot be
-    opened.
+    link out of them is followed.  Those of up to ``threshold`` bytes are read here.  Raises
+    FormatError with the offset, OSError for what cannot be opened.
     """
 
     def __init__(self, read: Callable[[int], bytes], directories: Sequence[int],
-                 file: str = "splitdirfdstream") -> None:
+                 file: str = "splitdirfdstream", *, threshold: int = 0) -> None:
         super().__init__(read, file)
-        self._fds = directories
+        self._fds, self._threshold = directories, threshold
 
     def __iter__(self) -> Iterator[Union[bytes, Passed]]:
         opened: Dict[int, Directory] = {}
@@ -8841,7 +8841,11 @@ class SplitdirfdstreamReader(_ChunkReader):
                     raise self._error(f"a chunk of unknown type {kind[0]}")
                 length, fd = self._open(opened)
                 try:
-                    yield Passed(fd, length)
+                    if length <= self._threshold and check_passed(fd) == length:
+                        yield from (read_at(fd, min(CHUNK, length - at), at)
+                                    for at in range(0, length, CHUNK))
+                    else:
+                        yield Passed(fd, length)
                 finally:
                     os.close(fd)
         finally:
@@ -8875,18 +8879,6 @@ class SplitdirfdstreamReader(_ChunkReader):
             return length, directory.open_at(dir_fd, base)
         except OSError as error:
             raise with_path(error, directory.host_path(name)) from None
-
-
-def read_small(chunks: Iterable[Union[bytes, Passed]], threshold: int
-               ) -> Iterator[Union[bytes, Passed]]:
-    """Yield chunks, and the bytes in place of files of up to ``threshold`` that are as declared."""
-    for chunk in chunks:
-        if isinstance(chunk, Passed) and chunk.length <= threshold \
-                and chunk.length == check_passed(chunk.fd):
-            yield from (read_at(chunk.fd, min(CHUNK, chunk.length - at), at)
-                        for at in range(0, chunk.length, CHUNK))
-        else:
-            yield chunk
 
 
 def whole_chunks(piece: Union[bytes, Extent]) -> Iterator[bytes]:
@@ -8939,9 +8931,8 @@ class _ChunkWriter:
 class SplitfdstreamWriter(_ChunkWriter):
     """Writes a splitfdstream from the pieces of read_pieces().
 
-    A whole file of more than ``threshold`` bytes is
-    offered to ``external(extent)``, which takes it as number ``files`` and returns True, or leaves
-    it to be written inline.
+    A whole file of more than ``threshold`` bytes is offered to ``external(extent)``, which takes it
+    as number ``files`` and returns True, or leaves it to be written inline.
     """
 
     def __init__(self, write: Callable[[Any], object],
@@ -9207,7 +9198,6 @@ class LayerStream(Closing):
         """
         return io.BufferedReader(_StreamFile(self), CHUNK)
 
-
     def extract(self, directory: str, *, whiteouts: bool = True, **options: Any) -> Dict[str, Any]:
         """Put the files of this layer alone into a directory; see extract_streams()."""
         return extract_streams([self], directory, label=self.label, raw=True,
@@ -9361,13 +9351,14 @@ class Staging:
         number, why = self._count, ""
         crc = 0 if self._crc else None
         self._count += 1
-        # Open as the file will be, mostly: the directory is closed, and no mode is left to set.
+        # With the file's own mode, so that none is left to set: nobody else enters the directory.
         fd = os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
                      node.mode & 0o777 | 0o600, dir_fd=self._target.fd)
         try:
             for piece in content if member.sparse is None else self._expand(member, content):
                 if isinstance(piece, Extent):
-                    why = self._fill(fd, piece)
+                    devices = os.fstat(piece.fd).st_dev, self._device
+                    why = self._ladder.fill(piece.fd, piece.length, fd, devices, piece.member.name)
                     if why:  # of a copy ours is what counts
                         piece.fd = fd
                 elif member.sparse is not None and piece.count(0) == len(piece):
@@ -9383,10 +9374,6 @@ class Staging:
         finally:
             os.close(fd)
         tree.stage(node, number, why, crc)
-
-    def _fill(self, fd: int, piece: Extent) -> str:
-        devices = os.fstat(piece.fd).st_dev, self._device
-        return self._ladder.fill(piece.fd, piece.length, fd, devices, piece.member.name)
 
     def _expand(self, member: Member, content: Iterator[Union[bytes, Extent]]) -> Iterator[bytes]:
         """Return the content of a sparse file with its holes."""
@@ -10623,13 +10610,11 @@ class RpcClient(Closing):
                 raise ProtocolError("expected stream.start")
             start = as_dict(message.value.get("params"))
         start.setdefault("size", start.get("uncompressed_size"))
-        name = start.get("layer")
-        stream = received_layer(label, self._chunks(lambda: stream, start), start,
-                                name if isinstance(name, str) else label)
+        stream = received_layer(label, self._chunks(lambda: stream), start,
+                                str(start.get("layer") or label))
         return stream
 
-    def _chunks(self, stream: Callable[[], LayerStream], start: Dict[str, Any]
-                ) -> Iterator[Union[bytes, Passed]]:
+    def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[Union[bytes, Passed]]:
         """Yield what comes until the response.  Raises ProtocolError where an end was missing."""
         end: Optional[Dict[str, Any]] = None
         files = 0
@@ -10723,8 +10708,7 @@ class ProxyV2Client(RpcClient):
     """
 
     def initialize(self) -> Dict[str, Any]:
-        """Return version and capabilities.  Raises ProtocolError for a version that is not 1 or 2.
-        """
+        """Return version and capabilities; ProtocolError for a version that is not 1 or 2."""
         result = self.call("Initialize", {"version": 2})
         found = as_dict(result.get("value", result))
         if not re.match(r"[12]\.", str(found.get("version"))):
@@ -10782,8 +10766,7 @@ class VarlinkClient(RpcClient):
         """Return a layer by STORAGE_PATH#ID or DiffID, to be read at once.
 
         Where a server wants the ``handle`` of a repository, one is opened, if it is not given.  Our
-        own server takes an ID, a name and so on, too.  Files of up to ``threshold`` bytes, which
-        come open, are read here.
+        own server takes an ID, a name and so on, too; ``threshold`` as for SplitdirfdstreamReader.
         """
         check_words("form", [form], ("", "varlink"))
         path, _, name = reference.rpartition("#") if reference.startswith("/") \
@@ -10802,9 +10785,7 @@ class VarlinkClient(RpcClient):
                 raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(_PipeReader(fds[0], self.connection.timeout), CHUNK)
-            chunks: Any = SplitdirfdstreamReader(reader.read, fds[1:count + 1])
-            if threshold:
-                chunks = read_small(chunks, threshold)
+            chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
             return received_layer(name, self._until_failure(chunks), reply,
                                   str(reply.get("layer") or name), passed.close)
         except BaseException:

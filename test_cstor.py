@@ -9546,6 +9546,17 @@ class DumbServers(MessageTest):
                     client.layer("x")
                 self.assertEqual(cstor.NO_METHOD, caught.exception.code)  # so others are tried
 
+    def test_small_files_are_read_by_threshold(self) -> None:
+        size = os.fstat(self.a).st_size
+        for threshold in (0, size - 1, size, 1 << 40):
+            with self.pipe(self.named) as (data, alive), self.pair() as (ours, dumb):
+                dumb.send({"parameters": {"dir_count": 1}}, [data, self.folder, alive], b"\0")
+                with cstor.VarlinkClient(ours) as client, \
+                        client.layer("x", threshold=threshold) as stream:
+                    passed = [piece.length for piece in stream.pieces()
+                              if isinstance(piece, cstor.Extent)]
+                    self.assertEqual([size] * (size > threshold), passed)
+
     def test_frames_of_varlink(self) -> None:
         for size in (1, 2, 7, 1 << 16):
             for extra in (0, 1, 2):
