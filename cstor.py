@@ -2178,10 +2178,12 @@ def best_platform(items: Sequence[Tuple[str, T]], platform: str) -> List[T]:
 
     "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8.
     """
-    machine = os.uname().machine
-    wanted = platform or f"linux/{ARCHITECTURES.get(machine, machine)}"
+    if not re.fullmatch("|[^/]+(/[^/]+){1,2}", platform):
+        raise ValueError(f"platform must be os/arch[/variant], not {display(platform)}")
+    words = (platform.lower() or f"linux/{os.uname().machine}").split("/")
     named = [(f"{name}/".replace("/arm64/v8/", "/arm64/"), item) for name, item in items]
-    wanted = f"{wanted}/".replace("/arm64/v8/", "/arm64/")
+    wanted = "/".join(ARCHITECTURES.get(word, word) for word in [*words, ""])
+    wanted = wanted.replace("/arm64/v8/", "/arm64/")
     return [item for name, item in named if name == wanted] \
         or [item for name, item in named if name.startswith(wanted)]
 
@@ -3280,6 +3282,7 @@ def find_image(images: Sequence[ImageRecord], reference: str, platform: str = ""
     """
     check_type("reference", reference, str)
     check_type("platform", platform, str)
+    best_platform((), platform)  # a wrong one is one for every image
     if reference.startswith("containers-storage:["):
         raise Unsupported(f"store specifier in reference: {display(reference)}",
                           hint="name the store with --root DIR")
@@ -7738,7 +7741,7 @@ def is_strict(manifest: Dict[str, Any]) -> bool:
         if not isinstance(entry, dict) or type(entry.get("size", 0)) is not int:
             return False
         for key in ("annotations", "platform"):
-            values = entry.get(key) or {}
+            values = {} if entry.get(key) is None else entry[key]
             if not isinstance(values, dict) or not all(
                     isinstance(value, str) or key == "platform" and word not in (
                         "architecture", "os", "os.version", "variant")
@@ -8065,6 +8068,8 @@ def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
         blob = blobs[0]
         if every and image.list_bytes():
             blob = descriptor(OCI_INDEX, *layout.add(oci_index(image, blobs)))
+            if not is_strict(parse_json(image.list_bytes(), "manifest list")):
+                tell("the stored manifest list is malformed: only its instances are copied")
         replaced = layout.tag(blob, tag)
     for entry, instance in image.entries() if every else ():
         if not instance:
@@ -13181,7 +13186,7 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     if not directory or directory + ":" == args.layout:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
     if args.all and args.platform:
-        raise _UsageError("--all and --platform exclude one another")
+        raise _UsageError("--all cannot be used with --platform")
     unwind_on_signals()
     try:
         parse_compression("none" if args.compress is None else args.compress)
@@ -13865,6 +13870,10 @@ def _run(words: Sequence[str]) -> int:
     args.status = 0
     if not 0 < args.timeout <= 1e6:
         raise _UsageError("--timeout takes a number of seconds above 0")
+    try:
+        best_platform((), getattr(args, "platform", ""))
+    except ValueError as error:
+        raise _UsageError(f"--{error}") from None
     if sys.stdout is None:
         raise CstorError("stdout is closed")
     if args.function is cmd_extract and args.same_owner and os.geteuid() and not (

@@ -7258,6 +7258,33 @@ class Layouts(StoreTest):
         self.copy("quay.io/org/multi:1", self.out + ":one")
         self.assertIn("one", read_layout(self.out))
 
+    def test_a_malformed_list_loses_what_it_says_with_a_note(self) -> None:
+        _, _, index = self.pull_list()
+        for number, more in enumerate(({"annotations": []}, {"annotations": {"a": 1}},
+                                       {"schemaVersion": "2"})):
+            record: Dict[str, Any] = {"id": str(number) * 64, "names": [f"localhost/l:{number}"]}
+            self.store.big_data(record, "manifest", json.dumps({**index, **more}).encode())
+            self.store.images.append(record)
+        self.store.save()
+        for number in range(3):
+            done = self.copy(f"l:{number}", self.out, "--all")
+            self.assertIn("cstor: note: the stored manifest list is malformed: only its instances "
+                          "are copied", done.stderr.decode().splitlines())
+
+    def test_a_platform_is_of_two_or_three_words(self) -> None:
+        self.pull_list()
+        self.store.save()
+        for wrong in ("arm64", "linux", "linux/", "/arm64", "linux/arm/v7/x"):
+            for args in (["layers", "multi:1"], ["stat", "multi:1", "/"], ["inspect", "multi:1"]):
+                done = self.run_cstor(*self.ours, "image", *args, "--platform", wrong, status=2)
+                self.assertEqual(f"cstor: error: --platform must be os/arch[/variant], not {wrong}"
+                                 "\n", done.stderr.decode())
+        for right in ("linux/arm64", "LINUX/aarch64", "linux/arm64/v8"):
+            self.run_cstor(*self.ours, "image", "layers", "quay.io/org/multi:1",
+                           "--platform", right)
+        with self.open(self.store) as storage, self.assertRaises(ValueError):
+            storage.image("multi:1", "arm64")
+
     def test_what_a_list_says_stays(self) -> None:
         more = {"annotations": {"top": "z"}, "subject": {"mediaType": "a/b", "size": 2, "digest":
                 sha256(b"s")}, "artifactType": "c/d", "x-unknown": [1, {"y": None}]}
