@@ -1138,7 +1138,7 @@ class Ladder:
         before = os.fstat(fd)
         if before.st_size != size:  # or a file that has become shorter would be filled up by a hole
             raise IntegrityError("changed while it was read", layer=layer, name=name,
-                                 expected=f"{size} bytes", actual=str(before.st_size))
+                                 expected=counted(size, "byte"), actual=str(before.st_size))
         for offset, length in data_runs(fd, size) if before.st_blocks * 512 < size \
                 else ((0, size),):
             if offset:
@@ -1926,7 +1926,7 @@ class Deadline:
 
     def error(self, words: str = "done nothing") -> ProtocolError:
         """Return the error for a peer that is late."""
-        return _Silent(f"the other end has {words} for {self.seconds:g} seconds",
+        return _Silent(f"the other end has {words} for {counted(f'{self.seconds:g}', 'second')}",
                        hint="--timeout SECONDS waits longer")
 
 
@@ -4739,7 +4739,7 @@ class TarSink:
 
     def _shrank(self, piece: Extent, left: int) -> IntegrityError:
         return IntegrityError("the file shrank while it was read", layer=self._layer,
-                              name=piece.member.name, expected=f"{piece.length} bytes",
+                              name=piece.member.name, expected=counted(piece.length, "byte"),
                               actual=str(piece.length - left))
 
     def take_all(self, pieces: Iterable[Union[bytes, Extent]],
@@ -4844,7 +4844,7 @@ def checked_content(fd: int, size: int, checksum: Optional[int], name: bytes, la
             raise with_path(error, f"layer {layer}: " * bool(layer) + display(name)) from None
         if not data:
             raise IntegrityError("the file shrank while it was read", layer=layer, name=name,
-                                 expected=f"{size} bytes", actual=str(at))
+                                 expected=counted(size, "byte"), actual=str(at))
         at += len(data)
         if checksum is not None:
             crc = crc64(data, crc)
@@ -5377,7 +5377,7 @@ class DiskTree(LayerTree):
 
     def close(self) -> None:
         for why, files in self._strangers.items():
-            self._warn(f"owner or group 65534 in {len(files)} file{'s' * (len(files) > 1)}: {why}")
+            self._warn(f"owner or group 65534 in {counted(len(files), 'file')}: {why}")
         self.directory.close()
 
     def expect(self, nodes: Iterable[Node]) -> None:
@@ -7168,8 +7168,8 @@ class Extraction:
             os.setxattr(place, name, value, follow_symlinks=not isinstance(place, bytes))
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-                raise OSError(error.errno, f"xattr {display(name)} of {len(value)} bytes: "
-                              f"{error.strerror}") from None
+                raise OSError(error.errno, f"xattr {display(name)} of "
+                              f"{counted(len(value), 'byte')}: {error.strerror}") from None
             self.tally.note("xattr")
 
     def summary(self) -> Dict[str, Any]:
@@ -7486,7 +7486,7 @@ def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> Non
     """Compare what a file holds with what was promised."""
     if status.st_size != node.size:
         raise IntegrityError("changed while it was read", layer=node.tree.layer_id, name=node.path,
-                             expected=f"{node.size} bytes", actual=str(status.st_size))
+                             expected=counted(node.size, "byte"), actual=str(status.st_size))
     for _ in node.checked(fd) if verify and node.checksum is not None else ():
         pass
 
@@ -7810,7 +7810,7 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
         actual = os.fstat(fd).st_size
         if actual != size >= 0:  # before terabytes of a hole are hashed
             raise IntegrityError(f"{layout.host_path(name)}: wrong size",
-                                 expected=f"{size} bytes", actual=f"{actual} bytes")
+                                 expected=counted(size, "byte"), actual=counted(actual, "byte"))
         found = hashlib.sha256()
         for data in iter(lambda: os.read(fd, CHUNK), b""):
             found.update(data)
@@ -8897,7 +8897,8 @@ def whole_chunks(piece: Union[bytes, Extent]) -> Iterator[bytes]:
         yield data
     if left:
         raise IntegrityError("the file shrank while it was read", name=piece.member.name,
-                             expected=f"{piece.length} bytes", actual=str(piece.length - left))
+                             expected=counted(piece.length, "byte"),
+                             actual=str(piece.length - left))
 
 
 def is_whole_file(piece: Extent) -> bool:
@@ -9717,12 +9718,13 @@ class Connection(Closing):
             self._drop(1)
         count = len(self._passed()) if self.varlink else count_fds(value)
         if count > self.max_fds:
-            raise ProtocolError(f"{count} file descriptors with one message", code=FD_ERROR)
+            raise ProtocolError(f"{counted(count, 'file descriptor')} with one message",
+                                code=FD_ERROR)
         while len(self._fds) < count:
             self._skip_blanks()
             if self._buffer or not self._fill():
-                raise ProtocolError(f"mismatched count: {count} file descriptors are said to come, "
-                                    f"{len(self._fds)} came", code=FD_ERROR)
+                raise ProtocolError(f"mismatched count: expected {counted(count, 'descriptor')}"
+                                    f", got {len(self._fds)}", code=FD_ERROR)
         message = Message(value, [fd for _, fd in self._fds[:count]])
         del self._fds[:count]
         self.idle_since = float("inf")
@@ -9748,7 +9750,7 @@ class Connection(Closing):
             raise ProtocolError("file descriptors were lost on the way", code=FD_ERROR,
                                 hint="the limit of open files (ulimit -n) may be too low")
         if len(self._fds) > self.max_fds:
-            raise ProtocolError(f"more than {self.max_fds} file descriptors are waiting",
+            raise ProtocolError(f"more than {counted(self.max_fds, 'file descriptor')} are waiting",
                                 code=FD_ERROR)
         return bool(data)
 
@@ -10165,8 +10167,8 @@ class _Session(Closing):
         try:
             chosen, inline = choose_external(layer, threshold, most)
             if inline > MAX_SPOOL:
-                raise ProtocolError(f"{inline} bytes would be in the stream: StreamLayer has no "
-                                    "such limit", code=INVALID_REQUEST)
+                raise ProtocolError(f"{counted(inline, 'byte')} would be in the stream: "
+                                    "StreamLayer has no such limit", code=INVALID_REQUEST)
             with open_spool(inline) as spool:
                 write_pieces(layer, SplitfdstreamWriter(spool.write, external, threshold=threshold))
                 result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell(),
@@ -10596,7 +10598,8 @@ class RpcClient(Closing):
         try:
             found, size = check_passed(fds[0]), result.get("streamSize")
             if size not in (None, found):
-                raise ProtocolError(f"streamSize is {display(repr(size))}, but {found} bytes came")
+                raise ProtocolError(f"streamSize is {display(repr(size))}, but "
+                                    f"{counted(found, 'byte')} came")
             stream = open(fds[0], "rb", closefd=False)
             stream.seek(0)
             chunks = SplitfdstreamReader(stream.read, lambda number: fds[number + 1])
@@ -10650,7 +10653,7 @@ class RpcClient(Closing):
                 elif method in FILE_METHODS:
                     size = params.get("size")
                     if type(size) is not int or size < 0:
-                        raise ProtocolError(f"a file of {display(repr(size))} bytes",
+                        raise ProtocolError(f"a file of {counted(display(repr(size)), 'byte')}",
                                             code=BAD_PARAMS)
                     files += 1
                     yield Passed(message.fds[0], size)
@@ -10831,16 +10834,16 @@ class VarlinkClient(RpcClient):
                 replies.append(self._parameters(message))
                 more = message.value.get("continues") is True
                 if not message.fds or len(fds) + len(message.fds) > self.limit:
-                    raise ProtocolError(f"a reply with {len(message.fds)} file descriptors",
-                                        code=FD_ERROR)
+                    raise ProtocolError("a reply with " + counted(
+                        len(message.fds), "file descriptor"), code=FD_ERROR)
                 fds += message.take()
             if not more:
                 break
         count = replies[0].get("dir_count")
         if type(count) is not int or not 0 <= count <= len(fds) - 2 <= count + 2 \
                 or any(reply.get("dir_count") != count for reply in replies):
-            raise ProtocolError(f"{len(fds)} file descriptors for {display(repr(count))} "
-                                "directories", code=FD_ERROR)
+            raise ProtocolError(f"{counted(len(fds), 'file descriptor')} for "
+                                f"{counted(display(repr(count)), 'directory')}", code=FD_ERROR)
         return count, replies[0]
 
     @staticmethod
@@ -11174,7 +11177,8 @@ class FetchedImage(Closing):
                 if self._progress:
                     self._progress(size, files)
             if time.monotonic() > end:
-                raise ProtocolError(f"skopeo has written nothing for {self._timeout:g} seconds")
+                raise ProtocolError("skopeo has written nothing for "
+                                    + counted(f"{self._timeout:g}", "second"))
             time.sleep(0.05)
 
     def _refuse(self, status: int, log: str) -> NoReturn:
@@ -11310,7 +11314,7 @@ class FetchedImage(Closing):
             raise FormatError("it names no layers", file=f"{self.reference}: configuration")
         if len(self.layers) != len(diff_ids):
             raise IntegrityError(f"{self.reference}: its layers are not those that its "
-                                 "configuration names", expected=f"{len(diff_ids)} layers",
+                                 "configuration names", expected=counted(len(diff_ids), "layer"),
                                  actual=str(len(self.layers)))
         for entry, diff_id in zip(self.layers, diff_ids):
             with LayerStream(self._tar(entry), label=entry["digest"], digest=diff_id) as stream:
@@ -12361,7 +12365,7 @@ def human_age(moment: Optional[int]) -> str:
                          ("hour", 3600), ("minute", 60), ("second", 1)):
         count = seconds // length
         if count >= (2 if unit in ("month", "week") else 1):
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+            return f"{counted(count, unit)} ago"
     return ""
 
 
@@ -12877,12 +12881,9 @@ def container_json(container: Container) -> Dict[str, Any]:
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers and what podman's database says of them"""
-    def inspect(reference: str) -> Dict[str, Any]:
-        container = storage.container(reference)
-        return {**container_json(container), "details": container.details(),
-                "podman": container.state}
-
-    print_inspected(for_each(args, args.container, inspect), args)
+    print_inspected(({**container_json(container), "details": container.details(),
+                      "podman": container.state} for container in for_each(
+                          args, args.container, storage.container)), args)
 
 
 # -- commands that look inside -------------------------------------------------------------------

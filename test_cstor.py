@@ -7260,8 +7260,9 @@ class Layouts(StoreTest):
 
     def test_a_malformed_list_loses_what_it_says_with_a_note(self) -> None:
         _, _, index = self.pull_list()
-        for number, more in enumerate(({"annotations": []}, {"annotations": {"a": 1}},
-                                       {"schemaVersion": "2"})):
+        wrong: List[Dict[str, Any]] = [{"annotations": []}, {"annotations": {"a": 1}},
+                                       {"schemaVersion": "2"}]
+        for number, more in enumerate(wrong):
             record: Dict[str, Any] = {"id": str(number) * 64, "names": [f"localhost/l:{number}"]}
             self.store.big_data(record, "manifest", json.dumps({**index, **more}).encode())
             self.store.images.append(record)
