@@ -12592,13 +12592,11 @@ def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Ite
     """
     for word in words:
         try:
-            found = action(word)
+            yield action(word)
         except (CstorError, OSError) as error:
             if not isinstance(error, CstorError) and error.filename is None:
                 raise
             args.status = max(args.status, report_error(error, args.verbose > 1))
-        else:
-            yield found
 
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
@@ -12622,13 +12620,12 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
 def print_inspected(entries: Iterator[Dict[str, Any]], args: Any) -> None:
     """Print objects as a JSON array, or as tables of keys and values; nothing if all failed."""
     found = list(entries)
-    if args.format == "json" and found:
-        print_json(found)
-        return
-    for entry in found:
+    for entry in found if args.format == "table" else ():
         print_table(["KEY", "VALUE"], [
             [key, value if isinstance(value, str) else json.dumps(value)]
             for key, value in entry.items()])
+    if args.format == "json" and found:
+        print_json(found)
 
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
@@ -13013,9 +13010,8 @@ def cmd_cat(storage: Storage, args: Any) -> None:
                 write_all(output.fd, data)
 
         # A file appears only when it is whole, so that the first failure ends it.
-        for _ in for_each(args, args.path, copy) if args.output in (None, "-") \
-                else map(copy, args.path):
-            pass
+        list(for_each(args, args.path, copy) if args.output in (None, "-")
+             else map(copy, args.path))
 
 
 def cmd_cp(storage: Storage, args: Any) -> None:
@@ -13762,11 +13758,9 @@ def note(args: Any, text: str) -> None:
 
 def exit_status(error: BaseException) -> int:
     """Return the exit status for an error."""
-    for kind, status in ((_UsageError, EXIT_USAGE), (NotFound, EXIT_NOT_FOUND),
-                         (IntegrityError, EXIT_CHECKSUM), (PermissionError, EXIT_PERMISSION)):
-        if isinstance(error, kind):
-            return status
-    return EXIT_FAILURE
+    return next((status for kind, status in (
+        (_UsageError, EXIT_USAGE), (NotFound, EXIT_NOT_FOUND), (IntegrityError, EXIT_CHECKSUM),
+        (PermissionError, EXIT_PERMISSION)) if isinstance(error, kind)), EXIT_FAILURE)
 
 
 def describe(error: Exception) -> str:
