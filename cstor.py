@@ -875,10 +875,8 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
     Its size is asked first: a sparse file can say that it holds terabytes.
     """
     try:
-        size = os.fstat(fd).st_size
-        if size <= limit:
-            data = read_up_to(fd, size + 1)
-            data += read_up_to(fd, limit + 1 - len(data)) if len(data) > size else b""
+        if os.fstat(fd).st_size <= limit:
+            data = read_up_to(fd, limit + 1)
             if len(data) <= limit:
                 return data
     except OSError as error:
@@ -2476,8 +2474,7 @@ class ImageRecord(Record):
     def config_bytes(self, manifest: Optional[Dict[str, Any]] = None) -> bytes:
         """Return the image configuration as stored; for schema1 as containers/image makes it.
 
-        ``manifest`` is the parsed one, where it is known.  Raises Unsupported for a manifest list,
-        NotFound for an image without a manifest.
+        ``manifest`` is parsed already.  Raises Unsupported for a list, NotFound without manifest.
         """
         manifest = self.manifest() if manifest is None else manifest
         if manifest.get("schemaVersion") == 1:
@@ -12256,8 +12253,7 @@ class Storage(Metadata):
 
         Raises ContainerUnknown, Ambiguous.
         """
-        return find_container(  # type: ignore[return-value]
-            self.container_records(), reference)
+        return find_container(self.container_records(), reference)  # type: ignore[return-value]
 
 
 _HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
