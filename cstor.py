@@ -7436,7 +7436,7 @@ def remove_content(target: Target) -> None:
         try:
             fd = open_beneath(target.fd, folder or b".")
             try:
-                if os.geteuid():  # what has its final mode may be closed to its owner
+                if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # closed to its owner
                     os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
                              dir_fd=target.parent(parent))
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
@@ -10948,6 +10948,7 @@ def with_short_path(path: str, action: Callable[[str], T]) -> T:
         return action(path)
     folder, name = os.path.split(path)
     name = "" if len(os.fsencode(name)) > 80 else f"/{name}"  # only to connect there
+    has_proc("sockets with long paths are opened")
     fd = os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)
     try:
         return action(f"/proc/self/fd/{fd}{name}")
@@ -13319,7 +13320,7 @@ def open_path(text: str, raw: bool) -> Tree:
         return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
     if path != "-" and not os.path.exists(path):
         raise NotFound(f"no such file or directory: {path}")
-    return Tree([TarTree("/dev/stdin" if path == "-" else path, whiteouts=raw)], path)
+    return Tree([TarTree(path, whiteouts=raw)], path)
 
 
 def cmd_tar_diff(storage: Optional[Storage], args: Any) -> int:
