@@ -549,15 +549,13 @@ def _walk_in_root(root_fd: int, name: bytes) -> int:
     fd = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd)
     try:
         while todo:
-            part = todo.pop()
-            if part in (b"", b"."):
+            if (part := todo.pop()) in (b"", b"."):
                 continue
             target = b"/"
             if part == b"..":  # start over: opening ".." itself could be raced out of the root
                 todo.extend(reversed(done[:-1]))
             else:
-                target = _step(fd, part)
-                if not target:
+                if not (target := _step(fd, part)):
                     fd, old = os.open(part, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd), fd
                     os.close(old)
                     done.append(part)
@@ -601,8 +599,7 @@ def open_beneath(root_fd: int, name: bytes, flags: int = OPEN_DIRECTORY) -> int:
     for a link.
     """
     if b"/" in name:
-        fd = _try_openat2(root_fd, name, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
-        if fd >= 0:
+        if (fd := _try_openat2(root_fd, name, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)) >= 0:
             return fd
     fd = root_fd
     parts = name.split(b"/")
@@ -861,8 +858,7 @@ def read_up_to(fd: int, count: int) -> bytes:
     """Read until ``count`` bytes or the end of the file."""
     parts = []
     while count > 0:
-        part = os.read(fd, min(count, CHUNK))
-        if not part:
+        if not (part := os.read(fd, min(count, CHUNK))):
             break
         parts.append(part)
         count -= len(part)
@@ -1165,6 +1161,199 @@ def data_runs(fd: int, size: int) -> Iterator[Tuple[int, int]]:
             start, end = end, size  # a file system that knows no holes
         if start < end:
             yield start, end - start
+
+
+class SignalsHeld:
+    """A context in which SIGINT, SIGTERM and SIGHUP wait, so that cleaning up is done whole."""
+
+    def __enter__(self) -> SignalsHeld:
+        import signal
+
+        self.before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+
+
+class NewFile:
+    """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
+
+    Until then it has none (O_TMPFILE), or where that cannot be, a name that tells the target's and
+    a lock: when we are killed nothing is left, or the next run for that target removes it
+    (``removed``: names of such).
+    """
+
+    def __init__(self, folder: Directory, target: bytes) -> None:
+        self._folder, self._name = folder, b""  # until it has its final one
+        self.removed = remove_dead(folder.fd, target)
+        try:
+            self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
+                              0o666, dir_fd=folder.fd)
+        except OSError:
+            self._name = partial_name(target)
+            self.fd = os.open(self._name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666,
+                              dir_fd=folder.fd)
+        try_lock(self.fd)
+
+    def appear(self, name: bytes) -> None:
+        """Give the file its name, in place of what has it."""
+        os.close(os.dup(self.fd))  # NFS and quotas report a failed write here
+        if not self._name:
+            self._name = partial_name(name)
+            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=self._folder.fd,
+                    follow_symlinks=True)
+        os.rename(self._name, name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
+        self._name = b""
+
+    def close(self) -> None:
+        """Close the file, and remove it when it did not appear."""
+        os.close(self.fd)
+        if self._name:
+            unlink_quietly(self._folder.fd, self._name)
+        self._folder.close()
+
+
+def partial_name(target: bytes) -> bytes:
+    """Return a new name for what is to become ``target``."""
+    return b".cstor-%s-%s.partial" % (target[:40], os.urandom(6).hex().encode())
+
+
+def partials(folder: Target, target: bytes = b"") -> List[bytes]:
+    """Return what is there by a name that partial_name() made for ``target``, or for any."""
+    which = re.escape(target[:40]) + b"-" if target else b"(?:.*-)?"
+    return [name for name in map(os.fsencode, os.listdir(folder.fd))
+            if re.fullmatch(rb"\.cstor-%s[0-9a-f]{12}\.partial" % which, name, re.DOTALL)]
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file or directory while we live; False when it is locked, or cannot be."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> List[bytes]:
+    """Remove what killed processes left of ``target`` in a directory, and return the names.
+
+    Without ``target`` we are alone at work there, and all that is left goes; else not what is
+    locked, or so new that it may be locked soon.  What cannot be removed is in nobody's way.
+    """
+    try:
+        with Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
+            return [name for name in partials(folder, target)
+                    if _remove_dead(folder.fd, name, bool(target))]
+    except OSError:  # we may not list it
+        return []
+
+
+def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
+    """Remove a partial, unless one of ``others`` may work on it; return whether it is gone."""
+    try:
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        is_dir, age = stat.S_ISDIR(status.st_mode), time.time() - status.st_ctime
+        if not is_dir and (not others or stat.S_ISSOCK(status.st_mode) and age > 10):
+            os.unlink(name, dir_fd=dir_fd)  # a socket has this name for a moment only
+            return True
+        if (is_dir or stat.S_ISREG(status.st_mode)) and not (others and age < 0.02):
+            with Target("", os.open(name, OPEN_FILE, dir_fd=dir_fd)) as found:
+                if not others or try_lock(found.fd):
+                    if is_dir:
+                        remove_content(found)
+                    (os.rmdir if is_dir else os.unlink)(name, dir_fd=dir_fd)
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+class Scratch(Target):
+    """A directory of ours that close() removes, or after a kill the next make_scratch()."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Remove the directory; harmless when repeated."""
+        if self.fd >= 0:
+            with SignalsHeld():
+                remove_failed(self, self.path)
+                super().close()
+
+
+def make_scratch(above: str) -> Scratch:
+    """Make a directory for what is read once, closed to others."""
+    remove_dead(AT_FDCWD, b"scratch", os.fsencode(above))
+    with SignalsHeld():
+        path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
+        os.mkdir(path, 0o700)
+        scratch = Scratch(path, os.open(path, OPEN_NEW_DIRECTORY))
+        try_lock(scratch.fd)
+        return scratch
+
+
+def unlink_quietly(dir_fd: int, name: bytes) -> None:
+    """Remove a file, if it is there."""
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except FileNotFoundError:
+        pass
+
+
+def is_at(target: Target, directory: str) -> bool:
+    """Tell whether a target is still where it was."""
+    try:
+        return os.path.samestat(os.stat(directory), os.fstat(target.fd))
+    except FileNotFoundError:
+        return False
+
+
+def remove_failed(target: Target, directory: str) -> str:
+    """Remove what a failed run made, and ``directory`` unless ""; return what stays if it moved."""
+    if directory and not is_at(target, directory):
+        return f"{directory} was moved or removed, and what it holds stays"
+    remove_content(target)
+    if directory:
+        os.rmdir(directory)
+    return ""
+
+
+def remove_content(target: Target) -> None:
+    """Remove all that is in a directory, however deep and closed; no link is followed."""
+    folders = [b""]
+    for folder in folders:
+        parent, _, base = folder.rpartition(b"/")
+        try:
+            fd = open_beneath(target.fd, folder or b".")
+            try:
+                if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # closed to its owner
+                    os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
+                             dir_fd=target.parent(parent))
+                inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
+            finally:
+                os.close(fd)
+            try:
+                with os.scandir(inside) as entries:
+                    for entry in entries:
+                        name = os.fsencode(entry.name)
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(folder + b"/" + name if folder else name)
+                        else:
+                            os.unlink(name, dir_fd=inside)
+            finally:
+                os.close(inside)
+        except OSError as error:
+            raise target.explain(error, folder) from None
+    for folder in folders[:0:-1]:
+        parent, _, base = folder.rpartition(b"/")
+        try:
+            os.rmdir(base, dir_fd=target.parent(parent))
+        except OSError as error:
+            raise target.explain(error, folder) from None
 
 
 # ================================================================================================
@@ -1485,8 +1674,7 @@ class _ConfigSearch:
         if self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE"):
             return self.new_scheme()  # no older tool knows it
         config = Config("old", self.rootless, self.uid)
-        named = self.environ.get("CONTAINERS_STORAGE_CONF")
-        if named is not None:
+        if (named := self.environ.get("CONTAINERS_STORAGE_CONF")) is not None:
             values = self._read(named, config)
         elif not self.rootless:
             values = self._read_main(config, bool(self.environ.get("XDG_CONFIG_HOME")))
@@ -1501,8 +1689,7 @@ class _ConfigSearch:
 
     def new_scheme(self) -> Config:
         config = Config("new", self.rootless, self.uid)
-        named = self.environ.get("CONTAINERS_STORAGE_CONF")
-        if named:
+        if named := self.environ.get("CONTAINERS_STORAGE_CONF"):
             values = self._read(named, config)
         else:
             values = self._read_main(config, True)
@@ -1586,8 +1773,7 @@ class _ConfigSearch:
 
         The overlay driver takes its options imagestore and additionalimagestore for the same.
         """
-        given = self.environ.get("STORAGE_OPTS")
-        if not given:
+        if not (given := self.environ.get("STORAGE_OPTS")):
             return list(values.get(f"storage.options.{keys[0]}s", []))
         stores, key = [], ""
         for item in given.split(","):  # a value can hold commas itself
@@ -1760,8 +1946,7 @@ class Toml:
 
     def parse(self) -> Dict[str, Any]:
         """Return the whole file."""
-        stray = re.search("[\0-\x08\x0b-\x1f\x7f]", self.text)
-        if stray:
+        if stray := re.search("[\0-\x08\x0b-\x1f\x7f]", self.text):
             self.at = stray.start()
             self._refuse(f'control character "{display(stray[0])}"')
         root: Dict[str, Any] = {}
@@ -2267,8 +2452,7 @@ class Record:
 
     def _take(self, key: str, default: T) -> T:
         """Return a field, or ``default`` when it is missing, null or of another type."""
-        value = self._fields.get(key)
-        if value is None:
+        if (value := self._fields.get(key)) is None:
             return default
         if not isinstance(value, type(default)) or isinstance(value, bool) \
                 or isinstance(value, int) and not -1 << 63 <= value < 1 << 63:
@@ -3052,8 +3236,7 @@ class Metadata(Closing):
         """
         found: List[LayerRecord] = []
         while layer_id:
-            layer = self._layer_by_id.get(layer_id) or self.layer_by_id(layer_id)
-            if layer is None:
+            if (layer := self._layer_by_id.get(layer_id) or self.layer_by_id(layer_id)) is None:
                 below = f" (parent of {found[-1].id})" if found else ""
                 raise LayerUnknown(f"layer not known: {display(layer_id)}{below}")
             found.append(layer)
@@ -3200,17 +3383,17 @@ def query_database(root: Directory, query: str) -> List[Tuple[Any, ...]]:
     """
     try:
         import sqlite3
-        import tempfile
+        from tempfile import gettempdir
     except ImportError as error:
         raise Unsupported(f"{root.host_path(DATABASE_FILES[0])}: {explain_import(error)}") from None
 
     problem: Exception = FormatError("it changes all the time")
     for _ in range(5):
-        with tempfile.TemporaryDirectory(prefix="cstor-") as scratch:
+        with make_scratch(gettempdir()) as scratch:
             try:
-                if not copy_database(root, scratch):
+                if not copy_database(root, scratch.path):
                     continue
-                return _query(sqlite3, os.path.join(scratch, "db.sql"), query)
+                return _query(sqlite3, os.path.join(scratch.path, "db.sql"), query)
             except sqlite3.Error as error:
                 problem = error
     raise FormatError(f"podman's database cannot be read: {problem}",
@@ -3455,8 +3638,7 @@ def lower_ids(layer: LayerRecord) -> List[str]:
     the chain of ``parent``: below a mapped layer stands its template.  Raises LayerUnknown for a
     link to nothing, FormatError.
     """
-    text = read_overlay_file(layer, b"lower-layers")
-    if text:
+    if text := read_overlay_file(layer, b"lower-layers"):
         found = text.split(":")
     else:
         found = [layer.storage.resolve_link(item[2:] if item.startswith("l/") else item)
@@ -3473,8 +3655,7 @@ def read_objects(chunks: Iterator[bytes], file: str) -> Dict[bytes, bytes]:
     """
     stream = ObjectStream(chunks, file)
     stream.fill(READ_SIZE)
-    start = re.search(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', stream.peek(READ_SIZE))
-    if not start:
+    if not (start := re.search(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', stream.peek(READ_SIZE))):
         raise stream.error("malformed TOC: it has no entries")
     stream.advance(start.end())
     found: Dict[bytes, bytes] = {}
@@ -3572,8 +3753,7 @@ class LayerFiles(Closing):
 
     def _read_toc(self) -> None:
         name = self.layer.path(big_data_file("zstd-chunked-manifest"))
-        root = self.layer.storage.find(name, self.layer.root)
-        if root is None:
+        if (root := self.layer.storage.find(name, self.layer.root)) is None:
             raise Unsupported(f"layer {self.layer.id}: its files are kept by digest, and its TOC "
                               "(zstd-chunked-manifest) is lost")
         fd = root.open(name)
@@ -3694,8 +3874,7 @@ class LayerFiles(Closing):
 
     def _missing(self, name: bytes, size: Optional[int]) -> CstorError:
         """Return the error for a file that is nowhere."""
-        gone = removed(self.layer, name)
-        if gone:
+        if gone := removed(self.layer, name):
             return gone
         last = clean_name(name).rpartition(b"/")[2]
         if last.startswith(b".wh."):
@@ -3816,8 +3995,7 @@ class Member:
             if len(block) < BLOCK:
                 raise FormatError(f'"{display(self.name)}": truncated header')
             at += BLOCK
-            flag = block[TYPE_AT:TYPE_AT + 1]
-            if flag not in SPECIALS:
+            if (flag := block[TYPE_AT:TYPE_AT + 1]) not in SPECIALS:
                 return block, at, pax, gnu
             size = parse_number(block[SIZE_AT])
             if not 0 <= size <= MAX_SPECIAL:
@@ -3918,8 +4096,7 @@ _numbers: Dict[bytes, int] = {}
 
 def number_field(field: bytes) -> int:
     """Do what parse_number() does, and keep the results: a tar has few different ones."""
-    value = _numbers.get(field)
-    if value is None:
+    if (value := _numbers.get(field)) is None:
         if len(_numbers) > 4096:
             _numbers.clear()
         value = _numbers[field] = parse_number(field)
@@ -4131,8 +4308,7 @@ def read_header(next_block: Callable[[], bytes], take: Callable[[int], bytes]) -
             return b""
         check_sum(block.ljust(BLOCK, b"\0"))
         parts.append(block)
-        flag = block[TYPE_AT:TYPE_AT + 1]
-        if flag not in SPECIALS + PAX_GLOBAL:
+        if (flag := block[TYPE_AT:TYPE_AT + 1]) not in SPECIALS + PAX_GLOBAL:
             return b"".join(parts)
         length = parse_number(block[SIZE_AT])
         if not 0 <= length <= MAX_SPECIAL or size > MAX_HEADERS:
@@ -4281,8 +4457,7 @@ class Extent:
         """Yield the bytes; fewer than ``length`` when the file has become shorter."""
         at, end = self.offset, self.offset + self.length
         while at < end:
-            data = read_at(self.fd, min(CHUNK, end - at), at)
-            if not data:
+            if not (data := read_at(self.fd, min(CHUNK, end - at), at)):
                 return
             yield data
             at += len(data)
@@ -4375,8 +4550,7 @@ class TarSplit(ObjectStream):
             if end < 0:
                 yield from self._long_segment(start)
                 return
-            match = re.compile(self.END).match(self._buffer, end)
-            if match:
+            if match := re.compile(self.END).match(self._buffer, end):
                 yield self._base64(self._buffer[start:end]), None, 0, b""
                 self._at = match.end()
                 return
@@ -4435,8 +4609,7 @@ def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
     """
     layer.path()
     name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
-    root = layer.storage.find(name, layer.root)
-    if root is None:
+    if (root := layer.storage.find(name, layer.root)) is None:
         additional = overlay_file(layer, b"additionallayer")[0]
         gone = None if additional else removed(layer)
         if gone:
@@ -4596,12 +4769,10 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
 
     at, zeros = 0, bytes(CHUNK)
     while at < size:
-        data = read_at(fd, CHUNK, at)
-        if not data:
+        if not (data := read_at(fd, CHUNK, at)):
             break
         for start in range(0, len(data), block) if data != zeros[:len(data)] else ():
-            part = data[start:start + block]
-            if part != zeros[:len(part)]:
+            if (part := data[start:start + block]) != zeros[:len(part)]:
                 add(at + start, len(part))
         at += len(data)
     if 0 <= gap // 2 <= len(runs):
@@ -4777,9 +4948,12 @@ class TarSink:
 
 
 class _Nowhere(io.BytesIO):
-    """What TarSink writes to when only the digest is wanted."""
+    """Takes a tar of which only digest and length are wanted."""
+
+    size = 0
 
     def write(self, data: Any) -> int:
+        self.size += len(data)
         return len(data)
 
 
@@ -4874,8 +5048,7 @@ def linux_keeps(name: bytes, value: bytes, kind: str) -> bool:
     The kernel knows four namespaces, and takes user.* of files and directories alone, and an ACL of
     three entries for a mode.  security.selinux belongs to a place: podman does not take it either.
     """
-    space = name.partition(b".")[0]
-    if space == b"user":
+    if (space := name.partition(b".")[0]) == b"user":
         return kind in ("reg", "dir", "hardlink")
     if space == b"system":
         return kind == "dir" and name == b"system.posix_acl_default" or \
@@ -4961,8 +5134,7 @@ class Node:
         member.read_fields()
         self.mode, self.mtime_ns = member.mode, member.mtime_ns
         self.owner = self.tree.intern((member.uid, member.gid, member.uname, member.gname))
-        kind = member.type
-        if kind == "reg":
+        if (kind := member.type) == "reg":
             self.size, self._checksum = member.size, member.base64
         elif kind == self.type:  # no other name of something else
             if kind in ("symlink", "hardlink"):
@@ -5249,8 +5421,7 @@ class LayerTree(Closing):
         target = base[4:]
         if target in (b"", b".", b".."):
             raise FormatError(f'malformed whiteout: "{display(base)}"', file=self.label)
-        old = directory.children.get(target)
-        if old is None:
+        if (old := directory.children.get(target)) is None:
             self._add_node(directory, target, "whiteout")
         else:
             old.opaque = old.type == "dir"
@@ -5264,8 +5435,7 @@ class LayerTree(Closing):
         node, links = self.root, 0
         todo = path.split(b"/")[::-1]
         while todo:
-            part = todo.pop()
-            if part in (b"", b"."):
+            if (part := todo.pop()) in (b"", b"."):
                 continue
             if part == b"..":
                 node = node.parent or node
@@ -5422,8 +5592,7 @@ class DiskTree(LayerTree):
         try:
             fd = self.directory.parent(path)
             for name in self.directory.list_at(fd):
-                found = look_at(fd, name)
-                if found:
+                if found := look_at(fd, name):
                     yield (name, *found)
                 last = name
         except OSError as error:
@@ -5592,8 +5761,7 @@ class Decompressed(Closing):
         """Return what reads the file, by its first bytes."""
         magic = b""
         while len(magic) < 6:
-            part = self._raw.read(6 - len(magic))
-            if not part:
+            if not (part := self._raw.read(6 - len(magic))):
                 break
             magic += part
         file = io.BufferedReader(_Unread(magic, self._raw), 2 * READ_SIZE)
@@ -5758,8 +5926,7 @@ class Tree(Closing):
             node = layer.reach(parts, below=not top)
             last = node.opaque
             for depth, part in enumerate(parts, 1):
-                child = node.children.get(part)
-                if child is None:
+                if (child := node.children.get(part)) is None:
                     break
                 if child.type != "dir" and (depth <= seen or depth < len(parts)
                                             or child.type == "whiteout"):
@@ -5838,8 +6005,7 @@ class Tree(Closing):
         todo = [(path + b"/" if path else b"", self._merge(nodes))]
         while todo:
             prefix, children = todo[-1]
-            item = next(children, None)
-            if item is None:
+            if (item := next(children, None)) is None:
                 todo.pop()
                 continue
             name, nodes = item
@@ -5924,8 +6090,7 @@ class Tree(Closing):
     def crc64(self, node: Node) -> int:
         """Return the CRC-64 of a regular file's content: as recorded, or by reading it."""
         check_type("node", node, Node)
-        crc = node.checksum
-        if crc is None:
+        if (crc := node.checksum) is None:
             crc = 0
             for data in self.content(node):
                 crc = crc64(data, crc)
@@ -6037,8 +6202,7 @@ def layer_tree(layer: LayerRecord) -> LayerTree:
     name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
     if layer.storage.find(name, layer.root):
         return LayerTree(layer)
-    additional = additional_layer(layer)
-    if additional:
+    if additional := additional_layer(layer):
         tree = DiskTree(additional, layer)
         tree.maps = []  # owners are those of the image
         return tree
@@ -6280,8 +6444,7 @@ def hidden_nodes(tree: Tree) -> Iterator[Tuple[bytes, Node, LayerTree, str, int]
             if node.type == "dir" or visible.get(path) is node or node.tree is not layer:
                 continue
             for above in tree.layers[number - 1::-1]:
-                how = hides(above, path.split(b"/"))
-                if how:
+                if how := hides(above, path.split(b"/")):
                     yield path, node, above, how, 0 if node in counted else node.size
                     counted.add(node)
                     break
@@ -6293,8 +6456,7 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
     for part in parts:
         if node.opaque:
             return "opaque directory"
-        child = node.children.get(part)
-        if child is None:
+        if (child := node.children.get(part)) is None:
             return ""
         if child.type != "dir":
             return "whiteout" if child.type == "whiteout" else "replaced"
@@ -6369,8 +6531,7 @@ def strip_components(items: Iterator[Tuple[bytes, Node]], count: int
     """
     seen: Dict[bytes, Tuple[bytes, str]] = {}
     for path, node in items:
-        rest = b"/".join(path.split(b"/")[count:])
-        if not rest:
+        if not (rest := b"/".join(path.split(b"/")[count:])):
             continue
         other, kind = seen.setdefault(rest, (path, node.type))
         if other != path and not kind == node.type == "dir":
@@ -6468,22 +6629,6 @@ class Tally:
         self.left_out += left_out
 
 
-class SignalsHeld:
-    """A context in which SIGINT, SIGTERM and SIGHUP wait, so that cleaning up is done whole."""
-
-    def __enter__(self) -> SignalsHeld:
-        import signal
-
-        self.before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import signal
-
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
-
-
 def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Callable[[], T],
               tick: Callable[[int], None]) -> List[T]:
     """Call ``work`` for each number below ``jobs`` in several processes, of which this is one.
@@ -6500,10 +6645,7 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     workers: Dict[int, int] = {}  # process ID, end of the pipe that its report comes through
 
     def take_lots() -> Iterator[int]:
-        while True:
-            token = os.read(tokens, 4)
-            if not token:
-                return
+        for token in iter(lambda: os.read(tokens, 4), b""):
             yield int.from_bytes(token, "big")
 
     def do_lot(number: int) -> None:
@@ -6542,15 +6684,13 @@ def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterat
     import signal
 
     parent = os.getpid()
+    fds: Tuple[int, ...] = ()
     try:
-        read_fd, write_fd = os.pipe()
-    except OSError:
-        return False
-    try:
+        read_fd, write_fd = fds = os.pipe()
         pid = os.fork()
     except OSError:
-        os.close(read_fd)
-        os.close(write_fd)
+        for fd in fds:
+            os.close(fd)
         return False
     if pid:
         os.close(write_fd)
@@ -6677,95 +6817,6 @@ class Undo:
                     add_hint(error, f"{path} stays: {trouble.strerror}")
 
 
-class NewFile:
-    """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
-
-    Until then it has none (O_TMPFILE), or where that cannot be, a name that tells the target's and
-    a lock: when we are killed nothing is left, or the next run for that target removes it.
-    """
-
-    def __init__(self, folder: Directory, target: bytes) -> None:
-        self._folder, self._name = folder, b""  # until it has its final one
-        remove_dead(folder.fd, target)
-        try:
-            self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
-                              0o666, dir_fd=folder.fd)
-        except OSError:
-            self._name = partial_name(target)
-            self.fd = os.open(self._name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666,
-                              dir_fd=folder.fd)
-            try_lock(self.fd)
-
-    def appear(self, name: bytes) -> None:
-        """Give the file its name, in place of what has it."""
-        os.close(os.dup(self.fd))  # NFS and quotas report a failed write here
-        if not self._name:
-            self._name = partial_name(name)
-            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=self._folder.fd,
-                    follow_symlinks=True)
-        os.rename(self._name, name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
-        self._name = b""
-
-    def close(self) -> None:
-        """Close the file, and remove it when it did not appear."""
-        os.close(self.fd)
-        if self._name:
-            unlink_quietly(self._folder.fd, self._name)
-        self._folder.close()
-
-
-def partial_name(target: bytes) -> bytes:
-    """Return a new name for what is to become ``target``."""
-    return b".cstor-%s-%s.partial" % (target[:200], os.urandom(6).hex().encode())
-
-
-def partials(folder: Target, target: bytes = b"") -> List[bytes]:
-    """Return what is there by a name that partial_name() made for ``target``, or for any."""
-    which = re.escape(target[:200]) + b"-" if target else b"(?:.*-)?"
-    return [name for name in map(os.fsencode, os.listdir(folder.fd))
-            if re.fullmatch(rb"\.cstor-%s[0-9a-f]{12}\.partial" % which, name, re.DOTALL)]
-
-
-def try_lock(fd: int) -> bool:
-    """Lock an open file or directory while we live; False when it is locked, or cannot be."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-
-
-def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> None:
-    """Remove what killed processes left of ``target`` in a directory, but not what is locked.
-
-    Without ``target`` we are alone at work there, and all that is left goes.  What cannot be
-    removed, or a directory that we may not list, is in nobody's way.
-    """
-    try:
-        with Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
-            for name in partials(folder, target):
-                mode = os.stat(name, dir_fd=folder.fd, follow_symlinks=False).st_mode
-                if not target and not stat.S_ISDIR(mode):
-                    os.unlink(name, dir_fd=folder.fd)
-                elif stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-                    with Target("", os.open(name, OPEN_FILE, dir_fd=folder.fd)) as found:
-                        if target and not try_lock(found.fd):
-                            continue
-                        if stat.S_ISDIR(mode):
-                            remove_content(found)
-                        (os.rmdir if stat.S_ISDIR(mode) else os.unlink)(name, dir_fd=folder.fd)
-    except OSError:
-        pass
-
-
-def unlink_quietly(dir_fd: int, name: bytes) -> None:
-    """Remove a file, if it is there."""
-    try:
-        os.unlink(name, dir_fd=dir_fd)
-    except FileNotFoundError:
-        pass
-
-
 class _LeftOut(Exception):
     """A file that cannot be made here, or is not to be made: a device, mostly."""
 
@@ -6801,6 +6852,7 @@ class Extraction:
         self._folders: List[Tuple[bytes, Node]] = []  # whose metadata are to be set
         self._directories = 0
         self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
+        self._stores = storage_inodes() if merge else {}  # where the merging stops
         self._made = source_date_epoch()  # the time of directories without an entry
 
     # -- planning --------------------------------------------------------------------------------
@@ -6869,8 +6921,7 @@ class Extraction:
 
     def _is_first(self, path: bytes, node: Node) -> bool:
         """Tell whether this name of several is to be made, and not to be a link to that one."""
-        first = self._firsts.setdefault(node, path)
-        if first != path:
+        if (first := self._firsts.setdefault(node, path)) != path:
             self._links.append((path, first))
         return first == path
 
@@ -6879,21 +6930,25 @@ class Extraction:
         if path:
             parent, _, base = path.rpartition(b"/")
             try:
-                made = self._mkdir(self.target.parent(parent), base) or self.resume
+                made = self._mkdir(self.target.parent(parent), base, path) or self.resume
             except OSError as error:
                 raise self.target.explain(error, path) from None
         if made or not node.implicit:  # what nobody wrote down is not to be put on what was there
             self._folders.append((path, node))
         self._directories += 1
 
-    def _mkdir(self, dir_fd: int, base: bytes) -> bool:
-        """Make a directory; return whether there was none."""
+    def _mkdir(self, dir_fd: int, base: bytes, path: bytes) -> bool:
+        """Make the directory ``path``; return whether there was none."""
         try:
             os.mkdir(base, 0o700, dir_fd=dir_fd)
         except FileExistsError:
             if not self.merge:
                 raise
-            if stat.S_ISDIR(os.stat(base, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+            status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
+            if store := self._stores.get((status.st_dev, status.st_ino)):
+                raise CstorError(f"{self.target.host_path(path)} is inside {store}",
+                                 hint="--exclude leaves it out") from None
+            if stat.S_ISDIR(status.st_mode):
                 if self.resume:
                     remove_dead(dir_fd, name=base)
                 return False
@@ -7001,8 +7056,7 @@ class Extraction:
                 os.close(new)
 
     def _fill(self, new: int, node: Node, fd: int) -> None:
-        devices = self._devices.get(node.tree)
-        if devices is None:
+        if (devices := self._devices.get(node.tree)) is None:
             devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
         self._account(node, self._ladder.fill(fd, node.size, new, devices, node.path,
                                               node.tree.layer_id))
@@ -7019,8 +7073,7 @@ class Extraction:
 
         rename(2) would replace what another process puts there meanwhile, and follows no link.
         """
-        staged = node.tree.staged(node)
-        if staged is None:
+        if (staged := node.tree.staged(node)) is None:
             return False
         folder, name, why = staged
         status = os.fstat(fd)
@@ -7251,6 +7304,8 @@ class Filling:
             with SignalsHeld():
                 return self._open()
         except BaseException as error:
+            if isinstance(error, OSError):
+                error.filename = self.directory
             self.__exit__(type(error), error)
             raise
 
@@ -7318,40 +7373,60 @@ class Filling:
 def refuse_storage(path: str) -> None:
     """Raise CstorError when ``path`` is inside a storage that is open or configured.
 
-    All that is made asks this first.  Links and ".." are followed, bind mounts undone by /proc.
+    All that is made asks this first.  Links and ".." are followed; bind mounts are recognized by
+    inode, those of what lies deep inside a storage with the help of /proc.
     """
     check_type("path", path, str)
-    spot = place_on_device(path)
-    for store in storage_places():
-        if f"{spot}/".startswith(f"{place_on_device(store)}/"):
-            raise CstorError(f"{path} is inside the storage at {store}",
+    place, stores = os.path.realpath(path), storage_inodes()
+    while True:
+        if store := stores.get(place) or stores.get(inode_at(place)):
+            raise CstorError(f"{path} is inside {store}",
                              hint="nothing is written to a storage: choose another place")
+        if place == "/":
+            return
+        place = os.path.dirname(place)
 
 
-def storage_places() -> List[str]:
-    """Return the directories of storages that are open or configured, in run roots podman's own."""
-    open_ones = list(filter(None, [entry() for entry in list(OPEN_STORAGES)]))
-    roots = [root.path for storage in open_ones for root in storage.roots]
-    runs = [storage.runroot for storage in open_ones]
+def storage_inodes() -> Dict[Any, str]:
+    """Return where storages are that are open or configured: real paths, and device with inode.
+
+    The values name them.  Also those directories count where a part of one is mounted.
+    """
+    found = storage_places()
+    mounts = [[re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
+               for word in line.split(" ")[2:5]]  # device, directory there, mount point
+              for line in read_proc("self/mountinfo").splitlines()]
+    for place, name in list(found.items()):
+        above = [mount for mount in mounts if f"{place}/".startswith(f"{mount[2].rstrip('/')}/")]
+        for device, root, point in sorted(above, key=lambda mount: len(mount[2]))[-1:]:
+            inside = os.path.join(root, place[len(point):].lstrip("/"), "")
+            found.update((mount[2], name) for mount in mounts
+                         if mount[0] == device and f"{mount[1]}/".startswith(inside))
+    return {**{inode_at(place): name for place, name in found.items()}, **found, (0, 0): ""}
+
+
+def storage_places() -> Dict[str, str]:
+    """Return directories of storages, in run roots containers/storage's own, and their names."""
+    storages = [([root.path for root in storage.roots], storage.runroot) for storage in filter(
+        None, [entry() for entry in list(OPEN_STORAGES)])]
     try:
         config = load_config()
-        roots += [config.graphroot, config.imagestore, *config.stores]
-        runs.append(config.runroot)
+        storages.append(([config.graphroot, config.imagestore, *config.stores], config.runroot))
     except (CstorError, OSError):  # a configuration that cannot be read names no storage
         pass
-    return list(filter(None, roots)) + [os.path.join(run, os.fsdecode(name)) for run in runs if run
-                                        for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
+    inside = [os.fsdecode(name) for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
+    return {os.path.realpath(os.path.join(root, name)): "the storage at " + (
+                root if root != run else f"{roots[0]}, in its run root {run}")
+            for roots, run in storages for root in filter(None, [run, *roots])
+            for name in [*[""] * (root != run), *inside]}
 
 
-def place_on_device(path: str) -> str:
-    """Return the device of a path and the path there, links followed: bind mounts share it."""
-    place, device, root, point = os.path.realpath(path), "", "/", "/"
-    for line in read_proc("self/mountinfo").splitlines():
-        mount = [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
-                 for word in line.split(" ")[2:5]]
-        if len(mount[2]) >= len(point) and f"{place}/".startswith(f"{mount[2].rstrip('/')}/"):
-            device, root, point = mount
-    return os.path.normpath(f"/{device}/{root}/{os.path.relpath(place, point)}")
+def inode_at(path: str) -> Tuple[int, int]:
+    """Return device and inode number of what is at a path, (0, 0) for nothing to be seen."""
+    try:
+        return os.stat(path).st_dev, os.stat(path).st_ino
+    except OSError:  # nothing can be made below it
+        return 0, 0
 
 
 def open_target(directory: str) -> Tuple[Target, int, bool]:
@@ -7383,19 +7458,11 @@ def open_target(directory: str) -> Tuple[Target, int, bool]:
             return Target(directory, os.open(b".", OPEN_DIRECTORY, dir_fd=made.fd)), \
                 stat.S_IMODE(status.st_mode), True
     except OSError as error:
-        if isinstance(error, NotADirectoryError) and name == error.filename:
+        if isinstance(error, NotADirectoryError) and undo.steps:
             error = OSError(errno.EBUSY, "another process put something else in its place")
         undo.run(error)
         error.filename = directory
         raise error from None
-
-
-def is_at(target: Target, directory: str) -> bool:
-    """Tell whether a target is still where it was."""
-    try:
-        return os.path.samestat(os.stat(directory), os.fstat(target.fd))
-    except FileNotFoundError:
-        return False
 
 
 def has_default_acl(target: Target) -> bool:
@@ -7416,50 +7483,6 @@ def remove_acls(place: Union[int, str, bytes]) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENODATA):
             raise
-
-
-def remove_failed(target: Target, directory: str) -> str:
-    """Remove what a failed run made, and ``directory`` unless ""; return what stays if it moved."""
-    if directory and not is_at(target, directory):
-        return f"{directory} was moved or removed, and what it holds stays"
-    remove_content(target)
-    if directory:
-        os.rmdir(directory)
-    return ""
-
-
-def remove_content(target: Target) -> None:
-    """Remove all that is in a directory, however deep and closed; no link is followed."""
-    folders = [b""]
-    for folder in folders:
-        parent, _, base = folder.rpartition(b"/")
-        try:
-            fd = open_beneath(target.fd, folder or b".")
-            try:
-                if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # closed to its owner
-                    os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
-                             dir_fd=target.parent(parent))
-                inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
-            finally:
-                os.close(fd)
-            try:
-                with os.scandir(inside) as entries:
-                    for entry in entries:
-                        name = os.fsencode(entry.name)
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(folder + b"/" + name if folder else name)
-                        else:
-                            os.unlink(name, dir_fd=inside)
-            finally:
-                os.close(inside)
-        except OSError as error:
-            raise target.explain(error, folder) from None
-    for folder in folders[:0:-1]:
-        parent, _, base = folder.rpartition(b"/")
-        try:
-            os.rmdir(base, dir_fd=target.parent(parent))
-        except OSError as error:
-            raise target.explain(error, folder) from None
 
 
 def copy_content(tree: Tree, node: Node, fd: int) -> None:
@@ -7649,8 +7672,7 @@ class ZstdWriter:
 
 def parse_compression(text: str) -> Tuple[str, int]:
     """Return the kind and level of ``none``, ``gzip[:1-9]`` or ``zstd[:1-19]``; ValueError."""
-    match = re.fullmatch(r"none|gzip(?::([1-9]))?|zstd(?::(1?[1-9]|10))?", text)
-    if not match:
+    if not (match := re.fullmatch(r"none|gzip(?::([1-9]))?|zstd(?::(1?[1-9]|10))?", text)):
         raise ValueError(f'expected none, gzip[:1 to 9] or zstd[:1 to 19], got "{text}"')
     kind = text.partition(":")[0]
     return kind, int(match[1] or match[2] or {"none": 0, "gzip": 6, "zstd": 3}[kind])
@@ -7668,18 +7690,8 @@ def layer_blob(layer: LayerRecord) -> Tuple[str, int]:
     if re.fullmatch("sha256:" + HEX64, layer.diff_digest) and (
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
         return layer.diff_digest, layer.diff_size
-    counter = _Counter()
-    return export_layer(layer, counter), counter.size  # type: ignore[arg-type]
-
-
-class _Counter:
-    """A target that takes everything and keeps its length."""
-
-    size = 0
-
-    def write(self, data: memoryview) -> int:
-        self.size += len(data)
-        return len(data)
+    counter = _Nowhere()
+    return export_layer(layer, counter), counter.size
 
 
 def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
@@ -7744,13 +7756,8 @@ def is_strict(manifest: Dict[str, Any]) -> bool:
                         "architecture", "os", "os.version", "variant")
                     for word, value in values.items()):
                 return False
-    return is_json(manifest)
-
-
-def is_json(value: Any) -> bool:
-    """Tell whether a value holds no number that JSON has not: Python's parser takes NaN."""
     try:
-        compact_json(value)
+        compact_json(manifest)  # Python's parser takes NaN, which JSON has not
         return True
     except FormatError:
         return False
@@ -8104,8 +8111,7 @@ class ArchiveWriter:
             return
         self._names.add(name)
         write_all(self._fd, tar_header(name.encode(), b"0", size=size, mtime_ns=self._time))
-        actual = export_layer(layer, self._fd, progress=self._progress)
-        if actual != digest:
+        if (actual := export_layer(layer, self._fd, progress=self._progress)) != digest:
             raise IntegrityError("its tar has the wrong digest", layer=layer.id, expected=digest,
                                  actual=actual)
         write_all(self._fd, bytes(-size % BLOCK))
@@ -8318,8 +8324,7 @@ class TarSide(Closing):
                     self.why = f"no header at block {self.at // BLOCK}"
                 break
             parts.append(block)
-            flag = block[TYPE_AT:TYPE_AT + 1]
-            if flag == b"S" and block[482]:
+            if (flag := block[TYPE_AT:TYPE_AT + 1]) == b"S" and block[482]:
                 parts.append(self._read_sparse())
             if flag not in HEADER_KINDS:
                 break
@@ -8444,14 +8449,12 @@ class _TarDiff:
             if entry and not entry.header:
                 self.trailers.insert(place, entry)
             elif entry:
-                counts = self.counts.get(entry.key)
-                if counts is None:
+                if (counts := self.counts.get(entry.key)) is None:
                     counts = self.counts[entry.key] = [0, 0]
                     self._reserve(place, len(entry.key) + 250)
                 number = counts[place]
                 counts[place] += 1
-                found = self.waiting[1 - place].pop((entry.key, number), None)
-                if found:
+                if found := self.waiting[1 - place].pop((entry.key, number), None):
                     self.room += found.memory
                     yield from self._match(*((found, entry) if place else (entry, found)))
                 else:
@@ -8799,12 +8802,8 @@ class SplitfdstreamReader(_ChunkReader):
         self._externals = externals
 
     def __iter__(self) -> Iterator[Union[bytes, Passed]]:
-        while True:
-            prefix = self._take(8, end=True)
-            if not prefix:
-                return
-            number = int.from_bytes(prefix, "little", signed=True)
-            if number < 0:
+        while prefix := self._take(8, end=True):
+            if (number := int.from_bytes(prefix, "little", signed=True)) < 0:
                 yield from self._inline(-number)
                 continue
             try:
@@ -8832,10 +8831,7 @@ class SplitdirfdstreamReader(_ChunkReader):
     def __iter__(self) -> Iterator[Union[bytes, Passed]]:
         opened: Dict[int, Directory] = {}
         try:
-            while True:
-                kind = self._take(1, end=True)
-                if not kind:
-                    return
+            while kind := self._take(1, end=True):
                 if kind in b"\0\1":
                     yield from self._inline(self._number(4))
                     continue
@@ -8997,8 +8993,7 @@ class _Source:
         """Have some bytes or a passed file at hand; return False at the end."""
         empty = 0
         while self._at == len(self._data) and not self._passed:
-            chunk = next(self._chunks, None)
-            if chunk is None:
+            if (chunk := next(self._chunks, None)) is None:
                 return False
             if empty > MAX_EMPTY:
                 raise self._error(f"more than {MAX_EMPTY} empty chunks")
@@ -9035,8 +9030,7 @@ class _Source:
             return data
         parts = []
         while count:
-            part = self.some(count)
-            if not part:
+            if not (part := self.some(count)):
                 if short:
                     break
                 raise self._error("the tar is cut off")
@@ -9046,8 +9040,7 @@ class _Source:
 
     def content(self, member: Member) -> Iterator[Union[bytes, Extent]]:
         """Yield what is stored of a member."""
-        left = member.stored
-        if left and self._fill() and self._passed and member.sparse is None:
+        if (left := member.stored) and self._fill() and self._passed and member.sparse is None:
             fd, self._passed = self._passed.fd, None
             if self._size != left:
                 raise IntegrityError(f"{self.file}: the passed file has another size than the "
@@ -9057,8 +9050,7 @@ class _Source:
             yield Extent(fd, 0, left, member)
             return
         while left:
-            data = self.some(min(left, CHUNK))
-            if not data:
+            if not (data := self.some(min(left, CHUNK))):
                 raise self._error(f'the tar is cut off inside of "{display(member.name)}"')
             left -= len(data)
             yield data
@@ -9228,8 +9220,7 @@ class _StreamFile(io.RawIOBase):
             raise self._failed
         try:
             while not self._view:
-                data = next(self._chunks, None)
-                if data is None:
+                if (data := next(self._chunks, None)) is None:
                     return 0
                 self._view = memoryview(data)
         except BaseException as error:
@@ -9463,8 +9454,7 @@ def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] 
              if listing and has_proc("paths of open files are found")]
 
     def take(piece: Extent) -> bool:
-        path = place_of(piece.fd)
-        if path and listing:
+        if (path := place_of(piece.fd)) and listing:
             listing.write(compact_json({"index": writer.files, "path": spell(path),
                                         "size": piece.length}) + b"\n")
         return bool(path)
@@ -9987,8 +9977,7 @@ class RpcServer:
         with Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
                         either=True) as connection:
             try:
-                refusal = self._admit(connection)
-                if refusal:
+                if refusal := self._admit(connection):
                     connection.send({"jsonrpc": "2.0", "error": {
                         "code": INTERNAL_ERROR, "message": refusal}, "id": None})
                     return
@@ -10130,8 +10119,7 @@ class _Session(Closing):
 
     def _param(self, params: Dict[str, Any], name: str, default: T) -> T:
         """Return a parameter of the type that its default has; "" is no default."""
-        value = params.get(name)
-        if value is None:
+        if (value := params.get(name)) is None:
             value = default
         if type(value) is not type(default) or value == "" \
                 or isinstance(value, int) and not 0 <= value < 1 << 32:
@@ -10292,8 +10280,7 @@ class _Session(Closing):
         return {"image_id": number}
 
     def _image_of(self, params: Dict[str, Any]) -> ImageRecord:
-        number = self._param(params, "image_id", 0)
-        if number not in self._images:
+        if (number := self._param(params, "image_id", 0)) not in self._images:
             raise ImageUnknown(f"image not known: no image is open by the number {number}")
         return self._images[number]
 
@@ -10315,8 +10302,7 @@ class _Session(Closing):
         method, params = value.get("method"), value.get("parameters") or {}
         if not isinstance(method, str) or not isinstance(params, dict):
             raise ProtocolError("not a call of varlink", code=INVALID_REQUEST)
-        interface = method.rpartition(".")[0]
-        if interface not in VARLINK:
+        if (interface := method.rpartition(".")[0]) not in VARLINK:
             raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
         if method not in self.CALLS:
             raise _VarlinkError("org.varlink.service.MethodNotFound", "method", method)
@@ -10583,8 +10569,7 @@ class RpcClient(Closing):
             if result is None or not message.fds:
                 raise ProtocolError("GetLayerSplitfdstream was answered without a stream",
                                     code=FD_ERROR)
-            media_type = result.get("mediaType", SPLITFDSTREAM)
-            if media_type != SPLITFDSTREAM:
+            if (media_type := result.get("mediaType", SPLITFDSTREAM)) != SPLITFDSTREAM:
                 raise Unsupported(f"the server sends {display(str(media_type))}, and not "
                                   f"{SPLITFDSTREAM}")
             return self._split(reference, result, Message({}, message.take()))
@@ -10683,8 +10668,7 @@ class RpcClient(Closing):
             raise
 
     def _next(self) -> Message:
-        message = self.connection.receive()
-        if message is None:
+        if (message := self.connection.receive()) is None:
             raise ProtocolError("the server has closed the connection")
         return message
 
@@ -10693,8 +10677,7 @@ class RpcClient(Closing):
         value = message.value
         if "method" in value or value.get("jsonrpc") != "2.0":
             return None
-        error = value.get("error")
-        if error is not None:
+        if (error := value.get("error")) is not None:
             error = as_dict(error)
             code = error.get("code")
             raise error_of(code if type(code) is int else INTERNAL_ERROR,
@@ -10993,7 +10976,9 @@ class ListeningSocket:
         refuse_storage(path)
         self.path = path
         self._check()
-        temporary = os.path.join(os.path.dirname(path), f".cstor-{os.urandom(6).hex()}.sock")
+        folder, name = os.path.split(os.fsencode(path))
+        remove_dead(AT_FDCWD, name, folder or b".")
+        temporary = os.fsdecode(os.path.join(folder, partial_name(name)))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with_short_path(temporary, self.socket.bind)
@@ -11109,13 +11094,12 @@ class FetchedImage(Closing):
 
     def __init__(self, reference: str, *, platform: str = "", timeout: float = 300,
                  progress: Optional[Progress] = None) -> None:
-        import tempfile
+        from tempfile import gettempdir
 
         self.reference, self._timeout, self._progress = reference, timeout, progress
-        self._scratch, self.size = "", 0  # bytes that were fetched
+        self._directory, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
+        self._scratch = self._directory.path
         try:
-            with SignalsHeld():
-                self._scratch = tempfile.mkdtemp(prefix="cstor-")
             if ":" in self._scratch:
                 raise CstorError(f"skopeo takes no directory with a colon: {self._scratch}",
                                  hint="set TMPDIR to another one")
@@ -11128,12 +11112,7 @@ class FetchedImage(Closing):
 
     def close(self) -> None:
         """Remove the layout; harmless when repeated."""
-        import shutil
-
-        with SignalsHeld():
-            if self._scratch:
-                shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = ""
+        self._directory.close()
 
     # -- fetching --------------------------------------------------------------------------------
 
@@ -11349,8 +11328,7 @@ import marshal, os, sys
 def read(count):
     data = b""
     while len(data) < count:
-        part = os.read(0, count - len(data))
-        if not part:
+        if not (part := os.read(0, count - len(data))):
             sys.exit(1)
         data += part
     return data
@@ -11549,8 +11527,7 @@ class Unshared(Closing):
                 raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
 
     def _greet(self) -> None:
-        hello = self.connection.receive()
-        if hello is None:
+        if (hello := self.connection.receive()) is None:
             raise CstorError("it ended at once")
         with hello:
             params = hello.value.get("params")
@@ -11718,8 +11695,7 @@ class Helper:
         with message:
             problem = message.value.get("error")
             if isinstance(problem, dict):
-                code = problem.get("data")
-                if code == errno.EACCES:
+                if (code := problem.get("data")) == errno.EACCES:
                     raise NeedsUnshare(str(problem.get("message")), hint="its owner is none of "
                                        "your sub-uids: run it as root")
                 if isinstance(code, int):
@@ -11911,8 +11887,7 @@ class ContentServer:
             if method == "enter":
                 return None, [open_in_root(directory.fd, name)]
             if method == "look":
-                seen = directory.inspect(name)
-                if not seen:
+                if not (seen := directory.inspect(name)):
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
                 return self._row(name, seen), []
             after = params.get("after")
@@ -11975,8 +11950,7 @@ class ContentServer:
         names = [base for base in self._listed[1] if base > (after or b"")]
         with directory.directory(name or b".") as folder:
             for base in [b"."] * (after is None) + names:
-                found = look_at(folder.fd, base)
-                if not found:
+                if not (found := look_at(folder.fd, base)):
                     continue
                 rows.append(self._row(base, found))
                 size += 256 + len(base) + sum(map(len, found[2].values()))
@@ -12201,8 +12175,7 @@ class Storage(Metadata):
         """Return the layer of exactly this ID, or None; see strays()."""
         found = super().layer_by_id(layer_id)
         if not found and is_safe_id(layer_id):
-            root = self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer")))
-            if root:
+            if root := self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer"))):
                 found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
                 found.parent = "".join(found.lower_ids()[:1])
         return found
@@ -12223,8 +12196,7 @@ class Storage(Metadata):
         try:
             layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
         except LayerUnknown:
-            layer = self.layer_by_id(reference)
-            if layer is None:
+            if (layer := self.layer_by_id(reference)) is None:
                 raise
         return layer  # type: ignore[no-any-return]
 
@@ -12355,13 +12327,11 @@ def human_age(moment: Optional[int]) -> str:
     """Spell how long ago ``moment`` (ns since 1970) was."""
     if moment is None:
         return ""
-    seconds = int(time.time() - moment / 1e9)
-    if seconds < 1:
+    if (seconds := int(time.time() - moment / 1e9)) < 1:
         return "just now"
     for unit, length in (("year", 31536000), ("month", 2592000), ("week", 604800), ("day", 86400),
                          ("hour", 3600), ("minute", 60), ("second", 1)):
-        count = seconds // length
-        if count >= (2 if unit in ("month", "week") else 1):
+        if (count := seconds // length) >= (2 if unit in ("month", "week") else 1):
             return f"{counted(count, unit)} ago"
     return ""
 
@@ -12436,12 +12406,17 @@ class Output:
             return
         if not path or path.endswith("/"):
             raise _UsageError(f'no file name: "{path}"')
-        # /dev/stdout may lead to a pipe, which has no path.
+        opened = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", {
+            "/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(path, path), re.ASCII)
         self._target = os.path.realpath(path) if os.path.isfile(path) \
             or not os.path.exists(path) else path
-        refuse_storage(self._target)
+        if not opened:
+            refuse_storage(self._target)
         folder, self._name = os.path.split(os.fsencode(self._target))
         try:
+            if opened:  # a new file would take the place of what the shell appends to
+                self.fd, self._target = os.dup(int(opened[1])), path
+                return
             if os.path.exists(self._target) and not os.path.isfile(self._target):
                 self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
                 return
@@ -12449,6 +12424,7 @@ class Output:
             with SignalsHeld():
                 self._file = NewFile(Directory("", os.open(folder, OPEN_DIRECTORY)), self._name)
             self.fd = self._file.fd
+            say_removed(folder, self._file.removed)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
 
@@ -12473,6 +12449,12 @@ class Output:
                 os.close(self.fd)
 
 
+def say_removed(folder: bytes, names: Iterable[bytes]) -> None:
+    """Say what remove_dead() has removed."""
+    for name in names:
+        say(f"warning: removed what a killed run left: {display(os.path.join(folder, name))}")
+
+
 def unwind_on_signals() -> None:
     """Let the first SIGINT, SIGTERM or SIGHUP raise, so that what was begun is cleaned up whole."""
     import signal
@@ -12489,8 +12471,7 @@ def unwind_on_signals() -> None:
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before = signal.getsignal(number)
-            if before in (signal.SIG_DFL, signal.default_int_handler):
+            if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
                 _handlers[number] = before
                 signal.signal(number, stop)
     except ValueError:  # not in the main thread: signals are not ours to handle
@@ -13047,7 +13028,8 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
     refuse_storage(dest)
     unwind_on_signals()
     above, name = os.path.split(dest)
-    remove_dead(AT_FDCWD, os.fsencode(name), os.fsencode(above))
+    folder = os.fsencode(above)
+    say_removed(folder, remove_dead(AT_FDCWD, os.fsencode(name), folder))
     temporary = os.path.join(above, os.fsdecode(partial_name(os.fsencode(name))))
     try:
         filling = Filling(temporary)

@@ -6213,7 +6213,7 @@ class Outputs(StoreTest):
         places = {self.store.path("new"): self.store.root, link + "/new": self.store.root,
                   link + "/../new": self.store.root, self.dir + "/elsewhere/../store/l":
                   self.store.root, other.path("overlay/l/new"): other.root,
-                  run + "/overlay-containers/new": run + "/overlay-containers",
+                  run + "/overlay-containers/new": f"{self.store.root}, in its run root {run}",
                   self.dir + "/configured/new": self.dir + "/configured"}
         before = snapshot(self.dir)
         for place, root in places.items():
@@ -6324,7 +6324,10 @@ sys.exit(cstor.main(sys.argv[1:]))
         for _ in range(2):  # the second removes what the first has left
             with self.stopped(self.WRITING, *words):
                 self.assertRegex(" ".join(self.names()), r"\A\.cstor-new-\w{12}\.partial\Z")
-        self.run_cstor("--root", self.store.root, *words)
+        left = os.path.join(self.dir, self.names()[0])
+        done = self.run_cstor("--root", self.store.root, *words)
+        self.assertEqual(f"cstor: warning: removed what a killed run left: {left}\n",
+                         done.stderr.decode())
         self.assertEqual(["new"], self.names())
         self.assertEqual(["share"], os.listdir(self.dir + "/new"))
         words = ["image", "copy-to-oci", self.image, self.dir + "/layout"]
@@ -6404,7 +6407,30 @@ sys.exit(cstor.main(sys.argv[1:]))
                 done = self.run_cstor("--root", self.store.root, *words, status=6, stdout=full)
                 self.assertEqual(b"cstor: error: stdout: No space left on device\n", done.stderr)
 
+    def test_what_is_open_already_is_written_on(self) -> None:
+        start = f"{sys.executable} -B {SCRIPT} --root {self.store.root}"
+        words = f"{start} image cat {self.image} etc/os-release -o"
+        text = self.run_cstor("--root", self.store.root, "image", "cat", self.image,
+                              "etc/os-release").stdout
+        for place, more in (("/dev/stdout", ">>"), ("/dev/fd/1", ">>"), ("/dev/fd/7", "7>>"),
+                            ("/proc/self/fd/1", ">>"), ("/dev/stderr", "2>>")):
+            name = self.dir + "/x"
+            script = f"echo head > {name}; {words} {place} {more} {name}; echo tail >> {name}"
+            subprocess.run(["sh", "-c", script], check=True)
+            with open(name, "rb") as file:
+                self.assertEqual(b"head\n" + text + b"tail\n", file.read())
+        done = self.run_cstor("--root", self.store.root, "layer", "export", self.layer, "-o",
+                              "/dev/fd/99", status=6)
+        self.assertEqual(b"cstor: error: /dev/fd/99: Bad file descriptor\n", done.stderr)
+
     def test_places_are_called_what_they_are(self) -> None:
+        os.chdir(self.dir)
+        self.addCleanup(os.chdir, HERE)
+        open("file", "w").close()
+        for words in (["extract", self.image], ["copy-to-oci", self.image]):
+            done = self.run_cstor("--root", self.store.root, "image", *words, "file", status=6)
+            self.assertEqual(b"cstor: error: file: Not a directory\n", done.stderr)
+        os.unlink("file")
         os.symlink("nowhere", self.dir + "/link")
         for words in (["extract", self.image], ["copy-to-oci", self.image]):
             done = self.run_cstor("--root", self.store.root, "image", *words, self.dir + "/link",
@@ -6488,15 +6514,53 @@ sys.exit(cstor.main(sys.argv[1:]))
             os.mkdir(os.path.join(self.dir, word))
         script = (f"set -e; cd {self.dir}; mount --bind store/overlay 'a b'; "
                   f"mount --bind store/overlay/{self.layer}/diff b; mount --bind store c; "
+                  "mount -t tmpfs none store/overlay-containers; "
                   '[ -z "$3" ] || mount -t tmpfs none /proc; '
                   f'exec "$1" -B "$2" --root {self.store.root} layer export {self.layer} -o "$4"')
         for proc, place, status in (("", "a b/x", 6), ("", "b/x", 6), ("", "c/x", 6), ("", "x", 0),
+                                    ("", "store/overlay-containers/x", 6), ("no", "a b/x", 6),
+                                    ("no", "x", 0), ("no", "c/overlay/l/x", 6),
                                     ("no", "store/overlay/l/x", 6)):
             done = self.run_cstor(proc, os.path.join(self.dir, place), status=status, command=[
                 "unshare", "-m", "sh", "-c", script, "-", sys.executable, SCRIPT])
             if status:
                 self.assertIn(f"{place} is inside the storage at {self.store.root} ".encode(),
                               done.stderr)
+
+    def test_merging_above_a_storage(self) -> None:
+        builder = StoreBuilder(os.path.join(self.dir, "second"))
+        builder.image(builder.layer(make_tar(("store/", None), ("store/x", b"x"), ("y", b"y"))),
+                      "localhost/t:1")
+        builder.save()
+        for resume in (False, True):
+            if resume:
+                os.mkdir(self.dir + "/.cstor-0755-0123456789ab.partial")
+            words = ["--root", builder.root, "--store", self.store.root, "image", "extract", "t:1",
+                     self.dir, "--force"]
+            done = self.run_cstor(*words, status=6)
+            self.assertEqual(
+                f"cstor: error: {self.dir}/store is inside the storage at {self.store.root} "
+                f"(--exclude leaves it out; {self.dir} is left incomplete)\n",
+                done.stderr.decode())
+            self.run_cstor(*words, "--exclude", "store")
+            os.unlink(self.dir + "/y")
+
+    def test_killed_runs_leave_no_scratch(self) -> None:
+        scratch = self.dir + "/tmp"
+        os.mkdir(scratch)
+        dead = cstor.make_scratch(scratch)
+        open(dead.path + "/db.sql", "w").close()
+        foreign = scratch + "/.cstor-scratch-0123456789ab.partial"
+        os.symlink("..", foreign)
+        with cstor.make_scratch(scratch) as live:
+            self.assertEqual(3, len(os.listdir(scratch)))  # the lock of another run holds
+            os.close(dead.fd)
+            dead.fd = -1
+            time.sleep(0.03)
+            cstor.make_scratch(scratch).close()
+            self.assertEqual({live.path, foreign},
+                             {os.path.join(scratch, name) for name in os.listdir(scratch)})
+        self.assertEqual([os.path.basename(foreign)], os.listdir(scratch))
 
 
 class HostileExtracts(HostileStores):
