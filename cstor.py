@@ -10863,8 +10863,9 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
             stream = client.layer(reference if form != "push" else path, form)
         except BaseException as error:
             client.close()
+            spoken = client.connection.varlink and not client.connection.either
             if not isinstance(error, ProtocolError) or isinstance(error, _Silent) \
-                    or error.code not in unknown:
+                    or error.code not in unknown or spoken:  # varlink's servers wait for a NUL
                 raise
             trouble = trouble or error
             continue

@@ -11282,6 +11282,23 @@ class Serving(StoreTest):
                 cstor.fetch_layer(self.path, self.layer)
             self.assertEqual(1, len(asked))
 
+    def test_a_server_of_varlink_is_asked_in_no_other_way(self) -> None:
+        """It would wait for a NUL byte, and we for it."""
+        refusal = "org.varlink.service.MethodNotFound"
+
+        def answer() -> None:
+            with listener.accept()[0] as sock:
+                dumb = Dumb(sock)
+                dumb.frame()
+                dumb.send({"error": refusal, "parameters": {"method": "m"}}, end=b"\0")
+
+        with cstor.ListeningSocket(self.path) as listener:
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with self.assertRaisesRegex(cstor.ProtocolError, f"^{refusal}: m$"):
+                cstor.fetch_layer(self.path, self.layer, timeout=5.0)
+            thread.join()
+
     def test_messages_that_never_end(self) -> None:
         """Neither blanks nor a half of a message keep anybody waiting for longer than once."""
         for piece in (b" ", b'{"a":"', b"x"):
