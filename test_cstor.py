@@ -69,8 +69,8 @@ SCRIPT = os.path.join(HERE, "cstor.py")
 # The command as it is installed: a child that compiles the script takes 0.1 s more each time.
 LAUNCH = f"import sys; sys.path.insert(0, {HERE!r}); import cstor; sys.exit(cstor.main())"
 COMMAND = sys.executable, "-c", LAUNCH
-UMASK = os.umask(0o22)
-os.umask(UMASK)
+UMASK = 0o22
+os.umask(UMASK)  # whatever is that of who runs them
 FULL = bool(os.environ.get("CSTOR_TEST_FULL"))  # real trees of 50,000 files
 IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
 
@@ -4076,7 +4076,7 @@ class Trees(TreeTest):
             with open(path, "wb"):
                 pass
             fd = tree.open(tree.lookup(b"g")[1])
-            self.assertEqual(path, os.readlink(f"/proc/self/fd/{fd}"))
+            self.assertTrue(os.path.samestat(os.stat(path), os.fstat(fd)))
             os.close(fd)
         with self.tree(base, entry(b"a", b"two")) as tree:
             self.assertEqual(("two", "one"), (self.listing(tree)["a"], self.listing(tree)["d/b"]))
@@ -8317,6 +8317,8 @@ def in_directory(size: int, index: int, name: bytes) -> bytes:
 def streamed(layer: cstor.Layer, codec: str = CODECS[0], threshold: int = 0, *,
              external: bool = True, **options: Any) -> Iterator[cstor.LayerStream]:
     """Give a layer as a stream with larger files passed."""
+    if external:
+        need_proc()
     out = io.BytesIO()
     with tempfile.NamedTemporaryFile() as rows:
         listing: Any = rows if external else None
@@ -8726,6 +8728,7 @@ class Streams(StoreTest):
     # -- the commands ----------------------------------------------------------------------------
 
     def test_commands(self) -> None:
+        need_proc()
         store = self.sample()
         self.guard(store.root)
         layer = store.layers[0]
@@ -10990,6 +10993,7 @@ class Serving(StoreTest):
     """The server as a program, and the commands that read from it."""
 
     def setUp(self) -> None:
+        need_proc()  # the server passes files through it
         super().setUp()
         self.store = self.sample()
         self.guard(self.store.root)
