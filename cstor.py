@@ -5173,7 +5173,8 @@ class LayerTree(Closing):
         self.heeded: Tuple[bytes, ...] = (
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
-        self.hidden = (b"trusted.", b"user.overlay.") if self.rootless else (b"trusted.overlay.",)
+        self.hidden: Tuple[bytes, ...] = (
+            b"trusted.", b"user.overlay.") if self.rootless else (b"trusted.overlay.",)
         self.linked: Dict[Node, List[Tuple[Node, bytes]]] = {}  # by node, its further names
         self._root: Optional[Node] = None
         self._files: Optional[LayerFiles] = None
@@ -5568,6 +5569,8 @@ class DiskTree(LayerTree):
     def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
         top = self.root
         self._fill(top, *self.directory.inspect(b"."))
+        if any(name.startswith(b"user.overlay.") for name in top.extra.get("xattrs", ())):
+            self.hidden += (b"user.overlay.",)  # root has a copy of a rootless store
         for depth, name in enumerate(parts, 1):
             try:
                 path = b"/".join(parts[:depth])
