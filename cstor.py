@@ -12570,14 +12570,19 @@ def image_json(image: Image) -> Dict[str, Any]:
 def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Iterator[T]:
     """Yield what ``action`` returns for each argument; report those that fail, and go on.
 
-    The highest status counts.  An error without a file name is one of the output, and ends all.
+    The highest status counts.  An error without a file name is one of the output, and ends all; so
+    does the same error once more, which is about all: a malformed file.
     """
+    last: Optional[Exception] = None
     for word in words:
         try:
             yield action(word)
         except (CstorError, OSError) as error:
             if not isinstance(error, CstorError) and error.filename is None:
                 raise
+            if error is last:
+                return
+            last = error
             args.status = max(args.status, report_error(error, args.verbose > 1))
 
 

@@ -12519,6 +12519,12 @@ class CommandLine(StoreTest):
     def cstor(self, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         return self.run_cstor("--root", self.store.root, *args, **kwargs)
 
+    def test_a_malformed_file_is_one_failure_of_several_arguments(self) -> None:
+        for kind in ("images", "layers", "containers"):
+            other = StoreBuilder(os.path.join(self.dir, kind))
+            other.write(f"overlay-{kind}/{kind}.json", "[{")
+            self.run_cstor("--root", other.root, kind[:-1], "inspect", "a", "b", "c", status=6)
+
     def test_a_list_opens_each_file_of_images_once(self) -> None:
         opened: List[bytes] = []
         before = cstor.Directory.open
