@@ -12721,8 +12721,7 @@ def check_verification(args: Any) -> None:
         raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
     if "no_verify" in given[1:]:
         raise _UsageError(f"--{given[0]} cannot be used with --no-verify")
-    if getattr(args, "socket", "") is None and ("digest" in given or args.function is cmd_extract
-                                                and "no_verify" in given):
+    if args.function is cmd_extract and given not in ([], ["verify"]) and args.socket is None:
         raise _UsageError(f"--{given[-1].replace('_', '-')} is for layers from a --socket")
 
 
@@ -12730,6 +12729,9 @@ def export_to(args: Any, layer: Any, size: int) -> str:
     """Write a Layer or LayerStream as the options say; return the digest."""
     with Output(args.output) as output, ProgressLine(size, args.quiet) as progress:
         digest: str = layer.export(output.fd, verify=not args.no_verify, progress=progress)
+        if args.digest not in (None, digest):
+            raise IntegrityError("its tar has another digest than --digest says",
+                                 expected=args.digest, actual=digest)
     return digest
 
 

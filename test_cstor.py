@@ -11163,7 +11163,10 @@ class Serving(StoreTest):
     def test_digests_of_the_storage(self) -> None:
         root, layer = ("--root", self.store.root, "layer"), self.layer
         out = os.path.join(self.dir, "out")
-        self.run_cstor(*root, "export", layer, "--digest", self.digests[layer], status=2)
+        self.run_cstor(*root, "export", layer, "-o", out, "--digest", self.digests[layer])
+        os.unlink(out)
+        self.run_cstor(*root, "export", layer, "-o", out, "--digest", sha256(b""), status=4)
+        self.run_cstor(*root, "export", layer, "-o", out, "--digest", "x", status=2)
         for words in (("--digest", self.digests[layer]), ("--no-verify",)):
             done = self.run_cstor(*root, "extract", layer, out, *words, status=2)
             self.assertIn(b"is for layers from a --socket", done.stderr)
