@@ -15196,7 +15196,7 @@ class RealTree(unittest.TestCase):
     def test_extracted_images(self) -> None:
         """On three file systems: by reflink beside the store, elsewhere by copying."""
         large = {"debian-3": ("ext4",) if FULL else (), "rpm-3": ("xfs",)}
-        gone = {f"odd-{name}" for name in (*gone_tars(), "alias", "alias-dir", "alias-linked")}
+        gone = {*gone_tars(), "alias", "alias-dir", "alias-linked"}  # tars that are not to be had
         copy = cstor.Storage.open(os.path.join(self.disks["xfs"], "store"))
         self.addCleanup(copy.close)
         for name, mount in self.mounts.items():
@@ -15210,13 +15210,13 @@ class RealTree(unittest.TestCase):
                         with self.assertRaisesRegex(OSError, "Invalid argument.*/out/[12]"):
                             image.extract(os.path.join(self.disks[kind], "out"))
                         continue
-                    if name in gone and kind == "btrfs":  # there is no tar to be verified
+                    whole = name.partition("-")[2] not in gone
+                    if not whole and kind == "btrfs":
                         out = os.path.join(self.disks[kind], "out")
                         with self.assertRaises((cstor.Unsupported, cstor.IntegrityError)):
                             image.extract(out, verify=True)
                         self.assertFalse(os.path.lexists(out))
-                    done = self.extracted(mount, kind, image,
-                                          verify=kind != "ext4" and name not in gone)
+                    done = self.extracted(mount, kind, image, verify=kind != "ext4" and whole)
                     self.assertEqual(done["bytes"], done["bytes-reflinked" if kind == "xfs"
                                                          else "bytes-copied"])
                     self.assertEqual(({}, []), (done["unset"], done["left-out"]))
