@@ -4706,8 +4706,7 @@ def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool, int]] 
                         fd, member.size, *(convention or (BLOCK, False, -1)), member.stored)
                 if len(table) + sum(length for _, length in runs) != member.stored \
                         or any(offset + length > member.size for offset, length in runs):
-                    raise Unsupported(f'layer {layer.id}: "{display(member.name)}": the map of '
-                                      "this sparse file does not fit its content")
+                    raise lost_map(layer, member.name)
                 yield table
                 for offset, length in runs:
                     yield Extent(fd, offset, length, member)
@@ -4729,21 +4728,29 @@ def sparse_convention(layer: LayerRecord, name: bytes) -> Tuple[int, bool, int]:
 
     File systems have larger blocks, too, and zeros that were written are data.  Maps of several
     kinds can be equally long, so that only the layer's digest tells.  Raises IntegrityError for a
-    damaged file, Unsupported when no convention gives the digest.
+    damaged file, Unsupported when no convention gives the digest: it names the file that stopped
+    the longest try.
     """
+    found, reached = lost_map(layer, name), (0, 0)
     ways = [(*way, gap) for gap in range(-1, 8) for way in SPARSE_CONVENTIONS]
     ways[4:4] = [(1 << bit, end, -1) for bit in range(13, 21) for end in (False, True)]
     for convention in ways if layer.diff_digest else ():
+        sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
         try:
-            sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
             if sink.take_all(read_pieces(layer, convention)) == layer.diff_digest:
                 return convention
-        except Unsupported:
-            continue
+        except Unsupported as error:
+            if (sink.size, sink.files) > reached:
+                found, reached = error, (sink.size, sink.files)
     verify_files(layer)
-    raise Unsupported(f'layer {layer.id}: "{display(name)}": the map of this sparse file was not '
-                      "kept, and none that fits gives the layer's digest", hint="its tar cannot be "
-                      "rebuilt; `image cat`, `cp`, `extract` and `export` still work")
+    raise found
+
+
+def lost_map(layer: LayerRecord, name: bytes) -> Unsupported:
+    """Return the error for a sparse file without a map that fits."""
+    return Unsupported(f'layer {layer.id}: "{display(name)}": the map of this sparse file was not '
+                       "kept, and none that fits gives the layer's digest", hint="its tar cannot "
+                       "be rebuilt; `image cat`, `cp`, `extract` and `export` still work")
 
 
 def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, stored: int = 0

@@ -3881,6 +3881,33 @@ class TarSplitTests(StoreTest):
         for words in (["cat", "t", "f"], ["extract", "t", self.dir + "/out"], ["export", "t"]):
             self.run_cstor("--root", store.root, "image", *words)
 
+    def test_of_several_sparse_files_the_one_whose_map_is_unknown_is_named(self) -> None:
+        hole, parts = bytes(1 << 20), []
+        contents = b"x" * 4096 + hole[4096:], hole
+        for content, runs in zip(contents, ([(0, 4096), (len(hole), 0)],
+                                            [(8192, 4096), (65536, 4096), (len(hole), 0)])):
+            text = b"".join(b"%d\n" % n for n in (len(runs), *(n for run in runs for n in run)))
+            parts.append(text + bytes(-len(text) % BLOCK) + b"".join(
+                content[at:at + size] for at, size in runs))
+        store = StoreBuilder(os.path.join(self.dir, "several"))
+        layer = store.layer(make_tar(*zip("ab", contents)))
+        entries, whole = [], b""
+        for name, data, content in zip((b"a", b"b"), parts, contents):
+            header = pax({b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.name":
+                          name, b"GNU.sparse.realsize": b"%d" % len(hole)}) + entry(
+                              b"s/" + name, size=len(data))[:BLOCK]
+            entries += [{"type": 2, "payload": base64.b64encode(header).decode()},
+                        {"type": 1, "name": name.decode(), "size": len(hole), "payload":
+                         base64.b64encode(cstor.crc64(content).to_bytes(8, "big")).decode()}]
+            whole += header + data
+        store.write(f"overlay-layers/{layer}.tar-split.gz", gzip.compress("".join(map(go_json, [
+            *entries, {"type": 2, "payload": base64.b64encode(END).decode()}])).encode()))
+        whole += END
+        store.layers[0].update({"diff-digest": sha256(whole), "diff-size": len(whole)})
+        with cstor.Storage.open(store.save().root) as storage:
+            with self.assertRaisesRegex(cstor.Unsupported, '"b": the map of this sparse file'):
+                self.export(storage.layers()[0])
+
     def test_sparse_members_by_either_convention(self) -> None:
         """GNU tar ends the map of a file by an empty run always, or only after a hole."""
         content = bytes(8192) + b"x" * 5000 + bytes(4096 * 3 - 5000) + b"y" * 1000
