@@ -456,7 +456,7 @@ def can_be_path(text: str) -> bool:
 def counted(number: object, noun: str) -> str:
     """Spell a number of things: "1 file", "2 files", "0 directories"."""
     if str(number) != "1":
-        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+        noun = noun[:-1] + "ies" if noun.endswith("y") and noun != "day" else noun + "s"
     return f"{number} {noun}"
 
 
