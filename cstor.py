@@ -7757,14 +7757,17 @@ def is_strict(manifest: Dict[str, Any]) -> bool:
             or not isinstance(entries, list) or other in manifest:
         return False
     for entry in (manifest, *entries, *[manifest.get("config")] * (kind == "layers")):
-        if not isinstance(entry, dict) or type(entry.get("size", 0)) is not int:
+        if not isinstance(entry, dict) or type(entry.get("size", 0)) is not int or not all(
+                isinstance(entry[key], kind) for key, kind in (
+                    ("artifactType", str), ("annotations", dict), ("platform", dict),
+                    ("subject", dict), ("urls", list)) if entry.get(key) is not None):
             return False
         for key in ("annotations", "platform"):
-            values = {} if entry.get(key) is None else entry[key]
-            if not isinstance(values, dict) or not all(
-                    isinstance(value, str) or key == "platform" and word not in (
-                        "architecture", "os", "os.version", "variant")
-                    for word, value in values.items()):
+            values = entry.get(key) or {}
+            if not all(isinstance(value, str) or key == "platform" and word not in (
+                    "architecture", "os", "os.version", "variant")
+                    for word, value in values.items()) or key == "platform" and not isinstance(
+                        values.get("os.features") or [], list):
                 return False
     try:
         compact_json(manifest)  # Python's parser takes NaN, which JSON has not

@@ -7370,13 +7370,18 @@ class Layouts(StoreTest):
     def test_a_malformed_list_loses_what_it_says_with_a_note(self) -> None:
         _, _, index = self.pull_list()
         wrong: List[Dict[str, Any]] = [{"annotations": []}, {"annotations": {"a": 1}},
-                                       {"schemaVersion": "2"}]
+                                       {"schemaVersion": "2"}, {"artifactType": 5},
+                                       {"subject": []}]
+        changes: List[Dict[str, Any]] = [
+            {"artifactType": []}, {"platform": {"os": "linux", "os.features": "x"}}]
+        for change in changes:
+            wrong.append({"manifests": [{**index["manifests"][0], **change}]})
         for number, more in enumerate(wrong):
             record: Dict[str, Any] = {"id": str(number) * 64, "names": [f"localhost/l:{number}"]}
             self.store.big_data(record, "manifest", json.dumps({**index, **more}).encode())
             self.store.images.append(record)
         self.store.save()
-        for number in range(3):
+        for number in range(len(wrong)):
             done = self.copy(f"l:{number}", self.out, "--all")
             self.assertIn("cstor: note: the stored manifest list is malformed: only its instances "
                           "are copied", done.stderr.decode().splitlines())
