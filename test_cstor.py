@@ -7477,7 +7477,7 @@ class Layouts(StoreTest):
         self.assertEqual(b"", ask("diff", arm, "list", chosen))
         self.assertEqual(b"", ask("diff", "list", "multi@" + digest, chosen))
         ask("diff", amd, "list", chosen, status=3)
-        for platform in ("linux/s390x", "arm64"):
+        for platform in ("linux/s390x", "linux/arm/v5"):
             done = self.run_cstor(*self.ours, "image", "files", "list", "--platform", platform,
                                   status=3)
             self.assertIn(f"has no instance {platform} (here: linux/amd64, linux/arm64)".encode(),
