@@ -2981,8 +2981,7 @@ class Metadata(Closing):
             if owner_ids and self.owner[0]:
                 owner_ranges(self.owner[0], self.owner_ids, "")  # says at once that there are none
             elif owner_ids:
-                self.faults.append("--owner-ids is not used: root owns the store, so that its IDs "
-                                   "need no map")
+                self.faults.append("--owner-ids is not used: root owns the store")
         except BaseException:
             self.close()
             raise
@@ -3126,10 +3125,7 @@ class Metadata(Closing):
     # -- records -------------------------------------------------------------------------------
 
     def strays(self, kind: bytes, known: Iterable[Record]) -> List[str]:
-        """Name directories of objects that are not recorded, as when the JSON file was lost.
-
-        containers/storage 1.58 and later records no layers of additional layer stores.
-        """
+        """Name directories without a record; c/storage 1.58 makes none for additional layers."""
         ids = {record.id for record in known}
         return [f"{root.host_path(kind + b'/' + name)} has no record"
                 for root in self.roots if root.exists(kind) for name in root.listdir(kind)
@@ -12113,7 +12109,11 @@ class Container(ContainerRecord):
                                hint="read it on the machine where podman made the container, as "
                                     "the user whose store it is")
         if rootfs:
-            contents = Contents(self.storage, Directory.at(rootfs))
+            try:
+                contents = Contents(self.storage, Directory.at(rootfs))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise Unsupported(f"container {self.title}: its --rootfs directory "
+                                  f"{display(rootfs)}: {error.strerror}") from None
             return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
         chain = self.checked_chain()
         if not self.image and not self.state and self.details().get("name"):
