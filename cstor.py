@@ -1203,9 +1203,13 @@ class NewFile:
         """Give the file its name, in place of what has it."""
         os.close(os.dup(self.fd))  # NFS and quotas report a failed write here
         if not self._name:
-            self._name = partial_name(name)
-            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=self._folder.fd,
-                    follow_symlinks=True)
+            source, folder = f"/proc/self/fd/{self.fd}", self._folder.fd
+            try:
+                os.link(source, name, dst_dir_fd=folder, follow_symlinks=True)
+                return
+            except FileExistsError:  # only rename(2) replaces a file
+                self._name = partial_name(name)
+                os.link(source, self._name, dst_dir_fd=folder, follow_symlinks=True)
         os.rename(self._name, name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
         self._name = b""
 
@@ -6551,7 +6555,7 @@ def source_date_epoch() -> int:
     """Return SOURCE_DATE_EPOCH in nanoseconds, for times that are ours to choose; else 1970."""
     text = os.environ.get("SOURCE_DATE_EPOCH", "") or "0"
     if not re.fullmatch(r"\d{1,11}", text):
-        raise CstorError(f'SOURCE_DATE_EPOCH is no number of seconds: "{display(text)}"')
+        raise CstorError(f'SOURCE_DATE_EPOCH is not a number of seconds: "{display(text)}"')
     return int(text) * 10**9
 
 
@@ -11124,8 +11128,6 @@ class FetchedImage(Closing):
         """Remove the layout; harmless when repeated."""
         self._directory.close()
 
-    # -- fetching --------------------------------------------------------------------------------
-
     def _fetch(self, platform: str) -> None:
         import subprocess
 
@@ -11185,8 +11187,6 @@ class FetchedImage(Closing):
                             "does not resolve", words)
         raise NotFound(words) if missing else CstorError(words)
 
-    # -- reading ---------------------------------------------------------------------------------
-
     def _load(self, platform: str) -> None:
         """Read manifest and configuration."""
         index = self._parse(self._layout.read(b"index.json", MAX_BIG_DATA), "index")
@@ -11207,11 +11207,8 @@ class FetchedImage(Closing):
             raise NotFound(f"image {self.reference} is for {have}, not {platform}")
 
     def _is_of_list(self) -> bool:
-        """Tell whether skopeo chose the image from a list, which names platforms of its own.
-
-        podman 4.3.1 builds for another platform with a configuration that names its own.
-        """
-        import subprocess
+        """Tell whether skopeo chose the image from a list, whose word on platforms counts."""
+        import subprocess  # podman 4.3.1 builds configurations that name its own platform
 
         done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12727,8 +12724,10 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
 def check_verification(args: Any) -> None:
     """Raise _UsageError for options about digests that are wrong or contradict one another."""
     given = [name for name in ("verify", "digest", "no_verify") if getattr(args, name, None)]
-    if "digest" in given and not re.fullmatch(f"sha256:{HEX64}", args.digest):
-        raise _UsageError("--digest takes sha256: and 64 hexadecimal digits")
+    if "digest" in given:
+        args.digest = "sha256:" + re.sub(r"\Asha256:", "", args.digest)
+        if not re.fullmatch(f"sha256:{HEX64}", args.digest):
+            raise _UsageError("--digest must be a SHA-256: 64 hexadecimal digits")
     if "no_verify" in given[1:]:
         raise _UsageError(f"--{given[0]} cannot be used with --no-verify")
     if args.function is cmd_extract and given not in ([], ["verify"]) and args.socket is None:
