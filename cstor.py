@@ -5173,10 +5173,12 @@ class LayerTree(Closing):
     whiteouts = True  # names beginning with .wh. have their meaning
     kernel_made = False  # whether the kernel itself wrote overlayfs's xattrs
     below: Optional[Tree] = None  # the layers that it lies on, when they are merged
+    rootless = False  # whether overlayfs's xattrs begin with user.
 
     def __init__(self, layer: Optional[LayerRecord]) -> None:
+        if layer:
+            self.rootless = layer.storage.rootless
         self.layer = layer
-        self.rootless = bool(layer and layer.storage.rootless)
         self.heeded: Tuple[bytes, ...] = (
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
@@ -9250,8 +9252,8 @@ class StreamTree(LayerTree):
     kept = False  # whether contents stay in the Staging, as other names may want them, too
 
     def __init__(self, staging: int, label: str) -> None:
-        super().__init__(None)
         self.rootless = os.geteuid() != 0  # as in a store of ours
+        super().__init__(None)
         self._label, self._staging = label, staging
         self._numbers: Dict[Node, int] = {}
         self._copied: Dict[Node, str] = {}  # why, of those that are not shared
