@@ -6141,7 +6141,8 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
     name directories ``[slug]``.  A pattern without ``*?[``, or meant literally, means everything
     below that path as well.
     """
-    patterns = check_words("patterns", patterns)
+    patterns = [re.sub(r"\A\.(?=/|\Z)|/\.(?=/)|/(?=/)", "", pattern)  # as the kernel reads paths
+                for pattern in check_words("patterns", patterns)]
     literal = existing_patterns(patterns, names)
     alternatives = []
     for pattern in patterns:
@@ -11155,8 +11156,7 @@ class FetchedImage(Closing):
                     end_process(process)
         if process.returncode:
             with open(os.path.join(self._scratch, "log"), "rb") as said:
-                self._refuse(process.returncode,
-                             said.read(MAX_SPECIAL).decode("utf-8", "replace"))
+                self._refuse(process.returncode, said.read(MAX_SPECIAL).decode("utf-8", "replace"))
 
     def _await(self, process: Any) -> None:
         """Wait for skopeo's end; raise ProtocolError when it writes nothing for a long time."""

@@ -4537,7 +4537,8 @@ class Contents(TreeTest):
                     b"a", b"a/b.c", b"a/d/b.c", b"b.c", b"\xc3\xa9"]),
                 (["a/[[]x]"], [b"a/[x]"]), (["[z-a]"], []), (["[]x]*"], [b"a/d/x\ny"]),
                 (["a/[.--]"], []), (["a[--~]"], [b"ab", b"a^"]), (["a/[[&&||~~]x*"], [b"a/[x]"]),
-                (["["], []), (["nope*"], [])):
+                (["["], []), (["nope*"], []), (["./b.c"], [b"b.c"]), (["."], paths),
+                (["./a//./d/*.c", "a/./[[]x]"], [b"a/d/b.c", b"a/[x]"])):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 self.assertEqual(fits, list(filter(cstor.compile_patterns(patterns), paths)),
