@@ -94,14 +94,16 @@ class _MissingModule:
         raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
 
 
-# Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, signal, sqlite3, tempfile and threading
-# are imported, and patterns compiled (re keeps them), where they are used.
+# Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, sqlite3, tempfile and threading are
+# imported, and patterns compiled (re keeps them), where they are used; _signal is signal without
+# its enums.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import fcntl
     import json
     import re
+    import signal
     import socket
     import zlib
     from typing import (Any, BinaryIO, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
@@ -112,6 +114,8 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound="Closing")
     D = TypeVar("D", bound="Directory")
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
+else:
+    import _signal as signal
 
 for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-minimal lacks json
     try:
@@ -1167,16 +1171,35 @@ class SignalsHeld:
     """A context in which SIGINT, SIGTERM and SIGHUP wait, so that cleaning up is done whole."""
 
     def __enter__(self) -> SignalsHeld:
-        import signal
-
         self.before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         return self
 
     def __exit__(self, *_: object) -> None:
-        import signal
-
         signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+
+
+class _Stopped(BaseException):
+    """SIGINT, SIGTERM or SIGHUP came: unwind and clean up."""
+
+
+def raise_after_finalizer(ignored: Any) -> None:
+    """Serve as sys.unraisablehook: raise what a signal raised in a finalizer once more after it.
+
+    Python drops what is raised in finalizers and weakref callbacks.  It drops what this hook
+    raises, too, so the next call that the thread makes raises it: a profile function can do that.
+    """
+    kind, args = ignored.exc_type, getattr(ignored.exc_value, "args", ())
+
+    def raise_again(_frame: object, event: str, _arg: object) -> None:
+        if event in ("call", "c_call"):
+            sys.setprofile(None)
+            raise kind(*args)
+
+    if issubclass(kind, (KeyboardInterrupt, _Stopped)):
+        sys.setprofile(raise_again)
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 class NewFile:
@@ -6649,8 +6672,6 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     Return what ``report`` returns in the others at the end.  ``tick`` is told here how many jobs
     were begun.  The first error of any is raised, and none goes on then.
     """
-    import signal
-
     # Numbers of lots lie in a pipe that all read from, four bytes at a time.  A page of them always
     # fits.  (A memfd does not do: two reads at the same offset can meet.)
     size = -(-jobs // 1024) or 1
@@ -6694,7 +6715,6 @@ def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterat
     """Start a process that consumes ``work``, and enter it in ``workers``; signals are held."""
     import gc
     import marshal
-    import signal
 
     parent = os.getpid()
     fds: Tuple[int, ...] = ()
@@ -6716,6 +6736,7 @@ def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterat
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _stop_worker)
+        sys.unraisablehook = raise_after_finalizer
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             gc.disable()  # it would touch, and so copy, all memory that we share
@@ -6732,8 +6753,6 @@ def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterat
 
 
 def _stop_worker(number: int, _: object) -> NoReturn:
-    import signal
-
     signal.signal(number, signal.SIG_IGN)  # one is enough: what is half is removed now
     raise KeyboardInterrupt
 
@@ -11550,8 +11569,6 @@ class Unshared(Closing):
 
         Harmless when repeated, and in processes that were forked.
         """
-        import signal
-
         if os.getpid() == self._owner and self.connection.socket.fileno() >= 0:
             with SignalsHeld():
                 for number in (0, signal.SIGTERM, signal.SIGKILL):
@@ -11628,7 +11645,6 @@ def take_over() -> Connection:
     No thread waits for that: it would keep the extraction from forking processes.
     """
     import select
-    import signal
 
     connection = say_hello()
     message = connection.receive()
@@ -11808,7 +11824,6 @@ def serve_contents(roots: Sequence[str]) -> int:
 
     Nothing outside of ``roots`` is opened: regular files, only to read, and directories (O_PATH).
     """
-    import signal
     import socket
 
     processes = 0
@@ -12307,10 +12322,6 @@ EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILUR
 EXIT_PIPE = 141
 
 
-class _Stopped(BaseException):
-    """SIGINT, SIGTERM or SIGHUP came: unwind and clean up."""
-
-
 def print_json(value: Any) -> None:
     """Print a JSON document; ASCII, so that no locale can spoil it."""
     print(json.dumps(value, indent=2))
@@ -12371,8 +12382,6 @@ class ProgressLine:
         self._files, self._done, self._before = 0, (0, 0), (0, 0)  # before this part
 
     def __call__(self, size: int, files: int) -> None:
-        if _stopped_by:
-            raise _Stopped(_stopped_by[0])
         if not size and not files:
             self._before = self._done
         size, self._files = self._done = self._before[0] + size, self._before[1] + files
@@ -12470,16 +12479,10 @@ def say_removed(folder: bytes, names: Iterable[bytes]) -> None:
 
 def unwind_on_signals() -> None:
     """Let the first SIGINT, SIGTERM or SIGHUP raise, so that what was begun is cleaned up whole."""
-    import signal
 
-    def stop(number: int, frame: Any) -> None:
-        _stopped_by.append(number)
+    def stop(number: int, _: object) -> None:
         for other in _handlers:
             signal.signal(other, lambda *_: None)
-        while frame:
-            if frame.f_code.co_name == "__del__":  # it would be lost: ProgressLine raises it later
-                return
-            frame = frame.f_back
         raise _Stopped(number)
 
     try:
@@ -12492,14 +12495,10 @@ def unwind_on_signals() -> None:
 
 
 _handlers: Dict[int, Any] = {}  # that unwind_on_signals() replaced
-_stopped_by: List[int] = []  # the signal that came, if any
 
 
 def restore_signals(ending: bool) -> None:
     """Put back what unwind_on_signals() replaced; a process that ends has nothing to stop."""
-    import signal
-
-    _stopped_by.clear()
     while _handlers:
         number, before = _handlers.popitem()
         signal.signal(number, (lambda *_: None) if ending else before)
@@ -12758,7 +12757,6 @@ def ask_server(args: Any) -> LayerStream:
 
 def cmd_serve(storage: Storage, args: Any) -> None:
     """serve layers to this user's programs over a Unix socket, until SIGTERM or SIGINT"""
-    import signal
     import socket
 
     def opener() -> Storage:
@@ -13796,6 +13794,7 @@ def report_error(error: Exception, trace: bool) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
     words = sys.argv[1:] if argv is None else check_words("argv", argv)
+    before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer
     status = 0
     try:
         status = _run(words)
@@ -13821,6 +13820,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             restore_signals(ending=argv is None)
         except (KeyboardInterrupt, _Stopped):  # all was done already
             pass
+    sys.unraisablehook = before
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

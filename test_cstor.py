@@ -55,6 +55,7 @@ import threading
 import time
 import unittest
 import warnings
+import weakref
 import zipfile
 from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping,
                     Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
@@ -615,7 +616,7 @@ class House(unittest.TestCase):
         self.assertEqual([], used)
 
     def test_imports_are_of_the_standard_library(self) -> None:
-        allowed = {"__future__", "_thread", "_weakref", "argparse", "binascii",
+        allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
                    "builtins", "bz2", "ctypes", "errno", "fcntl", "gc",
                    "gzip", "hashlib", "heapq", "importlib", "io", "json", "lzma", "marshal",
                    "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket", "sqlite3",
@@ -5215,6 +5216,57 @@ class Ladders(StoreTest):
             self.fill(cstor.Ladder("copy"))
 
 
+def send(number: int) -> None:
+    """Send a signal to this process, and wait until its handler was called."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+def finalize_object(act: Callable[[], None]) -> None:
+    """Call ``act`` in a __del__."""
+    class Finalized:
+        def __del__(self) -> None:
+            act()
+
+    Finalized()
+
+
+def finalize_reference(act: Callable[[], None]) -> None:
+    """Call ``act`` in a callback of a weak reference."""
+    class Referred:
+        pass
+
+    referred = Referred()
+    reference = weakref.ref(referred, lambda _: act())
+    del referred
+    assert reference() is None
+
+
+def finalize_generator(act: Callable[[], None]) -> None:
+    """Call ``act`` while a generator that nobody needs is closed."""
+    def generate() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            act()
+
+    next(generate())
+
+
+FINALIZERS = finalize_object, finalize_reference, finalize_generator
+
+
+def called_first(kind: type, name: str, finalize: Callable[..., None], number: int) -> Any:
+    """Patch a method so that it first gets a signal in a finalizer."""
+    real = getattr(kind, name)
+
+    def method(*args: Any) -> Any:
+        finalize(functools.partial(send, number))
+        return real(*args)
+
+    return mock.patch.object(kind, name, method)
+
+
 class Extracts(TreeTest):
     """What `extract` makes of trees by hand; against podman's mounts see RealTree."""
 
@@ -6153,25 +6205,65 @@ class Extracts(TreeTest):
 
     def test_a_signal_inside_a_finalizer_is_not_lost(self) -> None:
         """Python ignores what is raised there."""
-        class Finalized:
-            def __del__(self) -> None:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(0.01)  # so that the handler runs here
+        for finalize in FINALIZERS:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                with self.subTest(finalize=finalize.__name__, number=number), \
+                        self.opened(self.BASE) as storage, \
+                        called_first(cstor.Extraction, "_batches", finalize, number), \
+                        contextlib.redirect_stderr(io.StringIO()) as said:
+                    before = sys.unraisablehook, signal.getsignal(number)
+                    self.assertEqual(128 + number, cstor.main([
+                        "-q", "--root", storage.graphroot, "image", "extract", "t", self.out]))
+                    self.assertEqual("", said.getvalue())
+                    self.assertFalse(os.path.lexists(self.out))
+                    self.assertEqual(before, (sys.unraisablehook, signal.getsignal(number)))
+                    self.assertIs(sys.__unraisablehook__, before[0])  # import sets none
 
-        real = cstor.Extraction._batches
+    def test_an_interrupt_inside_a_finalizer_of_a_list(self) -> None:
+        """Nothing is to be cleaned up there, so Python's own handler raises KeyboardInterrupt."""
+        for finalize in FINALIZERS:
+            with self.subTest(finalize=finalize.__name__), self.opened(self.BASE) as storage, \
+                    called_first(cstor.Storage, "images", finalize, signal.SIGINT), \
+                    contextlib.redirect_stdout(io.StringIO()) as listed, \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(130, cstor.main(["--root", storage.graphroot, "image", "list"]))
+                self.assertEqual(("", ""), (listed.getvalue(), said.getvalue()))
 
-        def batches(extraction: cstor.Extraction, items: Any) -> Any:
-            Finalized()
-            return real(extraction, items)
+    def test_what_else_a_finalizer_raises_is_told_as_ever(self) -> None:
+        def fail() -> None:
+            raise ValueError("no finalizer of ours")
+
+        def images(_: cstor.Storage) -> Any:
+            finalize_object(fail)
+            return ()
 
         with self.opened(self.BASE) as storage, \
-                mock.patch.object(cstor.Extraction, "_batches", batches), \
-                mock.patch.object(sys, "unraisablehook") as ignored:
-            self.assertEqual(143, cstor.main(["-q", "--root", storage.graphroot, "image", "extract",
-                                              "t", self.out]))
-        ignored.assert_not_called()
-        self.assertFalse(os.path.lexists(self.out))
-        self.assertEqual(signal.SIG_DFL, signal.getsignal(signal.SIGTERM))
+                mock.patch.object(cstor.Storage, "images", images), \
+                contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(0, cstor.main(["--root", storage.graphroot, "image", "list"]))
+        self.assertIn("ValueError: no finalizer of ours", said.getvalue())
+
+    def test_a_worker_stops_though_a_finalizer_runs(self) -> None:
+        parent = os.getpid()
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+
+        def work(finalize: Callable[..., None], _: int) -> None:
+            if os.getpid() == parent:
+                os.read(reader, 1)  # until the worker has begun
+            else:
+                os.write(writer, b"x")
+                finalize(functools.partial(send, signal.SIGTERM))
+
+        for finalize in FINALIZERS:
+            path = os.path.join(self.dir, finalize.__name__)
+            with self.subTest(finalize=finalize.__name__), \
+                    open(path, "w", encoding="ascii", buffering=1) as said, \
+                    contextlib.redirect_stderr(said), self.assertRaises(KeyboardInterrupt):
+                cstor.share_out(2, 2, functools.partial(work, finalize), list, lambda _: None)
+            self.assertEqual(0, os.path.getsize(path))
 
     def test_two_interrupts_and_a_hangup_that_is_ignored(self) -> None:
         tar = b"".join(entry(b"d%d/f%d" % (i % 50, i), b"%d" % i) for i in range(6000))
