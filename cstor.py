@@ -13768,7 +13768,7 @@ def describe(error: Exception) -> str:
         place = display(os.fsencode(error.filename)) + ": " \
             if isinstance(error.filename, (str, bytes)) else ""
         text = place + error.strerror
-        if place and not has_proc() and os.path.realpath(
+        if place and error.errno == errno.ENOENT and not has_proc() and os.path.realpath(
                 os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
             text += ": /proc is not mounted (mount -t proc proc /proc)"
     elif isinstance(error, ImportError):
