@@ -29,27 +29,32 @@ It never writes to a store: it creates no lock file, no directory and no databas
 and changes no owner, mode or time (but for the atime that the kernel itself notes of a reading,
 where O_NOATIME is not allowed).  It holds shared locks only while it reads the JSON records.
 
-Sections, each built only from those above it:
+Sections; classes and module-level code use what stands above, a method may call down:
 
-     1 constants           what is on disk, by origin
-     2 errors              one tree; a hint says what to do next
-     3 file descriptors    opening beneath a root, full reads, copies
-     4 checksums           CRC-64/ISO of tar-split, digests
-     5 configuration       storage.conf, drop-ins, environment
-     6 locks               short, shared, never created
-     7 store               records of layers, images and containers; big data; podman's db.sql
-     8 references          names, digests, ID prefixes
-     9 layers              where the bytes of one file are
-    10 tar headers         types, sizes, owners, times, links, xattrs
-    11 tar-split           entries, members, pieces; writing and verifying the tar
-    12 tree                the merged view: walk, look up, read, compare; table of contents
-    13 extract             files out into a directory, by reflink
-    14 archives            OCI layout, docker-archive, oci-archive, a tree as a tar
-    15 streams             splitfdstream and splitdirfdstream: contents as open files
-    16 messages            JSON-RPC and varlink with file descriptors; server and clients
-    17 rootless            the helper in a user namespace, for contents that are closed
-    18 library             Storage, Image, Layer, Container
-    19 command line        output, progress, one function per command
+     1 errors                one tree; a hint says what to do next
+     2 text and constants    what is on disk, by origin; names, JSON, times
+     3 file descriptors      opening beneath a root, full reads, copies
+     4 checksums             CRC-64/ISO of tar-split, digests
+     5 compression           gzip, zstd, bzip2, xz: read and written
+     6 configuration         storage.conf, drop-ins, environment
+     7 records               layers, images and containers; big data
+     8 storage               locks, roots, chains, podman's db.sql
+     9 references            names, digests, ID prefixes
+    10 layers                where the bytes of one file are
+    11 tar headers           types, sizes, owners, times, links, xattrs
+    12 tar-split             entries, members, pieces; writing and verifying the tar
+    13 tree                  the merged view: walk, look up, read; table of contents
+    14 comparing             two trees; which layer brought or hid a path
+    15 tar-diff              two tars, header by header, field by field
+    16 extract               files out into a directory, by reflink
+    17 archives              OCI layout, docker-archive, oci-archive, a tree as a tar
+    18 streams               splitfdstream and splitdirfdstream: contents as open files
+    19 transport             JSON-RPC and varlink messages with file descriptors
+    20 server                the layer service
+    21 clients               of our server, of composefs, of proxies
+    22 rootless              the helper in a user namespace, for contents that are closed
+    23 formats               tables, JSON, sizes and ages, progress, outputs
+    24 commands              one function per command, the table of options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -106,8 +111,8 @@ if TYPE_CHECKING:
     import signal
     import socket
     import zlib
-    from typing import (Any, BinaryIO, Callable, Dict, Generator, Iterable, Iterator, List, Mapping,
-                        NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
+    from typing import (Any, BinaryIO, Callable, Generator, Iterable, Iterator, Mapping, NoReturn,
+                        Sequence, TypeVar)
 
     T = TypeVar("T")
     R = TypeVar("R", bound="Record")
@@ -137,184 +142,7 @@ __all__ = [
 
 
 # ================================================================================================
-# 1. Constants
-# ================================================================================================
-
-# containers/storage: the overlay driver's prefix stands in the name of every metadata directory.
-OVERLAY = b"overlay"
-LAYERS = b"overlay-layers"
-IMAGES = b"overlay-images"
-CONTAINERS = b"overlay-containers"
-OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
-LINK_ID = r"[A-Z2-7]{26}"  # overlay/<id>/link: standard base32, no padding
-HEX64 = r"[0-9a-f]{64}"
-DIGEST = r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-f]{32,}"
-LOCK_TOKEN_SIZE = 64  # "last write" token at the start of a lock file
-COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
-CONTAINER_STATE = ("unknown", "created", "initialized", "running", "stopped", "paused", "exited",
-                   "removing", "stopping")  # podman's define.ContainerStatus, as `podman ps` says
-
-# Media types of manifests.
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
-OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"  # +gzip, +zstd
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}  # of uname
-
-# Annotations: the name of an image in an OCI layout, and what a manifest was made from.
-REF_NAME = "org.opencontainers.image.ref.name"
-ORIGINAL_DIGEST = "dev.cstor.original-manifest-digest"
-
-# tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU).
-BLOCK = 512
-TYPE_AT = 156  # offset of typeflag in a header block
-SIZE_AT = slice(124, 136)  # the size field: octal, ended by a space or NUL, or base-256
-HEADER_ONLY = b"123456"  # link, symlink, char, block, directory, FIFO: no data whatever size says
-SPECIALS = b"xLK"  # headers about the next header: pax, GNU long name, GNU long link
-PAX_GLOBAL = b"g"
-PAX_NAMES = (b"path", b"linkpath", b"uname", b"gname")  # records that hold no NUL
-TAR_TYPES = {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir",
-             b"6": "fifo", PAX_GLOBAL: "global"}  # all others are regular files, as for Go
-# The fields of a header block with their offsets: those that all formats share, then the rest of
-# ustar, of GNU tar's old format (which wrote zeros or sparse maps there) and of star.
-HEADER_FIELDS = (("name", 0), ("mode", 100), ("uid", 108), ("gid", 116), ("size", 124),
-                 ("mtime", 136), ("chksum", 148), ("typeflag", 156), ("linkname", 157),
-                 ("magic", 257), ("version", 263), ("uname", 265), ("gname", 297),
-                 ("devmajor", 329), ("devminor", 337))
-USTAR_FIELDS = (("prefix", 345), ("header padding", 500))
-GNU_FIELDS = (("atime", 345), ("ctime", 357), ("offset", 369), ("longnames", 381),
-              ("header padding", 385), ("sparse", 386), ("isextended", 482), ("realsize", 483),
-              ("header padding", 495))
-STAR_FIELDS = (("prefix", 345), ("atime", 476), ("ctime", 488), ("header padding", 500))
-OCTAL_FIELDS = ("uid", "gid", "size", "devmajor", "devminor", "offset", "realsize")
-HEADER_KINDS = {b"x": "pax", PAX_GLOBAL: "global", b"L": "long name", b"K": "long link"}
-# How GNU tar maps a sparse file: the size of blocks that are looked at, and whether an empty run
-# always ends the map.  First --hole-detection=seek (the default since 1.29), then raw.
-SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
-
-# Whiteouts of AUFS, which OCI took over.
-OPAQUE_MARKER = b".wh..wh..opq"
-
-# Files on disk as the TOC of eStargz names them.
-WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
-         "block": "block device", "fifo": "FIFO", "socket": "socket", "whiteout": "whiteout"}
-NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
-              stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
-              stat.S_IFSOCK: "socket"}
-FILE_TYPES = {word: kind for kind, word in NODE_TYPES.items()}
-
-# overlayfs: the kernel as root, the kernel in a user namespace; and what keeps xattrs of its own.
-NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
-# Owner, mode and type where files are made otherwise (force_mask); the first one there counts.
-OVERRIDES = (b"security.fuseoverlayfs.override_stat", b"user.fuseoverlayfs.override_stat",
-             b"user.containers.override_stat")
-FUSE_XATTRS = (b"user.fuseoverlayfs.", b"security.fuseoverlayfs.") + OVERRIDES[-1:]
-# What the kernel takes as a redirect: one name, or an absolute path; no ".", ".." or "//".
-REDIRECT = rb"(?:/(?!\.{1,2}(?:/|\Z))[^/]+)+|(?!\.{1,2}\Z)[^/]+"
-METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
-
-# Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
-SYS_OPENAT2 = 437
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
-RESOLVE_IN_ROOT = 0x10
-# _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
-FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
-    else 0x40049409
-CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
-F_ADD_SEALS, F_SEAL_ALL = 1033, 15  # no more seals, not shorter, not longer, not written
-F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
-AT_FDCWD = -100  # in place of a directory's descriptor: the working directory
-OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-# Error codes of JSON-RPC 2.0, of servers of layers, and of jsonrpc-fdpass.
-PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
-    -32700, -32600, -32601, -32602, -32603)
-NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR = -32000, -32001, -32002, -32003
-FD_ERROR = -32050
-
-# Streams of layers, and what JSON-RPC peers call their parts; the first of each is ours.
-SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
-SEGMENT_METHODS = ("stream.seg", "stream.segment", "layer.segment")
-FILE_METHODS = ("stream.file", "layer.file")
-END_METHODS = ("stream.end", "layer.end")
-# The interfaces of varlink that are served, described in its own language.
-VARLINK = {
-    "org.varlink.service": """method GetInfo() -> (vendor: string, product: string, version: string,
-  url: string, interfaces: []string)
-method GetInterfaceDescription(interface: string) -> (description: string)
-error InterfaceNotFound (interface: string)
-error MethodNotFound (method: string)
-error InvalidParameter (parameter: string)
-""",
-    "org.composefs.Oci": """type StorageLayer (storage_path: string, layer_id: string)
-type GetLayerParams (diff_id: ?string, storage: ?StorageLayer,
-  consumer_has_cap_dac_override: bool)
-method GetInfo() -> (features: []string)
-method GetLayer(handle: int, params: GetLayerParams) ->
-  (dir_count: int, layer: ?string, digest: ?string, size: ?int)
-error RepoNotFound (message: string)
-error NoSuchLayer (diff_id: string)
-error InvalidRequest (message: string)
-error InternalError (message: string, kind: ?string)
-error FdLimitExceeded (fd_count: int, max_per_frame: int)
-""",
-    "dev.cstor.Store": """method ListImages() -> (images: []object)
-method ListLayers() -> (layers: []object)
-"""}
-
-# Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
-MAX_SYMLINKS = 40  # as the kernel's path walk
-MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
-MAX_JSON = 256 << 20  # one metadata file
-MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about 200 MB)
-MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
-MAX_HEADERS = 8 << 20  # all that stands before one file's data
-MAX_OBJECT = 4 << 20  # one JSON object of a stream
-MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
-MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
-MAX_EXTENTS = 1 << 20  # data runs of one sparse file
-MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
-MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
-MAX_INLINE = 256 << 20  # one chunk of a stream
-MAX_MESSAGE = 64 << 20  # one JSON message between processes
-MAX_DEPTH = 64  # of objects and arrays in a message
-MAX_REQUEST = 1 << 20  # ... of a client
-MAX_OPEN_IMAGES = 1024  # of one client
-MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
-MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
-DEFAULT_FDS = 252  # files for a client which does not say how many it takes with one message
-SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
-MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
-SHUT_RD, SHUT_RDWR = 0, 2  # shutdown(2)
-FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
-RECEIVE_SIZE = 256 << 10
-MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
-MAX_UNPAIRED = 512 << 20  # memory for names of two tars, and entries without a counterpart yet
-MAX_XATTRS = 64 << 20  # all xattrs of one tree
-MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
-
-PEER_TIMEOUT = 30.0  # seconds without a byte, after which a peer is given up
-PLACE_PATIENCE = 2  # seconds that a client waits for a place among those that are served
-START_PATIENCE = 10  # seconds that a helper may take to start
-HELPER_PATIENCE = 120  # ... to open AHEAD files
-MAX_HELPERS = 64  # connections that a helper serves at a time
-AHEAD = 128  # files that a helper opens at a time; a message carries 253 descriptors at most
-BATCH = 4 << 20  # bytes, or 64 files, that a process extracts at a time
-MAX_WORKERS = 8  # processes that extract
-CHUNK = 1 << 20  # unit of reading, hashing and writing contents
-INLINE_THRESHOLD = 4096  # contents of up to so many bytes go inline in a stream
-READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
-LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
-
-
-# ================================================================================================
-# 2. Errors
+# 1. Errors
 # ================================================================================================
 
 class CstorError(Exception):
@@ -359,8 +187,8 @@ class FormatError(CstorError, ValueError):
     each None when it does not apply.
     """
 
-    def __init__(self, message: str, *, file: str = "", line: Optional[int] = None,
-                 offset: Optional[int] = None, hint: str = "") -> None:
+    def __init__(self, message: str, *, file: str = "", line: int | None = None,
+                 offset: int | None = None, hint: str = "") -> None:
         place = file
         if line is not None:
             place += f":{line}"
@@ -407,13 +235,99 @@ def add_hint(error: BaseException, text: str) -> None:
     vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
 
 
+class _Silent(ProtocolError):
+    """A peer does nothing."""
+
+
+# ================================================================================================
+# 2. Text and constants
+#
+# Names inside layers are bytes, paths of the host and names of images str.  display() spells both
+# for people, on one line that cannot steer a terminal; spell() spells bytes for JSON without loss.
+# Times are nanoseconds since 1970.
+# ================================================================================================
+
+# containers/storage: the overlay driver's prefix stands in the name of every metadata directory.
+OVERLAY = b"overlay"
+LAYERS = b"overlay-layers"
+IMAGES = b"overlay-images"
+CONTAINERS = b"overlay-containers"
+OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
+LINK_ID = r"[A-Z2-7]{26}"  # overlay/<id>/link: standard base32, no padding
+HEX64 = r"[0-9a-f]{64}"
+
+# Media types of manifests.
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+
+# tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU).
+BLOCK = 512
+TYPE_AT = 156  # offset of typeflag in a header block
+SIZE_AT = slice(124, 136)  # the size field: octal, ended by a space or NUL, or base-256
+HEADER_ONLY = b"123456"  # link, symlink, char, block, directory, FIFO: no data whatever size says
+SPECIALS = b"xLK"  # headers about the next header: pax, GNU long name, GNU long link
+PAX_GLOBAL = b"g"
+
+# Whiteouts of AUFS, which OCI took over.
+OPAQUE_MARKER = b".wh..wh..opq"
+
+# Files on disk as the TOC of eStargz names them.
+WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
+         "block": "block device", "fifo": "FIFO", "socket": "socket", "whiteout": "whiteout"}
+NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
+              stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
+              stat.S_IFSOCK: "socket"}
+FILE_TYPES = {word: kind for kind, word in NODE_TYPES.items()}
+
+# overlayfs: the kernel as root, the kernel in a user namespace; and what keeps xattrs of its own.
+NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
+# Owner, mode and type where files are made otherwise (force_mask); the first one there counts.
+OVERRIDES = (b"security.fuseoverlayfs.override_stat", b"user.fuseoverlayfs.override_stat",
+             b"user.containers.override_stat")
+AT_FDCWD = -100  # in place of a directory's descriptor: the working directory
+OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+# Error codes of JSON-RPC 2.0, of servers of layers, and of jsonrpc-fdpass.
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
+    -32700, -32600, -32601, -32602, -32603)
+FD_ERROR = -32050
+
+# Streams of layers, and what JSON-RPC peers call their parts; the first of each is ours.
+SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
+
+# Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
+MAX_SYMLINKS = 40  # as the kernel's path walk
+MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
+MAX_JSON = 256 << 20  # one metadata file
+MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about 200 MB)
+MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
+MAX_HEADERS = 8 << 20  # all that stands before one file's data
+MAX_OBJECT = 4 << 20  # one JSON object of a stream
+MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
+MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
+MAX_EXTENTS = 1 << 20  # data runs of one sparse file
+MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
+MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
+SHUT_RD, SHUT_RDWR = 0, 2  # shutdown(2)
+RECEIVE_SIZE = 256 << 10
+MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
+
+PEER_TIMEOUT = 30.0  # seconds without a byte, after which a peer is given up
+AHEAD = 128  # files that a helper opens at a time; a message carries 253 descriptors at most
+CHUNK = 1 << 20  # unit of reading, hashing and writing contents
+INLINE_THRESHOLD = 4096  # contents of up to so many bytes go inline in a stream
+READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
+
+
 def check_type(what: str, value: object, kind: type) -> None:
     """Raise TypeError for an argument of another type: names inside layers are bytes."""
     if not isinstance(value, kind):
         raise TypeError(f"{what} must be {kind.__name__}, not {type(value).__name__}")
 
 
-def check_words(what: str, words: Iterable[str], known: Sequence[str] = ()) -> List[str]:
+def check_words(what: str, words: Iterable[str], known: Sequence[str] = ()) -> list[str]:
     """Return a list of str.  Raises TypeError for another, ValueError for one not ``known``."""
     if isinstance(words, (str, bytes)):
         raise TypeError(f"{what} must be a list of str, not {type(words).__name__}")
@@ -432,11 +346,7 @@ def explain_import(error: ImportError) -> str:
     return f"{what}; on Debian, `apt install python3` brings it (libpython3-stdlib)"
 
 
-class _Silent(ProtocolError):
-    """A peer does nothing."""
-
-
-def display(name: Union[str, bytes]) -> str:
+def display(name: str | bytes) -> str:
     """Spell a name from a store so that it fits one line and cannot steer a terminal.
 
     Bytes that are not UTF-8 become ``\\xNN``; control characters and lone surrogates are escaped.
@@ -485,6 +395,155 @@ def unspell(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def parse_json(data: bytes, file: str) -> Any:
+    """Parse one JSON document; FormatError with the file's name and the offset otherwise."""
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except json.JSONDecodeError as error:
+        raise FormatError(f"malformed JSON: {error.msg}", file=file, offset=error.pos) from None
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of 4,301 digits
+        raise FormatError(f"malformed JSON: {error}", file=file) from None
+
+
+class ObjectStream:
+    """JSON objects one after another, read from chunks of bytes as they are needed.
+
+    Errors are FormatErrors with the offset in the stream.
+    """
+
+    def __init__(self, chunks: Iterator[bytes], file: str) -> None:
+        self.file = file
+        self._chunks = chunks
+        self._buffer = b""
+        self._at = 0
+        self._offset = 0  # of the buffer in the stream
+
+    def more(self) -> bool:
+        """Read on; False at the end of the stream."""
+        chunk = next(self._chunks, b"")
+        self._buffer = self._buffer[self._at:] + chunk
+        self._offset += self._at
+        self._at = 0
+        return bool(chunk)
+
+    def fill(self, count: int) -> None:
+        """Read on until ``count`` bytes are at hand, or the stream ends."""
+        while len(self._buffer) - self._at < count and self.more():
+            pass
+
+    def peek(self, count: int) -> bytes:
+        """Return the next bytes at hand, at most ``count``."""
+        return self._buffer[self._at:self._at + count]
+
+    def advance(self, count: int) -> None:
+        """Leave ``count`` bytes behind."""
+        self._at += count
+
+    def skip(self, blank: bytes) -> bytes:
+        """Go to the next byte that is none of ``blank`` and return it; b"" at the end."""
+        while True:
+            part = self._buffer[self._at:self._at + 64]
+            rest = part.lstrip(blank)
+            self._at += len(part) - len(rest)
+            if rest or not part and not self.more():
+                return rest[:1]
+
+    def object(self) -> dict[str, Any]:
+        """Read one object, looking at more and more of the stream."""
+        window = 4096
+        while True:
+            self.fill(window)
+            # One character a byte, so that the end found is a place in the buffer.
+            text = self._buffer[self._at:self._at + window].decode("latin-1")
+            try:
+                value, end = json.JSONDecoder().raw_decode(text)
+                if not text.isascii():
+                    data = self._buffer[self._at:self._at + end]
+                    value = json.loads(data.decode("utf-8", "replace"))
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, json.JSONDecodeError) and len(text) == window < MAX_OBJECT:
+                    window *= 8
+                    continue
+                raise self.error(f"malformed, truncated or too large: {error}") from None
+            if not isinstance(value, dict):
+                raise self.error("expected a JSON object")
+            self._at += end
+            return value
+
+    def error(self, message: str) -> FormatError:
+        """Return an error at the present place."""
+        return FormatError(message, file=self.file, offset=self._offset + self._at)
+
+
+def parse_time(text: str) -> int | None:
+    """Return an RFC 3339 time in nanoseconds since 1970; None for Go's zero time.
+
+    Raises FormatError.  Python before 3.11 cannot read the nine digits that Go writes.
+    """
+    match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?"
+                         r"(?:[Zz]|([+-])(\d\d):(\d\d))", text, re.ASCII)
+    if not match:
+        raise FormatError(f'malformed time: "{display(text)}"')
+    if text.startswith("0001-01-01T00:00:00"):
+        return None
+    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
+    # Days since 1970 in the proleptic Gregorian calendar, years counted from March.
+    year -= month < 3
+    days = (365 * year + year // 4 - year // 100 + year // 400
+            + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
+    seconds = days * 86400 + hour * 3600 + minute * 60 + second
+    if match[8]:
+        offset = int(match[9]) * 3600 + int(match[10]) * 60
+        seconds += -offset if match[8] == "+" else offset
+    return seconds * 10**9 + int((match[7] or "").ljust(9, "0"))
+
+
+def has_rfc3339(moment: int) -> bool:
+    """Tell whether a time in nanoseconds since 1970 is of the years 1 to 9999."""
+    return -62135596800 * 10**9 <= moment < 253402300800 * 10**9
+
+
+def format_time(moment: int) -> str:
+    """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does."""
+    seconds, nanoseconds = divmod(moment, 10**9)
+    fraction = f".{nanoseconds:09d}".rstrip("0") if nanoseconds else ""
+    year, month, day, hour, minute, second = time.gmtime(seconds)[:6]
+    return f"{year:04d}-{month:02d}-{day:02d}T{hour:02d}:{minute:02d}:{second:02d}{fraction}Z"
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return ``value`` when it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def is_utf8(text: bytes) -> bool:
+    """Tell whether bytes are valid UTF-8."""
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def decode_base64(text: str | bytes) -> bytes:
+    """Decode base64 strictly: Python before 3.11 can only skip what is none of its letters."""
+    data = binascii.a2b_base64(text)
+    if (len(data) + 2) // 3 * 4 != len(text):
+        raise ValueError("other letters")
+    return data
+
+
+def compact_json(value: Any) -> bytes:
+    """Return JSON without spaces, the same bytes for the same value.
+
+    Raises FormatError for a number that JSON has not, such as 1e999.
+    """
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError as error:
+        raise FormatError(f"it cannot be written as JSON: {error}") from None
+
+
 # ================================================================================================
 # 3. File descriptors
 #
@@ -493,6 +552,19 @@ def unspell(text: str) -> bytes:
 # kernel lacks openat2 (before 5.6) or seccomp refuses it, a walk by components does the same.
 # The last component is never followed, and only regular files are opened.
 # ================================================================================================
+
+# Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
+SYS_OPENAT2 = 437
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+# _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
+FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
+    else 0x40049409
+CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
+F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
+
 
 def _openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
     """Call openat2(2) with RESOLVE_*; raise OSError, ENOSYS where it cannot be called."""
@@ -548,7 +620,7 @@ _walks_left = 16
 def _walk_in_root(root_fd: int, name: bytes) -> int:
     """Open directory ``name`` like openat2(RESOLVE_IN_ROOT) does, one component at a time."""
     todo = name.split(b"/")[::-1]
-    done: List[bytes] = []  # real names from the root down to fd
+    done: list[bytes] = []  # real names from the root down to fd
     links = 0
     fd = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd)
     try:
@@ -652,7 +724,7 @@ class Directory(Closing):
         self._flags = OPEN_FILE | os.O_NOATIME
 
     @classmethod
-    def at(cls: Type[D], path: str) -> D:
+    def at(cls: type[D], path: str) -> D:
         """Open the host directory ``path``, links followed."""
         try:
             return cls(path, os.open(path, OPEN_DIRECTORY))
@@ -737,7 +809,7 @@ class Directory(Closing):
         """Return the target of the symbolic link ``name``."""
         return self._in_parent(name, lambda fd, base: os.readlink(base, dir_fd=fd))
 
-    def listdir(self, name: bytes) -> List[bytes]:
+    def listdir(self, name: bytes) -> list[bytes]:
         """Return the names in the directory ``name``, sorted."""
         with self.directory(name) as directory:
             try:
@@ -745,7 +817,7 @@ class Directory(Closing):
             except OSError as error:
                 raise with_path(error, directory.path) from None
 
-    def list_at(self, dir_fd: int, name: bytes = b".") -> List[bytes]:
+    def list_at(self, dir_fd: int, name: bytes = b".") -> list[bytes]:
         """Return the names in a directory that parent() returned, or in one below it, sorted."""
         fd = self._open(dir_fd, name, os.O_DIRECTORY)
         try:
@@ -806,7 +878,7 @@ class Target(Directory):
         return OSError(error.errno, error.strerror, self.host_path(name))
 
 
-def look_at(dir_fd: int, name: bytes) -> Optional[Tuple[os.stat_result, bytes, Dict[bytes, bytes]]]:
+def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes, bytes]] | None:
     """Return lstat(2), the target of a symbolic link, and xattrs; None for what has vanished."""
     try:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
@@ -821,7 +893,7 @@ def look_at(dir_fd: int, name: bytes) -> Optional[Tuple[os.stat_result, bytes, D
         return None
 
 
-def read_xattrs(place: Union[int, bytes]) -> Dict[bytes, bytes]:
+def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
     """Return the xattrs of an open file, or of what is at a path and no link that is followed."""
     follow = isinstance(place, int)
     try:
@@ -834,7 +906,7 @@ def read_xattrs(place: Union[int, bytes]) -> Dict[bytes, bytes]:
         raise
 
 
-def name_error(error: Optional[BaseException], path: str) -> None:
+def name_error(error: BaseException | None, path: str) -> None:
     """Let an OSError without a file name be about ``path``: what fails elsewhere has a name."""
     if isinstance(error, OSError) and error.errno and error.filename is None:
         error.filename = path
@@ -898,7 +970,7 @@ def open_input(path: str) -> int:
         0 if stat.S_ISREG(found.st_mode) else os.O_NONBLOCK)))
 
 
-def write_all(fd: int, data: Union[bytes, bytearray, memoryview]) -> None:
+def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
     """Write all of ``data``, however often write(2) comes back short."""
     view = memoryview(data)
     while view:
@@ -955,7 +1027,7 @@ def read_at(fd: int, count: int, offset: int) -> bytes:
                         ) from None
 
 
-def capabilities() -> List[str]:
+def capabilities() -> list[str]:
     """Return which of CAPABILITIES are effective."""
     match = re.search(r"^CapEff:\s*([0-9a-f]+)$", read_proc("self/status"), re.MULTILINE)
     if not match:  # no /proc: ask the kernel with capget(2), which takes 5 ms more for ctypes
@@ -977,7 +1049,7 @@ class Job:
     """A call that Threads make; result() waits for it."""
 
     def __init__(self, call: Callable[[], object]) -> None:
-        self._call, self._error = call, None  # type: Callable[[], Any], Optional[BaseException]
+        self._call, self._error = call, None  # type: Callable[[], Any], BaseException | None
         self._running = allocate_lock()
         self._running.acquire()
 
@@ -1001,12 +1073,12 @@ class Threads:
     """Up to ``count`` threads; where the system or this Python has none for us, submit() works."""
 
     def __init__(self, count: int) -> None:
-        self._threads: List[Any] = []
+        self._threads: list[Any] = []
         try:
             import queue
             import threading
 
-            self._jobs: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
+            self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
             for _ in range(count):
                 thread = threading.Thread(target=self._run, daemon=True)
                 thread.start()
@@ -1027,7 +1099,7 @@ class Threads:
             job.run()
         return job
 
-    def close(self, patience: Optional[float] = None) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Wait for the threads to do what was submitted, and end; harmless when repeated."""
         for _ in self._threads:
             self._jobs.put(None)
@@ -1046,7 +1118,7 @@ class Copier:
                           errno.EBADF, errno.ETXTBSY, errno.EAGAIN})
 
     def __init__(self) -> None:
-        self._ways: List[Callable[[int, int, int, int], int]] = [self._read_write, self._sendfile]
+        self._ways: list[Callable[[int, int, int, int], int]] = [self._read_write, self._sendfile]
         if hasattr(os, "copy_file_range"):
             self._ways.append(self._copy_file_range)
 
@@ -1100,11 +1172,11 @@ class Ladder:
     def __init__(self, mode: str = "auto") -> None:
         check_words("link_mode", [mode], LINK_MODES)
         self.mode = mode
-        self._refused: Dict[Tuple[int, int], str] = {}  # by devices, why
-        self._strikes: Dict[Tuple[int, int], int] = {}  # below 0: a file was shared
-        self._copiers: Dict[Tuple[int, int], Copier] = {}
+        self._refused: dict[tuple[int, int], str] = {}  # by devices, why
+        self._strikes: dict[tuple[int, int], int] = {}  # below 0: a file was shared
+        self._copiers: dict[tuple[int, int], Copier] = {}
 
-    def fill(self, fd: int, size: int, out_fd: int, devices: Tuple[int, int], name: bytes = b"",
+    def fill(self, fd: int, size: int, out_fd: int, devices: tuple[int, int], name: bytes = b"",
              layer: str = "") -> str:
         """Give the new file ``out_fd`` the content of ``fd``; return why it was copied, "" if not.
 
@@ -1150,7 +1222,7 @@ class Ladder:
         return why
 
 
-def data_runs(fd: int, size: int) -> Iterator[Tuple[int, int]]:
+def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of what is no hole in a file."""
     end = 0
     while end < size:
@@ -1249,7 +1321,7 @@ def partial_name(target: bytes) -> bytes:
     return b".cstor-%s-%s.partial" % (target[:40], os.urandom(6).hex().encode())
 
 
-def partials(folder: Target, target: bytes = b"") -> List[bytes]:
+def partials(folder: Target, target: bytes = b"") -> list[bytes]:
     """Return what is there by a name that partial_name() made for ``target``, or for any."""
     which = re.escape(target[:40]) + b"-" if target else b"(?:.*-)?"
     return [name for name in map(os.fsencode, os.listdir(folder.fd))
@@ -1265,7 +1337,7 @@ def try_lock(fd: int) -> bool:
         return False
 
 
-def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> List[bytes]:
+def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[bytes]:
     """Remove what killed processes left of ``target`` in a directory, and return the names.
 
     Without ``target`` we are alone at work there, and all that is left goes; else not what is
@@ -1383,6 +1455,50 @@ def remove_content(target: Target) -> None:
             raise target.explain(error, folder) from None
 
 
+class Deadline:
+    """A time allowance in seconds (None: no end), of all locks of a storage or of one peer."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + (float("inf") if seconds is None else seconds)
+
+    def left(self) -> float:
+        """Return how many seconds are left, 0 when the time is over."""
+        return max(self._end - time.monotonic(), 0)
+
+    def pause(self) -> bool:
+        """Sleep a moment, where no event tells when to go on; False when the time is over."""
+        left = self.left()
+        time.sleep(min(0.01, left))
+        return left > 0
+
+    def wait(self, peer: Any, event: str) -> None:
+        """Wait for a poll(2) event of a descriptor or socket.  Raises error() when it is late."""
+        import select
+
+        poll = select.poll()
+        poll.register(peer, getattr(select, event))
+        if not poll.poll(None if self.seconds is None else self.left() * 1000):
+            raise self.error()
+
+    def error(self, words: str = "done nothing") -> ProtocolError:
+        """Return the error for a peer that is late."""
+        return _Silent(f"the other end has {words} for {counted(f'{self.seconds:g}', 'second')}",
+                       hint="--timeout SECONDS waits longer")
+
+
+def end_process(process: Any) -> None:
+    """Wait for a process that was asked to end; SIGKILL it after three seconds."""
+    import subprocess
+
+    process.terminate()
+    try:
+        process.wait(3)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 # ================================================================================================
 # 4. Checksums
 #
@@ -1397,7 +1513,7 @@ _ONES = (1 << 64) - 1
 _FOLD_BYTES = 32 << 10  # the fastest block on 64-bit CPython; a power of two, at least 16
 
 
-def _crc64_table() -> List[int]:
+def _crc64_table() -> list[int]:
     table = []
     for byte in range(256):
         for _ in range(8):
@@ -1409,7 +1525,7 @@ def _crc64_table() -> List[int]:
 _TABLE = _crc64_table()
 
 
-def crc64(data: Union[bytes, bytearray, memoryview], crc: int = 0) -> int:
+def crc64(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """Return the CRC-64/ISO of ``data``; ``crc`` is that of the bytes before it.
 
     tar-split stores the result as 8 bytes, big-endian.  ``crc64(b"hello world\\n")`` is
@@ -1460,7 +1576,345 @@ def sha256_digest(data: bytes) -> str:
 
 
 # ================================================================================================
-# 5. Configuration
+# 5. Compression
+#
+# The standard library reads gzip, bzip2 and xz; its module (Python 3.14) or the zstd program, as a
+# filter process, reads zstd.  The reader gets plain bytes, or a FormatError that names the file.
+# ================================================================================================
+
+def gunzip(fd: int, file: str) -> Iterator[bytes]:
+    """Yield the decompressed content of a gzip file of one or more members, piece by piece.
+
+    Raises FormatError when it is damaged, truncated or empty.
+    """
+    data = memoryview(os.read(fd, READ_SIZE))
+    total, parts, size, members = 0, [], 0, 0
+    try:
+        while True:
+            inflate = zlib.decompressobj(wbits=31)
+            while not inflate.eof:
+                if not data:
+                    raise FormatError("truncated gzip stream", file=file, offset=total)
+                piece = inflate.decompress(data, 8 * READ_SIZE)
+                data = data[len(data) - len(inflate.unconsumed_tail or inflate.unused_data):]
+                if not data:
+                    data = memoryview(os.read(fd, READ_SIZE))
+                parts.append(piece)
+                size += len(piece)
+                if size >= READ_SIZE or inflate.eof and not data:  # a member can be of one byte
+                    total += size
+                    yield b"".join(parts)
+                    parts, size = [], 0
+            if not data:
+                return
+            members += 1
+            if members > total + size + MAX_EMPTY:
+                raise FormatError(f"more than {MAX_EMPTY} empty gzip members", file=file)
+    except zlib.error as error:
+        raise FormatError(f"damaged gzip stream: {error}", file=file, offset=total) from None
+
+
+class Decompressed(Closing):
+    """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
+
+    Of a descriptor ``fd``, which stays the caller's, or a raw file ``raw``, which is closed at the
+    end, ``path`` is the name in errors.  Never seeks, so that a pipe will do.  zstd takes Python
+    3.14 or the program zstd.  A context manager.  Raises FormatError for a damaged stream,
+    Unsupported for zstd without either.
+    """
+
+    def __init__(self, path: str, fd: int = -1, raw: io.RawIOBase | None = None) -> None:
+        self.path = path
+        self._damage: tuple[type[Exception], ...] = ()
+        if path == "-" and fd < 0:
+            fd = 0
+        try:
+            self._raw = raw or open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
+        except OSError as error:
+            raise with_path(error, path) if path == "-" else error from None
+        try:
+            self._reader = self._open()
+        except BaseException:
+            self._raw.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file and what reads it."""
+        self._reader.close()
+        self._raw.close()
+
+    def _open(self) -> Any:
+        """Return what reads the file, by its first bytes."""
+        magic = b""
+        while len(magic) < 6:
+            if not (part := self._raw.read(6 - len(magic))):
+                break
+            magic += part
+        file = io.BufferedReader(_Unread(magic, self._raw), 2 * READ_SIZE)
+        if magic.startswith(b"\x1f\x8b"):
+            import gzip
+
+            self._damage = EOFError, zlib.error, gzip.BadGzipFile
+            return gzip.GzipFile(fileobj=file)
+        if magic.startswith(b"BZh"):
+            import bz2
+
+            self._damage = EOFError, OSError
+            return bz2.BZ2File(file)
+        if magic == b"\xfd7zXZ\0":
+            import lzma
+
+            self._damage = EOFError, lzma.LZMAError
+            return lzma.LZMAFile(file)
+        if magic.startswith(b"\x28\xb5\x2f\xfd"):
+            try:
+                import importlib
+
+                zstd = importlib.import_module("compression.zstd")  # Python 3.14
+            except ImportError:
+                return io.BufferedReader(ZstdProgram(self.path, magic, self._raw.read), CHUNK)
+            self._damage = EOFError, zstd.ZstdError
+            return zstd.ZstdFile(file)
+        return file
+
+    def read(self, count: int) -> bytes:
+        """Return ``count`` bytes, or fewer at the end."""
+        try:
+            data: bytes = self._reader.read(count)
+            return data
+        except self._damage as error:
+            if isinstance(error, OSError) and error.errno:
+                raise
+            raise FormatError(f"damaged: {error}", file=self.path) from None
+
+
+class _Unread(io.RawIOBase):
+    """A file whose first bytes were read to look at them."""
+
+    def __init__(self, first: bytes, file: Any) -> None:
+        self._first, self._file = first, file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not self._first:
+            return self._file.readinto(buffer)  # type: ignore[no-any-return]
+        count = min(len(buffer), len(self._first))
+        buffer[:count], self._first = self._first[:count], self._first[count:]
+        return count
+
+
+class ZstdProgram(io.RawIOBase):
+    """Reads what ``zstd -dc`` makes of ``first`` and then of what ``read(n)`` returns until b"".
+
+    Raises FormatError when the program fails, Unsupported when there is none.
+    """
+
+    def __init__(self, path: str, first: bytes, read: Callable[[int], bytes | None]) -> None:
+        import select
+        import subprocess
+
+        self.path, pipe = path, subprocess.PIPE
+        self._left, self._read = memoryview(first), read
+        self._program: Any = None
+        try:
+            self._program = subprocess.Popen(["zstd", "-dcq"], bufsize=0, stdin=pipe,
+                                                  stdout=pipe, stderr=pipe)
+        except (FileNotFoundError, PermissionError):
+            raise Unsupported(f"{path}: compressed by zstd", hint="this takes Python 3.14 or the "
+                              "program zstd") from None
+        except OSError as error:
+            raise with_path(error, "zstd") from None
+        self._source, self._sink = self._program.stdin, self._program.stdout
+        os.set_blocking(self._source.fileno(), False)
+        self._poll = select.poll()
+        for file, event in ((self._source, select.POLLOUT), (self._sink, select.POLLIN)):
+            widen_pipe(file.fileno())
+            self._poll.register(file, event)
+
+    def readable(self) -> bool:
+        return True
+
+    def _feed(self) -> None:
+        """Give the program what it takes, until it has something for us or all was given."""
+        while not self._source.closed:
+            if self._sink.fileno() in dict(self._poll.poll()):
+                return
+            try:
+                self._left = self._left or memoryview(self._read(CHUNK) or b"")
+            except OSError as error:
+                raise with_path(error, self.path) from None
+            try:
+                count = os.write(self._source.fileno(), self._left)
+            except BrokenPipeError:  # the program says why it went
+                count = 0
+            self._left = self._left[count:]
+            if not count:
+                self._poll.unregister(self._source)
+                self._source.close()
+
+    def readinto(self, buffer: Any) -> int:
+        self._feed()
+        count: int = self._sink.readinto(buffer)
+        if not count:
+            words = self._program.stderr.read().decode("utf-8", "replace").strip()
+            if self._program.wait():
+                raise FormatError(f"damaged: {words}", file=self.path)
+        return count
+
+    def close(self) -> None:
+        if not self.closed and self._program:
+            self._program.kill()
+            self._program.wait()
+            for file in (self._source, self._sink, self._program.stderr):
+                file.close()
+        super().close()
+
+
+class GzipWriter:
+    """Compresses what is written to it in several threads, and passes it on to ``write``.
+
+    Blocks are compressed for themselves, each with the end of the one before as its dictionary, as
+    pigz does: the bytes depend on the level and on zlib, but on no number of threads.  The header
+    holds neither name nor time.
+    """
+
+    BLOCK_SIZE = 256 << 10
+    DICTIONARY = 32 << 10
+
+    def __init__(self, write: Callable[[bytes], object], level: int = 6) -> None:
+        self._write, self._level = write, level
+        threads = min(os.cpu_count() or 1, 8)
+        self._threads, self._most = Threads(threads), threads + 2
+        self._blocks: list[Job] = []  # those that are compressed now
+        self._buffer, self._before = bytearray(), b""
+        self._crc = self._size = 0
+        write(b"\x1f\x8b\x08\0\0\0\0\0%c\xff" % {1: 4, 9: 2}.get(level, 0))
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take uncompressed bytes; they may be changed afterwards."""
+        self._buffer += data
+        while len(self._buffer) > self.BLOCK_SIZE:
+            self._compress(bytes(self._buffer[:self.BLOCK_SIZE]), last=False)
+            del self._buffer[:self.BLOCK_SIZE]
+        return len(data)
+
+    def _compress(self, block: bytes, *, last: bool) -> None:
+        self._crc = zlib.crc32(block, self._crc)
+        self._size += len(block)
+        before, self._before = self._before, block[-self.DICTIONARY:]
+        self._blocks.append(self._threads.submit(lambda: self._deflate(block, before, last)))
+        while self._blocks and (last or len(self._blocks) > self._most):
+            self._write(self._blocks.pop(0).result())
+
+    def _deflate(self, block: bytes, dictionary: bytes, last: bool) -> bytes:
+        deflate = zlib.compressobj(self._level, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY,
+                                   dictionary)
+        return deflate.compress(block) + deflate.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
+
+    def finish(self) -> None:
+        """Write what is left and the trailer."""
+        self._compress(bytes(self._buffer), last=True)
+        self._write(self._crc.to_bytes(4, "little") + (self._size % 2**32).to_bytes(4, "little"))
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; harmless when repeated."""
+        self._threads.close()
+
+
+class ZstdWriter:
+    """Compresses by Python's compression.zstd (3.14), or else by the program zstd.
+
+    Raises Unsupported when there is neither.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], level: int = 3) -> None:
+        self._write = write
+        self._program: Any = None
+        try:
+            import importlib
+
+            self._compressor: Any = importlib.import_module("compression.zstd").ZstdCompressor(
+                level)
+        except ImportError:
+            self._start(level)
+
+    def _start(self, level: int) -> None:
+        import select
+        import subprocess
+
+        try:
+            self._program = subprocess.Popen(["zstd", "-q", "-c", f"-{level}", "-T0"], bufsize=0,
+                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except (FileNotFoundError, PermissionError):
+            raise Unsupported("no zstd: neither Python 3.14 nor the program zstd is here",
+                              hint="--compress gzip needs nothing") from None
+        except OSError as error:
+            raise with_path(error, "zstd") from None
+        os.set_blocking(self._program.stdin.fileno(), False)
+        self._poll = select.poll()
+        for file, event in ((self._program.stdin, select.POLLOUT),
+                            (self._program.stdout, select.POLLIN)):
+            widen_pipe(file.fileno())
+            self._poll.register(file, event)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take uncompressed bytes."""
+        if not self._program:
+            self._write(self._compressor.compress(data))
+            return len(data)
+        view = memoryview(data)
+        source, sink = self._program.stdin.fileno(), self._program.stdout.fileno()
+        while view:
+            if sink in dict(self._poll.poll()):
+                self._write(os.read(sink, CHUNK) or self._give_up())
+                continue
+            try:
+                view = view[os.write(source, view):]
+            except BrokenPipeError:
+                self._give_up()
+        return len(data)
+
+    def _give_up(self) -> NoReturn:
+        raise CstorError(f"zstd failed with status {self._program.wait()}")
+
+    def abort(self) -> None:
+        """Let nothing wait for the program any more."""
+        if self._program:
+            self._program.kill()
+
+    def finish(self) -> None:
+        """Write what is left."""
+        if not self._program:
+            self._write(self._compressor.flush())
+            return
+        self._program.stdin.close()
+        for data in iter(lambda: self._program.stdout.read(CHUNK), b""):
+            self._write(data)
+        if self._program.wait():
+            self._give_up()
+
+    def close(self) -> None:
+        """End the program; harmless when repeated."""
+        if self._program:
+            self._program.kill()
+            self._program.wait()
+            self._program.stdin.close()
+            self._program.stdout.close()
+
+
+def parse_compression(text: str) -> tuple[str, int]:
+    """Return the kind and level of ``none``, ``gzip[:1-9]`` or ``zstd[:1-19]``; ValueError."""
+    if not (match := re.fullmatch(r"none|gzip(?::([1-9]))?|zstd(?::(1?[1-9]|10))?", text)):
+        raise ValueError(f'expected none, gzip[:1 to 9] or zstd[:1 to 19], got "{text}"')
+    kind = text.partition(":")[0]
+    return kind, int(match[1] or match[2] or {"none": 0, "gzip": 6, "zstd": 3}[kind])
+
+
+# ================================================================================================
+# 6. Configuration
 #
 # storage.conf as containers/storage finds it.  Two schemes are in use and they disagree:
 #   old (up to c/storage 1.62)  one file; root's own $XDG_CONFIG_HOME only when set; for a rootless
@@ -1505,15 +1959,15 @@ class Config:
 
     def __init__(self, scheme: str, rootless: bool, uid: int) -> None:
         self.rootless, self.uid, self.scheme = rootless, uid, scheme
-        self.files: List[str] = []
-        self.faults: List[str] = []
+        self.files: list[str] = []
+        self.faults: list[str] = []
 
 
 NO_STORAGE = "no storage there"
 READERS = {"old": "podman 4 and 5", "new": "podman 6"}  # which follow each scheme
 
 
-def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[int] = None,
+def load_config(environ: Mapping[str, str] | None = None, *, euid: int | None = None,
                 system_root: str = "/") -> Config:
     """Find the storage configuration as containers/storage does.
 
@@ -1523,8 +1977,8 @@ def load_config(environ: Optional[Mapping[str, str]] = None, *, euid: Optional[i
     """
     search = _ConfigSearch(os.environ if environ is None else environ,
                            os.geteuid() if euid is None else euid, system_root)
-    found: List[Config] = []
-    failures: List[Exception] = []
+    found: list[Config] = []
+    failures: list[Exception] = []
     for scheme in (search.old_scheme, search.new_scheme):
         try:
             found.append(scheme())
@@ -1553,7 +2007,7 @@ def holds_store(root: str, drivers: Sequence[str] = ("overlay", *OTHER_DRIVERS))
                for end in ("", "-layers", "-images"))
 
 
-def stores_near(path: str, name: str = "") -> List[str]:
+def stores_near(path: str, name: str = "") -> list[str]:
     """Return the graph roots around ``path``, of those that hold the file ``name``.
 
     Where people point that mean a store: above, below, a disk's root, a home, docker's directory.
@@ -1568,7 +2022,7 @@ def stores_near(path: str, name: str = "") -> List[str]:
                          *([(path, ""), (above, "")] if name else [])):
         if os.path.isdir(parent) and os.access(parent, os.R_OK | os.X_OK):
             places += [os.path.join(parent, entry, base) for entry in sorted(os.listdir(parent))]
-    found: Dict[str, str] = {}
+    found: dict[str, str] = {}
     for place in map(os.path.normpath, places):
         try:
             if place != path and holds_store(place) and is_there(os.path.join(place, name)):
@@ -1619,7 +2073,7 @@ class _ConfigSearch:
         if environ.get("_CONTAINERS_USERNS_CONFIGURED") and re.fullmatch("0*[1-9][0-9]*", outer):
             self.rootless, self.uid = True, int(outer)  # root only inside podman unshare
         self.home = environ.get("HOME") or self._home_of(self.uid)
-        self._sources: Dict[str, str] = {}  # of each key, the file that set it
+        self._sources: dict[str, str] = {}  # of each key, the file that set it
 
     @staticmethod
     def _home_of(uid: int) -> str:
@@ -1727,7 +2181,7 @@ class _ConfigSearch:
         self._fill(config, values)
         return config
 
-    def _drop_ins(self) -> List[str]:
+    def _drop_ins(self) -> list[str]:
         """Return the drop-ins in the order in which they are applied.
 
         They sort by file name over all directories; of one name the highest directory's counts.
@@ -1737,14 +2191,14 @@ class _ConfigSearch:
         dirs = [f"{self.user_file()}.d/", *(
             self.system(f"{base}/containers/storage.{kind}/") for base in ("etc", "usr/share")
             for kind in (*kinds, "conf.d"))]
-        chosen: Dict[str, str] = {}
+        chosen: dict[str, str] = {}
         for directory in filter(is_there, reversed(dirs)):
             paths = ((name, os.path.join(directory, name)) for name in os.listdir(directory))
             chosen.update((name, path) for name, path in paths
                           if name.endswith(".conf") and not os.path.isdir(path))
         return [chosen[name] for name in sorted(chosen)]
 
-    def _read_main(self, config: Config, own: bool) -> Dict[str, Any]:
+    def _read_main(self, config: Config, own: bool) -> dict[str, Any]:
         """Read the first main file there is, the user's own only where it counts."""
         paths = [self.user_file()] if own and self._has_user_file() else list(filter(is_there, (
             self.system(f"{base}/containers/storage.conf") for base in ("etc", "usr/share"))))
@@ -1757,7 +2211,7 @@ class _ConfigSearch:
             raise NeedsUnshare(f"{self.user_file()}: Permission denied", hint="HOME and "
                                "XDG_CONFIG_HOME must name directories that you can read") from None
 
-    def _read(self, path: str, config: Config) -> Dict[str, Any]:
+    def _read(self, path: str, config: Config) -> dict[str, Any]:
         variables = "CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE"
         named = [name for name in variables if self.environ.get(name) == path]
         if named and not is_there(path):
@@ -1769,7 +2223,7 @@ class _ConfigSearch:
         self._sources.update(dict.fromkeys(values, path))
         return values
 
-    def _fill(self, config: Config, values: Dict[str, Any]) -> None:
+    def _fill(self, config: Config, values: dict[str, Any]) -> None:
         """Turn merged keys, environment and defaults into a Config."""
         config.driver = self.environ.get("STORAGE_DRIVER") or values.get("storage.driver") or ""
         if config.driver == "overlay2":
@@ -1795,7 +2249,7 @@ class _ConfigSearch:
         if self.environ.get("CONTAINERS_GRAPHROOT"):
             config.scheme, config.named_in = "environment", "CONTAINERS_GRAPHROOT"
 
-    def _stores(self, values: Dict[str, Any], *keys: str) -> List[str]:
+    def _stores(self, values: dict[str, Any], *keys: str) -> list[str]:
         """Return the additional stores of one kind: STORAGE_OPTS replaces all driver options.
 
         The overlay driver takes its options imagestore and additionalimagestore for the same.
@@ -1811,7 +2265,7 @@ class _ConfigSearch:
                 stores.append(item)
         return stores
 
-    def _path(self, values: Dict[str, Any], key: str) -> str:
+    def _path(self, values: dict[str, Any], key: str) -> str:
         """Expand $UID, then $NAME and ${NAME} as Go's os.ExpandEnv, then links when it exists."""
         path = values.get("storage." + key) or ""
         path = path.replace("$UID", str(self.uid))
@@ -1830,7 +2284,7 @@ class _ConfigSearch:
         return os.path.join(self.environ.get("XDG_RUNTIME_DIR") or runtime, "containers")
 
 
-def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
+def sub_ids(uid: int, file: str = "/etc/subuid") -> list[tuple[int, int]]:
     """Return the ranges (first ID, count) that a user has in /etc/subuid or a file like it, sorted.
 
     In this order podman maps them to the IDs from 1 on.  [] when there are none, or the file cannot
@@ -1857,7 +2311,7 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> List[Tuple[int, int]]:
 
 
 def owner_ranges(uid: int, given: str, below: str, made_at: str = ""
-                 ) -> List[List[Tuple[int, int]]]:
+                 ) -> list[list[tuple[int, int]]]:
     """Return the sub-uids and the sub-gids of who owns the store at ``below``; see sub_ids().
 
     The machine that wrote the store counts.  ``given`` is a file for both, or a directory like
@@ -1882,7 +2336,7 @@ def owner_ranges(uid: int, given: str, below: str, made_at: str = ""
     return found
 
 
-def merge_config(values: Dict[str, Any], later: Dict[str, Any]) -> None:
+def merge_config(values: dict[str, Any], later: dict[str, Any]) -> None:
     """Lay a later file over ``values``: key by key; arrays replace, or append when they say so."""
     for key, value in later.items():
         if isinstance(value, _Appended):
@@ -1903,7 +2357,7 @@ class Toml:
     settings() what concerns us; both raise FormatError with file and line.
     """
 
-    SETTINGS: Dict[str, Tuple[Type[Any], str]] = {
+    SETTINGS: dict[str, tuple[type[Any], str]] = {
         "storage.transient_store": (bool, "boolean"),
         "storage.options.additionalimagestores": (list, "list of strings"),
         "storage.options.additionallayerstores": (list, "list of strings"),
@@ -1931,18 +2385,18 @@ class Toml:
     def __init__(self, data: bytes, file: str) -> None:
         self.file = file
         self.at = 0
-        self._places: Dict[Tuple[int, str], int] = {}  # of each key of a table, by its id()
-        self._whole: Set[int] = set()  # tables and arrays that a header or braces made, by id()
+        self._places: dict[tuple[int, str], int] = {}  # of each key of a table, by its id()
+        self._whole: set[int] = set()  # tables and arrays that a header or braces made, by id()
         try:
             self.text = data.decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise FormatError("not UTF-8", file=file,
                               line=data.count(b"\n", 0, error.start) + 1) from None
 
-    def settings(self) -> Dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return what concerns us as {"storage.key": value}, whatever the case of the keys."""
         root = self.parse()
-        found: Dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for name, (kind, word) in self.SETTINGS.items():
             tables, parts = [root], name.split(".")
             for depth, part in enumerate(parts, 1):
@@ -1958,7 +2412,7 @@ class Toml:
                         self._refuse(f'"{".".join(parts[:depth])}" must be a table')
         return found
 
-    def _setting(self, name: str, value: Any, kind: Type[Any], word: str) -> Any:
+    def _setting(self, name: str, value: Any, kind: type[Any], word: str) -> Any:
         if kind is list and isinstance(value, list):
             # {append=true} among the elements: they follow those of earlier files.
             marks = [item for item in value if item in ({"append": True}, {"append": False})]
@@ -1971,12 +2425,12 @@ class Toml:
             self._refuse(f'"{name}" holds a NUL byte')
         return value
 
-    def parse(self) -> Dict[str, Any]:
+    def parse(self) -> dict[str, Any]:
         """Return the whole file."""
         if stray := re.search("[\0-\x08\x0b-\x1f\x7f]", self.text):
             self.at = stray.start()
             self._refuse(f'control character "{display(stray[0])}"')
-        root: Dict[str, Any] = {}
+        root: dict[str, Any] = {}
         table = root
         try:
             while self._take(self.GAP) is not None and self.at < len(self.text):
@@ -1989,7 +2443,7 @@ class Toml:
             self._refuse("nested too deeply")
         return root
 
-    def _header(self, root: Dict[str, Any]) -> Dict[str, Any]:
+    def _header(self, root: dict[str, Any]) -> dict[str, Any]:
         start, brackets = self.at, self._take(r"\[\[?") or ""
         *above, last = self._keys()
         self._take("]" * len(brackets), "]" * len(brackets))
@@ -2005,7 +2459,7 @@ class Toml:
             made.append({})
         return self._below(table, [last], start)
 
-    def _below(self, table: Dict[str, Any], keys: Sequence[str], place: int) -> Dict[str, Any]:
+    def _below(self, table: dict[str, Any], keys: Sequence[str], place: int) -> dict[str, Any]:
         """Return the table that ``keys`` lead to, made where it is missing."""
         for key in keys:
             below = table.setdefault(key, {})
@@ -2017,7 +2471,7 @@ class Toml:
             table = below
         return table
 
-    def _pair(self, table: Dict[str, Any]) -> None:
+    def _pair(self, table: dict[str, Any]) -> None:
         start = self.at
         *above, last = self._keys()
         self._take("=" + self.SPACE, "=")
@@ -2028,9 +2482,9 @@ class Toml:
             self._refuse(f'"{".".join([*above, last])}" is defined twice')
         table[last], self._places[id(table), last] = value, start
 
-    def _keys(self) -> List[str]:
+    def _keys(self) -> list[str]:
         """Read a key, dotted or not."""
-        parts: List[str] = []
+        parts: list[str] = []
         while not parts or self._take("[.]"):
             self._take(self.SPACE)
             part = self._take(self.BARE)
@@ -2044,11 +2498,11 @@ class Toml:
         if self.text.startswith(('"', "'"), self.at):
             return self._string(self.SHORT, "a string and its end")
         if self.text.startswith("[", self.at):
-            values: List[Any] = []
+            values: list[Any] = []
             self._items("]", lambda: values.append(self._value()))
             return values
         if self.text.startswith("{", self.at):
-            table: Dict[str, Any] = {}
+            table: dict[str, Any] = {}
             self._whole.add(id(table))
             self._items("}", lambda: self._pair(table))
             return table
@@ -2085,7 +2539,7 @@ class Toml:
             read()
             self._take(f"{self.GAP}(?:,|(?={re.escape(end)}))", f"a comma or {end}")
 
-    def _take(self, pattern: str, wanted: str = "") -> Optional[str]:
+    def _take(self, pattern: str, wanted: str = "") -> str | None:
         """Skip what ``pattern`` fits and return it; else refuse what is not ``wanted``, or None."""
         match = re.compile(pattern).match(self.text, self.at)
         if not match and wanted:
@@ -2099,239 +2553,16 @@ class Toml:
 
 
 # ================================================================================================
-# 6. Locks
+# 7. Records
 #
-# containers/storage guards each JSON file with a classic POSIX lock on <kind>.lock; its first 64
-# bytes are a token that every writer changes.  All podman commands take write locks when they
-# start, so a shared lock of ours would hold up even "podman images": it is held for the few
-# milliseconds of reading.  The JSON files are replaced by rename(2), so that reading without the
-# lock is safe too; only a change between two files has to be noticed, by token and stat.
+# Each kind of object is one JSON array per root of a storage.  Unknown fields are kept; a field of
+# the wrong type or a reference to nothing becomes a named fault of that record and hides no other.
+# Large or binary items ("big data": manifests, configurations, TOCs) are files of their own.
 # ================================================================================================
 
-class Deadline:
-    """A time allowance in seconds (None: no end), of all locks of a storage or of one peer."""
-
-    def __init__(self, seconds: Optional[float]) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + (float("inf") if seconds is None else seconds)
-
-    def left(self) -> float:
-        """Return how many seconds are left, 0 when the time is over."""
-        return max(self._end - time.monotonic(), 0)
-
-    def pause(self) -> bool:
-        """Sleep a moment, where no event tells when to go on; False when the time is over."""
-        left = self.left()
-        time.sleep(min(0.01, left))
-        return left > 0
-
-    def wait(self, peer: Any, event: str) -> None:
-        """Wait for a poll(2) event of a descriptor or socket.  Raises error() when it is late."""
-        import select
-
-        poll = select.poll()
-        poll.register(peer, getattr(select, event))
-        if not poll.poll(None if self.seconds is None else self.left() * 1000):
-            raise self.error()
-
-    def error(self, words: str = "done nothing") -> ProtocolError:
-        """Return the error for a peer that is late."""
-        return _Silent(f"the other end has {words} for {counted(f'{self.seconds:g}', 'second')}",
-                       hint="--timeout SECONDS waits longer")
-
-
-def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
-                      patience: Deadline) -> List[bytes]:
-    """Read the JSON files ``names`` below ``root`` as one state; b"" for a file that is missing.
-
-    ``lock`` is taken shared when it can be had within ``patience``.  Without it the files are read
-    again while they or the lock's token change, at most ten times.
-    """
-    data: List[bytes] = []
-    lock_fd = _open_lock(root, lock)
-    try:
-        if lock_fd >= 0:
-            _lock_shared(lock_fd, patience)
-        # Also with the lock: it is the process's, and another thread that closes the file drops it.
-        for _ in range(10):
-            before = _state(root, lock_fd, names)
-            data = [_read_json(root, name) for name in names]
-            if _state(root, lock_fd, names) == before:
-                break
-    finally:
-        if lock_fd >= 0:
-            os.close(lock_fd)  # also releases the lock
-    return data
-
-
-def _open_lock(root: Directory, lock: bytes) -> int:
-    """Open a lock file read-only, never creating it; -1 when it cannot be had."""
-    try:
-        return Directory.open(root, lock)  # a lock that is closed to us is worth no helper
-    except (OSError, FormatError):
-        return -1
-
-
-def _lock_shared(fd: int, patience: Deadline) -> None:
-    while True:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except ImportError:
-            return
-        except OSError as error:
-            # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
-            if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.pause():
-                return
-
-
-def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> List[object]:
-    """Return what changes whenever a writer was at work."""
-    state: List[object] = [os.pread(lock_fd, LOCK_TOKEN_SIZE, 0) if lock_fd >= 0 else None]
-    for name in names:
-        try:
-            status = root.lstat(name)
-            state.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        except (FileNotFoundError, NotADirectoryError):
-            state.append(None)
-    return state
-
-
-def _read_json(root: Directory, name: bytes) -> bytes:
-    try:
-        return root.read(name, MAX_JSON)
-    except (FileNotFoundError, NotADirectoryError):
-        return b""
-
-
-# ================================================================================================
-# 7. Store
-#
-# A storage joins several roots of one layout: the graph root, the run root (volatile records), a
-# split-off imagestore, and additional image stores that are only read.  Each kind of object is one
-# JSON array per root.  Records are opaque here: unknown fields are kept, a field of the wrong type
-# or a reference to nothing becomes a named fault of that record and hides no other record.
-# ================================================================================================
-
-def parse_json(data: bytes, file: str) -> Any:
-    """Parse one JSON document; FormatError with the file's name and the offset otherwise."""
-    try:
-        return json.loads(data.decode("utf-8", "replace"))
-    except json.JSONDecodeError as error:
-        raise FormatError(f"malformed JSON: {error.msg}", file=file, offset=error.pos) from None
-    except (RecursionError, ValueError) as error:  # ValueError: an integer of 4,301 digits
-        raise FormatError(f"malformed JSON: {error}", file=file) from None
-
-
-class ObjectStream:
-    """JSON objects one after another, read from chunks of bytes as they are needed.
-
-    Errors are FormatErrors with the offset in the stream.
-    """
-
-    def __init__(self, chunks: Iterator[bytes], file: str) -> None:
-        self.file = file
-        self._chunks = chunks
-        self._buffer = b""
-        self._at = 0
-        self._offset = 0  # of the buffer in the stream
-
-    def more(self) -> bool:
-        """Read on; False at the end of the stream."""
-        chunk = next(self._chunks, b"")
-        self._buffer = self._buffer[self._at:] + chunk
-        self._offset += self._at
-        self._at = 0
-        return bool(chunk)
-
-    def fill(self, count: int) -> None:
-        """Read on until ``count`` bytes are at hand, or the stream ends."""
-        while len(self._buffer) - self._at < count and self.more():
-            pass
-
-    def peek(self, count: int) -> bytes:
-        """Return the next bytes at hand, at most ``count``."""
-        return self._buffer[self._at:self._at + count]
-
-    def advance(self, count: int) -> None:
-        """Leave ``count`` bytes behind."""
-        self._at += count
-
-    def skip(self, blank: bytes) -> bytes:
-        """Go to the next byte that is none of ``blank`` and return it; b"" at the end."""
-        while True:
-            part = self._buffer[self._at:self._at + 64]
-            rest = part.lstrip(blank)
-            self._at += len(part) - len(rest)
-            if rest or not part and not self.more():
-                return rest[:1]
-
-    def object(self) -> Dict[str, Any]:
-        """Read one object, looking at more and more of the stream."""
-        window = 4096
-        while True:
-            self.fill(window)
-            # One character a byte, so that the end found is a place in the buffer.
-            text = self._buffer[self._at:self._at + window].decode("latin-1")
-            try:
-                value, end = json.JSONDecoder().raw_decode(text)
-                if not text.isascii():
-                    data = self._buffer[self._at:self._at + end]
-                    value = json.loads(data.decode("utf-8", "replace"))
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, json.JSONDecodeError) and len(text) == window < MAX_OBJECT:
-                    window *= 8
-                    continue
-                raise self.error(f"malformed, truncated or too large: {error}") from None
-            if not isinstance(value, dict):
-                raise self.error("expected a JSON object")
-            self._at += end
-            return value
-
-    def error(self, message: str) -> FormatError:
-        """Return an error at the present place."""
-        return FormatError(message, file=self.file, offset=self._offset + self._at)
-
-
-def parse_time(text: str) -> Optional[int]:
-    """Return an RFC 3339 time in nanoseconds since 1970; None for Go's zero time.
-
-    Raises FormatError.  Python before 3.11 cannot read the nine digits that Go writes.
-    """
-    match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?"
-                         r"(?:[Zz]|([+-])(\d\d):(\d\d))", text, re.ASCII)
-    if not match:
-        raise FormatError(f'malformed time: "{display(text)}"')
-    if text.startswith("0001-01-01T00:00:00"):
-        return None
-    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
-    # Days since 1970 in the proleptic Gregorian calendar, years counted from March.
-    year -= month < 3
-    days = (365 * year + year // 4 - year // 100 + year // 400
-            + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
-    seconds = days * 86400 + hour * 3600 + minute * 60 + second
-    if match[8]:
-        offset = int(match[9]) * 3600 + int(match[10]) * 60
-        seconds += -offset if match[8] == "+" else offset
-    return seconds * 10**9 + int((match[7] or "").ljust(9, "0"))
-
-
-def has_rfc3339(moment: int) -> bool:
-    """Tell whether a time in nanoseconds since 1970 is of the years 1 to 9999."""
-    return -62135596800 * 10**9 <= moment < 253402300800 * 10**9
-
-
-def format_time(moment: int) -> str:
-    """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does."""
-    seconds, nanoseconds = divmod(moment, 10**9)
-    fraction = f".{nanoseconds:09d}".rstrip("0") if nanoseconds else ""
-    year, month, day, hour, minute, second = time.gmtime(seconds)[:6]
-    return f"{year:04d}-{month:02d}-{day:02d}T{hour:02d}:{minute:02d}:{second:02d}{fraction}Z"
-
-
-def as_list(value: Any) -> List[Any]:
-    """Return ``value`` when it is a list, else an empty one."""
-    return value if isinstance(value, list) else []
+COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}  # of uname
 
 
 def is_safe_id(text: str) -> bool:
@@ -2368,9 +2599,9 @@ def is_schema1(manifest: bytes) -> bool:
     return isinstance(value, dict) and value.get("schemaVersion") == 1
 
 
-def platform_in(said: Mapping[str, Any]) -> Dict[str, Any]:
+def platform_in(said: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a configuration or descriptor says of a platform, as far as it is well-formed."""
-    found: Dict[str, Any] = {
+    found: dict[str, Any] = {
         key: said[key] for key in ("architecture", "os", "os.version", "variant")
         if isinstance(said.get(key), str) and said[key]}
     features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
@@ -2383,7 +2614,7 @@ def platform_name(said: Any) -> str:
     return "/".join(words.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/")
 
 
-def best_platform(items: Sequence[Tuple[str, T]], platform: str) -> List[T]:
+def best_platform(items: Sequence[tuple[str, T]], platform: str) -> list[T]:
     """Return those of ``items``, given by os/arch[/variant], that are for ``platform``.
 
     "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8.
@@ -2419,12 +2650,12 @@ class Record:
                  readonly: bool = False) -> None:
         self.storage = metadata
         self.root = root
-        self._faults: List[str] = []
+        self._faults: list[str] = []
         self._looked = False
         if not isinstance(record, dict):
             self._faults.append("the record is no JSON object")
             record = {}
-        self.record: Dict[str, Any] = record
+        self.record: dict[str, Any] = record
         # Go's decoder matches names whatever their case, the exact one first.
         self._fields = record if all(map(str.islower, record)) \
             else {**{key.lower(): value for key, value in record.items()}, **record}
@@ -2434,9 +2665,9 @@ class Record:
         self.created = self._take("created", "")
         self.metadata = self._take("metadata", "")
         self.big_data_names = self._strings("big-data-names")
-        self.flags: Dict[str, Any] = self._take("flags", {})
-        self._sizes: Dict[str, Any] = self._take("big-data-sizes", {})  # not of layers
-        self._digests: Dict[str, Any] = self._take("big-data-digests", {})
+        self.flags: dict[str, Any] = self._take("flags", {})
+        self._sizes: dict[str, Any] = self._take("big-data-sizes", {})  # not of layers
+        self._digests: dict[str, Any] = self._take("big-data-digests", {})
         if not is_safe_id(self.id):
             self._faults.append(f'unusable ID "{display(self.id)}"')
         self._read_fields()
@@ -2445,7 +2676,7 @@ class Record:
         """Read what this kind of record has besides."""
 
     @property
-    def faults(self) -> List[str]:
+    def faults(self) -> list[str]:
         """What is wrong, in words; what other records and files tell of it is read only now."""
         if not self._looked:
             self._looked = True
@@ -2458,7 +2689,7 @@ class Record:
     def _look(self) -> None:
         """Raise what is wrong with the objects that the record names."""
 
-    def checked_chain(self) -> Tuple[LayerRecord, ...]:
+    def checked_chain(self) -> tuple[LayerRecord, ...]:
         """Return the layers that contents come from, base first, when they are the right ones."""
         try:
             return self._chain()
@@ -2466,7 +2697,7 @@ class Record:
             add_hint(error, "`layer list` and the other `layer` commands still read what is there")
             raise
 
-    def _chain(self) -> Tuple[LayerRecord, ...]:
+    def _chain(self) -> tuple[LayerRecord, ...]:
         return ()
 
     def __repr__(self) -> str:
@@ -2487,8 +2718,8 @@ class Record:
             return default
         return value
 
-    def _strings(self, key: str) -> List[str]:
-        values: List[Any] = self._take(key, [])
+    def _strings(self, key: str) -> list[str]:
+        values: list[Any] = self._take(key, [])
         if not all(isinstance(value, str) for value in values):
             self._faults.append(f'field "{key}" holds more than strings')
         return [value for value in values if isinstance(value, str)]
@@ -2500,7 +2731,7 @@ class Record:
         return b"/".join((self.KIND, self.id.encode(), name))
 
     @property
-    def created_ns(self) -> Optional[int]:
+    def created_ns(self) -> int | None:
         """Creation time in nanoseconds since 1970; None when unknown."""
         try:
             return parse_time(self.created) if self.created else None
@@ -2531,7 +2762,7 @@ class Record:
                 raise IntegrityError(f"{path}: wrong digest", expected=digest, actual=found)
         return data
 
-    def _open(self, name: bytes) -> Tuple[int, str]:
+    def _open(self, name: bytes) -> tuple[int, str]:
         """Open a file in the first root that has it, ours before all; return it and its path."""
         for root in (self.root, *self.storage.roots):
             try:
@@ -2562,8 +2793,8 @@ class LayerRecord(Record):
         self.toc_digest = self._take("toc-digest", "")
         number = self._take("compression", 0)
         self.compression = COMPRESSION[number] if 0 <= number < len(COMPRESSION) else str(number)
-        self.uidmap: List[Any] = self._take("uidmap", [])
-        self.gidmap: List[Any] = self._take("gidmap", [])
+        self.uidmap: list[Any] = self._take("uidmap", [])
+        self.gidmap: list[Any] = self._take("gidmap", [])
         self.incomplete = self.flags.get("incomplete") is True
         if self.incomplete:
             self._faults.append("incomplete: its creation was interrupted")
@@ -2573,7 +2804,7 @@ class LayerRecord(Record):
         self._faults += [f"parent {layer.id} is incomplete" for layer in self.storage.chain(
             self.id)[:-1] if layer.incomplete][-1:]
 
-    def damage(self) -> List[str]:
+    def damage(self) -> list[str]:
         """Return which of its files are missing or empty, which a Layer can tell."""
         return []
 
@@ -2625,7 +2856,7 @@ class ImageRecord(Record):
         """Return the default manifest as stored.  Raises NotFound, IntegrityError."""
         return self.big_data("manifest")
 
-    def manifest(self) -> Dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         """Return the default manifest, parsed: OCI, docker schema2 or schema1, or a list."""
         value = parse_json(self.manifest_bytes(), f"manifest of image {self.id}")
         if not isinstance(value, dict):
@@ -2649,7 +2880,7 @@ class ImageRecord(Record):
                     return data
         return b""
 
-    def entries(self) -> List[Tuple[Dict[str, Any], Optional[ImageRecord]]]:
+    def entries(self) -> list[tuple[dict[str, Any], ImageRecord | None]]:
         """Return each descriptor of the manifest list, and its image if the storage has it."""
         images = [image for image in self.storage.image_records() if image.layer]
         value = parse_json(self.list_bytes() or b"{}", f"manifest list of image {self.id}")
@@ -2657,7 +2888,7 @@ class ImageRecord(Record):
                               if str(entry.get("digest")) in image.digests), None))
                 for entry in as_list(value.get("manifests")) if isinstance(entry, dict)]
 
-    def instances(self) -> List[Tuple[str, ImageRecord]]:
+    def instances(self) -> list[tuple[str, ImageRecord]]:
         """Return (``os/arch[/variant]``, image) for each entry that the storage has."""
         return [(platform_name(entry.get("platform")), image)
                 for entry, image in self.entries() if image]
@@ -2682,7 +2913,7 @@ class ImageRecord(Record):
         raise Unsupported(f"image {self.id} is a manifest list without an instance for this "
                           "machine", hint=f"its instances here: {names or 'none'}")
 
-    def config_bytes(self, manifest: Optional[Dict[str, Any]] = None) -> bytes:
+    def config_bytes(self, manifest: dict[str, Any] | None = None) -> bytes:
         """Return the image configuration as stored; for schema1 as containers/image makes it.
 
         ``manifest`` is parsed already.  Raises Unsupported for a list, NotFound without manifest.
@@ -2702,14 +2933,14 @@ class ImageRecord(Record):
                 else "its manifest names no configuration"))
         return self.big_data(digest)
 
-    def config(self, manifest: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    def config(self, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the image configuration, parsed."""
         value = parse_json(self.config_bytes(manifest), f"configuration of image {self.id}")
         if not isinstance(value, dict):
             raise FormatError("the configuration is no JSON object", file=f"image {self.id}")
         return value
 
-    def diff_ids(self) -> Optional[List[Any]]:
+    def diff_ids(self) -> list[Any] | None:
         """Return the DiffIDs of the configuration, base first; None where it has none to tell."""
         try:
             manifest = self.manifest()
@@ -2725,7 +2956,7 @@ class ImageRecord(Record):
         # Go writes null for none.
         return found if isinstance(found, list) else None if self.layer else []
 
-    def _chain(self) -> Tuple[LayerRecord, ...]:
+    def _chain(self) -> tuple[LayerRecord, ...]:
         chain, wanted = self.storage.chain(self.layer), self.diff_ids()
         if wanted in (None, [layer.diff_digest for layer in chain]):
             return chain
@@ -2739,7 +2970,7 @@ class ImageRecord(Record):
                 + ", but the configuration names more")
         return chain
 
-    def _schema1_config(self, manifest: Dict[str, Any]) -> Dict[str, Any]:
+    def _schema1_config(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Derive a configuration from v1Compatibility, which stands newest first."""
         entries = []
         for item in as_list(manifest.get("history")):
@@ -2777,7 +3008,7 @@ class ImageRecord(Record):
             return data
         return data + sum(max(layer.diff_size, 0) for layer in chain)
 
-    def history(self) -> List[Dict[str, Any]]:
+    def history(self) -> list[dict[str, Any]]:
         """Return the history, oldest first, with ``layer`` and ``size`` for entries that made one.
 
         Lower layers that it does not tell of come first, as podman aligns them; if it tells of
@@ -2814,15 +3045,15 @@ class ContainerRecord(Record):
     def _read_fields(self) -> None:
         self.image = self._take("image", "")
         self.layer = self._take("layer", "")
-        self.uidmap: List[Any] = self._take("uidmap", [])
-        self.gidmap: List[Any] = self._take("gidmap", [])
+        self.uidmap: list[Any] = self._take("uidmap", [])
+        self.gidmap: list[Any] = self._take("gidmap", [])
 
     def _look(self) -> None:
         if self.image and self.image not in [image.id for image in self.storage.image_records()]:
             self._faults.append(f"image not known: {display(self.image)}")
         self._faults += [fault for layer in self._chain()[-1:] for fault in layer.damage()]
 
-    def _chain(self) -> Tuple[LayerRecord, ...]:
+    def _chain(self) -> tuple[LayerRecord, ...]:
         for key in ("image", "layer"):  # Go writes both, "" for no image
             if not isinstance(self._fields.get(key), str) or key == "layer" and not self.layer:
                 raise FormatError(f"container {self.id}: its record has no {key}")
@@ -2833,7 +3064,7 @@ class ContainerRecord(Record):
                                   "the configuration of its image names more")
         return chain
 
-    def details(self) -> Dict[str, Any]:
+    def details(self) -> dict[str, Any]:
         """Return ``metadata`` parsed: image-name, name, created-at of podman; pod-name of CRI-O."""
         try:
             value = parse_json(self.metadata.encode("utf-8", "replace"), "metadata")
@@ -2842,9 +3073,99 @@ class ContainerRecord(Record):
         return value if isinstance(value, dict) else {}
 
     @property
-    def state(self) -> Dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What podman's database knows: name, state, pod, rootfs, ...; {} when it knows nothing."""
         return self.storage.podman_containers().get(self.id, {})
+
+
+DATABASE_FILES = (b"db.sql", b"db.sql-journal", b"db.sql-wal")
+_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name,
+(SELECT GraphRoot FROM DBConfig)
+FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
+LEFT JOIN PodConfig p ON p.ID = c.PodID"""
+
+
+# ================================================================================================
+# 8. Storage
+#
+# A storage joins several roots of one layout: the graph root, the run root (volatile records), a
+# split-off imagestore, and additional image stores that are only read.
+#
+# containers/storage guards each JSON file with a classic POSIX lock on <kind>.lock; its first 64
+# bytes are a token that every writer changes.  All podman commands take write locks when they
+# start, so a shared lock of ours would hold up even "podman images": it is held for the few
+# milliseconds of reading.  The JSON files are replaced by rename(2), so that reading without the
+# lock is safe too; only a change between two files has to be noticed, by token and stat.
+# ================================================================================================
+
+LOCK_TOKEN_SIZE = 64  # "last write" token at the start of a lock file
+CONTAINER_STATE = ("unknown", "created", "initialized", "running", "stopped", "paused", "exited",
+                   "removing", "stopping")  # podman's define.ContainerStatus, as `podman ps` says
+LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
+
+
+def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
+                      patience: Deadline) -> list[bytes]:
+    """Read the JSON files ``names`` below ``root`` as one state; b"" for a file that is missing.
+
+    ``lock`` is taken shared when it can be had within ``patience``.  Without it the files are read
+    again while they or the lock's token change, at most ten times.
+    """
+    data: list[bytes] = []
+    lock_fd = _open_lock(root, lock)
+    try:
+        if lock_fd >= 0:
+            _lock_shared(lock_fd, patience)
+        # Also with the lock: it is the process's, and another thread that closes the file drops it.
+        for _ in range(10):
+            before = _state(root, lock_fd, names)
+            data = [_read_json(root, name) for name in names]
+            if _state(root, lock_fd, names) == before:
+                break
+    finally:
+        if lock_fd >= 0:
+            os.close(lock_fd)  # also releases the lock
+    return data
+
+
+def _open_lock(root: Directory, lock: bytes) -> int:
+    """Open a lock file read-only, never creating it; -1 when it cannot be had."""
+    try:
+        return Directory.open(root, lock)  # a lock that is closed to us is worth no helper
+    except (OSError, FormatError):
+        return -1
+
+
+def _lock_shared(fd: int, patience: Deadline) -> None:
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except ImportError:
+            return
+        except OSError as error:
+            # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
+            if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.pause():
+                return
+
+
+def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> list[object]:
+    """Return what changes whenever a writer was at work."""
+    state: list[object] = [os.pread(lock_fd, LOCK_TOKEN_SIZE, 0) if lock_fd >= 0 else None]
+    for name in names:
+        try:
+            status = root.lstat(name)
+            state.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        except (FileNotFoundError, NotADirectoryError):
+            state.append(None)
+    return state
+
+
+def _read_json(root: Directory, name: bytes) -> bytes:
+    try:
+        return root.read(name, MAX_JSON)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
 
 
 class Contents(Directory):
@@ -2860,7 +3181,7 @@ class Contents(Directory):
         super().__init__(directory.path, directory.fd)
         directory.fd = -1
         self.storage = storage
-        self._ahead: Dict[bytes, int] = {}  # what the helper opened before it is needed
+        self._ahead: dict[bytes, int] = {}  # what the helper opened before it is needed
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
@@ -2892,7 +3213,7 @@ class Contents(Directory):
     def inspect(self, name: bytes) -> Any:
         return self._ask(super().inspect, name, lambda helper: helper.look(self.path, name)[1:])
 
-    def listdir(self, name: bytes) -> List[bytes]:
+    def listdir(self, name: bytes) -> list[bytes]:
         return self._ask(super().listdir, name, lambda helper: [
             row[0] for row in helper.scan(self.path, name, b"")])
 
@@ -2907,7 +3228,7 @@ class Contents(Directory):
                               file=self.host_path(name))
         return fd
 
-    def look(self, parent: bytes, base: bytes) -> Tuple[int, os.stat_result]:
+    def look(self, parent: bytes, base: bytes) -> tuple[int, os.stat_result]:
         """Open a file; return its descriptor, -1 for what is no regular file, and its status."""
         name = parent + b"/" + base if parent else base
         fd = self._ahead.pop(name, -1) if self._ahead else -1
@@ -2960,7 +3281,7 @@ class Contents(Directory):
             self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
 
 
-OPEN_STORAGES: Set[ref[Metadata]] = set()  # nothing may be written in them
+OPEN_STORAGES: set[ref[Metadata]] = set()  # nothing may be written in them
 
 
 class Metadata(Closing):
@@ -2971,7 +3292,7 @@ class Metadata(Closing):
     ``unverified`` what Tree.verify() passed over.  ``KINDS`` are the classes of its records.
     """
 
-    KINDS: Tuple[Type[LayerRecord], Type[ImageRecord], Type[ContainerRecord]] = (
+    KINDS: tuple[type[LayerRecord], type[ImageRecord], type[ContainerRecord]] = (
         LayerRecord, ImageRecord, ContainerRecord)
     is_proxied = False  # whether a helper opens what is closed to us
     layer_stores: Sequence[str] = ()  # additional layer stores
@@ -2982,15 +3303,15 @@ class Metadata(Closing):
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
         self.owner_ids = os.fsdecode(owner_ids)
-        self.faults: List[str] = []
-        self.notes: List[str] = []
-        self.unverified: List[str] = []
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+        self.unverified: list[str] = []
         self.elsewhere = ""  # where an image that is unknown may be instead
-        self._own: List[Contents] = []
-        self._additional: List[Contents] = []
-        self._run: Optional[Contents] = None
-        self._graph: Optional[Contents] = None
-        self._folders: Dict[Tuple[Directory, bytes], Directory] = {}  # of roots, for state()
+        self._own: list[Contents] = []
+        self._additional: list[Contents] = []
+        self._run: Contents | None = None
+        self._graph: Contents | None = None
+        self._folders: dict[tuple[Directory, bytes], Directory] = {}  # of roots, for state()
         try:
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
@@ -3031,7 +3352,7 @@ class Metadata(Closing):
             raise no_store(self.graphroot)
         return root
 
-    def _open_other(self, path: str, roots: List[Contents], word: str) -> None:
+    def _open_other(self, path: str, roots: list[Contents], word: str) -> None:
         try:
             if not os.path.isabs(path):
                 raise OSError(errno.EINVAL, "not an absolute path")
@@ -3048,15 +3369,15 @@ class Metadata(Closing):
 
     def reload(self) -> None:
         """Forget all records, so that the next call reads them again."""
-        self._patience: Optional[Deadline] = None
-        self._layers: Optional[Tuple[Any, ...]] = None
-        self._images: Optional[Tuple[Any, ...]] = None
-        self._containers: Optional[Tuple[Any, ...]] = None
-        self._layer_by_id: Dict[str, LayerRecord] = {}
-        self._malformed: Dict[bytes, FormatError] = {}  # JSON files
-        self._links: Optional[Dict[str, str]] = None
-        self._podman: Optional[Dict[str, Dict[str, Any]]] = None
-        self._id_maps: Optional[Tuple[List[Any], List[Any]]] = None
+        self._patience: Deadline | None = None
+        self._layers: tuple[Any, ...] | None = None
+        self._images: tuple[Any, ...] | None = None
+        self._containers: tuple[Any, ...] | None = None
+        self._layer_by_id: dict[str, LayerRecord] = {}
+        self._malformed: dict[bytes, FormatError] = {}  # JSON files
+        self._links: dict[str, str] | None = None
+        self._podman: dict[str, dict[str, Any]] | None = None
+        self._id_maps: tuple[list[Any], list[Any]] | None = None
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
@@ -3067,16 +3388,16 @@ class Metadata(Closing):
             self._run.close()
 
     @property
-    def roots(self) -> List[Contents]:
+    def roots(self) -> list[Contents]:
         """All roots in search order: graph root, imagestore, additional stores."""
         return self._own + self._additional
 
     @property
-    def additional_stores(self) -> List[str]:
+    def additional_stores(self) -> list[str]:
         """The paths of the additional image stores that could be opened."""
         return [root.path for root in self._additional]
 
-    def find(self, name: bytes, first: Optional[Contents] = None) -> Optional[Contents]:
+    def find(self, name: bytes, first: Contents | None = None) -> Contents | None:
         """Return the root that has ``name``, looking in ``first`` first; None when none has it.
 
         With a split imagestore, an image layer's record, tar-split and files lie in two roots.
@@ -3115,7 +3436,7 @@ class Metadata(Closing):
         return processes
 
     @property
-    def owner(self) -> Tuple[int, int]:
+    def owner(self) -> tuple[int, int]:
         """User and group ID of whoever writes the records."""
         root = self._graph or self.roots[0]
         try:
@@ -3131,7 +3452,7 @@ class Metadata(Closing):
             [], ["0", "0", str(NO_ID)])
 
     @property
-    def id_maps(self) -> Tuple[List[Any], List[Any]]:
+    def id_maps(self) -> tuple[list[Any], list[Any]]:
         """How IDs on disk are to be read, for users and groups: maps as in records; [] = as is.
 
         Whoever writes the records is root to his containers, and his sub-uids follow; see
@@ -3151,7 +3472,7 @@ class Metadata(Closing):
 
     # -- records -------------------------------------------------------------------------------
 
-    def strays(self, kind: bytes, known: Iterable[Record]) -> List[str]:
+    def strays(self, kind: bytes, known: Iterable[Record]) -> list[str]:
         """Name directories without a record; c/storage 1.58 makes none for additional layers."""
         ids = {record.id for record in known}
         return [f"{root.host_path(kind + b'/' + name)} has no record"
@@ -3159,7 +3480,7 @@ class Metadata(Closing):
                 if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids
                 and not root.exists(b"/".join((kind, name, b"additionallayer")))]
 
-    def layer_records(self) -> Tuple[LayerRecord, ...]:
+    def layer_records(self) -> tuple[LayerRecord, ...]:
         """Return all layers in the order in which they are stored, parents mostly first."""
         if self._layers is None:
             self._layers = self._load(self.KINDS[0], self._own)
@@ -3167,7 +3488,7 @@ class Metadata(Closing):
                 self._layer_by_id.setdefault(layer.id, layer)
         return self._layers
 
-    def image_records(self) -> Tuple[ImageRecord, ...]:
+    def image_records(self) -> tuple[ImageRecord, ...]:
         """Return all images; an ID can occur in several stores, the first one counts."""
         if self._images is None:
             # Searched as containers/storage does: imagestore, graph root, additional.
@@ -3191,13 +3512,13 @@ class Metadata(Closing):
             self.faults.append(f"{counted(len(lost), 'layer')} without files below "
                                f"{self.graphroot}: {self.elsewhere}")
 
-    def container_records(self) -> Tuple[ContainerRecord, ...]:
+    def container_records(self) -> tuple[ContainerRecord, ...]:
         """Return all containers of podman, buildah and CRI-O."""
         if self._containers is None:
             self._containers = self._load(self.KINDS[2], [self._graph] if self._graph else [])
         return self._containers
 
-    def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
+    def layer_by_id(self, layer_id: str) -> LayerRecord | None:
         """Return the layer of exactly this ID, or None."""
         self.layer_records()
         return self._layer_by_id.get(layer_id)
@@ -3207,7 +3528,7 @@ class Metadata(Closing):
         return any(other.id == layer.id and other.incomplete == layer.incomplete
                    for other in self._load(LayerRecord, self._own))
 
-    def _load(self, new: Type[R], own: Sequence[Contents]) -> Tuple[R, ...]:
+    def _load(self, new: type[R], own: Sequence[Contents]) -> tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
         kind = new.KIND
         if kind in self._malformed:  # said once more, not read for each image
@@ -3216,9 +3537,9 @@ class Metadata(Closing):
         plain, volatile = word + b".json", b"volatile-" + word + b".json"
         if self._patience is None:
             self._patience = Deadline(LOCK_PATIENCE)
-        found: List[R] = []
-        seen: Set[str] = set()
-        sources: List[Tuple[Contents, List[bytes], bool]] = []
+        found: list[R] = []
+        seen: set[str] = set()
+        sources: list[tuple[Contents, list[bytes], bool]] = []
         for root in own:
             sources.append((root, [plain, volatile] if root is self._graph and kind != IMAGES
                             else [plain], False))
@@ -3244,7 +3565,7 @@ class Metadata(Closing):
         return tuple(found)
 
     @staticmethod
-    def _array(data: bytes, file: str) -> List[Any]:
+    def _array(data: bytes, file: str) -> list[Any]:
         value = parse_json(data, file) if data.strip() else None
         if not isinstance(value, (list, type(None))):  # Go writes null for an empty list
             raise FormatError("expected a JSON array", file=file)
@@ -3252,12 +3573,12 @@ class Metadata(Closing):
 
     # -- chains --------------------------------------------------------------------------------
 
-    def chain(self, layer_id: str) -> Tuple[LayerRecord, ...]:
+    def chain(self, layer_id: str) -> tuple[LayerRecord, ...]:
         """Return the layer and its ancestors, base first; () for "".
 
         Raises LayerUnknown for a missing one, FormatError for a loop or a chain that is too long.
         """
-        found: List[LayerRecord] = []
+        found: list[LayerRecord] = []
         while layer_id:
             if (layer := self._layer_by_id.get(layer_id) or self.layer_by_id(layer_id)) is None:
                 below = f" (parent of {found[-1].id})" if found else ""
@@ -3290,7 +3611,7 @@ class Metadata(Closing):
         raise LayerUnknown(f"layer not known: no layer has the link {display(link)}",
                            hint="a link is 26 characters, as in overlay/l")
 
-    def _all_links(self) -> Dict[str, str]:
+    def _all_links(self) -> dict[str, str]:
         if self._links is None:
             self._links = {}
             for root in self.roots:
@@ -3304,7 +3625,7 @@ class Metadata(Closing):
 
     # -- podman's database ---------------------------------------------------------------------
 
-    def podman_containers(self) -> Dict[str, Dict[str, Any]]:
+    def podman_containers(self) -> dict[str, dict[str, Any]]:
         """Return what podman's db.sql says of each container, by ID; {} without a database.
 
         Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), rootfs-refused (why
@@ -3331,7 +3652,7 @@ class Metadata(Closing):
                         self.faults.append(f"container {display(str(row[0]))}: {error}")
         return self._podman
 
-    def recorded_roots(self, *, trusted: bool = False) -> Dict[str, str]:
+    def recorded_roots(self, *, trusted: bool = False) -> dict[str, str]:
         """Return GraphRoot, RunRoot and GraphDriver of podman's database, {} when not trusted."""
         if self._graph:
             for row in self._podman_rows(self._graph,
@@ -3359,7 +3680,7 @@ class Metadata(Closing):
             pass
         return f"podman's database records another graph root, {display(graphroot)}"
 
-    def _podman_rows(self, root: Directory, query: str) -> List[Tuple[Any, ...]]:
+    def _podman_rows(self, root: Directory, query: str) -> list[tuple[Any, ...]]:
         try:
             return query_database(root, query) if root.exists(DATABASE_FILES[0]) else []
         except (CstorError, OSError) as error:
@@ -3368,14 +3689,7 @@ class Metadata(Closing):
             return []
 
 
-DATABASE_FILES = (b"db.sql", b"db.sql-journal", b"db.sql-wal")
-_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name,
-(SELECT GraphRoot FROM DBConfig)
-FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
-LEFT JOIN PodConfig p ON p.ID = c.PodID"""
-
-
-def podman_container(row: Tuple[Any, ...]) -> Tuple[str, Dict[str, Any]]:
+def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
     """Turn a row of _PODMAN_QUERY into (ID, entry)."""
     container_id, name, config_json, state, state_json, pod, _ = row
     parts = []
@@ -3397,7 +3711,7 @@ def podman_container(row: Tuple[Any, ...]) -> Tuple[str, Dict[str, Any]]:
     }
 
 
-def query_database(root: Directory, query: str) -> List[Tuple[Any, ...]]:
+def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
     """Return the rows of ``query`` on podman's database, which is not to be written.
 
     A private copy is read, with journal and WAL, taken while nothing changed: SQLite makes ``-shm``
@@ -3432,7 +3746,7 @@ def copy_database(root: Directory, scratch: str) -> bool:
     return _state(root, -1, DATABASE_FILES) == before
 
 
-def _query(sqlite3: Any, path: str, query: str) -> List[Tuple[Any, ...]]:
+def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
     database = sqlite3.connect(path)
     # Any bytes can stand there, but no path has a NUL byte.
     database.text_factory = lambda data: data.decode("utf-8", "replace").replace("\0", "\ufffd")
@@ -3441,21 +3755,336 @@ def _query(sqlite3: Any, path: str, query: str) -> List[Tuple[Any, ...]]:
         # A hostile database can hold views without an end.
         database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
         database.execute("PRAGMA trusted_schema=OFF")
-        rows: List[Tuple[Any, ...]] = database.execute(query).fetchmany(100_000)
+        rows: list[tuple[Any, ...]] = database.execute(query).fetchmany(100_000)
         return rows
     finally:
         database.close()
 
 
+class Layer(LayerRecord):
+    """One layer of a storage; made by Storage.layer(), Storage.layers() and Image.layers()."""
+
+    _damage: list[str] | None = None
+
+    @property
+    def link_id(self) -> str:
+        """The 26 characters that stand for this layer in overlay/l; "" when they are lost."""
+        return read_overlay_file(self, b"link")
+
+    def damage(self) -> list[str]:
+        """Return which of its files are missing or empty, as far as lstat(2) tells."""
+        if self._damage is None:
+            name = self.id.encode("utf-8", "replace")
+            files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
+                (LAYERS, name + b".tar-split.gz")] * bool(self.diff_digest)
+            self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
+                f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
+                for word in [self.storage.state(self.root, kind, place)] if word and not (
+                    overlay_file(self, b"additionallayer")[0] if kind is LAYERS else
+                    place.endswith(b"/diff") and word == "empty" and not self._has_files())]
+        return self._damage
+
+    def _has_files(self) -> bool:
+        """Tell whether by its tar something has to be in "diff"."""
+        try:
+            return not self.mapped and not self.toc_digest and self.diff_size > 2 * BLOCK and any(
+                member.type in ("reg", "dir", "symlink") and clean_name(member.name)
+                and b".wh." not in member.name for member in self.members())
+        except (CstorError, OSError):
+            return False  # what cannot be read is another fault
+
+    def lower_ids(self) -> list[str]:
+        """Return the IDs of the overlay lower chain, top first.  Raises LayerUnknown."""
+        return lower_ids(self)
+
+    def members(self) -> Iterator[Member]:
+        """Yield the members of the tar, in order, from the headers alone."""
+        return (member for _, member in read_members(self) if member)
+
+    def pieces(self) -> Generator[bytes | Extent, None, None]:
+        """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
+        return read_pieces(self)
+
+    def open_file(self, path: bytes) -> BinaryIO:
+        """Open the content of a regular file of this layer by its name in the tar."""
+        check_type("path", path, bytes)
+        with LayerFiles(self) as files:
+            return open(files.open(path), "rb")
+
+    def export(self, out: int | BinaryIO, *, verify: bool = True,
+               progress: Progress | None = None) -> str:
+        """Write the tar, bit for bit, to a descriptor or a binary file; see export_layer().
+
+        Returns the sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.
+        """
+        return export_layer(self, out, verify=verify, progress=progress)
+
+    def verify(self) -> int:
+        """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
+        return verify_files(self)
+
+    def tree(self) -> Tree:
+        """Return the tree of this layer alone, with its whiteouts."""
+        return Tree([layer_tree(self)], f"layer {self.id[:12]}", raw=True)
+
+    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+        """Put the files of this layer alone into a directory; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
+
+    def toc(self, *, digests: bool = False) -> dict[str, Any]:
+        """Return the table of contents: members in the order of the tar, whiteouts among them."""
+        return {"version": 1, "entries": list(layer_toc(self, digests=digests))}
+
+
+class Image(ImageRecord):
+    """One image of a storage; made by Storage.image() and Storage.images()."""
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Return the layers, base first.  Raises LayerUnknown, FormatError."""
+        return self.storage.chain(self.layer)  # type: ignore[return-value]
+
+    def tree(self, known: dict[str, LayerTree] | None = None, platform: str = "") -> Tree:
+        """Return the merged tree, of a manifest list that of an instance: see single().
+
+        ``known`` keeps the trees of layers by ID, to be shared with other images.
+        """
+        return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
+
+    def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> dict[str, Any]:
+        """Add the image to an OCI layout; see copy_to_oci()."""
+        return copy_to_oci(self, directory, tag, **options)
+
+    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+        """Put the root file system into a directory; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
+
+    def toc(self, *, digests: bool = False) -> dict[str, Any]:
+        """Return the table of contents of the merged tree, sorted; see toc_entry()."""
+        with self.tree() as tree:
+            return {"version": 1, "entries": list(tree_toc(tree, digests=digests))}
+
+
+class Container(ContainerRecord):
+    """One container of a storage; made by Storage.container() and Storage.containers()."""
+
+    def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
+        """Return the merged tree of its image's layers and its own writable one.
+
+        Of ``podman --rootfs`` it is the directory that was given, which is opened only where
+        podman's database is to be trusted; else NeedsUnshare says why not.
+        """
+        rootfs = self.state.get("rootfs", "")
+        if self.state.get("rootfs-refused"):
+            raise NeedsUnshare(f"container {self.title}: its --rootfs directory {display(rootfs)} "
+                               f"is not opened: {self.state['rootfs-refused']}",
+                               hint="read it on the machine where podman made the container, as "
+                                    "the user whose store it is")
+        if rootfs:
+            try:
+                contents = Contents(self.storage, Directory.at(rootfs))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise Unsupported(f"container {self.title}: its --rootfs directory "
+                                  f"{display(rootfs)}: {error.strerror}") from None
+            return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
+        chain = self.checked_chain()
+        if not self.image and not self.state and self.details().get("name"):
+            raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
+                              "podman that knows the directory is not read",
+                              hint="`container inspect` and `store info` say why")
+        tree = merged_tree(chain, f"container {self.title}", known)
+        top = tree.layers[0]
+        if isinstance(top, DiskTree):
+            top.writable = True
+            if top.layer and not top.layer.uidmap:
+                top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
+        return tree
+
+    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+        """Put its root file system into a directory, as it sees it; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
+
+
+class Storage(Metadata):
+    """A containers/storage storage, read-only.  A context manager; owns descriptors of its roots.
+
+    Records are read once and kept; reload() forgets them.
+    """
+
+    KINDS = (Layer, Image, Container)
+    config: Config | None = None
+
+    @classmethod
+    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
+                 owner_ids: str = "") -> Storage:
+        """Open the storage that podman would use for this user: see load_config().
+
+        ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
+        additional image stores; ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported,
+        FormatError.
+        """
+        config = load_config()
+        if config.driver not in ("", "overlay"):
+            raise Unsupported(f"storage driver {config.driver} is not supported: only overlay is "
+                              "read",
+                              hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
+                                   "a store of the overlay driver anyway")
+        imagestore = imagestore or config.imagestore
+        try:
+            storage = cls(config.graphroot, runroot or config.runroot, imagestore,
+                          [*config.stores, *stores], owner_ids)
+        except NotFound as error:
+            error.hint = config.hint
+            raise
+        storage.config = config
+        if not runroot and not os.path.isdir(config.runroot):
+            # podman goes on with the run root of its database when the configuration has changed.
+            recorded = storage.recorded_roots(trusted=True).get("RunRoot", "")
+            if os.path.isdir(recorded):
+                storage.runroot, storage._run = recorded, Contents(storage, Directory.at(recorded))
+                storage.reload()
+        storage.faults += config.faults
+        storage.elsewhere, storage.layer_stores = config.elsewhere, config.layer_stores
+        return storage
+
+    @classmethod
+    def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
+             stores: Sequence[str] = (), owner_ids: str = "") -> Storage:
+        """Open the storage with graph root ``root``, whatever is configured.
+
+        ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported, OSError.
+        """
+        return cls(root, runroot, imagestore, stores, owner_ids)
+
+    def layer_by_id(self, layer_id: str) -> LayerRecord | None:
+        """Return the layer of exactly this ID, or None; see strays()."""
+        found = super().layer_by_id(layer_id)
+        if not found and is_safe_id(layer_id):
+            if root := self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer"))):
+                found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
+                found.parent = "".join(found.lower_ids()[:1])
+        return found
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Return all layers, damaged ones with their ``faults``."""
+        return self.layer_records()  # type: ignore[return-value]
+
+    def layer(self, reference: str) -> Layer:
+        """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
+
+        Raises LayerUnknown, Ambiguous.
+        """
+        check_type("reference", reference, str)
+        places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
+        reference = next((name for name in places if "/" in reference and (
+            self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
+        try:
+            layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
+        except LayerUnknown:
+            if (layer := self.layer_by_id(reference)) is None:
+                raise
+        return layer  # type: ignore[no-any-return]
+
+    def images(self) -> tuple[Image, ...]:
+        """Return all images, damaged ones with their ``faults``."""
+        return self.image_records()  # type: ignore[return-value]
+
+    def image(self, reference: str, platform: str = "") -> Image:
+        """Return one image by name, digest, ID or the start of an ID.
+
+        Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
+        this machine.  Raises ImageUnknown, Ambiguous.
+        """
+        try:
+            image: Any = find_image(self.image_records(), reference, platform)
+        except ImageUnknown as error:
+            error.hint = self.elsewhere or error.hint
+            raise
+        return image  # type: ignore[no-any-return]
+
+    def containers(self) -> tuple[Container, ...]:
+        """Return all containers, damaged ones with their ``faults``."""
+        return self.container_records()  # type: ignore[return-value]
+
+    def container(self, reference: str) -> Container:
+        """Return one container by ID, name, layer ID or the start of an ID.
+
+        Raises ContainerUnknown, Ambiguous.
+        """
+        return find_container(self.container_records(), reference)  # type: ignore[return-value]
+
+
+_HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
+
+
+class ProxiedStorage(Storage):
+    """A Storage that opens what is closed to this user through a helper in his user namespace.
+
+    The helper is started for the first such content, never for metadata, and ends with close();
+    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
+    """
+
+    lender: ProxiedStorage | None = None  # another one, whose helper is to be used
+    _helper: Helper | None = None
+    _failure: NeedsUnshare | None = None
+
+    def helper(self, error: NeedsUnshare) -> Helper:
+        """Return the helper, started if need be."""
+        if self.lender:
+            helper = self.lender.helper(error)
+        else:
+            with _HELPER_LOCK:
+                helper = self._start_helper(error)
+        self.is_proxied = True
+        return helper
+
+    def _start_helper(self, error: NeedsUnshare) -> Helper:
+        if self._helper and self._helper.is_broken:  # said to whom it happened
+            self._helper.close()
+            self._helper = None
+        if self._helper is None and self._failure is None:
+            hint = why_no_helper(self)
+            try:
+                if hint:
+                    raise NeedsUnshare("", hint=hint)
+                rootfs = [value["rootfs"] for value in (self._podman or {}).values()
+                          if not value.get("rootfs-refused") and os.path.isdir(value["rootfs"])]
+                self._helper = Helper([root.path for root in self.roots] + rootfs)
+            except NeedsUnshare as failure:
+                self._failure = failure
+        if self._helper is None:
+            why = f": {self._failure}" if str(self._failure) else ""
+            raise NeedsUnshare(f"{error}{why}", hint=self._failure.hint if self._failure else "")
+        return self._helper
+
+    def prepare(self, processes: int) -> int:
+        """Give each of so many processes, to be forked next, a connection of its own."""
+        try:
+            return self.helper(NeedsUnshare("")).spread(processes)
+        except NeedsUnshare:
+            return processes  # said when the content is needed
+
+    def close(self) -> None:
+        """End the helper, and close all descriptors; harmless when repeated."""
+        if self._helper:
+            self._helper.close()
+        super().close()
+
+
 # ================================================================================================
-# 8. References
+# 9. References
 #
 # One string to one object, in the order in which podman 4 and 5 look (libimage's LookupImage, then
 # the store's own lookup).  Where Go takes an ambiguous prefix for "not found", the candidates are
 # listed here.
 # ================================================================================================
 
-def split_reference(text: str) -> Tuple[str, str, str]:
+DIGEST = r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-f]{32,}"
+
+
+def split_reference(text: str) -> tuple[str, str, str]:
     """Split ``[registry/]name[:tag][@digest]`` into (name, tag, digest); "" for a missing part."""
     name, _, digest = text.partition("@")
     head, slash, last = name.rpartition("/")
@@ -3463,7 +4092,7 @@ def split_reference(text: str) -> Tuple[str, str, str]:
     return head + slash + last, tag, digest
 
 
-def normalize_name(name: str) -> List[str]:
+def normalize_name(name: str) -> list[str]:
     """Return the full names that a repository name can stand for, best first.
 
     ``alpine`` is ``localhost/alpine``, then ``docker.io/library/alpine``.
@@ -3510,7 +4139,7 @@ def find_image(images: Sequence[ImageRecord], reference: str, platform: str = ""
     return _one(found, unknown, reference, lambda image: ", ".join(image.names) or "<none>")
 
 
-def _images_by_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecord]:
+def _images_by_name(images: Sequence[ImageRecord], text: str) -> list[ImageRecord]:
     name, tag, digest = split_reference(text)
     if name and digest and not re.fullmatch(DIGEST, digest):  # name@<id> of containers-storage:
         return [image for image in images if image.id == digest]
@@ -3528,16 +4157,16 @@ def _images_by_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecor
     return _named(images, text)
 
 
-def _named(images: Sequence[ImageRecord], name: str) -> List[ImageRecord]:
+def _named(images: Sequence[ImageRecord], name: str) -> list[ImageRecord]:
     """Return the image that holds a name: the first store's last record, as after Go's repair."""
     holders = [image for image in images if name in image.names]
     return [image for image in holders if image.root is holders[0].root][-1:]
 
 
-def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> List[ImageRecord]:
+def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> list[ImageRecord]:
     """Find repositories that end in /NAME with the same tag or digest, whatever the registry."""
     name, tag, digest = split_reference(text)
-    found: List[ImageRecord] = []
+    found: list[ImageRecord] = []
     if len(normalize_name(name)) == 1 or text.endswith(":"):  # not short, not a reference
         return found
     for image in images:
@@ -3549,7 +4178,7 @@ def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> List[Imag
     return found
 
 
-def _by_prefix(records: Sequence[R], text: str) -> List[R]:
+def _by_prefix(records: Sequence[R], text: str) -> list[R]:
     """Return the records whose IDs start with ``text``, of the first store that has any."""
     found = [record for record in records if record.id.startswith(text)]
     return [record for record in found if record.readonly == found[0].readonly]
@@ -3597,7 +4226,7 @@ def find_container(containers: Sequence[ContainerRecord], reference: str) -> Con
 
 def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[[R], str]) -> R:
     """Return the only object; of one ID in several stores the first store's counts."""
-    by_id: Dict[str, R] = {}
+    by_id: dict[str, R] = {}
     for item in found:
         by_id.setdefault(item.id, item)
     if not by_id:
@@ -3610,7 +4239,7 @@ def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[
 
 
 # ================================================================================================
-# 9. Layers
+# 10. Layers
 #
 # A layer's tar is rebuilt from headers in tar-split and from file contents below overlay/<id>/diff.
 # Contents lie elsewhere in three cases:
@@ -3622,6 +4251,9 @@ def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[
 #                     zstd-chunked-manifest (the TOC) says which file is which object
 # ================================================================================================
 
+METACOPY_XATTRS = ("trusted.overlay.metacopy", "user.overlay.metacopy")
+
+
 def clean_name(name: bytes) -> bytes:
     """Return a name in a tar as containers/storage unpacks it: relative, no ".", "..", "//".
 
@@ -3632,7 +4264,7 @@ def clean_name(name: bytes) -> bytes:
         return name
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
-    parts: List[bytes] = []
+    parts: list[bytes] = []
     for part in name.split(b"/"):
         if part == b"..":
             del parts[-1:]
@@ -3641,7 +4273,7 @@ def clean_name(name: bytes) -> bytes:
     return b"/".join(parts)
 
 
-def overlay_file(layer: LayerRecord, name: bytes) -> Tuple[Optional[Contents], bytes]:
+def overlay_file(layer: LayerRecord, name: bytes) -> tuple[Contents | None, bytes]:
     """Return (root that has overlay/<id>/name or None, that name below it)."""
     layer.path()  # refuses IDs that are no path component
     path = b"/".join((OVERLAY, layer.id.encode(), name))
@@ -3654,7 +4286,7 @@ def read_overlay_file(layer: LayerRecord, name: bytes) -> str:
     return root.read(path, 64 << 10).decode("utf-8", "replace").strip() if root else ""
 
 
-def lower_ids(layer: LayerRecord) -> List[str]:
+def lower_ids(layer: LayerRecord) -> list[str]:
     """Return the IDs of the overlay lower chain, top first.
 
     ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  This is not
@@ -3671,7 +4303,7 @@ def lower_ids(layer: LayerRecord) -> List[str]:
     return found
 
 
-def read_objects(chunks: Iterator[bytes], file: str) -> Dict[bytes, bytes]:
+def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
     """Read a TOC; return the sha256 of each file's content by the file's cleaned name.
 
     Its entries are taken one at a time: of a TOC of 30 MB, names and digests are a third.
@@ -3681,7 +4313,7 @@ def read_objects(chunks: Iterator[bytes], file: str) -> Dict[bytes, bytes]:
     if not (start := re.search(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', stream.peek(READ_SIZE))):
         raise stream.error("malformed TOC: it has no entries")
     stream.advance(start.end())
-    found: Dict[bytes, bytes] = {}
+    found: dict[bytes, bytes] = {}
     while stream.skip(b" \t\r\n,") != b"]":
         entry = stream.object()
         name, digest = entry.get("name"), entry.get("digest")
@@ -3691,7 +4323,7 @@ def read_objects(chunks: Iterator[bytes], file: str) -> Dict[bytes, bytes]:
     return found
 
 
-def removed(layer: LayerRecord, name: bytes = b"") -> Optional[LayerUnknown]:
+def removed(layer: LayerRecord, name: bytes = b"") -> LayerUnknown | None:
     """Return an error when a layer is no longer recorded as it was, else None."""
     if layer.storage.is_current(layer):
         return None
@@ -3699,7 +4331,7 @@ def removed(layer: LayerRecord, name: bytes = b"") -> Optional[LayerUnknown]:
     return LayerUnknown(f"layer not known: {layer.id}: it was removed while {what} was read")
 
 
-def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[List[T]], None],
+def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[list[T]], None],
                weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
     """Yield ``items``; while they are ``active``, ``expect`` is told of AHEAD of them before.
 
@@ -3721,7 +4353,7 @@ def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable
         yield from batch
 
 
-def additional_layer(layer: LayerRecord) -> Optional[Contents]:
+def additional_layer(layer: LayerRecord) -> Contents | None:
     """Open the files that an additional layer store has of a layer; None when they are our own.
 
     The storage names the place, so that it is opened below a configured store only.  Nothing else
@@ -3751,9 +4383,9 @@ class LayerFiles(Closing):
 
     def __init__(self, layer: LayerRecord) -> None:
         self.layer = layer
-        self._diffs: List[Contents] = []
-        self._lowers: Optional[List[str]] = None  # IDs not opened yet
-        self._objects: Optional[Dict[bytes, bytes]] = None
+        self._diffs: list[Contents] = []
+        self._lowers: list[str] | None = None  # IDs not opened yet
+        self._objects: dict[bytes, bytes] | None = None
         self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
         self._plain = not (layer.mapped or overlay_file(layer, b"diff1")[0])
         root, path = overlay_file(layer, b"diff")
@@ -3791,7 +4423,7 @@ class LayerFiles(Closing):
         for diff in self._diffs:
             diff.close()
 
-    def open(self, name: bytes, size: Optional[int] = None) -> int:
+    def open(self, name: bytes, size: int | None = None) -> int:
         """Open the content of the regular file ``name`` and return its descriptor.
 
         ``size`` is what the file must hold, None = whatever it does.  Raises IntegrityError when
@@ -3842,7 +4474,7 @@ class LayerFiles(Closing):
         """Tell whether a file is probably closed to us."""
         return b"\0" not in name and self._diffs[0].is_closed(self._place(name))
 
-    def _objection(self, name: bytes, base: bytes, size: Optional[int], status: os.stat_result
+    def _objection(self, name: bytes, base: bytes, size: int | None, status: os.stat_result
                    ) -> CstorError:
         """Return what is wrong with a file that is there."""
         if not base:
@@ -3895,7 +4527,7 @@ class LayerFiles(Closing):
         return IntegrityError(message, layer=self.layer.id, name=name, expected=expected,
                               actual=actual)
 
-    def _missing(self, name: bytes, size: Optional[int]) -> CstorError:
+    def _missing(self, name: bytes, size: int | None) -> CstorError:
         """Return the error for a file that is nowhere."""
         if gone := removed(self.layer, name):
             return gone
@@ -3917,13 +4549,18 @@ class LayerFiles(Closing):
 
 
 # ================================================================================================
-# 10. Tar headers
+# 11. Tar headers
 #
 # Read as Go's archive/tar does, since that is what split the tar.  The headers come verbatim from
 # tar-split, and so does each member's name.  A header is found by its place in the stream: special
 # headers (pax, GNU long names) stand before it with their lengths.  What decides how many bytes of
 # content follow is read at once, the other fields when they are first asked for.
 # ================================================================================================
+
+PAX_NAMES = (b"path", b"linkpath", b"uname", b"gname")  # records that hold no NUL
+TAR_TYPES = {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5": "dir",
+             b"6": "fifo", PAX_GLOBAL: "global"}  # all others are regular files, as for Go
+
 
 class Member:
     """One entry of a layer's tar.
@@ -3952,12 +4589,12 @@ class Member:
     gname: bytes
     devmajor: int
     devminor: int
-    xattrs: Dict[bytes, bytes]
-    pax: Dict[bytes, bytes]
+    xattrs: dict[bytes, bytes]
+    pax: dict[bytes, bytes]
 
     def __init__(self, header: bytes, name: bytes, size: int, checksum: bytes) -> None:
         self.header, self.name, self.size, self.base64 = header, name, size, checksum
-        self.sparse: Union[None, str, List[Tuple[int, int]]] = None
+        self.sparse: None | str | list[tuple[int, int]] = None
         self.typeflag = header[TYPE_AT:TYPE_AT + 1]
         if size and len(header) == BLOCK and self.typeflag == b"0":  # most members, in short
             try:
@@ -3972,7 +4609,7 @@ class Member:
         return f"<Member {display(self.name)}>"
 
     @property
-    def checksum(self) -> Optional[int]:
+    def checksum(self) -> int | None:
         """The CRC-64/ISO of the content; None for members of size 0."""
         return int.from_bytes(binascii.a2b_base64(self.base64), "big") if self.base64 else None
 
@@ -4008,11 +4645,11 @@ class Member:
             member.name = pax.get(b"GNU.sparse.name") or member.name
         return member
 
-    def _scan(self) -> Tuple[bytes, int, Dict[bytes, bytes], Dict[bytes, bytes]]:
+    def _scan(self) -> tuple[bytes, int, dict[bytes, bytes], dict[bytes, bytes]]:
         """Return the last header block, where it ends, the pax records and the GNU long names."""
         header, at = self.header, 0
-        pax: Dict[bytes, bytes] = {}
-        gnu: Dict[bytes, bytes] = {}  # by typeflag: L, the name, and K, the target of a link
+        pax: dict[bytes, bytes] = {}
+        gnu: dict[bytes, bytes] = {}  # by typeflag: L, the name, and K, the target of a link
         while True:
             block = header[at:at + BLOCK]
             if len(block) < BLOCK:
@@ -4086,7 +4723,7 @@ class Member:
         if pax or gnu:
             self._override(pax, gnu)
 
-    def _override(self, pax: Dict[bytes, bytes], gnu: Dict[bytes, bytes]) -> None:
+    def _override(self, pax: dict[bytes, bytes], gnu: dict[bytes, bytes]) -> None:
         """Let the special headers count, where they are not empty."""
         if pax.get(b"uid"):
             self.uid = parse_decimal(pax[b"uid"])
@@ -4099,7 +4736,7 @@ class Member:
         self.linkname = gnu.get(b"K") or pax.get(b"linkpath") or self.linkname
 
     @staticmethod
-    def _sparse_map(pax: Dict[bytes, bytes]) -> Union[None, str, List[Tuple[int, int]]]:
+    def _sparse_map(pax: dict[bytes, bytes]) -> None | str | list[tuple[int, int]]:
         """Recognize the sparse formats of GNU tar's --sparse-version as Go does."""
         version = pax.get(b"GNU.sparse.major", b"") + b"." + pax.get(b"GNU.sparse.minor", b"")
         text = pax.get(b"GNU.sparse.map", b"")
@@ -4113,8 +4750,8 @@ class Member:
         return list(zip(numbers[::2], numbers[1::2]))
 
 
-_NO_RECORDS: Dict[bytes, bytes] = {}
-_numbers: Dict[bytes, int] = {}
+_NO_RECORDS: dict[bytes, bytes] = {}
+_numbers: dict[bytes, int] = {}
 
 
 def number_field(field: bytes) -> int:
@@ -4156,7 +4793,7 @@ def parse_pax_time(text: bytes) -> int:
     return parse_decimal(seconds) * 10**9 + (-nanoseconds if text[:1] == b"-" else nanoseconds)
 
 
-def pax_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
+def pax_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
     """Return the extended attributes of a pax header.
 
     SCHILY.xattr.NAME holds the value as it is (star, GNU tar, Go), LIBARCHIVE.xattr.NAME its base64
@@ -4173,7 +4810,7 @@ def pax_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
     return {**found, **star_xattrs(pax)}
 
 
-def star_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
+def star_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
     """Return the extended attributes of a pax header that Go knows, and so containers/storage."""
     return {key[13:]: value for key, value in pax.items()
             if value and key.startswith(b"SCHILY.xattr.")}  # empty: withdrawn
@@ -4182,14 +4819,14 @@ def star_xattrs(pax: Dict[bytes, bytes]) -> Dict[bytes, bytes]:
 def tar_header(name: bytes, typeflag: bytes, *, mode: int = 0o644, uid: int = 0, gid: int = 0,
                size: int = 0, mtime_ns: int = 0, linkname: bytes = b"", uname: bytes = b"",
                gname: bytes = b"", devmajor: int = 0, devminor: int = 0,
-               xattrs: Optional[Mapping[bytes, bytes]] = None) -> bytes:
+               xattrs: Mapping[bytes, bytes] | None = None) -> bytes:
     """Return the header of one entry: ustar where it holds every field, else with a pax header.
 
     The same fields give the same bytes.  An xattr without a value has no spelling that Go reads: to
     Go the record is withdrawn.  Raises FormatError for what neither can hold: a NUL in a name, a
     device number of more than 21 bits, more than 1 MiB of records.
     """
-    pax: Dict[bytes, bytes] = {}
+    pax: dict[bytes, bytes] = {}
     for key, value in (xattrs or {}).items():
         if b"\0" in key:
             raise FormatError(f'"{display(name)}" does not fit into a tar')
@@ -4242,7 +4879,7 @@ def seal_header(front: bytes, typeflag: bytes, back: bytes) -> bytes:
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
-def split_name(name: bytes) -> Tuple[bytes, bytes]:
+def split_name(name: bytes) -> tuple[bytes, bytes]:
     """Split a name into ustar's prefix (155 bytes) and name (100); two empty ones if it can't."""
     if len(name) <= 100:
         return b"", name
@@ -4272,16 +4909,7 @@ def pax_records(pax: Mapping[bytes, bytes]) -> bytes:
     return data
 
 
-def is_utf8(text: bytes) -> bool:
-    """Tell whether bytes are valid UTF-8."""
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def read_tar(read: Callable[[int], bytes], file: str) -> Iterator[Tuple[Member, Iterator[bytes]]]:
+def read_tar(read: Callable[[int], bytes], file: str) -> Iterator[tuple[Member, Iterator[bytes]]]:
     """Yield the members of a physical tar, each with the chunks of its content, expanded.
 
     ``read(n)`` returns n bytes, or fewer at the end.  The content is good until the next member is
@@ -4323,7 +4951,7 @@ def read_tar(read: Callable[[int], bytes], file: str) -> Iterator[Tuple[Member, 
 
 def read_header(next_block: Callable[[], bytes], take: Callable[[int], bytes]) -> bytes:
     """Return all header blocks of one member, b"" at the end of the archive or of the file."""
-    parts: List[bytes] = []
+    parts: list[bytes] = []
     size = 0
     while True:
         block = next_block()
@@ -4362,7 +4990,7 @@ def expand_content(member: Member, take: Callable[[int], bytes]) -> Iterator[byt
     yield from chunks_of_zeros(member.size - done)
 
 
-def read_sparse_map(take: Callable[[int], bytes]) -> Tuple[List[Tuple[int, int]], int]:
+def read_sparse_map(take: Callable[[int], bytes]) -> tuple[list[tuple[int, int]], int]:
     """Read the map in front of the content (sparse format 1.0): the runs, and its bytes."""
     parts = [take(BLOCK)]
     count = parse_decimal(parts[0].partition(b"\n")[0])
@@ -4422,14 +5050,14 @@ def parse_decimal(text: bytes) -> int:
     return -int(value) if text[:1] == b"-" else int(value)
 
 
-def parse_pax(data: bytes) -> Dict[bytes, bytes]:
+def parse_pax(data: bytes) -> dict[bytes, bytes]:
     """Parse the records ``LENGTH KEY=VALUE\\n`` of a pax header; the last of a key counts.
 
     Sparse format 0.0 repeats GNU.sparse.offset and .numbytes: they are joined to GNU.sparse.map,
     as Go does.  Raises FormatError.
     """
-    records: Dict[bytes, bytes] = {}
-    runs: List[bytes] = []
+    records: dict[bytes, bytes] = {}
+    runs: list[bytes] = []
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 20)
@@ -4452,7 +5080,7 @@ def parse_pax(data: bytes) -> Dict[bytes, bytes]:
 
 
 # ================================================================================================
-# 11. tar-split
+# 12. tar-split
 #
 # overlay-layers/<id>.tar-split.gz is a gzip stream of JSON objects.  Type 2, a segment, holds bytes
 # of the tar in base64: everything but file contents.  Type 1, a file, stands where a member's
@@ -4464,6 +5092,11 @@ def parse_pax(data: bytes) -> Dict[bytes, bytes]:
 # last member (end of archive, garbage) is in segments of up to 1 MiB, or in one of any size when
 # tar-split 0.11 or older wrote it.
 # ================================================================================================
+
+# How GNU tar maps a sparse file: the size of blocks that are looked at, and whether an empty run
+# always ends the map.  First --hole-detection=seek (the default since 1.29), then raw.
+SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
+
 
 class Extent:
     """``length`` bytes at ``offset`` of the open file ``fd``: content of ``member``.
@@ -4486,46 +5119,6 @@ class Extent:
             at += len(data)
 
 
-def gunzip(fd: int, file: str) -> Iterator[bytes]:
-    """Yield the decompressed content of a gzip file of one or more members, piece by piece.
-
-    Raises FormatError when it is damaged, truncated or empty.
-    """
-    data = memoryview(os.read(fd, READ_SIZE))
-    total, parts, size, members = 0, [], 0, 0
-    try:
-        while True:
-            inflate = zlib.decompressobj(wbits=31)
-            while not inflate.eof:
-                if not data:
-                    raise FormatError("truncated gzip stream", file=file, offset=total)
-                piece = inflate.decompress(data, 8 * READ_SIZE)
-                data = data[len(data) - len(inflate.unconsumed_tail or inflate.unused_data):]
-                if not data:
-                    data = memoryview(os.read(fd, READ_SIZE))
-                parts.append(piece)
-                size += len(piece)
-                if size >= READ_SIZE or inflate.eof and not data:  # a member can be of one byte
-                    total += size
-                    yield b"".join(parts)
-                    parts, size = [], 0
-            if not data:
-                return
-            members += 1
-            if members > total + size + MAX_EMPTY:
-                raise FormatError(f"more than {MAX_EMPTY} empty gzip members", file=file)
-    except zlib.error as error:
-        raise FormatError(f"damaged gzip stream: {error}", file=file, offset=total) from None
-
-
-def decode_base64(text: Union[str, bytes]) -> bytes:
-    """Decode base64 strictly: Python before 3.11 can only skip what is none of its letters."""
-    data = binascii.a2b_base64(text)
-    if (len(data) + 2) // 3 * 4 != len(text):
-        raise ValueError("other letters")
-    return data
-
-
 class TarSplit(ObjectStream):
     """The entries of one tar-split stream, in order.
 
@@ -4541,7 +5134,7 @@ class TarSplit(ObjectStream):
             rb'"payload":(?:null|"([A-Za-z0-9+/]{11}=)")(?:,"position":\d+)?\}\n')
     END = rb'"(?:,"position":\d+)?\}'
 
-    def __iter__(self) -> Iterator[Tuple[bytes, Optional[bytes], int, bytes]]:
+    def __iter__(self) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
         decode, pair = binascii.a2b_base64, re.compile(self.PAIR)
         while True:
             buffer, at = self._buffer, self._at
@@ -4564,7 +5157,7 @@ class TarSplit(ObjectStream):
                 return
             yield from self._other()
 
-    def _other(self) -> Iterator[Tuple[bytes, Optional[bytes], int, bytes]]:
+    def _other(self) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
         """Yield one object that is not followed, or not spelled, as usual."""
         if self._buffer.startswith(self.SEGMENT, self._at):
             self.fill(2 * MAX_SPECIAL)
@@ -4579,7 +5172,7 @@ class TarSplit(ObjectStream):
                 return
         yield self._entry(self.object())
 
-    def _long_segment(self, start: int) -> Iterator[Tuple[bytes, Optional[bytes], int, bytes]]:
+    def _long_segment(self, start: int) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
         """Yield a segment of any size in parts of whole base64 quanta."""
         self._at = start
         while True:
@@ -4599,7 +5192,7 @@ class TarSplit(ObjectStream):
                 raise self.error("malformed segment")
         self._at = self._buffer.index(b"}", self._at) + 1
 
-    def _entry(self, value: Dict[str, Any]) -> Tuple[bytes, Optional[bytes], int, bytes]:
+    def _entry(self, value: dict[str, Any]) -> tuple[bytes, bytes | None, int, bytes]:
         value = {**{key.lower(): item for key, item in value.items()}, **value}
         kind, size, payload = value.get("type"), value.get("size") or 0, value.get("payload") or ""
         name, raw = value.get("name") or "", value.get("name_raw") or ""
@@ -4625,7 +5218,7 @@ class TarSplit(ObjectStream):
             raise self.error(f"malformed base64: {error}") from None
 
 
-def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
+def open_tar_split(layer: LayerRecord) -> tuple[int, str]:
     """Open a layer's tar-split file; return (descriptor, host path).
 
     Raises Unsupported with the reason when the layer has none.
@@ -4655,14 +5248,14 @@ def open_tar_split(layer: LayerRecord) -> Tuple[int, str]:
     return root.open(name), root.host_path(name)
 
 
-def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]:
+def read_members(layer: LayerRecord) -> Iterator[tuple[bytes, Member | None]]:
     """Yield (bytes of the tar, member whose content follows or None) through a whole layer.
 
     The one road of data: everything that leaves a layer is made from these.
     """
     fd, path = open_tar_split(layer)
     try:
-        pending: List[bytes] = []
+        pending: list[bytes] = []
         # Go writes no size of 0: the layer is empty, or its record is of before sizes were kept.
         limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
         length = padding = total = empty = 0
@@ -4703,8 +5296,8 @@ def read_members(layer: LayerRecord) -> Iterator[Tuple[bytes, Optional[Member]]]
         os.close(fd)
 
 
-def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool, int]] = None
-                ) -> Generator[Union[bytes, Extent], None, None]:
+def read_pieces(layer: LayerRecord, convention: tuple[int, bool, int] | None = None
+                ) -> Generator[bytes | Extent, None, None]:
     """Yield a layer's tar as bytes and Extents of open files.
 
     containers/storage keeps sparse files expanded, and Go copies the expanded file into the tar,
@@ -4737,8 +5330,7 @@ def read_pieces(layer: LayerRecord, convention: Optional[Tuple[int, bool, int]] 
                 os.close(fd)
 
 
-def members_ahead(layer: LayerRecord, files: LayerFiles
-                  ) -> Iterator[Tuple[bytes, Optional[Member]]]:
+def members_ahead(layer: LayerRecord, files: LayerFiles) -> Iterator[tuple[bytes, Member | None]]:
     """Yield what read_members() does; a helper is told which files are opened next."""
     return read_ahead(
         read_members(layer), lambda _: layer.storage.is_proxied,
@@ -4746,7 +5338,7 @@ def members_ahead(layer: LayerRecord, files: LayerFiles
         lambda item: 1 + len(item[0]) // (8 << 10))
 
 
-def sparse_convention(layer: LayerRecord, name: bytes) -> Tuple[int, bool, int]:
+def sparse_convention(layer: LayerRecord, name: bytes) -> tuple[int, bool, int]:
     """Return how the maps of a layer's sparse files (format 1.0) were made, found by trying.
 
     File systems have larger blocks, too, and zeros that were written are data.  Maps of several
@@ -4777,13 +5369,13 @@ def lost_map(layer: LayerRecord, name: bytes) -> Unsupported:
 
 
 def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, stored: int = 0
-                 ) -> Tuple[bytes, List[Tuple[int, int]]]:
+                 ) -> tuple[bytes, list[tuple[int, int]]]:
     """Return the map of sparse format 1.0 as stored in front of the content, and its runs.
 
     ``gap`` is the number of a gap between runs where so many zeros were written as ``stored``
     tells: even numbers for the fronts of gaps, odd ones for their ends.
     """
-    runs: List[Tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
 
     def add(start: int, length: int) -> None:
         if runs and sum(runs[-1]) == start:
@@ -4792,7 +5384,7 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
         if len(runs) > MAX_EXTENTS:
             raise FormatError("a sparse file of too many pieces")
 
-    def table() -> Tuple[bytes, List[Tuple[int, int]]]:
+    def table() -> tuple[bytes, list[tuple[int, int]]]:
         full = runs + [(size, 0)] * (always_end or not runs or sum(runs[-1]) < size)
         text = "".join(f"{number}\n" for number in (len(full), *(n for run in full for n in run)))
         return text.encode() + bytes(-len(text) % BLOCK), full
@@ -4835,8 +5427,8 @@ class TarSink:
     KERNEL_COPY = 1 << 20  # below, collecting is cheaper than to wait for the other thread
     BUFFERS = 4
 
-    def __init__(self, out: Union[int, BinaryIO], *, hashing: bool, layer: str,
-                 progress: Optional[Progress] = None) -> None:
+    def __init__(self, out: int | BinaryIO, *, hashing: bool, layer: str,
+                 progress: Progress | None = None) -> None:
         self.size = 0
         self.files = 0
         self._layer, self._progress = layer, progress
@@ -4851,10 +5443,10 @@ class TarSink:
             import hashlib
 
             self._hash = hashlib.sha256()
-        self._error: Optional[BaseException] = None
+        self._error: BaseException | None = None
         self._closed = False  # or soon, by the thread
         self._free = [bytearray(CHUNK) for _ in range(self.BUFFERS)]
-        self._writes: List[Job] = []
+        self._writes: list[Job] = []
         self._take_buffer()
         self._thread = Threads(1)
 
@@ -4894,7 +5486,7 @@ class TarSink:
         if self._error:
             raise self._error
 
-    def literal(self, data: Union[bytes, memoryview]) -> None:
+    def literal(self, data: bytes | memoryview) -> None:
         """Take bytes of the tar."""
         end = self._fill + len(data)
         if end > CHUNK:
@@ -4940,8 +5532,8 @@ class TarSink:
                               name=piece.member.name, expected=counted(piece.length, "byte"),
                               actual=str(piece.length - left))
 
-    def take_all(self, pieces: Iterable[Union[bytes, Extent]],
-                 also: Optional[Callable[[Union[bytes, Extent]], object]] = None) -> str:
+    def take_all(self, pieces: Iterable[bytes | Extent],
+                 also: Callable[[bytes | Extent], object] | None = None) -> str:
         """Take pieces to the end, each after ``also`` has had it; return as finish() does."""
         try:
             for piece in pieces:
@@ -4969,7 +5561,7 @@ class TarSink:
             self._out.abort()
         self._close(0.5 if isinstance(self._out, int) else None)
 
-    def _close(self, patience: Optional[float] = None) -> None:
+    def _close(self, patience: float | None = None) -> None:
         out = self._out
         if isinstance(out, int) and not self._closed:
             self._closed = True
@@ -4987,9 +5579,9 @@ class _Nowhere(io.BytesIO):
         return len(data)
 
 
-def export_layer(layer: LayerRecord, out: Union[int, BinaryIO], *, verify: bool = True,
-                 progress: Optional[Progress] = None,
-                 also: Optional[Callable[[Union[bytes, Extent]], object]] = None) -> str:
+def export_layer(layer: LayerRecord, out: int | BinaryIO, *, verify: bool = True,
+                 progress: Progress | None = None,
+                 also: Callable[[bytes | Extent], object] | None = None) -> str:
     """Write a layer's tar to ``out``; return its sha256 digest, "" when ``verify`` is false.
 
     ``also`` is given each piece as well.  The digest must be the layer's diff-digest; when it is
@@ -5031,7 +5623,7 @@ def verify_files(layer: LayerRecord) -> int:
     return count
 
 
-def checked_content(fd: int, size: int, checksum: Optional[int], name: bytes, layer: str
+def checked_content(fd: int, size: int, checksum: int | None, name: bytes, layer: str
                     ) -> Iterator[bytes]:
     """Yield the content of an open file; then compare its CRC-64, where that is known.
 
@@ -5056,7 +5648,7 @@ def checked_content(fd: int, size: int, checksum: Optional[int], name: bytes, la
 
 
 # ================================================================================================
-# 12. Tree
+# 13. Tree
 #
 # What a container sees: the layers of an image merged as overlayfs merges them.  A LayerTree holds
 # what one layer has, built from the headers as containers/storage unpacks them:
@@ -5071,6 +5663,14 @@ def checked_content(fd: int, size: int, checksum: Optional[int], name: bytes, la
 # A writable layer has no tar-split and is read from disk, where whiteouts, opaque directories,
 # renamed directories (redirect) and stubs (metacopy) are devices and xattrs.
 # ================================================================================================
+
+FUSE_XATTRS = (b"user.fuseoverlayfs.", b"security.fuseoverlayfs.") + OVERRIDES[-1:]
+# What the kernel takes as a redirect: one name, or an absolute path; no ".", ".." or "//".
+REDIRECT = rb"(?:/(?!\.{1,2}(?:/|\Z))[^/]+)+|(?!\.{1,2}\Z)[^/]+"
+MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
+MAX_XATTRS = 64 << 20  # all xattrs of one tree
+MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
+
 
 def linux_keeps(name: bytes, value: bytes, kind: str) -> bool:
     """Tell whether an xattr stays with a file: one rule for extract, stat, toc and diff.
@@ -5098,15 +5698,15 @@ class Node:
     __slots__ = ("tree", "parent", "name", "type", "mode", "owner", "mtime_ns", "size", "linkname",
                  "opaque", "implicit", "children", "extra", "_checksum")
 
-    def __init__(self, tree: LayerTree, parent: Optional[Node], name: bytes, kind: str) -> None:
+    def __init__(self, tree: LayerTree, parent: Node | None, name: bytes, kind: str) -> None:
         self.tree, self.parent, self.name, self.type = tree, parent, name, kind
         self.mode, self.mtime_ns, self.size = 0o755, 0, 0
-        self.owner: Tuple[int, int, bytes, bytes] = (0, 0, b"", b"")
+        self.owner: tuple[int, int, bytes, bytes] = (0, 0, b"", b"")
         self.linkname = b""
         self.opaque = self.implicit = False
-        self.children: Dict[bytes, Node] = {} if kind == "dir" else _NO_CHILDREN
-        self.extra: Dict[str, Any] = _NO_EXTRA
-        self._checksum: Union[None, int, bytes] = None
+        self.children: dict[bytes, Node] = {} if kind == "dir" else _NO_CHILDREN
+        self.extra: dict[str, Any] = _NO_EXTRA
+        self._checksum: None | int | bytes = None
 
     def __repr__(self) -> str:
         return f"<Node {display(self.path)}>"
@@ -5131,25 +5731,25 @@ class Node:
         return self.owner[1]
 
     @property
-    def xattrs(self) -> Dict[bytes, bytes]:
+    def xattrs(self) -> dict[bytes, bytes]:
         """Extended attributes, name to value: as a container sees them, or all of a layer alone."""
-        found: Dict[bytes, bytes] = self.extra.get("xattrs", {})
+        found: dict[bytes, bytes] = self.extra.get("xattrs", {})
         hidden = FUSE_XATTRS + self.tree.hidden * (
             self.tree.kernel_made and self.tree.whiteouts or self.tree.below is not None)
         return {name: value for name, value in found.items()
                 if linux_keeps(name, value, self.type) and not name.startswith(hidden)}
 
     @property
-    def device(self) -> Tuple[int, int]:
+    def device(self) -> tuple[int, int]:
         """Major and minor number; (0, 0) for what is no device."""
-        numbers: Tuple[int, int] = self.extra.get("device", (0, 0))
+        numbers: tuple[int, int] = self.extra.get("device", (0, 0))
         return numbers
 
     @property
-    def checksum(self) -> Optional[int]:
+    def checksum(self) -> int | None:
         """The CRC-64/ISO of the content as recorded; None when it is not."""
         if self.extra.get("data"):  # a stub: the content is that of another node
-            recorded: Optional[int] = self.extra["data"].checksum
+            recorded: int | None = self.extra["data"].checksum
             return recorded
         if isinstance(self._checksum, bytes):
             return int.from_bytes(binascii.a2b_base64(self._checksum), "big")
@@ -5175,16 +5775,16 @@ class Node:
         if xattrs:
             self.extra = {**self.extra, "xattrs": xattrs}
 
-    def find(self, parts: Sequence[bytes]) -> Optional[Node]:
+    def find(self, parts: Sequence[bytes]) -> Node | None:
         """Return what is at a path below this directory in its own layer, a whiteout too."""
-        node: Optional[Node] = self
+        node: Node | None = self
         for part in parts:
             node = node.children.get(part) if node else None
         return node
 
 
-_NO_CHILDREN: Dict[bytes, Node] = {}
-_NO_EXTRA: Dict[str, Any] = {}
+_NO_CHILDREN: dict[bytes, Node] = {}
+_NO_EXTRA: dict[str, Any] = {}
 
 
 class LayerTree(Closing):
@@ -5195,28 +5795,28 @@ class LayerTree(Closing):
 
     whiteouts = True  # names beginning with .wh. have their meaning
     kernel_made = False  # whether the kernel itself wrote overlayfs's xattrs
-    below: Optional[Tree] = None  # the layers that it lies on, when they are merged
+    below: Tree | None = None  # the layers that it lies on, when they are merged
     rootless = False  # whether overlayfs's xattrs begin with user.
 
-    def __init__(self, layer: Optional[LayerRecord]) -> None:
+    def __init__(self, layer: LayerRecord | None) -> None:
         if layer:
             self.rootless = layer.storage.rootless
         self.layer = layer
-        self.heeded: Tuple[bytes, ...] = (
+        self.heeded: tuple[bytes, ...] = (
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
-        self.hidden: Tuple[bytes, ...] = (
+        self.hidden: tuple[bytes, ...] = (
             b"trusted.", b"user.overlay.") if self.rootless else (b"trusted.overlay.",)
-        self.linked: Dict[Node, List[Tuple[Node, bytes]]] = {}  # by node, its further names
-        self._root: Optional[Node] = None
-        self._files: Optional[LayerFiles] = None
-        self._owners: Dict[Any, Any] = {}
-        self._at: Optional[bytes] = None  # the directory of the last entry
+        self.linked: dict[Node, list[tuple[Node, bytes]]] = {}  # by node, its further names
+        self._root: Node | None = None
+        self._files: LayerFiles | None = None
+        self._owners: dict[Any, Any] = {}
+        self._at: bytes | None = None  # the directory of the last entry
         self._directory: Any = None
         self._count = self._steps = self._xattrs = 0  # against MAX_ENTRIES and its kin
-        self._aufs: List[Tuple[Node, bytes]] = []
-        self._marked: Dict[Node, None] = {}  # what has xattrs that overlayfs heeds
-        self._moved: List[Node] = []  # renamed directories and stubs
+        self._aufs: list[tuple[Node, bytes]] = []
+        self._marked: dict[Node, None] = {}  # what has xattrs that overlayfs heeds
+        self._moved: list[Node] = []  # renamed directories and stubs
         self.note = ""  # what a reader should know of it
 
     def close(self) -> None:
@@ -5364,7 +5964,7 @@ class LayerTree(Closing):
         """Give the target one more name; of what was never podman's it can be in a layer below."""
         parent, _, last = clean_name(member.linkname).rpartition(b"/")
         above = self._make_directory(parent, "look")
-        node: Optional[Node] = above.children.get(last) if above else None
+        node: Node | None = above.children.get(last) if above else None
         if self.below and not self.layer and node is None:
             node = self.below.file_below(self, clean_name(member.linkname))
         if node is None or node.type == "dir":
@@ -5396,7 +5996,7 @@ class LayerTree(Closing):
         if self.storage and f"{self.label}: {text}" not in self.storage.faults:
             self.storage.faults.append(f"{self.label}: {text}")
 
-    def _interpret(self, node: Node) -> Set[str]:
+    def _interpret(self, node: Node) -> set[str]:
         """Read overlayfs's xattrs of a node as the kernel does; return its words."""
         found = {name[len(prefix):].decode("latin-1"): value for prefix in self.heeded
                  for name, value in node.extra["xattrs"].items() if name.startswith(prefix)}
@@ -5473,7 +6073,7 @@ class LayerTree(Closing):
             if part == b"..":
                 node = node.parent or node
                 continue
-            child: Optional[Node] = node.children.get(part)
+            child: Node | None = node.children.get(part)
             if child is not None and child.type == "symlink":
                 links += 1
                 todo += child.linkname.split(b"/")[::-1]
@@ -5498,7 +6098,7 @@ class LayerTree(Closing):
         return node
 
     @property
-    def storage(self) -> Optional[Metadata]:
+    def storage(self) -> Metadata | None:
         """The storage that it belongs to, if any."""
         return self.layer.storage if self.layer else None
 
@@ -5530,14 +6130,14 @@ class LayerTree(Closing):
 
     def _open_below(self, node: Node) -> int:
         """Open the content of a stub, which a layer below has."""
-        data: Optional[Node] = node.extra["data"]
+        data: Node | None = node.extra["data"]
         if data is None:
             why = "overlayfs refuses its redirect or metacopy xattr" if node.extra["refused"] \
                 else "its content is not in the layers below"
             raise Unsupported(f'{self.label}: "{display(node.path)}" cannot be read: {why}')
         return data.tree.open(data)
 
-    def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
+    def staged(self, node: Node) -> tuple[int, bytes, str] | None:
         """Return where a content waits to be moved away, None = it stays where it is.
 
         That is (directory, name in it, why it is a copy or "").
@@ -5551,7 +6151,7 @@ class DiskTree(LayerTree):
     ``overlay`` says that whiteouts and the like have their meaning.  Owns ``directory``.
     """
 
-    def __init__(self, directory: Directory, layer: Optional[LayerRecord] = None, *,
+    def __init__(self, directory: Directory, layer: LayerRecord | None = None, *,
                  overlay: bool = True) -> None:
         super().__init__(layer)
         self.directory = directory
@@ -5561,8 +6161,8 @@ class DiskTree(LayerTree):
         self.maps = [self.storage.id_maps] if self.storage else []
         if layer:
             self.maps.append((layer.uidmap, layer.gidmap))
-        self._strangers: Dict[str, Set[Tuple[int, int]]] = {}  # files at 65534, by why
-        self._groups: Dict[Tuple[int, int], Node] = {}
+        self._strangers: dict[str, set[tuple[int, int]]] = {}  # files at 65534, by why
+        self._groups: dict[tuple[int, int], Node] = {}
 
     kernel_made = True
     writable = False  # whether it is a container's own layer, which nobody takes a digest of
@@ -5572,7 +6172,7 @@ class DiskTree(LayerTree):
         return self.directory.path
 
     @property
-    def storage(self) -> Optional[Metadata]:
+    def storage(self) -> Metadata | None:
         return self.directory.storage if isinstance(self.directory, Contents) else None
 
     def close(self) -> None:
@@ -5621,7 +6221,7 @@ class DiskTree(LayerTree):
                 if node is not None and node.type == "dir":
                     todo.append((node, path + b"/" + name if path else name))
 
-    def _entries(self, path: bytes) -> Iterator[Tuple[Any, ...]]:
+    def _entries(self, path: bytes) -> Iterator[tuple[Any, ...]]:
         """Yield what is in a directory: the name of each file, and what look_at() returns."""
         last = b""
         try:
@@ -5637,7 +6237,7 @@ class DiskTree(LayerTree):
             yield from self.storage.helper(closed).scan(self.directory.path, path, last)
 
     def _enter(self, above: Node, name: bytes, status: os.stat_result, link: bytes,
-               xattrs: Dict[bytes, bytes]) -> Optional[Node]:
+               xattrs: dict[bytes, bytes]) -> Node | None:
         """Enter one name; return its node, None for what is no file of its own."""
         if self.whiteouts and name.startswith(b".wh."):
             if name in (OPAQUE_MARKER, b".wh..opq"):  # AUFS, and fuse-overlayfs
@@ -5658,7 +6258,7 @@ class DiskTree(LayerTree):
         self._put(above, name, node)
         return node
 
-    def _fill(self, node: Node, status: os.stat_result, link: bytes, xattrs: Dict[bytes, bytes]
+    def _fill(self, node: Node, status: os.stat_result, link: bytes, xattrs: dict[bytes, bytes]
               ) -> None:
         """Set a node's fields from what look_at() returns."""
         node.linkname = link
@@ -5675,7 +6275,7 @@ class DiskTree(LayerTree):
             node.children = {}
         node.implicit = False
         device = os.major(status.st_rdev), os.minor(status.st_rdev)
-        extra: Dict[str, Any] = {"xattrs": xattrs} if xattrs else {}
+        extra: dict[str, Any] = {"xattrs": xattrs} if xattrs else {}
         if self.whiteouts:
             if xattrs:
                 self._marked[node] = None
@@ -5687,7 +6287,7 @@ class DiskTree(LayerTree):
         node.owner = self.intern((uid, gid, b"", b""))
         node.extra = extra or _NO_EXTRA
 
-    def _owner(self, node: Node, status: os.stat_result) -> Tuple[int, int]:
+    def _owner(self, node: Node, status: os.stat_result) -> tuple[int, int]:
         """Return owner and group in the container; close() tells what no map covers."""
         uid, gid = status.st_uid, status.st_gid
         for number, (uids, gids) in enumerate(self.maps):
@@ -5705,8 +6305,8 @@ class DiskTree(LayerTree):
         return 65534 if uid < 0 else uid, 65534 if gid < 0 else gid
 
     @staticmethod
-    def _override(node: Node, xattrs: Dict[bytes, bytes], found: Tuple[int, int, Tuple[int, int]]
-                  ) -> Tuple[int, int, Tuple[int, int]]:
+    def _override(node: Node, xattrs: dict[bytes, bytes], found: tuple[int, int, tuple[int, int]]
+                  ) -> tuple[int, int, tuple[int, int]]:
         """Return owner and device as force_mask keeps them in an xattr; set type and mode too."""
         override = re.fullmatch(
             rb"(\d{1,10}):(\d{1,10}):([0-7]{1,7})"
@@ -5763,164 +6363,6 @@ class TarTree(LayerTree):
         raise Unsupported(f"{self.file}: only what is in its headers is known")
 
 
-class Decompressed(Closing):
-    """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
-
-    Of a descriptor ``fd``, which stays the caller's, or a raw file ``raw``, which is closed at the
-    end, ``path`` is the name in errors.  Never seeks, so that a pipe will do.  zstd takes Python
-    3.14 or the program zstd.  A context manager.  Raises FormatError for a damaged stream,
-    Unsupported for zstd without either.
-    """
-
-    def __init__(self, path: str, fd: int = -1, raw: Optional[io.RawIOBase] = None) -> None:
-        self.path = path
-        self._damage: Tuple[Type[Exception], ...] = ()
-        if path == "-" and fd < 0:
-            fd = 0
-        try:
-            self._raw = raw or open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
-        except OSError as error:
-            raise with_path(error, path) if path == "-" else error from None
-        try:
-            self._reader = self._open()
-        except BaseException:
-            self._raw.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file and what reads it."""
-        self._reader.close()
-        self._raw.close()
-
-    def _open(self) -> Any:
-        """Return what reads the file, by its first bytes."""
-        magic = b""
-        while len(magic) < 6:
-            if not (part := self._raw.read(6 - len(magic))):
-                break
-            magic += part
-        file = io.BufferedReader(_Unread(magic, self._raw), 2 * READ_SIZE)
-        if magic.startswith(b"\x1f\x8b"):
-            import gzip
-
-            self._damage = EOFError, zlib.error, gzip.BadGzipFile
-            return gzip.GzipFile(fileobj=file)
-        if magic.startswith(b"BZh"):
-            import bz2
-
-            self._damage = EOFError, OSError
-            return bz2.BZ2File(file)
-        if magic == b"\xfd7zXZ\0":
-            import lzma
-
-            self._damage = EOFError, lzma.LZMAError
-            return lzma.LZMAFile(file)
-        if magic.startswith(b"\x28\xb5\x2f\xfd"):
-            try:
-                import importlib
-
-                zstd = importlib.import_module("compression.zstd")  # Python 3.14
-            except ImportError:
-                return io.BufferedReader(ZstdProgram(self.path, magic, self._raw.read), CHUNK)
-            self._damage = EOFError, zstd.ZstdError
-            return zstd.ZstdFile(file)
-        return file
-
-    def read(self, count: int) -> bytes:
-        """Return ``count`` bytes, or fewer at the end."""
-        try:
-            data: bytes = self._reader.read(count)
-            return data
-        except self._damage as error:
-            if isinstance(error, OSError) and error.errno:
-                raise
-            raise FormatError(f"damaged: {error}", file=self.path) from None
-
-
-class _Unread(io.RawIOBase):
-    """A file whose first bytes were read to look at them."""
-
-    def __init__(self, first: bytes, file: Any) -> None:
-        self._first, self._file = first, file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        if not self._first:
-            return self._file.readinto(buffer)  # type: ignore[no-any-return]
-        count = min(len(buffer), len(self._first))
-        buffer[:count], self._first = self._first[:count], self._first[count:]
-        return count
-
-
-class ZstdProgram(io.RawIOBase):
-    """Reads what ``zstd -dc`` makes of ``first`` and then of what ``read(n)`` returns until b"".
-
-    Raises FormatError when the program fails, Unsupported when there is none.
-    """
-
-    def __init__(self, path: str, first: bytes, read: Callable[[int], Optional[bytes]]) -> None:
-        import select
-        import subprocess
-
-        self.path, pipe = path, subprocess.PIPE
-        self._left, self._read = memoryview(first), read
-        self._program: Any = None
-        try:
-            self._program = subprocess.Popen(["zstd", "-dcq"], bufsize=0, stdin=pipe,
-                                                  stdout=pipe, stderr=pipe)
-        except (FileNotFoundError, PermissionError):
-            raise Unsupported(f"{path}: compressed by zstd", hint="this takes Python 3.14 or the "
-                              "program zstd") from None
-        except OSError as error:
-            raise with_path(error, "zstd") from None
-        self._source, self._sink = self._program.stdin, self._program.stdout
-        os.set_blocking(self._source.fileno(), False)
-        self._poll = select.poll()
-        for file, event in ((self._source, select.POLLOUT), (self._sink, select.POLLIN)):
-            widen_pipe(file.fileno())
-            self._poll.register(file, event)
-
-    def readable(self) -> bool:
-        return True
-
-    def _feed(self) -> None:
-        """Give the program what it takes, until it has something for us or all was given."""
-        while not self._source.closed:
-            if self._sink.fileno() in dict(self._poll.poll()):
-                return
-            try:
-                self._left = self._left or memoryview(self._read(CHUNK) or b"")
-            except OSError as error:
-                raise with_path(error, self.path) from None
-            try:
-                count = os.write(self._source.fileno(), self._left)
-            except BrokenPipeError:  # the program says why it went
-                count = 0
-            self._left = self._left[count:]
-            if not count:
-                self._poll.unregister(self._source)
-                self._source.close()
-
-    def readinto(self, buffer: Any) -> int:
-        self._feed()
-        count: int = self._sink.readinto(buffer)
-        if not count:
-            words = self._program.stderr.read().decode("utf-8", "replace").strip()
-            if self._program.wait():
-                raise FormatError(f"damaged: {words}", file=self.path)
-        return count
-
-    def close(self) -> None:
-        if not self.closed and self._program:
-            self._program.kill()
-            self._program.wait()
-            for file in (self._source, self._sink, self._program.stderr):
-                file.close()
-        super().close()
-
-
 def map_id(number: int, mappings: Sequence[Any], unknown: int = 65534) -> int:
     """Return the ID in the container for one on disk; ``unknown`` when no mapping covers it."""
     for entry in mappings:
@@ -5950,12 +6392,12 @@ class Tree(Closing):
 
     # -- looking up ----------------------------------------------------------------------------
 
-    def _find(self, parts: Sequence[bytes], *, top: bool = True) -> List[Node]:
+    def _find(self, parts: Sequence[bytes], *, top: bool = True) -> list[Node]:
         """Return the nodes that are seen at a path without links; none when there is no such file.
 
         That is one node, or directories to be merged, of which the first is enough with ``top``.
         """
-        found: List[Node] = []
+        found: list[Node] = []
         seen = 0  # so many components are directories in layers above
         for layer in self.layers:
             node = layer.reach(parts, below=not top)
@@ -5976,14 +6418,14 @@ class Tree(Closing):
                 break
         return found
 
-    def lookup(self, path: bytes, *, follow: bool = True) -> Tuple[bytes, Node]:
+    def lookup(self, path: bytes, *, follow: bool = True) -> tuple[bytes, Node]:
         """Return (path without links, node); ``follow`` is about the last component.
 
         Symbolic links lead nowhere outside: "/" and ".." stop at the image's root.  Raises
         NotFound, FormatError for a loop.
         """
         check_type("path", path, bytes)
-        done: List[bytes] = []
+        done: list[bytes] = []
         todo = path.split(b"/")[::-1]
         links = steps = 0
         while todo:
@@ -6010,7 +6452,7 @@ class Tree(Closing):
             done.append(part)
         return b"/".join(done), self._find(done)[0] if done else self.root
 
-    def file_below(self, layer: LayerTree, path: bytes) -> Optional[Node]:
+    def file_below(self, layer: LayerTree, path: bytes) -> Node | None:
         """Return what is at a path when ``layer`` lies on top, as far as it was read."""
         try:
             return Tree([layer, *self.layers]).lookup(path, follow=False)[1]
@@ -6025,7 +6467,7 @@ class Tree(Closing):
 
     # -- walking -------------------------------------------------------------------------------
 
-    def walk(self, path: bytes = b"") -> Iterator[Tuple[bytes, Node, Optional[bytes]]]:
+    def walk(self, path: bytes = b"") -> Iterator[tuple[bytes, Node, bytes | None]]:
         """Yield (path, node, first name) of ``path`` and all below it, sorted, depth first.
 
         "First name" is that of a hard-link group which was yielded before, else None.
@@ -6035,7 +6477,7 @@ class Tree(Closing):
         nodes = self._find(path.split(b"/") if path else [], top=False)
         if not nodes:
             return
-        firsts: Dict[Node, bytes] = {}
+        firsts: dict[Node, bytes] = {}
         yield path, nodes[0] if path else self.root, None
         todo = [(path + b"/" if path else b"", self._merge(nodes))]
         while todo:
@@ -6051,12 +6493,12 @@ class Tree(Closing):
             if node.type == "dir":
                 todo.append((name + b"/", self._merge(nodes)))
 
-    def _merge(self, nodes: Sequence[Node]) -> Iterator[Tuple[bytes, List[Node]]]:
+    def _merge(self, nodes: Sequence[Node]) -> Iterator[tuple[bytes, list[Node]]]:
         """Yield (name, visible nodes) in merged directories, sorted by name."""
         if nodes[0].type != "dir":
             return
-        merged: Dict[bytes, List[Node]] = {}
-        closed: Set[bytes] = set()
+        merged: dict[bytes, list[Node]] = {}
+        closed: set[bytes] = set()
         for directory in nodes:
             for name, child in directory.children.items():
                 if name not in merged:
@@ -6075,14 +6517,14 @@ class Tree(Closing):
         """Yield the paths that walk() yields."""
         return (path for path, _, _ in self.walk())
 
-    def glob(self, patterns: Sequence[str]) -> Iterator[Tuple[bytes, Node, Optional[bytes]]]:
+    def glob(self, patterns: Sequence[str]) -> Iterator[tuple[bytes, Node, bytes | None]]:
         """Yield what walk() yields for the paths that fit a pattern; see compile_patterns()."""
         fits = compile_patterns(patterns, self.paths)
         return (item for item in self.walk() if fits(item[0]))
 
     # -- contents ------------------------------------------------------------------------------
 
-    def notes(self) -> List[str]:
+    def notes(self) -> list[str]:
         """Return what a reader should know of the layers that were read, the top one first."""
         return [layer.note for layer in self.layers if layer.note]
 
@@ -6136,13 +6578,13 @@ class Tree(Closing):
         yield from self.content(self.lookup(path, follow=follow)[1])
 
 
-def lower_path(node: Node) -> List[bytes]:
+def lower_path(node: Node) -> list[bytes]:
     """Return where the layers below have what ``node`` is made of: renamed files lie elsewhere.
 
     That is nowhere below an opaque directory, unless an absolute path leads out of it.
     """
-    parts: List[bytes] = []
-    at: Optional[Node] = node
+    parts: list[bytes] = []
+    at: Node | None = node
     while at is not None and at.parent is not None:
         redirect = at.extra.get("redirect", b"")
         if at.opaque:
@@ -6186,15 +6628,15 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
                              or not path.isascii() and fits(spell(path)))
 
 
-def existing_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> Set[str]:
+def existing_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> set[str]:
     """Return the patterns that are a path, or a last component, of ``names()`` as written."""
-    wanted: Dict[Tuple[bool, bytes], List[str]] = {}
+    wanted: dict[tuple[bool, bytes], list[str]] = {}
     for pattern in patterns:
         whole = "/" in pattern.rstrip("/")
         for name in {os.fsencode(pattern), unspell(pattern)} if re.search(
                 r"[*?[\\]", pattern) else ():
             wanted.setdefault((whole, name.strip(b"/")), []).append(pattern)
-    found: Set[str] = set()
+    found: set[str] = set()
     for path in names() if wanted else ():
         found.update(wanted.get((True, path), ()),
                      wanted.get((False, path.rpartition(b"/")[2]), ()))
@@ -6227,7 +6669,7 @@ def need_match(tree: Tree, patterns: Sequence[str]) -> None:
                        if any("/" in pattern for pattern in patterns) else "")
 
 
-def peek(items: Iterator[T]) -> Tuple[Optional[T], Iterator[T]]:
+def peek(items: Iterator[T]) -> tuple[T | None, Iterator[T]]:
     """Return the first item, or None, and an iterator of all: errors come before any output."""
     first = next(items, None)
     return first, (item for part in ([] if first is None else [first], items) for item in part)
@@ -6257,8 +6699,8 @@ def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]
         storage = node_of(item).tree.storage
         return storage is not None and storage.is_proxied
 
-    def expect(batch: List[T]) -> None:
-        by_tree: Dict[LayerTree, List[Node]] = {}
+    def expect(batch: list[T]) -> None:
+        by_tree: dict[LayerTree, list[Node]] = {}
         for node in map(node_of, batch):
             if node.type == "reg" and node.size:
                 by_tree.setdefault(node.tree, []).append(node)
@@ -6269,7 +6711,7 @@ def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]
 
 
 def merged_tree(layers: Sequence[LayerRecord], label: str,
-                known: Optional[Dict[str, LayerTree]] = None) -> Tree:
+                known: dict[str, LayerTree] | None = None) -> Tree:
     """Return the tree of layers given base first; ``known`` shares trees with other images."""
     known = {} if known is None else known
     for number, layer in enumerate(layers):
@@ -6281,15 +6723,15 @@ def merged_tree(layers: Sequence[LayerRecord], label: str,
 
 # -- table of contents ---------------------------------------------------------------------------
 
-def toc_entry(name: bytes, node: Node, *, first: Optional[bytes] = None, links: int = 0,
-              digest: str = "") -> Dict[str, Any]:
+def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int = 0,
+              digest: str = "") -> dict[str, Any]:
     """Return an entry of a TOC by the rules of eStargz; names are spelled by spell().
 
     ``first`` makes it a hard link to that name; ``links`` is the number of names.  A time outside
     the years 1 to 9999 is left out: RFC 3339 has no word for it.
     """
     kind = "hardlink" if first is not None else node.type
-    entry: Dict[str, Any] = {"name": spell(name) + "/" * (kind == "dir" and name[-1:] != b"/"),
+    entry: dict[str, Any] = {"name": spell(name) + "/" * (kind == "dir" and name[-1:] != b"/"),
                              "type": kind}
     if kind == "reg":
         entry["size"] = node.size
@@ -6315,7 +6757,7 @@ def toc_entry(name: bytes, node: Node, *, first: Optional[bytes] = None, links: 
     return entry
 
 
-def layer_entries(layer: LayerRecord) -> Iterator[Tuple[bytes, Node]]:
+def layer_entries(layer: LayerRecord) -> Iterator[tuple[bytes, Node]]:
     """Yield (name as in the tar, node) of each member of a layer, as its header has it."""
     tree = LayerTree(layer)
     for _, member in read_members(layer):
@@ -6329,10 +6771,10 @@ def layer_entries(layer: LayerRecord) -> Iterator[Tuple[bytes, Node]]:
             yield member.name, node
 
 
-def layer_toc(layer: LayerRecord, *, digests: bool = False, progress: Optional[Progress] = None
-              ) -> Iterator[Dict[str, Any]]:
+def layer_toc(layer: LayerRecord, *, digests: bool = False, progress: Progress | None = None
+              ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a layer's TOC, in the order of the tar, whiteouts among them."""
-    links: Dict[bytes, int] = {}
+    links: dict[bytes, int] = {}
     for _, member in read_members(layer):
         if member is not None and member.type == "hardlink":
             target = clean_name(member.linkname)
@@ -6343,10 +6785,10 @@ def layer_toc(layer: LayerRecord, *, digests: bool = False, progress: Optional[P
             yield toc_entry(name, node, links=links.get(node.name, 0), digest=digest)
 
 
-def tree_toc(tree: Tree, *, digests: bool = False, progress: Optional[Progress] = None
-             ) -> Iterator[Dict[str, Any]]:
+def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = None
+             ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a merged tree's TOC, sorted; the root only when a layer has it."""
-    links: Dict[Node, int] = {}
+    links: dict[Node, int] = {}
     if any(layer.root and layer.linked for layer in tree.layers):
         for _, node, _ in tree.walk():
             if node in node.tree.linked:
@@ -6357,9 +6799,9 @@ def tree_toc(tree: Tree, *, digests: bool = False, progress: Optional[Progress] 
                             digest=digest)
 
 
-def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
-                  opener: Callable[[Node], int], wanted: bool, progress: Optional[Progress]
-                  ) -> Iterator[Tuple[bytes, Node, Optional[bytes], str]]:
+def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
+                  opener: Callable[[Node], int], wanted: bool, progress: Progress | None
+                  ) -> Iterator[tuple[bytes, Node, bytes | None, str]]:
     """Add the sha256 of each regular file, checked by size and CRC-64, to what walk() yields.
 
     "" for what is no file, is empty, or was yielded before.
@@ -6388,8 +6830,15 @@ def hash_contents(items: Iterable[Tuple[bytes, Node, Optional[bytes]]],
 DIFFERENCES = ("type", "mode", "owner", "size", "content", "time", "link", "device", "xattr")
 
 
+# ================================================================================================
+# 14. Comparing
+#
+# Two merged trees are compared name by name, in the order of their names.  A path is followed down
+# the layers to tell which one brought it, and which one hid what lower layers have there.
+# ================================================================================================
+
 def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
-               ) -> Iterator[Tuple[bytes, Optional[Node], Optional[Node], List[str]]]:
+               ) -> Iterator[tuple[bytes, Node | None, Node | None, list[str]]]:
     """Yield (path, old node, new node, what differs) for each path that is not the same in both.
 
     A node of None means added or deleted; what differs are words of DIFFERENCES.  Contents are
@@ -6398,9 +6847,9 @@ def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
     ignore = check_words("ignore", ignore, DIFFERENCES)
     walks = [iter(tree.walk()) for tree in (old, new)]
     items = [next(walk, None) for walk in walks]
-    groups: Tuple[Dict[Node, bytes], Dict[Node, bytes]] = ({}, {})
+    groups: tuple[dict[Node, bytes], dict[Node, bytes]] = ({}, {})
 
-    def order(item: Optional[Tuple[bytes, Node, Optional[bytes]]]) -> Tuple[bool, bytes]:
+    def order(item: tuple[bytes, Node, bytes | None] | None) -> tuple[bool, bytes]:
         return (True, b"") if item is None else (False, item[0].replace(b"/", b"\0"))
 
     while items[0] or items[1]:
@@ -6426,7 +6875,7 @@ def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
             yield right[0], None, right[1], []
 
 
-def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str]) -> List[str]:
+def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str]) -> list[str]:
     """Return in which of DIFFERENCES two nodes of one path differ."""
     if a.type != b.type or a.type == "whiteout":
         return ["type"] if a.type != b.type and "type" not in ignore else []
@@ -6447,12 +6896,12 @@ def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str])
     return [word for word in DIFFERENCES if not same.get(word, True) and word not in ignore]
 
 
-def older_nodes(tree: Tree, path: bytes, node: Node) -> List[Node]:
+def older_nodes(tree: Tree, path: bytes, node: Node) -> list[Node]:
     """Return what a visible node hides: what layers below have at its path, newest first.
 
     Neither directories that are merged into it, nor what layers in between had hidden before.
     """
-    found: List[Node] = []
+    found: list[Node] = []
     parts = path.split(b"/") if path else []
     merged = node.type == "dir" and not node.opaque
     for layer in tree.layers[tree.layers.index(node.tree) + 1:]:
@@ -6466,7 +6915,7 @@ def older_nodes(tree: Tree, path: bytes, node: Node) -> List[Node]:
     return found
 
 
-def hidden_nodes(tree: Tree) -> Iterator[Tuple[bytes, Node, LayerTree, str, int]]:
+def hidden_nodes(tree: Tree) -> Iterator[tuple[bytes, Node, LayerTree, str, int]]:
     """Yield (path, node, layer that hides it, how, bytes) for every file that nobody sees any more.
 
     "How" is whiteout, opaque directory, or replaced.  Bytes are those that it wastes: 0 while the
@@ -6501,7 +6950,543 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
 
 
 # ================================================================================================
-# 13. Extract
+# 15. tar-diff
+#
+# Two streams of members are paired by name and occurrence, whatever the order.  A difference is
+# told by the header's fields (v7, ustar, GNU, star, pax), or by size and digest of the content.
+# Memory for members that are not paired yet is bounded.
+# ================================================================================================
+
+# The fields of a header block with their offsets: those that all formats share, then the rest of
+# ustar, of GNU tar's old format (which wrote zeros or sparse maps there) and of star.
+HEADER_FIELDS = (("name", 0), ("mode", 100), ("uid", 108), ("gid", 116), ("size", 124),
+                 ("mtime", 136), ("chksum", 148), ("typeflag", 156), ("linkname", 157),
+                 ("magic", 257), ("version", 263), ("uname", 265), ("gname", 297),
+                 ("devmajor", 329), ("devminor", 337))
+USTAR_FIELDS = (("prefix", 345), ("header padding", 500))
+GNU_FIELDS = (("atime", 345), ("ctime", 357), ("offset", 369), ("longnames", 381),
+              ("header padding", 385), ("sparse", 386), ("isextended", 482), ("realsize", 483),
+              ("header padding", 495))
+STAR_FIELDS = (("prefix", 345), ("atime", 476), ("ctime", 488), ("header padding", 500))
+OCTAL_FIELDS = ("uid", "gid", "size", "devmajor", "devminor", "offset", "realsize")
+HEADER_KINDS = {b"x": "pax", PAX_GLOBAL: "global", b"L": "long name", b"K": "long link"}
+MAX_UNPAIRED = 512 << 20  # memory for names of two tars, and entries without a counterpart yet
+
+
+# -- two tars side by side -----------------------------------------------------------------------
+#
+# Both are read entry by entry, so that up to the first difference both stand at the same place,
+# where position alone tells the field.  From there on entries are paired by name, the n-th of a
+# name with the n-th of that name.  Nothing that a header says is a reason to stop: a header with a
+# wrong checksum is one more difference.  What stands after the last entry, blocks of zeros and all
+# else, is the trailer.
+
+def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+    """Yield how two tars differ, byte by byte and entry by entry; nothing when they are identical.
+
+    ``a`` and ``b`` are paths, or "-" for stdin; compressed files are decompressed (see
+    Decompressed).  Names and values are spelled by spell().  ``change`` of a row is
+
+    - "first", the first row: ``offset`` in the decompressed tar, ``index`` (from 0) and name of the
+      ``entry`` there, both None in the trailer, and the ``field``; ``contentOffset`` when that is
+      "content"; ``ended``, "a" or "b", when it is "end of file";
+    - "changed": ``field`` of ``entry`` with its values ``a`` and ``b``, None for none;
+    - "missing", "extra": only in ``a``, only in ``b``; "reordered": in both.  ``a`` and ``b`` are
+      the indexes;
+    - "duplicated": ``a`` and ``b`` are how often the name is there;
+    - "unreadable": why ``a`` or ``b`` cannot be read further.
+
+    ``progress`` is called until the first row.  Raises FormatError for what is no tar or damaged
+    by its compression, Unsupported, OSError.
+    """
+    with TarSide(a) as left, TarSide(b) as right:
+        yield from _TarDiff(left, right).rows(progress)
+
+
+class TarEntry:
+    """One entry of a tar that is compared, or its trailer, which has no header.
+
+    ``header`` are all its header blocks; ``name`` is what it is shown as, ``key`` what it is paired
+    by; ``size`` is the length of the content by the header, ``done`` what is there, and ``digest``
+    its SHA-256.
+    """
+
+    __slots__ = ("index", "start", "header", "name", "key", "size", "done", "sha", "digest",
+                 "padding")
+
+    def __init__(self, index: int, start: int, header: bytes) -> None:
+        self.index, self.start, self.header = index, start, header
+        self.name = self.key = self.digest = b""
+        self.size = self.done = 0
+        self.sha: Any = None
+        self.padding: bytes | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Count a piece of the content."""
+        if self.sha is None:
+            import hashlib
+
+            self.sha = hashlib.sha256()
+        self.sha.update(data)
+        self.done += len(data)
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes the entry takes while it waits for its counterpart."""
+        return len(self.header) + 2 * len(self.name) + 700
+
+    def content(self) -> dict[str, Any]:
+        """Return size and digest of the content."""
+        return {"size": self.done, "sha256": self.digest.hex() or sha256_digest(b"")[7:]}
+
+
+class TarSide(Closing):
+    """One of two tars that are compared, read once from start to end; a context manager.
+
+    ``at`` is the offset, ``ahead`` what was read already of what follows, ``over`` whether the
+    trailer was reached, ``why`` the reason why no entry can be read any more, or "".
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.why, self.ahead = path, "", b""
+        self.at = self.count = 0
+        self.over = False
+        self._reader = Decompressed(path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+    def take(self, count: int) -> bytes:
+        """Return ``count`` bytes, or fewer at the end."""
+        data = self.ahead + self._reader.read(count - len(self.ahead)) if count else b""
+        self.ahead = self.ahead if not count else b""
+        self.at += len(data)
+        return data
+
+    def next_entry(self) -> TarEntry:
+        """Read the header of the next entry; the last one is the trailer."""
+        entry = TarEntry(self.count, self.at, b"")
+        entry.header = self._read_header()
+        if not entry.header:
+            self.over, entry.size = True, 1 << 62  # all that there is
+            return entry
+        self.count += 1
+        entry.name, entry.key, size = read_outline(entry.header)
+        if size < 0:
+            self.why = self.why or f'the size of "{spell(entry.name)}" is malformed'
+        entry.size = 0 if self.why else size
+        return entry
+
+    def _read_header(self) -> bytes:
+        """Return the header blocks of one entry as far as they can be made out, b"" for none."""
+        parts: list[bytes] = []
+        size = 0
+        while not self.why:
+            block = self.take(BLOCK)
+            if not is_header(block):
+                self.ahead, self.at = block, self.at - len(block)
+                if not self.count and not parts and block.strip(b"\0"):
+                    raise FormatError("no tar", file=self.path)
+                if parts or block.strip(b"\0"):
+                    self.why = f"no header at block {self.at // BLOCK}"
+                break
+            parts.append(block)
+            if (flag := block[TYPE_AT:TYPE_AT + 1]) == b"S" and block[482]:
+                parts.append(self._read_sparse())
+            if flag not in HEADER_KINDS:
+                break
+            length = special_size(block)
+            size += BLOCK + length
+            if length < 0 or size > MAX_HEADERS:
+                self.why = f"a header of {length} bytes" if length >= 0 else "malformed header size"
+                break
+            parts.append(self.take(length + -length % BLOCK))
+            if flag == PAX_GLOBAL:
+                break
+        return b"".join(parts)
+
+    def _read_sparse(self) -> bytes:
+        """Return the blocks that continue the sparse map of GNU tar's old format."""
+        parts = [self.take(BLOCK)]
+        while parts[-1][504:505].strip(b"\0") and len(parts) < MAX_HEADERS // BLOCK:
+            parts.append(self.take(BLOCK))
+        return b"".join(parts)
+
+    def finish(self, entry: TarEntry) -> None:
+        """Read what is left of an entry's content and padding."""
+        for count in split_count(entry.size - entry.done):
+            data = self.take(count)
+            entry.feed(data)
+            if len(data) < count:
+                break
+        if entry.header and entry.done < entry.size:
+            self.why = self.why or f'the content of "{spell(entry.name)}" is cut off'
+        if entry.padding is None:
+            entry.padding = self.take(-entry.size % BLOCK)
+        entry.padding = entry.padding.rstrip(b"\0")
+        if entry.sha:
+            entry.digest, entry.sha = entry.sha.digest(), None
+
+
+class _TarDiff:
+    """Compares two tars: in step up to the first difference, by name from there on."""
+
+    def __init__(self, left: TarSide, right: TarSide) -> None:
+        self.sides = left, right
+        self.first: dict[str, Any] | None = None
+        self.counts: dict[bytes, list[int]] = {}  # how often a key came on either side
+        # For a counterpart, by key and how often that came before.
+        self.waiting: tuple[dict[tuple[bytes, int], TarEntry], ...] = {}, {}
+        self.trailers: list[TarEntry] = []
+        self.high = -1, -1  # indexes of the last pair that is in order
+        self.room = MAX_UNPAIRED
+
+    def rows(self, progress: Progress | None) -> Iterator[dict[str, Any]]:
+        """Yield the rows of diff_tars()."""
+        while not all(side.over for side in self.sides):
+            a, b = pair = [None if side.over else side.next_entry() for side in self.sides]
+            same = not self.first
+            if a and b and same:
+                self._compare(a, b)
+                if progress:
+                    progress(self.sides[0].at, self.sides[0].count)
+            for side, entry in zip(self.sides, pair):
+                if entry:
+                    side.finish(entry)
+            if self.first and same:
+                yield self.first
+            yield from self._settle(a, b)
+        if self.first:
+            yield from self._ends()
+
+    # -- bytes: where the first difference is --
+
+    def _compare(self, a: TarEntry, b: TarEntry) -> None:
+        """Read two entries in step, as long as they are the same."""
+        heads = [entry.header + side.ahead for side, entry in zip(self.sides, (a, b))]
+        if heads[0] != heads[1] and (a.header or b.header):  # a trailer is content, as read here
+            self._note(a, b, heads)
+            return
+        for count in split_count(a.size):
+            parts = [side.take(count) for side in self.sides]
+            if parts[0] != parts[1]:
+                self._note(a, b, parts, "content" if a.header else "trailer")
+                if a.sha:
+                    b.sha, b.done = a.sha.copy(), a.done
+                a.feed(parts[0])
+                b.feed(parts[1])
+                return
+            a.feed(parts[0])
+            if len(parts[0]) < count:
+                break
+        b.sha, b.done = a.sha, a.done
+        parts = [side.take(-a.size % BLOCK) for side in self.sides]
+        a.padding, b.padding = parts
+        if parts[0] != parts[1]:
+            self._note(a, b, parts, "padding")
+
+    def _note(self, a: TarEntry, b: TarEntry, parts: list[bytes], field: str = "") -> None:
+        """Note the first difference: in what follows the headers (``field``), or in these.
+
+        The side whose header is sound knows the name and the field: one changed byte spoils a
+        checksum or a pax record of the other.  A header knows more than the zeros in its place.
+        """
+        at = first_difference(*parts)
+        ended = [len(part) <= at for part in parts]
+        entry, start = a, a.start + (len(a.header) + a.done if field else 0)
+        if not field:
+            entry = (b if ended[0] else a) if any(ended) else max(
+                (a, b), key=lambda entry: 2 * is_sound(entry.header) + bool(entry.header))
+            field = header_field(entry.header, at)
+        inside = field != "trailer"
+        self.first = {"change": "first", "offset": start + at,
+                      "index": entry.index if inside else None,
+                      "entry": spell(entry.name) if inside else None,
+                      "field": "end of file" if any(ended) else field}
+        if any(ended):
+            self.first["ended"] = "a" if ended[0] else "b"
+        elif field == "content":
+            self.first["contentOffset"] = a.done + at
+
+    # -- entries --
+
+    def _settle(self, a: TarEntry | None, b: TarEntry | None) -> Iterator[dict[str, Any]]:
+        """Find the counterparts of what was read, and yield how they differ."""
+        for place, entry in enumerate((a, b)):
+            if entry and not entry.header:
+                self.trailers.insert(place, entry)
+            elif entry:
+                if (counts := self.counts.get(entry.key)) is None:
+                    counts = self.counts[entry.key] = [0, 0]
+                    self._reserve(place, len(entry.key) + 250)
+                number = counts[place]
+                counts[place] += 1
+                if found := self.waiting[1 - place].pop((entry.key, number), None):
+                    self.room += found.memory
+                    yield from self._match(*((found, entry) if place else (entry, found)))
+                else:
+                    self._reserve(place, entry.memory)
+                    self.waiting[place][entry.key, number] = entry
+
+    def _reserve(self, place: int, memory: int) -> None:
+        self.room -= memory
+        if self.room < 0:
+            raise Unsupported(f"{self.sides[place].path}: too many entries that the other tar does "
+                              "not have, or has elsewhere")
+
+    def _match(self, a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
+        """Yield how two entries of one name differ."""
+        if a.index > self.high[0] and b.index > self.high[1]:
+            self.high = a.index, b.index
+        else:  # others that were behind it in one tar, and before it in the other, are settled
+            yield tar_row("reordered", a, "", a.index, b.index)
+        if not self.first:
+            return
+        if a.header != b.header:
+            yield from compare_headers(a, b)
+        if (a.done, a.digest) != (b.done, b.digest):
+            yield tar_row("changed", a, "content", a.content(), b.content())
+        if a.padding != b.padding:
+            yield tar_row("changed", a, "padding", field_value("", a.padding),
+                          field_value("", b.padding))
+
+    def _ends(self) -> Iterator[dict[str, Any]]:
+        """Yield what is known at the end: trailers, and what has no counterpart."""
+        a, b = self.trailers
+        if (a.done, a.digest) != (b.done, b.digest):
+            yield tar_row("changed", None, "trailer", a.content(), b.content())
+        left, right = self.sides
+        if left.why != right.why:
+            yield tar_row("unreadable", None, "", left.why or None, right.why or None)
+        for place, word in enumerate(("missing", "extra")):
+            for (key, number), entry in self.waiting[place].items():
+                counts = self.counts[key]
+                if number > counts[1 - place]:
+                    continue  # one row for all that wait under a name
+                if 0 in counts:
+                    yield tar_row(word, entry, "", *[None if i != place else entry.index
+                                                     for i in (0, 1)])
+                if counts[place] > 1:
+                    yield tar_row("duplicated", entry, "", *counts)
+
+
+def tar_row(change: str, entry: TarEntry | None, field: str, a: Any, b: Any) -> dict[str, Any]:
+    """Return a row of diff_tars()."""
+    return {"change": change, "entry": spell(entry.name) if entry else None,
+            **({"field": field} if field else {}), "a": a, "b": b}
+
+
+def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
+    """Yield a row for each field in which two headers differ, if only by its spelling."""
+    fields_a, fields_b = header_fields(a.header), header_fields(b.header)
+    told = False
+    for field in {**fields_a, **fields_b}:
+        raw = fields_a.get(field), fields_b.get(field)
+        if raw[0] == raw[1] or field == "pax order" and (
+                not raw[0] or not raw[1] or sorted(raw[0].split()) != sorted(raw[1].split())):
+            continue  # which records come or go is told by their own rows
+        if None in raw and " header " in field and not field.endswith(" size"):
+            continue  # that there is a special header at all is one row
+        x, y = (field_value(field, value) for value in raw)
+        if x == y:
+            x, y = (field_value("", value) for value in raw)
+        yield tar_row("changed", a, field, x, y)
+        told = True
+    if not told:
+        yield tar_row("changed", a, "header", sha256_digest(a.header), sha256_digest(b.header))
+
+
+def first_difference(a: bytes, b: bytes) -> int:
+    """Return where two strings first differ; the length of one that the other begins with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def is_header(block: bytes) -> bool:
+    """Tell whether a block is a header, maybe one with a wrong checksum."""
+    if len(block) < BLOCK or not block.strip(b"\0"):
+        return False
+    try:
+        check_sum(block)
+        return True
+    except FormatError:
+        signs = (block[0], block.startswith(b"ustar", 257),
+                 *(re.fullmatch(rb"[ \0]*[0-7]+[ \0]*", field) for field in (
+                     block[148:156], block[SIZE_AT])))
+        return sum(map(bool, signs)) > 1  # a changed byte spoils one of three or four
+
+
+def is_sound(header: bytes) -> bool:
+    """Tell whether all checksums and pax records of an entry's header are right."""
+    try:
+        for _, kind, block, data in header_parts(header):
+            check_sum(block)
+            if kind in ("pax", "global"):
+                parse_pax(data)
+    except FormatError:
+        return False
+    return True
+
+
+def special_size(block: bytes) -> int:
+    """Return the length of what a special header says; -1 where that is malformed or too much."""
+    try:
+        size = parse_number(block[SIZE_AT])
+    except FormatError:
+        return -1
+    return size if size <= MAX_SPECIAL else -1
+
+
+def header_parts(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
+    """Yield (offset, kind, block, data) for each header block of an entry.
+
+    The kind is one of HEADER_KINDS, or "" for the last block; its data are a sparse map.
+    """
+    at = 0
+    while at < len(header):
+        block = header[at:at + BLOCK]
+        kind = HEADER_KINDS.get(block[TYPE_AT:TYPE_AT + 1], "")
+        size = max(special_size(block), 0) if kind else len(header) - at - BLOCK
+        yield at, kind, block, header[at + BLOCK:at + BLOCK + size]
+        at += BLOCK + size + -size % BLOCK
+
+
+def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
+    """Return the name of an entry, what it is paired by, and the size of its content.
+
+    The size is -1 where it is malformed.
+    """
+    pax: dict[bytes, bytes] = {}
+    name = block = b""
+    for _, kind, head, data in header_parts(header):
+        block = head
+        if kind == "pax":
+            pax.update((key, value) for _, key, value in pax_spans(data))
+        elif kind == "long name":
+            name = text_field(data)
+    flag = block[TYPE_AT:TYPE_AT + 1]
+    prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500]) \
+        if block[257:263] == b"ustar\0" else b""
+    own = text_field(block[:100])
+    name = name or pax.get(b"GNU.sparse.name") or pax.get(b"path") or (
+        prefix + b"/" + own if prefix else own)
+    if flag == PAX_GLOBAL:
+        return own, b"g" + own, 0
+    if flag in HEADER_ONLY or flag == b"\0" and name.endswith(b"/") or flag in SPECIALS:
+        return name, b" " + name, 0
+    try:
+        return name, b" " + name, (parse_decimal(pax[b"size"]) if pax.get(b"size")
+                                   else parse_number(block[SIZE_AT]))
+    except FormatError:
+        return name, b" " + name, -1
+
+
+def pax_spans(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield (end, key, value) for each record of a pax header, one without a key when malformed."""
+    at = 0
+    while at < len(data):
+        space = data.find(b" ", at, at + 20)
+        digits = data[at:space] if space > at else b""
+        end = at + int(digits) if digits.isdigit() else 0
+        key, equals, value = data[space + 1:end - 1].partition(b"=")
+        if not at < space < end <= len(data) or not key or not equals or data[end - 1:end] != b"\n":
+            key, value, end = b"", data[at:], len(data)
+        yield end, key, value
+        at = end
+
+
+def pax_label(key: bytes) -> str:
+    """Name the field that a pax record is."""
+    if key.startswith(b"SCHILY.xattr."):
+        return f"xattr {spell(key[13:])}"
+    return f"pax {spell(key)}" if key else "pax records"
+
+
+def block_fields(kind: str, block: bytes) -> list[tuple[str, int, int]]:
+    """Return name, start and end of all fields of a header block of one kind (header_parts())."""
+    gnu, star = block[257:265] == b"ustar  \0", block[508:512] == b"tar\0"
+    starts = HEADER_FIELDS + (GNU_FIELDS if gnu else STAR_FIELDS if star else USTAR_FIELDS)
+    ends = [start for _, start in starts[1:]] + [BLOCK]
+    return [(f"{kind} header {field.replace('header ', '')}" if kind else field, start, end)
+            for (field, start), end in zip(starts, ends)]
+
+
+def header_field(header: bytes, offset: int) -> str:
+    """Name the field in which a byte of an entry's header lies; "trailer" for what follows it."""
+    for at, kind, block, data in header_parts(header):
+        inside = offset - at - BLOCK
+        if inside < 0:
+            return next(field for field, _, end in block_fields(kind, block) if offset - at < end)
+        if inside < len(data):
+            if kind in ("pax", "global"):
+                return next(pax_label(key) for end, key, _ in pax_spans(data) if inside < end)
+            return {"long name": "name", "long link": "linkname"}.get(
+                kind, ("sparse", "isextended", "header padding")[
+                    (inside % BLOCK >= 504) + (inside % BLOCK > 504)])
+        if inside < len(data) + -len(data) % BLOCK:
+            return f"{kind} padding"
+    return "trailer"
+
+
+def header_fields(header: bytes) -> dict[str, bytes]:
+    """Return all fields of an entry's header as they are, long ones as their digests."""
+    fields: dict[str, bytes] = {}
+    for _, kind, block, data in header_parts(header):
+        if kind in ("pax", "global"):
+            records = list(pax_spans(data))
+            fields.update((pax_label(key), value) for _, key, value in records)
+            fields["pax order"] = b" ".join(key for _, key, _ in records)
+        elif data:
+            fields[{"long name": "name", "long link": "linkname"}.get(kind, "sparse map")] = data
+        for field, start, end in block_fields(kind, block):
+            fields.setdefault(field, block[start:end])  # a long name counts, not its start here
+            if field.endswith("chksum"):
+                fields[field] = checksum_words(block)
+    return {field: raw if len(raw) <= MAX_PATH else b"%s (%d bytes)" % (
+        sha256_digest(raw).encode(), len(raw)) for field, raw in fields.items()}
+
+
+def checksum_words(block: bytes) -> bytes:
+    """Tell whether a header's checksum is right, so that it does not differ when others do."""
+    try:
+        check_sum(block)
+    except FormatError as error:
+        return str(error).encode()
+    shape = re.sub(rb"[0-7]", b"0", block[148:156])
+    return b"right" if shape == b"000000\0 " else b"right, spelled " + shape
+
+
+def field_value(field: str, raw: bytes | None) -> Any:
+    """Return what a header field means: number, octal mode, RFC 3339 time, or text.
+
+    What is malformed comes as it is; None for a field that is not there.
+    """
+    word = field.rpartition(" header ")[2] if not field.startswith("xattr ") else ""
+    try:
+        if raw is None:
+            return None
+        if word == "mode":
+            return f"{parse_number(raw):04o}"
+        if word in OCTAL_FIELDS:
+            return parse_number(raw)
+        if word in ("mtime", "atime", "ctime"):
+            moment = parse_number(raw) * 10**9
+            return format_time(moment) if has_rfc3339(moment) else moment
+    except FormatError:
+        pass
+    text = word in ("name", "linkname", "uname", "gname", "prefix")
+    return spell(text_field(raw or b"") if text else raw or b"")
+
+
+# ================================================================================================
+# 16. Extract
 #
 # Files out into a directory: first all directories, then files, directory by directory, shared out
 # to processes, then hard links, then the metadata of directories, deepest first, since what is made
@@ -6515,8 +7500,12 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
 # need the write permission that a mode of 0444 has not.
 # ================================================================================================
 
+BATCH = 4 << 20  # bytes, or 64 files, that a process extracts at a time
+MAX_WORKERS = 8  # processes that extract
+
+
 def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] = (), *,
-                 top: bytes = b"", whiteouts: bool = True) -> Iterator[Tuple[bytes, Node]]:
+                 top: bytes = b"", whiteouts: bool = True) -> Iterator[tuple[bytes, Node]]:
     """Yield (path below ``top``, node) of what fits ``paths`` (all, without any) to be extracted.
 
     A directory brings all that is in it, and comes after those that it lies in and before what it
@@ -6525,9 +7514,9 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
     """
     fits = compile_patterns(paths, tree.paths)
     omits = compile_patterns(exclude, tree.paths) if exclude else lambda path: False
-    inside: Optional[bytes] = None  # what begins so is in a directory that was selected
-    outside: Optional[bytes] = None  # ... excluded
-    above: List[Tuple[bytes, Node]] = []  # directories that nothing was taken from yet
+    inside: bytes | None = None  # what begins so is in a directory that was selected
+    outside: bytes | None = None  # ... excluded
+    above: list[tuple[bytes, Node]] = []  # directories that nothing was taken from yet
     cut = len(top) + 1 if top else 0
     for place, node, _ in tree.walk(top):
         if outside is not None and place.startswith(outside):
@@ -6559,13 +7548,13 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
             yield (path + b"/" if path else b"") + OPAQUE_MARKER, marker
 
 
-def strip_components(items: Iterator[Tuple[bytes, Node]], count: int
-                     ) -> Iterator[Tuple[bytes, Node]]:
+def strip_components(items: Iterator[tuple[bytes, Node]], count: int
+                     ) -> Iterator[tuple[bytes, Node]]:
     """Take ``count`` components off the front of paths, and what has no more of them out.
 
     Raises CstorError when two files come to the same path.
     """
-    seen: Dict[bytes, Tuple[bytes, str]] = {}
+    seen: dict[bytes, tuple[bytes, str]] = {}
     for path, node in items:
         if not (rest := b"/".join(path.split(b"/")[count:])):
             continue
@@ -6593,8 +7582,8 @@ class OwnerMap:
     """
 
     def __init__(self, ranges: Sequence[str]) -> None:
-        self.users: List[Tuple[int, int, int]] = []
-        self.groups: List[Tuple[int, int, int]] = []
+        self.users: list[tuple[int, int, int]] = []
+        self.groups: list[tuple[int, int, int]] = []
         for text in check_words("owner_map", ranges):
             match = re.fullmatch(r"(?:([ug]):)?(\d{1,10}):(\d{1,10}):(\d{1,10})", text)
             numbers = tuple(map(int, match.groups()[1:])) if match else ()
@@ -6605,7 +7594,7 @@ class OwnerMap:
                     mappings.append((numbers[0], numbers[1], numbers[2]))
 
     @staticmethod
-    def shift(number: int, mappings: Sequence[Tuple[int, int, int]]) -> int:
+    def shift(number: int, mappings: Sequence[tuple[int, int, int]]) -> int:
         """Return the ID outside; without any mapping it is the same.  Raises ValueError."""
         for inside, outside, count in mappings:
             if inside <= number < inside + count:
@@ -6631,10 +7620,10 @@ class Tally:
     __slots__ = ("counts", "refused", "unset", "left_out")
 
     def __init__(self) -> None:
-        self.counts: Dict[str, int] = {}  # by type of file, and bytes by the way they came
-        self.refused: Dict[str, Tuple[int, int]] = {}  # files and bytes, by why they are not shared
-        self.unset: Dict[str, int] = {}  # what could not be set
-        self.left_out: List[bytes] = []  # paths of what could not be made
+        self.counts: dict[str, int] = {}  # by type of file, and bytes by the way they came
+        self.refused: dict[str, tuple[int, int]] = {}  # files and bytes, by why they are not shared
+        self.unset: dict[str, int] = {}  # what could not be set
+        self.left_out: list[bytes] = []  # paths of what could not be made
 
     def count(self, word: str, number: int = 1) -> None:
         """Count files or bytes."""
@@ -6649,12 +7638,12 @@ class Tally:
         """Count what cannot be set."""
         self.unset[what] = self.unset.get(what, 0) + number
 
-    def plain(self) -> Tuple[Any, ...]:
+    def plain(self) -> tuple[Any, ...]:
         """Return all as plain data."""
         return self.counts, self.refused, self.unset, self.left_out
 
-    def add(self, counts: Dict[str, int], refused: Dict[str, Tuple[int, int]],
-            unset: Dict[str, int], left_out: List[bytes]) -> None:
+    def add(self, counts: dict[str, int], refused: dict[str, tuple[int, int]],
+            unset: dict[str, int], left_out: list[bytes]) -> None:
         """Add what another process counted."""
         for word, number in counts.items():
             self.count(word, number)
@@ -6666,7 +7655,7 @@ class Tally:
 
 
 def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Callable[[], T],
-              tick: Callable[[int], None]) -> List[T]:
+              tick: Callable[[int], None]) -> list[T]:
     """Call ``work`` for each number below ``jobs`` in several processes, of which this is one.
 
     Return what ``report`` returns in the others at the end.  ``tick`` is told here how many jobs
@@ -6676,7 +7665,7 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     # fits.  (A memfd does not do: two reads at the same offset can meet.)
     size = -(-jobs // 1024) or 1
     tokens, write_fd = os.pipe()
-    workers: Dict[int, int] = {}  # process ID, end of the pipe that its report comes through
+    workers: dict[int, int] = {}  # process ID, end of the pipe that its report comes through
 
     def take_lots() -> Iterator[int]:
         for token in iter(lambda: os.read(tokens, 4), b""):
@@ -6710,14 +7699,14 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
                 wait_for(pid)
 
 
-def fork_worker(workers: Dict[int, int], signals: Any, tokens: int, work: Iterator[object],
+def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterator[object],
                 report: Callable[[], Any]) -> bool:
     """Start a process that consumes ``work``, and enter it in ``workers``; signals are held."""
     import gc
     import marshal
 
     parent = os.getpid()
-    fds: Tuple[int, ...] = ()
+    fds: tuple[int, ...] = ()
     try:
         read_fd, write_fd = fds = os.pipe()
         pid = os.fork()
@@ -6757,7 +7746,7 @@ def _stop_worker(number: int, _: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def pack_error(error: BaseException) -> Tuple[Any, ...]:
+def pack_error(error: BaseException) -> tuple[Any, ...]:
     """Return an exception as plain data (pickle asks for a module that can be imported)."""
     args = (error.errno, error.strerror, error.filename) if type(error) is not NeedsUnshare \
         and isinstance(error, OSError) else error.args
@@ -6767,7 +7756,7 @@ def pack_error(error: BaseException) -> Tuple[Any, ...]:
         arg if isinstance(arg, (str, bytes, int, type(None))) else str(arg) for arg in args), plain
 
 
-def unpack_error(name: str, args: Tuple[Any, ...], plain: Dict[str, Any]) -> BaseException:
+def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> BaseException:
     """Return the exception that pack_error() was given, if it is one of ours or of Python's."""
     import builtins
 
@@ -6780,7 +7769,7 @@ def unpack_error(name: str, args: Tuple[Any, ...], plain: Dict[str, Any]) -> Bas
     return error
 
 
-def finish_worker(workers: Dict[int, int], pid: int) -> Any:
+def finish_worker(workers: dict[int, int], pid: int) -> Any:
     """Return the report of a process that has nothing more to do; raise its error."""
     import marshal
 
@@ -6835,7 +7824,7 @@ class Undo:
     """
 
     def __init__(self) -> None:
-        self.steps: List[Tuple[str, Callable[[], Optional[str]]]] = []
+        self.steps: list[tuple[str, Callable[[], str | None]]] = []
 
     def run(self, error: BaseException) -> None:
         with SignalsHeld():
@@ -6863,10 +7852,10 @@ class Extraction:
     one's own: no owners, setuid, xattrs, devices.
     """
 
-    def __init__(self, target: Target, *, link_mode: str = "auto", owners: Optional[bool] = None,
+    def __init__(self, target: Target, *, link_mode: str = "auto", owners: bool | None = None,
                  owner_map: Sequence[str] = (), verify: bool = False, merge: bool = False,
                  resume: bool = False, plain: bool = False, workers: int = 0,
-                 progress: Optional[Progress] = None) -> None:
+                 progress: Progress | None = None) -> None:
         self.target, self.verify, self.plain = target, verify, plain
         self.merge, self.resume = merge, resume
         self.tally, self._workers, self._progress = Tally(), workers, progress
@@ -6876,12 +7865,12 @@ class Extraction:
                                           ) or bool(owner_map)
         self._insist = owners or bool(owner_map)
         self._hardlinks, self._ladder = link_mode == "hardlink", Ladder(link_mode)
-        self._shared: Set[Tuple[int, int]] = set()  # inodes of the store that have a link in it
+        self._shared: set[tuple[int, int]] = set()  # inodes of the store that have a link in it
         self._device = os.fstat(target.fd).st_dev
-        self._devices: Dict[LayerTree, Tuple[int, int]] = {}  # of a layer's files and the target
-        self._firsts: Dict[Node, bytes] = {}  # of files with several names, the path made first
-        self._links: List[Tuple[bytes, bytes]] = []  # hard links to make: path, first path
-        self._folders: List[Tuple[bytes, Node]] = []  # whose metadata are to be set
+        self._devices: dict[LayerTree, tuple[int, int]] = {}  # of a layer's files and the target
+        self._firsts: dict[Node, bytes] = {}  # of files with several names, the path made first
+        self._links: list[tuple[bytes, bytes]] = []  # hard links to make: path, first path
+        self._folders: list[tuple[bytes, Node]] = []  # whose metadata are to be set
         self._directories = 0
         self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
         self._stores = storage_inodes() if merge else {}  # where the merging stops
@@ -6889,7 +7878,7 @@ class Extraction:
 
     # -- planning --------------------------------------------------------------------------------
 
-    def run(self, items: Iterable[Tuple[bytes, Node]],
+    def run(self, items: Iterable[tuple[bytes, Node]],
             settled: Callable[[], object] = lambda: None) -> None:
         """Make all ``items``, as select_nodes() yields them.
 
@@ -6912,13 +7901,13 @@ class Extraction:
         self._make_links()
         self._finish_directories(settled)
 
-    def _batches(self, items: Iterable[Tuple[bytes, Node]]) -> Iterator[List[Any]]:
+    def _batches(self, items: Iterable[tuple[bytes, Node]]) -> Iterator[list[Any]]:
         """Make directories, and yield other files in batches: directory, name, node, and so on.
 
         Two workers in one directory wait for each other in the kernel: none is split but one of
         sixteen times a batch.  The lists are flat: a tuple for each of 500,000 files takes 30 MB.
         """
-        batch: List[Any] = []
+        batch: list[Any] = []
         room = BATCH
         for path, node in items:
             if node.type == "dir":
@@ -6936,7 +7925,7 @@ class Extraction:
             room -= node.size + BATCH // 64
         yield batch
 
-    def _ticker(self, batches: Sequence[List[Any]]) -> Callable[[int], None]:
+    def _ticker(self, batches: Sequence[list[Any]]) -> Callable[[int], None]:
         """Return what tells the progress, given how many batches were begun."""
         begun = size = files = 0
 
@@ -7020,7 +8009,7 @@ class Extraction:
 
     # -- making files ----------------------------------------------------------------------------
 
-    def _make_batch(self, batch: List[Any]) -> None:
+    def _make_batch(self, batch: list[Any]) -> None:
         triples = iter(batch)
         for parent, base, node in nodes_ahead(zip(triples, triples, triples),
                                               lambda triple: triple[2]):
@@ -7182,7 +8171,7 @@ class Extraction:
 
     # -- metadata --------------------------------------------------------------------------------
 
-    def _owner(self, node: Node) -> Tuple[int, int]:
+    def _owner(self, node: Node) -> tuple[int, int]:
         """Return the owner that a file should have."""
         if self.plain:
             return self._us
@@ -7194,7 +8183,7 @@ class Extraction:
                 raise CstorError(f'"/{display(node.path)}": {error}') from None
         return uid, gid
 
-    def _describe(self, place: Union[int, str, bytes], status: os.stat_result, node: Node) -> None:
+    def _describe(self, place: int | str | bytes, status: os.stat_result, node: Node) -> None:
         """Set owner, xattrs, mode and time, by a descriptor, its path below /proc/self/fd, or name.
 
         A name (bytes) is not followed, and in the working directory.
@@ -7226,7 +8215,7 @@ class Extraction:
         moment = self._made if node.implicit else node.mtime_ns
         os.utime(place, ns=(moment, moment), follow_symlinks=not isinstance(place, bytes))
 
-    def _chown(self, place: Union[int, str, bytes], owner: Tuple[int, int], node: Node) -> bool:
+    def _chown(self, place: int | str | bytes, owner: tuple[int, int], node: Node) -> bool:
         if self._set_owners:
             try:
                 os.chown(place, *owner, follow_symlinks=not isinstance(place, bytes))
@@ -7243,7 +8232,7 @@ class Extraction:
         self.tally.note("owner")
         return False
 
-    def _set_xattr(self, place: Union[int, str, bytes], name: bytes, value: bytes) -> None:
+    def _set_xattr(self, place: int | str | bytes, name: bytes, value: bytes) -> None:
         if name == b"security.capability":
             value = self._map.capability(value)
         try:
@@ -7254,7 +8243,7 @@ class Extraction:
                               f"{counted(len(value), 'byte')}: {error.strerror}") from None
             self.tally.note("xattr")
 
-    def summary(self) -> Dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return what was made and how, as numbers of files and bytes, to be shown as JSON.
 
         ``refused`` tells why files were not shared, ``unset`` how many files lack an owner, a
@@ -7277,8 +8266,8 @@ class Extraction:
 
 def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
                  exclude: Sequence[str] = (), strip: int = 0, whiteouts: bool = True,
-                 force: bool = False, clean: Optional[bool] = None, verify: bool = False,
-                 **options: Any) -> Dict[str, Any]:
+                 force: bool = False, clean: bool | None = None, verify: bool = False,
+                 **options: Any) -> dict[str, Any]:
     """Put the files of a tree into ``directory``, which is made, or is empty, or ``force``.
 
     ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
@@ -7296,7 +8285,7 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
 
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
-                 whiteouts: bool) -> Iterator[Tuple[bytes, Node]]:
+                 whiteouts: bool) -> Iterator[tuple[bytes, Node]]:
     """Yield what select_nodes() and strip_components() do.  Raises NotFound now, not later."""
     check_type("strip", strip, int)
     if strip < 0:
@@ -7319,17 +8308,16 @@ class Filling:
     yet, marks it.  A mark that is not locked is of a run that was killed, which force resumes.
     """
 
-    def __init__(self, directory: str, *, force: bool = False, clean: Optional[bool] = None
-                 ) -> None:
+    def __init__(self, directory: str, *, force: bool = False, clean: bool | None = None) -> None:
         if not directory or force and clean:
             raise ValueError("clean would remove what force finds" if directory
                              else "no directory is named")
         refuse_storage(directory)
         self.directory, self._force, self._clean = directory, force, clean
         self.made, self.mode, self._resume, self._undo = False, 0, False, Undo()
-        self._target: Optional[Target] = None
-        self._lock: Optional[Target] = None  # the same, open to be read, and locked
-        self.staging: Optional[Target] = None
+        self._target: Target | None = None
+        self._lock: Target | None = None  # the same, open to be read, and locked
+        self.staging: Target | None = None
 
     def __enter__(self) -> Target:
         try:
@@ -7373,8 +8361,8 @@ class Filling:
                 os.rmdir(os.path.basename(staging.path), dir_fd=self._target.fd)
             self.staging = None
 
-    def fill(self, target: Target, items: Iterator[Tuple[bytes, Node]], **options: Any
-             ) -> Dict[str, Any]:
+    def fill(self, target: Target, items: Iterator[tuple[bytes, Node]], **options: Any
+             ) -> dict[str, Any]:
         """Make ``items`` in the directory by an Extraction with ``options``; return its summary."""
         first, items = peek(items)
         extraction = Extraction(target, merge=self._force and not self.made, resume=self._resume,
@@ -7388,7 +8376,7 @@ class Filling:
                           self.directory)
         return extraction.summary()
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  *_: object) -> None:
         if error is not None:
             name_error(error, self.directory)
@@ -7419,7 +8407,7 @@ def refuse_storage(path: str) -> None:
         place = os.path.dirname(place)
 
 
-def storage_inodes() -> Dict[Any, str]:
+def storage_inodes() -> dict[Any, str]:
     """Return where storages are that are open or configured: real paths, and device with inode.
 
     The values name them.  Also those directories count where a part of one is mounted.
@@ -7437,7 +8425,7 @@ def storage_inodes() -> Dict[Any, str]:
     return {**{inode_at(place): name for place, name in found.items()}, **found, (0, 0): ""}
 
 
-def storage_places() -> Dict[str, str]:
+def storage_places() -> dict[str, str]:
     """Return directories of storages, in run roots containers/storage's own, and their names."""
     storages = [([root.path for root in storage.roots], storage.runroot) for storage in filter(
         None, [entry() for entry in list(OPEN_STORAGES)])]
@@ -7453,7 +8441,7 @@ def storage_places() -> Dict[str, str]:
             for name in [*[""] * (root != run), *inside]}
 
 
-def inode_at(path: str) -> Tuple[int, int]:
+def inode_at(path: str) -> tuple[int, int]:
     """Return device and inode number of what is at a path, (0, 0) for nothing to be seen."""
     try:
         return os.stat(path).st_dev, os.stat(path).st_ino
@@ -7461,7 +8449,7 @@ def inode_at(path: str) -> Tuple[int, int]:
         return 0, 0
 
 
-def open_target(directory: str) -> Tuple[Target, int, bool]:
+def open_target(directory: str) -> tuple[Target, int, bool]:
     """Open a directory to make files in; return it, its mode to be, and whether it was made.
 
     One that is made is closed to others until then, and inherits no group and no ACL.  Raises
@@ -7506,7 +8494,7 @@ def has_default_acl(target: Target) -> bool:
         return error.errno == errno.EACCES  # else none are known there
 
 
-def remove_acls(place: Union[int, str, bytes]) -> None:
+def remove_acls(place: int | str | bytes) -> None:
     """Remove the ACLs that a new file has inherited, if any."""
     try:
         for name in {"system.posix_acl_access", "system.posix_acl_default"} \
@@ -7544,7 +8532,7 @@ def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> Non
 
 
 # ================================================================================================
-# 14. Archives
+# 17. Archives
 #
 # What leaves for other tools.  An OCI layout is a directory: "oci-layout", "index.json" with a
 # descriptor (media type, digest, size) of each manifest, and blobs named by their sha256.  A
@@ -7554,170 +8542,26 @@ def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> Non
 # the image keeps its ID; a manifest, when it already describes just these blobs.
 # ================================================================================================
 
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"  # +gzip, +zstd
+
+# Annotations: the name of an image in an OCI layout, and what a manifest was made from.
+REF_NAME = "org.opencontainers.image.ref.name"
+ORIGINAL_DIGEST = "dev.cstor.original-manifest-digest"
+
 LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # the ends of layers' media types
 
 
-def compact_json(value: Any) -> bytes:
-    """Return JSON without spaces, the same bytes for the same value.
-
-    Raises FormatError for a number that JSON has not, such as 1e999.
-    """
-    try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError as error:
-        raise FormatError(f"it cannot be written as JSON: {error}") from None
-
-
-class GzipWriter:
-    """Compresses what is written to it in several threads, and passes it on to ``write``.
-
-    Blocks are compressed for themselves, each with the end of the one before as its dictionary, as
-    pigz does: the bytes depend on the level and on zlib, but on no number of threads.  The header
-    holds neither name nor time.
-    """
-
-    BLOCK_SIZE = 256 << 10
-    DICTIONARY = 32 << 10
-
-    def __init__(self, write: Callable[[bytes], object], level: int = 6) -> None:
-        self._write, self._level = write, level
-        threads = min(os.cpu_count() or 1, 8)
-        self._threads, self._most = Threads(threads), threads + 2
-        self._blocks: List[Job] = []  # those that are compressed now
-        self._buffer, self._before = bytearray(), b""
-        self._crc = self._size = 0
-        write(b"\x1f\x8b\x08\0\0\0\0\0%c\xff" % {1: 4, 9: 2}.get(level, 0))
-
-    def write(self, data: Union[bytes, memoryview]) -> int:
-        """Take uncompressed bytes; they may be changed afterwards."""
-        self._buffer += data
-        while len(self._buffer) > self.BLOCK_SIZE:
-            self._compress(bytes(self._buffer[:self.BLOCK_SIZE]), last=False)
-            del self._buffer[:self.BLOCK_SIZE]
-        return len(data)
-
-    def _compress(self, block: bytes, *, last: bool) -> None:
-        self._crc = zlib.crc32(block, self._crc)
-        self._size += len(block)
-        before, self._before = self._before, block[-self.DICTIONARY:]
-        self._blocks.append(self._threads.submit(lambda: self._deflate(block, before, last)))
-        while self._blocks and (last or len(self._blocks) > self._most):
-            self._write(self._blocks.pop(0).result())
-
-    def _deflate(self, block: bytes, dictionary: bytes, last: bool) -> bytes:
-        deflate = zlib.compressobj(self._level, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY,
-                                   dictionary)
-        return deflate.compress(block) + deflate.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
-
-    def finish(self) -> None:
-        """Write what is left and the trailer."""
-        self._compress(bytes(self._buffer), last=True)
-        self._write(self._crc.to_bytes(4, "little") + (self._size % 2**32).to_bytes(4, "little"))
-        self.close()
-
-    def close(self) -> None:
-        """End the threads; harmless when repeated."""
-        self._threads.close()
-
-
-class ZstdWriter:
-    """Compresses by Python's compression.zstd (3.14), or else by the program zstd.
-
-    Raises Unsupported when there is neither.
-    """
-
-    def __init__(self, write: Callable[[bytes], object], level: int = 3) -> None:
-        self._write = write
-        self._program: Any = None
-        try:
-            import importlib
-
-            self._compressor: Any = importlib.import_module("compression.zstd").ZstdCompressor(
-                level)
-        except ImportError:
-            self._start(level)
-
-    def _start(self, level: int) -> None:
-        import select
-        import subprocess
-
-        try:
-            self._program = subprocess.Popen(["zstd", "-q", "-c", f"-{level}", "-T0"], bufsize=0,
-                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except (FileNotFoundError, PermissionError):
-            raise Unsupported("no zstd: neither Python 3.14 nor the program zstd is here",
-                              hint="--compress gzip needs nothing") from None
-        except OSError as error:
-            raise with_path(error, "zstd") from None
-        os.set_blocking(self._program.stdin.fileno(), False)
-        self._poll = select.poll()
-        for file, event in ((self._program.stdin, select.POLLOUT),
-                            (self._program.stdout, select.POLLIN)):
-            widen_pipe(file.fileno())
-            self._poll.register(file, event)
-
-    def write(self, data: Union[bytes, memoryview]) -> int:
-        """Take uncompressed bytes."""
-        if not self._program:
-            self._write(self._compressor.compress(data))
-            return len(data)
-        view = memoryview(data)
-        source, sink = self._program.stdin.fileno(), self._program.stdout.fileno()
-        while view:
-            if sink in dict(self._poll.poll()):
-                self._write(os.read(sink, CHUNK) or self._give_up())
-                continue
-            try:
-                view = view[os.write(source, view):]
-            except BrokenPipeError:
-                self._give_up()
-        return len(data)
-
-    def _give_up(self) -> NoReturn:
-        raise CstorError(f"zstd failed with status {self._program.wait()}")
-
-    def abort(self) -> None:
-        """Let nothing wait for the program any more."""
-        if self._program:
-            self._program.kill()
-
-    def finish(self) -> None:
-        """Write what is left."""
-        if not self._program:
-            self._write(self._compressor.flush())
-            return
-        self._program.stdin.close()
-        for data in iter(lambda: self._program.stdout.read(CHUNK), b""):
-            self._write(data)
-        if self._program.wait():
-            self._give_up()
-
-    def close(self) -> None:
-        """End the program; harmless when repeated."""
-        if self._program:
-            self._program.kill()
-            self._program.wait()
-            self._program.stdin.close()
-            self._program.stdout.close()
-
-
-def parse_compression(text: str) -> Tuple[str, int]:
-    """Return the kind and level of ``none``, ``gzip[:1-9]`` or ``zstd[:1-19]``; ValueError."""
-    if not (match := re.fullmatch(r"none|gzip(?::([1-9]))?|zstd(?::(1?[1-9]|10))?", text)):
-        raise ValueError(f'expected none, gzip[:1 to 9] or zstd[:1 to 19], got "{text}"')
-    kind = text.partition(":")[0]
-    return kind, int(match[1] or match[2] or {"none": 0, "gzip": 6, "zstd": 3}[kind])
-
-
 # -- descriptions of images ----------------------------------------------------------------------
 
-def descriptor(media_type: str, digest: str, size: int) -> Dict[str, Any]:
+def descriptor(media_type: str, digest: str, size: int) -> dict[str, Any]:
     """Return an OCI content descriptor."""
     return {"mediaType": media_type, "digest": digest, "size": size}
 
 
-def layer_blob(layer: LayerRecord) -> Tuple[str, int]:
+def layer_blob(layer: LayerRecord) -> tuple[str, int]:
     """Return (digest, size) of a layer's tar: as recorded, or by making it once into nothing."""
     if re.fullmatch("sha256:" + HEX64, layer.diff_digest) and (
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
@@ -7738,13 +8582,13 @@ def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
     return image.config_bytes()
 
 
-def with_platform(blob: Dict[str, Any], said: Mapping[str, Any]) -> Dict[str, Any]:
+def with_platform(blob: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """Add the platform of a configuration to a descriptor, if it tells system and architecture."""
     platform = platform_in(said)
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
 
-def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[Dict[str, Any]]) -> bytes:
+def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[dict[str, Any]]) -> bytes:
     """Return the manifest of an image whose layers are the blobs ``layers``.
 
     It is the stored one, byte for byte, if that is an OCI manifest of just these blobs; else one is
@@ -7771,7 +8615,7 @@ def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[Dict[str, A
         **kept, "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: before}})
 
 
-def is_strict(manifest: Dict[str, Any]) -> bool:
+def is_strict(manifest: dict[str, Any]) -> bool:
     """Tell whether a manifest is one that every reader takes: fields of the right types."""
     kind, other = ("manifests", "layers") if "manifests" in manifest else ("layers", "manifests")
     entries = manifest.get(kind)
@@ -7798,7 +8642,7 @@ def is_strict(manifest: Dict[str, Any]) -> bool:
         return False
 
 
-def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
+def oci_index(image: ImageRecord, manifests: Sequence[dict[str, Any]]) -> bytes:
     """Return the index of a manifest list whose instances are ``manifests``, as oci_manifest()."""
     data = image.list_bytes()
     stored = parse_json(data, "manifest list")
@@ -7807,7 +8651,7 @@ def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
     if stored.get("mediaType", OCI_INDEX) == OCI_INDEX and is_strict(stored) \
             and found == [(entry["digest"], entry["size"]) for entry in manifests]:
         return data
-    kept: Dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     if is_strict(stored):
         kept = kept_fields(stored, "schemaversion", "mediatype", "manifests")
         manifests = [{**blob, **kept_fields(entry, "mediatype", "digest", "size", "data", "urls")}
@@ -7818,7 +8662,7 @@ def oci_index(image: ImageRecord, manifests: Sequence[Dict[str, Any]]) -> bytes:
         "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: sha256_digest(data)}})
 
 
-def kept_fields(stored: Mapping[str, Any], *own: str) -> Dict[str, Any]:
+def kept_fields(stored: Mapping[str, Any], *own: str) -> dict[str, Any]:
     """Return the fields of a strict object but ``own``; Go takes names whatever their case."""
     known = ("annotations", "artifactType", "platform", "subject")
     other = {key.lower() for key in known}.union(own)
@@ -7826,7 +8670,7 @@ def kept_fields(stored: Mapping[str, Any], *own: str) -> Dict[str, Any]:
             and (key in known or key.lower() not in other)}
 
 
-def choose_instances(image: ImageRecord, platform: str, every: bool) -> List[ImageRecord]:
+def choose_instances(image: ImageRecord, platform: str, every: bool) -> list[ImageRecord]:
     """Return the images that stand for ``image``: see single(), or all of its list."""
     found = [instance for _, instance in image.instances()] if every else []
     if every and image.is_list and not found:
@@ -7876,7 +8720,7 @@ class OciLayout:
         self._complete = False  # the index names all that was added
         self._undo = Undo()
         self._lock = -1
-        self._target: Optional[Target] = None
+        self._target: Target | None = None
 
     @property
     def target(self) -> Target:
@@ -7944,7 +8788,7 @@ class OciLayout:
         self._undo.steps.append((self.target.host_path(path),
                                  lambda: remove(base, dir_fd=self.target.parent(parent))))
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  *_: object) -> None:
         if self._target is None:
             return
@@ -7994,15 +8838,15 @@ class OciLayout:
 
         self.write(folder, fill)
 
-    def add(self, data: bytes) -> Tuple[str, int]:
+    def add(self, data: bytes) -> tuple[str, int]:
         """Add a small blob; return its digest and size."""
         digest = sha256_digest(data)
         if not self.has(digest, len(data)):
             self.put(b"blobs/sha256", digest[7:].encode(), data)
         return digest, len(data)
 
-    def add_layer(self, layer: LayerRecord, compression: Tuple[str, int] = ("none", 0),
-                  progress: Optional[Progress] = None) -> Tuple[str, Dict[str, Any]]:
+    def add_layer(self, layer: LayerRecord, compression: tuple[str, int] = ("none", 0),
+                  progress: Progress | None = None) -> tuple[str, dict[str, Any]]:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
         kind, level = compression
         media_type = OCI_LAYER + COMPRESSIONS[kind]
@@ -8024,8 +8868,8 @@ class OciLayout:
         self.write(b"blobs/sha256", fill)
         return diff_id, descriptor(media_type, digest, size)
 
-    def add_image(self, image: ImageRecord, compression: Tuple[str, int] = ("none", 0),
-                  progress: Optional[Progress] = None) -> Dict[str, Any]:
+    def add_image(self, image: ImageRecord, compression: tuple[str, int] = ("none", 0),
+                  progress: Progress | None = None) -> dict[str, Any]:
         """Add an image's layers, configuration and manifest; return the manifest's descriptor."""
         layers = [self.add_layer(layer, compression, progress) for layer in image.checked_chain()]
         config = check_config(image, [diff_id for diff_id, _ in layers])
@@ -8033,7 +8877,7 @@ class OciLayout:
         manifest = oci_manifest(image, config, [blob for _, blob in layers])
         return with_platform(descriptor(OCI_MANIFEST, *self.add(manifest)), image.config())
 
-    def tag(self, blob: Dict[str, Any], tag: str) -> List[Any]:
+    def tag(self, blob: dict[str, Any], tag: str) -> list[Any]:
         """Enter a manifest in the index, under ``tag`` if it is not ""; the last step.
 
         What had the tag is not in the index any more; its blobs stay.  Returns its digest, if any.
@@ -8064,7 +8908,7 @@ class OciLayout:
 
 
 def compress_layer(layer: LayerRecord, fd: int, kind: str, level: int,
-                   progress: Optional[Progress] = None) -> Tuple[str, str]:
+                   progress: Progress | None = None) -> tuple[str, str]:
     """Write a layer's compressed tar; return its DiffID, verified, and the digest of the blob."""
     import hashlib
 
@@ -8091,8 +8935,8 @@ def check_tag(tag: str) -> None:
 
 def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
                 compression: str = "none", platform: str = "", every: bool = False,
-                progress: Optional[Progress] = None,
-                tell: Callable[[str], object] = lambda text: None) -> Dict[str, Any]:
+                progress: Progress | None = None,
+                tell: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
     """Add an image to the OCI layout ``directory``; return the descriptor in its index.
 
     Of a manifest list, or with ``every`` the one that the image was pulled through, that is the
@@ -8124,10 +8968,10 @@ def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
 class ArchiveWriter:
     """Writes a tar of files without owners, all of one time, to a descriptor."""
 
-    def __init__(self, fd: int, progress: Optional[Progress] = None) -> None:
+    def __init__(self, fd: int, progress: Progress | None = None) -> None:
         self._fd, self._progress = fd, progress
         self._time = source_date_epoch()
-        self._names: Set[str] = set()
+        self._names: set[str] = set()
 
     def file(self, name: str, data: bytes) -> None:
         """Write a small file, once."""
@@ -8156,8 +9000,8 @@ class ArchiveWriter:
         write_all(self._fd, bytes(2 * BLOCK))
 
 
-def write_docker_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]]],
-                         progress: Optional[Progress] = None) -> None:
+def write_docker_archive(fd: int, images: Sequence[tuple[ImageRecord, Sequence[str]]],
+                         progress: Progress | None = None) -> None:
     """Write what ``podman load`` and ``docker load`` read: images, each with the names to give it.
 
     Names are ``repository:tag``.  Raises IntegrityError, after which the output is no good.
@@ -8177,8 +9021,8 @@ def write_docker_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[s
     archive.finish()
 
 
-def write_oci_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]]],
-                      progress: Optional[Progress] = None) -> None:
+def write_oci_archive(fd: int, images: Sequence[tuple[ImageRecord, Sequence[str]]],
+                      progress: Progress | None = None) -> None:
     """Write a tar of an OCI layout: images, each with the names to give it in the index."""
     archive = ArchiveWriter(fd, progress)
     entries = []
@@ -8202,7 +9046,7 @@ def write_oci_archive(fd: int, images: Sequence[Tuple[ImageRecord, Sequence[str]
     archive.finish()
 
 
-def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] = None
+def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = None
             ) -> Iterator[bytes]:
     """Yield a tar of ``path`` and all below it, whose names begin with ``name``.
 
@@ -8240,520 +9084,259 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Optional[Progress] =
     yield bytes(2 * BLOCK)
 
 
-# -- two tars side by side -----------------------------------------------------------------------
-#
-# Both are read entry by entry, so that up to the first difference both stand at the same place,
-# where position alone tells the field.  From there on entries are paired by name, the n-th of a
-# name with the n-th of that name.  Nothing that a header says is a reason to stop: a header with a
-# wrong checksum is one more difference.  What stands after the last entry, blocks of zeros and all
-# else, is the trailer.
-
-def diff_tars(a: str, b: str, progress: Optional[Progress] = None) -> Iterator[Dict[str, Any]]:
-    """Yield how two tars differ, byte by byte and entry by entry; nothing when they are identical.
-
-    ``a`` and ``b`` are paths, or "-" for stdin; compressed files are decompressed (see
-    Decompressed).  Names and values are spelled by spell().  ``change`` of a row is
-
-    - "first", the first row: ``offset`` in the decompressed tar, ``index`` (from 0) and name of the
-      ``entry`` there, both None in the trailer, and the ``field``; ``contentOffset`` when that is
-      "content"; ``ended``, "a" or "b", when it is "end of file";
-    - "changed": ``field`` of ``entry`` with its values ``a`` and ``b``, None for none;
-    - "missing", "extra": only in ``a``, only in ``b``; "reordered": in both.  ``a`` and ``b`` are
-      the indexes;
-    - "duplicated": ``a`` and ``b`` are how often the name is there;
-    - "unreadable": why ``a`` or ``b`` cannot be read further.
-
-    ``progress`` is called until the first row.  Raises FormatError for what is no tar or damaged
-    by its compression, Unsupported, OSError.
-    """
-    with TarSide(a) as left, TarSide(b) as right:
-        yield from _TarDiff(left, right).rows(progress)
+def true_type(media_type: str, start: bytes) -> str:
+    """Return the media type of a layer with the compression that its first bytes show."""
+    if media_type not in [OCI_LAYER + end for end in COMPRESSIONS.values()]:
+        return media_type
+    return OCI_LAYER + ("+gzip" if start.startswith(b"\x1f\x8b") else "+zstd"
+                        if start == b"\x28\xb5\x2f\xfd" else "")
 
 
-class TarEntry:
-    """One entry of a tar that is compared, or its trailer, which has no header.
-
-    ``header`` are all its header blocks; ``name`` is what it is shown as, ``key`` what it is paired
-    by; ``size`` is the length of the content by the header, ``done`` what is there, and ``digest``
-    its SHA-256.
-    """
-
-    __slots__ = ("index", "start", "header", "name", "key", "size", "done", "sha", "digest",
-                 "padding")
-
-    def __init__(self, index: int, start: int, header: bytes) -> None:
-        self.index, self.start, self.header = index, start, header
-        self.name = self.key = self.digest = b""
-        self.size = self.done = 0
-        self.sha: Any = None
-        self.padding: Optional[bytes] = None
-
-    def feed(self, data: bytes) -> None:
-        """Count a piece of the content."""
-        if self.sha is None:
-            import hashlib
-
-            self.sha = hashlib.sha256()
-        self.sha.update(data)
-        self.done += len(data)
-
-    @property
-    def memory(self) -> int:
-        """About how many bytes the entry takes while it waits for its counterpart."""
-        return len(self.header) + 2 * len(self.name) + 700
-
-    def content(self) -> Dict[str, Any]:
-        """Return size and digest of the content."""
-        return {"size": self.done, "sha256": self.digest.hex() or sha256_digest(b"")[7:]}
+def reference_tag(reference: str) -> str:
+    """Return the tag in a reference of skopeo's, "" if there is none."""
+    transport, _, rest = reference.partition(":")
+    rest, at, _ = rest.partition("@")
+    _, colon, tag = rest.rpartition("/")[2].rpartition(":")
+    return tag if colon else "latest" if transport == "docker" and not at else ""
 
 
-class TarSide(Closing):
-    """One of two tars that are compared, read once from start to end; a context manager.
+def measure_files(directory: str) -> tuple[int, int]:
+    """Return bytes and number of the files below a directory in which another program works."""
+    size = files = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                size += os.lstat(os.path.join(folder, name)).st_size
+                files += 1
+            except FileNotFoundError:
+                pass
+    return size, files
 
-    ``at`` is the offset, ``ahead`` what was read already of what follows, ``over`` whether the
-    trailer was reached, ``why`` the reason why no entry can be read any more, or "".
+
+class FetchedImage(Closing):
+    """An image of any transport, which skopeo copies to an OCI layout of ours.
+
+    ``reference`` is as for ``skopeo copy``, ``platform`` (os/arch[/variant]) says which instance of
+    a manifest list is meant.  A context manager: the layout lies in TMPDIR until close().  When
+    skopeo writes nothing for ``timeout`` seconds it is given up::
+
+        with FetchedImage("docker-archive:app.tar") as image:
+            image.extract("/srv/root")
+
+    Raises Unsupported without skopeo, NotFound or CstorError in skopeo's words when it refuses,
+    FormatError and IntegrityError for what is not as the manifest says.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self.why, self.ahead = path, "", b""
-        self.at = self.count = 0
-        self.over = False
-        self._reader = Decompressed(path)
+    def __init__(self, reference: str, *, platform: str = "", timeout: float = 300,
+                 progress: Progress | None = None) -> None:
+        from tempfile import gettempdir
+
+        self.reference, self._timeout, self._progress = reference, timeout, progress
+        self._directory, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
+        self._scratch = self._directory.path
+        try:
+            if ":" in self._scratch:
+                raise CstorError(f"skopeo takes no directory with a colon: {self._scratch}",
+                                 hint="set TMPDIR to another one")
+            self._fetch(platform)
+            self._layout = Directory.at(os.path.join(self._scratch, "oci"))
+            self._load(platform)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Close the file."""
-        self._reader.close()
+        """Remove the layout; harmless when repeated."""
+        self._directory.close()
 
-    def take(self, count: int) -> bytes:
-        """Return ``count`` bytes, or fewer at the end."""
-        data = self.ahead + self._reader.read(count - len(self.ahead)) if count else b""
-        self.ahead = self.ahead if not count else b""
-        self.at += len(data)
-        return data
+    def _fetch(self, platform: str) -> None:
+        import subprocess
 
-    def next_entry(self) -> TarEntry:
-        """Read the header of the next entry; the last one is the trailer."""
-        entry = TarEntry(self.count, self.at, b"")
-        entry.header = self._read_header()
-        if not entry.header:
-            self.over, entry.size = True, 1 << 62  # all that there is
-            return entry
-        self.count += 1
-        entry.name, entry.key, size = read_outline(entry.header)
-        if size < 0:
-            self.why = self.why or f'the size of "{spell(entry.name)}" is malformed'
-        entry.size = 0 if self.why else size
-        return entry
+        words = [word for pair in zip(("--override-os", "--override-arch", "--override-variant"),
+                                      filter(None, platform.split("/"))) for word in pair]
+        process: Any = None
+        try:
+            with open(os.path.join(self._scratch, "log"), "wb") as log:
+                process = subprocess.Popen(
+                    ["skopeo", *words, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
+                     "--", self.reference, f"oci:{self._scratch}/oci"], stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL, stderr=log,
+                    env={**os.environ, "TMPDIR": self._scratch})
+            self._await(process)
+        except OSError as error:
+            if process:
+                raise
+            raise Unsupported(f"skopeo cannot be run: {error.strerror}",
+                              hint="install skopeo") from None
+        finally:
+            with SignalsHeld():
+                if process:
+                    end_process(process)
+        if process.returncode:
+            with open(os.path.join(self._scratch, "log"), "rb") as said:
+                self._refuse(process.returncode, said.read(MAX_SPECIAL).decode("utf-8", "replace"))
 
-    def _read_header(self) -> bytes:
-        """Return the header blocks of one entry as far as they can be made out, b"" for none."""
-        parts: List[bytes] = []
-        size = 0
-        while not self.why:
-            block = self.take(BLOCK)
-            if not is_header(block):
-                self.ahead, self.at = block, self.at - len(block)
-                if not self.count and not parts and block.strip(b"\0"):
-                    raise FormatError("no tar", file=self.path)
-                if parts or block.strip(b"\0"):
-                    self.why = f"no header at block {self.at // BLOCK}"
-                break
-            parts.append(block)
-            if (flag := block[TYPE_AT:TYPE_AT + 1]) == b"S" and block[482]:
-                parts.append(self._read_sparse())
-            if flag not in HEADER_KINDS:
-                break
-            length = special_size(block)
-            size += BLOCK + length
-            if length < 0 or size > MAX_HEADERS:
-                self.why = f"a header of {length} bytes" if length >= 0 else "malformed header size"
-                break
-            parts.append(self.take(length + -length % BLOCK))
-            if flag == PAX_GLOBAL:
-                break
-        return b"".join(parts)
+    def _await(self, process: Any) -> None:
+        """Wait for skopeo's end; raise ProtocolError when it writes nothing for a long time."""
+        end = time.monotonic() + self._timeout
+        while process.poll() is None:
+            size, files = measure_files(self._scratch)
+            if size != self.size:
+                self.size, end = size, time.monotonic() + self._timeout
+                if self._progress:
+                    self._progress(size, files)
+            if time.monotonic() > end:
+                raise ProtocolError("skopeo has written nothing for "
+                                    + counted(f"{self._timeout:g}", "second"))
+            time.sleep(0.05)
 
-    def _read_sparse(self) -> bytes:
-        """Return the blocks that continue the sparse map of GNU tar's old format."""
-        parts = [self.take(BLOCK)]
-        while parts[-1][504:505].strip(b"\0") and len(parts) < MAX_HEADERS // BLOCK:
-            parts.append(self.take(BLOCK))
-        return b"".join(parts)
+    def _refuse(self, status: int, log: str) -> NoReturn:
+        """Raise what skopeo's end means, in its own last words."""
+        last = next((line for line in reversed(log.split("\n")) if line.strip()), "")
+        quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
+        last = quoted[1].replace(r"\"", '"') if quoted else last
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        words = f"{display(self.reference)}: {display(last[-500:])}" if status == 1 and last \
+            else f"skopeo {how}{last and ': ' + display(last[-500:])}"
+        if "policy.json" in words:
+            raise CstorError(words, hint="skopeo needs one: see containers-policy.json(5)")
+        if "Invalid source name" in words:
+            raise CstorError(words, hint="expected oci:DIR:TAG, dir:DIR, docker-archive:FILE, "
+                                         "docker://NAME or another transport of skopeo")
+        missing = re.search("no such file|not found|unknown|no (descriptor|image) found|"
+                            "does not resolve", words)
+        raise NotFound(words) if missing else CstorError(words)
 
-    def finish(self, entry: TarEntry) -> None:
-        """Read what is left of an entry's content and padding."""
-        for count in split_count(entry.size - entry.done):
-            data = self.take(count)
-            entry.feed(data)
-            if len(data) < count:
-                break
-        if entry.header and entry.done < entry.size:
-            self.why = self.why or f'the content of "{spell(entry.name)}" is cut off'
-        if entry.padding is None:
-            entry.padding = self.take(-entry.size % BLOCK)
-        entry.padding = entry.padding.rstrip(b"\0")
-        if entry.sha:
-            entry.digest, entry.sha = entry.sha.digest(), None
+    def _load(self, platform: str) -> None:
+        """Read manifest and configuration."""
+        index = self._parse(self._layout.read(b"index.json", MAX_BIG_DATA), "index")
+        found = index.get("manifests")
+        if not isinstance(found, list) or len(found) != 1:
+            raise FormatError("not one manifest", file=f"{self.reference}: index")
+        self.manifest = self._small(found[0], "index")
+        manifest = self._parse(self.manifest, "manifest")
+        if not isinstance(manifest.get("layers"), list):
+            raise FormatError("not an OCI manifest", file=f"{self.reference}: manifest")
+        self.layers: list[dict[str, Any]] = manifest["layers"]
+        self.config_blob: Any = manifest.get("config")
+        for entry in self.layers:
+            self._check(entry, "manifest")
+        self.config = self._parse(self._small(self.config_blob, "manifest"), "configuration")
+        have = platform_name(platform_in(self.config))
+        if platform and not (have + "/").startswith(platform + "/") and not self._is_of_list():
+            raise NotFound(f"image {self.reference} is for {have}, not {platform}")
 
+    def _is_of_list(self) -> bool:
+        """Tell whether skopeo chose the image from a list, whose word on platforms counts."""
+        import subprocess  # podman 4.3.1 builds configurations that name its own platform
 
-class _TarDiff:
-    """Compares two tars: in step up to the first difference, by name from there on."""
+        done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
+        return not done.returncode and "manifests" in self._parse(done.stdout, "manifest")
 
-    def __init__(self, left: TarSide, right: TarSide) -> None:
-        self.sides = left, right
-        self.first: Optional[Dict[str, Any]] = None
-        self.counts: Dict[bytes, List[int]] = {}  # how often a key came on either side
-        # For a counterpart, by key and how often that came before.
-        self.waiting: Tuple[Dict[Tuple[bytes, int], TarEntry], ...] = {}, {}
-        self.trailers: List[TarEntry] = []
-        self.high = -1, -1  # indexes of the last pair that is in order
-        self.room = MAX_UNPAIRED
+    def _parse(self, data: bytes, what: str) -> dict[str, Any]:
+        found = parse_json(data, f"{self.reference}: {what}")
+        if not isinstance(found, dict):
+            raise FormatError("not an object", file=f"{self.reference}: {what}")
+        return found
 
-    def rows(self, progress: Optional[Progress]) -> Iterator[Dict[str, Any]]:
-        """Yield the rows of diff_tars()."""
-        while not all(side.over for side in self.sides):
-            a, b = pair = [None if side.over else side.next_entry() for side in self.sides]
-            same = not self.first
-            if a and b and same:
-                self._compare(a, b)
-                if progress:
-                    progress(self.sides[0].at, self.sides[0].count)
-            for side, entry in zip(self.sides, pair):
-                if entry:
-                    side.finish(entry)
-            if self.first and same:
-                yield self.first
-            yield from self._settle(a, b)
-        if self.first:
-            yield from self._ends()
+    def _check(self, entry: Any, what: str) -> None:
+        """Raise FormatError for what is no descriptor, Unsupported for other digests."""
+        size, digest = (entry.get("size"), entry.get("digest")) if isinstance(entry, dict) \
+            else (None, None)
+        if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
+            raise FormatError("malformed descriptor", file=f"{self.reference}: {what}")
+        if not re.fullmatch("sha256:" + HEX64, digest):
+            raise Unsupported(f"{self.reference}: the digest {display(digest)} is not a sha256")
 
-    # -- bytes: where the first difference is --
+    def _small(self, entry: Any, what: str) -> bytes:
+        self._check(entry, what)
+        if entry["size"] > MAX_BIG_DATA:
+            raise FormatError(f"larger than {MAX_BIG_DATA} bytes", file=f"{self.reference}: {what}")
+        with open(self._open(entry), "rb") as file:
+            return file.read()
 
-    def _compare(self, a: TarEntry, b: TarEntry) -> None:
-        """Read two entries in step, as long as they are the same."""
-        heads = [entry.header + side.ahead for side, entry in zip(self.sides, (a, b))]
-        if heads[0] != heads[1] and (a.header or b.header):  # a trailer is content, as read here
-            self._note(a, b, heads)
-            return
-        for count in split_count(a.size):
-            parts = [side.take(count) for side in self.sides]
-            if parts[0] != parts[1]:
-                self._note(a, b, parts, "content" if a.header else "trailer")
-                if a.sha:
-                    b.sha, b.done = a.sha.copy(), a.done
-                a.feed(parts[0])
-                b.feed(parts[1])
-                return
-            a.feed(parts[0])
-            if len(parts[0]) < count:
-                break
-        b.sha, b.done = a.sha, a.done
-        parts = [side.take(-a.size % BLOCK) for side in self.sides]
-        a.padding, b.padding = parts
-        if parts[0] != parts[1]:
-            self._note(a, b, parts, "padding")
+    def _open(self, entry: dict[str, Any]) -> int:
+        """Open a blob, whose digest is right."""
+        try:
+            return open_blob(self._layout, entry["digest"], entry["size"])
+        except FileNotFoundError:
+            raise NotFound(f"{self.reference}: skopeo wrote no blob {entry['digest']}") from None
 
-    def _note(self, a: TarEntry, b: TarEntry, parts: List[bytes], field: str = "") -> None:
-        """Note the first difference: in what follows the headers (``field``), or in these.
+    def copy_to_oci(self, directory: str, tag: str = "", *, progress: Progress | None = None
+                    ) -> dict[str, Any]:
+        """Add the image to an OCI layout, blobs unchanged; return the descriptor in its index.
 
-        The side whose header is sound knows the name and the field: one changed byte spoils a
-        checksum or a pax record of the other.  A header knows more than the zeros in its place.
+        The manifest is skopeo's, or if that gives layers wrong types, a new one with the digest of
+        the old in an annotation.
         """
-        at = first_difference(*parts)
-        ended = [len(part) <= at for part in parts]
-        entry, start = a, a.start + (len(a.header) + a.done if field else 0)
-        if not field:
-            entry = (b if ended[0] else a) if any(ended) else max(
-                (a, b), key=lambda entry: 2 * is_sound(entry.header) + bool(entry.header))
-            field = header_field(entry.header, at)
-        inside = field != "trailer"
-        self.first = {"change": "first", "offset": start + at,
-                      "index": entry.index if inside else None,
-                      "entry": spell(entry.name) if inside else None,
-                      "field": "end of file" if any(ended) else field}
-        if any(ended):
-            self.first["ended"] = "a" if ended[0] else "b"
-        elif field == "content":
-            self.first["contentOffset"] = a.done + at
+        check_tag(tag)
+        done = 0
 
-    # -- entries --
+        def add(files: int, entry: dict[str, Any]) -> dict[str, Any]:
+            def copy(fd: int) -> bytes:
+                nonlocal done
+                for data in iter(lambda: blob.read(CHUNK), b""):
+                    write_all(fd, data)
+                    done += len(data)
+                    if progress:
+                        progress(done, files)
+                return str(entry["digest"][7:]).encode()
 
-    def _settle(self, a: Optional[TarEntry], b: Optional[TarEntry]) -> Iterator[Dict[str, Any]]:
-        """Find the counterparts of what was read, and yield how they differ."""
-        for place, entry in enumerate((a, b)):
-            if entry and not entry.header:
-                self.trailers.insert(place, entry)
-            elif entry:
-                if (counts := self.counts.get(entry.key)) is None:
-                    counts = self.counts[entry.key] = [0, 0]
-                    self._reserve(place, len(entry.key) + 250)
-                number = counts[place]
-                counts[place] += 1
-                if found := self.waiting[1 - place].pop((entry.key, number), None):
-                    self.room += found.memory
-                    yield from self._match(*((found, entry) if place else (entry, found)))
-                else:
-                    self._reserve(place, entry.memory)
-                    self.waiting[place][entry.key, number] = entry
+            with open(self._open(entry), "rb", buffering=0) as blob:
+                start = os.pread(blob.fileno(), 4, 0)
+                if not layout.has(entry["digest"], entry["size"]):
+                    layout.write(b"blobs/sha256", copy)
+            return {**entry, "mediaType": true_type(str(entry.get("mediaType")), start)}
 
-    def _reserve(self, place: int, memory: int) -> None:
-        self.room -= memory
-        if self.room < 0:
-            raise Unsupported(f"{self.sides[place].path}: too many entries that the other tar does "
-                              "not have, or has elsewhere")
+        with OciLayout(directory) as layout:
+            layers = [add(files, entry) for files, entry in enumerate(self.layers)]
+            add(len(layers), self.config_blob)
+            data = self.manifest
+            if layers != self.layers:
+                manifest = json.loads(data)
+                kept = manifest.get("annotations")
+                data = compact_json({**manifest, "layers": layers, "annotations": {
+                    **(kept if isinstance(kept, dict) else {}),
+                    ORIGINAL_DIGEST: sha256_digest(data)}})
+            found = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
+                                  platform_in(self.config))
+            layout.tag(found, tag)
+        return found
 
-    def _match(self, a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
-        """Yield how two entries of one name differ."""
-        if a.index > self.high[0] and b.index > self.high[1]:
-            self.high = a.index, b.index
-        else:  # others that were behind it in one tar, and before it in the other, are settled
-            yield tar_row("reordered", a, "", a.index, b.index)
-        if not self.first:
-            return
-        if a.header != b.header:
-            yield from compare_headers(a, b)
-        if (a.done, a.digest) != (b.done, b.digest):
-            yield tar_row("changed", a, "content", a.content(), b.content())
-        if a.padding != b.padding:
-            yield tar_row("changed", a, "padding", field_value("", a.padding),
-                          field_value("", b.padding))
+    def streams(self) -> Iterator[LayerStream]:
+        """Yield the layers' tars, base first, each to be read before the next is asked for.
 
-    def _ends(self) -> Iterator[Dict[str, Any]]:
-        """Yield what is known at the end: trailers, and what has no counterpart."""
-        a, b = self.trailers
-        if (a.done, a.digest) != (b.done, b.digest):
-            yield tar_row("changed", None, "trailer", a.content(), b.content())
-        left, right = self.sides
-        if left.why != right.why:
-            yield tar_row("unreadable", None, "", left.why or None, right.why or None)
-        for place, word in enumerate(("missing", "extra")):
-            for (key, number), entry in self.waiting[place].items():
-                counts = self.counts[key]
-                if number > counts[1 - place]:
-                    continue  # one row for all that wait under a name
-                if 0 in counts:
-                    yield tar_row(word, entry, "", *[None if i != place else entry.index
-                                                     for i in (0, 1)])
-                if counts[place] > 1:
-                    yield tar_row("duplicated", entry, "", *counts)
+        Raises IntegrityError when there are not as many layers as the configuration names.
+        """
+        rootfs = self.config.get("rootfs")
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        if not isinstance(diff_ids, list) or not all(
+                isinstance(each, str) and re.fullmatch("sha256:" + HEX64, each)
+                for each in diff_ids):
+            raise FormatError("it names no layers", file=f"{self.reference}: configuration")
+        if len(self.layers) != len(diff_ids):
+            raise IntegrityError(f"{self.reference}: its layers are not those that its "
+                                 "configuration names", expected=counted(len(diff_ids), "layer"),
+                                 actual=str(len(self.layers)))
+        for entry, diff_id in zip(self.layers, diff_ids):
+            with LayerStream(self._tar(entry), label=entry["digest"], digest=diff_id) as stream:
+                yield stream
 
+    def _tar(self, entry: dict[str, Any]) -> Iterator[bytes]:
+        with open(self._open(entry), "rb") as blob, \
+                Decompressed(f"{self.reference}: {entry['digest']}", blob.fileno()) as reader:
+            yield from iter(lambda: reader.read(CHUNK), b"")
 
-def tar_row(change: str, entry: Optional[TarEntry], field: str, a: Any, b: Any) -> Dict[str, Any]:
-    """Return a row of diff_tars()."""
-    return {"change": change, "entry": spell(entry.name) if entry else None,
-            **({"field": field} if field else {}), "a": a, "b": b}
-
-
-def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[Dict[str, Any]]:
-    """Yield a row for each field in which two headers differ, if only by its spelling."""
-    fields_a, fields_b = header_fields(a.header), header_fields(b.header)
-    told = False
-    for field in {**fields_a, **fields_b}:
-        raw = fields_a.get(field), fields_b.get(field)
-        if raw[0] == raw[1] or field == "pax order" and (
-                not raw[0] or not raw[1] or sorted(raw[0].split()) != sorted(raw[1].split())):
-            continue  # which records come or go is told by their own rows
-        if None in raw and " header " in field and not field.endswith(" size"):
-            continue  # that there is a special header at all is one row
-        x, y = (field_value(field, value) for value in raw)
-        if x == y:
-            x, y = (field_value("", value) for value in raw)
-        yield tar_row("changed", a, field, x, y)
-        told = True
-    if not told:
-        yield tar_row("changed", a, "header", sha256_digest(a.header), sha256_digest(b.header))
-
-
-def first_difference(a: bytes, b: bytes) -> int:
-    """Return where two strings first differ; the length of one that the other begins with."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def is_header(block: bytes) -> bool:
-    """Tell whether a block is a header, maybe one with a wrong checksum."""
-    if len(block) < BLOCK or not block.strip(b"\0"):
-        return False
-    try:
-        check_sum(block)
-        return True
-    except FormatError:
-        signs = (block[0], block.startswith(b"ustar", 257),
-                 *(re.fullmatch(rb"[ \0]*[0-7]+[ \0]*", field) for field in (
-                     block[148:156], block[SIZE_AT])))
-        return sum(map(bool, signs)) > 1  # a changed byte spoils one of three or four
-
-
-def is_sound(header: bytes) -> bool:
-    """Tell whether all checksums and pax records of an entry's header are right."""
-    try:
-        for _, kind, block, data in header_parts(header):
-            check_sum(block)
-            if kind in ("pax", "global"):
-                parse_pax(data)
-    except FormatError:
-        return False
-    return True
-
-
-def special_size(block: bytes) -> int:
-    """Return the length of what a special header says; -1 where that is malformed or too much."""
-    try:
-        size = parse_number(block[SIZE_AT])
-    except FormatError:
-        return -1
-    return size if size <= MAX_SPECIAL else -1
-
-
-def header_parts(header: bytes) -> Iterator[Tuple[int, str, bytes, bytes]]:
-    """Yield (offset, kind, block, data) for each header block of an entry.
-
-    The kind is one of HEADER_KINDS, or "" for the last block; its data are a sparse map.
-    """
-    at = 0
-    while at < len(header):
-        block = header[at:at + BLOCK]
-        kind = HEADER_KINDS.get(block[TYPE_AT:TYPE_AT + 1], "")
-        size = max(special_size(block), 0) if kind else len(header) - at - BLOCK
-        yield at, kind, block, header[at + BLOCK:at + BLOCK + size]
-        at += BLOCK + size + -size % BLOCK
-
-
-def read_outline(header: bytes) -> Tuple[bytes, bytes, int]:
-    """Return the name of an entry, what it is paired by, and the size of its content.
-
-    The size is -1 where it is malformed.
-    """
-    pax: Dict[bytes, bytes] = {}
-    name = block = b""
-    for _, kind, head, data in header_parts(header):
-        block = head
-        if kind == "pax":
-            pax.update((key, value) for _, key, value in pax_spans(data))
-        elif kind == "long name":
-            name = text_field(data)
-    flag = block[TYPE_AT:TYPE_AT + 1]
-    prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500]) \
-        if block[257:263] == b"ustar\0" else b""
-    own = text_field(block[:100])
-    name = name or pax.get(b"GNU.sparse.name") or pax.get(b"path") or (
-        prefix + b"/" + own if prefix else own)
-    if flag == PAX_GLOBAL:
-        return own, b"g" + own, 0
-    if flag in HEADER_ONLY or flag == b"\0" and name.endswith(b"/") or flag in SPECIALS:
-        return name, b" " + name, 0
-    try:
-        return name, b" " + name, (parse_decimal(pax[b"size"]) if pax.get(b"size")
-                                   else parse_number(block[SIZE_AT]))
-    except FormatError:
-        return name, b" " + name, -1
-
-
-def pax_spans(data: bytes) -> Iterator[Tuple[int, bytes, bytes]]:
-    """Yield (end, key, value) for each record of a pax header, one without a key when malformed."""
-    at = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 20)
-        digits = data[at:space] if space > at else b""
-        end = at + int(digits) if digits.isdigit() else 0
-        key, equals, value = data[space + 1:end - 1].partition(b"=")
-        if not at < space < end <= len(data) or not key or not equals or data[end - 1:end] != b"\n":
-            key, value, end = b"", data[at:], len(data)
-        yield end, key, value
-        at = end
-
-
-def pax_label(key: bytes) -> str:
-    """Name the field that a pax record is."""
-    if key.startswith(b"SCHILY.xattr."):
-        return f"xattr {spell(key[13:])}"
-    return f"pax {spell(key)}" if key else "pax records"
-
-
-def block_fields(kind: str, block: bytes) -> List[Tuple[str, int, int]]:
-    """Return name, start and end of all fields of a header block of one kind (header_parts())."""
-    gnu, star = block[257:265] == b"ustar  \0", block[508:512] == b"tar\0"
-    starts = HEADER_FIELDS + (GNU_FIELDS if gnu else STAR_FIELDS if star else USTAR_FIELDS)
-    ends = [start for _, start in starts[1:]] + [BLOCK]
-    return [(f"{kind} header {field.replace('header ', '')}" if kind else field, start, end)
-            for (field, start), end in zip(starts, ends)]
-
-
-def header_field(header: bytes, offset: int) -> str:
-    """Name the field in which a byte of an entry's header lies; "trailer" for what follows it."""
-    for at, kind, block, data in header_parts(header):
-        inside = offset - at - BLOCK
-        if inside < 0:
-            return next(field for field, _, end in block_fields(kind, block) if offset - at < end)
-        if inside < len(data):
-            if kind in ("pax", "global"):
-                return next(pax_label(key) for end, key, _ in pax_spans(data) if inside < end)
-            return {"long name": "name", "long link": "linkname"}.get(
-                kind, ("sparse", "isextended", "header padding")[
-                    (inside % BLOCK >= 504) + (inside % BLOCK > 504)])
-        if inside < len(data) + -len(data) % BLOCK:
-            return f"{kind} padding"
-    return "trailer"
-
-
-def header_fields(header: bytes) -> Dict[str, bytes]:
-    """Return all fields of an entry's header as they are, long ones as their digests."""
-    fields: Dict[str, bytes] = {}
-    for _, kind, block, data in header_parts(header):
-        if kind in ("pax", "global"):
-            records = list(pax_spans(data))
-            fields.update((pax_label(key), value) for _, key, value in records)
-            fields["pax order"] = b" ".join(key for _, key, _ in records)
-        elif data:
-            fields[{"long name": "name", "long link": "linkname"}.get(kind, "sparse map")] = data
-        for field, start, end in block_fields(kind, block):
-            fields.setdefault(field, block[start:end])  # a long name counts, not its start here
-            if field.endswith("chksum"):
-                fields[field] = checksum_words(block)
-    return {field: raw if len(raw) <= MAX_PATH else b"%s (%d bytes)" % (
-        sha256_digest(raw).encode(), len(raw)) for field, raw in fields.items()}
-
-
-def checksum_words(block: bytes) -> bytes:
-    """Tell whether a header's checksum is right, so that it does not differ when others do."""
-    try:
-        check_sum(block)
-    except FormatError as error:
-        return str(error).encode()
-    shape = re.sub(rb"[0-7]", b"0", block[148:156])
-    return b"right" if shape == b"000000\0 " else b"right, spelled " + shape
-
-
-def field_value(field: str, raw: Optional[bytes]) -> Any:
-    """Return what a header field means: number, octal mode, RFC 3339 time, or text.
-
-    What is malformed comes as it is; None for a field that is not there.
-    """
-    word = field.rpartition(" header ")[2] if not field.startswith("xattr ") else ""
-    try:
-        if raw is None:
-            return None
-        if word == "mode":
-            return f"{parse_number(raw):04o}"
-        if word in OCTAL_FIELDS:
-            return parse_number(raw)
-        if word in ("mtime", "atime", "ctime"):
-            moment = parse_number(raw) * 10**9
-            return format_time(moment) if has_rfc3339(moment) else moment
-    except FormatError:
-        pass
-    text = word in ("name", "linkname", "uname", "gname", "prefix")
-    return spell(text_field(raw or b"") if text else raw or b"")
+    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+        """Put the root file system into a directory; see extract_streams()."""
+        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
+                               **options)
 
 
 # ================================================================================================
-# 15. Streams
+# 18. Streams
 #
 # A layer's tar on its way to somebody else: what stands between contents as bytes, contents as
 # bytes or as open files, which the receiver can reflink.  Put together again they are the tar, bit
@@ -8765,6 +9348,9 @@ def field_value(field: str, raw: Optional[bytes]) -> Any:
 # what the tar's headers tell, which bounds each content; LayerStream checks the whole.  What a peer
 # says of lengths costs no memory before the bytes are there.
 # ================================================================================================
+
+MAX_INLINE = 256 << 20  # one chunk of a stream
+
 
 class Passed:
     """The whole content of the open file ``fd``, from offset 0.
@@ -8836,7 +9422,7 @@ class SplitfdstreamReader(_ChunkReader):
         super().__init__(read, file)
         self._externals = externals
 
-    def __iter__(self) -> Iterator[Union[bytes, Passed]]:
+    def __iter__(self) -> Iterator[bytes | Passed]:
         while prefix := self._take(8, end=True):
             if (number := int.from_bytes(prefix, "little", signed=True)) < 0:
                 yield from self._inline(-number)
@@ -8863,8 +9449,8 @@ class SplitdirfdstreamReader(_ChunkReader):
         super().__init__(read, file)
         self._fds, self._threshold = directories, threshold
 
-    def __iter__(self) -> Iterator[Union[bytes, Passed]]:
-        opened: Dict[int, Directory] = {}
+    def __iter__(self) -> Iterator[bytes | Passed]:
+        opened: dict[int, Directory] = {}
         try:
             while kind := self._take(1, end=True):
                 if kind in b"\0\1":
@@ -8885,7 +9471,7 @@ class SplitdirfdstreamReader(_ChunkReader):
             for directory in opened.values():
                 directory.close()
 
-    def _open(self, opened: Dict[int, Directory]) -> Tuple[int, int]:
+    def _open(self, opened: dict[int, Directory]) -> tuple[int, int]:
         """Return (length, descriptor) of the file that is named next."""
         length, index, count = self._number(8), self._number(4), self._number(4)
         if not 0 < count <= MAX_FILE_NAME:
@@ -8914,7 +9500,7 @@ class SplitdirfdstreamReader(_ChunkReader):
             raise with_path(error, directory.host_path(name)) from None
 
 
-def whole_chunks(piece: Union[bytes, Extent]) -> Iterator[bytes]:
+def whole_chunks(piece: bytes | Extent) -> Iterator[bytes]:
     """Yield the bytes of a piece.  Raises IntegrityError at the end when its file is shorter."""
     if not isinstance(piece, Extent):
         yield piece
@@ -8942,7 +9528,7 @@ class _ChunkWriter:
         self._write, self._broken = write, broken
         self._room = 0  # bytes that are missing of the last chunk
 
-    def _inline(self, head: Callable[[int], bytes], piece: Union[bytes, Extent]) -> None:
+    def _inline(self, head: Callable[[int], bytes], piece: bytes | Extent) -> None:
         """Write a piece as chunks, each behind ``head(length)``, nothing for an empty one."""
         left = piece.length if isinstance(piece, Extent) else len(piece)
         for data in whole_chunks(piece):
@@ -8970,13 +9556,13 @@ class SplitfdstreamWriter(_ChunkWriter):
     """
 
     def __init__(self, write: Callable[[Any], object],
-                 external: Optional[Callable[[Extent], bool]] = None, *,
+                 external: Callable[[Extent], bool] | None = None, *,
                  threshold: int = INLINE_THRESHOLD) -> None:
         super().__init__(write, b"\xff" * 8)  # a chunk without its one byte
         self.files = 0  # external ones so far
         self._external, self._threshold = external, threshold
 
-    def add(self, piece: Union[bytes, Extent]) -> None:
+    def add(self, piece: bytes | Extent) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
         if isinstance(piece, Extent) and piece.length > self._threshold and self._external \
                 and is_whole_file(piece) and self._external(piece):
@@ -8994,12 +9580,12 @@ class SplitdirfdstreamWriter(_ChunkWriter):
     """
 
     def __init__(self, write: Callable[[Any], object],
-                 external: Optional[Callable[[Extent], Optional[Tuple[int, bytes]]]] = None
+                 external: Callable[[Extent], tuple[int, bytes] | None] | None = None
                  ) -> None:
         super().__init__(write, b"\xff")  # a chunk of unknown type
         self._external = external
 
-    def add(self, piece: Union[bytes, Extent]) -> None:
+    def add(self, piece: bytes | Extent) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
         kind = b"\1" if isinstance(piece, Extent) else b"\0"
         if isinstance(piece, Extent) and piece.length and self._external and is_whole_file(piece):
@@ -9014,11 +9600,11 @@ class SplitdirfdstreamWriter(_ChunkWriter):
 class _Source:
     """The bytes of a tar that comes in chunks; ``offset`` counts what was taken of it."""
 
-    def __init__(self, chunks: Iterable[Union[bytes, Passed]], file: str) -> None:
+    def __init__(self, chunks: Iterable[bytes | Passed], file: str) -> None:
         self.file, self.offset = file, 0
         self._chunks = iter(chunks)
         self._data, self._at = b"", 0
-        self._passed: Optional[Passed] = None
+        self._passed: Passed | None = None
         self._size = 0
 
     def _error(self, message: str) -> FormatError:
@@ -9073,7 +9659,7 @@ class _Source:
             count -= len(part)
         return b"".join(parts)
 
-    def content(self, member: Member) -> Iterator[Union[bytes, Extent]]:
+    def content(self, member: Member) -> Iterator[bytes | Extent]:
         """Yield what is stored of a member."""
         if (left := member.stored) and self._fill() and self._passed and member.sparse is None:
             fd, self._passed = self._passed.fd, None
@@ -9091,9 +9677,9 @@ class _Source:
             yield data
 
 
-def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: bool = False,
+def read_stream(chunks: Iterable[bytes | Passed], file: str, *, need_end: bool = False,
                 pairs: bool = False
-                ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
+                ) -> Iterator[tuple[bytes, Member | None, Iterator[bytes | Extent]]]:
     """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
 
     All together is the tar, bit for bit: padding, special headers and what stands behind the last
@@ -9106,7 +9692,7 @@ def read_stream(chunks: Iterable[Union[bytes, Passed]], file: str, *, need_end: 
     ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
     """
     source = _Source(chunks, file)
-    parts: List[bytes] = []
+    parts: list[bytes] = []
 
     def take(count: int, short: bool = False) -> bytes:
         parts.append(source.take(count, short))
@@ -9147,9 +9733,9 @@ class LayerStream(Closing):
     context manager: ``close`` is called at its end.
     """
 
-    def __init__(self, chunks: Iterable[Union[bytes, Passed]], *, label: str, digest: str = "",
+    def __init__(self, chunks: Iterable[bytes | Passed], *, label: str, digest: str = "",
                  size: int = -1, pairs: bool = False,
-                 close: Optional[Callable[[], object]] = None) -> None:
+                 close: Callable[[], object] | None = None) -> None:
         self.label, self.digest, self.size = label, digest, size
         self._chunks, self._pairs = iter(chunks), pairs
         self._close = [close] if close else []
@@ -9166,7 +9752,7 @@ class LayerStream(Closing):
             self._close.pop(0)()
 
     def items(self, verify: bool = True
-              ) -> Iterator[Tuple[bytes, Optional[Member], Iterator[Union[bytes, Extent]]]]:
+              ) -> Iterator[tuple[bytes, Member | None, Iterator[bytes | Extent]]]:
         """Yield what read_stream() does; check() is to follow, with a digest by ``verify``.
 
         What would make the tar longer than ``size`` is refused before it is read.
@@ -9179,7 +9765,7 @@ class LayerStream(Closing):
                 self.check("", size)
             yield item
 
-    def pieces(self, verify: bool = True) -> Iterator[Union[bytes, Extent]]:
+    def pieces(self, verify: bool = True) -> Iterator[bytes | Extent]:
         """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
         for literal, _, content in self.items(verify):
             if literal:
@@ -9198,8 +9784,8 @@ class LayerStream(Closing):
                 raise IntegrityError(f"its tar has the wrong {what}", layer=self.label,
                                      expected=expected, actual=actual)
 
-    def export(self, out: Union[int, BinaryIO], *, verify: bool = True,
-               progress: Optional[Progress] = None) -> str:
+    def export(self, out: int | BinaryIO, *, verify: bool = True,
+               progress: Progress | None = None) -> str:
         """Write the tar to a descriptor or binary file; return its digest, "" without ``verify``.
 
         Raises IntegrityError (what was written is then no good), and as read_stream() does.
@@ -9228,7 +9814,7 @@ class LayerStream(Closing):
         """
         return io.BufferedReader(_StreamFile(self), CHUNK)
 
-    def extract(self, directory: str, *, whiteouts: bool = True, **options: Any) -> Dict[str, Any]:
+    def extract(self, directory: str, *, whiteouts: bool = True, **options: Any) -> dict[str, Any]:
         """Put the files of this layer alone into a directory; see extract_streams()."""
         return extract_streams([self], directory, label=self.label, raw=True,
                                whiteouts=whiteouts, **options)
@@ -9240,7 +9826,7 @@ class _StreamFile(io.RawIOBase):
     def __init__(self, stream: LayerStream) -> None:
         self._stream, self._chunks = stream, stream.chunks()
         self._view = memoryview(b"")
-        self._failed: Optional[BaseException] = None
+        self._failed: BaseException | None = None
 
     def readable(self) -> bool:
         return True
@@ -9275,9 +9861,9 @@ class StreamTree(LayerTree):
         self.rootless = os.geteuid() != 0  # as in a store of ours
         super().__init__(None)
         self._label, self._staging = label, staging
-        self._numbers: Dict[Node, int] = {}
-        self._copied: Dict[Node, str] = {}  # why, of those that are not shared
-        self._last: Optional[Node] = None  # the last regular file
+        self._numbers: dict[Node, int] = {}
+        self._copied: dict[Node, str] = {}  # why, of those that are not shared
+        self._last: Node | None = None  # the last regular file
 
     @property
     def label(self) -> str:
@@ -9286,7 +9872,7 @@ class StreamTree(LayerTree):
     def _load(self) -> None:
         pass  # entered one by one, by take()
 
-    def take(self, member: Member) -> Optional[Node]:
+    def take(self, member: Member) -> Node | None:
         """Enter a member; return its node when it is a regular file."""
         self._last = None
         self.add(member)
@@ -9306,13 +9892,13 @@ class StreamTree(LayerTree):
                 if isinstance(layer, StreamTree):
                     layer.kept = True
 
-    def stage(self, node: Node, number: int, why: str, crc: Optional[int]) -> None:
+    def stage(self, node: Node, number: int, why: str, crc: int | None) -> None:
         """Note that a node's content is in file ``number``, why it is a copy, and its CRC-64."""
         self._numbers[node], node._checksum = number, crc
         if why:
             self._copied[node] = why
 
-    def staged(self, node: Node) -> Optional[Tuple[int, bytes, str]]:
+    def staged(self, node: Node) -> tuple[int, bytes, str] | None:
         if self.kept or "data" in node.extra:
             return None
         return self._staging, b"%d" % self._numbers[node], self._copied.get(node, "")
@@ -9332,13 +9918,13 @@ class Staging:
     """
 
     def __init__(self, target: Target, *, link_mode: str = "auto", check: bool = True,
-                 crc: bool = False, progress: Optional[Progress] = None) -> None:
+                 crc: bool = False, progress: Progress | None = None) -> None:
         self._target, self._device = target, os.fstat(target.fd).st_dev
         self._ladder = Ladder("auto" if link_mode == "hardlink" else link_mode)
         self._check, self._crc, self._progress = check, crc, progress
         self._count = self._holes = 0
 
-    def read(self, stream: LayerStream, below: Optional[Tree] = None) -> StreamTree:
+    def read(self, stream: LayerStream, below: Tree | None = None) -> StreamTree:
         """Read a stream to its end, and return its tree when digest and size are right.
 
         ``below`` are the layers that it lies on.
@@ -9376,7 +9962,7 @@ class Staging:
         return tree
 
     def _store(self, tree: StreamTree, node: Node, member: Member,
-               content: Iterator[Union[bytes, Extent]]) -> None:
+               content: Iterator[bytes | Extent]) -> None:
         number, why = self._count, ""
         crc = 0 if self._crc else None
         self._count += 1
@@ -9404,7 +9990,7 @@ class Staging:
             os.close(fd)
         tree.stage(node, number, why, crc)
 
-    def _expand(self, member: Member, content: Iterator[Union[bytes, Extent]]) -> Iterator[bytes]:
+    def _expand(self, member: Member, content: Iterator[bytes | Extent]) -> Iterator[bytes]:
         """Return the content of a sparse file with its holes."""
         self._holes += member.size - member.stored
         if self._holes > MAX_EXPANDED:
@@ -9414,8 +10000,7 @@ class Staging:
         return expand_content(member, _Source(pieces, f'"{display(member.name)}"').take)
 
 
-def _hashed(content: Iterator[Union[bytes, Extent]], sink: TarSink
-            ) -> Iterator[Union[bytes, Extent]]:
+def _hashed(content: Iterator[bytes | Extent], sink: TarSink) -> Iterator[bytes | Extent]:
     """Yield pieces, each of which is hashed when the next is asked for.
 
     Of a copy that is the copy.  Raises IntegrityError when a file that was shared has changed: the
@@ -9438,9 +10023,9 @@ def _hashed(content: Iterator[Union[bytes, Extent]], sink: TarSink
 def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: str = "stream",
                     raw: bool = False, paths: Sequence[str] = (), exclude: Sequence[str] = (),
                     strip: int = 0, whiteouts: bool = True, force: bool = False,
-                    clean: Optional[bool] = None, check: bool = True, link_mode: str = "auto",
-                    verify: bool = False, progress: Optional[Progress] = None, **options: Any
-                    ) -> Dict[str, Any]:
+                    clean: bool | None = None, check: bool = True, link_mode: str = "auto",
+                    verify: bool = False, progress: Progress | None = None, **options: Any
+                    ) -> dict[str, Any]:
     """Put what streams hold into ``directory``, as extract_tree() does with a tree.
 
     ``streams`` come base first and are read one after another; they are merged, or with ``raw``
@@ -9453,7 +10038,7 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
         assert filling.staging
         staging = Staging(filling.staging, link_mode=link_mode, check=check, crc=verify,
                           progress=progress)
-        trees: List[LayerTree] = []
+        trees: list[LayerTree] = []
         for stream in streams:
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
@@ -9475,9 +10060,9 @@ def tell_codec(head: bytes, file: str) -> str:
     raise FormatError(f"not a stream of a layer, neither {CODECS[0]} nor {CODECS[1]}", file=file)
 
 
-def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] = None, *,
+def write_stream(layer: LayerRecord, out: BinaryIO, listing: BinaryIO | None = None, *,
                  codec: str = CODECS[0], threshold: int = INLINE_THRESHOLD,
-                 progress: Optional[Progress] = None) -> str:
+                 progress: Progress | None = None) -> str:
     """Write a layer as a stream to ``out``; return the tar's digest, checked as by export_layer().
 
     Without ``listing`` all contents are inline.  With it files of more than ``threshold`` bytes
@@ -9494,7 +10079,7 @@ def write_stream(layer: LayerRecord, out: BinaryIO, listing: Optional[BinaryIO] 
                                         "size": piece.length}) + b"\n")
         return bool(path)
 
-    def name(piece: Extent) -> Optional[Tuple[int, bytes]]:
+    def name(piece: Extent) -> tuple[int, bytes] | None:
         path = place_of(piece.fd) if piece.length > threshold else b""
         return next(((index, path[len(root) + 1:]) for index, root in enumerate(roots)
                      if path.startswith(root + b"/")), None)
@@ -9536,8 +10121,8 @@ class ExternalFiles(Closing):
     def __init__(self, path: str) -> None:
         self.codec = self.layer = self.digest = ""
         self.size, self.path = -1, path
-        self.directories: List[int] = []
-        self._files: List[Tuple[bytes, int]] = []
+        self.directories: list[int] = []
+        self._files: list[tuple[bytes, int]] = []
         self._fd = -1
         try:
             if path:
@@ -9600,7 +10185,7 @@ class ExternalFiles(Closing):
 
 
 # ================================================================================================
-# 16. Messages
+# 19. Transport
 #
 # JSON objects over a Unix stream socket, with file descriptors (SCM_RIGHTS), in two framings:
 #   JSON-RPC 2.0  objects back to back, white space between them or none.  A message with
@@ -9616,6 +10201,12 @@ class ExternalFiles(Closing):
 # What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
 # ================================================================================================
 
+NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR = -32000, -32001, -32002, -32003
+MAX_MESSAGE = 64 << 20  # one JSON message between processes
+MAX_DEPTH = 64  # of objects and arrays in a message
+FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
+
+
 class Message(Closing):
     """One message of a peer: ``value`` is the object, ``fds`` the descriptors, owned until taken.
 
@@ -9624,10 +10215,10 @@ class Message(Closing):
 
     __slots__ = ("value", "fds")
 
-    def __init__(self, value: Dict[str, Any], fds: List[int]) -> None:
+    def __init__(self, value: dict[str, Any], fds: list[int]) -> None:
         self.value, self.fds = value, fds
 
-    def take(self) -> List[int]:
+    def take(self) -> list[int]:
         """Return the descriptors, which are the caller's from now on."""
         fds, self.fds = self.fds, []
         return fds
@@ -9647,7 +10238,7 @@ class Connection(Closing):
     Raises ProtocolError for all that a peer does wrong.
     """
 
-    def __init__(self, sock: socket.socket, *, timeout: Optional[float] = PEER_TIMEOUT,
+    def __init__(self, sock: socket.socket, *, timeout: float | None = PEER_TIMEOUT,
                  max_fds: int = MAX_QUEUED_FDS, max_message: int = MAX_MESSAGE,
                  either: bool = False) -> None:
         self.socket, self.timeout = sock, timeout
@@ -9655,7 +10246,7 @@ class Connection(Closing):
         self.varlink, self.either = False, either
         self._buffer = bytearray()
         self._received = 0  # bytes in all
-        self._fds: List[Tuple[int, int]] = []  # and how many bytes were received with them
+        self._fds: list[tuple[int, int]] = []  # and how many bytes were received with them
         self.idle_since = float("inf")  # when it began to wait for a message
         self._deadline = Deadline(timeout)  # of what is due: some bytes go, or a message is whole
         # So far the buffer was looked at; brackets that are open there; tokens of the message.
@@ -9671,7 +10262,7 @@ class Connection(Closing):
 
     # -- sending ---------------------------------------------------------------------------------
 
-    def send(self, value: Dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def send(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send one message with descriptors, which stay the caller's."""
         if fds and not self.varlink:
             value = {**value, "fds": len(fds)}
@@ -9710,7 +10301,7 @@ class Connection(Closing):
 
     # -- receiving -------------------------------------------------------------------------------
 
-    def receive(self, idle: Optional[float] = None) -> Optional[Message]:
+    def receive(self, idle: float | None = None) -> Message | None:
         """Return the next message, None when the other end has closed at a good place.
 
         It may begin within ``idle`` seconds, and has to come whole within ``timeout``.  After an
@@ -9829,7 +10420,7 @@ class Connection(Closing):
         del self._buffer[:count]
         self._at = 0
 
-    def _passed(self) -> List[int]:
+    def _passed(self) -> list[int]:
         """Return the descriptors that came with bytes which are all taken."""
         taken = self._received - len(self._buffer)
         return [fd for at, fd in self._fds if at <= taken]
@@ -9841,12 +10432,12 @@ class Connection(Closing):
                                 code=FD_ERROR)
 
 
-def parse_message(data: bytes) -> Dict[str, Any]:
+def parse_message(data: bytes) -> dict[str, Any]:
     """Parse the JSON object of a message.
 
     Raises ProtocolError for what parsers read differently as well: duplicate names, NaN.
     """
-    def unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a name stands twice in one object")
         return dict(pairs)
@@ -9870,13 +10461,13 @@ def parse_message(data: bytes) -> Dict[str, Any]:
     return value
 
 
-def count_fds(value: Dict[str, Any]) -> int:
+def count_fds(value: dict[str, Any]) -> int:
     """Return how many descriptors a JSON-RPC message says that it has.
 
     The older form has a placeholder for each, with indices from 0 on.  Raises ProtocolError.
     """
-    indices: List[Any] = []
-    todo: List[Any] = [value.get("params")]
+    indices: list[Any] = []
+    todo: list[Any] = [value.get("params")]
     while todo:
         item = todo.pop()
         if isinstance(item, dict):
@@ -9909,7 +10500,7 @@ def error_code(error: Exception) -> int:
 
 def error_of(code: int, message: str, kind: object = None) -> CstorError:
     """Return the error that a JSON-RPC code of a peer stands for, or its ``kind`` as we say it."""
-    codes: Dict[int, Type[CstorError]] = {NO_LAYER: LayerUnknown, NO_IMAGE: ImageUnknown,
+    codes: dict[int, type[CstorError]] = {NO_LAYER: LayerUnknown, NO_IMAGE: ImageUnknown,
                                           NO_FILE: NotFound}
     for each in (IntegrityError, NeedsUnshare, Unsupported, codes.get(code)):
         if each and (each.__name__ == kind or each is codes.get(code)):
@@ -9934,6 +10525,153 @@ def peer_uid(sock: socket.socket) -> int:
     return uid
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return ``value`` when it is an object of JSON, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def with_short_path(path: str, action: Callable[[str], T]) -> T:
+    """Call ``action`` with an address for a socket at ``path``: there are 108 bytes for it."""
+    if len(os.fsencode(path)) < 108:
+        return action(path)
+    folder, name = os.path.split(path)
+    name = "" if len(os.fsencode(name)) > 80 else f"/{name}"  # only to connect there
+    has_proc("sockets with long paths are opened")
+    fd = os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return action(f"/proc/self/fd/{fd}{name}")
+    finally:
+        os.close(fd)
+
+
+def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
+    """Connect to the Unix socket at ``path``.
+
+    Raises OSError with the path; ProtocolError when nobody accepts for ``timeout`` seconds.
+    """
+    import socket
+
+    sock, deadline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), Deadline(timeout)
+    try:
+        sock.setblocking(False)
+        code = with_short_path(path, sock.connect_ex)
+        while code == errno.EAGAIN and deadline.pause():  # too many wait to be accepted
+            code = with_short_path(path, sock.connect_ex)
+        if code == errno.EAGAIN:
+            raise deadline.error()
+        if code:
+            raise OSError(code, os.strerror(code), path)
+        sock.setblocking(True)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class ListeningSocket:
+    """A Unix socket at ``path`` that listens, open to this user alone; removed at the end.
+
+    A context manager that gives the socket.  What a server that was killed has left there is
+    replaced.  Raises OSError with the path: EADDRINUSE when a server lives, EEXIST for no socket.
+    """
+
+    def __init__(self, path: str) -> None:
+        import socket
+
+        refuse_storage(path)
+        self.path = path
+        self._check()
+        folder, name = os.path.split(os.fsencode(path))
+        remove_dead(AT_FDCWD, name, folder or b".")
+        temporary = os.fsdecode(os.path.join(folder, partial_name(name)))
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with_short_path(temporary, self.socket.bind)
+            os.chmod(temporary, 0o600)  # before it listens nobody can connect
+            self._status = os.lstat(temporary)
+            self.socket.listen(64)
+            os.link(temporary, path)  # of several servers one comes first
+        except BaseException as error:
+            self.socket.close()
+            if isinstance(error, FileExistsError):
+                raise OSError(errno.EADDRINUSE, "another server listens there", path) from None
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, path) from None
+            raise
+        finally:
+            if os.path.lexists(temporary):
+                os.unlink(temporary)
+
+    def _check(self) -> None:
+        """Remove what a killed server left.  Raises OSError for anything else."""
+        try:
+            status = os.lstat(self.path)
+            if not stat.S_ISSOCK(status.st_mode):
+                raise OSError(errno.EEXIST, "it is no socket", self.path)
+            connect(self.path, 1.0).close()
+        except ConnectionRefusedError:
+            if os.path.samestat(os.lstat(self.path), status):
+                os.unlink(self.path)
+            return
+        except FileNotFoundError:
+            return
+        except _Silent:  # too busy to answer
+            pass
+        raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
+
+    def __enter__(self) -> socket.socket:
+        return self.socket
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if os.path.samestat(os.lstat(self.path), self._status):
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        self.socket.close()
+
+
+# ================================================================================================
+# 20. Server
+#
+# Each client is a connection, served by a thread.  The protocol is detected from the first message.
+# A layer that fails while it is sent is broken off visibly, so that no reader takes it for whole.
+# ================================================================================================
+
+F_ADD_SEALS, F_SEAL_ALL = 1033, 15  # no more seals, not shorter, not longer, not written
+# The interfaces of varlink that are served, described in its own language.
+VARLINK = {
+    "org.varlink.service": """method GetInfo() -> (vendor: string, product: string, version: string,
+  url: string, interfaces: []string)
+method GetInterfaceDescription(interface: string) -> (description: string)
+error InterfaceNotFound (interface: string)
+error MethodNotFound (method: string)
+error InvalidParameter (parameter: string)
+""",
+    "org.composefs.Oci": """type StorageLayer (storage_path: string, layer_id: string)
+type GetLayerParams (diff_id: ?string, storage: ?StorageLayer,
+  consumer_has_cap_dac_override: bool)
+method GetInfo() -> (features: []string)
+method GetLayer(handle: int, params: GetLayerParams) ->
+  (dir_count: int, layer: ?string, digest: ?string, size: ?int)
+error RepoNotFound (message: string)
+error NoSuchLayer (diff_id: string)
+error InvalidRequest (message: string)
+error InternalError (message: string, kind: ?string)
+error FdLimitExceeded (fd_count: int, max_per_frame: int)
+""",
+    "dev.cstor.Store": """method ListImages() -> (images: []object)
+method ListLayers() -> (layers: []object)
+"""}
+MAX_REQUEST = 1 << 20  # ... of a client
+MAX_OPEN_IMAGES = 1024  # of one client
+MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
+MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
+DEFAULT_FDS = 252  # files for a client which does not say how many it takes with one message
+SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
+PLACE_PATIENCE = 2  # seconds that a client waits for a place among those that are served
+
+
 # -- server --------------------------------------------------------------------------------------
 
 class RpcServer:
@@ -9949,11 +10687,11 @@ class RpcServer:
         import threading
 
         self.opener, self.timeout, self.idle = opener, timeout, idle
-        self._room, self._clients = clients, set()  # type: int, Set[Connection]
+        self._room, self._clients = clients, set()  # type: int, set[Connection]
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._stopping = False
-        self._alone: Optional[socket.socket] = None  # the client that serve() itself answers
+        self._alone: socket.socket | None = None  # the client that serve() itself answers
         self._waker = -1
         self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
 
@@ -10072,8 +10810,8 @@ class _Session(Closing):
 
     def __init__(self, server: RpcServer, connection: Connection) -> None:
         self.server, self.connection = server, connection
-        self._storage: Optional[Metadata] = None
-        self._images: Dict[int, ImageRecord] = {}
+        self._storage: Metadata | None = None
+        self._images: dict[int, ImageRecord] = {}
         self._number: Any = None  # of the request that is answered
         self._done = False
 
@@ -10115,7 +10853,7 @@ class _Session(Closing):
             self._storage = self.server.opener()
         return self._storage
 
-    def _request(self, value: Dict[str, Any]) -> Any:
+    def _request(self, value: dict[str, Any]) -> Any:
         """Return the result of a request of JSON-RPC, None for most notifications."""
         number, method, params = value.get("id"), value.get("method"), value.get("params") or {}
         if "id" not in value and method != "shutdown":
@@ -10130,11 +10868,11 @@ class _Session(Closing):
             raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
         return self._run(self.METHODS[method], params)
 
-    def _reply(self, result: Dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def _reply(self, result: dict[str, Any], fds: Sequence[int] = ()) -> None:
         self.connection.send({"parameters": result} if self.connection.varlink else
                              {"jsonrpc": "2.0", "result": result, "id": self._number}, fds)
 
-    def _run(self, name: str, params: Dict[str, Any]) -> Any:
+    def _run(self, name: str, params: dict[str, Any]) -> Any:
         if self._storage:
             self._storage.reload()
         try:
@@ -10152,7 +10890,7 @@ class _Session(Closing):
 
     # -- what requests name ----------------------------------------------------------------------
 
-    def _param(self, params: Dict[str, Any], name: str, default: T) -> T:
+    def _param(self, params: dict[str, Any], name: str, default: T) -> T:
         """Return a parameter of the type that its default has; "" is no default."""
         if (value := params.get(name)) is None:
             value = default
@@ -10161,21 +10899,21 @@ class _Session(Closing):
             raise ProtocolError(f'parameter "{name}" is missing or wrong', code=BAD_PARAMS)
         return value
 
-    def _layer(self, params: Dict[str, Any], name: str) -> LayerRecord:
+    def _layer(self, params: dict[str, Any], name: str) -> LayerRecord:
         storage = self.storage
         return find_layer(storage.layer_records(), self._param(params, name, ""),
                           storage.resolve_link)
 
     # -- layers as splitfdstreams ----------------------------------------------------------------
 
-    def splitfdstream(self, params: Dict[str, Any]) -> None:
+    def splitfdstream(self, params: dict[str, Any]) -> None:
         """Send a layer as a file that holds the stream, and its external files."""
         layer = self._layer(params, "layer")
         if params.get("compressed") not in (None, False):
             raise ProtocolError("layers are given uncompressed", code=BAD_PARAMS)
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
-        fds: List[int] = []
+        fds: list[int] = []
         numbers = iter(range(sys.maxsize))
 
         def external(piece: Extent) -> bool:
@@ -10202,7 +10940,7 @@ class _Session(Closing):
 
     # -- layers as notifications -----------------------------------------------------------------
 
-    def stream(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def stream(self, params: dict[str, Any]) -> dict[str, Any]:
         """Send a layer as notifications, each with a file or some bytes of the tar."""
         layer = self._layer(params, "layer")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
@@ -10213,7 +10951,7 @@ class _Session(Closing):
         self._notify("stream.end", {**known, "files": count})
         return {"success": True}
 
-    def tar_split(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def tar_split(self, params: dict[str, Any]) -> dict[str, Any]:
         """Do the same as a proxy of the second version does."""
         image, digest = self._image_of(params), self._param(params, "layer_digest", "")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
@@ -10231,13 +10969,13 @@ class _Session(Closing):
         self._notify("layer.end", {"files_sent": count, "checksum": layer.diff_digest})
         return {"success": True}
 
-    def _notify(self, method: str, params: Dict[str, Any], fds: Sequence[int] = ()) -> None:
+    def _notify(self, method: str, params: dict[str, Any], fds: Sequence[int] = ()) -> None:
         self.connection.send({"jsonrpc": "2.0", "method": method, "params": params}, fds)
 
     def _send_chunks(self, layer: LayerRecord, threshold: int, segment: str, file: str,
-                     more: Callable[[Member], Dict[str, Any]]) -> int:
+                     more: Callable[[Member], dict[str, Any]]) -> int:
         """Send the pieces of a layer; return how many files were passed."""
-        parts, size, count = [], 0, 0  # type: List[bytes], int, int
+        parts, size, count = [], 0, 0  # type: list[bytes], int, int
 
         def flush() -> None:
             if parts:
@@ -10267,22 +11005,22 @@ class _Session(Closing):
 
     # -- images and lists ------------------------------------------------------------------------
 
-    def list_images(self, _: Dict[str, Any]) -> Dict[str, Any]:
+    def list_images(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return the records of all images."""
         return {"images": [{**image.record, "size": image.size, "readonly": image.readonly}
                            for image in self.storage.image_records()]}
 
-    def list_layers(self, _: Dict[str, Any]) -> Dict[str, Any]:
+    def list_layers(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return the records of all layers, and the graph root of each."""
         return {"layers": [{**layer.record, "store": layer.root.path}
                            for layer in self.storage.layer_records()]}
 
-    def get_layer(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def get_layer(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the record of one layer."""
         layer = self._layer(params, "layer")
         return {"layer": {**layer.record, "store": layer.root.path}}
 
-    def go_image(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def go_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return manifest, configuration and layers, the top one first."""
         image = find_image(self.storage.image_records(), self._param(params, "imageId", ""))
         image = image.single()
@@ -10290,13 +11028,13 @@ class _Session(Closing):
                 "config": image.config_bytes().decode("utf-8", "replace"),
                 "layerDigests": [layer.id for layer in image.checked_chain()[::-1]]}
 
-    def initialize(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the version of a proxy, as it is asked for."""
         if params.get("version") == 2:
             return {"version": "2.0.0", "capabilities": ["tar-split-stream"]}
         return {"value": {"version": "1.0.0", "v1_compat": "0.2.8"}}
 
-    def open_image(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def open_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the number by which an image is to be named from now on."""
         reference = self._param(params, "image_ref", "")
         match = re.fullmatch(r"containers-storage:(?:\[(?:overlay@)?([^\]]+)\])?(.*)", reference)
@@ -10314,25 +11052,25 @@ class _Session(Closing):
         self._images[number] = image
         return {"image_id": number}
 
-    def _image_of(self, params: Dict[str, Any]) -> ImageRecord:
+    def _image_of(self, params: dict[str, Any]) -> ImageRecord:
         if (number := self._param(params, "image_id", 0)) not in self._images:
             raise ImageUnknown(f"image not known: no image is open by the number {number}")
         return self._images[number]
 
-    def close_image(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def close_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Forget an open image."""
         self._image_of(params)
         del self._images[params["image_id"]]
         return {}
 
-    def shutdown(self, _: Dict[str, Any]) -> Dict[str, Any]:
+    def shutdown(self, _: dict[str, Any]) -> dict[str, Any]:
         """End this client's connection."""
         self._done = True
         return {"success": True}
 
     # -- varlink ---------------------------------------------------------------------------------
 
-    def _call(self, value: Dict[str, Any]) -> Any:
+    def _call(self, value: dict[str, Any]) -> Any:
         """Return the reply to a call of varlink."""
         method, params = value.get("method"), value.get("parameters") or {}
         if not isinstance(method, str) or not isinstance(params, dict):
@@ -10346,12 +11084,12 @@ class _Session(Closing):
             raise ProtocolError("GetLayer must be called with more", code=INVALID_REQUEST)
         return self._run(self.CALLS[method], params)
 
-    def service_info(self, _: Dict[str, Any]) -> Dict[str, Any]:
+    def service_info(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return what org.varlink.service tells of a server."""
         return {"vendor": "cstor", "product": "cstor.py", "version": __version__,
                 "url": "https://varlink.org", "interfaces": list(VARLINK)}
 
-    def describe_interface(self, params: Dict[str, Any]) -> Dict[str, Any]:
+    def describe_interface(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the description of an interface in varlink's own language."""
         name = params.get("interface")
         if not isinstance(name, str):
@@ -10360,11 +11098,11 @@ class _Session(Closing):
             raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", name)
         return {"description": f"interface {name}\n\n{VARLINK[name]}"}
 
-    def oci_info(self, _: Dict[str, Any]) -> Dict[str, Any]:
+    def oci_info(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return what this server can do of composefs's interface."""
         return {"features": ["splitdirfdstream-v0", "source-containers-storage", "read-only"]}
 
-    def _oci_layer(self, params: Dict[str, Any]) -> LayerRecord:
+    def _oci_layer(self, params: dict[str, Any]) -> LayerRecord:
         """Return the layer that a call names: by its place, or by DiffID."""
         place, diff_id = params.get("storage"), params.get("diff_id")
         if (place is None) == (diff_id is None):
@@ -10377,7 +11115,7 @@ class _Session(Closing):
             raise ImageUnknown(f"no storage is served at {display(str(path))}")
         return self._layer(place, "layer_id")
 
-    def oci_layer(self, params: Dict[str, Any]) -> None:
+    def oci_layer(self, params: dict[str, Any]) -> None:
         """Send a layer as a splitdirfdstream, through a pipe, with the directory of its files."""
         inner = params.get("params")
         if not isinstance(inner, dict):
@@ -10418,7 +11156,7 @@ class _PipeWriter:
         os.set_blocking(fd, False)
         widen_pipe(fd)
 
-    def write(self, data: Union[bytes, memoryview]) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Take some bytes."""
         self._buffer += data
         if len(self._buffer) >= CHUNK:
@@ -10446,9 +11184,9 @@ class _Place:
     def __init__(self, diff: Directory, all_: bool) -> None:
         self._diff, self._all = diff, all_
         self._root = os.readlink(b"/proc/self/fd/%d" % diff.fd) + b"/"
-        self._open: Dict[bytes, bool] = {b"": True}  # by directory, if all may search it
+        self._open: dict[bytes, bool] = {b"": True}  # by directory, if all may search it
 
-    def find(self, piece: Extent) -> Optional[Tuple[int, bytes]]:
+    def find(self, piece: Extent) -> tuple[int, bytes] | None:
         """Return (0, name) of a piece's file; None when it is not to be had by its name."""
         path = os.readlink(b"/proc/self/fd/%d" % piece.fd)
         name = path[len(self._root):]
@@ -10467,7 +11205,7 @@ class _Place:
         return self._open[folder]
 
 
-def choose_external(layer: LayerRecord, threshold: int, most: int) -> Tuple[Set[int], int]:
+def choose_external(layer: LayerRecord, threshold: int, most: int) -> tuple[set[int], int]:
     """Choose the ``most`` largest of the files above ``threshold``: reflinks save most with them.
 
     Return their numbers among those, from 0 on, and how many bytes stay inline.
@@ -10505,8 +11243,7 @@ def seal_spool(spool: BinaryIO) -> int:
     return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def write_pieces(layer: LayerRecord, writer: Union[SplitfdstreamWriter, SplitdirfdstreamWriter]
-                 ) -> None:
+def write_pieces(layer: LayerRecord, writer: SplitfdstreamWriter | SplitdirfdstreamWriter) -> None:
     """Write all pieces of a layer."""
     pieces = read_pieces(layer)
     try:
@@ -10524,7 +11261,7 @@ class _VarlinkError(CstorError):
         self.reply = {"error": name, "parameters": {parameter: value}}
 
 
-def varlink_error(error: Exception) -> Dict[str, Any]:
+def varlink_error(error: Exception) -> dict[str, Any]:
     """Return the reply of varlink that tells of an error, by the names of composefs's interface."""
     if isinstance(error, _VarlinkError):
         return error.reply
@@ -10537,6 +11274,18 @@ def varlink_error(error: Exception) -> Dict[str, Any]:
     return {"error": f"org.composefs.Oci.{name}", "parameters": {"message": str(error), **kind}}
 
 
+# ================================================================================================
+# 21. Clients
+#
+# What a server says of a layer (sizes, digest, end) is checked against what it sends.  Every wait
+# ends after the timeout, and what was half received is removed.
+# ================================================================================================
+
+SEGMENT_METHODS = ("stream.seg", "stream.segment", "layer.segment")
+FILE_METHODS = ("stream.file", "layer.file")
+END_METHODS = ("stream.end", "layer.end")
+
+
 # -- clients -------------------------------------------------------------------------------------
 
 class RpcClient(Closing):
@@ -10546,7 +11295,7 @@ class RpcClient(Closing):
     anything else is asked for.  Raises LayerUnknown, ImageUnknown, ProtocolError.
     """
 
-    def __init__(self, where: Union[str, socket.socket], *, timeout: float = PEER_TIMEOUT) -> None:
+    def __init__(self, where: str | socket.socket, *, timeout: float = PEER_TIMEOUT) -> None:
         self.limit = max(soft_limit() - (
             len(os.listdir("/proc/self/fd")) if has_proc() else 64) - 32, 8)
         sock = connect(where, timeout) if isinstance(where, str) else where
@@ -10563,7 +11312,7 @@ class RpcClient(Closing):
         """Close the connection."""
         self.connection.close()
 
-    def call(self, method: str, params: Any = None) -> Dict[str, Any]:
+    def call(self, method: str, params: Any = None) -> dict[str, Any]:
         """Return the result of a method that passes no files."""
         self._send(method, params or {})
         with self._next() as message:
@@ -10572,12 +11321,12 @@ class RpcClient(Closing):
                 raise ProtocolError(f"{method} was not answered as it should be")
             return result
 
-    def images(self) -> List[Dict[str, Any]]:
+    def images(self) -> list[dict[str, Any]]:
         """Return the records of all images."""
         return [item for item in as_list(self.call("ListImages").get("images"))
                 if isinstance(item, dict)]
 
-    def layers(self) -> List[Dict[str, Any]]:
+    def layers(self) -> list[dict[str, Any]]:
         """Return the records of all layers."""
         return [item for item in as_list(self.call("ListLayers").get("layers"))
                 if isinstance(item, dict)]
@@ -10609,7 +11358,7 @@ class RpcClient(Closing):
                                   f"{SPLITFDSTREAM}")
             return self._split(reference, result, Message({}, message.take()))
 
-    def _split(self, label: str, result: Dict[str, Any], passed: Message) -> LayerStream:
+    def _split(self, label: str, result: dict[str, Any], passed: Message) -> LayerStream:
         """Return the layer of a splitfdstream, which is in the first of the descriptors."""
         fds = passed.fds
         try:
@@ -10639,9 +11388,9 @@ class RpcClient(Closing):
                                 str(start.get("layer") or label))
         return stream
 
-    def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[Union[bytes, Passed]]:
+    def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[bytes | Passed]:
         """Yield what comes until the response.  Raises ProtocolError where an end was missing."""
-        end: Optional[Dict[str, Any]] = None
+        end: dict[str, Any] | None = None
         files = 0
         while True:
             if end is not None and not self._number:  # nobody asked, so that nobody is answered
@@ -10681,7 +11430,7 @@ class RpcClient(Closing):
                     raise ProtocolError(f"{display(str(method))} inside a layer", code=NO_METHOD)
 
     @staticmethod
-    def _check_end(stream: LayerStream, end: Dict[str, Any], files: int) -> None:
+    def _check_end(stream: LayerStream, end: dict[str, Any], files: int) -> None:
         """Compare what the end says with the start and with what came."""
         digest = end.get("digest", end.get("checksum"))
         count = end.get("files", end.get("files_sent", files))
@@ -10707,7 +11456,7 @@ class RpcClient(Closing):
             raise ProtocolError("the server has closed the connection")
         return message
 
-    def _result(self, message: Message) -> Optional[Dict[str, Any]]:
+    def _result(self, message: Message) -> dict[str, Any] | None:
         """Return what a response says, None for what is no response; raise its error."""
         value = message.value
         if "method" in value or value.get("jsonrpc") != "2.0":
@@ -10730,7 +11479,7 @@ class ProxyV2Client(RpcClient):
     digest)`` for each DiffID, then ``client.shutdown()``.
     """
 
-    def initialize(self) -> Dict[str, Any]:
+    def initialize(self) -> dict[str, Any]:
         """Return version and capabilities; ProtocolError for a version that is not 1 or 2."""
         result = self.call("Initialize", {"version": 2})
         found = as_dict(result.get("value", result))
@@ -10764,11 +11513,11 @@ class ProxyV2Client(RpcClient):
 class VarlinkClient(RpcClient):
     """Asks a server of composefs's interface ``org.composefs.Oci``, or our own, by varlink."""
 
-    def __init__(self, where: Union[str, socket.socket], *, timeout: float = PEER_TIMEOUT) -> None:
+    def __init__(self, where: str | socket.socket, *, timeout: float = PEER_TIMEOUT) -> None:
         super().__init__(where, timeout=timeout)
         self.connection.varlink = self.connection.either = True  # the reply tells what it speaks
 
-    def call(self, method: str, params: Any = None) -> Dict[str, Any]:
+    def call(self, method: str, params: Any = None) -> dict[str, Any]:
         """Return the reply to a method that passes no files."""
         method = method if "." in method else f"dev.cstor.Store.{method}"
         # zlink closes the connection for empty parameters of a method that has none.
@@ -10785,7 +11534,7 @@ class VarlinkClient(RpcClient):
         return handle
 
     def layer(self, reference: str, form: str = "", *, threshold: int = 0,
-              handle: Optional[int] = None) -> LayerStream:
+              handle: int | None = None) -> LayerStream:
         """Return a layer by STORAGE_PATH#ID or DiffID, to be read at once.
 
         Where a server wants the ``handle`` of a repository, one is opened, if it is not given.  Our
@@ -10815,8 +11564,8 @@ class VarlinkClient(RpcClient):
             passed.close()
             raise
 
-    def _get_layer(self, path: str, name: str, handle: int, fds: List[int]
-                   ) -> Tuple[int, Dict[str, Any]]:
+    def _get_layer(self, path: str, name: str, handle: int, fds: list[int]
+                   ) -> tuple[int, dict[str, Any]]:
         """Ask for a layer of the storage at ``path``, or by DiffID; return as _collect() does."""
         place = {"storage_path": path, "layer_id": name} if path else None
         self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
@@ -10825,8 +11574,7 @@ class VarlinkClient(RpcClient):
                                          "CAP_DAC_OVERRIDE" in capabilities()}}})
         return self._collect(fds)
 
-    def _until_failure(self, chunks: Iterable[Union[bytes, Passed]]
-                       ) -> Iterator[Union[bytes, Passed]]:
+    def _until_failure(self, chunks: Iterable[bytes | Passed]) -> Iterator[bytes | Passed]:
         """Yield chunks; where they are broken off, raise what our own server says of it."""
         import select
 
@@ -10841,9 +11589,9 @@ class VarlinkClient(RpcClient):
                     self._parameters(message)
             raise
 
-    def _collect(self, fds: List[int]) -> Tuple[int, Dict[str, Any]]:
+    def _collect(self, fds: list[int]) -> tuple[int, dict[str, Any]]:
         """Put the descriptors of all replies into ``fds``; return (directories, first reply)."""
-        replies: List[Dict[str, Any]] = []
+        replies: list[dict[str, Any]] = []
         while True:
             with self._next() as message:
                 replies.append(self._parameters(message))
@@ -10862,7 +11610,7 @@ class VarlinkClient(RpcClient):
         return count, replies[0]
 
     @staticmethod
-    def _parameters(message: Message) -> Dict[str, Any]:
+    def _parameters(message: Message) -> dict[str, Any]:
         error = message.value.get("error")
         params = as_dict(message.value.get("parameters"))
         if {"jsonrpc", "id"} & message.value.keys():
@@ -10890,7 +11638,7 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
     the transfer, unless ``verify`` is false.  Raises LayerUnknown, ProtocolError, OSError.
     """
     unknown = (0, NO_METHOD, PARSE_ERROR, INVALID_REQUEST)  # to a server that speaks otherwise
-    trouble: Optional[ProtocolError] = None
+    trouble: ProtocolError | None = None
     forms: Any = ((VarlinkClient, ""), (RpcClient, "stream"), (RpcClient, "splitfdstream"))
     for kind, form in forms if reference != "-" else ((RpcClient, "push"),):
         client = kind(path, timeout=timeout)
@@ -10918,7 +11666,7 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
 class _PipeReader(io.RawIOBase):
     """Reads a pipe; ProtocolError when nothing comes for ``timeout`` seconds."""
 
-    def __init__(self, fd: int, timeout: Optional[float]) -> None:
+    def __init__(self, fd: int, timeout: float | None) -> None:
         self._fd, self._timeout = fd, timeout
 
     def readable(self) -> bool:
@@ -10932,8 +11680,8 @@ class _PipeReader(io.RawIOBase):
                 Deadline(self._timeout).wait(self._fd, "POLLIN")
 
 
-def received_layer(reference: str, chunks: Iterable[Union[bytes, Passed]], said: Dict[str, Any],
-                   label: str, close: Optional[Callable[[], object]] = None) -> LayerStream:
+def received_layer(reference: str, chunks: Iterable[bytes | Passed], said: dict[str, Any],
+                   label: str, close: Callable[[], object] | None = None) -> LayerStream:
     """Return the layer that a server sends, with the digest and size that it has ``said``."""
     digest, size = said.get("digest"), said.get("size")
     return asked_for(reference, LayerStream(
@@ -10956,388 +11704,19 @@ def asked_for(reference: str, stream: LayerStream) -> LayerStream:
     return stream
 
 
-def as_dict(value: Any) -> Dict[str, Any]:
-    """Return ``value`` when it is an object of JSON, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def with_short_path(path: str, action: Callable[[str], T]) -> T:
-    """Call ``action`` with an address for a socket at ``path``: there are 108 bytes for it."""
-    if len(os.fsencode(path)) < 108:
-        return action(path)
-    folder, name = os.path.split(path)
-    name = "" if len(os.fsencode(name)) > 80 else f"/{name}"  # only to connect there
-    has_proc("sockets with long paths are opened")
-    fd = os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        return action(f"/proc/self/fd/{fd}{name}")
-    finally:
-        os.close(fd)
-
-
-def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
-    """Connect to the Unix socket at ``path``.
-
-    Raises OSError with the path; ProtocolError when nobody accepts for ``timeout`` seconds.
-    """
-    import socket
-
-    sock, deadline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), Deadline(timeout)
-    try:
-        sock.setblocking(False)
-        code = with_short_path(path, sock.connect_ex)
-        while code == errno.EAGAIN and deadline.pause():  # too many wait to be accepted
-            code = with_short_path(path, sock.connect_ex)
-        if code == errno.EAGAIN:
-            raise deadline.error()
-        if code:
-            raise OSError(code, os.strerror(code), path)
-        sock.setblocking(True)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
-class ListeningSocket:
-    """A Unix socket at ``path`` that listens, open to this user alone; removed at the end.
-
-    A context manager that gives the socket.  What a server that was killed has left there is
-    replaced.  Raises OSError with the path: EADDRINUSE when a server lives, EEXIST for no socket.
-    """
-
-    def __init__(self, path: str) -> None:
-        import socket
-
-        refuse_storage(path)
-        self.path = path
-        self._check()
-        folder, name = os.path.split(os.fsencode(path))
-        remove_dead(AT_FDCWD, name, folder or b".")
-        temporary = os.fsdecode(os.path.join(folder, partial_name(name)))
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with_short_path(temporary, self.socket.bind)
-            os.chmod(temporary, 0o600)  # before it listens nobody can connect
-            self._status = os.lstat(temporary)
-            self.socket.listen(64)
-            os.link(temporary, path)  # of several servers one comes first
-        except BaseException as error:
-            self.socket.close()
-            if isinstance(error, FileExistsError):
-                raise OSError(errno.EADDRINUSE, "another server listens there", path) from None
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, path) from None
-            raise
-        finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
-
-    def _check(self) -> None:
-        """Remove what a killed server left.  Raises OSError for anything else."""
-        try:
-            status = os.lstat(self.path)
-            if not stat.S_ISSOCK(status.st_mode):
-                raise OSError(errno.EEXIST, "it is no socket", self.path)
-            connect(self.path, 1.0).close()
-        except ConnectionRefusedError:
-            if os.path.samestat(os.lstat(self.path), status):
-                os.unlink(self.path)
-            return
-        except FileNotFoundError:
-            return
-        except _Silent:  # too busy to answer
-            pass
-        raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
-
-    def __enter__(self) -> socket.socket:
-        return self.socket
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            if os.path.samestat(os.lstat(self.path), self._status):
-                os.unlink(self.path)
-        except FileNotFoundError:
-            pass
-        self.socket.close()
-
-
 # -- images that skopeo fetches ------------------------------------------------------------------
 #
 # `skopeo copy` brings an image of any transport as an OCI layout: manifests of docker come out
 # converted, blobs as they are; all layers of a docker-archive are called compressed (1.9.3).  What
 # it wrote is believed no more than any other input.
 
-def shifted(progress: Optional[Progress], done: int) -> Optional[Progress]:
+def shifted(progress: Progress | None, done: int) -> Progress | None:
     """Return what tells the progress of a second job, after ``done`` bytes of the first."""
     return progress and (lambda size, files: progress(done + size, files))
 
 
-def true_type(media_type: str, start: bytes) -> str:
-    """Return the media type of a layer with the compression that its first bytes show."""
-    if media_type not in [OCI_LAYER + end for end in COMPRESSIONS.values()]:
-        return media_type
-    return OCI_LAYER + ("+gzip" if start.startswith(b"\x1f\x8b") else "+zstd"
-                        if start == b"\x28\xb5\x2f\xfd" else "")
-
-
-def reference_tag(reference: str) -> str:
-    """Return the tag in a reference of skopeo's, "" if there is none."""
-    transport, _, rest = reference.partition(":")
-    rest, at, _ = rest.partition("@")
-    _, colon, tag = rest.rpartition("/")[2].rpartition(":")
-    return tag if colon else "latest" if transport == "docker" and not at else ""
-
-
-def measure_files(directory: str) -> Tuple[int, int]:
-    """Return bytes and number of the files below a directory in which another program works."""
-    size = files = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            try:
-                size += os.lstat(os.path.join(folder, name)).st_size
-                files += 1
-            except FileNotFoundError:
-                pass
-    return size, files
-
-
-def end_process(process: Any) -> None:
-    """Wait for a process that was asked to end; SIGKILL it after three seconds."""
-    import subprocess
-
-    process.terminate()
-    try:
-        process.wait(3)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-class FetchedImage(Closing):
-    """An image of any transport, which skopeo copies to an OCI layout of ours.
-
-    ``reference`` is as for ``skopeo copy``, ``platform`` (os/arch[/variant]) says which instance of
-    a manifest list is meant.  A context manager: the layout lies in TMPDIR until close().  When
-    skopeo writes nothing for ``timeout`` seconds it is given up::
-
-        with FetchedImage("docker-archive:app.tar") as image:
-            image.extract("/srv/root")
-
-    Raises Unsupported without skopeo, NotFound or CstorError in skopeo's words when it refuses,
-    FormatError and IntegrityError for what is not as the manifest says.
-    """
-
-    def __init__(self, reference: str, *, platform: str = "", timeout: float = 300,
-                 progress: Optional[Progress] = None) -> None:
-        from tempfile import gettempdir
-
-        self.reference, self._timeout, self._progress = reference, timeout, progress
-        self._directory, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
-        self._scratch = self._directory.path
-        try:
-            if ":" in self._scratch:
-                raise CstorError(f"skopeo takes no directory with a colon: {self._scratch}",
-                                 hint="set TMPDIR to another one")
-            self._fetch(platform)
-            self._layout = Directory.at(os.path.join(self._scratch, "oci"))
-            self._load(platform)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Remove the layout; harmless when repeated."""
-        self._directory.close()
-
-    def _fetch(self, platform: str) -> None:
-        import subprocess
-
-        words = [word for pair in zip(("--override-os", "--override-arch", "--override-variant"),
-                                      filter(None, platform.split("/"))) for word in pair]
-        process: Any = None
-        try:
-            with open(os.path.join(self._scratch, "log"), "wb") as log:
-                process = subprocess.Popen(
-                    ["skopeo", *words, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
-                     "--", self.reference, f"oci:{self._scratch}/oci"], stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=log,
-                    env={**os.environ, "TMPDIR": self._scratch})
-            self._await(process)
-        except OSError as error:
-            if process:
-                raise
-            raise Unsupported(f"skopeo cannot be run: {error.strerror}",
-                              hint="install skopeo") from None
-        finally:
-            with SignalsHeld():
-                if process:
-                    end_process(process)
-        if process.returncode:
-            with open(os.path.join(self._scratch, "log"), "rb") as said:
-                self._refuse(process.returncode, said.read(MAX_SPECIAL).decode("utf-8", "replace"))
-
-    def _await(self, process: Any) -> None:
-        """Wait for skopeo's end; raise ProtocolError when it writes nothing for a long time."""
-        end = time.monotonic() + self._timeout
-        while process.poll() is None:
-            size, files = measure_files(self._scratch)
-            if size != self.size:
-                self.size, end = size, time.monotonic() + self._timeout
-                if self._progress:
-                    self._progress(size, files)
-            if time.monotonic() > end:
-                raise ProtocolError("skopeo has written nothing for "
-                                    + counted(f"{self._timeout:g}", "second"))
-            time.sleep(0.05)
-
-    def _refuse(self, status: int, log: str) -> NoReturn:
-        """Raise what skopeo's end means, in its own last words."""
-        last = next((line for line in reversed(log.split("\n")) if line.strip()), "")
-        quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
-        last = quoted[1].replace(r"\"", '"') if quoted else last
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        words = f"{display(self.reference)}: {display(last[-500:])}" if status == 1 and last \
-            else f"skopeo {how}{last and ': ' + display(last[-500:])}"
-        if "policy.json" in words:
-            raise CstorError(words, hint="skopeo needs one: see containers-policy.json(5)")
-        if "Invalid source name" in words:
-            raise CstorError(words, hint="expected oci:DIR:TAG, dir:DIR, docker-archive:FILE, "
-                                         "docker://NAME or another transport of skopeo")
-        missing = re.search("no such file|not found|unknown|no (descriptor|image) found|"
-                            "does not resolve", words)
-        raise NotFound(words) if missing else CstorError(words)
-
-    def _load(self, platform: str) -> None:
-        """Read manifest and configuration."""
-        index = self._parse(self._layout.read(b"index.json", MAX_BIG_DATA), "index")
-        found = index.get("manifests")
-        if not isinstance(found, list) or len(found) != 1:
-            raise FormatError("not one manifest", file=f"{self.reference}: index")
-        self.manifest = self._small(found[0], "index")
-        manifest = self._parse(self.manifest, "manifest")
-        if not isinstance(manifest.get("layers"), list):
-            raise FormatError("not an OCI manifest", file=f"{self.reference}: manifest")
-        self.layers: List[Dict[str, Any]] = manifest["layers"]
-        self.config_blob: Any = manifest.get("config")
-        for entry in self.layers:
-            self._check(entry, "manifest")
-        self.config = self._parse(self._small(self.config_blob, "manifest"), "configuration")
-        have = platform_name(platform_in(self.config))
-        if platform and not (have + "/").startswith(platform + "/") and not self._is_of_list():
-            raise NotFound(f"image {self.reference} is for {have}, not {platform}")
-
-    def _is_of_list(self) -> bool:
-        """Tell whether skopeo chose the image from a list, whose word on platforms counts."""
-        import subprocess  # podman 4.3.1 builds configurations that name its own platform
-
-        done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
-        return not done.returncode and "manifests" in self._parse(done.stdout, "manifest")
-
-    def _parse(self, data: bytes, what: str) -> Dict[str, Any]:
-        found = parse_json(data, f"{self.reference}: {what}")
-        if not isinstance(found, dict):
-            raise FormatError("not an object", file=f"{self.reference}: {what}")
-        return found
-
-    def _check(self, entry: Any, what: str) -> None:
-        """Raise FormatError for what is no descriptor, Unsupported for other digests."""
-        size, digest = (entry.get("size"), entry.get("digest")) if isinstance(entry, dict) \
-            else (None, None)
-        if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
-            raise FormatError("malformed descriptor", file=f"{self.reference}: {what}")
-        if not re.fullmatch("sha256:" + HEX64, digest):
-            raise Unsupported(f"{self.reference}: the digest {display(digest)} is not a sha256")
-
-    def _small(self, entry: Any, what: str) -> bytes:
-        self._check(entry, what)
-        if entry["size"] > MAX_BIG_DATA:
-            raise FormatError(f"larger than {MAX_BIG_DATA} bytes", file=f"{self.reference}: {what}")
-        with open(self._open(entry), "rb") as file:
-            return file.read()
-
-    def _open(self, entry: Dict[str, Any]) -> int:
-        """Open a blob, whose digest is right."""
-        try:
-            return open_blob(self._layout, entry["digest"], entry["size"])
-        except FileNotFoundError:
-            raise NotFound(f"{self.reference}: skopeo wrote no blob {entry['digest']}") from None
-
-    def copy_to_oci(self, directory: str, tag: str = "", *, progress: Optional[Progress] = None
-                    ) -> Dict[str, Any]:
-        """Add the image to an OCI layout, blobs unchanged; return the descriptor in its index.
-
-        The manifest is skopeo's, or if that gives layers wrong types, a new one with the digest of
-        the old in an annotation.
-        """
-        check_tag(tag)
-        done = 0
-
-        def add(files: int, entry: Dict[str, Any]) -> Dict[str, Any]:
-            def copy(fd: int) -> bytes:
-                nonlocal done
-                for data in iter(lambda: blob.read(CHUNK), b""):
-                    write_all(fd, data)
-                    done += len(data)
-                    if progress:
-                        progress(done, files)
-                return str(entry["digest"][7:]).encode()
-
-            with open(self._open(entry), "rb", buffering=0) as blob:
-                start = os.pread(blob.fileno(), 4, 0)
-                if not layout.has(entry["digest"], entry["size"]):
-                    layout.write(b"blobs/sha256", copy)
-            return {**entry, "mediaType": true_type(str(entry.get("mediaType")), start)}
-
-        with OciLayout(directory) as layout:
-            layers = [add(files, entry) for files, entry in enumerate(self.layers)]
-            add(len(layers), self.config_blob)
-            data = self.manifest
-            if layers != self.layers:
-                manifest = json.loads(data)
-                kept = manifest.get("annotations")
-                data = compact_json({**manifest, "layers": layers, "annotations": {
-                    **(kept if isinstance(kept, dict) else {}),
-                    ORIGINAL_DIGEST: sha256_digest(data)}})
-            found = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
-                                  platform_in(self.config))
-            layout.tag(found, tag)
-        return found
-
-    def streams(self) -> Iterator[LayerStream]:
-        """Yield the layers' tars, base first, each to be read before the next is asked for.
-
-        Raises IntegrityError when there are not as many layers as the configuration names.
-        """
-        rootfs = self.config.get("rootfs")
-        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-        if not isinstance(diff_ids, list) or not all(
-                isinstance(each, str) and re.fullmatch("sha256:" + HEX64, each)
-                for each in diff_ids):
-            raise FormatError("it names no layers", file=f"{self.reference}: configuration")
-        if len(self.layers) != len(diff_ids):
-            raise IntegrityError(f"{self.reference}: its layers are not those that its "
-                                 "configuration names", expected=counted(len(diff_ids), "layer"),
-                                 actual=str(len(self.layers)))
-        for entry, diff_id in zip(self.layers, diff_ids):
-            with LayerStream(self._tar(entry), label=entry["digest"], digest=diff_id) as stream:
-                yield stream
-
-    def _tar(self, entry: Dict[str, Any]) -> Iterator[bytes]:
-        with open(self._open(entry), "rb") as blob, \
-                Decompressed(f"{self.reference}: {entry['digest']}", blob.fileno()) as reader:
-            yield from iter(lambda: reader.read(CHUNK), b"")
-
-    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
-        """Put the root file system into a directory; see extract_streams()."""
-        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
-                               **options)
-
-
 # ================================================================================================
-# 17. Rootless
+# 22. Rootless
 #
 # Of a rootless store all metadata belong to the user; contents belong to him and to his sub-uids,
 # and what those keep closed (files of mode 0600 or 0000, directories of 0700) only root of his user
@@ -11347,6 +11726,10 @@ class FetchedImage(Closing):
 # The namespace is made by newuidmap(1) and newgidmap(1), as podman makes it, or else by `podman
 # unshare`, which writes to lock files of the user's own storage and leaves a process behind.
 # ================================================================================================
+
+START_PATIENCE = 10  # seconds that a helper may take to start
+HELPER_PATIENCE = 120  # ... to open AHEAD files
+MAX_HELPERS = 64  # connections that a helper serves at a time
 
 UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
 _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
@@ -11384,12 +11767,12 @@ def find_program(name: str) -> str:
     return ""
 
 
-def id_map(kind: str) -> List[List[int]]:
+def id_map(kind: str) -> list[list[int]]:
     """Return uid_map or gid_map: first ID in this user namespace, first one outside, count."""
     return [[int(word) for word in line.split()] for line in read_proc(f"self/{kind}").splitlines()]
 
 
-def describe_process() -> Dict[str, Any]:
+def describe_process() -> dict[str, Any]:
     """Return what this process may do with closed files, and what can help; nothing is started.
 
     ``user-namespace`` is "initial", "podman unshare" or "other"; maps are as of id_map(), sub-IDs
@@ -11408,7 +11791,7 @@ def describe_process() -> Dict[str, Any]:
             **{name: find_program(name) for name in ("podman", "newuidmap", "newgidmap")}}
 
 
-def explain_process(process: Dict[str, Any]) -> str:
+def explain_process(process: dict[str, Any]) -> str:
     """Say in words what describe_process() returns."""
     words = [f"uid {process['uid']}"]
     if process["user-namespace"] != "initial":
@@ -11427,7 +11810,7 @@ def explain_process(process: Dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def unshare_ways(process: Dict[str, Any]) -> List[str]:
+def unshare_ways(process: dict[str, Any]) -> list[str]:
     """Return how a user namespace with our sub-uids can be had, the best way first."""
     ways = [way for way, there in (
         ("newuidmap", process["newuidmap"] and process["newgidmap"] and process["sub-uids"]
@@ -11485,7 +11868,7 @@ class Unshared(Closing):
             hint += ", or set the sysctl user.max_user_namespaces"
         raise NeedsUnshare("no user namespace: " + "; ".join(reasons), hint=hint)
 
-    def _start(self, way: str, function: str, words: Sequence[str], process: Dict[str, Any]
+    def _start(self, way: str, function: str, words: Sequence[str], process: dict[str, Any]
                ) -> None:
         import marshal
         import socket
@@ -11534,7 +11917,7 @@ class Unshared(Closing):
         finally:
             os.close(log)
 
-    def _map_ids(self, process: Dict[str, Any]) -> None:
+    def _map_ids(self, process: dict[str, Any]) -> None:
         """Let root in the namespace be us, and the IDs from 1 on our sub-IDs."""
         import subprocess
 
@@ -11678,7 +12061,7 @@ class Helper:
         import threading
 
         self._lock, self._roots = threading.Lock(), roots
-        self._spare: List[Connection] = []
+        self._spare: list[Connection] = []
         self._tokens = -1
         self._start()
 
@@ -11701,8 +12084,8 @@ class Helper:
         self._spare, self._tokens = [], -1
         self._unshared.close()
 
-    def _call(self, method: str, params: Dict[str, Any], fds: Sequence[int] = ()
-              ) -> Tuple[Any, List[int]]:
+    def _call(self, method: str, params: dict[str, Any], fds: Sequence[int] = ()
+              ) -> tuple[Any, list[int]]:
         """Return the result of a method and the descriptors that came with it."""
         with self._lock:
             if os.getpid() != self._pid:
@@ -11730,12 +12113,12 @@ class Helper:
                 raise CstorError("the helper answers another question")
             return message.value.get("result"), message.take()
 
-    def open(self, directory: str, names: Sequence[bytes]) -> List[int]:
+    def open(self, directory: str, names: Sequence[bytes]) -> list[int]:
         """Open regular files in a directory; of each return the descriptor, or a negative number.
 
         That is minus the errno, or minus the type (S_IFIFO and so on) of what is no regular file.
         """
-        found: List[int] = []
+        found: list[int] = []
         for at in range(0, len(names), AHEAD):
             part = names[at:at + AHEAD]
             codes, fds = self._ask("open", directory, b"", names=list(map(spell, part)))
@@ -11747,8 +12130,7 @@ class Helper:
             found += [-code or next(opened) for code in codes]
         return found
 
-    def scan(self, directory: str, name: bytes, start: Optional[bytes]
-             ) -> Iterator[Tuple[Any, ...]]:
+    def scan(self, directory: str, name: bytes, start: bytes | None) -> Iterator[tuple[Any, ...]]:
         """Yield (name, status, target of a link, xattrs) of what is in a directory, sorted.
 
         What comes after ``start`` is meant; with None the first is the directory itself, ".".
@@ -11761,7 +12143,7 @@ class Helper:
                 start = b"" if row[0] == b"." else row[0]
                 yield row
 
-    def look(self, directory: str, name: bytes) -> Tuple[Any, ...]:
+    def look(self, directory: str, name: bytes) -> tuple[Any, ...]:
         """Return what scan() yields of one file."""
         return self._read_row(self._ask("look", directory, name)[0])
 
@@ -11769,7 +12151,7 @@ class Helper:
         """Open the directory ``name`` in another one (O_PATH) and return its descriptor."""
         return self._ask("enter", directory, name)[1].pop()
 
-    def _ask(self, method: str, directory: str, name: bytes, **more: Any) -> Tuple[Any, List[int]]:
+    def _ask(self, method: str, directory: str, name: bytes, **more: Any) -> tuple[Any, list[int]]:
         try:
             return self._call(method, {"directory": spell(os.fsencode(directory)),
                                        "name": spell(b"" if name == b"." else name), **more})
@@ -11777,7 +12159,7 @@ class Helper:
             raise with_path(error, os.path.join(directory, os.fsdecode(name))) from None
 
     @staticmethod
-    def _read_row(row: Sequence[Any]) -> Tuple[Any, ...]:
+    def _read_row(row: Sequence[Any]) -> tuple[Any, ...]:
         base, numbers, link, xattrs = row
         times = {"st_rdev": numbers[7], "st_mtime_ns": numbers[8]}
         return (unspell(base), os.stat_result((*numbers[:7], 0, 0, 0), times), unspell(link),
@@ -11852,7 +12234,7 @@ def serve_contents(roots: Sequence[str]) -> int:
             return 0
         with message:
             number = message.value.get("id")
-            fds: List[int] = []
+            fds: list[int] = []
             try:
                 if message.value.get("method") == "attach" and len(message.fds) == 1 \
                         and stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
@@ -11880,10 +12262,10 @@ def serve_contents(roots: Sequence[str]) -> int:
                     os.close(fd)
 
 
-def error_reply(number: Any, error: Exception) -> Dict[str, Any]:
+def error_reply(number: Any, error: Exception) -> dict[str, Any]:
     """Return the JSON-RPC response to a request that fails; its data is the errno, if any."""
     code = error.code if isinstance(error, ProtocolError) and error.code else BAD_PARAMS
-    reply: Dict[str, Any] = {"code": code, "message": str(error)}
+    reply: dict[str, Any] = {"code": code, "message": str(error)}
     if isinstance(error, PermissionError) or isinstance(error, OSError) and error.errno:
         reply["data"] = error.errno or errno.EACCES
     return {"jsonrpc": "2.0", "error": reply, "id": number}
@@ -11894,11 +12276,11 @@ class ContentServer:
 
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = [Directory.at(root) for root in roots]
-        self._directory: Optional[Directory] = None  # the last one asked for
-        self._listed: Tuple[Any, List[bytes]] = None, []  # what is scanned, and its names
+        self._directory: Directory | None = None  # the last one asked for
+        self._listed: tuple[Any, list[bytes]] = None, []  # what is scanned, and its names
         self._maps = id_map("uid_map"), id_map("gid_map")
 
-    def answer(self, request: Dict[str, Any]) -> Tuple[Any, List[int]]:
+    def answer(self, request: dict[str, Any]) -> tuple[Any, list[int]]:
         """Return the result of a request, and descriptors.  Raises CstorError and OSError."""
         method, params = request.get("method"), request.get("params")
         if method not in ("open", "scan", "look", "enter") or not isinstance(params, dict):
@@ -11964,9 +12346,9 @@ class ContentServer:
         except FormatError:
             return -errno.EINVAL
 
-    def _scan(self, directory: Directory, name: bytes, after: Optional[bytes]) -> Any:
+    def _scan(self, directory: Directory, name: bytes, after: bytes | None) -> Any:
         """Return ([name, numbers, link, xattrs] of some files, whether there are more)."""
-        rows: List[Any] = []
+        rows: list[Any] = []
         size = 0
         place = directory.path, name
         if not after or self._listed[0] != place:
@@ -11982,8 +12364,8 @@ class ContentServer:
                     return rows, base != (names or [base])[-1]
         return rows, False
 
-    def _row(self, name: bytes, found: Tuple[os.stat_result, bytes, Dict[bytes, bytes]]
-             ) -> List[Any]:
+    def _row(self, name: bytes, found: tuple[os.stat_result, bytes, dict[bytes, bytes]]
+             ) -> list[Any]:
         status, link, xattrs = found
         numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
                    self._outside(status.st_uid, 0), self._outside(status.st_gid, 1),
@@ -11999,328 +12381,11 @@ class ContentServer:
 
 
 # ================================================================================================
-# 18. Library
+# 23. Formats
+#
+# Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Progress goes to a
+# terminal only; a result takes its name when it is whole.
 # ================================================================================================
-
-class Layer(LayerRecord):
-    """One layer of a storage; made by Storage.layer(), Storage.layers() and Image.layers()."""
-
-    _damage: Optional[List[str]] = None
-
-    @property
-    def link_id(self) -> str:
-        """The 26 characters that stand for this layer in overlay/l; "" when they are lost."""
-        return read_overlay_file(self, b"link")
-
-    def damage(self) -> List[str]:
-        """Return which of its files are missing or empty, as far as lstat(2) tells."""
-        if self._damage is None:
-            name = self.id.encode("utf-8", "replace")
-            files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
-                (LAYERS, name + b".tar-split.gz")] * bool(self.diff_digest)
-            self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
-                f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
-                for word in [self.storage.state(self.root, kind, place)] if word and not (
-                    overlay_file(self, b"additionallayer")[0] if kind is LAYERS else
-                    place.endswith(b"/diff") and word == "empty" and not self._has_files())]
-        return self._damage
-
-    def _has_files(self) -> bool:
-        """Tell whether by its tar something has to be in "diff"."""
-        try:
-            return not self.mapped and not self.toc_digest and self.diff_size > 2 * BLOCK and any(
-                member.type in ("reg", "dir", "symlink") and clean_name(member.name)
-                and b".wh." not in member.name for member in self.members())
-        except (CstorError, OSError):
-            return False  # what cannot be read is another fault
-
-    def lower_ids(self) -> List[str]:
-        """Return the IDs of the overlay lower chain, top first.  Raises LayerUnknown."""
-        return lower_ids(self)
-
-    def members(self) -> Iterator[Member]:
-        """Yield the members of the tar, in order, from the headers alone."""
-        return (member for _, member in read_members(self) if member)
-
-    def pieces(self) -> Generator[Union[bytes, Extent], None, None]:
-        """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
-        return read_pieces(self)
-
-    def open_file(self, path: bytes) -> BinaryIO:
-        """Open the content of a regular file of this layer by its name in the tar."""
-        check_type("path", path, bytes)
-        with LayerFiles(self) as files:
-            return open(files.open(path), "rb")
-
-    def export(self, out: Union[int, BinaryIO], *, verify: bool = True,
-               progress: Optional[Progress] = None) -> str:
-        """Write the tar, bit for bit, to a descriptor or a binary file; see export_layer().
-
-        Returns the sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.
-        """
-        return export_layer(self, out, verify=verify, progress=progress)
-
-    def verify(self) -> int:
-        """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
-        return verify_files(self)
-
-    def tree(self) -> Tree:
-        """Return the tree of this layer alone, with its whiteouts."""
-        return Tree([layer_tree(self)], f"layer {self.id[:12]}", raw=True)
-
-    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
-        """Put the files of this layer alone into a directory; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
-
-    def toc(self, *, digests: bool = False) -> Dict[str, Any]:
-        """Return the table of contents: members in the order of the tar, whiteouts among them."""
-        return {"version": 1, "entries": list(layer_toc(self, digests=digests))}
-
-
-class Image(ImageRecord):
-    """One image of a storage; made by Storage.image() and Storage.images()."""
-
-    def layers(self) -> Tuple[Layer, ...]:
-        """Return the layers, base first.  Raises LayerUnknown, FormatError."""
-        return self.storage.chain(self.layer)  # type: ignore[return-value]
-
-    def tree(self, known: Optional[Dict[str, LayerTree]] = None, platform: str = "") -> Tree:
-        """Return the merged tree, of a manifest list that of an instance: see single().
-
-        ``known`` keeps the trees of layers by ID, to be shared with other images.
-        """
-        return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
-
-    def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> Dict[str, Any]:
-        """Add the image to an OCI layout; see copy_to_oci()."""
-        return copy_to_oci(self, directory, tag, **options)
-
-    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
-        """Put the root file system into a directory; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
-
-    def toc(self, *, digests: bool = False) -> Dict[str, Any]:
-        """Return the table of contents of the merged tree, sorted; see toc_entry()."""
-        with self.tree() as tree:
-            return {"version": 1, "entries": list(tree_toc(tree, digests=digests))}
-
-
-class Container(ContainerRecord):
-    """One container of a storage; made by Storage.container() and Storage.containers()."""
-
-    def tree(self, known: Optional[Dict[str, LayerTree]] = None) -> Tree:
-        """Return the merged tree of its image's layers and its own writable one.
-
-        Of ``podman --rootfs`` it is the directory that was given, which is opened only where
-        podman's database is to be trusted; else NeedsUnshare says why not.
-        """
-        rootfs = self.state.get("rootfs", "")
-        if self.state.get("rootfs-refused"):
-            raise NeedsUnshare(f"container {self.title}: its --rootfs directory {display(rootfs)} "
-                               f"is not opened: {self.state['rootfs-refused']}",
-                               hint="read it on the machine where podman made the container, as "
-                                    "the user whose store it is")
-        if rootfs:
-            try:
-                contents = Contents(self.storage, Directory.at(rootfs))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise Unsupported(f"container {self.title}: its --rootfs directory "
-                                  f"{display(rootfs)}: {error.strerror}") from None
-            return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
-        chain = self.checked_chain()
-        if not self.image and not self.state and self.details().get("name"):
-            raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
-                              "podman that knows the directory is not read",
-                              hint="`container inspect` and `store info` say why")
-        tree = merged_tree(chain, f"container {self.title}", known)
-        top = tree.layers[0]
-        if isinstance(top, DiskTree):
-            top.writable = True
-            if top.layer and not top.layer.uidmap:
-                top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
-        return tree
-
-    def extract(self, directory: str, **options: Any) -> Dict[str, Any]:
-        """Put its root file system into a directory, as it sees it; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
-
-
-class Storage(Metadata):
-    """A containers/storage storage, read-only.  A context manager; owns descriptors of its roots.
-
-    Records are read once and kept; reload() forgets them.
-    """
-
-    KINDS = (Layer, Image, Container)
-    config: Optional[Config] = None
-
-    @classmethod
-    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
-                 owner_ids: str = "") -> Storage:
-        """Open the storage that podman would use for this user: see load_config().
-
-        ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
-        additional image stores; ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported,
-        FormatError.
-        """
-        config = load_config()
-        if config.driver not in ("", "overlay"):
-            raise Unsupported(f"storage driver {config.driver} is not supported: only overlay is "
-                              "read",
-                              hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
-                                   "a store of the overlay driver anyway")
-        imagestore = imagestore or config.imagestore
-        try:
-            storage = cls(config.graphroot, runroot or config.runroot, imagestore,
-                          [*config.stores, *stores], owner_ids)
-        except NotFound as error:
-            error.hint = config.hint
-            raise
-        storage.config = config
-        if not runroot and not os.path.isdir(config.runroot):
-            # podman goes on with the run root of its database when the configuration has changed.
-            recorded = storage.recorded_roots(trusted=True).get("RunRoot", "")
-            if os.path.isdir(recorded):
-                storage.runroot, storage._run = recorded, Contents(storage, Directory.at(recorded))
-                storage.reload()
-        storage.faults += config.faults
-        storage.elsewhere, storage.layer_stores = config.elsewhere, config.layer_stores
-        return storage
-
-    @classmethod
-    def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
-             stores: Sequence[str] = (), owner_ids: str = "") -> Storage:
-        """Open the storage with graph root ``root``, whatever is configured.
-
-        ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported, OSError.
-        """
-        return cls(root, runroot, imagestore, stores, owner_ids)
-
-    def layer_by_id(self, layer_id: str) -> Optional[LayerRecord]:
-        """Return the layer of exactly this ID, or None; see strays()."""
-        found = super().layer_by_id(layer_id)
-        if not found and is_safe_id(layer_id):
-            if root := self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer"))):
-                found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
-                found.parent = "".join(found.lower_ids()[:1])
-        return found
-
-    def layers(self) -> Tuple[Layer, ...]:
-        """Return all layers, damaged ones with their ``faults``."""
-        return self.layer_records()  # type: ignore[return-value]
-
-    def layer(self, reference: str) -> Layer:
-        """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
-
-        Raises LayerUnknown, Ambiguous.
-        """
-        check_type("reference", reference, str)
-        places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
-        reference = next((name for name in places if "/" in reference and (
-            self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
-        try:
-            layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
-        except LayerUnknown:
-            if (layer := self.layer_by_id(reference)) is None:
-                raise
-        return layer  # type: ignore[no-any-return]
-
-    def images(self) -> Tuple[Image, ...]:
-        """Return all images, damaged ones with their ``faults``."""
-        return self.image_records()  # type: ignore[return-value]
-
-    def image(self, reference: str, platform: str = "") -> Image:
-        """Return one image by name, digest, ID or the start of an ID.
-
-        Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
-        this machine.  Raises ImageUnknown, Ambiguous.
-        """
-        try:
-            image: Any = find_image(self.image_records(), reference, platform)
-        except ImageUnknown as error:
-            error.hint = self.elsewhere or error.hint
-            raise
-        return image  # type: ignore[no-any-return]
-
-    def containers(self) -> Tuple[Container, ...]:
-        """Return all containers, damaged ones with their ``faults``."""
-        return self.container_records()  # type: ignore[return-value]
-
-    def container(self, reference: str) -> Container:
-        """Return one container by ID, name, layer ID or the start of an ID.
-
-        Raises ContainerUnknown, Ambiguous.
-        """
-        return find_container(self.container_records(), reference)  # type: ignore[return-value]
-
-
-_HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
-
-
-class ProxiedStorage(Storage):
-    """A Storage that opens what is closed to this user through a helper in his user namespace.
-
-    The helper is started for the first such content, never for metadata, and ends with close();
-    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
-    """
-
-    lender: Optional[ProxiedStorage] = None  # another one, whose helper is to be used
-    _helper: Optional[Helper] = None
-    _failure: Optional[NeedsUnshare] = None
-
-    def helper(self, error: NeedsUnshare) -> Helper:
-        """Return the helper, started if need be."""
-        if self.lender:
-            helper = self.lender.helper(error)
-        else:
-            with _HELPER_LOCK:
-                helper = self._start_helper(error)
-        self.is_proxied = True
-        return helper
-
-    def _start_helper(self, error: NeedsUnshare) -> Helper:
-        if self._helper and self._helper.is_broken:  # said to whom it happened
-            self._helper.close()
-            self._helper = None
-        if self._helper is None and self._failure is None:
-            hint = why_no_helper(self)
-            try:
-                if hint:
-                    raise NeedsUnshare("", hint=hint)
-                rootfs = [value["rootfs"] for value in (self._podman or {}).values()
-                          if not value.get("rootfs-refused") and os.path.isdir(value["rootfs"])]
-                self._helper = Helper([root.path for root in self.roots] + rootfs)
-            except NeedsUnshare as failure:
-                self._failure = failure
-        if self._helper is None:
-            why = f": {self._failure}" if str(self._failure) else ""
-            raise NeedsUnshare(f"{error}{why}", hint=self._failure.hint if self._failure else "")
-        return self._helper
-
-    def prepare(self, processes: int) -> int:
-        """Give each of so many processes, to be forked next, a connection of its own."""
-        try:
-            return self.helper(NeedsUnshare("")).spread(processes)
-        except NeedsUnshare:
-            return processes  # said when the content is needed
-
-    def close(self) -> None:
-        """End the helper, and close all descriptors; harmless when repeated."""
-        if self._helper:
-            self._helper.close()
-        super().close()
-
-
-# ================================================================================================
-# 19. Command line
-# ================================================================================================
-
-EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
-EXIT_PIPE = 141
-
 
 def print_json(value: Any) -> None:
     """Print a JSON document; ASCII, so that no locale can spoil it."""
@@ -12347,7 +12412,7 @@ def human_size(size: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def human_age(moment: Optional[int]) -> str:
+def human_age(moment: int | None) -> str:
     """Spell how long ago ``moment`` (ns since 1970) was."""
     if moment is None:
         return ""
@@ -12406,7 +12471,7 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.active:
             if not kind and self.shown > self.start and self.total > 0:
                 self._draw(self.total)
@@ -12417,9 +12482,9 @@ class ProgressLine:
 class Output:
     """A context whose ``fd`` takes a stream: stdout, a FIFO or device, or a NewFile."""
 
-    def __init__(self, path: Optional[str], *, text: bool = False) -> None:
+    def __init__(self, path: str | None, *, text: bool = False) -> None:
         self._target, self._name = "", b""
-        self._file: Optional[NewFile] = None
+        self._file: NewFile | None = None
         if path in (None, "-"):
             self.fd = sys.stdout.fileno()
             if os.isatty(self.fd) and not text:
@@ -12453,7 +12518,7 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  *_: object) -> None:
         name_error(error, self._target or "stdout")  # errors of the source name a file
         try:
@@ -12494,7 +12559,7 @@ def unwind_on_signals() -> None:
         pass
 
 
-_handlers: Dict[int, Any] = {}  # that unwind_on_signals() replaced
+_handlers: dict[int, Any] = {}  # that unwind_on_signals() replaced
 
 
 def restore_signals(ending: bool) -> None:
@@ -12502,6 +12567,25 @@ def restore_signals(ending: bool) -> None:
     while _handlers:
         number, before = _handlers.popitem()
         signal.signal(number, (lambda *_: None) if ending else before)
+
+
+def say(message: str) -> None:
+    """Print one line on stderr, where there is one."""
+    try:
+        if sys.stderr is not None:
+            print(f"cstor: {message}", file=sys.stderr)
+    except OSError:  # nobody can be told; at exit Python would try once more, and return 120
+        sys.stderr = None
+
+
+# ================================================================================================
+# 24. Commands
+#
+# A command gets the storage and its arguments, prints to stdout, and returns the exit status.
+# ================================================================================================
+
+EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
+EXIT_PIPE = 141
 
 
 class _UsageError(Exception):
@@ -12540,7 +12624,7 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
         map(image_json, images), (image for _, image in aged))
 
 
-def intermediate_images(storage: Storage) -> Set[str]:
+def intermediate_images(storage: Storage) -> set[str]:
     """Return the IDs of images without a name that another was built on, as podman tells them.
 
     The other has the same top layer or the next one, and one more line of history.
@@ -12556,7 +12640,7 @@ def intermediate_images(storage: Storage) -> Set[str]:
             return False
 
     nameless = [image for image in storage.images() if not image.names]
-    above: Dict[str, List[Image]] = {}
+    above: dict[str, list[Image]] = {}
     for image in storage.images() if nameless else ():
         layer = storage.layer_by_id(image.layer)
         for top in {image.layer, layer.parent if layer else image.layer}:
@@ -12565,7 +12649,7 @@ def intermediate_images(storage: Storage) -> Set[str]:
         is_parent(image, other) for other in above[image.layer])}
 
 
-def image_json(image: Image) -> Dict[str, Any]:
+def image_json(image: Image) -> dict[str, Any]:
     """Return an image's record with what listings add: size, manifest-list, store, faults ..."""
     instances = {"instances": [
         {"platform": platform_name(entry.get("platform")), "digest": entry.get("digest"),
@@ -12581,7 +12665,7 @@ def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Ite
     The highest status counts.  An error without a file name is one of the output, and ends all; so
     does the same error once more, which is about all: a malformed file.
     """
-    last: Optional[Exception] = None
+    last: Exception | None = None
     for word in words:
         try:
             yield action(word)
@@ -12596,7 +12680,7 @@ def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Ite
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
     """show the record, manifest and configuration of images"""
-    def inspect(reference: str) -> Dict[str, Any]:
+    def inspect(reference: str) -> dict[str, Any]:
         image: Any = storage.image(reference, args.platform)
         image = image.single(args.platform) if args.platform else image
         entry = image_json(image)
@@ -12612,7 +12696,7 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
     print_inspected(for_each(args, args.image, inspect), args)
 
 
-def print_inspected(entries: Iterator[Dict[str, Any]], args: Any) -> None:
+def print_inspected(entries: Iterator[dict[str, Any]], args: Any) -> None:
     """Print objects as a JSON array, or as tables of keys and values; nothing if all failed."""
     found = list(entries)
     for entry in found if args.format == "table" else ():
@@ -12647,7 +12731,7 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
     print_list(args, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows, history)
 
 
-def note_open_steps(history: Sequence[Dict[str, Any]], args: Any) -> None:
+def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
     """Say on stderr which layers have no known step in a history."""
     bare = sum("layer" in row and len(row) == 2 for row in history)
     if any("size" in row and "layer" not in row for row in history):
@@ -12669,7 +12753,7 @@ def print_layers(layers: Sequence[Layer], args: Any) -> None:
          "; ".join(layer.faults)] for layer in layers), map(layer_json, layers), layers)
 
 
-def layer_json(layer: Layer) -> Dict[str, Any]:
+def layer_json(layer: Layer) -> dict[str, Any]:
     """Return a layer's record with what listings add: store, readonly, faults."""
     return {**layer.record, "store": layer.root.path, "readonly": layer.readonly,
             "faults": layer.faults}
@@ -12677,7 +12761,7 @@ def layer_json(layer: Layer) -> Dict[str, Any]:
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
     """show the record of layers, and where their files are"""
-    def inspect(reference: str) -> Dict[str, Any]:
+    def inspect(reference: str) -> dict[str, Any]:
         layer = storage.layer(reference)
         entry = layer_json(layer)
         entry["compression-name"] = layer.compression
@@ -12819,7 +12903,7 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
         say(f"layer {layer.id}: {digest}")
 
 
-def cmd_stream_to_tar(storage: Optional[Storage], args: Any) -> None:
+def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
     """turn a stream of a layer back into its tar, bit for bit"""
     check_verification(args)
     if args.stream == "-" and sys.stdin is None:
@@ -12858,7 +12942,7 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
         for container, entry in zip(storage.containers(), entries)), entries, storage.containers())
 
 
-def container_json(container: Container) -> Dict[str, Any]:
+def container_json(container: Container) -> dict[str, Any]:
     """Return a container's record with image-name, and state, pod and rootfs of podman's."""
     details, state = container.details(), container.state
     # As `podman ps --external` calls what its database does not know: buildah's, say.
@@ -12903,7 +12987,7 @@ def path_of(tree: Tree, text: str) -> bytes:
 
 
 def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
-                  indent: Optional[int] = 2) -> None:
+                  indent: int | None = 2) -> None:
     """Print JSON values inside ``head`` and ``tail`` as they come."""
     encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
     _, entries = peek(entries)
@@ -12955,7 +13039,7 @@ def cmd_files(storage: Storage, args: Any) -> None:
         sys.stdout.buffer.flush()
 
 
-def file_json(path: bytes, node: Node, first: Optional[bytes] = None) -> Dict[str, Any]:
+def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, Any]:
     """Return what is known of a file, as in a TOC, with its path and layer."""
     entry = toc_entry(path, node, first=None if first is None else b"/" + first)
     entry.pop("name")
@@ -13115,7 +13199,7 @@ def cmd_extract(storage: Storage, args: Any) -> None:
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
 
 
-def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> Dict[str, Any]:
+def extract_via_skopeo(storage: Storage | None, args: Any, options: Any) -> dict[str, Any]:
     """Extract an image from elsewhere; return the summary."""
     if args.link_mode in ("reflink", "hardlink"):
         raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
@@ -13127,7 +13211,7 @@ def extract_via_skopeo(storage: Optional[Storage], args: Any, options: Any) -> D
         return image.extract(args.dir, progress=shifted(progress, image.size), **options)
 
 
-def extract_from_server(args: Any, options: Any) -> Dict[str, Any]:
+def extract_from_server(args: Any, options: Any) -> dict[str, Any]:
     """Extract a layer that a server sends; return the summary."""
     if args.link_mode == "hardlink":
         raise _UsageError("--link-mode hardlink: a file that is passed gets no further name")
@@ -13136,7 +13220,7 @@ def extract_from_server(args: Any, options: Any) -> Dict[str, Any]:
                                check=not args.no_verify, progress=progress, **options)
 
 
-def print_summary(summary: Dict[str, Any]) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     """Print what an extraction made, on two lines."""
     words = ("files", "directories", "symlinks", "hardlinks", "devices", "fifos", "sockets",
              "whiteouts")
@@ -13149,7 +13233,7 @@ def print_summary(summary: Dict[str, Any]) -> None:
     print((", ".join(parts) or "0 B") + (f" ({'; '.join(why)})" if why else ""))
 
 
-def names_to_give(image: Image, reference: str) -> List[str]:
+def names_to_give(image: Image, reference: str) -> list[str]:
     """Return the names that an image takes along: the one it was asked for by, or else all.
 
     Only names with a tag: a digest is no name that anybody can give.
@@ -13200,7 +13284,7 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
 
 
 def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
-                      ) -> Tuple[str, Dict[str, Any]]:
+                      ) -> tuple[str, dict[str, Any]]:
     """Copy an image that is in the storage; return its tag and descriptor."""
     image = storage.image(args.image, args.platform)
     names = names_to_give(image, args.image)
@@ -13214,8 +13298,8 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
                                       tell=lambda text: note(args, text))
 
 
-def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: str
-                    ) -> Tuple[str, Dict[str, Any]]:
+def copy_via_skopeo(storage: Storage | None, args: Any, directory: str, tag: str
+                    ) -> tuple[str, dict[str, Any]]:
     """Copy an image from elsewhere; return its tag and descriptor."""
     if args.compress is not None:
         raise _UsageError("--compress cannot be used with --via-skopeo: blobs are copied unchanged")
@@ -13233,7 +13317,7 @@ def copy_via_skopeo(storage: Optional[Storage], args: Any, directory: str, tag: 
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
     """write images as one stream: the root file system as a tar, or an archive to be loaded"""
-    images: List[Any] = [storage.image(reference, args.platform) for reference in args.image]
+    images: list[Any] = [storage.image(reference, args.platform) for reference in args.image]
     if args.as_ == "rootfs":
         if len(images) > 1:
             raise _UsageError("a root file system is of one image; --as docker-archive takes more")
@@ -13266,7 +13350,7 @@ def export_tree(tree: Tree, args: Any) -> None:
 
 def cmd_diff(storage: Storage, args: Any) -> int:
     """compare two images, or an image with a layer, container, directory or tar file"""
-    known: Dict[str, LayerTree] = {}
+    known: dict[str, LayerTree] = {}
     sides = [open_side(storage, text, known, args.platform) for text in (args.a, args.b)]
     raw = all(side is None or side.raw for side in sides) and any(sides)
     with (sides[0] or open_path(args.a, raw)) as old, (sides[1] or open_path(args.b, raw)) as new:
@@ -13288,8 +13372,8 @@ def cmd_diff(storage: Storage, args: Any) -> int:
 PATH_SIDE = r"(?:dir:|tar:(?=.)|(?=[/.])|(?=-\Z))(.*)"
 
 
-def open_side(storage: Storage, text: str, known: Dict[str, LayerTree], platform: str
-              ) -> Optional[Tree]:
+def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform: str
+              ) -> Tree | None:
     """Return the tree of one side of a comparison, None for a path of the host.
 
     An image, container or layer is looked for in this order, unless ``image:`` and the like leave
@@ -13298,7 +13382,7 @@ def open_side(storage: Storage, text: str, known: Dict[str, LayerTree], platform
     if re.fullmatch(PATH_SIDE, text, re.DOTALL):
         return None
     kind, _, rest = text.partition(":")
-    unknown: Optional[NotFound] = None
+    unknown: NotFound | None = None
     for word in ("image", "container", "layer"):
         for reference in [text] + [rest] * (word == kind and bool(rest)):
             try:
@@ -13325,7 +13409,7 @@ def open_path(text: str, raw: bool) -> Tree:
     return Tree([TarTree(path, whiteouts=raw)], path)
 
 
-def cmd_tar_diff(storage: Optional[Storage], args: Any) -> int:
+def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
     """compare two tars, plain or compressed, byte by byte and entry by entry"""
     if args.a == args.b == "-":
         raise _UsageError("stdin can be read only once")
@@ -13349,7 +13433,7 @@ def cmd_tar_diff(storage: Optional[Storage], args: Any) -> int:
     return EXIT_NO if first else 0
 
 
-def difference_line(row: Dict[str, Any]) -> str:
+def difference_line(row: dict[str, Any]) -> str:
     """Return the line for a difference of two tars."""
     name = f' {display(unspell(row["entry"]))}' if row["entry"] is not None else ""
     field = f' {display(row["field"])}' if "field" in row else ""
@@ -13400,8 +13484,8 @@ def cmd_blame(storage: Storage, args: Any) -> None:
               "them")
 
 
-def blame_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
-               ) -> Iterator[Dict[str, Any]]:
+def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
+               ) -> Iterator[dict[str, Any]]:
     """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
     for path, node, _ in tree.walk():
         if path and fits(path):
@@ -13411,18 +13495,18 @@ def blame_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
             yield row
 
 
-def layer_row(path: bytes, node: Node, steps: Dict[str, str]) -> Dict[str, Any]:
+def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
     """Return the JSON of one file of one layer."""
     layer = node.tree.layer_id
-    row: Dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
+    row: dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
                            "created-by": steps.get(layer, "")}
     if node.type == "reg":
         row["size"] = node.size
     return row
 
 
-def hidden_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
-                ) -> Iterator[Dict[str, Any]]:
+def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
+                ) -> Iterator[dict[str, Any]]:
     """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
     for path, node, above, how, wasted in hidden_nodes(tree):
         if fits(path):
@@ -13433,8 +13517,8 @@ def hidden_rows(tree: Tree, steps: Dict[str, str], fits: Callable[[bytes], bool]
 def cmd_store_info(storage: Storage, args: Any) -> None:
     """show where the storage is and what is in it"""
     config = storage.config
-    counts: Dict[str, Optional[int]] = {}
-    damage: Dict[str, None] = {}  # in order, each once
+    counts: dict[str, int | None] = {}
+    damage: dict[str, None] = {}  # in order, each once
     for kind, get in ((OVERLAY, storage.layers), (IMAGES, storage.images),
                       (CONTAINERS, storage.containers)):
         counts[get.__name__] = None
@@ -13446,7 +13530,7 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
             damage.update((fault, None) for fault in storage.strays(kind, records))
         except (CstorError, OSError) as error:
             damage[describe(error)] = None
-    info: Dict[str, Any] = {
+    info: dict[str, Any] = {
         "driver": "overlay",
         "graph-root": storage.graphroot, "run-root": storage.runroot,
         "imagestore": storage.imagestore,
@@ -13488,7 +13572,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 EXTRACT_OPTIONS = ("DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
                    "--same-owner --owner-map --force --clean-on-error --format")
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
-COMMANDS: List[Tuple[str, Callable[[Any, Any], Optional[int]], str]] = [
+COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
     ("image list", cmd_image_list, "-a -q --format --no-trunc"),
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
@@ -13568,7 +13652,7 @@ SWITCHES = {"-0": "names as they are, each ended by a NUL byte",
                        "are not followed",
             "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}
 # Options that take a value, or can be negated.
-OPTIONS: Dict[str, Dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "-q": {"action": "store_true", "dest": "ids", "help": "IDs alone, one a line, each once"},
     "-o": {"metavar": "FILE", "help": "write to FILE, which appears when it is whole and verified; "
                                       "default: stdout"},
@@ -13653,7 +13737,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
         "failure, 130 interrupted, 141 stdout was closed."), 0)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=program)
-    groups: Dict[str, Any] = {}
+    groups: dict[str, Any] = {}
     for command, function, arguments in chosen:
         group, _, verb = command.rpartition(" ")
         if group and group not in groups:
@@ -13699,7 +13783,7 @@ def _add_globals(parser: Any, level: int) -> Any:
     return parser
 
 
-def _add_arguments(parser: Any, names: List[str], verb: str) -> None:
+def _add_arguments(parser: Any, names: list[str], verb: str) -> None:
     for name in names:
         flags = [name, *SHORTCUTS.get(name, ())]
         if name in OPTIONS:
@@ -13738,15 +13822,6 @@ def open_storage(args: Any) -> Storage:
     options: Any = {"runroot": args.runroot, "imagestore": imagestore, "stores": stores,
                     "owner_ids": args.owner_ids}
     return kind.open(args.root, **options) if args.root else kind.discover(**options)
-
-
-def say(message: str) -> None:
-    """Print one line on stderr, where there is one."""
-    try:
-        if sys.stderr is not None:
-            print(f"cstor: {message}", file=sys.stderr)
-    except OSError:  # nobody can be told; at exit Python would try once more, and return 120
-        sys.stderr = None
 
 
 def note(args: Any, text: str) -> None:
@@ -13791,7 +13866,7 @@ def report_error(error: Exception, trace: bool) -> int:
     return exit_status(error)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
     words = sys.argv[1:] if argv is None else check_words("argv", argv)
     before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer

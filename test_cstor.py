@@ -57,8 +57,8 @@ import unittest
 import warnings
 import weakref
 import zipfile
-from typing import (Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping,
-                    Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
+from typing import (Any, Callable, ContextManager, Iterable, Iterator, Mapping, Sequence,
+                    TypeVar)
 from unittest import mock
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ def need_mounts() -> None:
     need(not done.returncode, f"no mounts of our own: {done.stderr.decode().strip()}")
 
 
-def open_terminal() -> Tuple[int, int]:
+def open_terminal() -> tuple[int, int]:
     """Return both ends of a new terminal; skip where there is none."""
     try:
         import pty
@@ -139,7 +139,7 @@ def copy_script(path: str) -> None:
     os.chmod(path, 0o755)
 
 
-def sample(items: Iterable[T]) -> List[T]:
+def sample(items: Iterable[T]) -> list[T]:
     """Return all items in the run of full size, else the third that falls to this Python."""
     return list(items) if FULL else list(items)[sys.version_info[1] % 3::3]
 
@@ -154,9 +154,9 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def snapshot(root: str) -> Dict[bytes, Tuple[int, ...]]:
+def snapshot(root: str) -> dict[bytes, tuple[int, ...]]:
     """Return what must not change by reading: all of lstat but the atime, for each path."""
-    found: Dict[bytes, Tuple[int, ...]] = {}
+    found: dict[bytes, tuple[int, ...]] = {}
     for directory, dirs, files in os.walk(os.fsencode(root)):
         for name in [b".", *dirs, *files]:
             path = os.path.join(directory, name)
@@ -166,7 +166,7 @@ def snapshot(root: str) -> Dict[bytes, Tuple[int, ...]]:
     return found
 
 
-def open_fds() -> Dict[str, str]:
+def open_fds() -> dict[str, str]:
     """Return this process's descriptors and what they are open on."""
     found = {}
     if not os.path.exists("/proc/self/fd"):
@@ -206,7 +206,7 @@ def slow_crc64(data: bytes) -> int:
     return crc ^ 0xFFFFFFFFFFFFFFFF
 
 
-def make_tar(*entries: Tuple[str, Union[bytes, str, None]], **fields: Any) -> bytes:
+def make_tar(*entries: tuple[str, bytes | str | None], **fields: Any) -> bytes:
     """Return a tar: (name, bytes) is a file, (name, None) a directory, (name, str) a link to it."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT,
@@ -228,11 +228,11 @@ def make_tar(*entries: Tuple[str, Union[bytes, str, None]], **fields: Any) -> by
     return out.getvalue()
 
 
-def split_tar(tar: bytes) -> Iterator[Dict[str, Any]]:
+def split_tar(tar: bytes) -> Iterator[dict[str, Any]]:
     """Yield the tar-split objects of a tar that tarfile reads, as tar-split writes them."""
     at = position = 0
 
-    def numbered(entry: Dict[str, Any]) -> Dict[str, Any]:
+    def numbered(entry: dict[str, Any]) -> dict[str, Any]:
         nonlocal position
         position += 1
         return {**entry, "position": position - 1} if position > 1 else entry
@@ -248,7 +248,7 @@ def split_tar(tar: bytes) -> Iterator[Dict[str, Any]]:
             name += b"/" if info.isdir() else b""
             size = info.size if info.isreg() else 0
             at = info.offset_data + size
-            entry: Dict[str, Any] = {"type": 1}
+            entry: dict[str, Any] = {"type": 1}
             try:
                 entry["name"] = name.decode()
             except UnicodeDecodeError:
@@ -277,7 +277,7 @@ FIELDS = (("name", 100), ("mode", 8), ("uid", 8), ("gid", 8), ("size", 12), ("mt
           ("gname", 32), ("major", 8), ("minor", 8), ("prefix", 155))
 
 
-def entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", *, size: Union[int, bytes] = -1,
+def entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", *, size: int | bytes = -1,
           padding: bytes = b"\0", signed: bool = False, **fields: bytes) -> bytes:
     """Return one tar member; ``size`` is the header's, raw when bytes, if not that of ``data``.
 
@@ -296,7 +296,7 @@ def entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", *, size: Union
     return bytes(block) + data + padding * (-len(data) % BLOCK)
 
 
-def pax(records: Dict[bytes, bytes], typeflag: bytes = b"x", name: bytes = b"PaxHeaders/x"
+def pax(records: dict[bytes, bytes], typeflag: bytes = b"x", name: bytes = b"PaxHeaders/x"
         ) -> bytes:
     """Return an extended header."""
     data = b""
@@ -321,10 +321,10 @@ class StoreBuilder:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.layers: List[Dict[str, Any]] = []
-        self.images: List[Dict[str, Any]] = []
-        self.containers: List[Dict[str, Any]] = []
-        self.tars: Dict[str, bytes] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.images: list[dict[str, Any]] = []
+        self.containers: list[dict[str, Any]] = []
+        self.tars: dict[str, bytes] = {}
         for kind in ("layers", "images", "containers"):
             os.makedirs(self.path(f"overlay-{kind}"), exist_ok=True)
             self.write(f"overlay-{kind}/{kind}.lock", os.urandom(64))
@@ -333,14 +333,14 @@ class StoreBuilder:
     def path(self, *names: str) -> str:
         return os.path.join(self.root, *names)
 
-    def write(self, name: str, data: Union[bytes, str]) -> str:
+    def write(self, name: str, data: bytes | str) -> str:
         path = self.path(name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
         return path
 
-    def layer(self, tar: Optional[bytes], parent: str = "", **record: Any) -> str:
+    def layer(self, tar: bytes | None, parent: str = "", **record: Any) -> str:
         """Add a layer; a ``tar`` of None makes a writable layer without tar-split."""
         digest = sha256(tar) if tar is not None else ""
         layer_id = str(record.pop("id", "")) or hashlib.sha256(
@@ -354,7 +354,7 @@ class StoreBuilder:
             below = self.read(f"overlay/{parent}/link")
             lower = [f"l/{below}", self.read(f"overlay/{parent}/lower")]
             self.write(f"{home}/lower", ":".join(filter(None, lower)))
-        entry: Dict[str, Any] = {"id": layer_id, "created": "2026-01-02T03:04:05.678901234Z"}
+        entry: dict[str, Any] = {"id": layer_id, "created": "2026-01-02T03:04:05.678901234Z"}
         if parent:
             entry["parent"] = parent
         if tar is not None:
@@ -400,10 +400,10 @@ class StoreBuilder:
                         assert content
                         shutil.copyfileobj(content, file)
 
-    def image(self, layer: str, *names: str, history: Sequence[Dict[str, Any]] = (),
+    def image(self, layer: str, *names: str, history: Sequence[dict[str, Any]] = (),
               **record: Any) -> str:
         """Add an image with an OCI manifest and configuration."""
-        chain: List[str] = []
+        chain: list[str] = []
         by_id = {entry["id"]: entry for entry in self.layers}
         at = layer
         while at:
@@ -427,7 +427,7 @@ class StoreBuilder:
         self.images[-1].update(record)
         return image_id
 
-    def big_data(self, record: Dict[str, Any], key: str, data: bytes, kind: str = "images") -> None:
+    def big_data(self, record: dict[str, Any], key: str, data: bytes, kind: str = "images") -> None:
         name = os.fsdecode(cstor.big_data_file(key))
         self.write(f"overlay-{kind}/{record['id']}/{name}", data)
         record.setdefault("big-data-names", []).append(key)
@@ -499,7 +499,7 @@ class StoreTest(unittest.TestCase):
 
     def setUp(self) -> None:
         self._fds = open_fds()
-        self._before: Dict[bytes, Tuple[int, ...]] = {}
+        self._before: dict[bytes, tuple[int, ...]] = {}
         self._root = ""
         self.dir = tempfile.mkdtemp(prefix="cstor-test-")
         self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
@@ -535,7 +535,7 @@ class StoreTest(unittest.TestCase):
         layer.export(out, **kwargs)
         return out.getvalue()
 
-    def run_cstor(self, *args: str, status: int = 0, env: Optional[Mapping[str, str]] = None,
+    def run_cstor(self, *args: str, status: int = 0, env: Mapping[str, str] | None = None,
                   command: Sequence[str] = (), **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         """Run the command in a process of its own and check its exit status."""
         done = subprocess.run([*(command or COMMAND), *args], timeout=60,
@@ -547,7 +547,7 @@ class StoreTest(unittest.TestCase):
             self.assertRegex(done.stderr.decode(), r"\Acstor: error: [^\n]+\n\Z")
         return done
 
-    def call(self, *words: str, env: Optional[Mapping[str, str]] = None) -> Tuple[int, str, str]:
+    def call(self, *words: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
         """Run main() in this process with a terminal that takes ASCII alone."""
         raw = io.BytesIO(), io.BytesIO()
         streams = [io.TextIOWrapper(data, "ascii", write_through=True) for data in raw]
@@ -576,7 +576,7 @@ class House(unittest.TestCase):
             cls.source = file.read()
         cls.tree = ast.parse(cls.source, feature_version=(3, 9))
 
-    def sections(self) -> List[Tuple[int, int, str]]:
+    def sections(self) -> list[tuple[int, int, str]]:
         """Return (first line, number, title) of each banner."""
         lines = self.source.splitlines()
         return [(i, int(line[2:].partition(".")[0]), line.partition(". ")[2])
@@ -597,7 +597,7 @@ class House(unittest.TestCase):
                                   for _, number, title in self.sections()])
 
     def test_sections_use_only_what_is_above(self) -> None:
-        defined: Dict[str, int] = {}
+        defined: dict[str, int] = {}
         for node in self.tree.body:
             names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
                 target.id for target in getattr(node, "targets", [getattr(node, "target", None)])
@@ -756,11 +756,11 @@ class Openings(StoreTest):
 
     """openat2 and the walk by components, against the same trees."""
 
-    def both(self, root: str, name: bytes) -> List[object]:
+    def both(self, root: str, name: bytes) -> list[object]:
         """Return (device, inode) or errno from openat2 and from the walk."""
-        results: List[object] = []
+        results: list[object] = []
         fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
-        ways: Tuple[Callable[[], int], ...] = (
+        ways: tuple[Callable[[], int], ...] = (
             lambda: cstor._openat2(fd, name.strip(b"/") or b".", cstor.OPEN_DIRECTORY,
                                    cstor.RESOLVE_IN_ROOT),
             lambda: cstor._walk_in_root(fd, name))
@@ -915,10 +915,10 @@ class Checksums(unittest.TestCase):
 # ================================================================================================
 
 class Toml(unittest.TestCase):
-    def parse(self, text: str) -> Dict[str, Any]:
+    def parse(self, text: str) -> dict[str, Any]:
         return cstor.Toml(text.encode(), "storage.conf").parse()
 
-    def settings(self, text: str) -> Dict[str, Any]:
+    def settings(self, text: str) -> dict[str, Any]:
         return cstor.Toml(text.encode(), "storage.conf").settings()
 
     # What podman reads (tried with 4.3.1), none of which concerns us.
@@ -1055,7 +1055,7 @@ class Toml(unittest.TestCase):
 class Discovery(StoreTest):
     """load_config() on made-up systems."""
 
-    def system(self, files: Mapping[str, str], env: Optional[Mapping[str, str]] = None,
+    def system(self, files: Mapping[str, str], env: Mapping[str, str] | None = None,
                uid: int = 0, stores: Sequence[str] = ()) -> cstor.Config:
         for name, text in files.items():
             path = os.path.join(self.dir, name)
@@ -1159,8 +1159,8 @@ class Discovery(StoreTest):
     SYSTEM_FILE = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/system"\n'}
 
     def whole_system(self, files: Mapping[str, str], *stores: str, uid: int = 1000,
-                     owned: Sequence[str] = (), env: Optional[Mapping[str, str]] = None
-                     ) -> Union[str, Tuple[str, str, List[str]]]:
+                     owned: Sequence[str] = (), env: Mapping[str, str] | None = None
+                     ) -> str | tuple[str, str, list[str]]:
         """Return graph root, scheme and warnings in a new system, or the error.
 
         Root owns the stores, the user those that are in ``owned`` and his home.
@@ -1609,7 +1609,7 @@ class Locks(StoreTest):
 # ================================================================================================
 
 def make_database(root: str, *, graphroot: str = "/g", runroot: str = "/r", wal: bool = False,
-                  containers: Sequence[Tuple[str, str, int, Dict[str, Any]]] = ()
+                  containers: Sequence[tuple[str, str, int, dict[str, Any]]] = ()
                   ) -> sqlite3.Connection:
     """Write the part of podman's db.sql that is read; return the open connection."""
     database = sqlite3.connect(os.path.join(root, "db.sql"), check_same_thread=False)
@@ -1678,7 +1678,7 @@ class Records(StoreTest):
 
     def test_fields(self) -> None:
         store = self.builder()
-        record: Dict[str, Any] = {
+        record: dict[str, Any] = {
             "names": ["n"], "compressed-diff-digest": "sha256:" + "0" * 64, "compressed-size": 7,
             "compression": 2, "uidset": [0, 5], "gidset": [0], "toc-digest": "sha256:1",
             "mountlabel": "l", "metadata": "m", "something-new": {"a": 1}}
@@ -1721,13 +1721,13 @@ class Records(StoreTest):
     def test_one_broken_record_hides_no_other(self) -> None:
         store = self.sample()
         good = store.layers[0]["id"]
-        bad_layers: List[Any] = [
+        bad_layers: list[Any] = [
             17, {}, {"id": "../../evil"}, {"id": ["x"]}, {"id": "1" * 64, "parent": "2" * 64},
             {"id": "3" * 64, "parent": "3" * 64}, {"id": "4" * 64, "flags": {"incomplete": True}},
             {"id": "5" * 64, "parent": "4" * 64}, {"id": "6" * 64, "created": 5, "names": "x"},
             {"id": "7" * 64, "parent": "8" * 64}, {"id": "8" * 64, "parent": "7" * 64},
             {"id": "esc\x1b[31m"}]
-        bad_images: List[Any] = [
+        bad_images: list[Any] = [
             None, {"id": "a" * 64},
             {"id": "b" * 64, "layer": "9" * 64, "big-data-names": ["manifest"]},
             {"id": "c" * 64, "layer": "5" * 64, "names": [3]},
@@ -1777,7 +1777,7 @@ class Records(StoreTest):
                 self.assertRegex("; ".join(image.faults), "layers.json at offset 1: malformed")
             self.assertEqual(1, sum("layers.json" in call[0][1] for call in parse.call_args_list))
 
-    def faults(self, store: StoreBuilder) -> Tuple[List[str], List[str]]:
+    def faults(self, store: StoreBuilder) -> tuple[list[str], list[str]]:
         """Return what `image list` and `store info` say of damage."""
         listed, info = (json.loads(self.run_cstor(
             "--root", store.root, *words, "--format", "json").stdout)
@@ -1785,7 +1785,7 @@ class Records(StoreTest):
         return [fault for image in listed for fault in image["faults"]], info["faults"]
 
     def test_lost_and_emptied_files_are_faults(self) -> None:
-        def make(name: str) -> Tuple[StoreBuilder, List[str]]:
+        def make(name: str) -> tuple[StoreBuilder, list[str]]:
             store = StoreBuilder(os.path.join(self.dir, name))
             base = store.layer(make_tar(("a/", None), ("a/f", b"x")))
             top = store.layer(make_tar(("b", b"y")), base)
@@ -1873,7 +1873,7 @@ class Records(StoreTest):
         store = self.builder()
         base = store.layer(make_tar(("f", b"x")))
         top = store.layer(make_tar(("g", b"x")), base)
-        history: List[Dict[str, Any]] = [
+        history: list[dict[str, Any]] = [
             {"created_by": "one"}, {"created_by": "none", "empty_layer": True},
             {"created_by": "two", "comment": "c"}]
         oci = store.image(top, "localhost/oci:1", history=history)
@@ -1881,12 +1881,12 @@ class Records(StoreTest):
                    "os": "linux", "container_config": {"Cmd": ["RUN", "two"]},
                    "config": {"Env": ["A=B"]}},
                   {"id": "1", "throwaway": True}, {"id": "0", "container_config": {"Cmd": ["one"]}}]
-        schema1: Dict[str, Any] = {"id": "1" * 64, "layer": top, "names": ["localhost/s1:1"]}
+        schema1: dict[str, Any] = {"id": "1" * 64, "layer": top, "names": ["localhost/s1:1"]}
         manifest = {"schemaVersion": 1, "signatures": [{}], "history": [
             {"v1Compatibility": json.dumps(entry)} for entry in compat]}
         store.big_data(schema1, "manifest", json.dumps(manifest).encode())
         schema1["big-data-digests"]["manifest"] = "sha256:" + "f" * 64  # without the signatures
-        index: Dict[str, Any] = {"id": "2" * 64, "names": ["localhost/list:1"]}
+        index: dict[str, Any] = {"id": "2" * 64, "names": ["localhost/list:1"]}
         store.big_data(index, "manifest", json.dumps({"mediaType": cstor.OCI_INDEX, "manifests": []}
                                                      ).encode())
         store.images += [schema1, index]
@@ -1916,11 +1916,11 @@ class Records(StoreTest):
 
     def test_history_is_aligned_from_the_top(self) -> None:
         store = self.builder()
-        layers: List[str] = []
+        layers: list[str] = []
         for name in "abc":
             layers.append(store.layer(make_tar((name, b"x")), layers[-1] if layers else ""))
         made, empty = {"created_by": "made"}, {"created_by": "none", "empty_layer": True}
-        steps: List[Tuple[List[Dict[str, Any]], List[Tuple[Any, Any]], str]] = [
+        steps: list[tuple[list[dict[str, Any]], list[tuple[Any, Any]], str]] = [
             ([empty, made], [(layers[0], None), (layers[1], None), (None, "none"),
                              (layers[2], "made")],
              "the history has no step for the 2 lowest layers"),
@@ -2012,7 +2012,7 @@ class Records(StoreTest):
         store = self.builder()
         layer = store.layer(make_tar(("f", b"x")))
         store.layers[0]["diff-size"] = 10**400
-        odd: List[Any] = [5, {"layer": 5, "size": "x", "empty_layer": True}, None,
+        odd: list[Any] = [5, {"layer": 5, "size": "x", "empty_layer": True}, None,
                           {"created": 7, "created_by": ["x"], "comment": {}}]
         store.image(layer, "localhost/odd:1", history=odd)
         store.images[0]["big-data-sizes"] = {"a": int("9" * 4000), "b": -1}
@@ -2139,7 +2139,7 @@ class HalfImages(StoreTest):
             del record[key]
         store.save()
 
-    def refused(self, kind: str) -> Tuple[type, str, List[str]]:
+    def refused(self, kind: str) -> tuple[type, str, list[str]]:
         """Return what looking into the image or container raises, and its faults."""
         with cstor.Storage.open(self.store.root) as storage:
             found = storage.image("a:1") if kind == "image" else storage.container("c")
@@ -2240,12 +2240,12 @@ class HalfImages(StoreTest):
         store = self.builder()
         for name, diff_ids in (("empty", []), ("null", None), ("lost", ["sha256:" + "0" * 64])):
             config = json.dumps({"rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
-            record: Dict[str, Any] = {"id": sha256(config)[7:], "names": [f"localhost/{name}:1"]}
+            record: dict[str, Any] = {"id": sha256(config)[7:], "names": [f"localhost/{name}:1"]}
             store.big_data(record, sha256(config), config)
             store.big_data(record, "manifest", json.dumps({"schemaVersion": 2, "config": {
                 "digest": sha256(config)}, "layers": []}).encode())
             store.images.append(record)
-        old: Dict[str, Any] = {"id": "e" * 64, "names": ["localhost/old:1"]}  # and lost its layer
+        old: dict[str, Any] = {"id": "e" * 64, "names": ["localhost/old:1"]}  # and lost its layer
         store.big_data(old, "manifest", json.dumps({"schemaVersion": 1, "history": [
             {"v1Compatibility": "{}"}]}).encode())
         store.images += [old, {"id": "f" * 64, "names": ["localhost/bare:1"]}]
@@ -2278,7 +2278,7 @@ class HalfImages(StoreTest):
 class WrongFiles(StoreTest):
     """What stands in place of a file of the store, of the configuration, or of an input."""
 
-    def names(self, store: StoreBuilder) -> Dict[str, List[str]]:
+    def names(self, store: StoreBuilder) -> dict[str, list[str]]:
         """Return files of a store, and the command that needs them most."""
         layer, image = store.layers[1]["id"], store.images[0]["id"]
         store.write("db.sql", "x")
@@ -2302,7 +2302,7 @@ class WrongFiles(StoreTest):
         """Return the exit status without a file: some things can be done."""
         return 3 if name.endswith("link") else 0 if name.endswith(("lock", "db.sql")) else 6
 
-    def answer(self, *words: str) -> Tuple[int, str]:
+    def answer(self, *words: str) -> tuple[int, str]:
         """Return exit status and stderr of a command that is run in this process."""
         with contextlib.redirect_stderr(io.StringIO()) as errors, \
                 contextlib.redirect_stdout(io.StringIO()):
@@ -2525,7 +2525,7 @@ class Database(StoreTest):
         self.assertEqual(self._before, snapshot(store.root))
         self._root = ""
 
-    def make(self, **kwargs: Any) -> Tuple[StoreBuilder, sqlite3.Connection]:
+    def make(self, **kwargs: Any) -> tuple[StoreBuilder, sqlite3.Connection]:
         store = self.sample()
         database = make_database(store.root, containers=[
             (store.containers[0]["id"], "web", 3, {"pod": "p1", "rootfs": "/srv/rootfs"})],
@@ -2600,7 +2600,7 @@ class Database(StoreTest):
             self.assertRegex(storage.faults[0], "interrupted")
         self.assertLess(time.monotonic() - start, 10)
 
-    def rootfs(self) -> Tuple[StoreBuilder, sqlite3.Connection, str]:
+    def rootfs(self) -> tuple[StoreBuilder, sqlite3.Connection, str]:
         """Return a store with a container on a directory of the host, and that directory."""
         store, host = self.sample(), os.path.join(self.dir, "host")
         os.mkdir(host)
@@ -2866,13 +2866,13 @@ class Files(StoreTest):
             self.assertEqual(clean, cstor.clean_name(name), name)
         self.assertRaises(cstor.FormatError, cstor.clean_name, b"a\0b")
 
-    def one(self, *entries: Tuple[str, Union[bytes, str, None]]) -> Tuple[StoreBuilder, str, str]:
+    def one(self, *entries: tuple[str, bytes | str | None]) -> tuple[StoreBuilder, str, str]:
         """Return a store of one layer, its ID and the host path of its diff."""
         store = self.builder()
         layer = store.layer(make_tar(*entries))
         return store.save(), layer, store.path("overlay", layer, "diff")
 
-    def refusal(self, store: StoreBuilder, layer: str, error: Type[Exception], word: str) -> None:
+    def refusal(self, store: StoreBuilder, layer: str, error: type[Exception], word: str) -> None:
         """Check that an export fails, with and without verification."""
         with self.open(store) as storage:
             for verify in (True, False):
@@ -2896,7 +2896,7 @@ class Files(StoreTest):
             self._root = ""
         os.unlink(path)
         self.refusal(store, layer, cstor.IntegrityError, '"d/file": is missing')
-        obstacles: List[Tuple[Callable[[], None], str]] = [
+        obstacles: list[tuple[Callable[[], None], str]] = [
             (lambda: os.mkfifo(path), "FIFO"), (lambda: os.mkdir(path), "directory"),
             (lambda: os.symlink("../e", path), "symbolic link"),
             (lambda: os.symlink(path, path), "symbolic link")]
@@ -2984,11 +2984,11 @@ class Files(StoreTest):
         with self.open(store) as storage:
             self.assertEqual(store.tars[layer], self.export(storage.layer(layer)))
 
-    def flat(self) -> Tuple[StoreBuilder, str]:
+    def flat(self) -> tuple[StoreBuilder, str]:
         store, layer, diff = self.one(("d/", None), ("d/f", b"flat file"), ("./e", b"other"),
                                       ("empty", b""))
         os.rename(diff, diff + "-was")
-        entries: List[Dict[str, Any]] = [{"type": "dir", "name": "d/"}]
+        entries: list[dict[str, Any]] = [{"type": "dir", "name": "d/"}]
         for name, data in (("d/f", b"flat file"), ("e", b"other")):
             digest = sha256(data)
             entries.append({"type": "reg", "name": name, "digest": digest, "size": len(data),
@@ -3095,7 +3095,7 @@ class Fields(StoreTest):
 
     FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
-    def members(self, tar: bytes) -> List[cstor.Member]:
+    def members(self, tar: bytes) -> list[cstor.Member]:
         store = StoreBuilder(tempfile.mkdtemp(dir=self.dir))
         layer = store.layer(None)
         store.tar_split(layer, tar)
@@ -3271,7 +3271,7 @@ class FieldsOfArchives(StoreTest):
              "p": "fifo"}
 
     @staticmethod
-    def read(tar: bytes) -> List[Tuple[cstor.Member, bytes]]:
+    def read(tar: bytes) -> list[tuple[cstor.Member, bytes]]:
         """Return the members of a physical tar with their contents."""
         return [(member, b"".join(content))
                 for member, content in cstor.read_tar(io.BytesIO(tar).read, "tar")]
@@ -3294,20 +3294,20 @@ class FieldsOfArchives(StoreTest):
         os.link(os.path.join(top, "plain"), os.path.join(top, "second"))
         os.mkfifo(os.path.join(top, "fifo"))
 
-    def list_by_tar(self, tar: bytes) -> List[Tuple[str, ...]]:
+    def list_by_tar(self, tar: bytes) -> list[tuple[str, ...]]:
         """Return (mode, type, owner, size, time, name and link) as GNU tar prints them."""
         text = subprocess.run(
             ["tar", "-tv", "--full-time", "--numeric-owner", "--quoting-style=literal"], input=tar,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
             env={**IDLE, "TZ": "UTC"}).stdout
-        rows: List[Tuple[str, ...]] = []
+        rows: list[tuple[str, ...]] = []
         for line in os.fsdecode(text).splitlines():
             mode, owner, size, day, moment, name = line.split(None, 5)
             rows.append((mode[1:10], self.KINDS[mode[0]], owner, size, f"{day} {moment}", name))
         return rows
 
     @staticmethod
-    def row(member: cstor.Member) -> Tuple[str, ...]:
+    def row(member: cstor.Member) -> tuple[str, ...]:
         """Spell a member as GNU tar does."""
         size = f"{member.devmajor},{member.devminor}" if member.type in ("char", "block") \
             else str(member.size)
@@ -3372,7 +3372,7 @@ class FieldsOfArchives(StoreTest):
             with self.subTest(name):
                 found = [(member.name.rstrip(b"/"), data) for member, data in self.read(tar)
                          if member.type != "global"]
-                wanted: List[Tuple[bytes, bytes]] = []
+                wanted: list[tuple[bytes, bytes]] = []
                 if tar:
                     with tarfile.open(fileobj=io.BytesIO(tar), errors="surrogateescape",
                                       encoding="utf-8") as opened:
@@ -3396,13 +3396,13 @@ class FieldsOfArchives(StoreTest):
     def test_headers_made_and_read(self) -> None:
         rng = random.Random(11)
         small = 0
-        tars: List[Tuple[Dict[str, Any], bytes]] = []
+        tars: list[tuple[dict[str, Any], bytes]] = []
         for i in range(3000):
             name = b"%d/" % i + rng.choice((
                 b"x", b"n" * 90 + b"/" + b"m" * 80, b"\xe9\xff", b"n" * 300, b"p" * 140 + b"/q",
                 "caf\u00e9".encode(), b"new\nline", b" ", b"d/" * 60 + b"f"))
             flag = rng.choice((b"0", b"1", b"2", b"3", b"4", b"5", b"6"))
-            fields: Dict[str, Any] = {
+            fields: dict[str, Any] = {
                 "mode": rng.randrange(0o10000), "uid": rng.choice((0, 2097151, 2097152, 2**32 - 2)),
                 "gid": rng.choice((0, 1000, 2**31)),
                 "size": rng.choice((0, 1, 8**11 - 1, 8**11)) if flag == b"0" else 0,
@@ -3456,7 +3456,7 @@ class FieldsOfArchives(StoreTest):
                       {"devmajor": 8**7}, {"devminor": -1}, {"xattrs": {b"user.x": bytes(1 << 20)}},
                       {"xattrs": {b"user.\0": b"v"}}):
             with self.subTest(str(wrong)[:40]), self.assertRaises(cstor.FormatError):
-                fields: Dict[str, Any] = {"name": b"f", "typeflag": b"0", **wrong}
+                fields: dict[str, Any] = {"name": b"f", "typeflag": b"0", **wrong}
                 cstor.tar_header(**fields)
 
     def test_an_absolute_name_is_split_like_any_other(self) -> None:
@@ -3508,7 +3508,7 @@ class FieldsOfArchives(StoreTest):
         self.assertGreater(min(outcomes.values()), 500)
 
     @staticmethod
-    def sealed(block: Union[bytes, bytearray]) -> bytes:
+    def sealed(block: bytes | bytearray) -> bytes:
         """Return a header block with its checksum put right."""
         whole = bytes(block).ljust(512, b"\0")
         whole = whole[:148] + b" " * 8 + whole[156:]
@@ -3541,7 +3541,7 @@ class FieldsOfArchives(StoreTest):
 class TarSplitTests(StoreTest):
     """Spellings, damage, sparse files, the second thread."""
 
-    def entries(self, text: bytes) -> List[Tuple[bytes, Optional[bytes], int, bytes]]:
+    def entries(self, text: bytes) -> list[tuple[bytes, bytes | None, int, bytes]]:
         """Return what is read, in chunks of several sizes, which must not matter."""
         results = []
         for step in (len(text) or 1, 1000, 61):
@@ -3552,8 +3552,8 @@ class TarSplitTests(StoreTest):
         return joined[0]
 
     @staticmethod
-    def merge(entries: List[Tuple[bytes, Optional[bytes], int, bytes]]
-              ) -> List[Tuple[bytes, Optional[bytes], int, bytes]]:
+    def merge(entries: list[tuple[bytes, bytes | None, int, bytes]]
+              ) -> list[tuple[bytes, bytes | None, int, bytes]]:
         """Join segments that no content follows with what comes next: splits carry no meaning."""
         merged, pending = [], b""
         for segment, name, size, checksum in entries:
@@ -3805,7 +3805,7 @@ class TarSplitTests(StoreTest):
                 with open("/dev/full", "wb") as full, self.assertRaises(OSError) as caught:
                     layer.export(full.fileno(), verify=verify)
                 self.assertEqual(errno.ENOSPC, caught.exception.errno)
-            seen: List[Tuple[int, int]] = []
+            seen: list[tuple[int, int]] = []
             layer.export(io.BytesIO(), progress=lambda size, files: seen.append((size, files)))
             self.assertEqual((len(tar), 4), seen[-1])
             self.assertEqual(sorted(seen), seen)
@@ -3833,7 +3833,7 @@ class TarSplitTests(StoreTest):
         """The caller may close and reuse his descriptor, or object, once an error is raised."""
         store = self.sample()
         os.unlink(store.path("overlay", store.layers[0]["id"], "diff/etc/passwd"))
-        written: List[str] = []
+        written: list[str] = []
 
         class Slow(io.BytesIO):
             def write(self, data: Any) -> int:
@@ -3848,8 +3848,8 @@ class TarSplitTests(StoreTest):
             time.sleep(1)
             self.assertEqual(count, len(written))
 
-    def sparse(self, name: str, content: bytes, runs: Sequence[Tuple[int, int]],
-               table: bytes = b"") -> Tuple[StoreBuilder, bytes]:
+    def sparse(self, name: str, content: bytes, runs: Sequence[tuple[int, int]],
+               table: bytes = b"") -> tuple[StoreBuilder, bytes]:
         """Return a store with a layer of a sparse file "f" (format 1.0), and the layer's tar."""
         store = StoreBuilder(os.path.join(self.dir, name))
         layer = store.layer(make_tar(("f", content)))
@@ -4011,7 +4011,7 @@ class TreeTest(StoreTest):
             yield storage
 
     @staticmethod
-    def split(tar: bytes) -> Iterator[Dict[str, Any]]:
+    def split(tar: bytes) -> Iterator[dict[str, Any]]:
         """Do what split_tar() does for members without content, whatever their headers hold."""
         at = start = 0
         while at < len(tar):
@@ -4024,7 +4024,7 @@ class TreeTest(StoreTest):
                 start = at
 
     @staticmethod
-    def listing(tree: cstor.Tree) -> Dict[str, str]:
+    def listing(tree: cstor.Tree) -> dict[str, str]:
         """Return what is at each path but the root: a content, "-> target", or a type."""
         found = {}
         for path, node, first in tree.walk():
@@ -4188,7 +4188,7 @@ class Trees(TreeTest):
         + entry(b"o/y", b"y")
 
     @staticmethod
-    def overlay(name: bytes, data: Optional[bytes] = None, own: bytes = b"trusted",
+    def overlay(name: bytes, data: bytes | None = None, own: bytes = b"trusted",
                 **xattrs: bytes) -> bytes:
         """Return a directory, or a file with ``data``, that has overlayfs's own xattrs."""
         return pax({b"SCHILY.xattr.%s.overlay.%s" % (own, key.encode()): value
@@ -4469,7 +4469,7 @@ class Contents(TreeTest):
         file = {"type": "reg", "size": 2, "modtime": "1970-01-01T00:00:01.5Z", "mode": 0o644,
                 **named, "xattrs": {"user.a": "AHY="}, "NumLink": 2}
         rest = {"modtime": when, "mode": 0o644, **owner}
-        expected: List[Dict[str, Any]] = [
+        expected: list[dict[str, Any]] = [
             {"name": "./f", **file},
             {"name": "hard", "type": "hardlink", "linkName": "./f", **rest},
             {"name": "sym", "type": "symlink", "linkName": "../f", **rest},
@@ -4596,7 +4596,7 @@ class Contents(TreeTest):
             self.assertEqual([["app"], ["[slug]"], []], [dirs for _, dirs, _ in os.walk(out)])
             self.assertTrue(os.path.isfile(f"{out}/app/[slug]/page.js"))
 
-    def changes(self, old: bytes, new: bytes, *ignore: str) -> Dict[str, str]:
+    def changes(self, old: bytes, new: bytes, *ignore: str) -> dict[str, str]:
         with self.tree(old) as a, self.tree(new) as b:
             return {path.decode(): ",".join(what) if x and y else "deleted" if x else "added"
                     for path, x, y, what in cstor.diff_trees(a, b, ignore)}
@@ -4679,17 +4679,17 @@ class HostileStores(StoreTest):
     @staticmethod
     def split(store: StoreBuilder, layer: str, tar: bytes) -> None:
         """Write tar-split, and the contents where containers/storage puts them."""
-        rows: List[Dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         before = 0
         stream = io.BytesIO(tar)
-        contents: Dict[Tuple[int, Any], bytes] = {}
+        contents: dict[tuple[int, Any], bytes] = {}
         tree = cstor.LayerTree(None)
         tree._root = cstor.Node(tree, None, b"", "dir")
         for member, content in cstor.read_tar(stream.read, "tar"):
             data = b"".join(content)
             start = stream.tell() - len(data)
             rows.append({"type": 2, "payload": base64.b64encode(tar[before:start]).decode()})
-            row: Dict[str, Any] = {"type": 1, "name": os.fsdecode(member.name), "payload": None}
+            row: dict[str, Any] = {"type": 1, "name": os.fsdecode(member.name), "payload": None}
             if not cstor.is_utf8(member.name):
                 row = {"type": 1, "name_raw": base64.b64encode(member.name).decode(),
                        "payload": None}
@@ -4725,10 +4725,10 @@ class HostileStores(StoreTest):
 class HostileTrees(HostileStores):
     """The right answer or a clear error, and no harm."""
 
-    def files(self, store: StoreBuilder) -> List[bytes]:
+    def files(self, store: StoreBuilder) -> list[bytes]:
         return self.cstor(store, "image", "files", "-0", "x").split(b"\0")[:-1]
 
-    def copied(self, store: StoreBuilder, status: int = 0, **kwargs: Any) -> List[str]:
+    def copied(self, store: StoreBuilder, status: int = 0, **kwargs: Any) -> list[str]:
         """Return what a copy of the whole image consists of, which is removed again."""
         dest = os.path.join(self.out, "copy")
         self.cstor(store, "image", "cp", "x:/", dest, status=status, **kwargs)
@@ -5007,7 +5007,7 @@ class Copies(TreeTest):
         entry(b"d/fifo", typeflag=b"6"), entry(b"d/latin-\xe9", b"l"),
         entry(b"d/null", typeflag=b"3", major=b"0000001", minor=b"0000003")))
 
-    def copy(self, tree: cstor.Tree, path: bytes) -> List[bytes]:
+    def copy(self, tree: cstor.Tree, path: bytes) -> list[bytes]:
         """Copy a directory to a new one called "copy"."""
         filling = cstor.Filling(os.path.join(self.dir, "copy"))
         with filling as target:
@@ -5115,8 +5115,8 @@ class Ladders(StoreTest):
     def cleanups(self) -> None:
         self.doCleanups()
 
-    def fill(self, ladder: cstor.Ladder, error: int = 0, devices: Tuple[int, int] = (1, 2)
-             ) -> Tuple[str, bytes, int]:
+    def fill(self, ladder: cstor.Ladder, error: int = 0, devices: tuple[int, int] = (1, 2)
+             ) -> tuple[str, bytes, int]:
         """Fill a file; FICLONE answers ``error``.  Return why, the content, how often it ran."""
         path = os.path.join(self.dir, "target")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -5289,7 +5289,7 @@ class Extracts(TreeTest):
         self.out = os.path.join(self.dir, "out")
         self.addCleanup(subprocess.run, ["rm", "-rf", self.out], check=True)
 
-    def names(self, top: str = "") -> List[str]:
+    def names(self, top: str = "") -> list[str]:
         """Return all paths below the target, sorted."""
         found = snapshot(top or self.out)
         return sorted({os.path.relpath(os.fsdecode(path), top or self.out) for path in found}
@@ -5472,7 +5472,7 @@ class Extracts(TreeTest):
             self.assertLess(len(lines), 3000, "the others went on")
             os.close(log)
         for jobs in (0, 1, 2, 1023, 1024, 1025, 3000):
-            seen: List[int] = []
+            seen: list[int] = []
             reports = cstor.share_out(jobs, 3, seen.append, seen.copy, lambda begun: None)
             self.assertEqual(list(range(jobs)), sorted(seen + [
                 job for report in reports for job in report]))
@@ -5480,7 +5480,7 @@ class Extracts(TreeTest):
 
     def test_without_more_processes(self) -> None:
         with mock.patch.object(os, "fork", side_effect=BlockingIOError(errno.EAGAIN, "no")):
-            seen: List[int] = []
+            seen: list[int] = []
             self.assertEqual([], cstor.share_out(2000, 4, seen.append, seen.copy,
                                                  lambda begun: None))
         self.assertEqual(list(range(2000)), seen)
@@ -5569,7 +5569,7 @@ class Extracts(TreeTest):
     def test_metadata_is_not_opened_for_others_on_the_way(self) -> None:
         """Modes are never wider than in the image, nor is what is inside a new directory seen."""
         need_proc()
-        seen: List[Tuple[str, int]] = []
+        seen: list[tuple[str, int]] = []
         real = os.chmod
 
         def chmod(place: Any, mode: int, **kwargs: Any) -> None:
@@ -5616,7 +5616,7 @@ class Extracts(TreeTest):
 
     # -- selection -------------------------------------------------------------------------------
 
-    def selected(self, **options: Any) -> List[str]:
+    def selected(self, **options: Any) -> list[str]:
         subprocess.run(["rm", "-rf", self.out], check=True)
         with self.tree(self.BASE) as tree:
             cstor.extract_tree(tree, self.out, owners=False, **options)
@@ -5855,7 +5855,7 @@ class Extracts(TreeTest):
         open(self.out + "/mine", "w").close()
         with self.opened(self.BASE) as storage, storage.image("t").tree() as tree:
             before = snapshot(storage.graphroot)
-            wrong: List[Dict[str, Any]] = [{"force": True, "clean": True}, {"strip": -1}]
+            wrong: list[dict[str, Any]] = [{"force": True, "clean": True}, {"strip": -1}]
             for options in wrong:
                 self.assertRaises(ValueError, cstor.extract_tree, tree, self.out, **options)
             self.assertRaises(ValueError, cstor.extract_tree, tree, "")
@@ -6309,7 +6309,7 @@ class Extracts(TreeTest):
             self.assertIn(b"500 files, 51 directories", output)
 
 
-ERRORS: List[BaseException] = [
+ERRORS: list[BaseException] = [
     cstor.IntegrityError("wrong", layer="l", name=b"n\xff", expected="1", actual="2", hint="h"),
     cstor.NeedsUnshare("closed", hint="run it as root"), OSError(errno.ENOSPC, "No space", "/x/y"),
     cstor.FormatError("bad", file="f", offset=7), cstor.LayerUnknown("gone", hint="x"),
@@ -6327,7 +6327,7 @@ class Outputs(StoreTest):
             self.image = storage.image("sample").id
             self.layer = storage.image("sample").layers()[0].id
 
-    def commands(self, place: str) -> List[List[str]]:
+    def commands(self, place: str) -> list[list[str]]:
         """Return every command that makes ``place``."""
         return [["layer", "export", self.layer, "-o", place],
                 ["image", "export", self.image, "-o", place],
@@ -6440,7 +6440,7 @@ sys.exit(cstor.main(sys.argv[1:]))
     WRITING = "cstor.write_all = cstor.Copier.copy = stop"
     NAMED = "cstor.has_proc = lambda need='': False; "
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """Return what lies beside the store."""
         return sorted(set(os.listdir(self.dir)) - {"store"})
 
@@ -6518,7 +6518,7 @@ sys.exit(cstor.main(sys.argv[1:]))
     def test_errors_without_a_name(self) -> None:
         out = os.path.join(self.dir, "out")
 
-        def answer(*words: str) -> Tuple[int, str]:
+        def answer(*words: str) -> tuple[int, str]:
             with contextlib.redirect_stderr(io.StringIO()) as errors:
                 return cstor.main(["--no-helper", "--root", self.store.root, *words]), \
                     errors.getvalue()
@@ -6585,10 +6585,10 @@ sys.exit(cstor.main(sys.argv[1:]))
                              done.stderr.decode())
         real = os.mkdir
 
-        def swapped(name: Any, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> None:
+        def swapped(name: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
             os.symlink("store", name, dir_fd=dir_fd)
 
-        def foreign(name: Any, mode: int = 0o777, *, dir_fd: Optional[int] = None) -> None:
+        def foreign(name: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
             real(name, mode, dir_fd=dir_fd)
             os.chown(name, 1234, -1, dir_fd=dir_fd)
 
@@ -6712,7 +6712,7 @@ sys.exit(cstor.main(sys.argv[1:]))
 class HostileExtracts(HostileStores):
     """Images and neighbours that want to write elsewhere: nothing outside the target changes."""
 
-    def extracted(self, store: StoreBuilder, *args: str, status: int = 0) -> List[str]:
+    def extracted(self, store: StoreBuilder, *args: str, status: int = 0) -> list[str]:
         """Return what an extraction consists of, which is removed again."""
         dest = os.path.join(self.out, "root")
         owner = [] if os.geteuid() == 0 else ["--no-same-owner"]
@@ -6885,7 +6885,7 @@ def unmount(place: str) -> None:
     os.rmdir(place)
 
 
-def unshared_extents(paths: Sequence[str]) -> List[str]:
+def unshared_extents(paths: Sequence[str]) -> list[str]:
     """Return the files that have an extent which is no other file's as well, or none at all."""
     found = []
     for start in range(0, len(paths), 500):
@@ -6917,7 +6917,7 @@ def served_layer(layer: cstor.Layer, form: str, threshold: int = 0) -> Iterator[
 class Disks(StoreTest):
     """Extraction on file systems of our own."""
 
-    disks: Dict[str, str]
+    disks: dict[str, str]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -7193,7 +7193,7 @@ class Disks(StoreTest):
 # 14. Archives
 # ================================================================================================
 
-def read_layout(top: str) -> Dict[str, Tuple[Dict[str, Any], Dict[str, Any], List[bytes]]]:
+def read_layout(top: str) -> dict[str, tuple[dict[str, Any], dict[str, Any], list[bytes]]]:
     """Check an OCI layout by itself; return (manifest, configuration, tars) by tag or digest.
 
     Every blob that is named must be there, of the size and digest that is said, and every file must
@@ -7204,15 +7204,15 @@ def read_layout(top: str) -> Dict[str, Tuple[Dict[str, Any], Dict[str, Any], Lis
     with open(os.path.join(top, "index.json"), encoding="utf-8") as file:
         index = json.load(file)
     assert index["schemaVersion"] == 2
-    found: Dict[str, Tuple[Dict[str, Any], Dict[str, Any], List[bytes]]] = {}
+    found: dict[str, tuple[dict[str, Any], dict[str, Any], list[bytes]]] = {}
 
-    def blob(entry: Dict[str, Any]) -> bytes:
+    def blob(entry: dict[str, Any]) -> bytes:
         with open(os.path.join(top, "blobs/sha256", entry["digest"][7:]), "rb") as file:
             data = file.read()
         assert (sha256(data), len(data)) == (entry["digest"], entry["size"]), entry
         return data
 
-    def image(entry: Dict[str, Any], name: str) -> None:
+    def image(entry: dict[str, Any], name: str) -> None:
         manifest = json.loads(blob(entry))
         if "manifests" in manifest:
             for instance in manifest["manifests"]:
@@ -7250,7 +7250,7 @@ class Layouts(StoreTest):
              ) -> subprocess.CompletedProcess[bytes]:
         return self.run_cstor(*self.ours, "image", "copy-to-oci", *args, status=status, **kwargs)
 
-    def chain(self, name: str) -> List[bytes]:
+    def chain(self, name: str) -> list[bytes]:
         with cstor.Storage.open(self.store.root) as storage:
             return [self.store.tars[layer.id] for layer in storage.image(name).layers()]
 
@@ -7396,7 +7396,7 @@ class Layouts(StoreTest):
                                   **({"variant": "v8"} if arch == "arm64" else {})}})
         manifests.append({"mediaType": cstor.OCI_MANIFEST, "digest": sha256(b"away"), "size": 4,
                           "platform": {"os": "linux", "architecture": "s390x"}})
-        record: Dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"],
+        record: dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"],
                                   "created": "2026-01-02T03:04:05Z"}
         self.store.images.append(record)
         data = json.dumps({"schemaVersion": 2, "mediaType": cstor.OCI_INDEX,
@@ -7422,7 +7422,7 @@ class Layouts(StoreTest):
             storage.image("list").copy_to_oci(self.out, "here")
         self.assertEqual([tar], read_layout(self.out)["here"][2])
 
-    def pull_list(self, **more: Any) -> Tuple[str, List[str], Dict[str, Any]]:
+    def pull_list(self, **more: Any) -> tuple[str, list[str], dict[str, Any]]:
         """Store a list's instances as two pulls do; return its digest, their IDs and the list."""
         arm = self.store.layer(make_tar(("etc/", None), ("etc/arch", b"arm64")))
         amd = self.store.layer(make_tar(("etc/", None), ("etc/arch", b"amd64")))
@@ -7430,7 +7430,7 @@ class Layouts(StoreTest):
             self.store.image(layer, *names)
             self.store.images[-1]["names-history"] = ["quay.io/org/multi:1"]
         records = self.store.images[-2:]
-        manifests: List[Dict[str, Any]] = [
+        manifests: list[dict[str, Any]] = [
             {"mediaType": cstor.OCI_MANIFEST, "digest": record["digest"], "size": 7,
              "platform": {"architecture": arch, "os": "linux", "os.features": ["f"], "x.y": 1}}
             for record, arch in zip(records, ("amd64", "arm64"))]
@@ -7445,7 +7445,7 @@ class Layouts(StoreTest):
         self.store.save()
         return sha256(data), [record["id"] for record in records], index
 
-    def retell(self, record: Dict[str, Any], arch: str) -> None:
+    def retell(self, record: dict[str, Any], arch: str) -> None:
         """Give an image's configuration an architecture, whatever its digest says."""
         key = record["big-data-names"][0]
         path = self.store.path("overlay-images", record["id"], os.fsdecode(
@@ -7482,15 +7482,15 @@ class Layouts(StoreTest):
 
     def test_a_malformed_list_loses_what_it_says_with_a_note(self) -> None:
         _, _, index = self.pull_list()
-        wrong: List[Dict[str, Any]] = [{"annotations": []}, {"annotations": {"a": 1}},
+        wrong: list[dict[str, Any]] = [{"annotations": []}, {"annotations": {"a": 1}},
                                        {"schemaVersion": "2"}, {"artifactType": 5},
                                        {"subject": []}]
-        changes: List[Dict[str, Any]] = [
+        changes: list[dict[str, Any]] = [
             {"artifactType": []}, {"platform": {"os": "linux", "os.features": "x"}}]
         for change in changes:
             wrong.append({"manifests": [{**index["manifests"][0], **change}]})
         for number, more in enumerate(wrong):
-            record: Dict[str, Any] = {"id": str(number) * 64, "names": [f"localhost/l:{number}"]}
+            record: dict[str, Any] = {"id": str(number) * 64, "names": [f"localhost/l:{number}"]}
             self.store.big_data(record, "manifest", json.dumps({**index, **more}).encode())
             self.store.images.append(record)
         self.store.save()
@@ -7519,7 +7519,7 @@ class Layouts(StoreTest):
         digest, (amd, arm), index = self.pull_list(**more)
         index["manifests"][0].update(annotations={"x": "y"}, artifactType="e/f", data="Zm9v",
                                      urls=["https://a"], other={"z": 1.5})
-        record: Dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"]}
+        record: dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"]}
         data = json.dumps({**index, "Manifests": [], "MEDIATYPE": 5, "Annotations": 7}).encode()
         self.store.big_data(record, "manifest", data)
         self.store.images.append(record)
@@ -7551,7 +7551,7 @@ class Layouts(StoreTest):
 
     def test_a_platform_wherever_an_image_is_named(self) -> None:
         digest, (amd, arm), index = self.pull_list()
-        record: Dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"]}
+        record: dict[str, Any] = {"id": "1" * 64, "names": ["localhost/list:latest"]}
         self.store.big_data(record, "manifest", json.dumps(index).encode())
         self.store.images.append(record)
         self.store.save()
@@ -7761,7 +7761,7 @@ class Layouts(StoreTest):
             found = set()
             for threads in (1, 2, 7):
                 for step in (1000, 1 << 20):
-                    parts: List[bytes] = []
+                    parts: list[bytes] = []
                     with mock.patch.object(os, "cpu_count", return_value=threads):
                         writer = cstor.GzipWriter(parts.append, 6)
                     for at in range(0, size, step):
@@ -7790,7 +7790,7 @@ class Layouts(StoreTest):
                                        "size": len(data)}}).encode())
             self.store.save()
 
-        platforms: List[Dict[str, Any]] = [
+        platforms: list[dict[str, Any]] = [
             {"architecture": 5}, {"os": True}, {"os.features": "x"}, {"variant": ["8"]},
             {"architecture": ""}]
         for change in platforms:
@@ -7803,7 +7803,7 @@ class Layouts(StoreTest):
                 self.assertNotIn("platform", entry)
             else:
                 self.assertEqual({"architecture": "amd64", "os": "linux"}, entry["platform"])
-        wrongs: List[Dict[str, Any]] = [
+        wrongs: list[dict[str, Any]] = [
             {"config": {"mediaType": 5}}, {"layers": [5]}, {"annotations": [1]},
             {"annotations": {"a": 5}}, {"mediaType": 7}]
         for wrong in wrongs:
@@ -7813,11 +7813,11 @@ class Layouts(StoreTest):
             self.assertEqual({cstor.ORIGINAL_DIGEST}, set(found["annotations"]))
             self.assertEqual(2, found["schemaVersion"])
         tars = [self.store.tars[layer] for layer in list(self.store.tars)[:2]]
-        layers: List[Any] = [{"mediaType": cstor.OCI_LAYER, "digest": sha256(tar),
+        layers: list[Any] = [{"mediaType": cstor.OCI_LAYER, "digest": sha256(tar),
                               "size": len(tar)} for tar in tars]
-        fits: Dict[str, Any] = {"schemaVersion": 2, "config": {"mediaType": cstor.OCI_CONFIG},
+        fits: dict[str, Any] = {"schemaVersion": 2, "config": {"mediaType": cstor.OCI_CONFIG},
                                 "layers": layers}
-        changes: List[Tuple[Dict[str, Any], bool]] = [
+        changes: list[tuple[dict[str, Any], bool]] = [
             ({}, True), ({"schemaVersion": 2.0}, False), ({"manifests": []}, False),
             ({"annotations": {"a": 5}}, False), ({"x": float("nan")}, False),
             ({"layers": [*layers, 5]}, False)]
@@ -8022,7 +8022,7 @@ class Archives(TreeTest):
                                  [info.name for info in tar])
 
 
-Places = List[Tuple[Optional[int], Optional[str], str]]  # of each byte: index, entry and field
+Places = list[tuple[Any, ...]]  # of each byte: index, entry and field
 
 
 def gnu_entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", rest: bytes = b"",
@@ -8044,11 +8044,11 @@ class PlacedTar:
         self.places: Places = []
         self.index = 0
 
-    def add(self, data: bytes, *fields: Tuple[str, int], name: Optional[str] = None,
+    def add(self, data: bytes, *fields: tuple[str, int], name: str | None = None,
             last: bool = True) -> None:
         """Add a header with what follows: ``fields`` are those after the first block."""
         gnu = data[257:265] == b"ustar  \0"
-        labels: List[str] = []
+        labels: list[str] = []
         kind = {b"x": "pax", b"g": "global", b"L": "long name", b"K": "long link"}.get(
             data[156:157])
         for field, width in (*FIELDS[:9], ("magic", 6), ("version", 2), *FIELDS[10:12],
@@ -8063,7 +8063,7 @@ class PlacedTar:
         self.places += [(self.index, name, label) for label in labels]
         self.index += last
 
-    def add_pax(self, name: str, records: Dict[bytes, bytes], typeflag: bytes = b"x") -> None:
+    def add_pax(self, name: str, records: dict[bytes, bytes], typeflag: bytes = b"x") -> None:
         fields = []
         for key, value in records.items():
             alone = pax({key: value})
@@ -8072,13 +8072,13 @@ class PlacedTar:
             fields.append((label, len(alone[BLOCK:].rstrip(b"\0"))))
         self.add(pax(records, typeflag), *fields, name=name, last=typeflag == b"g")
 
-    def end(self, trailer: bytes = END) -> Tuple[bytes, Places]:
+    def end(self, trailer: bytes = END) -> tuple[bytes, Places]:
         self.tar += trailer
         self.places += [(None, None, "trailer")] * len(trailer)
         return self.tar, self.places
 
 
-def placed_tars() -> Iterator[Tuple[str, bytes, Places]]:
+def placed_tars() -> Iterator[tuple[str, bytes, Places]]:
     """Yield small tars of all formats, with the place of each of their bytes."""
     tar = PlacedTar()
     tar.add(entry(b"v7", b"seven", magic=b""), ("content", 5), name="v7")
@@ -8137,10 +8137,10 @@ class TarDiffs(StoreTest):
             file.write(data)
         return path
 
-    def rows(self, a: bytes, b: bytes) -> List[Dict[str, Any]]:
+    def rows(self, a: bytes, b: bytes) -> list[dict[str, Any]]:
         return list(cstor.diff_tars(self.put("a.tar", a), self.put("b.tar", b)))
 
-    def changes(self, a: bytes, b: bytes) -> List[Tuple[Any, ...]]:
+    def changes(self, a: bytes, b: bytes) -> list[tuple[Any, ...]]:
         """Return the rows after the first as tuples, without their keys."""
         return [tuple(row.values()) for row in self.rows(a, b)[1:]]
 
@@ -8163,7 +8163,7 @@ class TarDiffs(StoreTest):
                             self.one_byte(other, original, at, place, mutant)
                     os.pwrite(file.fileno(), tar[at:at + 1], at)
 
-    def one_byte(self, a: str, b: str, at: int, place: Tuple[Optional[int], Optional[str], str],
+    def one_byte(self, a: str, b: str, at: int, place: tuple[int | None, str | None, str],
                  mutant: bytes = b"") -> None:
         """Check the place of the only byte that differs; ``mutant`` is the tar when ``a`` is one.
 
@@ -8254,7 +8254,7 @@ class TarDiffs(StoreTest):
                          {row[3]["sha256"], row[4]["sha256"]})
 
     def test_fields(self) -> None:
-        def changes(a: Dict[str, Any], b: Dict[str, Any], flag: bytes = b"0") -> List[Any]:
+        def changes(a: dict[str, Any], b: dict[str, Any], flag: bytes = b"0") -> list[Any]:
             return [row[2:] for row in self.changes(entry(b"f", typeflag=flag, **a) + END,
                                                     entry(b"f", typeflag=flag, **b) + END)]
 
@@ -8278,7 +8278,7 @@ class TarDiffs(StoreTest):
         self.assertRegex(a, r"wrong header checksum: expected 0, got \d+")
 
     def test_pax_records(self) -> None:
-        def changes(a: Dict[bytes, bytes], b: Dict[bytes, bytes]) -> List[Any]:
+        def changes(a: dict[bytes, bytes], b: dict[bytes, bytes]) -> list[Any]:
             return [row[2:] for row in self.changes(pax(a) + entry(b"f") + END,
                                                     pax(b) + entry(b"f") + END)
                     if row[2] != "pax header size"]
@@ -8515,13 +8515,13 @@ class Streams(StoreTest):
         self.addCleanup(os.close, fd)
         return fd
 
-    def reader(self, data: bytes, codec: str = CODECS[0], fds: Optional[List[int]] = None) -> Any:
+    def reader(self, data: bytes, codec: str = CODECS[0], fds: list[int] | None = None) -> Any:
         fds = self.fds if fds is None else fds
         read = io.BytesIO(data).read
         return cstor.SplitfdstreamReader(read, fds.__getitem__) if codec == CODECS[0] \
             else cstor.SplitdirfdstreamReader(read, fds)
 
-    def tar_of(self, data: bytes, codec: str = CODECS[0], fds: Optional[List[int]] = None,
+    def tar_of(self, data: bytes, codec: str = CODECS[0], fds: list[int] | None = None,
                **options: Any) -> bytes:
         """Return the tar that a stream holds."""
         out = io.BytesIO()
@@ -8530,7 +8530,7 @@ class Streams(StoreTest):
         self.assertEqual(sha256(out.getvalue()), digest)
         return out.getvalue()
 
-    def refused(self, error: Type[BaseException], words: str, data: bytes, codec: str = CODECS[0],
+    def refused(self, error: type[BaseException], words: str, data: bytes, codec: str = CODECS[0],
                 **options: Any) -> Any:
         with self.assertRaisesRegex(error, words) as caught:
             self.tar_of(data, codec, **options)
@@ -8564,7 +8564,7 @@ class Streams(StoreTest):
         for chunk in self.reader(bytes.fromhex("02 0900000000000000 02000000 02000000 6162"),
                                  CODECS[1]):
             self.assertEqual((9, b"123456789"), (chunk.length, os.pread(chunk.fd, 99, 0)))
-        out: List[bytes] = []
+        out: list[bytes] = []
         writer = cstor.SplitdirfdstreamWriter(out.append, lambda extent: (2, b"ab"))
         member = cstor.Member.parse(entry(b"ab", b"123456789")[:512])
         writer.add(b"hello")
@@ -8764,14 +8764,14 @@ class Streams(StoreTest):
             layer = storage.layer(layer_id)
             for threshold in (0, 4095, 4096, 1 << 60):
                 out, taken, at = io.BytesIO(), [], 0
-                expected: List[Union[int, bytes]] = []
+                expected: list[int | bytes] = []
                 for _, size in list(sizes.items())[1:]:  # the header of f0 has a segment of its own
                     start = tar.index(b"x" * size, at)
                     expected += [tar[:512], tar[512:start]] if not at else [tar[at:start]]
                     at = start + size
                     taken += [size] * (size > threshold)
                     expected.append(len(taken) - 1 if size > threshold else b"x" * size)
-                passed: List[int] = []
+                passed: list[int] = []
                 writer = cstor.SplitfdstreamWriter(
                     out.write, lambda extent, passed=passed: not passed.append(  # type: ignore
                         extent.length), threshold=threshold)
@@ -8781,9 +8781,9 @@ class Streams(StoreTest):
                 self.assertEqual((taken, len(taken)), (passed, writer.files))
 
     @staticmethod
-    def chunks(data: bytes) -> List[Union[int, bytes]]:
+    def chunks(data: bytes) -> list[int | bytes]:
         """Return the chunks of a splitfdstream."""
-        found: List[Union[int, bytes]] = []
+        found: list[int | bytes] = []
         while data:
             number, = struct.unpack_from("<q", data)
             length = max(-number, 0)
@@ -8796,7 +8796,7 @@ class Streams(StoreTest):
         for piece in (self.A, cstor.Extent(self.fds[0], 0, 700, member)):
             kind = 1 if isinstance(piece, cstor.Extent) else 0
             with mock.patch.object(cstor, "MAX_INLINE", 300):
-                out: List[bytes] = []
+                out: list[bytes] = []
                 cstor.SplitfdstreamWriter(out.append).add(piece)
                 self.assertEqual(2 * inline(b"a" * 300) + inline(b"a" * 100), b"".join(out))
                 out = []
@@ -8813,7 +8813,7 @@ class Streams(StoreTest):
                 (False, cstor.Extent(self.fds[0], 0, 699, whole)),
                 (False, cstor.Extent(self.fds[0], 1, 699, whole)),
                 (False, cstor.Extent(self.fds[0], 0, 700, sparse))):
-            out: List[bytes] = []
+            out: list[bytes] = []
             cstor.SplitfdstreamWriter(out.append, lambda _: True, threshold=0).add(piece)
             self.assertEqual(external, b"".join(out) == in_file(0))
             out = []
@@ -8848,7 +8848,7 @@ class Streams(StoreTest):
                     found[info.name] = content.read() if content else None
                 self.assertEqual({"d": None, "d/a": self.A, "d/empty": b"", "d/b": self.B}, found)
                 file.read()
-            closed: List[int] = []
+            closed: list[int] = []
             stream = cstor.LayerStream(self.reader(data, codec), label="t", digest=sha256(b"x"),
                                        close=lambda closed=closed: closed.append(1))  # type: ignore
             with stream.open() as file:
@@ -8945,7 +8945,7 @@ class Streams(StoreTest):
         member = cstor.Member.parse(entry(b"a", b"x" * 700)[:512])
         for codec, kind in zip(CODECS, (cstor.SplitfdstreamWriter, cstor.SplitdirfdstreamWriter)):
             for size in (700, 701, 1000, 1400):  # a part of a chunk is missing, or whole chunks
-                out: List[bytes] = []
+                out: list[bytes] = []
                 writer: Any = kind(lambda data, out=out: out.append(bytes(data)))
                 with mock.patch.object(cstor, "MAX_INLINE", 700):
                     if size > 700:
@@ -9042,18 +9042,18 @@ class StreamExtracts(TreeTest):
         self.owners = None if os.geteuid() == 0 else False
         self.addCleanup(subprocess.run, ["rm", "-rf", self.out], check=True)
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         return sorted({os.path.relpath(os.fsdecode(path), self.out) for path in snapshot(self.out)}
                       - {"."})
 
-    def differences(self, tree: cstor.Tree) -> List[Any]:
+    def differences(self, tree: cstor.Tree) -> list[Any]:
         """Return what is not as in the tree, but for what an ordinary user cannot set."""
         return [row for row in tree_differences(self.out, tree)
                 if self.owners is None or row[1] != "owner" and not (
                     row[1] == "mode" and row[3] & 0o6000 and row[2] == row[3] & 0o1777)]
 
     def extract(self, image: cstor.Image, codec: str = CODECS[0], threshold: int = 0,
-                external: bool = True, **options: Any) -> Dict[str, Any]:
+                external: bool = True, **options: Any) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(streamed(layer, codec, threshold, external=external))
                        for layer in image.layers()]
@@ -9120,7 +9120,7 @@ class StreamExtracts(TreeTest):
         self.assertEqual([], os.listdir(self.out))
 
     def test_overlay_xattrs_and_aufs_names_act_as_in_the_store(self) -> None:
-        def make(name: bytes, data: Optional[bytes] = None, **xattrs: bytes) -> bytes:
+        def make(name: bytes, data: bytes | None = None, **xattrs: bytes) -> bytes:
             return Trees.overlay(name, data, b"user" if os.geteuid() else b"trusted", **xattrs)
 
         below = Trees.BELOW
@@ -9305,7 +9305,7 @@ class StreamExtracts(TreeTest):
             return ""
 
         fd = os.open(path, os.O_RDONLY)
-        chunks: List[Any] = [tar[:512], cstor.Passed(fd), tar[8512:]]
+        chunks: list[Any] = [tar[:512], cstor.Passed(fd), tar[8512:]]
         with mock.patch.object(cstor.Ladder, "fill", copy):  # what counts is what was copied
             cstor.extract_streams([cstor.LayerStream(chunks, label="t", digest=sha256(tar))],
                                   self.out, owners=False, link_mode="copy")
@@ -9416,7 +9416,7 @@ class Dumb:
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.data, self.fds = sock, b"", []  # type: socket.socket, bytes, List[int]
+        self.sock, self.data, self.fds = sock, b"", []  # type: socket.socket, bytes, list[int]
         sock.settimeout(20)
 
     def send(self, value: Any, fds: Sequence[int] = (), end: bytes = b"", batch: int = 253) -> None:
@@ -9447,7 +9447,7 @@ class Dumb:
             raise EOFError
         self.data += data
 
-    def message(self) -> Tuple[Any, List[int]]:
+    def message(self) -> tuple[Any, list[int]]:
         """Return the next object of JSON-RPC, with as many descriptors as its "fds" says."""
         while True:
             try:
@@ -9461,7 +9461,7 @@ class Dumb:
         fds, self.fds = self.fds[:value.get("fds", 0)], self.fds[value.get("fds", 0):]
         return value, fds
 
-    def frame(self) -> Tuple[Any, List[int]]:
+    def frame(self) -> tuple[Any, list[int]]:
         """Return the next object of varlink, and what came with it."""
         while b"\0" not in self.data:
             self.fill()
@@ -9472,7 +9472,7 @@ class Dumb:
     def ask(self, method: str, **params: Any) -> None:
         self.send({"jsonrpc": "2.0", "method": method, "params": params, "id": 7})
 
-    def notified(self) -> Tuple[bytes, Dict[str, Any], int]:
+    def notified(self) -> tuple[bytes, dict[str, Any], int]:
         """Return the tar of notifications, their end, and the number of files."""
         tar, files, end = b"", 0, None
         while True:
@@ -9523,7 +9523,7 @@ class Dumb:
         return tar
 
 
-def saying(messages: Iterable[Tuple[Any, Sequence[int]]]) -> Callable[[Dumb], None]:
+def saying(messages: Iterable[tuple[Any, Sequence[int]]]) -> Callable[[Dumb], None]:
     """Return what sends all of the messages, (object or bytes, descriptors)."""
     def say(dumb: Dumb) -> None:
         for value, fds in messages:
@@ -9569,7 +9569,7 @@ class MessageTest(StoreTest):
         return self.opened(os.open(path, flags))
 
     @contextlib.contextmanager
-    def pair(self) -> Iterator[Tuple[socket.socket, Dumb]]:
+    def pair(self) -> Iterator[tuple[socket.socket, Dumb]]:
         """Give two ends of a socket, and look after what is left open when both are closed."""
         before = os.listdir("/proc/self/fd") if cstor.has_proc() else []
         ours, theirs = socket.socketpair()
@@ -9581,12 +9581,12 @@ class MessageTest(StoreTest):
     # -- what a server says ----------------------------------------------------------------------
 
     def notifications(self, *, segment: str = "stream.seg", file: str = "", start: Any = None,
-                      end: Any = None, placeholder: bool = False, fds: bool = True) -> List[Any]:
+                      end: Any = None, placeholder: bool = False, fds: bool = True) -> list[Any]:
         """Return the messages of a server, (object, descriptors), with a response at the end."""
         head, middle, tail = (base64.b64encode(part).decode() for part in self.parts)
         kind = segment.partition(".")[0]
         file = file or f"{kind}.file"
-        more: Dict[str, Any] = {"fd": {"__jsonrpc_fd__": True, "index": 0}} if placeholder else {}
+        more: dict[str, Any] = {"fd": {"__jsonrpc_fd__": True, "index": 0}} if placeholder else {}
 
         def message(method: str, params: Any, *passed: int) -> Any:
             count = {"fds": len(passed)} if passed and fds else {}
@@ -9601,7 +9601,7 @@ class MessageTest(StoreTest):
                 message(f"{kind}.end", end if end is not None else {}),
                 ({"jsonrpc": "2.0", "result": {"success": True}, "id": 1}, [])]
 
-    def response(self, **result: Any) -> List[Any]:
+    def response(self, **result: Any) -> list[Any]:
         """Return the one message of a server that sends a splitfdstream."""
         head, middle, tail = self.parts
         stream = inline(head) + in_file(0) + inline(middle) + in_file(1) + inline(tail)
@@ -9609,7 +9609,7 @@ class MessageTest(StoreTest):
         return [({"jsonrpc": "2.0", "result": result, "id": 1, "fds": len(fds)}, fds)]
 
     @contextlib.contextmanager
-    def pipe(self, data: bytes) -> Iterator[List[int]]:
+    def pipe(self, data: bytes) -> Iterator[list[int]]:
         """Give the reading end of a pipe with data in it, and an end of another pipe."""
         read, write = os.pipe()
         other, alive = os.pipe()
@@ -9628,7 +9628,7 @@ class MessageTest(StoreTest):
         return (typed(0, head) + in_directory(700, 0, b"a") + typed(0, middle)
                 + typed(1, self.B) + typed(0, tail))
 
-    def conversations(self) -> Iterator[Tuple[str, List[Any]]]:
+    def conversations(self) -> Iterator[tuple[str, list[Any]]]:
         """Yield (form, messages of a server) in the main spellings."""
         known = {"digest": self.digest, "size": self.size}
         yield "stream", self.notifications(start=known, end={"files": 2})
@@ -9658,8 +9658,8 @@ class MessageTest(StoreTest):
                     self.assertEqual(sha256(out.getvalue()), digest)
         return out.getvalue()
 
-    def refused(self, words: str, form: str, say: Union[List[Any], Callable[[Dumb], object]],
-                error: Type[BaseException] = cstor.ProtocolError, **options: Any) -> Any:
+    def refused(self, words: str, form: str, say: list[Any] | Callable[[Dumb], object],
+                error: type[BaseException] = cstor.ProtocolError, **options: Any) -> Any:
         """Check that a client refuses what a server says; return the error."""
         with self.assertRaisesRegex(error, words) as caught:
             self.fetched(form, saying(say) if isinstance(say, list) else say, **options)
@@ -9673,7 +9673,7 @@ class DumbServers(MessageTest):
         whole = {"digest": self.digest, "size": self.size}
         for segment in ("stream.seg", "stream.segment", "layer.segment"):
             for file in ("stream.file", "layer.file"):
-                some: Tuple[Dict[str, Any], ...] = (
+                some: tuple[dict[str, Any], ...] = (
                     {"start": whole}, {"start": {}}, {"placeholder": True},
                     {"placeholder": True, "fds": False}, {"end": {"files_sent": 2}},
                     {"end": {"checksum": self.digest}},
@@ -9682,7 +9682,7 @@ class DumbServers(MessageTest):
                 for options, form in itertools.product(some, ("stream", "proxy")):
                     said = self.notifications(segment=segment, file=file, **options)
                     self.assertEqual(self.tar, self.fetched(form, saying(said)))
-        results: Tuple[Dict[str, Any], ...] = (
+        results: tuple[dict[str, Any], ...] = (
             {}, whole, {"mediaType": "application/vnd.containers.splitfdstream"})
         for result in results:
             self.assertEqual(self.tar, self.fetched("splitfdstream",
@@ -9760,7 +9760,7 @@ class DumbServers(MessageTest):
             self.assertEqual(b"".join(members) + END, self.fetched("splitfdstream", say))
 
     def test_versions_of_a_proxy(self) -> None:
-        results: Tuple[Dict[str, Any], ...] = (
+        results: tuple[dict[str, Any], ...] = (
             {"value": {"version": "1.0.0", "v1_compat": "0.2.8"}},
             {"version": "2.0.0", "capabilities": ["tar-split-stream"]})
         for result in results:
@@ -9785,7 +9785,7 @@ class DumbServers(MessageTest):
 
     # -- varlink ---------------------------------------------------------------------------------
 
-    def framed(self, *frames: Tuple[Any, List[int]], size: int = 1 << 16, reference: str = "x"
+    def framed(self, *frames: tuple[Any, list[int]], size: int = 1 << 16, reference: str = "x"
                ) -> bytes:
         """Return the tar of frames, (object or bytes, descriptors)."""
         def say(dumb: Dumb) -> None:
@@ -9868,7 +9868,7 @@ class DumbServers(MessageTest):
         opened = {"parameters": {"handle": 3, "hash_algorithm": "sha256"}}
         usual = {"user" if os.geteuid() else "system": True}
 
-        def ask(handle: int) -> Tuple[str, Any]:
+        def ask(handle: int) -> tuple[str, Any]:
             return "GetLayer", (handle, self.digest, None)
 
         cases: Any = (
@@ -9936,7 +9936,7 @@ class DumbServers(MessageTest):
 
     def test_wrong_frames_of_varlink(self) -> None:
         def refused(words: str, *frames: Any, stream: bytes = self.named, kinds: Any = (),
-                    error: Type[BaseException] = cstor.ProtocolError) -> None:
+                    error: type[BaseException] = cstor.ProtocolError) -> None:
             with self.pipe(stream) as (data, alive), self.subTest(words=words, frames=frames):
                 place = {"data": data, "dir": self.folder, "alive": alive, "file": self.a,
                          "write": alive, **dict(kinds)}
@@ -10032,7 +10032,7 @@ class DumbServers(MessageTest):
     def test_lies_about_descriptors(self) -> None:
         for form, said in self.conversations():
             for i in range(len(said)):
-                counts: Tuple[Any, ...] = (-1, 1.5, 1.0, True, False, "1", None, [], {}, 1 << 40,
+                counts: tuple[Any, ...] = (-1, 1.5, 1.0, True, False, "1", None, [], {}, 1 << 40,
                                            1 << 70, 254, 4095, 5000, 253)
                 for count in counts:
                     value, fds = said[i]
@@ -10126,7 +10126,7 @@ class DumbServers(MessageTest):
 
         wrong: Any
 
-        def change(at: int, *path: str, value: Any) -> List[Any]:
+        def change(at: int, *path: str, value: Any) -> list[Any]:
             changed = json.loads(json.dumps(said[at][0]))
             inner = changed
             for name in path[:-1]:
@@ -10305,7 +10305,7 @@ WORDS = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\0", b"\xff", b" ", 
          b"-1", b"1e9", b"9" * 30, b'"fds":1', b'"fds":2,', b'"id":1', b"{}", b"NaN")
 
 
-def damage(rng: random.Random, data: List[bytearray], fds: List[List[int]], spare: List[int]
+def damage(rng: random.Random, data: list[bytearray], fds: list[list[int]], spare: list[int]
            ) -> None:
     """Change a recorded conversation at some place."""
     i = rng.randrange(len(data))
@@ -10363,7 +10363,7 @@ class DumbClients(MessageTest):
     def opener(self) -> cstor.Storage:
         return cstor.Storage.open(self.store.root)
 
-    def answered(self, *requests: Any, server: Optional[cstor.RpcServer] = None) -> Dumb:
+    def answered(self, *requests: Any, server: cstor.RpcServer | None = None) -> Dumb:
         """Return a client whose requests, (bytes or object) or (it, descriptors), were answered."""
         with self.pair() as (ours, dumb):
             for request in requests:
@@ -10377,7 +10377,7 @@ class DumbClients(MessageTest):
             self.assertEqual(-1, ours.fileno())
         return dumb
 
-    def request(self, method: str, number: Any = 7, **params: Any) -> Dict[str, Any]:
+    def request(self, method: str, number: Any = 7, **params: Any) -> dict[str, Any]:
         return {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
 
     def one_answer(self, request: Any, **options: Any) -> Any:
@@ -10457,7 +10457,7 @@ class DumbClients(MessageTest):
                 for name in ("diff_id", "storage"):
                     self.assertEqual(self.tar, self.varlink_tar(self.dumb(), name, dac))
 
-    def tar_of(self, dumb: Dumb, form: str, layer: str, options: Dict[str, Any]) -> bytes:
+    def tar_of(self, dumb: Dumb, form: str, layer: str, options: dict[str, Any]) -> bytes:
         """Ask for a layer and put it together, by what WIRE.md says."""
         tar = self.store.tars[layer]
         if form == "StreamLayer":
@@ -10540,7 +10540,7 @@ class DumbClients(MessageTest):
                     ("Nothing", {}), ("Shutdown", {})):
                 dumb.ask(method, **params)
             self.server.handle(ours)
-            found, answers = [], []  # type: List[Any], List[Any]
+            found, answers = [], []  # type: list[Any], list[Any]
             while len(answers) < 4:
                 value, fds = dumb.message()
                 if value.get("method") == "layer.file":
@@ -10552,7 +10552,7 @@ class DumbClients(MessageTest):
         self.assertEqual([{"image_id": 1}, {"success": True}, 'unknown method: "Nothing"',
                           {"success": True}], answers)
 
-    def read_pipe(self, dac: bool = True) -> Tuple[bytes, List[Any]]:
+    def read_pipe(self, dac: bool = True) -> tuple[bytes, list[Any]]:
         """Return the stream of the big layer as a composefs client gets it, and what else comes."""
         with self.pair() as (ours, dumb):
             thread = threading.Thread(target=self.server.handle, args=(ours,))
@@ -10595,7 +10595,7 @@ class DumbClients(MessageTest):
     def test_a_killed_server_leaves_a_cut_chunk(self) -> None:
         read, write = os.pipe()
         out = cstor._PipeWriter(write, 9)
-        found: List[bytes] = []
+        found: list[bytes] = []
         with open(read, "rb") as pipe:
             thread = threading.Thread(target=lambda: found.append(pipe.read()))
             thread.start()
@@ -10809,7 +10809,7 @@ class DumbClients(MessageTest):
         with mock.patch.object(threading, "excepthook", side_effect=AssertionError):
             for i in range(2500 if FULL else 600):
                 data = [bytearray(part) for part in rng.choice(recorded)]
-                fds: List[List[int]] = [[] for _ in data]
+                fds: list[list[int]] = [[] for _ in data]
                 for _ in range(rng.choice((1, 1, 1, 2, 5))):
                     damage(rng, data, fds, [self.a] * (rng.random() < 0.02))
                 self.answered(*((bytes(part), passed) for part, passed in zip(data, fds) if part))
@@ -10846,7 +10846,7 @@ class DumbClients(MessageTest):
                 client.sock.close()
 
     def test_a_hundred_clients(self) -> None:
-        done: List[Any] = []
+        done: list[Any] = []
 
         def fetch() -> None:
             try:
@@ -11219,7 +11219,7 @@ class Serving(StoreTest):
         wanted, other = sorted(self.digests.values())[:2]
         tar = b"".join(iter([entry(b"x", b"y"), END]))
 
-        def said(params: Dict[str, Any], ask: Callable[[Any], cstor.LayerStream],
+        def said(params: dict[str, Any], ask: Callable[[Any], cstor.LayerStream],
                  kind: Any = cstor.RpcClient) -> str:
             ours, theirs = socket.socketpair()
             with theirs, kind(ours, timeout=5) as client:
@@ -11243,10 +11243,10 @@ class Serving(StoreTest):
                                            lambda client: client.layer("by-name")))
 
     @contextlib.contextmanager
-    def saying(self, *messages: Dict[str, Any], hold: bool = False, ask: bool = True
-               ) -> Iterator[List[int]]:
+    def saying(self, *messages: dict[str, Any], hold: bool = False, ask: bool = True
+               ) -> Iterator[list[int]]:
         """Run a server that says only this, as far as it is wanted; give how much that was."""
-        sent: List[int] = []
+        sent: list[int] = []
 
         def answer() -> None:
             while True:
@@ -11731,7 +11731,7 @@ class Fetching(StoreTest):
             file.write(text)
         return path
 
-    def said(self) -> Tuple[int, List[str]]:
+    def said(self) -> tuple[int, list[str]]:
         """Return process ID and arguments of the last skopeo."""
         with open(os.path.join(self.layout, "words"), encoding="utf-8") as file:
             process, words = json.load(file)
@@ -11747,7 +11747,7 @@ class Fetching(StoreTest):
     def test_copies(self) -> None:
         before = read_layout(self.layout)
         for tag in before:
-            seen: List[int] = []
+            seen: list[int] = []
             with cstor.FetchedImage(f"fake:{tag}") as image:
                 blob = image.copy_to_oci(self.out, tag, progress=functools.partial(
                     self.note, seen))
@@ -11759,7 +11759,7 @@ class Fetching(StoreTest):
         self.assertEqual(before, read_layout(self.out))
 
     @staticmethod
-    def note(seen: List[int], size: int, _: int) -> None:
+    def note(seen: list[int], size: int, _: int) -> None:
         seen.append(size)
 
     def test_what_the_manifest_says_wrongly(self) -> None:
@@ -11847,7 +11847,7 @@ class Fetching(StoreTest):
 
     # -- command line ----------------------------------------------------------------------------
 
-    def run_via(self, *args: str, status: int = 0, env: Optional[Mapping[str, str]] = None,
+    def run_via(self, *args: str, status: int = 0, env: Mapping[str, str] | None = None,
                 **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         return self.run_cstor("image", *args, status=status, env={**self.env, **(env or {})},
                               **kwargs)
@@ -11956,7 +11956,7 @@ class Helpers(StoreTest):
     """The helper's end of the socket, without a namespace, and a requester that is not ours."""
 
     @contextlib.contextmanager
-    def served(self, *roots: str) -> Iterator[Tuple[cstor.Connection, int]]:
+    def served(self, *roots: str) -> Iterator[tuple[cstor.Connection, int]]:
         """Start serve_contents(); yield our end of its socket and its process ID."""
         ours, theirs = socket.socketpair()
         code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor; "
@@ -11975,7 +11975,7 @@ class Helpers(StoreTest):
             self.assertLessEqual(0, process.returncode)
 
     def ask(self, connection: cstor.Connection, method: Any, params: Any, fds: Sequence[int] = ()
-            ) -> Tuple[Any, List[bytes]]:
+            ) -> tuple[Any, list[bytes]]:
         """Return the result, or the code of the error, and the contents of the open files."""
         connection.send({"jsonrpc": "2.0", "method": method, "params": params, "id": 1}, fds)
         with connection.receive() or self.fail("no answer") as message:
@@ -12069,7 +12069,7 @@ class Helpers(StoreTest):
                     self.assertEqual((cstor.BAD_PARAMS, []), self.ask(
                         connection, "open" if "names" in more else "scan",
                         {"directory": directory, **more}), directory)
-            requests: List[Tuple[str, Dict[str, Any]]] = [
+            requests: list[tuple[str, dict[str, Any]]] = [
                     ("open", {"directory": diff}), ("open", {"directory": diff, "names": "f"}),
                     ("open", {"directory": diff, "names": ["f"] * 129}),
                     ("open", {"directory": diff, "names": [["f"]]}), ("open", {"names": ["f"]}),
@@ -12171,9 +12171,9 @@ class Helpers(StoreTest):
     def test_files_are_asked_for_once(self) -> None:
         """Hard links, and a name that a tar has twice, are one file."""
         top = self.place()
-        asked: List[bytes] = []
+        asked: list[bytes] = []
 
-        def lend(_: str, names: Sequence[bytes]) -> List[int]:
+        def lend(_: str, names: Sequence[bytes]) -> list[int]:
             asked.extend(names)
             return [os.open(os.devnull, os.O_RDONLY) for _ in names]
 
@@ -12189,7 +12189,7 @@ class Helpers(StoreTest):
 
     def test_few_open_files(self) -> None:
         for limit, most in ((8, 2), (64, 16), (512, 128), (1 << 20, 128)):
-            batches: List[List[int]] = []
+            batches: list[list[int]] = []
             with mock.patch("cstor.soft_limit", return_value=limit):
                 found = list(cstor.read_ahead(iter(range(300)), lambda _: True, batches.append))
             self.assertEqual(list(range(300)), found)
@@ -12227,7 +12227,7 @@ class Helpers(StoreTest):
         os.mkdir(top)
         for number in range(30):
             put(f"{top}/{number:02d}")
-        params: Dict[str, Any] = {"directory": top, "name": "", "after": None}
+        params: dict[str, Any] = {"directory": top, "name": "", "after": None}
         server = cstor.ContentServer([top])
         real = cstor.Directory.listdir
         with mock.patch("cstor.CHUNK", 999), mock.patch.object(
@@ -12324,7 +12324,7 @@ class Helpers(StoreTest):
         return store
 
     def owners(self, store: StoreBuilder, expected: Sequence[str] = (), *options: str
-               ) -> Dict[str, Tuple[int, int]]:
+               ) -> dict[str, tuple[int, int]]:
         """Return the owners in the container; check that all commands say the same warnings."""
         diff = os.path.join(store.path("overlay"), store.layers[1]["id"], "diff")
         said = "".join(f"cstor: warning: {diff}: {text}\n" for text in expected)
@@ -12508,7 +12508,7 @@ class Library(StoreTest):
             image, layer = storage.image("sample"), storage.layers()[0]
             stream = cstor.LayerStream([], label="x")
             anything: Any = cstor  # what mypy refuses is tried here
-            cases: List[Tuple[str, Callable[[], Any]]] = [
+            cases: list[tuple[str, Callable[[], Any]]] = [
                 *[(f"ValueError: link_mode: unknown {mode!r}; expected {modes}",
                    functools.partial(image.extract, out, link_mode=mode))
                   for mode in ("reflinks", "COPY", "none", "hardlinks", "")],
@@ -12592,7 +12592,7 @@ class Library(StoreTest):
 
     def test_threads_share_a_storage(self) -> None:
         store = self.sample()
-        results: List[bytes] = []
+        results: list[bytes] = []
         with self.open(store) as storage:
             layer = storage.layer(store.layers[0]["id"])
             threads = [threading.Thread(target=lambda: results.append(self.export(layer)))
@@ -12692,7 +12692,7 @@ class CommandLine(StoreTest):
             self.run_cstor("--root", other.root, kind[:-1], "inspect", "a", "b", "c", status=6)
 
     def test_a_list_opens_each_file_of_images_once(self) -> None:
-        opened: List[bytes] = []
+        opened: list[bytes] = []
         before = cstor.Directory.open
 
         def counting(directory: cstor.Directory, name: bytes) -> int:
@@ -12763,7 +12763,7 @@ class CommandLine(StoreTest):
             **{name: ["tar-diff", *[os.path.join(self.dir, "in.tar" + end) for end in ("", end)]]
                for name, end in (("tar", ""), ("gz", ".gz"), ("bz2", ".bz2"), ("xz", ".xz"))}}
         every = " ".join(commands)
-        stops: Dict[str, str] = {  # what needs the module; of all others nothing does
+        stops: dict[str, str] = {  # what needs the module; of all others nothing does
             "argparse": every, "re": every, "json": "list export cat toc extract oci",
             "zlib": every.replace("list ", ""), "binascii": "list export cat toc extract oci",
             "hashlib": every, "struct": "gz", "fcntl": "extract oci",
@@ -12821,7 +12821,7 @@ class CommandLine(StoreTest):
     def test_a_system_without_threads_and_processes(self) -> None:
         """What a limit of processes (ulimit -u, a pids cgroup) leaves is one thread."""
         out, none = os.path.join(self.dir, "out"), OSError(errno.EAGAIN, "nothing to be had")
-        commands: List[Tuple[List[str], int, str]] = [
+        commands: list[tuple[list[str], int, str]] = [
             (["layer", "export", self.layer, "-o", out + ".tar"], 0, ""),
             (["layer", "export", self.layer, "-o", out + ".tar", "--no-verify"], 0, ""),
             (["image", "toc", "sample", "--digests"], 0, ""),
@@ -12854,7 +12854,7 @@ class CommandLine(StoreTest):
         self.assertEqual(made[1], self.tree_bytes(out + ".tar", out, out + ".d"))
 
     @staticmethod
-    def tree_bytes(*roots: str) -> Dict[str, bytes]:
+    def tree_bytes(*roots: str) -> dict[str, bytes]:
         """Return the contents of all files."""
         found = {}
         for root in roots:
@@ -13100,7 +13100,7 @@ class CommandLine(StoreTest):
 
     def test_intermediate_images(self) -> None:
         self._root = ""
-        steps: List[Dict[str, Any]] = [{"created_by": word, "empty_layer": word != "base"}
+        steps: list[dict[str, Any]] = [{"created_by": word, "empty_layer": word != "base"}
                                        for word in ("base", "env", "cmd", "other")]
         base, layer = self.layer, self.store.layer(make_tar(("z", b"")), self.layer)
         named = self.store.image(layer, "localhost/n:1", history=[*steps[:2], {"created_by": "z"}])
@@ -13110,7 +13110,7 @@ class CommandLine(StoreTest):
         leaf = self.store.image(layer, history=[*steps[:1], steps[2], {"created_by": "z"}])
         self.store.save()
 
-        def listed(*words: str) -> Set[str]:
+        def listed(*words: str) -> set[str]:
             return {entry["id"] for entry in json.loads(self.cstor(
                 "image", "list", "--format", "json", *words).stdout)}
 
@@ -13185,7 +13185,7 @@ class CommandLine(StoreTest):
         os.close(slave)
         os.close(master)
 
-    def shown(self, columns: int, *args: str) -> List[str]:
+    def shown(self, columns: int, *args: str) -> list[str]:
         """Return the lines, with their ends, that show on a terminal; progress, or help."""
         master, slave = open_terminal()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
@@ -13498,7 +13498,7 @@ class RealStores(unittest.TestCase):
                 cls.roots[store] = os.path.join(cls.dir, store, store)
 
     dir: str
-    roots: Dict[str, str]
+    roots: dict[str, str]
 
     def test_every_layer_is_rebuilt(self) -> None:
         self.assertEqual({"composefs", "podman5.4", "podman5.8", "rootless", "schema1"},
@@ -13546,7 +13546,7 @@ class RealStores(unittest.TestCase):
                 "handle": 0, "params": {"diff_id": None, "consumer_has_cap_dac_override": True,
                                         "storage": {"storage_path": root, "layer_id": layer}}}},
                       end=b"\0")
-            fds, more = [], True  # type: List[int], bool
+            fds, more = [], True  # type: list[int], bool
             while more:
                 value, some = dumb.frame()
                 self.assertNotIn("error", value)
@@ -13564,7 +13564,7 @@ class RealStores(unittest.TestCase):
         """What its own server gives whole comes out the same, and nothing else comes out at all."""
         program = build_peer()
         path, out = os.path.join(self.dir, "peer"), os.path.join(self.dir, "out")
-        found: Dict[str, List[int]] = {}
+        found: dict[str, list[int]] = {}
         server = subprocess.Popen([program, path])
         try:
             while not os.path.exists(path):
@@ -13645,7 +13645,7 @@ class RealStores(unittest.TestCase):
                         member for member in layer.members()
                         if cstor.Member.parse(member.header).name != member.name])
                     layers += 1
-                things: List[Any] = [*storage.images(), *storage.containers()]
+                things: list[Any] = [*storage.images(), *storage.containers()]
                 for thing in things:
                     if isinstance(thing, cstor.Container) and thing.state.get("rootfs"):
                         continue  # its directory is not in the archive
@@ -13664,7 +13664,7 @@ class RealStores(unittest.TestCase):
         for name, root in self.roots.items():
             before = snapshot(root)
             with cstor.Storage.open(root + "/st", runroot=root + "/run") as storage:
-                things: List[Any] = [*storage.images(), *storage.containers()]
+                things: list[Any] = [*storage.images(), *storage.containers()]
                 for thing in things:
                     if isinstance(thing, cstor.Container) and thing.state.get("rootfs"):
                         continue  # its directory is not in the archive
@@ -13715,7 +13715,7 @@ class RealStores(unittest.TestCase):
 
     def test_one_image_has_one_toc_wherever_it_lies(self) -> None:
         """As root, rootless, by composefs, from schema1: the headers say what the files are."""
-        tocs: Dict[Tuple[str, ...], List[str]] = {}
+        tocs: dict[tuple[str, ...], list[str]] = {}
         for root in self.roots.values():
             with cstor.Storage.open(root + "/st") as storage:
                 for image in storage.images():
@@ -13737,7 +13737,7 @@ class RealStores(unittest.TestCase):
             {name: self.images(root) for name, root in self.roots.items()})
 
     @staticmethod
-    def images(root: str) -> List[Tuple[str, int, List[str]]]:
+    def images(root: str) -> list[tuple[str, int, list[str]]]:
         with cstor.Storage.open(root + "/st") as storage:
             return [(image.names[0], len(image.layers()), image.faults)
                     for image in storage.images()]
@@ -13788,7 +13788,7 @@ class RealStores(unittest.TestCase):
 # Real podman
 # ================================================================================================
 
-def odd_tars() -> Iterator[Tuple[str, bytes]]:
+def odd_tars() -> Iterator[tuple[str, bytes]]:
     """Yield (name, tar) for every kind of tar whose layer can be rebuilt, or is refused."""
     yield from header_tars()
     yield from name_tars()
@@ -13799,7 +13799,7 @@ def odd_tars() -> Iterator[Tuple[str, bytes]]:
     yield from refused_tars()
 
 
-def header_tars() -> Iterator[Tuple[str, bytes]]:
+def header_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars of all dialects."""
     text = b"content\n"
     v7, gnu = b"", b"ustar  \0"
@@ -13871,7 +13871,7 @@ def header_tars() -> Iterator[Tuple[str, bytes]]:
                       + entry(b"sticky", typeflag=b"5", mode=b"0001777") + END)
 
 
-def name_tars() -> Iterator[Tuple[str, bytes]]:
+def name_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars with names of all kinds."""
     odd = [b"latin1-\xe9\xff", b"<lt>&amp", "u\u2028\u2029x".encode(), b'quote"', b"back\\slash",
            b"new\nline", b"tab\tbell\a", b"\xed\xa0\x80", "\U0001f600".encode(), b" ", b"-rf"]
@@ -13913,7 +13913,7 @@ def name_tars() -> Iterator[Tuple[str, bytes]]:
                         + END)
 
 
-def end_tars() -> Iterator[Tuple[str, bytes]]:
+def end_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars that end, or are padded, in all ways."""
     one = entry(b"one", b"1" * 700)
     yield "dirty-padding", (entry(b"a", b"a" * 100, padding=b"x") + entry(b"b", b"b", padding=b"y")
@@ -13934,7 +13934,7 @@ def end_tars() -> Iterator[Tuple[str, bytes]]:
         yield f"blocking-{factor}", one + END + bytes(-(len(one) + len(END)) % size)
 
 
-def content_tars() -> Iterator[Tuple[str, bytes]]:
+def content_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars with few large and many small files."""
     sizes = (1, 511, 512, 513, 1024, 4096, 32767, 32768, 65536)
     yield "sizes", b"".join(entry(b"s%d" % size, bytes([size % 251]) * size) for size in sizes
@@ -13947,10 +13947,10 @@ def content_tars() -> Iterator[Tuple[str, bytes]]:
         for d in range(12) for e in range(5)) + END
 
 
-def sparse_tars() -> Iterator[Tuple[str, bytes]]:
+def sparse_tars() -> Iterator[tuple[str, bytes]]:
     """Yield what GNU tar makes of files with holes in the three formats of --sparse-version."""
     data, hole = b"data" * 5000, b""
-    shapes: Dict[str, List[bytes]] = {
+    shapes: dict[str, list[bytes]] = {
         "start": [hole, data], "middle": [data, hole, data], "end": [data, hole],
         "none": [data], "all": [hole], "runs": [data, hole] * 40 + [b"tail"],
         "bytes": [b"1", hole, b"2"]}
@@ -13968,7 +13968,7 @@ def sparse_tars() -> Iterator[Tuple[str, bytes]]:
                     stdout=subprocess.PIPE, check=True).stdout
 
 
-def sparse_by_hand() -> Iterator[Tuple[str, bytes]]:
+def sparse_by_hand() -> Iterator[tuple[str, bytes]]:
     """Yield sparse headers as GNU tar does not write them."""
     numbers = (b"major", b"minor", b"name", b"size", b"numblocks", b"map")
     for name, content, *values in (
@@ -13993,7 +13993,7 @@ def sparse_1_0(table: bytes, data: bytes, size: int) -> bytes:
                ) + entry(b"f", table.ljust(BLOCK, b"\0") + data)
 
 
-def refused_tars() -> Iterator[Tuple[str, bytes]]:
+def refused_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars that podman does not take."""
     yield "unknown-type", entry(b"f", b"data", b"Z") + END
     yield "contiguous", entry(b"f", b"data", b"7") + END
@@ -14011,7 +14011,7 @@ def refused_tars() -> Iterator[Tuple[str, bytes]]:
     yield "bad-sum", entry(b"f", b"1")[:148] + b"000000\0 " + entry(b"f", b"1")[156:] + END
 
 
-def gone_tars() -> Dict[str, bytes]:
+def gone_tars() -> dict[str, bytes]:
     """Return tars that podman takes although it cannot keep all their bytes."""
     return {"whiteout-content": entry(b"d/f", b"1") + entry(b"d/.wh.x", b"gone") + END,
             "aufs-content": entry(b".wh..wh.aufs", b"gone") + END,
@@ -14020,7 +14020,7 @@ def gone_tars() -> Dict[str, bytes]:
             "sparse-1.0-odd-runs": sparse_1_0(b"2\n10\n3\n100\n5\n", b"12345678", 5000) + END}
 
 
-def overwritten_tars() -> Dict[str, bytes]:
+def overwritten_tars() -> dict[str, bytes]:
     """Return tars whose last member replaces the first one, by way of a symbolic link."""
     link = entry(b"l", typeflag=b"2", linkname=b".")
     return {"overwritten": entry(b"f", b"old") + link + entry(b"l/f", b"new") + END,
@@ -14096,8 +14096,8 @@ class RealExport(unittest.TestCase):
     maxDiff = None
     folder: tempfile.TemporaryDirectory[str]
     store: Store
-    tars: Dict[str, bytes]
-    refused: Dict[str, str]
+    tars: dict[str, bytes]
+    refused: dict[str, str]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -14154,7 +14154,7 @@ class RealExport(unittest.TestCase):
     def layer(self, name: str) -> cstor.Layer:
         return self.storage.image(f"localhost/{name}:latest").layers()[-1]
 
-    def exact(self) -> List[Tuple[str, bytes, cstor.Layer]]:
+    def exact(self) -> list[tuple[str, bytes, cstor.Layer]]:
         """Return (name, tar, layer) of the layers that can be rebuilt."""
         without = {*self.refused, *gone_tars(), *overwritten_tars()}
         return [(name, data, self.layer(name)) for name, data in self.tars.items()
@@ -14405,13 +14405,13 @@ class RealExport(unittest.TestCase):
 
     # -- promises --------------------------------------------------------------------------------
 
-    def read_all(self, root: str, *, command: List[str], module: str = "") -> List[Any]:
+    def read_all(self, root: str, *, command: list[str], module: str = "") -> list[Any]:
         """Read everything in another process; [{layer: digest or error}, images, ...]."""
         where = module or os.path.dirname(os.path.abspath(cstor.__file__))
-        found: List[Any] = json.loads(run(*command, "-c", READ_ALL, where, root, cwd="/"))
+        found: list[Any] = json.loads(run(*command, "-c", READ_ALL, where, root, cwd="/"))
         return found
 
-    def expected(self, *, closed: str) -> List[Any]:
+    def expected(self, *, closed: str) -> list[Any]:
         """Return what read_all() must find; ``closed`` for the layer with a file of mode 0."""
         layers = {layer.id: layer.diff_digest or "Unsupported"
                   for layer in self.storage.layers()}
@@ -14461,7 +14461,7 @@ class RealExport(unittest.TestCase):
         self.assertEqual(snapshot(copied), before)
         self.assertEqual(found, self.expected(closed="NeedsUnshare"))
 
-    def read_records(self, root: str) -> Tuple[cstor.Storage, float]:
+    def read_records(self, root: str) -> tuple[cstor.Storage, float]:
         """Return an open storage whose records were read, and the seconds it took."""
         start = time.monotonic()
         storage = cstor.Storage.open(root)
@@ -14541,7 +14541,7 @@ def device(name: bytes, kind: bytes, major: int, minor: int, **fields: Any) -> b
     return entry(name, typeflag=kind, major=b"%07o" % major, minor=b"%07o" % minor, **fields)
 
 
-def xattrs(values: Dict[str, bytes]) -> bytes:
+def xattrs(values: dict[str, bytes]) -> bytes:
     return pax({b"SCHILY.xattr." + name.encode(): value for name, value in values.items()})
 
 
@@ -14553,7 +14553,7 @@ def times(*stamps: bytes) -> Iterator[bytes]:
         yield pax({b"mtime": stamp}) + symlink(b"l%d" % number, b"target")
 
 
-def stacks() -> Iterator[Tuple[str, List[bytes]]]:
+def stacks() -> Iterator[tuple[str, list[bytes]]]:
     """Yield (name, tars of the layers without their ends) for images of several layers."""
     yield from whiteout_stacks()
     yield from link_stacks()
@@ -14565,7 +14565,7 @@ def lower_layer() -> bytes:
             + entry(b"a/s/h", b"3") + entry(b"t", b"4"))
 
 
-def whiteout_stacks() -> Iterator[Tuple[str, List[bytes]]]:
+def whiteout_stacks() -> Iterator[tuple[str, list[bytes]]]:
     """Yield stacks whose layers hide and replace what is below."""
     base, opaque = lower_layer(), entry(b"a/.wh..wh..opq")
     yield "opaque-after", [base, directory(b"a") + entry(b"a/n", b"1") + opaque]
@@ -14601,7 +14601,7 @@ def whiteout_stacks() -> Iterator[Tuple[str, List[bytes]]]:
                            entry(b"a/s/d/z", b"3")]
 
 
-def link_stacks() -> Iterator[Tuple[str, List[bytes]]]:
+def link_stacks() -> Iterator[tuple[str, list[bytes]]]:
     """Yield stacks with hard links, links above files, and names to be cleaned."""
     file = entry(b"x", b"1", mode=b"0004755")
     earlier = {"mode": b"0002600", "uid": b"0000005", "mtime": EARLIER}
@@ -14648,7 +14648,7 @@ def link_stacks() -> Iterator[Tuple[str, List[bytes]]]:
                    + entry(b"f", b"1")] * 2
 
 
-def metadata_stacks() -> Iterator[Tuple[str, List[bytes]]]:
+def metadata_stacks() -> Iterator[tuple[str, list[bytes]]]:
     """Yield stacks with metadata of all kinds."""
     yield "xattrs", [
         xattrs({"security.capability": CAPABILITY, "user.a": b"b\0c=\n", "trusted.t": b"1"})
@@ -14679,13 +14679,13 @@ def metadata_stacks() -> Iterator[Tuple[str, List[bytes]]]:
                       if name in ("v7", "ustar-prefix", "gnu-long", "pax", "base-256")]
 
 
-def write_layout(folder: str, images: Dict[str, List[bytes]]) -> None:
+def write_layout(folder: str, images: dict[str, list[bytes]]) -> None:
     """Write an OCI layout of images given by the tars of their layers; their names are tags."""
     blobs = os.path.join(folder, "blobs/sha256")
     os.makedirs(blobs)
     prefix = "application/vnd.oci.image."
 
-    def blob(kind: str, data: bytes) -> Dict[str, Any]:
+    def blob(kind: str, data: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()
         with open(os.path.join(blobs, digest), "wb") as file:
             file.write(data)
@@ -14707,10 +14707,10 @@ def write_layout(folder: str, images: Dict[str, List[bytes]]) -> None:
             json.dump(value, file)
 
 
-def seen_on_disk(top: str) -> Tuple[Dict[bytes, Dict[str, Any]], set[frozenset[bytes]]]:
+def seen_on_disk(top: str) -> tuple[dict[bytes, dict[str, Any]], set[frozenset[bytes]]]:
     """Return what lies in a directory, and the groups of hard links."""
-    found: Dict[bytes, Dict[str, Any]] = {}
-    groups: Dict[Tuple[int, int], set[bytes]] = {}
+    found: dict[bytes, dict[str, Any]] = {}
+    groups: dict[tuple[int, int], set[bytes]] = {}
     base = os.fsencode(top)
     todo = [b""]
     while todo:
@@ -14742,10 +14742,10 @@ def seen_on_disk(top: str) -> Tuple[Dict[bytes, Dict[str, Any]], set[frozenset[b
     return found, {frozenset(group) for group in groups.values() if len(group) > 1}
 
 
-def seen_in_tree(tree: cstor.Tree) -> Tuple[Dict[bytes, Dict[str, Any]], set[frozenset[bytes]]]:
+def seen_in_tree(tree: cstor.Tree) -> tuple[dict[bytes, dict[str, Any]], set[frozenset[bytes]]]:
     """Return what seen_on_disk() does, of a Tree."""
-    found: Dict[bytes, Dict[str, Any]] = {}
-    groups: Dict[bytes, set[bytes]] = {}
+    found: dict[bytes, dict[str, Any]] = {}
+    groups: dict[bytes, set[bytes]] = {}
     for path, node, first in tree.walk():
         content = b"".join(tree.content(node)) if node.type == "reg" else b""
         found[path] = {"type": node.type, "mode": node.mode, "owner": (node.uid, node.gid),
@@ -14758,16 +14758,16 @@ def seen_in_tree(tree: cstor.Tree) -> Tuple[Dict[bytes, Dict[str, Any]], set[fro
     return found, {frozenset(group) for group in groups.values()}
 
 
-Seen = Tuple[Dict[bytes, Dict[str, Any]], "set[frozenset[bytes]]"]
+Seen = tuple[dict[bytes, dict[str, Any]], "set[frozenset[bytes]]"]
 
 
-def differences(a: Seen, b: Seen) -> List[Any]:
+def differences(a: Seen, b: Seen) -> list[Any]:
     """Return (path, field, in a, in b) for all that differs.
 
     Only the time of a directory that has no entry in the tar is passed over: nobody knows it.
     """
     (left, left_groups), (right, right_groups) = a, b
-    found: List[Any] = []
+    found: list[Any] = []
     for path in sorted(left.keys() | right.keys()):
         one, other = left.get(path), right.get(path)
         if one is None or other is None:
@@ -14782,7 +14782,7 @@ def differences(a: Seen, b: Seen) -> List[Any]:
     return found
 
 
-def tree_differences(mount: str, tree: cstor.Tree) -> List[Any]:
+def tree_differences(mount: str, tree: cstor.Tree) -> list[Any]:
     """Return what differs between a directory and a tree."""
     return differences(seen_on_disk(mount), seen_in_tree(tree))
 
@@ -14915,7 +14915,7 @@ def put_new(path: str) -> str:
     return path
 
 
-def container_layers() -> List[bytes]:
+def container_layers() -> list[bytes]:
     """Return two layers for containers to change."""
     cap = xattrs({"security.capability": CAPABILITY, "user.a": b"1"})
     return [
@@ -15067,11 +15067,11 @@ class RealTree(unittest.TestCase):
 
     maxDiff = None
     folder: tempfile.TemporaryDirectory[str]
-    disks: Dict[str, str] = {}
+    disks: dict[str, str] = {}
     store: Store
-    refused: Dict[str, str]
-    mounts: Dict[str, str]
-    stores: List[Store]
+    refused: dict[str, str]
+    mounts: dict[str, str]
+    stores: list[Store]
 
     LARGE = (("debian", "usr/share/doc", "usr/bin"),
              ("rpm", "usr/share/licenses", "usr/lib64/python3/__pycache__"))
@@ -15079,7 +15079,7 @@ class RealTree(unittest.TestCase):
     # What podman shows otherwise, by image: it ignores the root's header ("./") altogether and an
     # opaque marker in the root, a whiteout beside the directory that it names hides nothing, and
     # what AUFS keeps is shown.  Everything else has to be the same.
-    OTHERWISE: Dict[str, Tuple[List[bytes], List[Tuple[bytes, str]]]] = {
+    OTHERWISE: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
         "root": ([directory(b".", mode=b"0000700", uid=b"0000005") + entry(b"f", b"1")],
                  [(b"", "mode"), (b"", "owner"), (b"", "mtime")]),
         "root-below": ([directory(b".", mode=b"0000700", uid=b"0000005"), entry(b"g", b"1")],
@@ -15139,7 +15139,7 @@ class RealTree(unittest.TestCase):
                       for line in lines for name in line["Repositories"]}
 
     @staticmethod
-    def fast_folder() -> Optional[str]:
+    def fast_folder() -> str | None:
         """Return a tmpfs that has user's xattrs (Linux 6.6): five times as fast as a disk."""
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             os.setxattr(file.name, "user.x", b"1")
@@ -15301,7 +15301,7 @@ class RealTree(unittest.TestCase):
                     b"".join(tree.read(path))
 
     @staticmethod
-    def files(tree: cstor.Tree) -> List[bytes]:
+    def files(tree: cstor.Tree) -> list[bytes]:
         return [path for path, node, _ in tree.walk() if node.type == "reg"]
 
     def mounted(self, name: str, path: bytes) -> bytes:
@@ -15328,7 +15328,7 @@ class RealTree(unittest.TestCase):
         except (cstor.NotFound, cstor.FormatError):
             return b"\1"
 
-    def detours(self, tree: cstor.Tree) -> List[bytes]:
+    def detours(self, tree: cstor.Tree) -> list[bytes]:
         """Return all paths, and some through each link to a directory."""
         paths = []
         for path, node, _ in tree.walk():
@@ -15345,11 +15345,11 @@ class RealTree(unittest.TestCase):
 
     # -- extraction ------------------------------------------------------------------------------
 
-    def extracted(self, mount: str, kind: str, thing: Any, **options: Any) -> Dict[str, Any]:
+    def extracted(self, mount: str, kind: str, thing: Any, **options: Any) -> dict[str, Any]:
         """Extract an image or container to a disk, and compare it with what is mounted."""
         out = os.path.join(self.disks[kind], "out")
         try:
-            done: Dict[str, Any] = thing.extract(out, **options)
+            done: dict[str, Any] = thing.extract(out, **options)
             expected, found = seen_on_disk(mount), seen_on_disk(out)
             with thing.tree() as tree:
                 for path, node, _ in tree.walk():
@@ -15460,10 +15460,10 @@ class RealTree(unittest.TestCase):
         for when in (0, 5):
             self.store.podman("import", "-q", self.path("doomed.tar"), "localhost/doomed")
             real = cstor.Extraction._make_batch
-            calls: List[int] = []
+            calls: list[int] = []
 
-            def remove(extraction: cstor.Extraction, batch: List[Any], when: int = when,
-                       calls: List[int] = calls, real: Any = real) -> None:
+            def remove(extraction: cstor.Extraction, batch: list[Any], when: int = when,
+                       calls: list[int] = calls, real: Any = real) -> None:
                 if len(calls) == when:
                     self.store.podman("rmi", "-f", "localhost/doomed")
                 calls.append(1)
@@ -15481,7 +15481,7 @@ class RealTree(unittest.TestCase):
     # -- containers ------------------------------------------------------------------------------
 
     def container(self, store: Store, name: str, changes: Sequence[Callable[[str], None]],
-                  *arguments: str) -> Dict[str, int]:
+                  *arguments: str) -> dict[str, int]:
         """Make a container, change and compare it; count xattrs by name in its writable layer."""
         identity = store.podman("create", "--network", "none", "--name", name, *arguments,
                                 "/a").strip()
@@ -15500,7 +15500,7 @@ class RealTree(unittest.TestCase):
             for kind in ("xfs", "ext4"):
                 with self.subTest(container=name, extracted=kind):
                     self.extracted(top, kind, container)
-        found: Dict[str, int] = {}
+        found: dict[str, int] = {}
         for place, names, files in os.walk(f"{store.root}/overlay/{container.layer}/diff"):
             for base in names + files:
                 for key in os.listxattr(os.path.join(place, base), follow_symlinks=False):
@@ -15560,7 +15560,7 @@ class RealFetching(unittest.TestCase):
     maxDiff = None
     folder: tempfile.TemporaryDirectory[str]
     store: Store
-    names: List[str]
+    names: list[str]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -15655,7 +15655,7 @@ class RealFetching(unittest.TestCase):
         _, config, tars = read_layout(self.path("layout"))["big"]
         layout, wanted = self.path("platforms"), {}
         with cstor.OciLayout(layout) as out:
-            def add(data: Any, kind: str) -> Dict[str, Any]:
+            def add(data: Any, kind: str) -> dict[str, Any]:
                 return cstor.descriptor(kind, *out.add(
                     data if isinstance(data, bytes) else json.dumps(data).encode()))
 
@@ -15707,7 +15707,7 @@ class RealFetching(unittest.TestCase):
         with open(path, "r+b") as file:
             file.seek(1 << 20)
             file.write(b"damage")
-        changes: List[Tuple[Callable[[], None], str]] = [
+        changes: list[tuple[Callable[[], None], str]] = [
             (lambda: None, "(?i)digest"), (lambda: os.truncate(path, 3 << 20), "(?i)size|digest"),
             (lambda: os.unlink(path), "no such file")]
         for change, message in changes:
@@ -15776,8 +15776,8 @@ class RealRootless(unittest.TestCase):
     home: str
     python: str
     user: int
-    env: Dict[str, str]
-    stores: Dict[str, str]
+    env: dict[str, str]
+    stores: dict[str, str]
     root: str
     layer: cstor.Layer
     link: str
@@ -15865,8 +15865,8 @@ class RealRootless(unittest.TestCase):
     # -- running and looking -----------------------------------------------------------------------
 
     @classmethod
-    def as_user(cls, *command: Union[str, bytes], status: int = 0, uid: int = 0,
-                env: Optional[Mapping[str, str]] = None, **options: Any) -> bytes:
+    def as_user(cls, *command: str | bytes, status: int = 0, uid: int = 0,
+                env: Mapping[str, str] | None = None, **options: Any) -> bytes:
         """Run a command as the user; return its stdout, or its stderr when it is to fail."""
         uid = uid or cls.user
         done = subprocess.run(command, **{
@@ -15886,12 +15886,12 @@ class RealRootless(unittest.TestCase):
         return self.as_user(sys.executable, "-c", self.LAUNCH, self.folder, "--root",
                             root or self.root, *self.words(words), user=0, group=0, **options)
 
-    def words(self, text: str) -> List[str]:
+    def words(self, text: str) -> list[str]:
         return [{"LAYER": self.layer.diff_digest, "DIR": self.path("target/made"),
                  }.get(word, word) for word in text.split(" ")]
 
     @classmethod
-    def processes(cls) -> Dict[int, str]:
+    def processes(cls) -> dict[int, str]:
         """Return the user's processes, also in his namespaces, by ID."""
         found = {}
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -15903,7 +15903,7 @@ class RealRootless(unittest.TestCase):
         return found
 
     @classmethod
-    def ours(cls) -> Dict[int, str]:
+    def ours(cls) -> dict[int, str]:
         """Return the processes that are not podman's own, which stay when it has ended."""
         return {pid: command for pid, command in cls.processes().items()
                 if "-IS" in command or "cstor" in command.replace(cls.folder + "/home", "")}
@@ -15931,7 +15931,7 @@ class RealRootless(unittest.TestCase):
         self.assertEqual({}, self.ours(), "processes are left")
         self.assertEqual(self.before, snapshot(self.root), "the store was changed")
 
-    def made(self) -> Dict[str, str]:
+    def made(self) -> dict[str, str]:
         """Return what was made in the target, type and content, and remove it."""
         found = {}
         top = self.path("target")
@@ -16055,7 +16055,7 @@ class RealRootless(unittest.TestCase):
                              read_text(self.path("target/log")).split(), words)
             os.unlink(self.path("target/log"))
 
-    def bin(self, *names: str) -> Dict[str, str]:
+    def bin(self, *names: str) -> dict[str, str]:
         """Return an environment where nothing but ``names`` is on the PATH."""
         place = self.path("target/bin")
         os.makedirs(place, exist_ok=True)
@@ -16694,7 +16694,7 @@ def bench_crc64() -> None:
 class Result(unittest.TextTestResult):
     """Counts what passed, and each test of a class that is skipped."""
 
-    classes: Dict[str, List[unittest.TestCase]] = {}  # the chosen tests of each
+    classes: dict[str, list[unittest.TestCase]] = {}  # the chosen tests of each
 
     def __init__(self, stream: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(stream, *args, **kwargs)
