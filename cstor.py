@@ -516,6 +516,11 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return ``value`` when it is an object of JSON, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def is_utf8(text: bytes) -> bool:
     """Tell whether bytes are valid UTF-8."""
     try:
@@ -2646,7 +2651,7 @@ class Record:
     KIND = b""
     WORD = ""
 
-    def __init__(self, metadata: Metadata, root: Contents, record: Any, *, volatile: bool = False,
+    def __init__(self, metadata: Storage, root: Contents, record: Any, *, volatile: bool = False,
                  readonly: bool = False) -> None:
         self.storage = metadata
         self.root = root
@@ -2689,7 +2694,7 @@ class Record:
     def _look(self) -> None:
         """Raise what is wrong with the objects that the record names."""
 
-    def checked_chain(self) -> tuple[LayerRecord, ...]:
+    def checked_chain(self) -> tuple[Layer, ...]:
         """Return the layers that contents come from, base first, when they are the right ones."""
         try:
             return self._chain()
@@ -2697,8 +2702,17 @@ class Record:
             add_hint(error, "`layer list` and the other `layer` commands still read what is there")
             raise
 
-    def _chain(self) -> tuple[LayerRecord, ...]:
+    def _chain(self) -> tuple[Layer, ...]:
         return ()
+
+    def tree(self) -> Tree:
+        """Return the tree of its files."""
+        raise NotImplementedError
+
+    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+        """Put its files into a directory, those of a layer alone; see extract_tree()."""
+        with self.tree() as tree:
+            return extract_tree(tree, directory, **options)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
@@ -2772,8 +2786,8 @@ class Record:
         return -1, ""
 
 
-class LayerRecord(Record):
-    """A record of layers.json.
+class Layer(Record):
+    """One layer, a record of layers.json; see Storage.layer() and Image.layers().
 
     ``parent`` is a layer ID or "".  ``diff_digest`` is the DiffID of the uncompressed tar or "",
     ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest`` and
@@ -2783,6 +2797,7 @@ class LayerRecord(Record):
 
     KIND = LAYERS
     WORD = "layer"
+    _damage: list[str] | None = None
 
     def _read_fields(self) -> None:
         self.parent = self._take("parent", "")
@@ -2804,10 +2819,6 @@ class LayerRecord(Record):
         self._faults += [f"parent {layer.id} is incomplete" for layer in self.storage.chain(
             self.id)[:-1] if layer.incomplete][-1:]
 
-    def damage(self) -> list[str]:
-        """Return which of its files are missing or empty, which a Layer can tell."""
-        return []
-
     @property
     def mapped(self) -> bool:
         """Whether this is a copy of another layer made for other user IDs."""
@@ -2821,9 +2832,184 @@ class LayerRecord(Record):
         store = b"/".join((OVERLAY, self.id.encode(), b"additionallayer"))
         return is_safe_id(self.id) and self.storage.find(store, self.root) is not None
 
+    @property
+    def link_id(self) -> str:
+        """The 26 characters that stand for this layer in overlay/l; "" when they are lost."""
+        return self.read_overlay_file(b"link")
 
-class ImageRecord(Record):
-    """A record of images.json.
+    def damage(self) -> list[str]:
+        """Return which of its files are missing or empty, as far as lstat(2) tells."""
+        if self._damage is None:
+            name = self.id.encode("utf-8", "replace")
+            files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
+                (LAYERS, name + b".tar-split.gz")] * bool(self.diff_digest)
+            self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
+                f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
+                for word in [self.storage.state(self.root, kind, place)] if word and not (
+                    self.overlay_file(b"additionallayer")[0] if kind is LAYERS else
+                    place.endswith(b"/diff") and word == "empty" and not self._has_files())]
+        return self._damage
+
+    def _has_files(self) -> bool:
+        """Tell whether by its tar something has to be in "diff"."""
+        try:
+            return not self.mapped and not self.toc_digest and self.diff_size > 2 * BLOCK and any(
+                member.type in ("reg", "dir", "symlink") and clean_name(member.name)
+                and b".wh." not in member.name for member in self.members())
+        except (CstorError, OSError):
+            return False  # what cannot be read is another fault
+
+    def overlay_file(self, name: bytes) -> tuple[Contents | None, bytes]:
+        """Return (root that has overlay/<id>/name or None, that name below it)."""
+        self.path()  # refuses IDs that are no path component
+        path = b"/".join((OVERLAY, self.id.encode(), name))
+        return self.storage.find(path, self.root), path
+
+    def read_overlay_file(self, name: bytes) -> str:
+        """Return a small text file of overlay/<id>, "" when it is missing."""
+        root, path = self.overlay_file(name)
+        return root.read(path, 64 << 10).decode("utf-8", "replace").strip() if root else ""
+
+    def lower_ids(self) -> list[str]:
+        """Return the IDs of the overlay lower chain, top first.
+
+        ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  This is
+        not the chain of ``parent``: below a mapped layer stands its template.  Raises LayerUnknown
+        for a link to nothing, FormatError.
+        """
+        if text := self.read_overlay_file(b"lower-layers"):
+            found = text.split(":")
+        else:
+            found = [self.storage.resolve_link(item[2:] if item.startswith("l/") else item)
+                     for item in self.read_overlay_file(b"lower").split(":") if item]
+        if len(found) > MAX_LOWERS or not all(map(is_safe_id, found)):
+            raise FormatError("malformed lower chain", file=f"layer {self.id}")
+        return found
+
+    def diff(self) -> Contents:
+        """Open the directory of its files.  Raises LayerUnknown, Unsupported when it is gone."""
+        root, path = self.overlay_file(b"diff")
+        if root is None:
+            raise self.removed() or Unsupported(f"layer {self.id}: its files are gone: no overlay/"
+                                                f"{self.id}/diff")
+        return root.directory(path)
+
+    def additional(self) -> Contents | None:
+        """Open the files that an additional layer store has of it; None when they are our own.
+
+        The storage names the place, so that it is opened below a configured store only.  Nothing
+        else is touched there: looking at ``use`` would take and release the layer.  Raises
+        Unsupported.
+        """
+        root, path = self.overlay_file(b"additionallayer")
+        if root is None:
+            return None
+        place = root.read(path, 64 << 10).strip()
+        for store in self.storage.layer_stores:
+            top = os.fsencode(re.sub(":ref$", "", store).rstrip("/")) + b"/"
+            if place.startswith(top):
+                with Directory.at(os.fsdecode(top)) as directory:
+                    name = clean_name(place[len(top):]) + b"/diff"
+                    return Contents(self.storage, directory.directory(name))
+        raise Unsupported(f"layer {self.id}: its files are in an additional layer store that is "
+                          f"not configured: {display(place)}",
+                          hint="additionallayerstores in storage.conf names it, without --root")
+
+    def removed(self, name: bytes = b"") -> LayerUnknown | None:
+        """Return an error when it is no longer recorded as it was, else None."""
+        if self.storage.is_current(self):
+            return None
+        what = f'"{display(name)}"' if name else "it"
+        return LayerUnknown(f"layer not known: {self.id}: it was removed while {what} was read")
+
+    def open_tar_split(self) -> tuple[int, str]:
+        """Open its tar-split file; return (descriptor, host path).
+
+        Raises Unsupported with the reason when there is none.
+        """
+        self.path()
+        name = LAYERS + b"/" + self.id.encode() + b".tar-split.gz"
+        if (root := self.storage.find(name, self.root)) is None:
+            additional = self.overlay_file(b"additionallayer")[0]
+            gone = None if additional else self.removed()
+            if gone:
+                raise gone
+            if self.incomplete:
+                why = "its creation was interrupted"
+            elif additional:
+                why = "it comes from an additional layer store"
+            elif not self.overlay_file(b"diff")[0]:
+                why = "its files are gone as well"
+            elif self.diff_digest or self.toc_digest:
+                why = "it was pulled without, or the file is lost"
+            else:
+                why = "it is the writable layer of a container, or was made by create-layer"
+            raise Unsupported(
+                f"layer {self.id} has no tar-split data: {why}; its tar cannot be rebuilt",
+                hint="of a split store it is below the graph root: use --root "
+                     f"{(stores_near(self.root.path, os.fsdecode(name)) or ['GRAPHROOT'])[0]} "
+                     f"--imagestore {self.root.path}" if why.endswith(("well", "lost")) else "")
+        return root.open(name), root.host_path(name)
+
+    def members(self) -> Iterator[Member]:
+        """Yield the members of the tar, in order, from the headers alone."""
+        return (member for _, member in read_members(self) if member)
+
+    def pieces(self) -> Generator[bytes | Extent, None, None]:
+        """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
+        return read_pieces(self)
+
+    def open_file(self, path: bytes) -> BinaryIO:
+        """Open the content of a regular file of this layer by its name in the tar."""
+        check_type("path", path, bytes)
+        with LayerFiles(self) as files:
+            return open(files.open(path), "rb")
+
+    def export(self, out: int | BinaryIO, *, verify: bool = True,
+               progress: Progress | None = None) -> str:
+        """Write the tar, bit for bit, to a descriptor or a binary file; see export_layer().
+
+        Returns the sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.
+        """
+        return export_layer(self, out, verify=verify, progress=progress)
+
+    def verify(self) -> int:
+        """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
+        count = 0
+        with LayerFiles(self) as files:
+            for _, member in members_ahead(self, files):
+                if member and member.stored and member.size:
+                    with open(files.open(member.name, member.size), "rb", 0) as file:
+                        for _ in checked_content(file.fileno(), member.size, member.checksum,
+                                                 member.name, self.id):
+                            pass
+                    count += 1
+        return count
+
+    def tree(self) -> Tree:
+        """Return the tree of this layer alone, with its whiteouts."""
+        return Tree([self.own_tree()], f"layer {self.id[:12]}", raw=True)
+
+    def own_tree(self) -> LayerTree:
+        """Return its own tree: from tar-split, or from disk where a layer never has that."""
+        name = LAYERS + b"/" + self.id.encode() + b".tar-split.gz"
+        if self.storage.find(name, self.root):
+            return LayerTree(self)
+        if additional := self.additional():
+            tree = DiskTree(additional, self)
+            tree.maps = []  # owners are those of the image
+            return tree
+        if self.diff_digest or self.toc_digest or self.incomplete:
+            return LayerTree(self)
+        return DiskTree(self.diff(), self)
+
+    def toc(self, *, digests: bool = False) -> dict[str, Any]:
+        """Return the table of contents: members in the order of the tar, whiteouts among them."""
+        return {"version": 1, "entries": list(layer_toc(self, digests=digests))}
+
+
+class Image(Record):
+    """One image, a record of images.json; see Storage.image() and Storage.images().
 
     ``digest`` is that of the first manifest ever seen or ""; ``layer`` the ID of the top layer or
     ""; ``mapped_layers`` are its copies for other user IDs; ``names_history`` newest first.
@@ -2880,20 +3066,20 @@ class ImageRecord(Record):
                     return data
         return b""
 
-    def entries(self) -> list[tuple[dict[str, Any], ImageRecord | None]]:
+    def entries(self) -> list[tuple[dict[str, Any], Image | None]]:
         """Return each descriptor of the manifest list, and its image if the storage has it."""
-        images = [image for image in self.storage.image_records() if image.layer]
+        images = [image for image in self.storage.images() if image.layer]
         value = parse_json(self.list_bytes() or b"{}", f"manifest list of image {self.id}")
         return [(entry, next((image for image in images
                               if str(entry.get("digest")) in image.digests), None))
                 for entry in as_list(value.get("manifests")) if isinstance(entry, dict)]
 
-    def instances(self) -> list[tuple[str, ImageRecord]]:
+    def instances(self) -> list[tuple[str, Image]]:
         """Return (``os/arch[/variant]``, image) for each entry that the storage has."""
         return [(platform_name(entry.get("platform")), image)
                 for entry, image in self.entries() if image]
 
-    def single(self, platform: str = "") -> ImageRecord:
+    def single(self, platform: str = "") -> Image:
         """Return this image, or of a manifest list the instance for os/arch[/variant].
 
         Raises NotFound when it is not here; Unsupported if "", for this machine, was asked for.
@@ -2925,8 +3111,7 @@ class ImageRecord(Record):
                               separators=(",", ":"), ensure_ascii=False)
             return re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text).encode(
                 "utf-8", "replace")
-        config = manifest.get("config")
-        digest = config.get("digest") if isinstance(config, dict) else None
+        digest = as_dict(manifest.get("config")).get("digest")
         if not isinstance(digest, str):
             raise Unsupported(f"image {self.id}: " + (
                 "it is a manifest list, which has no configuration" if self.is_list
@@ -2951,12 +3136,11 @@ class ImageRecord(Record):
         if manifest.get("schemaVersion") == 1:
             made = [row for row in config["history"] if not row.get("empty_layer")]
             return None if self.layer else made
-        rootfs = config.get("rootfs")
-        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        found = as_dict(config.get("rootfs")).get("diff_ids")
         # Go writes null for none.
         return found if isinstance(found, list) else None if self.layer else []
 
-    def _chain(self) -> tuple[LayerRecord, ...]:
+    def _chain(self) -> tuple[Layer, ...]:
         chain, wanted = self.storage.chain(self.layer), self.diff_ids()
         if wanted in (None, [layer.diff_digest for layer in chain]):
             return chain
@@ -3029,15 +3213,38 @@ class ImageRecord(Record):
             row.update(layer)
         return layers[:below] + rows
 
+    def layers(self) -> tuple[Layer, ...]:
+        """Return the layers, base first.  Raises LayerUnknown, FormatError."""
+        return self.storage.chain(self.layer)
 
-def other_layers(image: ImageRecord, wanted: Sequence[Any], found: Sequence[str]) -> CstorError:
+    def tree(self, known: dict[str, LayerTree] | None = None, platform: str = "") -> Tree:
+        """Return the merged tree, of a manifest list that of an instance: see single().
+
+        ``known`` keeps the trees of layers by ID, to be shared with other images.
+        """
+        return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
+
+    def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> dict[str, Any]:
+        """Add the image to an OCI layout; see copy_to_oci()."""
+        return copy_to_oci(self, directory, tag, **options)
+
+    def toc(self, *, digests: bool = False) -> dict[str, Any]:
+        """Return the table of contents of the merged tree, sorted; see toc_entry()."""
+        with self.tree() as tree:
+            return {"version": 1, "entries": list(tree_toc(tree, digests=digests))}
+
+
+def other_layers(image: Image, wanted: Sequence[Any], found: Sequence[str]) -> CstorError:
     """Return the error for layers that are not those of an image's configuration."""
     text = f"image {image.id}: its layers are not those that its configuration names"
     return IntegrityError(text, expected=" ".join(map(str, wanted)), actual=" ".join(found))
 
 
-class ContainerRecord(Record):
-    """A record of containers.json: ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs."""
+class Container(Record):
+    """One container, a record of containers.json; see Storage.container().
+
+    ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs.
+    """
 
     KIND = CONTAINERS
     WORD = "container"
@@ -3049,16 +3256,16 @@ class ContainerRecord(Record):
         self.gidmap: list[Any] = self._take("gidmap", [])
 
     def _look(self) -> None:
-        if self.image and self.image not in [image.id for image in self.storage.image_records()]:
+        if self.image and self.image not in [image.id for image in self.storage.images()]:
             self._faults.append(f"image not known: {display(self.image)}")
         self._faults += [fault for layer in self._chain()[-1:] for fault in layer.damage()]
 
-    def _chain(self) -> tuple[LayerRecord, ...]:
+    def _chain(self) -> tuple[Layer, ...]:
         for key in ("image", "layer"):  # Go writes both, "" for no image
             if not isinstance(self._fields.get(key), str) or key == "layer" and not self.layer:
                 raise FormatError(f"container {self.id}: its record has no {key}")
         chain = self.storage.chain(self.layer)
-        for image in self.storage.image_records():  # one layer is the container's own
+        for image in self.storage.images():  # one layer is the container's own
             if image.id == self.image and len(chain) <= len(image.diff_ids() or ()):
                 raise FormatError(f"container {self.id}: layer {chain[0].id} has no parent, but "
                                   "the configuration of its image names more")
@@ -3067,15 +3274,46 @@ class ContainerRecord(Record):
     def details(self) -> dict[str, Any]:
         """Return ``metadata`` parsed: image-name, name, created-at of podman; pod-name of CRI-O."""
         try:
-            value = parse_json(self.metadata.encode("utf-8", "replace"), "metadata")
+            return as_dict(parse_json(self.metadata.encode("utf-8", "replace"), "metadata"))
         except FormatError:
             return {}  # buildah and others store what they like
-        return value if isinstance(value, dict) else {}
 
     @property
     def state(self) -> dict[str, Any]:
         """What podman's database knows: name, state, pod, rootfs, ...; {} when it knows nothing."""
         return self.storage.podman_containers().get(self.id, {})
+
+    def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
+        """Return the merged tree of its image's layers and its own writable one.
+
+        Of ``podman --rootfs`` it is the directory that was given, which is opened only where
+        podman's database is to be trusted; else NeedsUnshare says why not.
+        """
+        rootfs = self.state.get("rootfs", "")
+        if self.state.get("rootfs-refused"):
+            raise NeedsUnshare(f"container {self.title}: its --rootfs directory {display(rootfs)} "
+                               f"is not opened: {self.state['rootfs-refused']}",
+                               hint="read it on the machine where podman made the container, as "
+                                    "the user whose store it is")
+        if rootfs:
+            try:
+                contents = Contents(self.storage, Directory.at(rootfs))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise Unsupported(f"container {self.title}: its --rootfs directory "
+                                  f"{display(rootfs)}: {error.strerror}") from None
+            return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
+        chain = self.checked_chain()
+        if not self.image and not self.state and self.details().get("name"):
+            raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
+                              "podman that knows the directory is not read",
+                              hint="`container inspect` and `store info` say why")
+        tree = merged_tree(chain, f"container {self.title}", known)
+        top = tree.layers[0]
+        if isinstance(top, DiskTree):
+            top.writable = True
+            if top.layer and not top.layer.uidmap:
+                top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
+        return tree
 
 
 DATABASE_FILES = (b"db.sql", b"db.sql-journal", b"db.sql-wal")
@@ -3177,7 +3415,7 @@ class Contents(Directory):
 
     __slots__ = ("storage", "_ahead")
 
-    def __init__(self, storage: Metadata, directory: Directory) -> None:
+    def __init__(self, storage: Storage, directory: Directory) -> None:
         super().__init__(directory.path, directory.fd)
         directory.fd = -1
         self.storage = storage
@@ -3281,19 +3519,19 @@ class Contents(Directory):
             self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
 
 
-OPEN_STORAGES: set[ref[Metadata]] = set()  # nothing may be written in them
+OPEN_STORAGES: set[ref[Storage]] = set()  # nothing may be written in them
 
 
-class Metadata(Closing):
-    """The joined records of all roots of a storage; the base of Storage.
+class Storage(Closing):
+    """A containers/storage storage, read-only: the joined records of all its roots.
 
-    Records are read once, when first asked for; reload() forgets them.  ``faults`` names what of
-    the storage as a whole cannot be used, ``notes`` what a reader should know of its layers, and
-    ``unverified`` what Tree.verify() passed over.  ``KINDS`` are the classes of its records.
+    A context manager; owns descriptors of its roots.  Records are read once, when first asked for;
+    reload() forgets them.  ``faults`` names what of the storage as a whole cannot be used,
+    ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
+    over.
     """
 
-    KINDS: tuple[type[LayerRecord], type[ImageRecord], type[ContainerRecord]] = (
-        LayerRecord, ImageRecord, ContainerRecord)
+    config: Config | None = None
     is_proxied = False  # whether a helper opens what is closed to us
     layer_stores: Sequence[str] = ()  # additional layer stores
 
@@ -3373,7 +3611,7 @@ class Metadata(Closing):
         self._layers: tuple[Any, ...] | None = None
         self._images: tuple[Any, ...] | None = None
         self._containers: tuple[Any, ...] | None = None
-        self._layer_by_id: dict[str, LayerRecord] = {}
+        self._layer_by_id: dict[str, Layer] = {}
         self._malformed: dict[bytes, FormatError] = {}  # JSON files
         self._links: dict[str, str] | None = None
         self._podman: dict[str, dict[str, Any]] | None = None
@@ -3480,19 +3718,19 @@ class Metadata(Closing):
                 if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids
                 and not root.exists(b"/".join((kind, name, b"additionallayer")))]
 
-    def layer_records(self) -> tuple[LayerRecord, ...]:
-        """Return all layers in the order in which they are stored, parents mostly first."""
+    def layers(self) -> tuple[Layer, ...]:
+        """Return all layers as stored, parents mostly first, damaged ones with their ``faults``."""
         if self._layers is None:
-            self._layers = self._load(self.KINDS[0], self._own)
+            self._layers = self._load(Layer, self._own)
             for layer in self._layers:
                 self._layer_by_id.setdefault(layer.id, layer)
         return self._layers
 
-    def image_records(self) -> tuple[ImageRecord, ...]:
-        """Return all images; an ID can occur in several stores, the first one counts."""
+    def images(self) -> tuple[Image, ...]:
+        """Return all images, damaged ones with their ``faults``; of one ID the first counts."""
         if self._images is None:
             # Searched as containers/storage does: imagestore, graph root, additional.
-            self._images = self._load(self.KINDS[1], self._own[::-1])
+            self._images = self._load(Image, self._own[::-1])
             if self._graph and not self.imagestore:
                 self._look_for_imagestore(self._graph)
         return self._images
@@ -3512,21 +3750,26 @@ class Metadata(Closing):
             self.faults.append(f"{counted(len(lost), 'layer')} without files below "
                                f"{self.graphroot}: {self.elsewhere}")
 
-    def container_records(self) -> tuple[ContainerRecord, ...]:
+    def containers(self) -> tuple[Container, ...]:
         """Return all containers of podman, buildah and CRI-O."""
         if self._containers is None:
-            self._containers = self._load(self.KINDS[2], [self._graph] if self._graph else [])
+            self._containers = self._load(Container, [self._graph] if self._graph else [])
         return self._containers
 
-    def layer_by_id(self, layer_id: str) -> LayerRecord | None:
-        """Return the layer of exactly this ID, or None."""
-        self.layer_records()
-        return self._layer_by_id.get(layer_id)
+    def layer_by_id(self, layer_id: str) -> Layer | None:
+        """Return the layer of exactly this ID, or None; see strays()."""
+        self.layers()
+        found = self._layer_by_id.get(layer_id)
+        if not found and is_safe_id(layer_id):
+            if root := self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer"))):
+                found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
+                found.parent = "".join(found.lower_ids()[:1])
+        return found
 
-    def is_current(self, layer: LayerRecord) -> bool:
+    def is_current(self, layer: Layer) -> bool:
         """Tell whether a layer is still recorded, and whole, by reading the records once more."""
         return any(other.id == layer.id and other.incomplete == layer.incomplete
-                   for other in self._load(LayerRecord, self._own))
+                   for other in self._load(Layer, self._own))
 
     def _load(self, new: type[R], own: Sequence[Contents]) -> tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
@@ -3573,12 +3816,12 @@ class Metadata(Closing):
 
     # -- chains --------------------------------------------------------------------------------
 
-    def chain(self, layer_id: str) -> tuple[LayerRecord, ...]:
+    def chain(self, layer_id: str) -> tuple[Layer, ...]:
         """Return the layer and its ancestors, base first; () for "".
 
         Raises LayerUnknown for a missing one, FormatError for a loop or a chain that is too long.
         """
-        found: list[LayerRecord] = []
+        found: list[Layer] = []
         while layer_id:
             if (layer := self._layer_by_id.get(layer_id) or self.layer_by_id(layer_id)) is None:
                 below = f" (parent of {found[-1].id})" if found else ""
@@ -3688,16 +3931,90 @@ class Metadata(Closing):
                 self.faults.append(str(error))
             return []
 
+    @classmethod
+    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
+                 owner_ids: str = "") -> Storage:
+        """Open the storage that podman would use for this user: see load_config().
+
+        ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
+        additional image stores; ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported,
+        FormatError.
+        """
+        config = load_config()
+        if config.driver not in ("", "overlay"):
+            raise Unsupported(f"storage driver {config.driver} is not supported: only overlay is "
+                              "read",
+                              hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
+                                   "a store of the overlay driver anyway")
+        imagestore = imagestore or config.imagestore
+        try:
+            storage = cls(config.graphroot, runroot or config.runroot, imagestore,
+                          [*config.stores, *stores], owner_ids)
+        except NotFound as error:
+            error.hint = config.hint
+            raise
+        storage.config = config
+        if not runroot and not os.path.isdir(config.runroot):
+            # podman goes on with the run root of its database when the configuration has changed.
+            recorded = storage.recorded_roots(trusted=True).get("RunRoot", "")
+            if os.path.isdir(recorded):
+                storage.runroot, storage._run = recorded, Contents(storage, Directory.at(recorded))
+                storage.reload()
+        storage.faults += config.faults
+        storage.elsewhere, storage.layer_stores = config.elsewhere, config.layer_stores
+        return storage
+
+    @classmethod
+    def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
+             stores: Sequence[str] = (), owner_ids: str = "") -> Storage:
+        """Open the storage with graph root ``root``, whatever is configured.
+
+        ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported, OSError.
+        """
+        return cls(root, runroot, imagestore, stores, owner_ids)
+
+    def layer(self, reference: str) -> Layer:
+        """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
+
+        Raises LayerUnknown, Ambiguous.
+        """
+        check_type("reference", reference, str)
+        places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
+        reference = next((name for name in places if "/" in reference and (
+            self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
+        try:
+            return find_layer(self.layers(), reference, self.resolve_link)
+        except LayerUnknown:
+            if layer := self.layer_by_id(reference):
+                return layer
+            raise
+
+    def image(self, reference: str, platform: str = "") -> Image:
+        """Return one image by name, digest, ID or the start of an ID.
+
+        Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
+        this machine.  Raises ImageUnknown, Ambiguous.
+        """
+        try:
+            return find_image(self.images(), reference, platform)
+        except ImageUnknown as error:
+            error.hint = self.elsewhere or error.hint
+            raise
+
+    def container(self, reference: str) -> Container:
+        """Return one container by ID, name, layer ID or the start of an ID.
+
+        Raises ContainerUnknown, Ambiguous.
+        """
+        return find_container(self.containers(), reference)
+
 
 def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
     """Turn a row of _PODMAN_QUERY into (ID, entry)."""
     container_id, name, config_json, state, state_json, pod, _ = row
-    parts = []
-    for text in (config_json, state_json):
-        data = text if isinstance(text, bytes) else str(text or "{}").encode("utf-8", "replace")
-        value = parse_json(data, "db.sql")
-        parts.append(value if isinstance(value, dict) else {})
-    config, status = parts
+    config, status = (as_dict(parse_json(text if isinstance(text, bytes) else
+                                         str(text or "{}").encode("utf-8", "replace"), "db.sql"))
+                      for text in (config_json, state_json))
     # podman 5.8 leaves the columns State and ExitCode as they were when it made the row.
     state = status.get("state", state)
     known = isinstance(state, int) and 0 <= state < len(CONTAINER_STATE)
@@ -3759,261 +4076,6 @@ def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
         return rows
     finally:
         database.close()
-
-
-class Layer(LayerRecord):
-    """One layer of a storage; made by Storage.layer(), Storage.layers() and Image.layers()."""
-
-    _damage: list[str] | None = None
-
-    @property
-    def link_id(self) -> str:
-        """The 26 characters that stand for this layer in overlay/l; "" when they are lost."""
-        return read_overlay_file(self, b"link")
-
-    def damage(self) -> list[str]:
-        """Return which of its files are missing or empty, as far as lstat(2) tells."""
-        if self._damage is None:
-            name = self.id.encode("utf-8", "replace")
-            files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
-                (LAYERS, name + b".tar-split.gz")] * bool(self.diff_digest)
-            self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
-                f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
-                for word in [self.storage.state(self.root, kind, place)] if word and not (
-                    overlay_file(self, b"additionallayer")[0] if kind is LAYERS else
-                    place.endswith(b"/diff") and word == "empty" and not self._has_files())]
-        return self._damage
-
-    def _has_files(self) -> bool:
-        """Tell whether by its tar something has to be in "diff"."""
-        try:
-            return not self.mapped and not self.toc_digest and self.diff_size > 2 * BLOCK and any(
-                member.type in ("reg", "dir", "symlink") and clean_name(member.name)
-                and b".wh." not in member.name for member in self.members())
-        except (CstorError, OSError):
-            return False  # what cannot be read is another fault
-
-    def lower_ids(self) -> list[str]:
-        """Return the IDs of the overlay lower chain, top first.  Raises LayerUnknown."""
-        return lower_ids(self)
-
-    def members(self) -> Iterator[Member]:
-        """Yield the members of the tar, in order, from the headers alone."""
-        return (member for _, member in read_members(self) if member)
-
-    def pieces(self) -> Generator[bytes | Extent, None, None]:
-        """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
-        return read_pieces(self)
-
-    def open_file(self, path: bytes) -> BinaryIO:
-        """Open the content of a regular file of this layer by its name in the tar."""
-        check_type("path", path, bytes)
-        with LayerFiles(self) as files:
-            return open(files.open(path), "rb")
-
-    def export(self, out: int | BinaryIO, *, verify: bool = True,
-               progress: Progress | None = None) -> str:
-        """Write the tar, bit for bit, to a descriptor or a binary file; see export_layer().
-
-        Returns the sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.
-        """
-        return export_layer(self, out, verify=verify, progress=progress)
-
-    def verify(self) -> int:
-        """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
-        return verify_files(self)
-
-    def tree(self) -> Tree:
-        """Return the tree of this layer alone, with its whiteouts."""
-        return Tree([layer_tree(self)], f"layer {self.id[:12]}", raw=True)
-
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
-        """Put the files of this layer alone into a directory; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
-
-    def toc(self, *, digests: bool = False) -> dict[str, Any]:
-        """Return the table of contents: members in the order of the tar, whiteouts among them."""
-        return {"version": 1, "entries": list(layer_toc(self, digests=digests))}
-
-
-class Image(ImageRecord):
-    """One image of a storage; made by Storage.image() and Storage.images()."""
-
-    def layers(self) -> tuple[Layer, ...]:
-        """Return the layers, base first.  Raises LayerUnknown, FormatError."""
-        return self.storage.chain(self.layer)  # type: ignore[return-value]
-
-    def tree(self, known: dict[str, LayerTree] | None = None, platform: str = "") -> Tree:
-        """Return the merged tree, of a manifest list that of an instance: see single().
-
-        ``known`` keeps the trees of layers by ID, to be shared with other images.
-        """
-        return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
-
-    def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> dict[str, Any]:
-        """Add the image to an OCI layout; see copy_to_oci()."""
-        return copy_to_oci(self, directory, tag, **options)
-
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
-        """Put the root file system into a directory; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
-
-    def toc(self, *, digests: bool = False) -> dict[str, Any]:
-        """Return the table of contents of the merged tree, sorted; see toc_entry()."""
-        with self.tree() as tree:
-            return {"version": 1, "entries": list(tree_toc(tree, digests=digests))}
-
-
-class Container(ContainerRecord):
-    """One container of a storage; made by Storage.container() and Storage.containers()."""
-
-    def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
-        """Return the merged tree of its image's layers and its own writable one.
-
-        Of ``podman --rootfs`` it is the directory that was given, which is opened only where
-        podman's database is to be trusted; else NeedsUnshare says why not.
-        """
-        rootfs = self.state.get("rootfs", "")
-        if self.state.get("rootfs-refused"):
-            raise NeedsUnshare(f"container {self.title}: its --rootfs directory {display(rootfs)} "
-                               f"is not opened: {self.state['rootfs-refused']}",
-                               hint="read it on the machine where podman made the container, as "
-                                    "the user whose store it is")
-        if rootfs:
-            try:
-                contents = Contents(self.storage, Directory.at(rootfs))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise Unsupported(f"container {self.title}: its --rootfs directory "
-                                  f"{display(rootfs)}: {error.strerror}") from None
-            return Tree([DiskTree(contents, overlay=False)], f"container {self.title}")
-        chain = self.checked_chain()
-        if not self.image and not self.state and self.details().get("name"):
-            raise Unsupported(f"container {self.title} was made by --rootfs, and the database of "
-                              "podman that knows the directory is not read",
-                              hint="`container inspect` and `store info` say why")
-        tree = merged_tree(chain, f"container {self.title}", known)
-        top = tree.layers[0]
-        if isinstance(top, DiskTree):
-            top.writable = True
-            if top.layer and not top.layer.uidmap:
-                top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
-        return tree
-
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
-        """Put its root file system into a directory, as it sees it; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
-
-
-class Storage(Metadata):
-    """A containers/storage storage, read-only.  A context manager; owns descriptors of its roots.
-
-    Records are read once and kept; reload() forgets them.
-    """
-
-    KINDS = (Layer, Image, Container)
-    config: Config | None = None
-
-    @classmethod
-    def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
-                 owner_ids: str = "") -> Storage:
-        """Open the storage that podman would use for this user: see load_config().
-
-        ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
-        additional image stores; ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported,
-        FormatError.
-        """
-        config = load_config()
-        if config.driver not in ("", "overlay"):
-            raise Unsupported(f"storage driver {config.driver} is not supported: only overlay is "
-                              "read",
-                              hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
-                                   "a store of the overlay driver anyway")
-        imagestore = imagestore or config.imagestore
-        try:
-            storage = cls(config.graphroot, runroot or config.runroot, imagestore,
-                          [*config.stores, *stores], owner_ids)
-        except NotFound as error:
-            error.hint = config.hint
-            raise
-        storage.config = config
-        if not runroot and not os.path.isdir(config.runroot):
-            # podman goes on with the run root of its database when the configuration has changed.
-            recorded = storage.recorded_roots(trusted=True).get("RunRoot", "")
-            if os.path.isdir(recorded):
-                storage.runroot, storage._run = recorded, Contents(storage, Directory.at(recorded))
-                storage.reload()
-        storage.faults += config.faults
-        storage.elsewhere, storage.layer_stores = config.elsewhere, config.layer_stores
-        return storage
-
-    @classmethod
-    def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
-             stores: Sequence[str] = (), owner_ids: str = "") -> Storage:
-        """Open the storage with graph root ``root``, whatever is configured.
-
-        ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported, OSError.
-        """
-        return cls(root, runroot, imagestore, stores, owner_ids)
-
-    def layer_by_id(self, layer_id: str) -> LayerRecord | None:
-        """Return the layer of exactly this ID, or None; see strays()."""
-        found = super().layer_by_id(layer_id)
-        if not found and is_safe_id(layer_id):
-            if root := self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer"))):
-                found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
-                found.parent = "".join(found.lower_ids()[:1])
-        return found
-
-    def layers(self) -> tuple[Layer, ...]:
-        """Return all layers, damaged ones with their ``faults``."""
-        return self.layer_records()  # type: ignore[return-value]
-
-    def layer(self, reference: str) -> Layer:
-        """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
-
-        Raises LayerUnknown, Ambiguous.
-        """
-        check_type("reference", reference, str)
-        places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
-        reference = next((name for name in places if "/" in reference and (
-            self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
-        try:
-            layer: Any = find_layer(self.layer_records(), reference, self.resolve_link)
-        except LayerUnknown:
-            if (layer := self.layer_by_id(reference)) is None:
-                raise
-        return layer  # type: ignore[no-any-return]
-
-    def images(self) -> tuple[Image, ...]:
-        """Return all images, damaged ones with their ``faults``."""
-        return self.image_records()  # type: ignore[return-value]
-
-    def image(self, reference: str, platform: str = "") -> Image:
-        """Return one image by name, digest, ID or the start of an ID.
-
-        Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
-        this machine.  Raises ImageUnknown, Ambiguous.
-        """
-        try:
-            image: Any = find_image(self.image_records(), reference, platform)
-        except ImageUnknown as error:
-            error.hint = self.elsewhere or error.hint
-            raise
-        return image  # type: ignore[no-any-return]
-
-    def containers(self) -> tuple[Container, ...]:
-        """Return all containers, damaged ones with their ``faults``."""
-        return self.container_records()  # type: ignore[return-value]
-
-    def container(self, reference: str) -> Container:
-        """Return one container by ID, name, layer ID or the start of an ID.
-
-        Raises ContainerUnknown, Ambiguous.
-        """
-        return find_container(self.container_records(), reference)  # type: ignore[return-value]
 
 
 _HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
@@ -4107,7 +4169,7 @@ def normalize_name(name: str) -> list[str]:
     return [f"localhost/{name}", f"docker.io/{name}" if slash else f"docker.io/library/{name}"]
 
 
-def find_image(images: Sequence[ImageRecord], reference: str, platform: str = "") -> ImageRecord:
+def find_image(images: Sequence[Image], reference: str, platform: str = "") -> Image:
     """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous.
 
     Of images that share a digest (a list's), the one for ``platform`` or this machine counts.
@@ -4139,7 +4201,7 @@ def find_image(images: Sequence[ImageRecord], reference: str, platform: str = ""
     return _one(found, unknown, reference, lambda image: ", ".join(image.names) or "<none>")
 
 
-def _images_by_name(images: Sequence[ImageRecord], text: str) -> list[ImageRecord]:
+def _images_by_name(images: Sequence[Image], text: str) -> list[Image]:
     name, tag, digest = split_reference(text)
     if name and digest and not re.fullmatch(DIGEST, digest):  # name@<id> of containers-storage:
         return [image for image in images if image.id == digest]
@@ -4157,16 +4219,16 @@ def _images_by_name(images: Sequence[ImageRecord], text: str) -> list[ImageRecor
     return _named(images, text)
 
 
-def _named(images: Sequence[ImageRecord], name: str) -> list[ImageRecord]:
+def _named(images: Sequence[Image], name: str) -> list[Image]:
     """Return the image that holds a name: the first store's last record, as after Go's repair."""
     holders = [image for image in images if name in image.names]
     return [image for image in holders if image.root is holders[0].root][-1:]
 
 
-def _images_by_short_name(images: Sequence[ImageRecord], text: str) -> list[ImageRecord]:
+def _images_by_short_name(images: Sequence[Image], text: str) -> list[Image]:
     """Find repositories that end in /NAME with the same tag or digest, whatever the registry."""
     name, tag, digest = split_reference(text)
-    found: list[ImageRecord] = []
+    found: list[Image] = []
     if len(normalize_name(name)) == 1 or text.endswith(":"):  # not short, not a reference
         return found
     for image in images:
@@ -4184,8 +4246,8 @@ def _by_prefix(records: Sequence[R], text: str) -> list[R]:
     return [record for record in found if record.readonly == found[0].readonly]
 
 
-def find_layer(layers: Sequence[LayerRecord], reference: str,
-               resolve_link: Callable[[str], str]) -> LayerRecord:
+def find_layer(layers: Sequence[Layer], reference: str,
+               resolve_link: Callable[[str], str]) -> Layer:
     """Return the layer of an ID, a name, a short link, a digest or the start of an ID or digest.
 
     Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
@@ -4200,7 +4262,7 @@ def find_layer(layers: Sequence[LayerRecord], reference: str,
     if not text:
         raise unknown
 
-    def by_digest(layer: LayerRecord) -> bool:
+    def by_digest(layer: Layer) -> bool:
         return layer.diff_digest.startswith("sha256:" + text)
 
     found = [layer for layer in layers if reference in (layer.id, *layer.names)] \
@@ -4212,7 +4274,7 @@ def find_layer(layers: Sequence[LayerRecord], reference: str,
     return _one(found, unknown, reference, lambda layer: layer.diff_digest or "no diff-digest")
 
 
-def find_container(containers: Sequence[ContainerRecord], reference: str) -> ContainerRecord:
+def find_container(containers: Sequence[Container], reference: str) -> Container:
     """Return the container of an ID, a name, a layer ID or the start of an ID."""
     check_type("reference", reference, str)
     unknown = ContainerUnknown(f"container not known: {display(reference)}",
@@ -4273,36 +4335,6 @@ def clean_name(name: bytes) -> bytes:
     return b"/".join(parts)
 
 
-def overlay_file(layer: LayerRecord, name: bytes) -> tuple[Contents | None, bytes]:
-    """Return (root that has overlay/<id>/name or None, that name below it)."""
-    layer.path()  # refuses IDs that are no path component
-    path = b"/".join((OVERLAY, layer.id.encode(), name))
-    return layer.storage.find(path, layer.root), path
-
-
-def read_overlay_file(layer: LayerRecord, name: bytes) -> str:
-    """Return a small text file of overlay/<id>, "" when it is missing."""
-    root, path = overlay_file(layer, name)
-    return root.read(path, 64 << 10).decode("utf-8", "replace").strip() if root else ""
-
-
-def lower_ids(layer: LayerRecord) -> list[str]:
-    """Return the IDs of the overlay lower chain, top first.
-
-    ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  This is not
-    the chain of ``parent``: below a mapped layer stands its template.  Raises LayerUnknown for a
-    link to nothing, FormatError.
-    """
-    if text := read_overlay_file(layer, b"lower-layers"):
-        found = text.split(":")
-    else:
-        found = [layer.storage.resolve_link(item[2:] if item.startswith("l/") else item)
-                 for item in read_overlay_file(layer, b"lower").split(":") if item]
-    if len(found) > MAX_LOWERS or not all(map(is_safe_id, found)):
-        raise FormatError("malformed lower chain", file=f"layer {layer.id}")
-    return found
-
-
 def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
     """Read a TOC; return the sha256 of each file's content by the file's cleaned name.
 
@@ -4321,14 +4353,6 @@ def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
                 and re.fullmatch("sha256:" + HEX64, digest):
             found[clean_name(name.encode("utf-8", "surrogatepass"))] = bytes.fromhex(digest[7:])
     return found
-
-
-def removed(layer: LayerRecord, name: bytes = b"") -> LayerUnknown | None:
-    """Return an error when a layer is no longer recorded as it was, else None."""
-    if layer.storage.is_current(layer):
-        return None
-    what = f'"{display(name)}"' if name else "it"
-    return LayerUnknown(f"layer not known: {layer.id}: it was removed while {what} was read")
 
 
 def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[list[T]], None],
@@ -4353,27 +4377,6 @@ def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable
         yield from batch
 
 
-def additional_layer(layer: LayerRecord) -> Contents | None:
-    """Open the files that an additional layer store has of a layer; None when they are our own.
-
-    The storage names the place, so that it is opened below a configured store only.  Nothing else
-    is touched there: looking at ``use`` would take and release the layer.  Raises Unsupported.
-    """
-    root, path = overlay_file(layer, b"additionallayer")
-    if root is None:
-        return None
-    place = root.read(path, 64 << 10).strip()
-    for store in layer.storage.layer_stores:
-        top = os.fsencode(re.sub(":ref$", "", store).rstrip("/")) + b"/"
-        if place.startswith(top):
-            with Directory.at(os.fsdecode(top)) as directory:
-                name = clean_name(place[len(top):]) + b"/diff"
-                return Contents(layer.storage, directory.directory(name))
-    raise Unsupported(f"layer {layer.id}: its files are in an additional layer store that is not "
-                      f"configured: {display(place)}",
-                      hint="additionallayerstores in storage.conf names it, without --root")
-
-
 class LayerFiles(Closing):
     """Opens the contents of one layer's files by their names in the tar.
 
@@ -4381,20 +4384,16 @@ class LayerFiles(Closing):
     constructor when the layer's files are not kept as files.
     """
 
-    def __init__(self, layer: LayerRecord) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self._diffs: list[Contents] = []
         self._lowers: list[str] | None = None  # IDs not opened yet
         self._objects: dict[bytes, bytes] | None = None
         self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
-        self._plain = not (layer.mapped or overlay_file(layer, b"diff1")[0])
-        root, path = overlay_file(layer, b"diff")
-        if root is None:
-            raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
-                                                f"{layer.id}/diff")
-        self._diffs.append(additional_layer(layer) or root.directory(path))
+        self._plain = not (layer.mapped or layer.overlay_file(b"diff1")[0])
+        self._diffs.append(layer.additional() or layer.diff())
         try:
-            if overlay_file(layer, b"composefs-data")[0] or self._flat_format():
+            if layer.overlay_file(b"composefs-data")[0] or self._flat_format():
                 self._read_toc()
         except BaseException:
             self.close()
@@ -4505,10 +4504,10 @@ class LayerFiles(Closing):
         """
         yield from self._diffs
         if self._lowers is None:
-            self._lowers = lower_ids(self.layer)
+            self._lowers = self.layer.lower_ids()
         while self._lowers:
             below = self.layer.storage.layer_by_id(self._lowers.pop(0))
-            root, path = overlay_file(below, b"diff") if below else (None, b"")
+            root, path = below.overlay_file(b"diff") if below else (None, b"")
             if root:
                 self._diffs.append(root.directory(path))
                 yield self._diffs[-1]
@@ -4529,7 +4528,7 @@ class LayerFiles(Closing):
 
     def _missing(self, name: bytes, size: int | None) -> CstorError:
         """Return the error for a file that is nowhere."""
-        if gone := removed(self.layer, name):
+        if gone := self.layer.removed(name):
             return gone
         last = clean_name(name).rpartition(b"/")[2]
         if last.startswith(b".wh."):
@@ -5218,42 +5217,12 @@ class TarSplit(ObjectStream):
             raise self.error(f"malformed base64: {error}") from None
 
 
-def open_tar_split(layer: LayerRecord) -> tuple[int, str]:
-    """Open a layer's tar-split file; return (descriptor, host path).
-
-    Raises Unsupported with the reason when the layer has none.
-    """
-    layer.path()
-    name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
-    if (root := layer.storage.find(name, layer.root)) is None:
-        additional = overlay_file(layer, b"additionallayer")[0]
-        gone = None if additional else removed(layer)
-        if gone:
-            raise gone
-        if layer.incomplete:
-            why = "its creation was interrupted"
-        elif additional:
-            why = "it comes from an additional layer store"
-        elif not overlay_file(layer, b"diff")[0]:
-            why = "its files are gone as well"
-        elif layer.diff_digest or layer.toc_digest:
-            why = "it was pulled without, or the file is lost"
-        else:
-            why = "it is the writable layer of a container, or was made by create-layer"
-        raise Unsupported(
-            f"layer {layer.id} has no tar-split data: {why}; its tar cannot be rebuilt",
-            hint="of a split store it is below the graph root: use --root "
-                 f"{(stores_near(layer.root.path, os.fsdecode(name)) or ['GRAPHROOT'])[0]} "
-                 f"--imagestore {layer.root.path}" if why.endswith(("well", "lost")) else "")
-    return root.open(name), root.host_path(name)
-
-
-def read_members(layer: LayerRecord) -> Iterator[tuple[bytes, Member | None]]:
+def read_members(layer: Layer) -> Iterator[tuple[bytes, Member | None]]:
     """Yield (bytes of the tar, member whose content follows or None) through a whole layer.
 
     The one road of data: everything that leaves a layer is made from these.
     """
-    fd, path = open_tar_split(layer)
+    fd, path = layer.open_tar_split()
     try:
         pending: list[bytes] = []
         # Go writes no size of 0: the layer is empty, or its record is of before sizes were kept.
@@ -5296,7 +5265,7 @@ def read_members(layer: LayerRecord) -> Iterator[tuple[bytes, Member | None]]:
         os.close(fd)
 
 
-def read_pieces(layer: LayerRecord, convention: tuple[int, bool, int] | None = None
+def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
                 ) -> Generator[bytes | Extent, None, None]:
     """Yield a layer's tar as bytes and Extents of open files.
 
@@ -5330,7 +5299,7 @@ def read_pieces(layer: LayerRecord, convention: tuple[int, bool, int] | None = N
                 os.close(fd)
 
 
-def members_ahead(layer: LayerRecord, files: LayerFiles) -> Iterator[tuple[bytes, Member | None]]:
+def members_ahead(layer: Layer, files: LayerFiles) -> Iterator[tuple[bytes, Member | None]]:
     """Yield what read_members() does; a helper is told which files are opened next."""
     return read_ahead(
         read_members(layer), lambda _: layer.storage.is_proxied,
@@ -5338,7 +5307,7 @@ def members_ahead(layer: LayerRecord, files: LayerFiles) -> Iterator[tuple[bytes
         lambda item: 1 + len(item[0]) // (8 << 10))
 
 
-def sparse_convention(layer: LayerRecord, name: bytes) -> tuple[int, bool, int]:
+def sparse_convention(layer: Layer, name: bytes) -> tuple[int, bool, int]:
     """Return how the maps of a layer's sparse files (format 1.0) were made, found by trying.
 
     File systems have larger blocks, too, and zeros that were written are data.  Maps of several
@@ -5357,11 +5326,11 @@ def sparse_convention(layer: LayerRecord, name: bytes) -> tuple[int, bool, int]:
         except Unsupported as error:
             if (sink.size, sink.files) > reached:
                 found, reached = error, (sink.size, sink.files)
-    verify_files(layer)
+    layer.verify()
     raise found
 
 
-def lost_map(layer: LayerRecord, name: bytes) -> Unsupported:
+def lost_map(layer: Layer, name: bytes) -> Unsupported:
     """Return the error for a sparse file without a map that fits."""
     return Unsupported(f'layer {layer.id}: "{display(name)}": the map of this sparse file was not '
                        "kept, and none that fits gives the layer's digest", hint="its tar cannot "
@@ -5579,7 +5548,7 @@ class _Nowhere(io.BytesIO):
         return len(data)
 
 
-def export_layer(layer: LayerRecord, out: int | BinaryIO, *, verify: bool = True,
+def export_layer(layer: Layer, out: int | BinaryIO, *, verify: bool = True,
                  progress: Progress | None = None,
                  also: Callable[[bytes | Extent], object] | None = None) -> str:
     """Write a layer's tar to ``out``; return its sha256 digest, "" when ``verify`` is false.
@@ -5595,32 +5564,12 @@ def export_layer(layer: LayerRecord, out: int | BinaryIO, *, verify: bool = True
     finally:
         pieces.close()
     if verify and digest != layer.diff_digest:
-        verify_files(layer)
+        layer.verify()
         if layer.diff_digest:
             raise IntegrityError("its tar has the wrong digest, though all files match their "
                                  "checksums: tar-split data or layers.json was changed",
                                  layer=layer.id, expected=layer.diff_digest, actual=digest)
     return digest
-
-
-def verify_files(layer: LayerRecord) -> int:
-    """Check the CRC-64 of every file of a layer; return how many there are.
-
-    Raises IntegrityError for the first that differs.
-    """
-    count = 0
-    with LayerFiles(layer) as files:
-        for _, member in members_ahead(layer, files):
-            if member is None or not member.stored or not member.size:
-                continue
-            fd = files.open(member.name, member.size)
-            try:
-                for _ in checked_content(fd, member.size, member.checksum, member.name, layer.id):
-                    pass
-            finally:
-                os.close(fd)
-            count += 1
-    return count
 
 
 def checked_content(fd: int, size: int, checksum: int | None, name: bytes, layer: str
@@ -5798,7 +5747,7 @@ class LayerTree(Closing):
     below: Tree | None = None  # the layers that it lies on, when they are merged
     rootless = False  # whether overlayfs's xattrs begin with user.
 
-    def __init__(self, layer: LayerRecord | None) -> None:
+    def __init__(self, layer: Layer | None) -> None:
         if layer:
             self.rootless = layer.storage.rootless
         self.layer = layer
@@ -6098,7 +6047,7 @@ class LayerTree(Closing):
         return node
 
     @property
-    def storage(self) -> Metadata | None:
+    def storage(self) -> Storage | None:
         """The storage that it belongs to, if any."""
         return self.layer.storage if self.layer else None
 
@@ -6151,7 +6100,7 @@ class DiskTree(LayerTree):
     ``overlay`` says that whiteouts and the like have their meaning.  Owns ``directory``.
     """
 
-    def __init__(self, directory: Directory, layer: LayerRecord | None = None, *,
+    def __init__(self, directory: Directory, layer: Layer | None = None, *,
                  overlay: bool = True) -> None:
         super().__init__(layer)
         self.directory = directory
@@ -6172,7 +6121,7 @@ class DiskTree(LayerTree):
         return self.directory.path
 
     @property
-    def storage(self) -> Metadata | None:
+    def storage(self) -> Storage | None:
         return self.directory.storage if isinstance(self.directory, Contents) else None
 
     def close(self) -> None:
@@ -6675,24 +6624,6 @@ def peek(items: Iterator[T]) -> tuple[T | None, Iterator[T]]:
     return first, (item for part in ([] if first is None else [first], items) for item in part)
 
 
-def layer_tree(layer: LayerRecord) -> LayerTree:
-    """Return the tree of one layer: from tar-split, or from disk where a layer never has it."""
-    name = LAYERS + b"/" + layer.id.encode() + b".tar-split.gz"
-    if layer.storage.find(name, layer.root):
-        return LayerTree(layer)
-    if additional := additional_layer(layer):
-        tree = DiskTree(additional, layer)
-        tree.maps = []  # owners are those of the image
-        return tree
-    if layer.diff_digest or layer.toc_digest or layer.incomplete:
-        return LayerTree(layer)
-    root, path = overlay_file(layer, b"diff")
-    if root is None:
-        raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone: no overlay/"
-                                            f"{layer.id}/diff")
-    return DiskTree(root.directory(path), layer)
-
-
 def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]:
     """Yield ``items``; a helper is told which of their contents are opened next."""
     def active(item: T) -> bool:
@@ -6710,13 +6641,13 @@ def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]
     return read_ahead(items, active, expect)
 
 
-def merged_tree(layers: Sequence[LayerRecord], label: str,
+def merged_tree(layers: Sequence[Layer], label: str,
                 known: dict[str, LayerTree] | None = None) -> Tree:
     """Return the tree of layers given base first; ``known`` shares trees with other images."""
     known = {} if known is None else known
     for number, layer in enumerate(layers):
         if layer.id not in known:
-            known[layer.id] = layer_tree(layer)
+            known[layer.id] = layer.own_tree()
             known[layer.id].below = Tree([known[below.id] for below in layers[:number][::-1]])
     return Tree([known[layer.id] for layer in reversed(layers)], label)
 
@@ -6757,7 +6688,7 @@ def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int
     return entry
 
 
-def layer_entries(layer: LayerRecord) -> Iterator[tuple[bytes, Node]]:
+def layer_entries(layer: Layer) -> Iterator[tuple[bytes, Node]]:
     """Yield (name as in the tar, node) of each member of a layer, as its header has it."""
     tree = LayerTree(layer)
     for _, member in read_members(layer):
@@ -6771,7 +6702,7 @@ def layer_entries(layer: LayerRecord) -> Iterator[tuple[bytes, Node]]:
             yield member.name, node
 
 
-def layer_toc(layer: LayerRecord, *, digests: bool = False, progress: Progress | None = None
+def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None = None
               ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a layer's TOC, in the order of the tar, whiteouts among them."""
     links: dict[bytes, int] = {}
@@ -6780,7 +6711,7 @@ def layer_toc(layer: LayerRecord, *, digests: bool = False, progress: Progress |
             target = clean_name(member.linkname)
             links[target] = links.get(target, 1) + 1
     items = ((name, node, None) for name, node in layer_entries(layer))
-    with layer_tree(layer) as tree:
+    with layer.own_tree() as tree:
         for name, node, _, digest in hash_contents(items, tree.open, digests, progress):
             yield toc_entry(name, node, links=links.get(node.name, 0), digest=digest)
 
@@ -8561,7 +8492,7 @@ def descriptor(media_type: str, digest: str, size: int) -> dict[str, Any]:
     return {"mediaType": media_type, "digest": digest, "size": size}
 
 
-def layer_blob(layer: LayerRecord) -> tuple[str, int]:
+def layer_blob(layer: Layer) -> tuple[str, int]:
     """Return (digest, size) of a layer's tar: as recorded, or by making it once into nothing."""
     if re.fullmatch("sha256:" + HEX64, layer.diff_digest) and (
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
@@ -8570,10 +8501,10 @@ def layer_blob(layer: LayerRecord) -> tuple[str, int]:
     return export_layer(layer, counter), counter.size
 
 
-def check_config(image: ImageRecord, digests: Sequence[str]) -> bytes:
+def check_config(image: Image, digests: Sequence[str]) -> bytes:
     """Return an image's configuration, whose DiffIDs must be those of its layers' tars.
 
-    Raises IntegrityError when they are not, and as ImageRecord.config() does.
+    Raises IntegrityError when they are not, and as Image.config() does.
     """
     rootfs = image.config().get("rootfs")
     wanted = as_list(rootfs.get("diff_ids") if isinstance(rootfs, dict) else None)
@@ -8588,7 +8519,7 @@ def with_platform(blob: dict[str, Any], said: Mapping[str, Any]) -> dict[str, An
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
 
-def oci_manifest(image: ImageRecord, config: bytes, layers: Sequence[dict[str, Any]]) -> bytes:
+def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) -> bytes:
     """Return the manifest of an image whose layers are the blobs ``layers``.
 
     It is the stored one, byte for byte, if that is an OCI manifest of just these blobs; else one is
@@ -8642,7 +8573,7 @@ def is_strict(manifest: dict[str, Any]) -> bool:
         return False
 
 
-def oci_index(image: ImageRecord, manifests: Sequence[dict[str, Any]]) -> bytes:
+def oci_index(image: Image, manifests: Sequence[dict[str, Any]]) -> bytes:
     """Return the index of a manifest list whose instances are ``manifests``, as oci_manifest()."""
     data = image.list_bytes()
     stored = parse_json(data, "manifest list")
@@ -8670,7 +8601,7 @@ def kept_fields(stored: Mapping[str, Any], *own: str) -> dict[str, Any]:
             and (key in known or key.lower() not in other)}
 
 
-def choose_instances(image: ImageRecord, platform: str, every: bool) -> list[ImageRecord]:
+def choose_instances(image: Image, platform: str, every: bool) -> list[Image]:
     """Return the images that stand for ``image``: see single(), or all of its list."""
     found = [instance for _, instance in image.instances()] if every else []
     if every and image.is_list and not found:
@@ -8845,7 +8776,7 @@ class OciLayout:
             self.put(b"blobs/sha256", digest[7:].encode(), data)
         return digest, len(data)
 
-    def add_layer(self, layer: LayerRecord, compression: tuple[str, int] = ("none", 0),
+    def add_layer(self, layer: Layer, compression: tuple[str, int] = ("none", 0),
                   progress: Progress | None = None) -> tuple[str, dict[str, Any]]:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
         kind, level = compression
@@ -8868,7 +8799,7 @@ class OciLayout:
         self.write(b"blobs/sha256", fill)
         return diff_id, descriptor(media_type, digest, size)
 
-    def add_image(self, image: ImageRecord, compression: tuple[str, int] = ("none", 0),
+    def add_image(self, image: Image, compression: tuple[str, int] = ("none", 0),
                   progress: Progress | None = None) -> dict[str, Any]:
         """Add an image's layers, configuration and manifest; return the manifest's descriptor."""
         layers = [self.add_layer(layer, compression, progress) for layer in image.checked_chain()]
@@ -8907,7 +8838,7 @@ class OciLayout:
         return [digest for digest in replaced if digest != blob["digest"]]
 
 
-def compress_layer(layer: LayerRecord, fd: int, kind: str, level: int,
+def compress_layer(layer: Layer, fd: int, kind: str, level: int,
                    progress: Progress | None = None) -> tuple[str, str]:
     """Write a layer's compressed tar; return its DiffID, verified, and the digest of the blob."""
     import hashlib
@@ -8933,7 +8864,7 @@ def check_tag(tag: str) -> None:
         raise ValueError(f'malformed tag: "{display(tag)}"')
 
 
-def copy_to_oci(image: ImageRecord, directory: str, tag: str = "", *,
+def copy_to_oci(image: Image, directory: str, tag: str = "", *,
                 compression: str = "none", platform: str = "", every: bool = False,
                 progress: Progress | None = None,
                 tell: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
@@ -8984,7 +8915,7 @@ class ArchiveWriter:
         """Write a directory."""
         write_all(self._fd, tar_header(name.encode() + b"/", b"5", mode=0o755, mtime_ns=self._time))
 
-    def layer(self, name: str, layer: LayerRecord, digest: str, size: int) -> None:
+    def layer(self, name: str, layer: Layer, digest: str, size: int) -> None:
         """Write a layer's tar, once.  Raises IntegrityError when it is not what was said."""
         if name in self._names:
             return
@@ -9000,7 +8931,7 @@ class ArchiveWriter:
         write_all(self._fd, bytes(2 * BLOCK))
 
 
-def write_docker_archive(fd: int, images: Sequence[tuple[ImageRecord, Sequence[str]]],
+def write_docker_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
                          progress: Progress | None = None) -> None:
     """Write what ``podman load`` and ``docker load`` read: images, each with the names to give it.
 
@@ -9021,7 +8952,7 @@ def write_docker_archive(fd: int, images: Sequence[tuple[ImageRecord, Sequence[s
     archive.finish()
 
 
-def write_oci_archive(fd: int, images: Sequence[tuple[ImageRecord, Sequence[str]]],
+def write_oci_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
                       progress: Progress | None = None) -> None:
     """Write a tar of an OCI layout: images, each with the names to give it in the index."""
     archive = ArchiveWriter(fd, progress)
@@ -10060,7 +9991,7 @@ def tell_codec(head: bytes, file: str) -> str:
     raise FormatError(f"not a stream of a layer, neither {CODECS[0]} nor {CODECS[1]}", file=file)
 
 
-def write_stream(layer: LayerRecord, out: BinaryIO, listing: BinaryIO | None = None, *,
+def write_stream(layer: Layer, out: BinaryIO, listing: BinaryIO | None = None, *,
                  codec: str = CODECS[0], threshold: int = INLINE_THRESHOLD,
                  progress: Progress | None = None) -> str:
     """Write a layer as a stream to ``out``; return the tar's digest, checked as by export_layer().
@@ -10525,11 +10456,6 @@ def peer_uid(sock: socket.socket) -> int:
     return uid
 
 
-def as_dict(value: Any) -> dict[str, Any]:
-    """Return ``value`` when it is an object of JSON, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
 def with_short_path(path: str, action: Callable[[str], T]) -> T:
     """Call ``action`` with an address for a socket at ``path``: there are 108 bytes for it."""
     if len(os.fsencode(path)) < 108:
@@ -10682,7 +10608,7 @@ class RpcServer:
     for what is due, ``idle`` those between its requests.
     """
 
-    def __init__(self, opener: Callable[[], Metadata], *, clients: int = 64,
+    def __init__(self, opener: Callable[[], Storage], *, clients: int = 64,
                  timeout: float = PEER_TIMEOUT, idle: float = 600.0) -> None:
         import threading
 
@@ -10810,8 +10736,8 @@ class _Session(Closing):
 
     def __init__(self, server: RpcServer, connection: Connection) -> None:
         self.server, self.connection = server, connection
-        self._storage: Metadata | None = None
-        self._images: dict[int, ImageRecord] = {}
+        self._storage: Storage | None = None
+        self._images: dict[int, Image] = {}
         self._number: Any = None  # of the request that is answered
         self._done = False
 
@@ -10847,7 +10773,7 @@ class _Session(Closing):
                     self._send_error(error)
 
     @property
-    def storage(self) -> Metadata:
+    def storage(self) -> Storage:
         """The storage, with its records as they are now."""
         if self._storage is None:
             self._storage = self.server.opener()
@@ -10899,9 +10825,9 @@ class _Session(Closing):
             raise ProtocolError(f'parameter "{name}" is missing or wrong', code=BAD_PARAMS)
         return value
 
-    def _layer(self, params: dict[str, Any], name: str) -> LayerRecord:
+    def _layer(self, params: dict[str, Any], name: str) -> Layer:
         storage = self.storage
-        return find_layer(storage.layer_records(), self._param(params, name, ""),
+        return find_layer(storage.layers(), self._param(params, name, ""),
                           storage.resolve_link)
 
     # -- layers as splitfdstreams ----------------------------------------------------------------
@@ -10945,7 +10871,7 @@ class _Session(Closing):
         layer = self._layer(params, "layer")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         known = {"digest": layer.diff_digest, "size": layer.diff_size}
-        os.close(open_tar_split(layer)[0])  # what is missing is better said before the start
+        os.close(layer.open_tar_split()[0])  # what is missing is better said before the start
         self._notify("stream.start", {"layer": layer.id, **known})
         count = self._send_chunks(layer, threshold, "stream.seg", "stream.file", lambda member: {})
         self._notify("stream.end", {**known, "files": count})
@@ -10972,7 +10898,7 @@ class _Session(Closing):
     def _notify(self, method: str, params: dict[str, Any], fds: Sequence[int] = ()) -> None:
         self.connection.send({"jsonrpc": "2.0", "method": method, "params": params}, fds)
 
-    def _send_chunks(self, layer: LayerRecord, threshold: int, segment: str, file: str,
+    def _send_chunks(self, layer: Layer, threshold: int, segment: str, file: str,
                      more: Callable[[Member], dict[str, Any]]) -> int:
         """Send the pieces of a layer; return how many files were passed."""
         parts, size, count = [], 0, 0  # type: list[bytes], int, int
@@ -11008,12 +10934,12 @@ class _Session(Closing):
     def list_images(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return the records of all images."""
         return {"images": [{**image.record, "size": image.size, "readonly": image.readonly}
-                           for image in self.storage.image_records()]}
+                           for image in self.storage.images()]}
 
     def list_layers(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return the records of all layers, and the graph root of each."""
         return {"layers": [{**layer.record, "store": layer.root.path}
-                           for layer in self.storage.layer_records()]}
+                           for layer in self.storage.layers()]}
 
     def get_layer(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the record of one layer."""
@@ -11022,7 +10948,7 @@ class _Session(Closing):
 
     def go_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return manifest, configuration and layers, the top one first."""
-        image = find_image(self.storage.image_records(), self._param(params, "imageId", ""))
+        image = find_image(self.storage.images(), self._param(params, "imageId", ""))
         image = image.single()
         return {"manifest": image.manifest_bytes().decode("utf-8", "replace"),
                 "config": image.config_bytes().decode("utf-8", "replace"),
@@ -11044,7 +10970,7 @@ class _Session(Closing):
             roots = [os.path.realpath(root.path) for root in self.storage.roots]
             if os.path.realpath(match[1].partition("+")[0]) not in roots:
                 raise ImageUnknown(f"image not known: {reference}: another storage is served here")
-        image = find_image(self.storage.image_records(), match[2] if match else reference).single()
+        image = find_image(self.storage.images(), match[2] if match else reference).single()
         image.checked_chain()
         number = max(self._images, default=0) + 1
         if len(self._images) >= MAX_OPEN_IMAGES:
@@ -11052,7 +10978,7 @@ class _Session(Closing):
         self._images[number] = image
         return {"image_id": number}
 
-    def _image_of(self, params: dict[str, Any]) -> ImageRecord:
+    def _image_of(self, params: dict[str, Any]) -> Image:
         if (number := self._param(params, "image_id", 0)) not in self._images:
             raise ImageUnknown(f"image not known: no image is open by the number {number}")
         return self._images[number]
@@ -11102,7 +11028,7 @@ class _Session(Closing):
         """Return what this server can do of composefs's interface."""
         return {"features": ["splitdirfdstream-v0", "source-containers-storage", "read-only"]}
 
-    def _oci_layer(self, params: dict[str, Any]) -> LayerRecord:
+    def _oci_layer(self, params: dict[str, Any]) -> Layer:
         """Return the layer that a call names: by its place, or by DiffID."""
         place, diff_id = params.get("storage"), params.get("diff_id")
         if (place is None) == (diff_id is None):
@@ -11121,13 +11047,11 @@ class _Session(Closing):
         if not isinstance(inner, dict):
             raise ProtocolError("params are missing", code=INVALID_REQUEST)
         layer = self._oci_layer(inner)
-        root, path = overlay_file(layer, b"diff")
-        if root is None:
-            raise removed(layer) or Unsupported(f"layer {layer.id}: its files are gone")
-        os.close(open_tar_split(layer)[0])  # what is missing is better said before the reply
+        diff = layer.diff()
+        os.close(layer.open_tar_split()[0])  # what is missing is better said before the reply
         source, sink, kept, alive = (open(fd, mode, 0) for _ in range(2) for fd, mode in zip(
             os.pipe2(os.O_CLOEXEC), ("rb", "wb")))
-        with source, sink, kept, alive, root.directory(path) as diff:
+        with source, sink, kept, alive, diff:
             self.connection.send({"parameters": {
                 "dir_count": 1, "layer": layer.id, "digest": layer.diff_digest,
                 "size": layer.diff_size}, "continues": False},
@@ -11205,7 +11129,7 @@ class _Place:
         return self._open[folder]
 
 
-def choose_external(layer: LayerRecord, threshold: int, most: int) -> tuple[set[int], int]:
+def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], int]:
     """Choose the ``most`` largest of the files above ``threshold``: reflinks save most with them.
 
     Return their numbers among those, from 0 on, and how many bytes stay inline.
@@ -11243,7 +11167,7 @@ def seal_spool(spool: BinaryIO) -> int:
     return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def write_pieces(layer: LayerRecord, writer: SplitfdstreamWriter | SplitdirfdstreamWriter) -> None:
+def write_pieces(layer: Layer, writer: SplitfdstreamWriter | SplitdirfdstreamWriter) -> None:
     """Write all pieces of a layer."""
     pieces = read_pieces(layer)
     try:
@@ -11821,7 +11745,7 @@ def unshare_ways(process: dict[str, Any]) -> list[str]:
     return ways
 
 
-def why_no_helper(storage: Metadata) -> str:
+def why_no_helper(storage: Storage) -> str:
     """Return, as the next step for a person, why no helper can read a storage; "" if one can."""
     owner, _ = storage.owner
     if id_map("uid_map") not in ([], [[0, 0, NO_ID]]) and os.geteuid() == 0:
@@ -12779,11 +12703,11 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
             entry[word + "-names"] = [name for user in users.values() for name in user.names]
         try:
             entry["link"] = layer.link_id
-            root, path = overlay_file(layer, b"diff")
+            root, path = layer.overlay_file(b"diff")
             entry["diff"] = root.host_path(path) if root else None
             entry["lower"] = layer.lower_ids()
             entry["tar-split"] = None
-            fd, entry["tar-split"] = open_tar_split(layer)
+            fd, entry["tar-split"] = layer.open_tar_split()
             os.close(fd)
         except CstorError as error:
             if layer.diff_digest:  # a writable layer has none
@@ -12947,7 +12871,7 @@ def container_json(container: Container) -> dict[str, Any]:
     details, state = container.details(), container.state
     # As `podman ps --external` calls what its database does not know: buildah's, say.
     unknown = "" if details and not container.storage.podman_containers() else "storage"
-    names = [name for image in container.storage.image_records() if image.id == container.image
+    names = [name for image in container.storage.images() if image.id == container.image
              for name in image.names]
     return {**container.record,
             "image-name": details.get("image-name") or state.get("image-name")
