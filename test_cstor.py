@@ -707,7 +707,7 @@ class House(unittest.TestCase):
 
 
 # ================================================================================================
-# 2. Errors
+# 1. Errors
 # ================================================================================================
 
 class Errors(unittest.TestCase):
@@ -728,6 +728,126 @@ class Errors(unittest.TestCase):
         self.assertEqual(("f:3: bad", "f", 3, "mend it"),
                          (str(error), error.file, error.line, error.hint))
         self.assertEqual("no", str(cstor.NeedsUnshare("no", hint="x")))
+
+
+# ================================================================================================
+# 2. Text and constants
+# ================================================================================================
+
+class OddText(StoreTest):
+    """Lone surrogates, which Python's json reads, and NUL bytes, wherever records hold text."""
+
+    TEXT = "\ud800\0\x1b[31m"
+
+    def spoiled(self) -> StoreBuilder:
+        """Return a store whose records hold such text in all fields that are free."""
+        store = self.sample()
+        text = self.TEXT
+        for record in (*store.layers, *store.images, *store.containers):
+            record.update({"metadata": text, "created": text, "flags": {text: text}, text: text})
+            record["names"] = [*record.get("names", []), text]
+            record.setdefault("big-data-names", []).append(text)
+        for image in store.images:
+            image.update({"names-history": [text], "mapped-layers": [text]})
+            manifest, config = (json.loads(store.read(
+                f"overlay-images/{image['id']}/{os.fsdecode(cstor.big_data_file(key))}"))
+                for key in ("manifest", f"sha256:{image['id']}"))
+            config.update({"author": text, text: text, "os": text, "architecture": text})
+            config["config"] = {"Labels": {text: text}, "Env": [text], "Cmd": [text]}
+            for step in config["history"]:
+                step.update({"created_by": text, "comment": text, "created": text})
+            manifest.update({"annotations": {text: text}, text: text})
+            for key, value in (("manifest", manifest), (f"sha256:{image['id']}", config)):
+                image["big-data-names"].remove(key)
+                store.big_data(image, key, json.dumps(value).encode())
+        store.layers[0].update({"mountlabel": text, "toc-digest": text,
+                                "compressed-diff-digest": text})
+        return store.save()
+
+    def test_every_command(self) -> None:
+        store = self.spoiled()
+        image, layer, container = (records[-1]["id"] for records in (
+            store.images, store.layers[:3], store.containers))
+        self.guard(store.root)
+        both = (("image", "list"), ("layer", "list"), ("container", "list"), ("store", "info"),
+                ("image", "inspect", image), ("image", "layers", image),
+                ("image", "history", image), ("image", "blame", image), ("image", "files", image),
+                ("layer", "inspect", layer), ("container", "inspect", container),
+                ("image", "diff", "localhost/app:1", image), ("container", "files", "web"))
+        for words in both:
+            for form in ("table", "json"):
+                status, out, err = self.call("--root", store.root, *words, "--format", form)
+                self.assertEqual(1 if "diff" in words else 0, status, (words, err))
+        status, out, _ = self.call("--root", store.root, "image", "list", "--format", "json")
+        self.assertEqual(self.TEXT, json.loads(out)[-1]["names"][-1])
+        self.assertIn("\\ud800\\x00\\x1b[31m", self.call("--root", store.root, "image", "list")[1])
+        for command in (("toc", image), ("export", image, "-o", "@/tar"),
+                        ("export", image, "--as", "docker-archive", "-o", "@/docker"),
+                        ("copy-to-oci", image, "@/oci"), ("extract", image, "@/root", "-q"),
+                        ("export", image, "--as", "oci-archive", "-o", "@/archive")):
+            status, _, err = self.call("--root", store.root, "image", *(
+                word.replace("@", self.dir) for word in command))
+            self.assertEqual((0, ""), (status, without_owners(err)), command)
+
+    def test_what_names_a_layer_or_an_image(self) -> None:
+        """A fault of that record, and an error of what needs it."""
+        store = self.sample()
+        for kind, field, words, status in (
+                ("layers", "id", ("layer", "list"), 0), ("layers", "parent", ("layer", "list"), 0),
+                ("layers", "diff-digest", ("layer", "list"), 0),
+                ("images", "layer", ("image", "files", "sample"), 3),
+                ("images", "id", ("image", "inspect", "sample"), 0),
+                ("containers", "layer", ("container", "files", "web"), 3),
+                ("containers", "image", ("container", "list"), 0),
+                ("containers", "id", ("container", "list"), 0)):
+            for text in ("\ud800", "x\0y"):
+                record = getattr(store, kind)[-1]
+                with mock.patch.dict(record, {field: text}):
+                    store.save()
+                for form in ("table", "json"):
+                    found, _, err = self.call("--root", store.root, *words, "--format", form)
+                    self.assertEqual(status, found, (kind, field, err))
+
+    def test_schema1(self) -> None:
+        store = self.builder()
+        image = store.image(store.layer(make_tar(("a", b"1"))), "localhost/old:1")
+        store.images[0]["big-data-names"].remove("manifest")
+        store.big_data(store.images[0], "manifest", json.dumps(
+            {"schemaVersion": 1, "history": [{"v1Compatibility": '{"author":"\ud800"}'}]}).encode())
+        store.save()
+        status, out, err = self.call("--root", store.root, "image", "inspect", image)
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual("?", json.loads(out)[0]["config"]["author"])
+
+    def test_database(self) -> None:
+        store = self.sample()
+        for root, rootfs in (("/g\0x", "/a\0b"), ("/g", "/\ud800"), ("", "/\ud800")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(store.path("db.sql"))
+            database = make_database(store.root, graphroot=root or store.root, runroot=root,
+                                     containers=[(store.containers[0]["id"], "w\0b", 3, {
+                                         "rootfs": rootfs, "labels": {"\ud800": "\0"}})])
+            database.execute("UPDATE PodConfig SET Name = CAST(x'eda080' AS TEXT)")
+            database.commit()
+            database.close()
+            for form in ("table", "json"):
+                for words in (("store", "info"), ("container", "list"), ("container", "inspect",
+                                                                         "web")):
+                    status, _, err = self.call("--root", store.root, *words, "--format", form)
+                    self.assertEqual(0, status, err)
+            status, _, err = self.call("--root", store.root, "container", "files", "web")
+            self.assertEqual(5, status)
+            self.assertIn(f"its --rootfs directory {cstor.display(rootfs)} is not opened", err)
+
+    def test_arguments(self) -> None:
+        store = self.sample()
+        for text in ("\ud800", "x\0y"):
+            for words in (("--root", text, "image", "list"), ("image", "inspect", text),
+                          ("layer", "export", "x", "-o", text), ("image", "cat", "sample", text)):
+                status, out, err = self.call("--root", store.root, *words)
+                self.assertEqual((2, ""), (status, out))
+                self.assertEqual("cstor: error: an argument holds a NUL byte or a lone surrogate\n",
+                                 err)
 
 
 # ================================================================================================
@@ -915,7 +1035,7 @@ class Checksums(unittest.TestCase):
 
 
 # ================================================================================================
-# 5. Configuration
+# 6. Configuration
 # ================================================================================================
 
 class Toml(unittest.TestCase):
@@ -1530,113 +1650,10 @@ class Discovery(StoreTest):
             layer = storage.image("sample").layers()[0]
             self.assertEqual(store.tars[layer.id], self.export(layer))
 
-# ================================================================================================
-# 6. Locks
-# ================================================================================================
-
-HOLD_LOCK = """\
-import fcntl, sys, time
-files = [open(path, "r+b") for path in sys.argv[1:]]
-for file in files:
-    fcntl.lockf(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
-class Locks(StoreTest):
-    def test_held_locks_are_not_waited_for(self) -> None:
-        store = self.sample()
-        paths = [store.path(f"overlay-{kind}/{kind}.lock")
-                 for kind in ("layers", "images", "containers")]
-        holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, *paths], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE)
-        assert holder.stdin and holder.stdout
-        try:
-            holder.stdout.readline()
-            start = time.monotonic()
-            with self.open(store) as storage:
-                self.assertEqual((2, 4, 1), (len(storage.images()), len(storage.layers()),
-                                             len(storage.containers())))
-            self.assertLess(time.monotonic() - start, 1)
-        finally:
-            holder.stdin.close()
-            holder.wait()
-            holder.stdout.close()
-
-    def test_missing_locks_are_not_made(self) -> None:
-        store = self.sample()
-        for kind in ("layers", "images", "containers"):
-            os.unlink(store.path(f"overlay-{kind}/{kind}.lock"))
-        with self.open(store) as storage:
-            self.assertEqual(2, len(storage.images()))
-
-    def test_locks_are_shared_and_given_back(self) -> None:
-        store = self.sample()
-        with self.open(store) as storage:
-            storage.images()
-            storage.containers()
-            for kind in ("layers", "images", "containers"):
-                holder = subprocess.Popen(
-                    [sys.executable, "-c", HOLD_LOCK, store.path(f"overlay-{kind}/{kind}.lock")],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                assert holder.stdin and holder.stdout
-                self.assertEqual(b"held\n", holder.stdout.readline())
-                holder.stdin.close()
-                holder.wait()
-                holder.stdout.close()
-
-    def test_change_without_a_lock_is_noticed(self) -> None:
-        store = self.sample()
-        os.unlink(store.path("overlay-layers/layers.lock"))
-        names = [b"overlay-layers/layers.json", b"overlay-layers/volatile-layers.json"]
-        with cstor.Directory.at(store.root) as root:
-            read, reads = cstor._read_json, []
-
-            def racing(directory: cstor.Directory, name: bytes) -> bytes:
-                reads.append(name)
-                data = read(directory, name)
-                if len(reads) == 1:  # a writer between the two files
-                    store.write("overlay-layers/new", "[]")
-                    os.rename(store.path("overlay-layers/new"), os.path.join(
-                        store.root, os.fsdecode(names[0])))
-                return data
-
-            with mock.patch.object(cstor, "_read_json", racing):
-                data = cstor.read_consistently(root, b"overlay-layers/layers.lock", names,
-                                               cstor.Deadline(0))
-        self.assertEqual(([b"[]", b""], names * 2), (data, reads))
-
 
 # ================================================================================================
-# 7. Store
+# 7. Records
 # ================================================================================================
-
-def make_database(root: str, *, graphroot: str = "/g", runroot: str = "/r", wal: bool = False,
-                  containers: Sequence[tuple[str, str, int, dict[str, Any]]] = ()
-                  ) -> sqlite3.Connection:
-    """Write the part of podman's db.sql that is read; return the open connection."""
-    database = sqlite3.connect(os.path.join(root, "db.sql"), check_same_thread=False)
-    if wal:
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA wal_autocheckpoint=0")
-    database.executescript("""
-        CREATE TABLE DBConfig(ID INTEGER PRIMARY KEY NOT NULL, GraphRoot TEXT, RunRoot TEXT,
-                              GraphDriver TEXT);
-        CREATE TABLE ContainerConfig(ID TEXT, Name TEXT, PodID TEXT, JSON TEXT);
-        CREATE TABLE ContainerState(ID TEXT, State INTEGER, ExitCode INTEGER, JSON TEXT);
-        CREATE TABLE PodConfig(ID TEXT, Name TEXT);
-        INSERT INTO PodConfig VALUES('p1', 'the-pod');""")
-    database.execute("INSERT INTO DBConfig VALUES(1, ?, ?, 'overlay')", (graphroot, runroot))
-    for container_id, name, state, config in containers:
-        database.execute("INSERT INTO ContainerConfig VALUES(?, ?, ?, ?)",
-                         (container_id, name, config.get("pod"), json.dumps(config).encode()))
-        # As podman 5.8 leaves it: the columns are those of the container when it was made.
-        database.execute("INSERT INTO ContainerState VALUES(?, 1, 0, ?)", (container_id, json.dumps(
-            {"pid": 7, "mounted": True, "state": state, "exitCode": 3})))
-    database.commit()
-    return database
-
 
 class Records(StoreTest):
     def test_big_data_file_names(self) -> None:
@@ -2401,120 +2418,108 @@ class WrongFiles(StoreTest):
             self.assertEqual(cstor.load_config(euid=0).files, ["/dev/null"])
 
 
-class OddText(StoreTest):
-    """Lone surrogates, which Python's json reads, and NUL bytes, wherever records hold text."""
+# ================================================================================================
+# 8. Storage
+# ================================================================================================
 
-    TEXT = "\ud800\0\x1b[31m"
+HOLD_LOCK = """\
+import fcntl, sys, time
+files = [open(path, "r+b") for path in sys.argv[1:]]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
-    def spoiled(self) -> StoreBuilder:
-        """Return a store whose records hold such text in all fields that are free."""
+
+class Locks(StoreTest):
+    def test_held_locks_are_not_waited_for(self) -> None:
         store = self.sample()
-        text = self.TEXT
-        for record in (*store.layers, *store.images, *store.containers):
-            record.update({"metadata": text, "created": text, "flags": {text: text}, text: text})
-            record["names"] = [*record.get("names", []), text]
-            record.setdefault("big-data-names", []).append(text)
-        for image in store.images:
-            image.update({"names-history": [text], "mapped-layers": [text]})
-            manifest, config = (json.loads(store.read(
-                f"overlay-images/{image['id']}/{os.fsdecode(cstor.big_data_file(key))}"))
-                for key in ("manifest", f"sha256:{image['id']}"))
-            config.update({"author": text, text: text, "os": text, "architecture": text})
-            config["config"] = {"Labels": {text: text}, "Env": [text], "Cmd": [text]}
-            for step in config["history"]:
-                step.update({"created_by": text, "comment": text, "created": text})
-            manifest.update({"annotations": {text: text}, text: text})
-            for key, value in (("manifest", manifest), (f"sha256:{image['id']}", config)):
-                image["big-data-names"].remove(key)
-                store.big_data(image, key, json.dumps(value).encode())
-        store.layers[0].update({"mountlabel": text, "toc-digest": text,
-                                "compressed-diff-digest": text})
-        return store.save()
+        paths = [store.path(f"overlay-{kind}/{kind}.lock")
+                 for kind in ("layers", "images", "containers")]
+        holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, *paths], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE)
+        assert holder.stdin and holder.stdout
+        try:
+            holder.stdout.readline()
+            start = time.monotonic()
+            with self.open(store) as storage:
+                self.assertEqual((2, 4, 1), (len(storage.images()), len(storage.layers()),
+                                             len(storage.containers())))
+            self.assertLess(time.monotonic() - start, 1)
+        finally:
+            holder.stdin.close()
+            holder.wait()
+            holder.stdout.close()
 
-    def test_every_command(self) -> None:
-        store = self.spoiled()
-        image, layer, container = (records[-1]["id"] for records in (
-            store.images, store.layers[:3], store.containers))
-        self.guard(store.root)
-        both = (("image", "list"), ("layer", "list"), ("container", "list"), ("store", "info"),
-                ("image", "inspect", image), ("image", "layers", image),
-                ("image", "history", image), ("image", "blame", image), ("image", "files", image),
-                ("layer", "inspect", layer), ("container", "inspect", container),
-                ("image", "diff", "localhost/app:1", image), ("container", "files", "web"))
-        for words in both:
-            for form in ("table", "json"):
-                status, out, err = self.call("--root", store.root, *words, "--format", form)
-                self.assertEqual(1 if "diff" in words else 0, status, (words, err))
-        status, out, _ = self.call("--root", store.root, "image", "list", "--format", "json")
-        self.assertEqual(self.TEXT, json.loads(out)[-1]["names"][-1])
-        self.assertIn("\\ud800\\x00\\x1b[31m", self.call("--root", store.root, "image", "list")[1])
-        for command in (("toc", image), ("export", image, "-o", "@/tar"),
-                        ("export", image, "--as", "docker-archive", "-o", "@/docker"),
-                        ("copy-to-oci", image, "@/oci"), ("extract", image, "@/root", "-q"),
-                        ("export", image, "--as", "oci-archive", "-o", "@/archive")):
-            status, _, err = self.call("--root", store.root, "image", *(
-                word.replace("@", self.dir) for word in command))
-            self.assertEqual((0, ""), (status, without_owners(err)), command)
-
-    def test_what_names_a_layer_or_an_image(self) -> None:
-        """A fault of that record, and an error of what needs it."""
+    def test_missing_locks_are_not_made(self) -> None:
         store = self.sample()
-        for kind, field, words, status in (
-                ("layers", "id", ("layer", "list"), 0), ("layers", "parent", ("layer", "list"), 0),
-                ("layers", "diff-digest", ("layer", "list"), 0),
-                ("images", "layer", ("image", "files", "sample"), 3),
-                ("images", "id", ("image", "inspect", "sample"), 0),
-                ("containers", "layer", ("container", "files", "web"), 3),
-                ("containers", "image", ("container", "list"), 0),
-                ("containers", "id", ("container", "list"), 0)):
-            for text in ("\ud800", "x\0y"):
-                record = getattr(store, kind)[-1]
-                with mock.patch.dict(record, {field: text}):
-                    store.save()
-                for form in ("table", "json"):
-                    found, _, err = self.call("--root", store.root, *words, "--format", form)
-                    self.assertEqual(status, found, (kind, field, err))
+        for kind in ("layers", "images", "containers"):
+            os.unlink(store.path(f"overlay-{kind}/{kind}.lock"))
+        with self.open(store) as storage:
+            self.assertEqual(2, len(storage.images()))
 
-    def test_schema1(self) -> None:
-        store = self.builder()
-        image = store.image(store.layer(make_tar(("a", b"1"))), "localhost/old:1")
-        store.images[0]["big-data-names"].remove("manifest")
-        store.big_data(store.images[0], "manifest", json.dumps(
-            {"schemaVersion": 1, "history": [{"v1Compatibility": '{"author":"\ud800"}'}]}).encode())
-        store.save()
-        status, out, err = self.call("--root", store.root, "image", "inspect", image)
-        self.assertEqual((0, ""), (status, err))
-        self.assertEqual("?", json.loads(out)[0]["config"]["author"])
-
-    def test_database(self) -> None:
+    def test_locks_are_shared_and_given_back(self) -> None:
         store = self.sample()
-        for root, rootfs in (("/g\0x", "/a\0b"), ("/g", "/\ud800"), ("", "/\ud800")):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(store.path("db.sql"))
-            database = make_database(store.root, graphroot=root or store.root, runroot=root,
-                                     containers=[(store.containers[0]["id"], "w\0b", 3, {
-                                         "rootfs": rootfs, "labels": {"\ud800": "\0"}})])
-            database.execute("UPDATE PodConfig SET Name = CAST(x'eda080' AS TEXT)")
-            database.commit()
-            database.close()
-            for form in ("table", "json"):
-                for words in (("store", "info"), ("container", "list"), ("container", "inspect",
-                                                                         "web")):
-                    status, _, err = self.call("--root", store.root, *words, "--format", form)
-                    self.assertEqual(0, status, err)
-            status, _, err = self.call("--root", store.root, "container", "files", "web")
-            self.assertEqual(5, status)
-            self.assertIn(f"its --rootfs directory {cstor.display(rootfs)} is not opened", err)
+        with self.open(store) as storage:
+            storage.images()
+            storage.containers()
+            for kind in ("layers", "images", "containers"):
+                holder = subprocess.Popen(
+                    [sys.executable, "-c", HOLD_LOCK, store.path(f"overlay-{kind}/{kind}.lock")],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                assert holder.stdin and holder.stdout
+                self.assertEqual(b"held\n", holder.stdout.readline())
+                holder.stdin.close()
+                holder.wait()
+                holder.stdout.close()
 
-    def test_arguments(self) -> None:
+    def test_change_without_a_lock_is_noticed(self) -> None:
         store = self.sample()
-        for text in ("\ud800", "x\0y"):
-            for words in (("--root", text, "image", "list"), ("image", "inspect", text),
-                          ("layer", "export", "x", "-o", text), ("image", "cat", "sample", text)):
-                status, out, err = self.call("--root", store.root, *words)
-                self.assertEqual((2, ""), (status, out))
-                self.assertEqual("cstor: error: an argument holds a NUL byte or a lone surrogate\n",
-                                 err)
+        os.unlink(store.path("overlay-layers/layers.lock"))
+        names = [b"overlay-layers/layers.json", b"overlay-layers/volatile-layers.json"]
+        with cstor.Directory.at(store.root) as root:
+            read, reads = cstor._read_json, []
+
+            def racing(directory: cstor.Directory, name: bytes) -> bytes:
+                reads.append(name)
+                data = read(directory, name)
+                if len(reads) == 1:  # a writer between the two files
+                    store.write("overlay-layers/new", "[]")
+                    os.rename(store.path("overlay-layers/new"), os.path.join(
+                        store.root, os.fsdecode(names[0])))
+                return data
+
+            with mock.patch.object(cstor, "_read_json", racing):
+                data = cstor.read_consistently(root, b"overlay-layers/layers.lock", names,
+                                               cstor.Deadline(0))
+        self.assertEqual(([b"[]", b""], names * 2), (data, reads))
+
+
+def make_database(root: str, *, graphroot: str = "/g", runroot: str = "/r", wal: bool = False,
+                  containers: Sequence[tuple[str, str, int, dict[str, Any]]] = ()
+                  ) -> sqlite3.Connection:
+    """Write the part of podman's db.sql that is read; return the open connection."""
+    database = sqlite3.connect(os.path.join(root, "db.sql"), check_same_thread=False)
+    if wal:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA wal_autocheckpoint=0")
+    database.executescript("""
+        CREATE TABLE DBConfig(ID INTEGER PRIMARY KEY NOT NULL, GraphRoot TEXT, RunRoot TEXT,
+                              GraphDriver TEXT);
+        CREATE TABLE ContainerConfig(ID TEXT, Name TEXT, PodID TEXT, JSON TEXT);
+        CREATE TABLE ContainerState(ID TEXT, State INTEGER, ExitCode INTEGER, JSON TEXT);
+        CREATE TABLE PodConfig(ID TEXT, Name TEXT);
+        INSERT INTO PodConfig VALUES('p1', 'the-pod');""")
+    database.execute("INSERT INTO DBConfig VALUES(1, ?, ?, 'overlay')", (graphroot, runroot))
+    for container_id, name, state, config in containers:
+        database.execute("INSERT INTO ContainerConfig VALUES(?, ?, ?, ?)",
+                         (container_id, name, config.get("pod"), json.dumps(config).encode()))
+        # As podman 5.8 leaves it: the columns are those of the container when it was made.
+        database.execute("INSERT INTO ContainerState VALUES(?, 1, 0, ?)", (container_id, json.dumps(
+            {"pid": 7, "mounted": True, "state": state, "exitCode": 3})))
+    database.commit()
+    return database
 
 
 class Database(StoreTest):
@@ -2767,8 +2772,185 @@ class Database(StoreTest):
         self.assertIn(b"warning: ", done.stderr)
 
 
+class Library(StoreTest):
+    def test_what_it_does_not_understand_is_refused(self) -> None:
+        """Unknown words, a str where bytes or a list are wanted: each says what is right."""
+        store = self.sample()
+        out = os.path.join(self.dir, "out")
+        modes = "'auto', 'reflink', 'hardlink', 'copy'"
+        patterns = "patterns must be a list of str, not str"
+        path = "path must be bytes, not str"
+        ours, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        with self.open(store) as storage, storage.image("sample").tree() as tree, \
+                cstor.RpcClient(ours) as client:
+            image, layer = storage.image("sample"), storage.layers()[0]
+            stream = cstor.LayerStream([], label="x")
+            anything: Any = cstor  # what mypy refuses is tried here
+            cases: list[tuple[str, Callable[[], Any]]] = [
+                *[(f"ValueError: link_mode: unknown {mode!r}; expected {modes}",
+                   functools.partial(image.extract, out, link_mode=mode))
+                  for mode in ("reflinks", "COPY", "none", "hardlinks", "")],
+                (f"ValueError: link_mode: unknown 'x'; expected {modes}",
+                 lambda: cstor.extract_streams([stream], out, link_mode="x")),
+                ("TypeError: each of link_mode must be str, not NoneType",
+                 lambda: image.extract(out, link_mode=None)),
+                ("ValueError: expected none, gzip[:1 to 9] or zstd[:1 to 19], got \"lz4\"",
+                 lambda: image.copy_to_oci(out, "x", compression="lz4")),
+                (f"ValueError: codec: unknown 'splitfd'; expected {cstor.CODECS!r}".translate(
+                    {40: None, 41: None}),
+                 lambda: cstor.write_stream(layer, io.BytesIO(), codec="splitfd")),
+                ("ValueError: form: unknown 'splitfd'; expected 'stream', 'splitfdstream', 'push'",
+                 lambda: client.layer("x", "splitfd")),
+                ("ValueError: form: unknown 'stream'; expected '', 'varlink'",
+                 lambda: cstor.VarlinkClient.layer(anything, "x", "stream")),
+                (f"ValueError: ignore: unknown 'times'; expected {cstor.DIFFERENCES!r}".translate(
+                    {40: None, 41: None}),
+                 lambda: list(cstor.diff_trees(tree, tree, ["times"]))),
+                ("TypeError: ignore must be a list of str, not str",
+                 lambda: list(cstor.diff_trees(tree, tree, "time"))),
+                (f"TypeError: {patterns}", lambda: tree.glob("etc")),
+                ("TypeError: patterns must be a list of str, not bytes",
+                 lambda: tree.glob(anything.OVERLAY)),
+                ("TypeError: each of patterns must be str, not bytes",
+                 lambda: tree.glob([anything.OVERLAY])),
+                (f"TypeError: {patterns}", lambda: image.extract(out, paths="etc")),
+                (f"TypeError: {patterns}", lambda: layer.extract(out, exclude="etc")),
+                ("TypeError: owner_map must be a list of str, not str",
+                 lambda: image.extract(out, owner_map="0:100000:65536")),
+                ("TypeError: stores must be a list of str, not str",
+                 lambda: cstor.Storage.open(store.root, stores=store.root)),
+                ("TypeError: argv must be a list of str, not str", lambda: cstor.main("--version")),
+                (f"TypeError: {path}", lambda: tree.lookup(anything.REF_NAME)),
+                (f"TypeError: {path}", lambda: list(tree.walk(anything.REF_NAME))),
+                (f"TypeError: {path}", lambda: list(tree.read(anything.REF_NAME))),
+                (f"TypeError: {path}", lambda: layer.open_file(anything.REF_NAME)),
+                ("TypeError: path must be str, not bytes", lambda: image.extract(anything.OVERLAY)),
+                ("TypeError: path must be str, not bytes",
+                 lambda: image.copy_to_oci(anything.OVERLAY)),
+                *[("TypeError: reference must be str, not bytes",
+                   functools.partial(find, anything.OVERLAY))
+                  for find in (storage.image, storage.layer, storage.container)],
+                ("TypeError: name must be bytes, not str",
+                 lambda: cstor.spell(anything.REF_NAME)),
+                ("TypeError: out must be a descriptor or a binary file, not str",
+                 lambda: layer.export(anything.REF_NAME)),
+                ("TypeError: strip must be int, not str", lambda: image.extract(out, strip="1")),
+                *[("TypeError: node must be Node, not bytes", lambda call=call: call(b"etc"))
+                  for call in (tree.open, lambda node: list(tree.content(node)), tree.crc64)],
+            ]
+            for wanted, call in cases:
+                with self.subTest(wanted=wanted):
+                    with self.assertRaises((TypeError, ValueError)) as caught:
+                        call()
+                    self.assertEqual(
+                        wanted, f"{type(caught.exception).__name__}: {caught.exception}")
+                    self.assertFalse(os.path.exists(out))
+
+    def test_everyday_use(self) -> None:
+        store = self.sample()
+        self.guard(store.root)
+        environ = dict(os.environ)
+        os.environ["CONTAINERS_GRAPHROOT"] = store.root
+        try:
+            with cstor.Storage.discover() as storage:
+                self.assertEqual(store.root, storage.graphroot)
+                image = storage.image("sample")
+                self.assertEqual(["docker.io/library/sample:latest"], image.names)
+                layer = image.layers()[1]
+                self.assertEqual(
+                    ["srv/", "srv/app.py", "etc/.wh.passwd", "srv/caf\u00e9 <&>",
+                     "srv/latin1-\udce9", "srv/" + "long-" * 30],
+                    [os.fsdecode(member.name) for member in layer.members()])
+                with layer.open_file(b"srv/app.py") as file:
+                    self.assertEqual(b"print('app')\n" * 400, file.read())
+                self.assertEqual(["web"], storage.containers()[0].names)
+        finally:
+            os.environ.clear()
+            os.environ.update(environ)
+
+    def test_threads_share_a_storage(self) -> None:
+        store = self.sample()
+        results: list[bytes] = []
+        with self.open(store) as storage:
+            layer = storage.layer(store.layers[0]["id"])
+            threads = [threading.Thread(target=lambda: results.append(self.export(layer)))
+                       for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual([store.tars[layer.id]] * 4, results)
+
+    def read_everything(self, root: str) -> int:
+        """Read all there is; return how many layers were rebuilt, each with its own digest."""
+        rebuilt = 0
+
+        def attempt(read: Callable[[], object]) -> object:
+            try:
+                return read()
+            except (cstor.CstorError, OSError) as error:
+                self.assertGreater(len(cstor.describe(error)), 10)
+                self.assertIn(cstor.exit_status(error), (3, 4, 5, 6))
+                return None
+
+        with cstor.Storage.open(root) as storage:
+            for list_all in (storage.images, storage.layers, storage.containers):
+                attempt(list_all)
+            for image in attempt(storage.images) or ():  # type: ignore[attr-defined]
+                for read in (image.manifest, image.config, image.history, image.layers):
+                    attempt(read)
+            for layer in attempt(storage.layers) or ():  # type: ignore[attr-defined]
+                attempt(layer.lower_ids)
+                out = io.BytesIO()
+                if attempt(lambda layer=layer, out=out: layer.export(out)):  # type: ignore[misc]
+                    self.assertIn(layer.diff_digest, ("", sha256(out.getvalue())))
+                    rebuilt += 1
+        return rebuilt
+
+    def test_damage_anywhere(self) -> None:
+        """Cut and flip every file of a store; what is read is right, or an error that says why."""
+        store = self.builder()
+        base = store.layer(make_tar(("d/", None), ("d/f", b"content")))
+        top = store.layer(make_tar(("g", b"more"), ("d/.wh.f", b"")), base, names=["top"])
+        image = store.image(top, "localhost/a:1")
+        store.container(image, store.layer(None, top), "c")
+        store.save()
+        self.assertEqual(2, self.read_everything(store.root))
+        rng = random.Random(9)
+        files = [os.path.join(directory, name) for directory, _, names in os.walk(store.root)
+                 for name in names if not os.path.islink(os.path.join(directory, name))]
+        self.assertEqual(18, len(files))
+        for path in files:
+            with open(path, "rb") as file:
+                data = file.read()
+            places = rng.sample(range(len(data)), min(len(data), 12))
+            damaged = [data[:i] for i in places] + [b"", data + data] + [
+                data[:i] + bytes([rng.randrange(256)]) + data[i + 1:] for i in places]
+            for content in damaged:
+                with open(path, "wb") as file:
+                    file.write(content)
+                self.assertLessEqual(self.read_everything(store.root), 2, path)
+            os.unlink(path)
+            self.read_everything(store.root)
+            os.symlink("/etc/passwd", path)
+            self.read_everything(store.root)
+            os.unlink(path)
+            os.mkdir(path)
+            self.read_everything(store.root)
+            os.rmdir(path)
+            with open(path, "wb") as file:
+                file.write(data)
+        self.assertEqual(2, self.read_everything(store.root))
+
+    def test_closing_twice(self) -> None:
+        storage = cstor.Storage.open(self.sample().root)
+        storage.close()
+        storage.close()
+
+
 # ================================================================================================
-# 8. References
+# 9. References
 # ================================================================================================
 
 class References(StoreTest):
@@ -2856,7 +3038,7 @@ class References(StoreTest):
 
 
 # ================================================================================================
-# 9. Layers
+# 10. Layers
 # ================================================================================================
 
 class Files(StoreTest):
@@ -3091,7 +3273,7 @@ class Files(StoreTest):
 
 
 # ================================================================================================
-# 10. Tar headers
+# 11. Tar headers
 # ================================================================================================
 
 class Fields(StoreTest):
@@ -3539,7 +3721,7 @@ class FieldsOfArchives(StoreTest):
 
 
 # ================================================================================================
-# 11. tar-split
+# 12. tar-split
 # ================================================================================================
 
 class TarSplitTests(StoreTest):
@@ -3983,7 +4165,7 @@ class TarSplitTests(StoreTest):
 
 
 # ================================================================================================
-# 12. Tree
+# 13. Tree
 # ================================================================================================
 
 def link(name: bytes, target: bytes, typeflag: bytes = b"2", **fields: Any) -> bytes:
@@ -4998,7 +5180,427 @@ class HostileTrees(HostileStores):
 
 
 # ================================================================================================
-# 13. Extract
+# 15. tar-diff
+# ================================================================================================
+
+Places = list[tuple[Any, ...]]  # of each byte: index, entry and field
+
+
+def gnu_entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", rest: bytes = b"",
+              **fields: Any) -> bytes:
+    """Return a member of GNU tar's old format; ``rest`` stands where ustar has the prefix."""
+    return entry(name, data, typeflag, magic=b"ustar  \0", prefix=rest, **fields)
+
+
+class PlacedTar:
+    """A tar made of labelled pieces, so that the place of each byte is known by construction."""
+
+    REST = {"ustar": (("prefix", 155), ("header padding", 12)),
+            "gnu": (("atime", 12), ("ctime", 12), ("offset", 12), ("longnames", 4),
+                    ("header padding", 1), ("sparse", 96), ("isextended", 1), ("realsize", 12),
+                    ("header padding", 17))}
+
+    def __init__(self) -> None:
+        self.tar = b""
+        self.places: Places = []
+        self.index = 0
+
+    def add(self, data: bytes, *fields: tuple[str, int], name: str | None = None,
+            last: bool = True) -> None:
+        """Add a header with what follows: ``fields`` are those after the first block."""
+        gnu = data[257:265] == b"ustar  \0"
+        labels: list[str] = []
+        kind = {b"x": "pax", b"g": "global", b"L": "long name", b"K": "long link"}.get(
+            data[156:157])
+        for field, width in (*FIELDS[:9], ("magic", 6), ("version", 2), *FIELDS[10:12],
+                             ("devmajor", 8), ("devminor", 8), *self.REST["gnu" if gnu else
+                                                                          "ustar"]):
+            labels += [f"{kind} header {field.replace('header ', '')}" if kind else field] * width
+        for field, width in fields:
+            labels += [field] * width
+        labels += [f"{kind} padding" if kind else "padding"] * (len(data) - len(labels))
+        assert len(labels) == len(data), (name, len(labels), len(data))
+        self.tar += data
+        self.places += [(self.index, name, label) for label in labels]
+        self.index += last
+
+    def add_pax(self, name: str, records: dict[bytes, bytes], typeflag: bytes = b"x") -> None:
+        fields = []
+        for key, value in records.items():
+            alone = pax({key: value})
+            text = key.decode()
+            label = f"xattr {text[13:]}" if text.startswith("SCHILY.xattr.") else f"pax {text}"
+            fields.append((label, len(alone[BLOCK:].rstrip(b"\0"))))
+        self.add(pax(records, typeflag), *fields, name=name, last=typeflag == b"g")
+
+    def end(self, trailer: bytes = END) -> tuple[bytes, Places]:
+        self.tar += trailer
+        self.places += [(None, None, "trailer")] * len(trailer)
+        return self.tar, self.places
+
+
+def placed_tars() -> Iterator[tuple[str, bytes, Places]]:
+    """Yield small tars of all formats, with the place of each of their bytes."""
+    tar = PlacedTar()
+    tar.add(entry(b"v7", b"seven", magic=b""), ("content", 5), name="v7")
+    tar.add(entry(b"v7d/", typeflag=b"\0", magic=b""), name="v7d/")
+    yield "v7", *tar.end()
+
+    tar = PlacedTar()
+    tar.add(entry(b"base", b"x" * 600, prefix=b"some/prefix", uname=b"root", gname=b"wheel"),
+            ("content", 600), name="some/prefix/base")
+    tar.add(entry(b"hard", typeflag=b"1", linkname=b"base"), name="hard")
+    tar.add(entry(b"soft", typeflag=b"2", linkname=b"base"), name="soft")
+    yield "ustar", *tar.end(END + b"garbage" * 3)
+
+    tar = PlacedTar()
+    tar.add(entry(b"null", typeflag=b"3", major=b"0000001", minor=b"0000003"), name="null")
+    tar.add(entry(b"loop", typeflag=b"4", major=b"0000007"), name="loop")
+    tar.add(entry(b"pipe", typeflag=b"6"), name="pipe")
+    yield "devices", *tar.end(b"")  # ends without any trailer
+
+    tar = PlacedTar()
+    long = "n" * 120
+    tar.add(gnu_entry(b"././@LongLink", long.encode() + b"\0", b"L"), ("name", 121), name=long,
+            last=False)
+    tar.add(gnu_entry(b"././@LongLink", long.encode() + b"\0", b"K"), ("linkname", 121), name=long,
+            last=False)
+    tar.add(gnu_entry(long[:100].encode(), typeflag=b"2", linkname=long[:100].encode()), name=long)
+    tar.add(gnu_entry(b"after", b"1"), ("content", 1), name="after")
+    yield "gnu", *tar.end()
+
+    tar = PlacedTar()
+    runs = b"%011o\0" % 0 + b"%011o\0" % 1
+    rest = bytes(41) + 4 * runs + b"\1" + b"00000001000\0"
+    header = gnu_entry(b"sparse", b"", b"S", rest, size=b"00000000001")
+    tar.add(header + (21 * runs)[:504].ljust(504, b"\0") + bytes(8) + b"c" + bytes(511),
+            ("sparse", 504), ("isextended", 1), ("header padding", 7), ("content", 1),
+            name="sparse")
+    yield "gnu-sparse", *tar.end()
+
+    tar = PlacedTar()
+    tar.add_pax("pax_global_header", {b"comment": b"global"}, b"g")
+    tar.places = [(index, "PaxHeaders/x", field) for index, _, field in tar.places]
+    tar.add_pax("path/in/pax", {b"path": b"path/in/pax", b"mtime": b"1700000000.25",
+                                b"SCHILY.xattr.user.mime": b"text/plain"})
+    tar.add(entry(b"short", b"12345"), ("content", 5), name="path/in/pax")
+    tar.add_pax("last", {b"size": b"3", b"linkpath": b"z"})
+    tar.add(entry(b"last", b"123", size=0), ("content", 3), name="last")
+    yield "pax", *tar.end(END[:BLOCK])
+
+
+class TarDiffs(StoreTest):
+    """tar-diff, on tars made by hand whose places are known."""
+
+    def put(self, name: str, data: bytes) -> str:
+        path = os.path.join(self.dir, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        return path
+
+    def rows(self, a: bytes, b: bytes) -> list[dict[str, Any]]:
+        return list(cstor.diff_tars(self.put("a.tar", a), self.put("b.tar", b)))
+
+    def changes(self, a: bytes, b: bytes) -> list[tuple[Any, ...]]:
+        """Return the rows after the first as tuples, without their keys."""
+        return [tuple(row.values()) for row in self.rows(a, b)[1:]]
+
+    def test_every_byte(self) -> None:
+        for name, tar, places in placed_tars():
+            self.assertEqual(len(tar), len(places), name)
+            original, other = self.put("a.tar", tar), self.put("b.tar", tar)
+            self.assertEqual([], list(cstor.diff_tars(original, other)))
+            with open(other, "r+b", buffering=0) as file:
+                for at, place in enumerate(places):
+                    if not FULL and at % 4 and 8 < at % BLOCK < BLOCK - 8:
+                        continue
+                    more = (0, tar[at] ^ 0x80)[at % 2:][:FULL]
+                    values = {tar[at] ^ 1, *more} - {tar[at]}
+                    for value in values:
+                        os.pwrite(file.fileno(), bytes([value]), at)
+                        with self.subTest(tar=name, at=at, value=value):
+                            self.one_byte(original, other, at, place)
+                            mutant = tar[:at] + bytes([value]) + tar[at + 1:]
+                            self.one_byte(other, original, at, place, mutant)
+                    os.pwrite(file.fileno(), tar[at:at + 1], at)
+
+    def one_byte(self, a: str, b: str, at: int, place: tuple[int | None, str | None, str],
+                 mutant: bytes = b"") -> None:
+        """Check the place of the only byte that differs; ``mutant`` is the tar when ``a`` is one.
+
+        What a changed pax record or long name says is all that is known of it then.
+        """
+        first, *others = cstor.diff_tars(a, b)
+        index, name, field = place
+        self.assertEqual(("first", at, index), (first["change"], first["offset"], first["index"]))
+        if mutant and first["field"] != field and field.split()[0] in ("pax", "xattr"):
+            key = cstor.unspell(first["field"].partition(" ")[2])
+            self.assertIn(key + b"=", mutant[at - len(key) - 16:at + len(key) + 16])
+        else:
+            self.assertEqual(field, first["field"])
+        if mutant and first["entry"] != name and field in ("name", "pax path"):
+            self.assertIn(cstor.unspell(first["entry"]), mutant)
+        else:
+            self.assertEqual(name, first["entry"])
+        self.assertTrue(others)
+        self.assertEqual(field == "content", "contentOffset" in first)
+
+    def test_exit_status_and_text(self) -> None:
+        a, b = self.put("a", entry(b"f", b"12") + END), self.put("b", entry(b"f", b"13") + END)
+        self.assertEqual(b"", self.run_cstor("tar-diff", a, a).stdout)
+        text = self.run_cstor("tar-diff", a, b, status=1).stdout.decode().splitlines()
+        self.assertEqual("first difference at offset 513: f: content at 1", text[0])
+        self.assertEqual(["changed f content: 2 bytes, " + sha256(b"12") + " -> 2 bytes, "
+                          + sha256(b"13")], text[1:])
+        hostile = self.put("c", entry(b"\x1b[31m\n") + END)
+        text = self.run_cstor("tar-diff", a, hostile, status=1).stdout.decode().splitlines()
+        self.assertIn("extra \\x1b[31m\\n: - -> 0", text)
+        self.run_cstor("tar-diff", a, self.dir + "/nope", status=3)
+        self.run_cstor("tar-diff", a, self.dir, status=6)
+        self.run_cstor("tar-diff", "-", "-", status=2)
+        for data in (b"text\n", b"text" * 500, b"\x7fELF" + bytes(2000)):
+            junk = self.put("junk", data)
+            self.assertIn(b"no tar", self.run_cstor("tar-diff", junk, junk, status=6).stderr)
+            self.run_cstor("tar-diff", a, junk, status=6)
+
+    def test_json(self) -> None:
+        a = self.put("a", entry(b"f\xff", b"12") + END)
+        b = self.put("b", entry(b"f\xff", b"12", mode=b"0000600") + entry(b"g") + END)
+        same = json.loads(self.run_cstor("tar-diff", a, a, "--format", "json").stdout)
+        self.assertEqual({"identical": True, "first": None, "differences": []}, same)
+        found = json.loads(self.run_cstor("tar-diff", a, b, "--format", "json", status=1).stdout)
+        self.assertEqual(["identical", "first", "differences"], list(found))
+        self.assertEqual({"offset": 105, "index": 0, "entry": cstor.spell(b"f\xff"),
+                          "field": "mode"}, found["first"])
+        self.assertEqual([
+            {"change": "changed", "entry": cstor.spell(b"f\xff"), "field": "mode", "a": "0644",
+             "b": "0600"},
+            {"change": "extra", "entry": "g", "a": None, "b": 1}], found["differences"])
+
+    def test_identical(self) -> None:
+        for _, tar in [*odd_tars(), ("empty", b""), ("zeros", END), ("no end", entry(b"f"))]:
+            self.assertEqual([], self.rows(tar, tar))
+
+    def test_entries(self) -> None:
+        f, g, h = (entry(name, name) for name in (b"f", b"g", b"h"))
+        for a, b, rows in (
+                (f + g, f + g + h, [("extra", "h", None, 2)]),
+                (f + g + h, g + h, [("missing", "f", 0, None)]),
+                (f + g, g + f, [("reordered", "f", 0, 1)]),
+                (f + g + h, f + g + f + h, [("duplicated", "f", 1, 2)]),
+                (f + f + g, g, [("missing", "f", 0, None), ("duplicated", "f", 2, 0)]),
+                (f + f, f + f + f, [("duplicated", "f", 2, 3)]),
+                (f + g + f, g + f + f, [("reordered", "f", 0, 1)])):
+            found = self.changes(a + END, b + END)
+            self.assertEqual(rows, [row for row in found if row[0] != "changed"], (a, b))
+
+    def test_an_entry_that_moves_is_one_row(self) -> None:
+        names = [b"n%d" % i for i in range(50)]
+        moved = [*names[:3], *names[4:40], names[3], *names[40:]]
+        for old, new in ((names, moved), (moved, names)):
+            found = self.changes(b"".join(map(entry, old)), b"".join(map(entry, new)))
+            self.assertEqual([("reordered", "n3")], [row[:2] for row in found])
+        swapped = names[10:] + names[:10]
+        found = self.changes(b"".join(map(entry, names)), b"".join(map(entry, swapped)))
+        self.assertEqual({("reordered", f"n{i}") for i in range(10)}, {row[:2] for row in found})
+        self.assertEqual(10, len(found))
+
+    def test_the_nth_of_a_name_meets_the_nth(self) -> None:
+        a = b"".join(entry(b"f", text) for text in (b"1", b"2", b"3"))
+        b = b"".join(entry(b"f", text) for text in (b"1", b"2", b"4"))
+        row = self.changes(entry(b"x") + entry(b"y") + a + END, entry(b"y") + b + entry(b"x")
+                           + END)[0]
+        self.assertEqual(("changed", "f", "content"), row[:3])
+        self.assertEqual({hashlib.sha256(text).hexdigest() for text in (b"3", b"4")},
+                         {row[3]["sha256"], row[4]["sha256"]})
+
+    def test_fields(self) -> None:
+        def changes(a: dict[str, Any], b: dict[str, Any], flag: bytes = b"0") -> list[Any]:
+            return [row[2:] for row in self.changes(entry(b"f", typeflag=flag, **a) + END,
+                                                    entry(b"f", typeflag=flag, **b) + END)]
+
+        self.assertEqual([("mode", "0644", "4755"), ("uid", 0, 1000), ("gid", 0, 2**31)], changes(
+            {}, {"mode": b"0004755", "uid": b"0001750", "gid": base256(2**31, 8)}))
+        self.assertEqual([("mtime", "2021-01-14T08:25:36Z", "1970-01-01T00:00:08Z")],
+                         changes({}, {"mtime": b"10"}))
+        self.assertEqual([("mode", "0000644 ", "0000644\0")], changes({"mode": b"0000644 "}, {}))
+        self.assertEqual([("linkname", "a", "b")], changes(
+            {"linkname": b"a"}, {"linkname": b"b"}, b"2"))
+        self.assertEqual([("uname", "u", "root"), ("gname", "", "wheel"), ("devmajor", 1, 2),
+                          ("devminor", 0, 8)], changes(
+            {"uname": b"u", "major": b"1"}, {"uname": b"root", "gname": b"wheel", "major": b"2",
+                                             "minor": b"0000010"}, b"3"))
+        self.assertEqual([("typeflag", "3", "4")], [row[2:] for row in self.changes(
+            entry(b"f", typeflag=b"3"), entry(b"f", typeflag=b"4"))])
+        self.assertEqual([("uid", "zzz" + "\0" * 5, 0)], changes({"uid": b"zzz"}, {}))
+        wrong = entry(b"f")[:148] + b"000000\0 " + entry(b"f")[156:]
+        (_, _, field, a, b), = self.changes(wrong + END, entry(b"f") + END)
+        self.assertEqual(("chksum", "right"), (field, b))
+        self.assertRegex(a, r"wrong header checksum: expected 0, got \d+")
+
+    def test_pax_records(self) -> None:
+        def changes(a: dict[bytes, bytes], b: dict[bytes, bytes]) -> list[Any]:
+            return [row[2:] for row in self.changes(pax(a) + entry(b"f") + END,
+                                                    pax(b) + entry(b"f") + END)
+                    if row[2] != "pax header size"]
+
+        cap = b"SCHILY.xattr.security.capability"
+        self.assertEqual([("pax mtime", "1.5", "1.25"), ("xattr security.capability", "1", None),
+                          ("pax comment", None, "c")], changes(
+            {b"mtime": b"1.5", cap: b"1"}, {b"mtime": b"1.25", b"comment": b"c"}))
+        self.assertEqual([("pax order", "a b", "b a")], changes(
+            {b"a": b"1", b"b": b"2"}, {b"b": b"2", b"a": b"1"}))
+        (field, a, b), = changes({b"a": b"1" * 5000}, {b"a": b"2" * 5000})
+        self.assertEqual(("pax a", sha256(b"1" * 5000) + " (5000 bytes)"), (field, a))
+        found = self.changes(pax({b"a": b"1"}) + entry(b"f"), pax({b"a": b"1"}, name=b"P")
+                             + entry(b"f"))
+        self.assertEqual([("changed", "f", "pax header name", "PaxHeaders/x", "P")], found)
+        found = self.changes(entry(b"PaxHeaders/x", b"6 aa=\n", b"x") + entry(b"f"),
+                             entry(b"PaxHeaders/x", b"6 aa=\n", b"x", padding=b"1") + entry(b"f"))
+        self.assertEqual(["header"], [row[2] for row in found])
+        self.assertEqual([("pax records", None, "9 a=1\n"), ("pax header size", None, 6)], [
+            row[2:] for row in self.changes(entry(b"f"), entry(b"P", b"9 a=1\n", b"x")
+                                            + entry(b"f"))])
+
+    def test_trailers(self) -> None:
+        first, row = self.rows(entry(b"f") + END, entry(b"f") + END + bytes(BLOCK))
+        self.assertEqual(("end of file", "a", None, BLOCK + 1024), (
+            first["field"], first["ended"], first["entry"], first["offset"]))
+        self.assertEqual(("trailer", 1024, 1536), (row["field"], row["a"]["size"],
+                                                   row["b"]["size"]))
+        first, row = self.rows(entry(b"f", b"1"), entry(b"f", b"1", padding=b"\1"))
+        self.assertEqual(("padding", BLOCK + 1, "f"), (first["field"], first["offset"],
+                                                       first["entry"]))
+        self.assertEqual(("padding", "", "\1" * 511), (row["field"], row["a"], row["b"]))
+
+    def test_truncated(self) -> None:
+        for name, tar, places in placed_tars():
+            for cut in [*range(0, len(tar), BLOCK), 3 * BLOCK // 2]:
+                for a, b, ended in ((tar, tar[:cut], "b"), (tar[:cut], tar, "a")):
+                    first, *others = self.rows(a, b)
+                    index, entry_name, _ = places[cut]
+                    with self.subTest(tar=name, cut=cut, ended=ended):
+                        self.assertEqual(("end of file", ended, cut, index), (
+                            first["field"], first["ended"], first["offset"], first["index"]))
+                        self.assertEqual(entry_name, first["entry"])
+                        self.assertTrue(others)
+                self.assertEqual([], self.rows(tar[:cut], tar[:cut]))
+
+    def test_reading_goes_on(self) -> None:
+        f, g = entry(b"f", b"1" * 600), entry(b"g", b"2")
+        broken = entry(b"f", b"1" * 600, size=b"zz")
+        changes = self.changes(f + g + END, broken + g + END)
+        self.assertIn(("unreadable", None, None, 'the size of "f" is malformed'), changes)
+        self.assertIn(("missing", "g", 1, None), changes)
+        changes = self.changes(f + g, (f + g)[:1000])
+        self.assertIn(("unreadable", None, None, 'the content of "f" is cut off'), changes)
+        flipped = bytearray(f + g + END)
+        flipped[BLOCK * 3 + 110] ^= 1  # the uid of g: its checksum is wrong now
+        changes = self.changes(f + g + entry(b"h") + END, bytes(flipped[:-1024]) + entry(b"h",
+                                                                                   b"3") + END)
+        self.assertEqual(["uid", "chksum", "size", "content"], [row[2] for row in changes])
+
+    def test_compressed(self) -> None:
+        tar = make_tar(("f", b"1" * 100_000), ("g", random.Random(1).randbytes(100_000)))
+        plain = self.put("plain", tar)
+        packed = {"gz": gzip.compress(tar), "bz2": bz2.compress(tar), "xz": lzma.compress(tar)}
+        if shutil.which("zstd"):
+            packed["zst"] = subprocess.run(["zstd", "-c", plain], stdout=subprocess.PIPE,
+                                           check=True).stdout
+        for kind, data in packed.items():
+            path = self.put(f"t.{kind}", data)
+            self.run_cstor("tar-diff", plain, path)
+            self.assertEqual([], list(cstor.diff_tars(path, plain)))
+            other = self.put("other", tar[:-1] + b"1")
+            self.assertEqual(len(tar) - 1, next(cstor.diff_tars(other, path))["offset"])
+            with open(path, "rb") as file:
+                self.run_cstor("tar-diff", "-", plain, stdin=file)
+            for broken in (data[:-20], data[:len(data) // 2], data[:len(data) // 2] + b"\xff" * 9
+                           + data[len(data) // 2 + 9:]):
+                cut = self.put("cut", broken)
+                self.assertRegex(self.run_cstor("tar-diff", plain, cut, status=6).stderr,
+                                 b"damaged|no tar")  # bzip2 checks at the end of a block
+                self.assertRaises(cstor.FormatError, list, cstor.diff_tars(cut, plain))
+
+    def test_zstd_by_module_or_not_at_all(self) -> None:
+        path = self.put("t.zst", b"\x28\xb5\x2f\xfd" + entry(b"f") + END)
+        plain = self.put("plain", entry(b"f") + END)
+
+        class ZstdFile(io.BytesIO):
+            def __init__(self, file: Any) -> None:
+                super().__init__(file.read()[4:])
+
+        module = mock.Mock(ZstdFile=ZstdFile, ZstdError=ZeroDivisionError)
+        with mock.patch.dict(sys.modules, {"compression": mock.Mock(),
+                                           "compression.zstd": module}):
+            self.assertEqual([], list(cstor.diff_tars(path, plain)))
+        if sys.version_info < (3, 14):
+            self.assertIn(b"program zstd", self.run_cstor(
+                "tar-diff", path, plain, status=6, env={"PATH": self.dir}).stderr)
+        need_tools("zstd")
+        self.assertIn(b"damaged", self.run_cstor("tar-diff", path, plain, status=6).stderr)
+
+    def test_zstd_that_nobody_reads_to_the_end(self) -> None:
+        need_tools("zstd")
+        big = self.put("big", make_tar(("f", random.Random(1).randbytes(3_000_000))))
+        subprocess.run(["zstd", "-q", big], check=True)
+        junk = self.put("junk", b"no tar")
+        self.assertRaises(cstor.FormatError, list, cstor.diff_tars(big + ".zst", junk))
+
+    def test_stdin_that_comes_byte_by_byte(self) -> None:
+        tar = entry(b"f", b"1") + END
+        plain = self.put("plain", tar)
+        for data in (tar, gzip.compress(tar)):
+            process = subprocess.Popen([*COMMAND, "tar-diff", "-", plain],
+                                       stdin=subprocess.PIPE, env=IDLE)
+            assert process.stdin
+            with process.stdin as pipe:
+                for byte in data[:8]:
+                    pipe.write(bytes([byte]))
+                    pipe.flush()
+                    time.sleep(0.01)
+                pipe.write(data[8:])
+            self.assertEqual(0, process.wait())
+        with open(plain, "rb") as file:  # from where it stands, as any program reads stdin
+            file.seek(BLOCK, os.SEEK_SET)
+            self.run_cstor("tar-diff", "-", plain, status=6, stdin=file)
+
+    def test_memory(self) -> None:
+        big = os.path.join(self.dir, "big")
+        header = entry(b"f", size=1 << 30)
+        with open(big, "wb") as file:
+            file.write(header)
+            file.truncate(BLOCK + (1 << 30) + 1024)
+        small = self.put("small", entry(b"f") + END)
+        least = peak_memory("tar-diff", small, small)
+        self.assertLess(peak_memory("tar-diff", big, big), least + 16 * 1024)
+
+    def test_memory_of_entries_that_wait(self) -> None:
+        a = self.put("a", b"".join(entry(b"a%d" % i) for i in range(100)))
+        b = self.put("b", b"".join(entry(b"b%d" % i) for i in range(100)))
+        self.assertEqual(201, len([row for row in cstor.diff_tars(a, b)
+                                   if row["change"] in ("first", "missing", "extra")]))
+        with mock.patch("cstor.MAX_UNPAIRED", 50_000):
+            self.assertRaises(cstor.Unsupported, list, cstor.diff_tars(a, b))
+
+    def test_any_bytes_end_well(self) -> None:
+        rng = random.Random(5)
+        tars = [tar for _, tar, _ in placed_tars()]
+        for _ in range(1000 if FULL else 200):
+            a, b = rng.choice(tars), bytearray(rng.choice(tars))
+            for _ in range(rng.randrange(1, 9)):
+                b[rng.randrange(len(b))] = rng.choice((0, 0x20, 0x31, 0x37, 0x4C, 0x78, 0x80, 0xFF))
+            try:
+                rows = self.rows(a, bytes(b))
+            except cstor.FormatError as error:
+                self.assertIn("no tar", str(error))
+                continue
+            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            self.assertEqual([at] if a != b else [], [row["offset"] for row in rows[:1]])
+
+
+# ================================================================================================
+# 16. Extract
 # ================================================================================================
 
 class Copies(TreeTest):
@@ -7194,7 +7796,7 @@ class Disks(StoreTest):
 
 
 # ================================================================================================
-# 14. Archives
+# 17. Archives
 # ================================================================================================
 
 def read_layout(top: str) -> dict[str, tuple[dict[str, Any], dict[str, Any], list[bytes]]]:
@@ -8026,424 +8628,261 @@ class Archives(TreeTest):
                                  [info.name for info in tar])
 
 
-Places = list[tuple[Any, ...]]  # of each byte: index, entry and field
+class Fetching(StoreTest):
+    """Images that skopeo fetches: a fake one, which does its work well or not."""
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.sample()
+        self.layout = os.path.join(self.dir, "layout")
+        self.out = os.path.join(self.dir, "out")
+        with cstor.Storage.open(self.store.root) as storage:
+            image = storage.image("sample")
+            for tag in ("none", "gzip", *["zstd"] * bool(shutil.which("zstd"))):
+                image.copy_to_oci(self.layout, tag, compression=tag)
+        os.mkdir(os.path.join(self.dir, "tmp"))
+        path = self.write("skopeo", f"#!{sys.executable}\n{FAKE_SKOPEO}")
+        os.chmod(path, 0o755)
+        self.env = {"PATH": f"{self.dir}:{os.environ['PATH']}", "FAKE_LAYOUT": self.layout,
+                    "TMPDIR": os.path.join(self.dir, "tmp")}
+        patched = mock.patch.dict(os.environ, self.env)
+        patched.start()
+        self.addCleanup(patched.stop)
+        scratch = mock.patch("tempfile.tempdir", self.env["TMPDIR"])
+        scratch.start()
+        self.addCleanup(scratch.stop)
 
-def gnu_entry(name: bytes, data: bytes = b"", typeflag: bytes = b"0", rest: bytes = b"",
-              **fields: Any) -> bytes:
-    """Return a member of GNU tar's old format; ``rest`` stands where ustar has the prefix."""
-    return entry(name, data, typeflag, magic=b"ustar  \0", prefix=rest, **fields)
+    def _check(self) -> None:
+        super()._check()
+        self.assertEqual([], os.listdir(os.path.join(self.dir, "tmp")))
+        with self.assertRaises(ChildProcessError):  # neither running nor a zombie
+            os.waitpid(-1, os.WNOHANG)
 
-
-class PlacedTar:
-    """A tar made of labelled pieces, so that the place of each byte is known by construction."""
-
-    REST = {"ustar": (("prefix", 155), ("header padding", 12)),
-            "gnu": (("atime", 12), ("ctime", 12), ("offset", 12), ("longnames", 4),
-                    ("header padding", 1), ("sparse", 96), ("isextended", 1), ("realsize", 12),
-                    ("header padding", 17))}
-
-    def __init__(self) -> None:
-        self.tar = b""
-        self.places: Places = []
-        self.index = 0
-
-    def add(self, data: bytes, *fields: tuple[str, int], name: str | None = None,
-            last: bool = True) -> None:
-        """Add a header with what follows: ``fields`` are those after the first block."""
-        gnu = data[257:265] == b"ustar  \0"
-        labels: list[str] = []
-        kind = {b"x": "pax", b"g": "global", b"L": "long name", b"K": "long link"}.get(
-            data[156:157])
-        for field, width in (*FIELDS[:9], ("magic", 6), ("version", 2), *FIELDS[10:12],
-                             ("devmajor", 8), ("devminor", 8), *self.REST["gnu" if gnu else
-                                                                          "ustar"]):
-            labels += [f"{kind} header {field.replace('header ', '')}" if kind else field] * width
-        for field, width in fields:
-            labels += [field] * width
-        labels += [f"{kind} padding" if kind else "padding"] * (len(data) - len(labels))
-        assert len(labels) == len(data), (name, len(labels), len(data))
-        self.tar += data
-        self.places += [(self.index, name, label) for label in labels]
-        self.index += last
-
-    def add_pax(self, name: str, records: dict[bytes, bytes], typeflag: bytes = b"x") -> None:
-        fields = []
-        for key, value in records.items():
-            alone = pax({key: value})
-            text = key.decode()
-            label = f"xattr {text[13:]}" if text.startswith("SCHILY.xattr.") else f"pax {text}"
-            fields.append((label, len(alone[BLOCK:].rstrip(b"\0"))))
-        self.add(pax(records, typeflag), *fields, name=name, last=typeflag == b"g")
-
-    def end(self, trailer: bytes = END) -> tuple[bytes, Places]:
-        self.tar += trailer
-        self.places += [(None, None, "trailer")] * len(trailer)
-        return self.tar, self.places
-
-
-def placed_tars() -> Iterator[tuple[str, bytes, Places]]:
-    """Yield small tars of all formats, with the place of each of their bytes."""
-    tar = PlacedTar()
-    tar.add(entry(b"v7", b"seven", magic=b""), ("content", 5), name="v7")
-    tar.add(entry(b"v7d/", typeflag=b"\0", magic=b""), name="v7d/")
-    yield "v7", *tar.end()
-
-    tar = PlacedTar()
-    tar.add(entry(b"base", b"x" * 600, prefix=b"some/prefix", uname=b"root", gname=b"wheel"),
-            ("content", 600), name="some/prefix/base")
-    tar.add(entry(b"hard", typeflag=b"1", linkname=b"base"), name="hard")
-    tar.add(entry(b"soft", typeflag=b"2", linkname=b"base"), name="soft")
-    yield "ustar", *tar.end(END + b"garbage" * 3)
-
-    tar = PlacedTar()
-    tar.add(entry(b"null", typeflag=b"3", major=b"0000001", minor=b"0000003"), name="null")
-    tar.add(entry(b"loop", typeflag=b"4", major=b"0000007"), name="loop")
-    tar.add(entry(b"pipe", typeflag=b"6"), name="pipe")
-    yield "devices", *tar.end(b"")  # ends without any trailer
-
-    tar = PlacedTar()
-    long = "n" * 120
-    tar.add(gnu_entry(b"././@LongLink", long.encode() + b"\0", b"L"), ("name", 121), name=long,
-            last=False)
-    tar.add(gnu_entry(b"././@LongLink", long.encode() + b"\0", b"K"), ("linkname", 121), name=long,
-            last=False)
-    tar.add(gnu_entry(long[:100].encode(), typeflag=b"2", linkname=long[:100].encode()), name=long)
-    tar.add(gnu_entry(b"after", b"1"), ("content", 1), name="after")
-    yield "gnu", *tar.end()
-
-    tar = PlacedTar()
-    runs = b"%011o\0" % 0 + b"%011o\0" % 1
-    rest = bytes(41) + 4 * runs + b"\1" + b"00000001000\0"
-    header = gnu_entry(b"sparse", b"", b"S", rest, size=b"00000000001")
-    tar.add(header + (21 * runs)[:504].ljust(504, b"\0") + bytes(8) + b"c" + bytes(511),
-            ("sparse", 504), ("isextended", 1), ("header padding", 7), ("content", 1),
-            name="sparse")
-    yield "gnu-sparse", *tar.end()
-
-    tar = PlacedTar()
-    tar.add_pax("pax_global_header", {b"comment": b"global"}, b"g")
-    tar.places = [(index, "PaxHeaders/x", field) for index, _, field in tar.places]
-    tar.add_pax("path/in/pax", {b"path": b"path/in/pax", b"mtime": b"1700000000.25",
-                                b"SCHILY.xattr.user.mime": b"text/plain"})
-    tar.add(entry(b"short", b"12345"), ("content", 5), name="path/in/pax")
-    tar.add_pax("last", {b"size": b"3", b"linkpath": b"z"})
-    tar.add(entry(b"last", b"123", size=0), ("content", 3), name="last")
-    yield "pax", *tar.end(END[:BLOCK])
-
-
-class TarDiffs(StoreTest):
-    """tar-diff, on tars made by hand whose places are known."""
-
-    def put(self, name: str, data: bytes) -> str:
+    def write(self, name: str, text: str) -> str:
         path = os.path.join(self.dir, name)
-        with open(path, "wb") as file:
-            file.write(data)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
         return path
 
-    def rows(self, a: bytes, b: bytes) -> list[dict[str, Any]]:
-        return list(cstor.diff_tars(self.put("a.tar", a), self.put("b.tar", b)))
+    def said(self) -> tuple[int, list[str]]:
+        """Return process ID and arguments of the last skopeo."""
+        with open(os.path.join(self.layout, "words"), encoding="utf-8") as file:
+            process, words = json.load(file)
+        os.unlink(os.path.join(self.layout, "words"))
+        return process, words
 
-    def changes(self, a: bytes, b: bytes) -> list[tuple[Any, ...]]:
-        """Return the rows after the first as tuples, without their keys."""
-        return [tuple(row.values()) for row in self.rows(a, b)[1:]]
+    def same_as_sample(self, directory: str) -> None:
+        with cstor.Storage.open(self.store.root) as storage, \
+                storage.image("sample").tree() as tree:
+            self.assertEqual([], [row for row in tree_differences(directory, tree) if not (
+                os.geteuid() and (row[1] == "owner" or not row[0]))])  # what root alone can set
 
-    def test_every_byte(self) -> None:
-        for name, tar, places in placed_tars():
-            self.assertEqual(len(tar), len(places), name)
-            original, other = self.put("a.tar", tar), self.put("b.tar", tar)
-            self.assertEqual([], list(cstor.diff_tars(original, other)))
-            with open(other, "r+b", buffering=0) as file:
-                for at, place in enumerate(places):
-                    if not FULL and at % 4 and 8 < at % BLOCK < BLOCK - 8:
-                        continue
-                    more = (0, tar[at] ^ 0x80)[at % 2:][:FULL]
-                    values = {tar[at] ^ 1, *more} - {tar[at]}
-                    for value in values:
-                        os.pwrite(file.fileno(), bytes([value]), at)
-                        with self.subTest(tar=name, at=at, value=value):
-                            self.one_byte(original, other, at, place)
-                            mutant = tar[:at] + bytes([value]) + tar[at + 1:]
-                            self.one_byte(other, original, at, place, mutant)
-                    os.pwrite(file.fileno(), tar[at:at + 1], at)
+    def test_copies(self) -> None:
+        before = read_layout(self.layout)
+        for tag in before:
+            seen: list[int] = []
+            with cstor.FetchedImage(f"fake:{tag}") as image:
+                blob = image.copy_to_oci(self.out, tag, progress=functools.partial(
+                    self.note, seen))
+                image.extract(os.path.join(self.dir, tag))
+            self.assertEqual(sorted(seen), seen)
+            self.assertEqual({"os": "linux", "architecture": "amd64"}, blob["platform"])
+            self.same_as_sample(os.path.join(self.dir, tag))
+        self.said()
+        self.assertEqual(before, read_layout(self.out))
 
-    def one_byte(self, a: str, b: str, at: int, place: tuple[int | None, str | None, str],
-                 mutant: bytes = b"") -> None:
-        """Check the place of the only byte that differs; ``mutant`` is the tar when ``a`` is one.
+    @staticmethod
+    def note(seen: list[int], size: int, _: int) -> None:
+        seen.append(size)
 
-        What a changed pax record or long name says is all that is known of it then.
-        """
-        first, *others = cstor.diff_tars(a, b)
-        index, name, field = place
-        self.assertEqual(("first", at, index), (first["change"], first["offset"], first["index"]))
-        if mutant and first["field"] != field and field.split()[0] in ("pax", "xattr"):
-            key = cstor.unspell(first["field"].partition(" ")[2])
-            self.assertIn(key + b"=", mutant[at - len(key) - 16:at + len(key) + 16])
-        else:
-            self.assertEqual(field, first["field"])
-        if mutant and first["entry"] != name and field in ("name", "pax path"):
-            self.assertIn(cstor.unspell(first["entry"]), mutant)
-        else:
-            self.assertEqual(name, first["entry"])
-        self.assertTrue(others)
-        self.assertEqual(field == "content", "contentOffset" in first)
+    def test_what_the_manifest_says_wrongly(self) -> None:
+        """Types are made true, and the manifest tells which it was."""
+        manifest, config, tars = read_layout(self.layout)["none"]
+        for layer in manifest["layers"]:
+            layer["mediaType"] += "+gzip"
+        data = json.dumps({**manifest, "annotations": {"a": "b"}}).encode()
+        with cstor.OciLayout(self.layout) as layout:
+            layout.tag(cstor.descriptor(cstor.OCI_MANIFEST, *layout.add(data)), "none")
+        with cstor.FetchedImage("fake:none") as image:
+            image.copy_to_oci(self.out, "none")
+        found = read_layout(self.out)["none"]
+        self.assertEqual((config, tars), found[1:])
+        self.assertEqual({cstor.OCI_LAYER}, {entry["mediaType"] for entry in found[0]["layers"]})
+        self.assertEqual({"a": "b", cstor.ORIGINAL_DIGEST: sha256(data)}, found[0]["annotations"])
 
-    def test_exit_status_and_text(self) -> None:
-        a, b = self.put("a", entry(b"f", b"12") + END), self.put("b", entry(b"f", b"13") + END)
-        self.assertEqual(b"", self.run_cstor("tar-diff", a, a).stdout)
-        text = self.run_cstor("tar-diff", a, b, status=1).stdout.decode().splitlines()
-        self.assertEqual("first difference at offset 513: f: content at 1", text[0])
-        self.assertEqual(["changed f content: 2 bytes, " + sha256(b"12") + " -> 2 bytes, "
-                          + sha256(b"13")], text[1:])
-        hostile = self.put("c", entry(b"\x1b[31m\n") + END)
-        text = self.run_cstor("tar-diff", a, hostile, status=1).stdout.decode().splitlines()
-        self.assertIn("extra \\x1b[31m\\n: - -> 0", text)
-        self.run_cstor("tar-diff", a, self.dir + "/nope", status=3)
-        self.run_cstor("tar-diff", a, self.dir, status=6)
-        self.run_cstor("tar-diff", "-", "-", status=2)
-        for data in (b"text\n", b"text" * 500, b"\x7fELF" + bytes(2000)):
-            junk = self.put("junk", data)
-            self.assertIn(b"no tar", self.run_cstor("tar-diff", junk, junk, status=6).stderr)
-            self.run_cstor("tar-diff", a, junk, status=6)
+    def test_failures_leave_nothing(self) -> None:
+        for fault, kind, message in (
+                ("corrupt", cstor.IntegrityError, "wrong digest"),
+                ("corrupt=config", cstor.IntegrityError, "wrong digest"),
+                ("corrupt=manifest", cstor.IntegrityError, "wrong digest"),
+                ("cut", cstor.IntegrityError, "wrong size"),
+                ("grow", cstor.IntegrityError, "wrong size"),
+                ("lose", cstor.NotFound, "skopeo wrote no blob"),
+                ("fifo", cstor.FormatError, "not a regular file|no regular file"),
+                ("lose=config", cstor.NotFound, "skopeo wrote no blob"),
+                ("index=[]", cstor.FormatError, "index: not an object"),
+                ('index={"manifests":[]}', cstor.FormatError, "not one manifest"),
+                ('index={"manifests":[{"size":1}]}', cstor.FormatError, "malformed descriptor"),
+                ('index={"manifests":[{"digest":"sha512:0","size":1}]}', cstor.Unsupported,
+                 "not a sha256"),
+                ("refuse=lookup: no such file or directory", cstor.NotFound,
+                 "fake:gzip:.*: lookup: no such file"),
+                ("die", cstor.CstorError, "skopeo was killed by signal 9"),
+                ("status=7", cstor.CstorError, "skopeo ended with status 7")):
+            for method in ("extract", "copy_to_oci"):
+                with self.subTest(fault=fault, method=method), \
+                        self.assertRaisesRegex(kind, message):
+                    with cstor.FetchedImage(f"fake:gzip:{fault}") as image:
+                        getattr(image, method)(self.out)
+                self.assertFalse(os.path.exists(self.out))
 
-    def test_json(self) -> None:
-        a = self.put("a", entry(b"f\xff", b"12") + END)
-        b = self.put("b", entry(b"f\xff", b"12", mode=b"0000600") + entry(b"g") + END)
-        same = json.loads(self.run_cstor("tar-diff", a, a, "--format", "json").stdout)
-        self.assertEqual({"identical": True, "first": None, "differences": []}, same)
-        found = json.loads(self.run_cstor("tar-diff", a, b, "--format", "json", status=1).stdout)
-        self.assertEqual(["identical", "first", "differences"], list(found))
-        self.assertEqual({"offset": 105, "index": 0, "entry": cstor.spell(b"f\xff"),
-                          "field": "mode"}, found["first"])
-        self.assertEqual([
-            {"change": "changed", "entry": cstor.spell(b"f\xff"), "field": "mode", "a": "0644",
-             "b": "0600"},
-            {"change": "extra", "entry": "g", "a": None, "b": 1}], found["differences"])
+    def test_hanging(self) -> None:
+        for fault in ("hang", "deaf"):
+            with self.subTest(fault=fault), self.assertRaisesRegex(
+                    cstor.ProtocolError, "has written nothing for 0.3 seconds"):
+                cstor.FetchedImage(f"fake:none:{fault}", timeout=0.3)
+            self.assertFalse(os.path.exists(f"/proc/{self.said()[0]}"))
 
-    def test_identical(self) -> None:
-        for _, tar in [*odd_tars(), ("empty", b""), ("zeros", END), ("no end", entry(b"f"))]:
-            self.assertEqual([], self.rows(tar, tar))
+    def test_a_colon_in_tmpdir(self) -> None:
+        with mock.patch("tempfile.tempdir", os.path.join(self.dir, "tm:p")):
+            os.mkdir(os.path.join(self.dir, "tm:p"))
+            with self.assertRaisesRegex(cstor.CstorError, "no directory with a colon"):
+                cstor.FetchedImage("fake:none")
+            self.assertEqual([], os.listdir(os.path.join(self.dir, "tm:p")))
 
-    def test_entries(self) -> None:
-        f, g, h = (entry(name, name) for name in (b"f", b"g", b"h"))
-        for a, b, rows in (
-                (f + g, f + g + h, [("extra", "h", None, 2)]),
-                (f + g + h, g + h, [("missing", "f", 0, None)]),
-                (f + g, g + f, [("reordered", "f", 0, 1)]),
-                (f + g + h, f + g + f + h, [("duplicated", "f", 1, 2)]),
-                (f + f + g, g, [("missing", "f", 0, None), ("duplicated", "f", 2, 0)]),
-                (f + f, f + f + f, [("duplicated", "f", 2, 3)]),
-                (f + g + f, g + f + f, [("reordered", "f", 0, 1)])):
-            found = self.changes(a + END, b + END)
-            self.assertEqual(rows, [row for row in found if row[0] != "changed"], (a, b))
+    def test_wrong_layers(self) -> None:
+        """The blobs are as the manifest says, but not as the configuration does."""
+        manifest, config, _ = read_layout(self.layout)["gzip"]
+        diff_ids = config["rootfs"]["diff_ids"]
+        for changed, kind, message in (
+                (diff_ids[::-1], cstor.IntegrityError, "wrong digest"),
+                (diff_ids[:1], cstor.IntegrityError, "its layers are not those"),
+                (["sha256:0"], cstor.FormatError, "it names no layers")):
+            config["rootfs"]["diff_ids"] = changed
+            with cstor.OciLayout(self.layout) as layout:
+                digest, size = layout.add(json.dumps(config).encode())
+                manifest["config"].update(digest=digest, size=size)
+                layout.tag(cstor.descriptor(cstor.OCI_MANIFEST, *layout.add(
+                    json.dumps(manifest).encode())), "gzip")
+            with cstor.FetchedImage("fake:gzip") as image, \
+                    self.assertRaisesRegex(kind, message):
+                image.extract(self.out)
+            self.assertFalse(os.path.exists(self.out))
+            self.said()
 
-    def test_an_entry_that_moves_is_one_row(self) -> None:
-        names = [b"n%d" % i for i in range(50)]
-        moved = [*names[:3], *names[4:40], names[3], *names[40:]]
-        for old, new in ((names, moved), (moved, names)):
-            found = self.changes(b"".join(map(entry, old)), b"".join(map(entry, new)))
-            self.assertEqual([("reordered", "n3")], [row[:2] for row in found])
-        swapped = names[10:] + names[:10]
-        found = self.changes(b"".join(map(entry, names)), b"".join(map(entry, swapped)))
-        self.assertEqual({("reordered", f"n{i}") for i in range(10)}, {row[:2] for row in found})
-        self.assertEqual(10, len(found))
+    def test_platform(self) -> None:
+        with cstor.FetchedImage("fake:none", platform="linux/amd64"):
+            self.assertEqual(["--override-os", "linux", "--override-arch", "amd64"],
+                             self.said()[1][:4])
+        with self.assertRaisesRegex(cstor.NotFound, "is for linux/amd64, not linux/arm64/v8"):
+            cstor.FetchedImage("fake:none", platform="linux/arm64/v8")
+        cstor.FetchedImage("fake:none:list", platform="linux/arm64").close()  # chosen from a list
 
-    def test_the_nth_of_a_name_meets_the_nth(self) -> None:
-        a = b"".join(entry(b"f", text) for text in (b"1", b"2", b"3"))
-        b = b"".join(entry(b"f", text) for text in (b"1", b"2", b"4"))
-        row = self.changes(entry(b"x") + entry(b"y") + a + END, entry(b"y") + b + entry(b"x")
-                           + END)[0]
-        self.assertEqual(("changed", "f", "content"), row[:3])
-        self.assertEqual({hashlib.sha256(text).hexdigest() for text in (b"3", b"4")},
-                         {row[3]["sha256"], row[4]["sha256"]})
+    # -- command line ----------------------------------------------------------------------------
 
-    def test_fields(self) -> None:
-        def changes(a: dict[str, Any], b: dict[str, Any], flag: bytes = b"0") -> list[Any]:
-            return [row[2:] for row in self.changes(entry(b"f", typeflag=flag, **a) + END,
-                                                    entry(b"f", typeflag=flag, **b) + END)]
+    def run_via(self, *args: str, status: int = 0, env: Mapping[str, str] | None = None,
+                **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
+        return self.run_cstor("image", *args, status=status, env={**self.env, **(env or {})},
+                              **kwargs)
 
-        self.assertEqual([("mode", "0644", "4755"), ("uid", 0, 1000), ("gid", 0, 2**31)], changes(
-            {}, {"mode": b"0004755", "uid": b"0001750", "gid": base256(2**31, 8)}))
-        self.assertEqual([("mtime", "2021-01-14T08:25:36Z", "1970-01-01T00:00:08Z")],
-                         changes({}, {"mtime": b"10"}))
-        self.assertEqual([("mode", "0000644 ", "0000644\0")], changes({"mode": b"0000644 "}, {}))
-        self.assertEqual([("linkname", "a", "b")], changes(
-            {"linkname": b"a"}, {"linkname": b"b"}, b"2"))
-        self.assertEqual([("uname", "u", "root"), ("gname", "", "wheel"), ("devmajor", 1, 2),
-                          ("devminor", 0, 8)], changes(
-            {"uname": b"u", "major": b"1"}, {"uname": b"root", "gname": b"wheel", "major": b"2",
-                                             "minor": b"0000010"}, b"3"))
-        self.assertEqual([("typeflag", "3", "4")], [row[2:] for row in self.changes(
-            entry(b"f", typeflag=b"3"), entry(b"f", typeflag=b"4"))])
-        self.assertEqual([("uid", "zzz" + "\0" * 5, 0)], changes({"uid": b"zzz"}, {}))
-        wrong = entry(b"f")[:148] + b"000000\0 " + entry(b"f")[156:]
-        (_, _, field, a, b), = self.changes(wrong + END, entry(b"f") + END)
-        self.assertEqual(("chksum", "right"), (field, b))
-        self.assertRegex(a, r"wrong header checksum: expected 0, got \d+")
+    def test_commands(self) -> None:
+        done = self.run_via("extract", "--via-skopeo", "fake:gzip", self.out, "--format=json")
+        self.assertEqual(self.out, json.loads(done.stdout)["directory"])
+        self.same_as_sample(self.out)
+        some = os.path.join(self.dir, "some")
+        self.run_via("extract", "--via-skopeo=fake:none", some, "--path=etc", "--verify")
+        self.assertEqual(["etc"], os.listdir(some))
+        copy = os.path.join(self.dir, "copy")
+        done = self.run_via("copy-to-oci", "--via-skopeo", "fake:gzip", f"{copy}:t")
+        self.assertRegex(done.stdout.decode(), r"\Asha256:[0-9a-f]{64} t\n\Z")
+        self.run_via("copy-to-oci", "--via-skopeo=fake:none", copy + ":none",
+                     "--platform=linux/amd64")
+        self.assertEqual({"t", "none"}, set(read_layout(copy)))
 
-    def test_pax_records(self) -> None:
-        def changes(a: dict[bytes, bytes], b: dict[bytes, bytes]) -> list[Any]:
-            return [row[2:] for row in self.changes(pax(a) + entry(b"f") + END,
-                                                    pax(b) + entry(b"f") + END)
-                    if row[2] != "pax header size"]
+    def test_wrong_use(self) -> None:
+        for args, message in (
+                (["extract", "--via-skopeo", "fake:none", "sample", self.out],
+                 "--via-skopeo is given instead of IMAGE"),
+                (["extract", self.out], "arguments are required: DIR"),
+                (["extract", "--via-skopeo", "fake:none"], "arguments are required: DIR"),
+                (["extract", "--via-skopeo", "fake:none", self.out, "--link-mode=reflink"],
+                 "nothing to share contents with"),
+                (["extract", "--via-skopeo", "containers-storage:x", self.out],
+                 "without --via-skopeo"),
+                (["copy-to-oci", "--via-skopeo", "fake:none", self.out, "--compress=none"],
+                 "--compress cannot be used with --via-skopeo: blobs are copied unchanged"),
+                (["copy-to-oci", "--via-skopeo", "fake:none", self.out, "--all"],
+                 "--all cannot be used with --via-skopeo; choose one image with --platform"),
+                (["copy-to-oci", "--via-skopeo", "fake:none", self.out + ":-"], "malformed tag"),
+                (["list", "--via-skopeo", "fake:none"], "unrecognized arguments")):
+            with self.subTest(args=args):
+                done = self.run_via(*args, status=2)
+                self.assertIn(message, done.stderr.decode())
+                self.assertFalse(os.path.exists(self.out))
+                self.assertFalse(os.path.exists(os.path.join(self.layout, "words")))
 
-        cap = b"SCHILY.xattr.security.capability"
-        self.assertEqual([("pax mtime", "1.5", "1.25"), ("xattr security.capability", "1", None),
-                          ("pax comment", None, "c")], changes(
-            {b"mtime": b"1.5", cap: b"1"}, {b"mtime": b"1.25", b"comment": b"c"}))
-        self.assertEqual([("pax order", "a b", "b a")], changes(
-            {b"a": b"1", b"b": b"2"}, {b"b": b"2", b"a": b"1"}))
-        (field, a, b), = changes({b"a": b"1" * 5000}, {b"a": b"2" * 5000})
-        self.assertEqual(("pax a", sha256(b"1" * 5000) + " (5000 bytes)"), (field, a))
-        found = self.changes(pax({b"a": b"1"}) + entry(b"f"), pax({b"a": b"1"}, name=b"P")
-                             + entry(b"f"))
-        self.assertEqual([("changed", "f", "pax header name", "PaxHeaders/x", "P")], found)
-        found = self.changes(entry(b"PaxHeaders/x", b"6 aa=\n", b"x") + entry(b"f"),
-                             entry(b"PaxHeaders/x", b"6 aa=\n", b"x", padding=b"1") + entry(b"f"))
-        self.assertEqual(["header"], [row[2] for row in found])
-        self.assertEqual([("pax records", None, "9 a=1\n"), ("pax header size", None, 6)], [
-            row[2:] for row in self.changes(entry(b"f"), entry(b"P", b"9 a=1\n", b"x")
-                                            + entry(b"f"))])
+    def test_failing_commands(self) -> None:
+        for fault, status, message in (
+                ("die", 6, "skopeo was killed by signal 9"), ("corrupt", 4, "wrong digest"),
+                ("refuse=open x: no such file or directory", 3, "open x: no such file"),
+                ('refuse=Invalid source name \\"x\\"', 6, "expected oci:DIR:TAG"),
+                ("refuse=no policy.json file found", 6, "containers-policy.json(5)")):
+            for command in ("extract", "copy-to-oci"):
+                with self.subTest(fault=fault, command=command):
+                    done = self.run_via(command, "--via-skopeo", f"fake:gzip:{fault}",
+                                        self.out + ":t" * (command != "extract"), status=status)
+                    self.assertIn(message, done.stderr.decode())
+                    self.assertFalse(os.path.exists(self.out))
+        done = self.run_via("extract", "--via-skopeo", "fake:gzip", self.out, status=6,
+                            env={"PATH": "/nonexistent"})
+        self.assertIn("skopeo cannot be run", done.stderr.decode())
 
-    def test_trailers(self) -> None:
-        first, row = self.rows(entry(b"f") + END, entry(b"f") + END + bytes(BLOCK))
-        self.assertEqual(("end of file", "a", None, BLOCK + 1024), (
-            first["field"], first["ended"], first["entry"], first["offset"]))
-        self.assertEqual(("trailer", 1024, 1536), (row["field"], row["a"]["size"],
-                                                   row["b"]["size"]))
-        first, row = self.rows(entry(b"f", b"1"), entry(b"f", b"1", padding=b"\1"))
-        self.assertEqual(("padding", BLOCK + 1, "f"), (first["field"], first["offset"],
-                                                       first["entry"]))
-        self.assertEqual(("padding", "", "\1" * 511), (row["field"], row["a"], row["b"]))
+    def test_with_and_without_a_storage(self) -> None:
+        """None is needed, and one that is there is not written to."""
+        inside = self.store.path("overlay/new")
+        self.guard(self.store.root)
+        for command in ("extract", "copy-to-oci"):
+            config = self.write("storage.conf", f'[storage]\ndriver="overlay"\ngraphroot='
+                                f'"{self.store.root}"\nrunroot="{self.dir}/run"\n')
+            for words, env in ((["--root", self.store.root], {}),
+                               ([], {"CONTAINERS_STORAGE_CONF": config})):
+                done = self.run_via(command, "--via-skopeo", "fake:none", inside, *words,
+                                    status=6, env=env)
+                self.assertIn("is inside the storage", done.stderr.decode())
+                self.assertFalse(os.path.exists(os.path.join(self.layout, "words")))
+            self.run_via(command, "--via-skopeo", "fake:none", self.out, "--root=/dev/null/x",
+                         status=3)
+            self.write("storage.conf", '[storage]\ndriver="btrfs"\n')
+            self.run_via(command, "--via-skopeo", "fake:none", os.path.join(self.dir, command),
+                         env={"CONTAINERS_STORAGE_CONF": config})
+            self.said()
 
-    def test_truncated(self) -> None:
-        for name, tar, places in placed_tars():
-            for cut in [*range(0, len(tar), BLOCK), 3 * BLOCK // 2]:
-                for a, b, ended in ((tar, tar[:cut], "b"), (tar[:cut], tar, "a")):
-                    first, *others = self.rows(a, b)
-                    index, entry_name, _ = places[cut]
-                    with self.subTest(tar=name, cut=cut, ended=ended):
-                        self.assertEqual(("end of file", ended, cut, index), (
-                            first["field"], first["ended"], first["offset"], first["index"]))
-                        self.assertEqual(entry_name, first["entry"])
-                        self.assertTrue(others)
-                self.assertEqual([], self.rows(tar[:cut], tar[:cut]))
-
-    def test_reading_goes_on(self) -> None:
-        f, g = entry(b"f", b"1" * 600), entry(b"g", b"2")
-        broken = entry(b"f", b"1" * 600, size=b"zz")
-        changes = self.changes(f + g + END, broken + g + END)
-        self.assertIn(("unreadable", None, None, 'the size of "f" is malformed'), changes)
-        self.assertIn(("missing", "g", 1, None), changes)
-        changes = self.changes(f + g, (f + g)[:1000])
-        self.assertIn(("unreadable", None, None, 'the content of "f" is cut off'), changes)
-        flipped = bytearray(f + g + END)
-        flipped[BLOCK * 3 + 110] ^= 1  # the uid of g: its checksum is wrong now
-        changes = self.changes(f + g + entry(b"h") + END, bytes(flipped[:-1024]) + entry(b"h",
-                                                                                   b"3") + END)
-        self.assertEqual(["uid", "chksum", "size", "content"], [row[2] for row in changes])
-
-    def test_compressed(self) -> None:
-        tar = make_tar(("f", b"1" * 100_000), ("g", random.Random(1).randbytes(100_000)))
-        plain = self.put("plain", tar)
-        packed = {"gz": gzip.compress(tar), "bz2": bz2.compress(tar), "xz": lzma.compress(tar)}
-        if shutil.which("zstd"):
-            packed["zst"] = subprocess.run(["zstd", "-c", plain], stdout=subprocess.PIPE,
-                                           check=True).stdout
-        for kind, data in packed.items():
-            path = self.put(f"t.{kind}", data)
-            self.run_cstor("tar-diff", plain, path)
-            self.assertEqual([], list(cstor.diff_tars(path, plain)))
-            other = self.put("other", tar[:-1] + b"1")
-            self.assertEqual(len(tar) - 1, next(cstor.diff_tars(other, path))["offset"])
-            with open(path, "rb") as file:
-                self.run_cstor("tar-diff", "-", plain, stdin=file)
-            for broken in (data[:-20], data[:len(data) // 2], data[:len(data) // 2] + b"\xff" * 9
-                           + data[len(data) // 2 + 9:]):
-                cut = self.put("cut", broken)
-                self.assertRegex(self.run_cstor("tar-diff", plain, cut, status=6).stderr,
-                                 b"damaged|no tar")  # bzip2 checks at the end of a block
-                self.assertRaises(cstor.FormatError, list, cstor.diff_tars(cut, plain))
-
-    def test_zstd_by_module_or_not_at_all(self) -> None:
-        path = self.put("t.zst", b"\x28\xb5\x2f\xfd" + entry(b"f") + END)
-        plain = self.put("plain", entry(b"f") + END)
-
-        class ZstdFile(io.BytesIO):
-            def __init__(self, file: Any) -> None:
-                super().__init__(file.read()[4:])
-
-        module = mock.Mock(ZstdFile=ZstdFile, ZstdError=ZeroDivisionError)
-        with mock.patch.dict(sys.modules, {"compression": mock.Mock(),
-                                           "compression.zstd": module}):
-            self.assertEqual([], list(cstor.diff_tars(path, plain)))
-        if sys.version_info < (3, 14):
-            self.assertIn(b"program zstd", self.run_cstor(
-                "tar-diff", path, plain, status=6, env={"PATH": self.dir}).stderr)
-        need_tools("zstd")
-        self.assertIn(b"damaged", self.run_cstor("tar-diff", path, plain, status=6).stderr)
-
-    def test_zstd_that_nobody_reads_to_the_end(self) -> None:
-        need_tools("zstd")
-        big = self.put("big", make_tar(("f", random.Random(1).randbytes(3_000_000))))
-        subprocess.run(["zstd", "-q", big], check=True)
-        junk = self.put("junk", b"no tar")
-        self.assertRaises(cstor.FormatError, list, cstor.diff_tars(big + ".zst", junk))
-
-    def test_stdin_that_comes_byte_by_byte(self) -> None:
-        tar = entry(b"f", b"1") + END
-        plain = self.put("plain", tar)
-        for data in (tar, gzip.compress(tar)):
-            process = subprocess.Popen([*COMMAND, "tar-diff", "-", plain],
-                                       stdin=subprocess.PIPE, env=IDLE)
-            assert process.stdin
-            with process.stdin as pipe:
-                for byte in data[:8]:
-                    pipe.write(bytes([byte]))
-                    pipe.flush()
+    def test_a_signal(self) -> None:
+        """Both end, and nothing is left."""
+        for command in ("extract", "copy-to-oci"):
+            with subprocess.Popen([*COMMAND, "image", command, "--via-skopeo", "fake:none:hang",
+                                   self.out], stderr=subprocess.PIPE,
+                                  env={**IDLE, **self.env}) as ours:
+                for _ in range(1000):
+                    if os.path.exists(os.path.join(self.layout, "words")):
+                        break
                     time.sleep(0.01)
-                pipe.write(data[8:])
-            self.assertEqual(0, process.wait())
-        with open(plain, "rb") as file:  # from where it stands, as any program reads stdin
-            file.seek(BLOCK, os.SEEK_SET)
-            self.run_cstor("tar-diff", "-", plain, status=6, stdin=file)
+                time.sleep(0.3)
+                ours.terminate()
+                self.assertEqual(128 + 15, ours.wait(30))
+            self.assertFalse(os.path.exists(self.out))
+            self.assertFalse(os.path.exists(f"/proc/{self.said()[0]}"))
 
-    def test_memory(self) -> None:
-        big = os.path.join(self.dir, "big")
-        header = entry(b"f", size=1 << 30)
-        with open(big, "wb") as file:
-            file.write(header)
-            file.truncate(BLOCK + (1 << 30) + 1024)
-        small = self.put("small", entry(b"f") + END)
-        least = peak_memory("tar-diff", small, small)
-        self.assertLess(peak_memory("tar-diff", big, big), least + 16 * 1024)
-
-    def test_memory_of_entries_that_wait(self) -> None:
-        a = self.put("a", b"".join(entry(b"a%d" % i) for i in range(100)))
-        b = self.put("b", b"".join(entry(b"b%d" % i) for i in range(100)))
-        self.assertEqual(201, len([row for row in cstor.diff_tars(a, b)
-                                   if row["change"] in ("first", "missing", "extra")]))
-        with mock.patch("cstor.MAX_UNPAIRED", 50_000):
-            self.assertRaises(cstor.Unsupported, list, cstor.diff_tars(a, b))
-
-    def test_any_bytes_end_well(self) -> None:
-        rng = random.Random(5)
-        tars = [tar for _, tar, _ in placed_tars()]
-        for _ in range(1000 if FULL else 200):
-            a, b = rng.choice(tars), bytearray(rng.choice(tars))
-            for _ in range(rng.randrange(1, 9)):
-                b[rng.randrange(len(b))] = rng.choice((0, 0x20, 0x31, 0x37, 0x4C, 0x78, 0x80, 0xFF))
-            try:
-                rows = self.rows(a, bytes(b))
-            except cstor.FormatError as error:
-                self.assertIn("no tar", str(error))
-                continue
-            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-            self.assertEqual([at] if a != b else [], [row["offset"] for row in rows[:1]])
+    def test_tags_of_references(self) -> None:
+        for reference, tag in (
+                ("oci:/x/y:t", "t"), ("oci:/x/y", ""), ("docker://a.b:5000/c", "latest"),
+                ("docker://a/b:c", "c"), ("docker://a/b@sha256:0", ""), ("dir:/x:y/z", ""),
+                ("docker-archive:/x.tar", ""), ("docker-archive:x.tar:a/b:c", "c")):
+            self.assertEqual(tag, cstor.reference_tag(reference), reference)
 
 
 # ================================================================================================
-# 15. Streams
+# 18. Streams
 # ================================================================================================
 
 CODECS = ("splitfdstream", "splitdirfdstream")
@@ -9410,7 +9849,7 @@ class StreamExtracts(TreeTest):
 
 
 # ================================================================================================
-# 16. Messages
+# 19. Transport
 # ================================================================================================
 
 class Dumb:
@@ -9669,6 +10108,1305 @@ class MessageTest(StoreTest):
             self.fetched(form, saying(say) if isinstance(say, list) else say, **options)
         return caught.exception
 
+
+CSTOR_ERRORS = {"FormatError", "IntegrityError", "LayerUnknown", "ImageUnknown", "NotFound",
+                "ProtocolError", "Unsupported"}
+WORDS = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\0", b"\xff", b" ", b"null", b"true",
+         b"-1", b"1e9", b"9" * 30, b'"fds":1', b'"fds":2,', b'"id":1', b"{}", b"NaN")
+
+
+def damage(rng: random.Random, data: list[bytearray], fds: list[list[int]], spare: list[int]
+           ) -> None:
+    """Change a recorded conversation at some place."""
+    i = rng.randrange(len(data))
+    part = data[i]
+    at = rng.randrange(len(part) or 1)
+    kind = rng.randrange(10)
+    if kind < 3 and part:
+        part[at % len(part)] ^= 1 << rng.randrange(8)
+    elif kind == 3:
+        del part[at:at + rng.randrange(1, 9)]
+    elif kind == 4:
+        part[at:at] = rng.choice(WORDS)
+    elif kind == 5:
+        part[at:at + rng.randrange(9)] = part[:rng.randrange(9)]
+    elif kind == 6:
+        j = rng.randrange(len(data))
+        data[i], data[j], fds[i], fds[j] = data[j], data[i], fds[j], fds[i]
+    elif kind == 7 and len(data) > 1:
+        del data[i], fds[i]
+    elif kind == 8:
+        data.insert(i, bytearray(part))
+        fds.insert(i, list(fds[i]))
+    elif spare and fds[i] and rng.random() < 0.7:
+        fds[i][rng.randrange(len(fds[i]))] = rng.choice(spare)
+    elif spare:
+        fds[i].append(rng.choice(spare))
+
+
+class ListeningSockets(StoreTest):
+    """Where a server's socket is put, and what may be there before and afterwards."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = os.path.join(self.dir, "socket")
+
+    def gone(self) -> None:
+        self.assertEqual([], [name for name in os.listdir(self.dir) if "sock" in name])
+
+    def test_it_comes_and_goes(self) -> None:
+        for mask in (0, 0o22, 0o777):
+            before = os.umask(mask)
+            try:
+                with cstor.ListeningSocket(self.path) as listener:
+                    self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+                    self.assertFalse(listener.get_inheritable())
+                    with cstor.connect(self.path) as sock:
+                        self.assertFalse(sock.get_inheritable())
+                        listener.accept()[0].close()
+            finally:
+                os.umask(before)
+            self.gone()
+
+    def test_what_is_there_before(self) -> None:
+        def refused(number: int, path: str = self.path) -> None:
+            with self.assertRaises(OSError) as caught:
+                cstor.ListeningSocket(path)
+            self.assertEqual((number, path), (caught.exception.errno, caught.exception.filename))
+
+        with cstor.ListeningSocket(self.path):
+            refused(errno.EADDRINUSE)
+            self.assertTrue(os.path.exists(self.path))
+        stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stale.bind(self.path)
+        stale.close()
+        with cstor.ListeningSocket(self.path):
+            cstor.connect(self.path).close()
+        self.gone()
+        with open(self.path, "w"):
+            pass
+        refused(errno.EEXIST)
+        os.unlink(self.path)
+        os.symlink("nowhere", self.path)
+        refused(errno.EEXIST)
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        refused(errno.EEXIST)
+        os.rmdir(self.path)
+        refused(errno.ENOENT, os.path.join(self.dir, "no", "socket"))
+        refused(errno.ENAMETOOLONG, os.path.join(self.dir, "s" * 300))
+        self.gone()
+
+    def test_a_server_that_is_too_busy(self) -> None:
+        """Nobody waits for ever where nobody accepts; and it is not dead."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy, \
+                contextlib.ExitStack() as stack:
+            busy.bind(self.path)
+            busy.listen(0)
+            for _ in range(2):
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                waiting.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    waiting.connect(self.path)
+            with self.assertRaises(OSError) as caught:
+                cstor.ListeningSocket(self.path)
+            self.assertEqual(errno.EADDRINUSE, caught.exception.errno)
+            with self.assertRaisesRegex(cstor.ProtocolError, "done nothing for 0.1 seconds"):
+                cstor.RpcClient(self.path, timeout=0.1)
+
+    def test_long_paths(self) -> None:
+        folder = os.path.join(self.dir, "d" * 200)
+        os.mkdir(folder)
+        with mock.patch("os.path.exists", return_value=False), \
+                self.assertRaisesRegex(cstor.Unsupported, "paths are opened through /proc, which"):
+            cstor.connect(os.path.join(folder, "socket"))
+        need_proc()
+        for name in ("socket", "s" * 80, "s" * 81, "s" * 200):
+            path = os.path.join(folder, name)
+            with cstor.ListeningSocket(path) as listener:
+                with cstor.connect(path):
+                    listener.accept()[0].close()
+                with self.assertRaisesRegex(OSError, "another server"):
+                    cstor.ListeningSocket(path)
+            self.assertEqual([], os.listdir(folder))
+
+    def test_what_somebody_else_put_there_stays(self) -> None:
+        def touch() -> None:
+            open(self.path, "w").close()
+
+        for put in (touch, lambda: os.mkdir(self.path), lambda: None):
+            with cstor.ListeningSocket(self.path):
+                os.unlink(self.path)
+                put()
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(self.path) if os.path.isdir(self.path) else os.unlink(self.path)
+        with cstor.ListeningSocket(self.path):
+            os.unlink(self.path)
+            with cstor.ListeningSocket(self.path):
+                pass
+            other = cstor.ListeningSocket(self.path)
+        with other:
+            cstor.connect(self.path).close()
+        self.gone()
+
+
+# A skopeo that copies from one layout, FAKE_LAYOUT, and then does what the reference says.
+FAKE_SKOPEO = r"""
+import json, os, shutil, signal, sys, time
+words = sys.argv[1:]
+with open(os.environ["FAKE_LAYOUT"] + "/words", "w") as file:
+    print(json.dumps([os.getpid(), words]), file=file)
+if "inspect" in words:
+    print(json.dumps({"manifests": []} if words[-1].endswith(":list") else {"layers": []}))
+    sys.exit()
+reference, target = words[-2], words[-1][4:]
+_, tag, *faults = reference.split(":", 2)
+fault, _, detail = "".join(faults).partition("=")
+if fault == "refuse":
+    print(f'time="now" level=fatal msg="{detail}"', file=sys.stderr)
+    sys.exit(1)
+if fault == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+shutil.copytree(os.environ["FAKE_LAYOUT"], target)
+os.unlink(target + "/words")
+name = target + "/index.json"
+index = json.load(open(name))
+index["manifests"] = [entry for entry in index["manifests"]
+                      if entry["annotations"]["org.opencontainers.image.ref.name"] == tag]
+blob = lambda digest: f"{target}/blobs/sha256/{digest[7:]}"
+manifest = json.load(open(blob(index["manifests"][0]["digest"])))
+victim = blob({"manifest": index["manifests"][0], "config": manifest["config"]}.get(
+    detail, manifest["layers"][-1])["digest"])
+if fault == "corrupt":
+    with open(victim, "r+b") as file:
+        byte = file.read(1)
+        file.seek(0)
+        file.write(bytes([byte[0] ^ 1]))
+elif fault == "cut":
+    os.truncate(victim, os.path.getsize(victim) - 1)
+elif fault == "grow":
+    os.truncate(victim, 1 << 40)
+elif fault == "lose":
+    os.unlink(victim)
+elif fault == "fifo":
+    os.unlink(victim)
+    os.mkfifo(victim)
+elif fault == "index":
+    index = json.loads(detail)
+open(name, "w").write(json.dumps(index))
+if fault in ("hang", "deaf"):
+    time.sleep(60)
+if fault == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if fault == "status":
+    sys.exit(int(detail))
+"""
+
+
+# ================================================================================================
+# 20. Server
+# ================================================================================================
+
+def outcome(action: Callable[[], bytes], tar: bytes) -> str:
+    """Return what became of it, in a word."""
+    try:
+        return "tar" if action() == tar else "other tar"
+    except AssertionError:
+        raise
+    except Exception as error:
+        return type(error).__name__
+
+
+class DumbClients(MessageTest):
+    """Our server and clients from WIRE.md alone: good ones, broken ones, and many."""
+
+    def setUp(self) -> None:
+        need_proc()  # the server passes files through it
+        super().setUp()
+        self.store = self.builder()
+        self.layer = self.store.layer(self.tar)
+        self.big = self.store.layer(make_tar(*(
+            (f"big{i}", b"%d" % i * 200_000) for i in range(10)), ("small", b"s")), self.layer)
+        self.image = self.store.image(self.big, "localhost/tiny:1")
+        self.store.save()
+        self.guard(self.store.root)
+        self.server = cstor.RpcServer(self.opener, timeout=10.0, idle=10.0)
+        self.path = os.path.join(self.dir, "socket")
+
+    def opener(self) -> cstor.Storage:
+        return cstor.Storage.open(self.store.root)
+
+    def answered(self, *requests: Any, server: cstor.RpcServer | None = None) -> Dumb:
+        """Return a client whose requests, (bytes or object) or (it, descriptors), were answered."""
+        with self.pair() as (ours, dumb):
+            for request in requests:
+                dumb.send(*(request if isinstance(request, tuple) else (request,)))
+            dumb.sock.shutdown(socket.SHUT_WR)
+            (server or self.server).handle(ours)
+            with contextlib.suppress(EOFError):
+                while True:
+                    dumb.fill()
+            close_all(dumb.fds)
+            self.assertEqual(-1, ours.fileno())
+        return dumb
+
+    def request(self, method: str, number: Any = 7, **params: Any) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
+
+    def one_answer(self, request: Any, **options: Any) -> Any:
+        """Return the only message that answers a request."""
+        dumb = self.answered(request, **options)
+        return json.loads(dumb.data.rstrip(b"\0"))
+
+    def good(self) -> Any:
+        return self.request("StreamLayer", layer=self.layer, threshold=10)
+
+    def served_well(self) -> None:
+        """A good client gets its layer."""
+        self.assertEqual(self.tar, self.answered_tar(self.good()))
+
+    def answered_tar(self, request: Any) -> bytes:
+        with self.pair() as (ours, dumb):
+            dumb.send(request)
+            dumb.sock.shutdown(socket.SHUT_WR)
+            self.server.handle(ours)
+            tar, end, files = dumb.notified()
+            self.assertEqual(2, files)
+            return tar
+
+    @contextlib.contextmanager
+    def running(self, grace: float = 10.0, **options: Any) -> Iterator[cstor.RpcServer]:
+        """Run a server in a thread; all of its threads must have ended at the end."""
+        before = threading.active_count()
+        server = cstor.RpcServer(self.opener, **{"timeout": 10.0, "idle": 10.0, **options})
+        with cstor.ListeningSocket(self.path) as listener:
+            thread = threading.Thread(target=server.serve, args=(listener, grace))
+            thread.start()
+            try:
+                yield server
+            finally:
+                server.stop()
+                thread.join(30)
+        for _ in range(1000):
+            if threading.active_count() == before:
+                break
+            time.sleep(0.01)
+        self.assertEqual(before, threading.active_count())
+
+    def dumb(self) -> Dumb:
+        """Return a new connection to the running server."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(self.path)
+        self.addCleanup(sock.close)
+        return Dumb(sock)
+
+    # -- good ones -------------------------------------------------------------------------------
+
+    def test_without_threads_one_client_is_served_at_a_time(self) -> None:
+        with self.running(grace=0.1) as server, \
+                mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
+            for _ in range(2):
+                with cstor.RpcClient(cstor.connect(self.path)) as client:
+                    self.assertEqual(1, len(client.images()))
+            with cstor.RpcClient(cstor.connect(self.path)) as idle:
+                idle.images()
+                begin = time.monotonic()
+                server.stop()  # for which nobody waits who asks nothing
+                while server._waker >= 0 and time.monotonic() < begin + 5:
+                    time.sleep(0.01)
+                self.assertLess(time.monotonic() - begin, 3)
+
+    def test_every_form(self) -> None:
+        with self.running():
+            for layer in (self.layer, self.big):
+                tar, dumb = self.store.tars[layer], self.dumb()
+                for form, options in itertools.product(
+                        ("GetLayerSplitfdstream", "StreamLayer", "GetLayerTarSplit"),
+                        ({}, {"threshold": 0}, {"threshold": 300_000})):
+                    with self.subTest(form=form, **options):
+                        self.assertEqual(tar, self.tar_of(dumb, form, layer, options))
+                dumb.sock.close()
+            for dac in (False, True):
+                for name in ("diff_id", "storage"):
+                    self.assertEqual(self.tar, self.varlink_tar(self.dumb(), name, dac))
+
+    def tar_of(self, dumb: Dumb, form: str, layer: str, options: dict[str, Any]) -> bytes:
+        """Ask for a layer and put it together, by what WIRE.md says."""
+        tar = self.store.tars[layer]
+        if form == "StreamLayer":
+            dumb.ask(form, layer=layer, **options)
+            return dumb.notified()[0]
+        if form == "GetLayerTarSplit":
+            dumb.send({"jsonrpc": "2.0", "method": "Initialize", "params": [], "id": 1})
+            self.assertEqual("1.0.0", dumb.message()[0]["result"]["value"]["version"])
+            dumb.ask("OpenImage", image_ref="containers-storage:localhost/tiny:1")
+            image = dumb.message()[0]["result"]["image_id"]
+            dumb.ask(form, image_id=image, layer_digest=sha256(tar), **options)
+            found, end, files = dumb.notified()
+            self.assertEqual({"files_sent": files, "checksum": sha256(tar)}, end)
+            dumb.ask("CloseImage", image_id=image)
+            self.assertEqual({}, dumb.message()[0]["result"])
+            return found
+        dumb.ask(form, layer=layer, compressed=False, **options)
+        value, fds = dumb.message()
+        try:
+            result = value["result"]
+            with open(os.dup(fds[0]), "rb") as file:
+                stream = file.read()
+            self.assertRaises(OSError, os.write, fds[0], b"x")
+            seals = fcntl.fcntl(fds[0], 1034)
+            self.assertEqual(15, seals & 15)
+            for fd in fds[1:]:
+                self.assertEqual(os.O_RDONLY, fcntl.fcntl(fd, 3) & os.O_ACCMODE)
+            self.assertEqual(len(stream), result["streamSize"])
+            return dumb.tar_of_numbers(stream, fds[1:])
+        finally:
+            close_all(fds)
+
+    def varlink_tar(self, dumb: Dumb, name: str, dac: bool) -> bytes:
+        place = {"storage_path": self.store.root, "layer_id": self.layer}
+        dumb.send({"method": "org.composefs.Oci.GetInfo"}, end=b"\0")
+        self.assertIn("splitdirfdstream-v0", dumb.frame()[0]["parameters"]["features"])
+        dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": None, "storage": None,
+                                    "consumer_has_cap_dac_override": dac,
+                                    name: place if name == "storage" else self.digest}}},
+                  end=b"\0")
+        value, fds = dumb.frame()
+        try:
+            count = value["parameters"]["dir_count"]
+            self.assertFalse(value["continues"])
+            self.assertTrue(count + 2 <= len(fds) <= count + 4)
+            with open(os.dup(fds[0]), "rb") as pipe:
+                return dumb.tar_of_names(pipe.read(), fds[1:count + 1])
+        finally:
+            close_all(fds)
+
+    def test_no_more_files_than_a_message_takes(self) -> None:
+        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i) for i in range(300))))
+        self.store.save()
+        self._root = ""
+        for options, count in (({}, 252), ({"maxFds": 300}, 300), ({"maxFds": 3}, 3)):
+            with self.pair() as (ours, dumb):
+                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
+                                       **options))
+                dumb.sock.shutdown(socket.SHUT_WR)
+                self.server.handle(ours)
+                fds = dumb.message()[1]
+                self.assertEqual(1 + count, len(fds))
+                close_all(fds)
+
+    def test_what_a_proxy_says(self) -> None:
+        """A time as text, by which nothing is lost; and how it ends."""
+        times = {b"a": b"1.000000007", b"b": b"-1.5", b"c": b"-99999999999999"}
+        layer = self.store.layer(b"".join(
+            pax({b"mtime": moment}) + entry(name, b"x" * 9) for name, moment in times.items())
+            + END)
+        self.store.image(layer, "localhost/times:1")
+        self.store.save()
+        self._root = ""
+        with self.pair() as (ours, dumb):
+            for method, params in (
+                    ("OpenImage", {"image_ref": "localhost/times:1"}),
+                    ("GetLayerTarSplit", {"image_id": 1, "threshold": 0,
+                                          "layer_digest": sha256(self.store.tars[layer])}),
+                    ("Nothing", {}), ("Shutdown", {})):
+                dumb.ask(method, **params)
+            self.server.handle(ours)
+            found, answers = [], []  # type: list[Any], list[Any]
+            while len(answers) < 4:
+                value, fds = dumb.message()
+                if value.get("method") == "layer.file":
+                    found.append(value["params"].get("mtime"))
+                elif "id" in value:
+                    answers.append(value.get("result") or value["error"]["message"])
+                close_all(fds)
+        self.assertEqual(["1970-01-01T00:00:01.000000007Z", "1969-12-31T23:59:58.5Z", None], found)
+        self.assertEqual([{"image_id": 1}, {"success": True}, 'unknown method: "Nothing"',
+                          {"success": True}], answers)
+
+    def read_pipe(self, dac: bool = True) -> tuple[bytes, list[Any]]:
+        """Return the stream of the big layer as a composefs client gets it, and what else comes."""
+        with self.pair() as (ours, dumb):
+            thread = threading.Thread(target=self.server.handle, args=(ours,))
+            dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+                "handle": 0, "params": {"diff_id": sha256(self.store.tars[self.big]),
+                                        "consumer_has_cap_dac_override": dac}}}, end=b"\0")
+            thread.start()
+            fds = dumb.frame()[1]
+            with open(fds[0], "rb") as pipe:
+                data = pipe.read()
+            close_all(fds[1:])
+            dumb.sock.shutdown(socket.SHUT_WR)
+            thread.join()
+            later = []
+            with contextlib.suppress(EOFError):
+                while True:
+                    later.append(dumb.frame()[0])
+        return data, later
+
+    def folder_of(self, layer: str) -> int:
+        return self.opened(os.open(self.store.path("overlay", layer, "diff"), os.O_PATH))
+
+    def test_a_layer_that_fails_looks_broken(self) -> None:
+        """A stream has no mark of its end, so that one without the rest would be whole."""
+        self._root = ""
+        folder = self.folder_of(self.big)
+        for name, dac in (("big0", True), ("big4", False), ("small", True)):
+            path = self.store.path("overlay", self.big, "diff", name)
+            data = read_bytes(path)
+            os.unlink(path)
+            stream, later = self.read_pipe(dac)
+            with self.assertRaisesRegex(cstor.FormatError, "a chunk of unknown type 255"):
+                list(cstor.SplitdirfdstreamReader(io.BytesIO(stream).read, [folder]))
+            self.assertEqual(["org.composefs.Oci.InternalError"], [row["error"] for row in later])
+            put(path, data)
+        stream, later = self.read_pipe()
+        self.assertEqual(self.store.tars[self.big], Dumb.tar_of_names(stream, [folder]))
+        self.assertEqual([], later)
+
+    def test_a_killed_server_leaves_a_cut_chunk(self) -> None:
+        read, write = os.pipe()
+        out = cstor._PipeWriter(write, 9)
+        found: list[bytes] = []
+        with open(read, "rb") as pipe:
+            thread = threading.Thread(target=lambda: found.append(pipe.read()))
+            thread.start()
+            cstor.SplitdirfdstreamWriter(out.write).add(b"y" * (3 << 20))
+            os.close(write)
+            thread.join()
+        self.assertEqual(5 + (3 << 20) - 1, len(found[0]))
+
+    def test_names_that_are_not_utf_8_go_inline(self) -> None:
+        """composefs opens no file by such a name."""
+        layer = self.store.layer(make_tar(("caf\u00e9", b"1" * 9), ("caf\udce9", b"2" * 9),
+                                          ("d\udcff/f", b"3" * 9)))
+        self.store.save()
+        self._root, self.big = "", layer
+        stream, _ = self.read_pipe()
+        self.assertIn(in_directory(9, 0, "caf\u00e9".encode()), stream)
+        self.assertIn(typed(1, b"2" * 9), stream)
+        self.assertIn(typed(1, b"3" * 9), stream)
+        self.assertEqual(self.store.tars[layer], Dumb.tar_of_names(stream, [
+            self.folder_of(layer)]))
+        rows, out = os.path.join(self.dir, "rows"), os.path.join(self.dir, "stream")
+        self.run_cstor("--root", self.store.root, "layer", "stream", layer, "-o", out, "--codec",
+                       CODECS[1], "--threshold", "0", "--external", rows)
+        self.assertEqual(1, read_bytes(out).count(b"\2" + struct.pack("<Q", 9)))
+        self.assertEqual(self.store.tars[layer], self.run_cstor(
+            "stream-to-tar", out, "--external", rows).stdout)
+
+    def test_the_largest_files_are_passed(self) -> None:
+        """... where not all can be; of those of one size as many as can be."""
+        sizes = (10, 30, 20, 20, 30, 20, 5)
+        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i * size)
+                                            for i, size in enumerate(sizes))))
+        self.store.save()
+        self._root = ""
+        for most, passed in ((0, []), (1, [30]), (2, [30, 30]), (3, [30, 20, 30]),
+                             (4, [30, 20, 20, 30]), (5, [30, 20, 20, 30, 20]),
+                             (6, [10, 30, 20, 20, 30, 20]), (7, list(sizes)), (99, list(sizes))):
+            with self.pair() as (ours, dumb):
+                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
+                                       maxFds=most))
+                dumb.sock.shutdown(socket.SHUT_WR)
+                self.server.handle(ours)
+                fds = dumb.message()[1]
+                self.assertEqual(passed, [os.fstat(fd).st_size for fd in fds[1:]])
+                with open(os.dup(fds[0]), "rb") as file:
+                    self.assertEqual(self.store.tars[layer], dumb.tar_of_numbers(
+                        file.read(), fds[1:]))
+                close_all(fds)
+
+    def test_every_layer_by_every_client(self) -> None:
+        with self.opener() as storage:
+            self.assertEqual(14 if FULL else 8, fetch_by_all(self, storage))
+        sample = make_sample(os.path.join(self.dir, "sample"))
+        with cstor.Storage.open(sample.root) as storage:
+            self.assertEqual(21 if FULL else 12, fetch_by_all(self, storage))
+
+    # -- broken ones -----------------------------------------------------------------------------
+
+    def test_every_cut(self) -> None:
+        """A client that dies inside its request is told so, if it can be, and no more."""
+        varlink = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": self.digest}}}
+        for data in (json.dumps(self.good()).encode(),
+                     json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer)).encode(),
+                     json.dumps(varlink).encode() + b"\0"):
+            for cut in range(len(data)):
+                dumb = self.answered(data[:cut])
+                if not cut:
+                    self.assertEqual(b"", dumb.data)
+                    continue
+                answer = json.loads(dumb.data.rstrip(b"\0"))
+                if "parameters" not in answer:
+                    self.assertEqual((-32700, None), (answer["error"]["code"], answer["id"]))
+        self.served_well()
+
+    def test_clients_that_go(self) -> None:
+        """... at each step of an answer: after any number of bytes or descriptors of it."""
+        with self.running(timeout=5.0):
+            for request in (self.request("StreamLayer", layer=self.big, threshold=10),
+                            self.request("GetLayerSplitfdstream", layer=self.big),
+                            self.request("StreamLayer", layer=self.big, threshold=10**9)):
+                for count in (0, 1, 100, 1000, 10_000, 300_000):
+                    dumb = self.dumb()
+                    dumb.send(request)
+                    with contextlib.suppress(EOFError):
+                        while len(dumb.data) < count and b'"result"' not in dumb.data:
+                            dumb.fill()
+                    close_all(dumb.fds)
+                    dumb.sock.close()
+            for read in (False, True):
+                dumb = self.dumb()
+                dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+                    "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
+                fds = dumb.frame()[1]
+                if read:
+                    os.read(fds[0], 100)
+                close_all(fds)
+                dumb.sock.close()
+            dumb = self.dumb()
+            dumb.send(self.good())
+            self.assertEqual(self.tar, dumb.notified()[0])
+            dumb.sock.close()
+
+    def test_wrong_requests(self) -> None:
+        ask = self.request
+        for code, request in (
+                (-32600, {"jsonrpc": "2.0", "id": 1}), (-32600, {"jsonrpc": "1.0", "id": 1}),
+                (-32600, {"id": 1, "method": "ListImages"}),
+                (-32600, {**ask("ListImages"), "id": {}}), (-32600, {**ask("ListImages"),
+                                                                     "method": 5}),
+                (-32700, b'{"jsonrpc":"2.0","method":"ListImages","id":1e999}'),
+                (-32600, ask("ListImages", True)), (-32600, ask("ListImages", [1])),
+                (-32600, {"jsonrpc": "2.0", "result": {}, "id": 1}),
+                (-32600, b"[]"), (-32600, b'[{"jsonrpc":"2.0","method":"ListImages","id":1}]'),
+                (-32700, b"}"), (-32700, b"x"), (-32700, b'{"a":1,"a":1}'), (-32700, b'{"a":NaN}'),
+                (-32700, b'{"jsonrpc":"2.0","\xff":1}'), (-32700, b"\0"),
+                (-32700, b'{"a":' * 70), (-32700, b'{"a":%s}' % (b"1" * 5000)),
+                (-32601, ask("Nothing")), (-32601, ask("__init__")), (-32601, ask("run")),
+                (-32602, {**ask("StreamLayer"), "params": [1]}), (-32602, ask("StreamLayer")),
+                (-32602, ask("StreamLayer", layer=5)), (-32602, ask("StreamLayer", layer="")),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold=-1)),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold=True)),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold="1")),
+                (-32602, ask("StreamLayer", layer=self.layer, threshold=1 << 64)),
+                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, maxFds=-1)),
+                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, compressed=True)),
+                (-32000, ask("GetLayerSplitfdstream", layer="nothing")),
+                (-32000, ask("GetLayer", layer="../x")),
+                (-32601, ask("GetSplitFDStream", layerId=self.layer)),
+                (-32000, ask("StreamLayer", layer="\ud800")), (-32000, ask("StreamLayer",
+                                                                           layer="a\0b")),
+                (-32001, ask("GetImage", imageId="nothing")), (-32001, ask("OpenImage",
+                                                                           image_ref="nothing")),
+                (-32001, ask("OpenImage", image_ref="containers-storage:[overlay@/x]tiny")),
+                (-32001, ask("OpenImage", image_ref="docker://x")),
+                (-32001, ask("CloseImage", image_id=1)), (-32001, ask("GetLayerTarSplit",
+                                                                      image_id=9,
+                                                                      layer_digest="x")),
+                (-32050, {**ask("ListImages"), "fds": 1}), (-32050, (ask("ListImages"), [self.a])),
+                (-32050, {**ask("ListImages"), "fds": 1 << 40}), (-32050, {**ask("x"),
+                                                                           "fds": -1}),
+                (-32050, ask("ListImages", x={"__jsonrpc_fd__": True, "index": 0})),
+                (-32600, b'{"a":"' + b"x" * 100)):
+            with self.subTest(code=code, request=str(request)[:80]):
+                with mock.patch.object(cstor, "MAX_REQUEST", 90 if request == b'{"a":"' + b"x" * 100
+                                       else 1 << 20):
+                    answer = self.one_answer(request)
+                self.assertEqual(code, answer["error"]["code"], answer)
+                self.assertLessEqual({"jsonrpc", "error", "id"}, set(answer))
+        # What is no request has no answer, and an error does not end a conversation.
+        dumb = self.answered({"jsonrpc": "2.0", "method": "ListImages"}, ask("x", 1), ask("y", "2"),
+                             ask("ListImages", None), {"jsonrpc": "2.0", "method": "shutdown"},
+                             ask("ListImages", 3))
+        got = [dumb.message()[0] for _ in range(3)]
+        self.assertEqual([1, "2", None], [value["id"] for value in got])
+        self.assertEqual(b"", dumb.data)
+        self.served_well()
+
+    def test_wrong_calls(self) -> None:
+        oci = "org.composefs.Oci."
+        good = {"params": {"diff_id": self.digest}}
+        for name, call in (
+                ("org.varlink.service.InterfaceNotFound", {"method": "a.b"}),
+                ("org.varlink.service.MethodNotFound", {"method": oci + "No"}),
+                ("org.varlink.service.InvalidParameter", {
+                    "method": "org.varlink.service.GetInterfaceDescription"}),
+                (oci + "InvalidRequest", {"method": 5}), (oci + "InvalidRequest", {}),
+                (oci + "InvalidRequest", {"method": oci + "GetLayer", "parameters": good}),
+                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True}),
+                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"diff_id": None, "storage": None}}}),
+                (oci + "NoSuchLayer", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"diff_id": "sha256:" + "0" * 64}}}),
+                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"storage": {"storage_path": "/x\0", "layer_id": self.layer}}}}),
+                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"storage": {"storage_path": "/x\ud800", "layer_id": "x"}}}}),
+                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
+                    "params": {"storage": []}}}),
+                ("org.varlink.service.InterfaceNotFound", {
+                    "method": "org.varlink.service.GetInterfaceDescription",
+                    "parameters": {"interface": "x"}})):
+            with self.subTest(call=call):
+                answer = self.one_answer(json.dumps(call).encode() + b"\0")
+                self.assertEqual(name, answer["error"])
+        dumb = self.answered(json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
+                             json.dumps({"method": "a.b", "oneway": True}).encode() + b"\0",
+                             b"{]\0")
+        self.assertIn("interfaces", dumb.frame()[0]["parameters"])
+        self.assertIn("error", dumb.frame()[0])
+        self.assertEqual(b"", dumb.data)
+
+    def test_random_damage(self) -> None:
+        rng = random.Random(18)
+        call = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+            "handle": 0, "params": {"diff_id": self.digest, "storage": None}}}
+        image = {"storage_path": self.store.root, "layer_id": self.layer}
+        recorded = [
+            [json.dumps(value).encode() for value in (
+                self.request("Initialize", 1), self.request(
+                    "OpenImage", 2, image_ref="containers-storage:localhost/tiny:1"),
+                self.request("GetLayerTarSplit", 3, image_id=1, layer_digest=self.digest),
+                self.request("CloseImage", 4, image_id=1), self.request("Shutdown", 5))],
+            [json.dumps(self.good()).encode()],
+            [json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer, threshold=10,
+                                     maxFds=5)).encode()],
+            [json.dumps(self.request("GetImage", imageId=self.image)).encode()],
+            [json.dumps(call).encode() + b"\0"],
+            [json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
+             json.dumps({**call, "parameters": {"params": {"storage": image}}}).encode() + b"\0"]]
+        with mock.patch.object(threading, "excepthook", side_effect=AssertionError):
+            for i in range(2500 if FULL else 600):
+                data = [bytearray(part) for part in rng.choice(recorded)]
+                fds: list[list[int]] = [[] for _ in data]
+                for _ in range(rng.choice((1, 1, 1, 2, 5))):
+                    damage(rng, data, fds, [self.a] * (rng.random() < 0.02))
+                self.answered(*((bytes(part), passed) for part, passed in zip(data, fds) if part))
+                if i % 500 == 0:
+                    self.served_well()
+        self.served_well()
+
+    # -- slow ones and many ----------------------------------------------------------------------
+
+    def test_others_are_served_meanwhile(self) -> None:
+        with self.running(timeout=0.5, idle=0.5):
+            idle, never_reads, pipes, drip = (self.dumb() for _ in range(4))
+            never_reads.send(self.request("StreamLayer", layer=self.big, threshold=10**9))
+            pipes.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
+                "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
+            drip.send(b'{"jsonrpc":')
+            for _ in range(3):
+                dumb = self.dumb()
+                dumb.send(self.request("StreamLayer", layer=self.big, threshold=10))
+                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
+                close_all(dumb.fds)
+                dumb.sock.close()
+            for slow in (idle, drip):  # each is left alone after its time
+                with self.assertRaises(EOFError):
+                    slow.fill()
+            with self.assertRaises(EOFError):
+                while True:
+                    never_reads.fill()
+            with self.assertRaises(EOFError):
+                while True:
+                    pipes.fill()
+            close_all(pipes.fds + never_reads.fds)
+            for client in (idle, never_reads, pipes, drip):
+                client.sock.close()
+
+    def test_a_hundred_clients(self) -> None:
+        done: list[Any] = []
+
+        def fetch() -> None:
+            try:
+                with cstor.RpcClient(self.path, timeout=30) as client, \
+                        client.layer(self.layer, threshold=10) as stream:
+                    done.append(stream.export(io.BytesIO()))
+            except cstor.CstorError as error:
+                done.append(str(error))
+
+        for room in (100, 5):  # those that only sit there make room for others
+            done.clear()
+            with self.running(clients=room):
+                held = [self.dumb() for _ in range(5)]
+                for dumb in held[1:]:  # they are known to be served
+                    dumb.ask("ListImages")
+                    dumb.message()
+                held[2].send(b'{"half":')
+                threads = [threading.Thread(target=fetch) for _ in range(100 if room == 100 else 9)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(60)
+                for dumb in held:
+                    if room == 5:
+                        with self.assertRaises(EOFError):
+                            dumb.fill()
+                    dumb.sock.close()
+            self.assertEqual([self.digest] * len(threads), done)
+
+    def test_a_server_full_of_busy_clients(self) -> None:
+        """They stay, and who comes then is told."""
+        with self.running(clients=2):
+            held = [self.dumb() for _ in range(2)]
+            for dumb in held:
+                dumb.ask("StreamLayer", layer=self.big, threshold=10**9)
+                dumb.fill()
+            with cstor.RpcClient(self.path) as client, \
+                    self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
+                client.layers()
+            for dumb in held:
+                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
+                dumb.sock.close()
+
+    def test_stop(self) -> None:
+        """An idle client is let go at once, one that is busy after its time; then all is over."""
+        self.server.stop()  # before it runs, and again afterwards
+        with cstor.ListeningSocket(self.path) as listener:
+            self.server.serve(listener)
+        with open(os.path.join(self.dir, "other"), "w+b") as other:
+            self.server.stop()
+            self.assertEqual(b"", other.read())
+        for request in (None, self.request("StreamLayer", layer=self.big, threshold=10**9)):
+            with self.running(grace=0.3) as server:
+                dumb = self.dumb()
+                dumb.ask("ListImages")
+                dumb.message()
+                if request:
+                    dumb.send(request)
+                    dumb.fill()
+                server.stop()
+                with self.assertRaises(EOFError):
+                    while True:
+                        dumb.fill()
+                dumb.sock.close()
+        # One who comes while it ends is told so.
+        self.assertIn("shutting down", self.one_answer(self.good())["error"]["message"])
+
+    def test_another_user_is_refused(self) -> None:
+        need(os.geteuid() == 0, "only root can become somebody else")
+        code = ("import os, sys, json, socket; sock = socket.socket(socket.AF_UNIX); "
+                "os.setgid(65534); os.setuid(65534); sock.connect(sys.argv[1]); "
+                "print(sock.recv(9999).decode())")
+        with self.running():
+            os.chmod(self.dir, 0o711)
+            os.chmod(self.path, 0o666)
+            done = subprocess.run([sys.executable, "-c", code, self.path], timeout=30, check=True,
+                                  stdout=subprocess.PIPE)
+            answer = json.loads(done.stdout)
+            self.assertEqual((-32603, "this server is for another user"),
+                             (answer["error"]["code"], answer["error"]["message"]))
+            client = self.dumb()
+            client.send(self.good())
+            self.assertEqual(self.tar, client.notified()[0])
+            client.sock.close()
+
+
+class Serving(StoreTest):
+    """The server as a program, and the commands that read from it."""
+
+    def setUp(self) -> None:
+        need_proc()  # the server passes files through it
+        super().setUp()
+        self.store = self.sample()
+        self.guard(self.store.root)
+        self.path = os.path.join(self.dir, "socket")
+        with cstor.Storage.open(self.store.root) as storage:
+            self.digests = {layer.id: layer.diff_digest for layer in storage.layers()
+                            if layer.diff_digest}
+            self.writable, = {layer.id for layer in storage.layers()} - set(self.digests)
+        self.layer = min(self.digests)
+
+    @contextlib.contextmanager
+    def served(self, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a server until the end of the block; SIGTERM must end it well."""
+        server = subprocess.Popen(
+            [sys.executable, SCRIPT, "--root", self.store.root, "serve",
+             *(args or ("--socket", self.path))], env=IDLE, stderr=subprocess.PIPE, **kwargs)
+        try:
+            assert server.stderr
+            self.assertIn(b"serving", server.stderr.readline())
+            yield server
+            server.terminate()
+            self.assertEqual(b"", server.communicate(timeout=30)[1])
+            self.assertEqual(0, server.returncode)
+        finally:
+            server.kill()
+            server.communicate()
+
+    def test_export_from_a_server(self) -> None:
+        with self.served():
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+            for layer, digest in self.digests.items():
+                done = self.run_cstor("layer", "export", "-v", layer, "--socket", self.path)
+                self.assertEqual(digest, sha256(done.stdout))
+                self.assertEqual(f"cstor: layer {layer}: {digest}\n", done.stderr.decode())
+            out = os.path.join(self.dir, "out.tar")
+            self.run_cstor("layer", "export", self.layer, "-o", out, "--socket", self.path)
+            with open(out, "rb") as file:
+                self.assertEqual(self.digests[self.layer], sha256(file.read()))
+            done = self.run_cstor("layer", "export", "nothing", "--socket", self.path, status=3)
+            self.assertEqual(b"cstor: error: layer not known: nothing\n", done.stderr)
+            done = self.run_cstor("layer", "export", self.writable, "--socket", self.path, status=6)
+            self.assertIn(b"it is the writable layer of a container", done.stderr)
+        self.assertFalse(os.path.lexists(self.path))
+
+    def test_extract_from_a_server(self) -> None:
+        near, far = (os.path.join(self.dir, name) for name in ("near", "far"))
+        with self.served():
+            for layer in self.digests:
+                self.run_cstor("--root", self.store.root, "layer", "extract", layer, near)
+                done = self.run_cstor("layer", "extract", layer, far, "--socket", self.path,
+                                      "--format", "json")
+                self.assertEqual(far, json.loads(done.stdout)["directory"])
+                rows = differences(seen_on_disk(near), seen_on_disk(far))
+                implicit = [(name, "mtime") for name in (b"", b"etc", b"srv", b"usr", b"usr/share")]
+                self.assertEqual([], [row for row in rows if row[:2] not in implicit])
+                shutil.rmtree(near)
+                shutil.rmtree(far)
+            done = self.run_cstor("layer", "extract", "nothing", far, "--socket", self.path,
+                                  status=3)
+            self.assertFalse(os.path.exists(far))
+            inside = os.path.join(self.store.root, "far")
+            done = self.run_cstor("--root", self.store.root, "layer", "extract", self.layer, inside,
+                                  "--socket", self.path, status=6)
+            self.assertIn(b"is inside the storage", done.stderr)
+
+    def test_whoever_asks_by_digest_gets_that_layer_or_an_error(self) -> None:
+        """No server is believed that gives another one, or names no digest at all."""
+        wanted, other = sorted(self.digests.values())[:2]
+        tar = b"".join(iter([entry(b"x", b"y"), END]))
+
+        def said(params: dict[str, Any], ask: Callable[[Any], cstor.LayerStream],
+                 kind: Any = cstor.RpcClient) -> str:
+            ours, theirs = socket.socketpair()
+            with theirs, kind(ours, timeout=5) as client:
+                peer = cstor.Connection(theirs)
+                for method, more in (
+                        (f"{kind is cstor.RpcClient and 'stream' or 'layer'}.start", params),
+                        ("stream.seg", {"data": base64.b64encode(tar).decode()}),
+                        ("stream.end", {})):
+                    peer.send({"jsonrpc": "2.0", "method": method, "params": more})
+                peer.send({"jsonrpc": "2.0", "result": {}, "id": 1})
+                with ask(client) as stream:
+                    return stream.export(io.BytesIO())
+
+        for kind, ask in ((cstor.RpcClient, lambda client: client.layer(wanted)),
+                          (cstor.ProxyV2Client, lambda client: client.image_layer(1, wanted))):
+            for params in ({"digest": other}, {"digest": sha256(tar)}, {}):
+                with self.subTest(kind=kind, params=params), \
+                        self.assertRaises(cstor.IntegrityError):
+                    said(params, ask, kind)
+        self.assertEqual(sha256(tar), said({"digest": sha256(tar)},
+                                           lambda client: client.layer("by-name")))
+
+    @contextlib.contextmanager
+    def saying(self, *messages: dict[str, Any], hold: bool = False, ask: bool = True
+               ) -> Iterator[list[int]]:
+        """Run a server that says only this, as far as it is wanted; give how much that was."""
+        sent: list[int] = []
+
+        def answer() -> None:
+            while True:
+                try:
+                    sock = listener.accept()[0]
+                except OSError:  # the listener was shut down
+                    return
+                with sock, contextlib.suppress(OSError, cstor.ProtocolError):
+                    connection = cstor.Connection(sock, either=True)
+                    if ask and (not connection.receive() or connection.varlink):
+                        continue
+                    for number, message in enumerate(messages):
+                        connection.send({"jsonrpc": "2.0", **message})
+                        sent.append(number)
+                    while hold and sock.recv(99):
+                        pass
+
+        with cstor.ListeningSocket(self.path) as listener:
+            thread = threading.Thread(target=answer, daemon=True)
+            thread.start()
+            try:
+                yield sent
+            finally:
+                listener.shutdown(socket.SHUT_RDWR)
+                thread.join(30)
+
+    def test_a_server_without_a_digest(self) -> None:
+        """It is said before the transfer, unless the user says what to do."""
+        tar = entry(b"x", b"y") + END
+        out = os.path.join(self.dir, "out")
+        large = base64.b64encode(bytes(1 << 20)).decode()
+        said = [{"method": "stream.start", "params": {}},
+                {"method": "stream.seg", "params": {"data": base64.b64encode(tar).decode()}},
+                {"method": "stream.end", "params": {}}]
+
+        def run(*words: str, status: int = 0) -> str:
+            shutil.rmtree(out, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(out)
+            done = self.run_cstor("layer", *words, "--socket", self.path, status=status)
+            self.assertEqual(status == 0, os.path.exists(out))
+            return done.stderr.decode()
+
+        export, extract = ("export", "x", "-o", out), ("extract", "x", out)
+        with self.saying(said[0], *[{"method": "stream.seg", "params": {"data": large}}] * 99
+                         ) as sent:
+            for command in (export, extract):
+                self.assertIn("layer x: the server sent no digest, so its tar cannot be verified ("
+                              "use --digest SHA256 or --no-verify)", run(*command, status=4))
+            self.assertLess(len(sent), 20)
+        with self.saying(*said, {"result": {}, "id": 1}):
+            for command in (export, extract):
+                run(*command, "--digest", sha256(tar))
+                run(*command, "--no-verify")
+                self.assertIn("its tar has the wrong digest", run(
+                    *command, "--digest", sha256(b""), status=4))
+                for words in (["--digest", "sha256:0"], ["--digest", sha256(b"").upper()],
+                              ["--digest", sha256(tar), "--no-verify"]):
+                    self.assertIn("--digest", run(*command, *words, status=2))
+            self.assertIn("--verify cannot be used with --no-verify", run(
+                *extract, "--verify", "--no-verify", status=2))
+            self.assertEqual(b"y", self.run_cstor("layer", "extract", "x", out, "--socket",
+                                                  self.path, "--no-verify").stdout[:0]
+                             + read_bytes(os.path.join(out, "x")))
+            shutil.rmtree(out)
+        known = {**said[0], "params": {"digest": sha256(b"other")}}
+        with self.saying(known, *said[1:], {"result": {}, "id": 1}):
+            for command in (export, extract):
+                self.assertIn("gives another layer", run(*command, "--digest", sha256(tar),
+                                                         status=4))
+        with self.saying(*said, hold=True, ask=False):  # a server that talks first
+            for command in (("export", "-", "-o", out), ("extract", "-", out)):
+                self.assertIn("the server sent no digest", run(*command, status=4))
+                run(*command, "--digest", sha256(tar))
+                run(*command, "--no-verify")
+
+    def test_digests_of_the_storage(self) -> None:
+        root, layer = ("--root", self.store.root, "layer"), self.layer
+        out = os.path.join(self.dir, "out")
+        self.run_cstor(*root, "export", layer, "-o", out, "--digest", self.digests[layer])
+        os.unlink(out)
+        self.run_cstor(*root, "export", layer, "-o", out, "--digest", sha256(b""), status=4)
+        self.run_cstor(*root, "export", layer, "-o", out, "--digest", "x", status=2)
+        for words in (("--digest", self.digests[layer]), ("--no-verify",)):
+            done = self.run_cstor(*root, "extract", layer, out, *words, status=2)
+            self.assertIn(b"is for layers from a --socket", done.stderr)
+        self.assertFalse(os.path.exists(out))
+
+    def test_nobody_is_waited_for_longer(self) -> None:
+        """... than --timeout says: to begin, inside a message, inside a layer."""
+        start = {"jsonrpc": "2.0", "method": "stream.start", "params": {"digest": sha256(b"x")}}
+        for said in ([], [{"fds": 1, **start}], [start]):
+            with self.saying(*said, hold=True):
+                for command in (("export", "x"), ("extract", "x", self.path + "-out")):
+                    begin = time.monotonic()
+                    done = self.run_cstor("layer", *command, "--timeout", "0.3", "--socket",
+                                          self.path, status=6)
+                    self.assertLess(time.monotonic() - begin, 15)
+                    self.assertIn(b"for 0.3 seconds (--timeout SECONDS waits longer)", done.stderr)
+        with self.served("--timeout", "0.3", "--socket", self.path):
+            with cstor.connect(self.path) as sock:
+                sock.sendall(b"{")
+                sock.settimeout(20)
+                self.assertEqual(b"", sock.recv(99))
+        for wrong in ("0", "-1", "x", "nan", "inf", ""):
+            done = self.run_cstor("--timeout", wrong, "image", "list", status=2)
+            self.assertRegex(done.stderr, b"--timeout(:| takes a number of seconds above 0)")
+
+    def test_idle_clients_make_room(self) -> None:
+        with self.served(), contextlib.ExitStack() as stack:
+            for _ in range(64):
+                stack.enter_context(cstor.connect(self.path))
+            begin = time.monotonic()
+            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+            self.assertEqual(self.digests[self.layer], sha256(done.stdout))
+            self.assertLess(time.monotonic() - begin, 15)
+
+    def test_a_server_of_another_user_is_not_asked(self) -> None:
+        """It could have a file opened for it that is closed to it."""
+        need(os.geteuid() == 0, "only root can be another user")
+        os.chmod(self.dir, 0o777)
+        child = os.fork()
+        if not child:
+            try:
+                os.setuid(65534)
+                with cstor.ListeningSocket(self.path) as listener:
+                    with listener.accept()[0] as sock:
+                        sock.recv(1)
+            finally:
+                os._exit(0)
+        while not os.path.exists(self.path):
+            time.sleep(0.01)
+        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=6)
+        self.assertIn(b"is of uid 65534, neither root's nor yours", done.stderr)
+        os.waitpid(child, 0)
+
+    def test_no_output_into_a_store(self) -> None:
+        link = os.path.join(self.dir, "link")
+        os.symlink(os.path.join(self.store.root, "overlay"), link)
+        with self.served():
+            for command in (("layer", "export", self.layer), ("layer", "stream", self.layer),
+                            ("image", "export", "sample"),
+                            ("layer", "export", self.layer, "--socket", self.path)):
+                for place in (self.store.root, link):
+                    done = self.run_cstor("--root", self.store.root, *command, "-o",
+                                          os.path.join(place, "out"), status=6)
+                    self.assertIn(b"is inside the storage", done.stderr)
+            done = self.run_cstor("--root", self.store.root, "image", "extract", "--via-skopeo",
+                                  "containers-storage:x", link + "/out", status=2)
+            self.assertIn(b"without --via-skopeo", done.stderr)
+
+    def test_the_reason_of_a_failure_comes_through(self) -> None:
+        self._root = ""  # this test changes the store itself
+        self.digests = dict(sorted(self.digests.items(), key=lambda item: item[1]))
+        with cstor.Storage.open(self.store.root) as storage:
+            layer = storage.image("app:1").layers()[0].id
+        os.unlink(os.path.join(self.store.root, "overlay", layer, "diff/etc/os-release"))
+        for form in ("varlink", "stream", "splitfdstream"):
+            with self.subTest(form=form), cstor.ListeningSocket(self.path) as listener, \
+                    mock.patch.object(cstor, "VarlinkClient", cstor.VarlinkClient
+                                      if form == "varlink" else self.deaf(form)):
+                server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
+                thread = threading.Thread(target=server.serve, args=(listener,))
+                thread.start()
+                try:
+                    with self.assertRaisesRegex(cstor.IntegrityError, "os-release.* is missing"), \
+                            cstor.fetch_layer(self.path, layer) as stream:
+                        stream.export(io.BytesIO())
+                finally:
+                    server.stop()
+                    thread.join()
+
+    @staticmethod
+    def deaf(form: str) -> Any:
+        """Return what stands for a client of varlink whose server knows only another form."""
+        def client(path: str, **_: Any) -> Any:
+            found = cstor.RpcClient(path)
+            layer = found.layer
+            found.layer = lambda reference, _: layer(reference, form)  # type: ignore
+            return found
+
+        return client
+
+    def test_a_full_server_says_so_and_a_silent_one_is_asked_once(self) -> None:
+        with cstor.ListeningSocket(self.path) as listener:
+            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root), clients=0)
+            thread = threading.Thread(target=server.serve, args=(listener,))
+            thread.start()
+            with self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
+                cstor.fetch_layer(self.path, self.layer)
+            server.stop()
+            thread.join()
+        with cstor.ListeningSocket(self.path) as listener:
+            real = cstor.RpcClient.__init__
+            asked = []
+
+            def init(client: Any, where: str, **_: Any) -> None:
+                asked.append(where)
+                real(client, where, timeout=0.1)
+
+            with mock.patch.object(cstor.RpcClient, "__init__", init), \
+                    self.assertRaisesRegex(cstor.ProtocolError, "done nothing for 0.1 seconds"):
+                cstor.fetch_layer(self.path, self.layer)
+            self.assertEqual(1, len(asked))
+
+    def test_a_server_of_varlink_is_asked_in_no_other_way(self) -> None:
+        """It would wait for a NUL byte, and we for it."""
+        refusal = "org.varlink.service.MethodNotFound"
+
+        def answer() -> None:
+            with listener.accept()[0] as sock:
+                dumb = Dumb(sock)
+                dumb.frame()
+                dumb.send({"error": refusal, "parameters": {"method": "m"}}, end=b"\0")
+
+        with cstor.ListeningSocket(self.path) as listener:
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with self.assertRaisesRegex(cstor.ProtocolError, f"^{refusal}: m$"):
+                cstor.fetch_layer(self.path, self.layer, timeout=5.0)
+            thread.join()
+
+    def test_messages_that_never_end(self) -> None:
+        """Neither blanks nor a half of a message keep anybody waiting for longer than once."""
+        for piece in (b" ", b'{"a":"', b"x"):
+            ours, theirs = socket.socketpair()
+            with ours, cstor.Connection(theirs, timeout=0.3) as connection:
+                stop = threading.Event()
+
+                def drip(sock: Any = ours, piece: bytes = piece, stop: Any = stop) -> None:
+                    with contextlib.suppress(OSError):
+                        while not stop.wait(0.05):
+                            sock.sendall(piece)
+
+                thread = threading.Thread(target=drip)
+                thread.start()
+                with self.assertRaises(cstor.ProtocolError):
+                    connection.receive()
+                stop.set()
+                thread.join()
+
+    def test_messages_of_too_many_parts(self) -> None:
+        for data in (b"[],", b'"",'):
+            ours, theirs = socket.socketpair()
+            with ours, cstor.Connection(theirs, timeout=5, max_message=1 << 16) as connection:
+                ours.sendall(b'{"a":[' + data * 5000)
+                with self.assertRaisesRegex(cstor.ProtocolError, "too many parts"):
+                    connection.receive()
+
+    def test_a_record_that_looks_like_a_descriptor(self) -> None:
+        self._root = ""
+        path = os.path.join(self.store.root, "overlay-images/images.json")
+        with open(path) as file:
+            records = json.load(file)
+        records[0]["metadata"] = {"__jsonrpc_fd__": True, "index": 0}
+        with open(path, "w") as file:
+            json.dump(records, file)
+        with self.served(), cstor.RpcClient(self.path, timeout=5) as client:
+            self.assertEqual(len(records), len(client.images()))
+
+    def test_notifications_are_never_answered(self) -> None:
+        with self.served(), cstor.RpcClient(self.path, timeout=5) as client:
+            for wrong in ({"method": "ListImages", "params": [1]}, {"method": 5},
+                          {"method": "shutdown", "params": [1]}):
+                client.connection.send({"jsonrpc": "2.0", **wrong})
+            self.assertEqual(len(self.digests) + 1, len(client.layers()))
+
+    def test_servers_that_start_at_the_same_time(self) -> None:
+        with mock.patch.object(cstor.ListeningSocket, "_check"), \
+                cstor.ListeningSocket(self.path) as listener:
+            with self.assertRaisesRegex(OSError, "another server listens there"):
+                cstor.ListeningSocket(self.path)
+            cstor.connect(self.path).close()
+            listener.accept()[0].close()
+        with open(self.path, "w") as file:
+            file.write("somebody's")
+        with mock.patch.object(cstor.ListeningSocket, "_check"), self.assertRaises(OSError):
+            cstor.ListeningSocket(self.path)
+        self.assertEqual(b"somebody's", read_bytes(self.path))
+        self.assertEqual(["socket", "store"], sorted(os.listdir(self.dir)))
+
+    def test_a_signal_just_before_the_server_waits(self) -> None:
+        """Its handler runs when the waiting ends by itself, as no signal does that any more."""
+        with cstor.ListeningSocket(self.path) as listener:
+            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
+            thread = threading.Thread(target=server.serve, args=(listener,))
+            thread.start()
+            cstor.RpcClient(self.path).close()
+            server._stopping = True  # all that stop() does but to wake
+            thread.join(20)
+            self.assertFalse(thread.is_alive())
+
+    def test_hangups(self) -> None:
+        """nohup keeps a server, and a server on stdin finishes what it does."""
+        with self.served(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as server:
+            server.send_signal(signal.SIGHUP)
+            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
+                                      stdin=theirs.fileno(), env=IDLE)
+            client = cstor.RpcClient(ours)
+            client.layers()
+            server.terminate()
+            self.assertEqual(0, server.wait(30))
+
+    def test_no_server(self) -> None:
+        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
+        self.assertIn(b"no server listens at", done.stderr)
+        self.assertIn(b"serve --socket", done.stderr)
+        with open(self.path, "w"):
+            pass
+        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
+        done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path, status=6)
+        self.assertIn(b"it is no socket", done.stderr)
+        done = self.run_cstor("--root", self.store.root, "serve", status=2)
+        self.assertIn(b"--socket PATH", done.stderr)
+        inside = os.path.join(self.store.root, "socket")
+        done = self.run_cstor("--root", self.store.root, "serve", "--socket", inside, status=6)
+        self.assertIn(b"is inside the storage", done.stderr)
+
+    def test_a_killed_server_is_replaced_and_a_living_one_is_not(self) -> None:
+        with contextlib.suppress(AssertionError), self.served() as server:
+            server.kill()
+            server.wait()
+        self.assertTrue(os.path.lexists(self.path))
+        with self.served():
+            done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path,
+                                  status=6)
+            self.assertIn(b"another server listens there", done.stderr)
+            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+
+    def test_a_socket_on_stdin(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
+                                      stdin=theirs.fileno(), env=IDLE)
+            theirs.close()
+            with cstor.RpcClient(ours) as client, client.layer(self.layer) as stream:
+                self.assertEqual(self.digests[self.layer], stream.export(io.BytesIO()))
+        self.assertEqual(0, server.wait(30))
+
+    def test_a_socket_of_systemd(self) -> None:
+        with cstor.ListeningSocket(self.path) as listener:
+            script = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True); "
+                      "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); "
+                      "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
+            server = subprocess.Popen(
+                [sys.executable, "-c", script, str(listener.fileno()), SCRIPT, "--root",
+                 self.store.root, "serve", "-q"], pass_fds=[listener.fileno()], env=IDLE)
+            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+            self.assertEqual(self.digests[self.layer], sha256(done.stdout))
+            server.terminate()
+            self.assertEqual(0, server.wait(30))
+            self.assertTrue(os.path.lexists(self.path))  # it is not the server's to remove
+
+    def test_records_are_read_anew(self) -> None:
+        self._root = ""  # this test changes the store itself
+        with self.served(), cstor.RpcClient(self.path) as client:
+            before = client.layers()
+            self.assertEqual({self.writable, *self.digests}, {layer["id"] for layer in before})
+            path = os.path.join(self.store.root, "overlay-layers/layers.json")
+            with open(path) as file:
+                records = json.load(file)
+            with open(path + ".new", "w") as file:
+                json.dump(records[:1], file)
+            os.rename(path + ".new", path)
+            self.assertEqual([before[0]["id"]], [layer["id"] for layer in client.layers()])
+
+    def test_a_server_that_dies_inside_a_layer(self) -> None:
+        listener = cstor.ListeningSocket(self.path)
+
+        def answer() -> None:
+            for _ in range(3):
+                sock = listener.socket.accept()[0]
+                with cstor.Connection(sock, either=True) as connection:
+                    connection.receive()
+                    if not connection.varlink:
+                        connection.send({"jsonrpc": "2.0", "method": "stream.start",
+                                         "params": {"digest": sha256(b"x")}})
+                        connection.send({"jsonrpc": "2.0", "method": "stream.seg",
+                                         "params": {"data": "AAAA"}})
+                        return
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with listener:
+            out = os.path.join(self.dir, "out.tar")
+            done = self.run_cstor("layer", "export", "x", "-o", out, "--socket", self.path,
+                                  status=6)
+            self.assertIn(b"the server has closed the connection", done.stderr)
+            self.assertFalse(os.path.exists(out))
+        thread.join()
+
+
+# ================================================================================================
+# 21. Clients
+# ================================================================================================
 
 class DumbServers(MessageTest):
     """Our clients and a server from WIRE.md alone: every spelling, and whatever can go wrong."""
@@ -10303,640 +12041,6 @@ class DumbServers(MessageTest):
         self.assertLessEqual(outcomes, {"tar", "FileNotFoundError"} | CSTOR_ERRORS)
 
 
-CSTOR_ERRORS = {"FormatError", "IntegrityError", "LayerUnknown", "ImageUnknown", "NotFound",
-                "ProtocolError", "Unsupported"}
-WORDS = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\0", b"\xff", b" ", b"null", b"true",
-         b"-1", b"1e9", b"9" * 30, b'"fds":1', b'"fds":2,', b'"id":1', b"{}", b"NaN")
-
-
-def damage(rng: random.Random, data: list[bytearray], fds: list[list[int]], spare: list[int]
-           ) -> None:
-    """Change a recorded conversation at some place."""
-    i = rng.randrange(len(data))
-    part = data[i]
-    at = rng.randrange(len(part) or 1)
-    kind = rng.randrange(10)
-    if kind < 3 and part:
-        part[at % len(part)] ^= 1 << rng.randrange(8)
-    elif kind == 3:
-        del part[at:at + rng.randrange(1, 9)]
-    elif kind == 4:
-        part[at:at] = rng.choice(WORDS)
-    elif kind == 5:
-        part[at:at + rng.randrange(9)] = part[:rng.randrange(9)]
-    elif kind == 6:
-        j = rng.randrange(len(data))
-        data[i], data[j], fds[i], fds[j] = data[j], data[i], fds[j], fds[i]
-    elif kind == 7 and len(data) > 1:
-        del data[i], fds[i]
-    elif kind == 8:
-        data.insert(i, bytearray(part))
-        fds.insert(i, list(fds[i]))
-    elif spare and fds[i] and rng.random() < 0.7:
-        fds[i][rng.randrange(len(fds[i]))] = rng.choice(spare)
-    elif spare:
-        fds[i].append(rng.choice(spare))
-
-
-def outcome(action: Callable[[], bytes], tar: bytes) -> str:
-    """Return what became of it, in a word."""
-    try:
-        return "tar" if action() == tar else "other tar"
-    except AssertionError:
-        raise
-    except Exception as error:
-        return type(error).__name__
-
-
-class DumbClients(MessageTest):
-    """Our server and clients from WIRE.md alone: good ones, broken ones, and many."""
-
-    def setUp(self) -> None:
-        need_proc()  # the server passes files through it
-        super().setUp()
-        self.store = self.builder()
-        self.layer = self.store.layer(self.tar)
-        self.big = self.store.layer(make_tar(*(
-            (f"big{i}", b"%d" % i * 200_000) for i in range(10)), ("small", b"s")), self.layer)
-        self.image = self.store.image(self.big, "localhost/tiny:1")
-        self.store.save()
-        self.guard(self.store.root)
-        self.server = cstor.RpcServer(self.opener, timeout=10.0, idle=10.0)
-        self.path = os.path.join(self.dir, "socket")
-
-    def opener(self) -> cstor.Storage:
-        return cstor.Storage.open(self.store.root)
-
-    def answered(self, *requests: Any, server: cstor.RpcServer | None = None) -> Dumb:
-        """Return a client whose requests, (bytes or object) or (it, descriptors), were answered."""
-        with self.pair() as (ours, dumb):
-            for request in requests:
-                dumb.send(*(request if isinstance(request, tuple) else (request,)))
-            dumb.sock.shutdown(socket.SHUT_WR)
-            (server or self.server).handle(ours)
-            with contextlib.suppress(EOFError):
-                while True:
-                    dumb.fill()
-            close_all(dumb.fds)
-            self.assertEqual(-1, ours.fileno())
-        return dumb
-
-    def request(self, method: str, number: Any = 7, **params: Any) -> dict[str, Any]:
-        return {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
-
-    def one_answer(self, request: Any, **options: Any) -> Any:
-        """Return the only message that answers a request."""
-        dumb = self.answered(request, **options)
-        return json.loads(dumb.data.rstrip(b"\0"))
-
-    def good(self) -> Any:
-        return self.request("StreamLayer", layer=self.layer, threshold=10)
-
-    def served_well(self) -> None:
-        """A good client gets its layer."""
-        self.assertEqual(self.tar, self.answered_tar(self.good()))
-
-    def answered_tar(self, request: Any) -> bytes:
-        with self.pair() as (ours, dumb):
-            dumb.send(request)
-            dumb.sock.shutdown(socket.SHUT_WR)
-            self.server.handle(ours)
-            tar, end, files = dumb.notified()
-            self.assertEqual(2, files)
-            return tar
-
-    @contextlib.contextmanager
-    def running(self, grace: float = 10.0, **options: Any) -> Iterator[cstor.RpcServer]:
-        """Run a server in a thread; all of its threads must have ended at the end."""
-        before = threading.active_count()
-        server = cstor.RpcServer(self.opener, **{"timeout": 10.0, "idle": 10.0, **options})
-        with cstor.ListeningSocket(self.path) as listener:
-            thread = threading.Thread(target=server.serve, args=(listener, grace))
-            thread.start()
-            try:
-                yield server
-            finally:
-                server.stop()
-                thread.join(30)
-        for _ in range(1000):
-            if threading.active_count() == before:
-                break
-            time.sleep(0.01)
-        self.assertEqual(before, threading.active_count())
-
-    def dumb(self) -> Dumb:
-        """Return a new connection to the running server."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(self.path)
-        self.addCleanup(sock.close)
-        return Dumb(sock)
-
-    # -- good ones -------------------------------------------------------------------------------
-
-    def test_without_threads_one_client_is_served_at_a_time(self) -> None:
-        with self.running(grace=0.1) as server, \
-                mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
-            for _ in range(2):
-                with cstor.RpcClient(cstor.connect(self.path)) as client:
-                    self.assertEqual(1, len(client.images()))
-            with cstor.RpcClient(cstor.connect(self.path)) as idle:
-                idle.images()
-                begin = time.monotonic()
-                server.stop()  # for which nobody waits who asks nothing
-                while server._waker >= 0 and time.monotonic() < begin + 5:
-                    time.sleep(0.01)
-                self.assertLess(time.monotonic() - begin, 3)
-
-    def test_every_form(self) -> None:
-        with self.running():
-            for layer in (self.layer, self.big):
-                tar, dumb = self.store.tars[layer], self.dumb()
-                for form, options in itertools.product(
-                        ("GetLayerSplitfdstream", "StreamLayer", "GetLayerTarSplit"),
-                        ({}, {"threshold": 0}, {"threshold": 300_000})):
-                    with self.subTest(form=form, **options):
-                        self.assertEqual(tar, self.tar_of(dumb, form, layer, options))
-                dumb.sock.close()
-            for dac in (False, True):
-                for name in ("diff_id", "storage"):
-                    self.assertEqual(self.tar, self.varlink_tar(self.dumb(), name, dac))
-
-    def tar_of(self, dumb: Dumb, form: str, layer: str, options: dict[str, Any]) -> bytes:
-        """Ask for a layer and put it together, by what WIRE.md says."""
-        tar = self.store.tars[layer]
-        if form == "StreamLayer":
-            dumb.ask(form, layer=layer, **options)
-            return dumb.notified()[0]
-        if form == "GetLayerTarSplit":
-            dumb.send({"jsonrpc": "2.0", "method": "Initialize", "params": [], "id": 1})
-            self.assertEqual("1.0.0", dumb.message()[0]["result"]["value"]["version"])
-            dumb.ask("OpenImage", image_ref="containers-storage:localhost/tiny:1")
-            image = dumb.message()[0]["result"]["image_id"]
-            dumb.ask(form, image_id=image, layer_digest=sha256(tar), **options)
-            found, end, files = dumb.notified()
-            self.assertEqual({"files_sent": files, "checksum": sha256(tar)}, end)
-            dumb.ask("CloseImage", image_id=image)
-            self.assertEqual({}, dumb.message()[0]["result"])
-            return found
-        dumb.ask(form, layer=layer, compressed=False, **options)
-        value, fds = dumb.message()
-        try:
-            result = value["result"]
-            with open(os.dup(fds[0]), "rb") as file:
-                stream = file.read()
-            self.assertRaises(OSError, os.write, fds[0], b"x")
-            seals = fcntl.fcntl(fds[0], 1034)
-            self.assertEqual(15, seals & 15)
-            for fd in fds[1:]:
-                self.assertEqual(os.O_RDONLY, fcntl.fcntl(fd, 3) & os.O_ACCMODE)
-            self.assertEqual(len(stream), result["streamSize"])
-            return dumb.tar_of_numbers(stream, fds[1:])
-        finally:
-            close_all(fds)
-
-    def varlink_tar(self, dumb: Dumb, name: str, dac: bool) -> bytes:
-        place = {"storage_path": self.store.root, "layer_id": self.layer}
-        dumb.send({"method": "org.composefs.Oci.GetInfo"}, end=b"\0")
-        self.assertIn("splitdirfdstream-v0", dumb.frame()[0]["parameters"]["features"])
-        dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": None, "storage": None,
-                                    "consumer_has_cap_dac_override": dac,
-                                    name: place if name == "storage" else self.digest}}},
-                  end=b"\0")
-        value, fds = dumb.frame()
-        try:
-            count = value["parameters"]["dir_count"]
-            self.assertFalse(value["continues"])
-            self.assertTrue(count + 2 <= len(fds) <= count + 4)
-            with open(os.dup(fds[0]), "rb") as pipe:
-                return dumb.tar_of_names(pipe.read(), fds[1:count + 1])
-        finally:
-            close_all(fds)
-
-    def test_no_more_files_than_a_message_takes(self) -> None:
-        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i) for i in range(300))))
-        self.store.save()
-        self._root = ""
-        for options, count in (({}, 252), ({"maxFds": 300}, 300), ({"maxFds": 3}, 3)):
-            with self.pair() as (ours, dumb):
-                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
-                                       **options))
-                dumb.sock.shutdown(socket.SHUT_WR)
-                self.server.handle(ours)
-                fds = dumb.message()[1]
-                self.assertEqual(1 + count, len(fds))
-                close_all(fds)
-
-    def test_what_a_proxy_says(self) -> None:
-        """A time as text, by which nothing is lost; and how it ends."""
-        times = {b"a": b"1.000000007", b"b": b"-1.5", b"c": b"-99999999999999"}
-        layer = self.store.layer(b"".join(
-            pax({b"mtime": moment}) + entry(name, b"x" * 9) for name, moment in times.items())
-            + END)
-        self.store.image(layer, "localhost/times:1")
-        self.store.save()
-        self._root = ""
-        with self.pair() as (ours, dumb):
-            for method, params in (
-                    ("OpenImage", {"image_ref": "localhost/times:1"}),
-                    ("GetLayerTarSplit", {"image_id": 1, "threshold": 0,
-                                          "layer_digest": sha256(self.store.tars[layer])}),
-                    ("Nothing", {}), ("Shutdown", {})):
-                dumb.ask(method, **params)
-            self.server.handle(ours)
-            found, answers = [], []  # type: list[Any], list[Any]
-            while len(answers) < 4:
-                value, fds = dumb.message()
-                if value.get("method") == "layer.file":
-                    found.append(value["params"].get("mtime"))
-                elif "id" in value:
-                    answers.append(value.get("result") or value["error"]["message"])
-                close_all(fds)
-        self.assertEqual(["1970-01-01T00:00:01.000000007Z", "1969-12-31T23:59:58.5Z", None], found)
-        self.assertEqual([{"image_id": 1}, {"success": True}, 'unknown method: "Nothing"',
-                          {"success": True}], answers)
-
-    def read_pipe(self, dac: bool = True) -> tuple[bytes, list[Any]]:
-        """Return the stream of the big layer as a composefs client gets it, and what else comes."""
-        with self.pair() as (ours, dumb):
-            thread = threading.Thread(target=self.server.handle, args=(ours,))
-            dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-                "handle": 0, "params": {"diff_id": sha256(self.store.tars[self.big]),
-                                        "consumer_has_cap_dac_override": dac}}}, end=b"\0")
-            thread.start()
-            fds = dumb.frame()[1]
-            with open(fds[0], "rb") as pipe:
-                data = pipe.read()
-            close_all(fds[1:])
-            dumb.sock.shutdown(socket.SHUT_WR)
-            thread.join()
-            later = []
-            with contextlib.suppress(EOFError):
-                while True:
-                    later.append(dumb.frame()[0])
-        return data, later
-
-    def folder_of(self, layer: str) -> int:
-        return self.opened(os.open(self.store.path("overlay", layer, "diff"), os.O_PATH))
-
-    def test_a_layer_that_fails_looks_broken(self) -> None:
-        """A stream has no mark of its end, so that one without the rest would be whole."""
-        self._root = ""
-        folder = self.folder_of(self.big)
-        for name, dac in (("big0", True), ("big4", False), ("small", True)):
-            path = self.store.path("overlay", self.big, "diff", name)
-            data = read_bytes(path)
-            os.unlink(path)
-            stream, later = self.read_pipe(dac)
-            with self.assertRaisesRegex(cstor.FormatError, "a chunk of unknown type 255"):
-                list(cstor.SplitdirfdstreamReader(io.BytesIO(stream).read, [folder]))
-            self.assertEqual(["org.composefs.Oci.InternalError"], [row["error"] for row in later])
-            put(path, data)
-        stream, later = self.read_pipe()
-        self.assertEqual(self.store.tars[self.big], Dumb.tar_of_names(stream, [folder]))
-        self.assertEqual([], later)
-
-    def test_a_killed_server_leaves_a_cut_chunk(self) -> None:
-        read, write = os.pipe()
-        out = cstor._PipeWriter(write, 9)
-        found: list[bytes] = []
-        with open(read, "rb") as pipe:
-            thread = threading.Thread(target=lambda: found.append(pipe.read()))
-            thread.start()
-            cstor.SplitdirfdstreamWriter(out.write).add(b"y" * (3 << 20))
-            os.close(write)
-            thread.join()
-        self.assertEqual(5 + (3 << 20) - 1, len(found[0]))
-
-    def test_names_that_are_not_utf_8_go_inline(self) -> None:
-        """composefs opens no file by such a name."""
-        layer = self.store.layer(make_tar(("caf\u00e9", b"1" * 9), ("caf\udce9", b"2" * 9),
-                                          ("d\udcff/f", b"3" * 9)))
-        self.store.save()
-        self._root, self.big = "", layer
-        stream, _ = self.read_pipe()
-        self.assertIn(in_directory(9, 0, "caf\u00e9".encode()), stream)
-        self.assertIn(typed(1, b"2" * 9), stream)
-        self.assertIn(typed(1, b"3" * 9), stream)
-        self.assertEqual(self.store.tars[layer], Dumb.tar_of_names(stream, [
-            self.folder_of(layer)]))
-        rows, out = os.path.join(self.dir, "rows"), os.path.join(self.dir, "stream")
-        self.run_cstor("--root", self.store.root, "layer", "stream", layer, "-o", out, "--codec",
-                       CODECS[1], "--threshold", "0", "--external", rows)
-        self.assertEqual(1, read_bytes(out).count(b"\2" + struct.pack("<Q", 9)))
-        self.assertEqual(self.store.tars[layer], self.run_cstor(
-            "stream-to-tar", out, "--external", rows).stdout)
-
-    def test_the_largest_files_are_passed(self) -> None:
-        """... where not all can be; of those of one size as many as can be."""
-        sizes = (10, 30, 20, 20, 30, 20, 5)
-        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i * size)
-                                            for i, size in enumerate(sizes))))
-        self.store.save()
-        self._root = ""
-        for most, passed in ((0, []), (1, [30]), (2, [30, 30]), (3, [30, 20, 30]),
-                             (4, [30, 20, 20, 30]), (5, [30, 20, 20, 30, 20]),
-                             (6, [10, 30, 20, 20, 30, 20]), (7, list(sizes)), (99, list(sizes))):
-            with self.pair() as (ours, dumb):
-                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
-                                       maxFds=most))
-                dumb.sock.shutdown(socket.SHUT_WR)
-                self.server.handle(ours)
-                fds = dumb.message()[1]
-                self.assertEqual(passed, [os.fstat(fd).st_size for fd in fds[1:]])
-                with open(os.dup(fds[0]), "rb") as file:
-                    self.assertEqual(self.store.tars[layer], dumb.tar_of_numbers(
-                        file.read(), fds[1:]))
-                close_all(fds)
-
-    def test_every_layer_by_every_client(self) -> None:
-        with self.opener() as storage:
-            self.assertEqual(14 if FULL else 8, fetch_by_all(self, storage))
-        sample = make_sample(os.path.join(self.dir, "sample"))
-        with cstor.Storage.open(sample.root) as storage:
-            self.assertEqual(21 if FULL else 12, fetch_by_all(self, storage))
-
-    # -- broken ones -----------------------------------------------------------------------------
-
-    def test_every_cut(self) -> None:
-        """A client that dies inside its request is told so, if it can be, and no more."""
-        varlink = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": self.digest}}}
-        for data in (json.dumps(self.good()).encode(),
-                     json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer)).encode(),
-                     json.dumps(varlink).encode() + b"\0"):
-            for cut in range(len(data)):
-                dumb = self.answered(data[:cut])
-                if not cut:
-                    self.assertEqual(b"", dumb.data)
-                    continue
-                answer = json.loads(dumb.data.rstrip(b"\0"))
-                if "parameters" not in answer:
-                    self.assertEqual((-32700, None), (answer["error"]["code"], answer["id"]))
-        self.served_well()
-
-    def test_clients_that_go(self) -> None:
-        """... at each step of an answer: after any number of bytes or descriptors of it."""
-        with self.running(timeout=5.0):
-            for request in (self.request("StreamLayer", layer=self.big, threshold=10),
-                            self.request("GetLayerSplitfdstream", layer=self.big),
-                            self.request("StreamLayer", layer=self.big, threshold=10**9)):
-                for count in (0, 1, 100, 1000, 10_000, 300_000):
-                    dumb = self.dumb()
-                    dumb.send(request)
-                    with contextlib.suppress(EOFError):
-                        while len(dumb.data) < count and b'"result"' not in dumb.data:
-                            dumb.fill()
-                    close_all(dumb.fds)
-                    dumb.sock.close()
-            for read in (False, True):
-                dumb = self.dumb()
-                dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-                    "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
-                fds = dumb.frame()[1]
-                if read:
-                    os.read(fds[0], 100)
-                close_all(fds)
-                dumb.sock.close()
-            dumb = self.dumb()
-            dumb.send(self.good())
-            self.assertEqual(self.tar, dumb.notified()[0])
-            dumb.sock.close()
-
-    def test_wrong_requests(self) -> None:
-        ask = self.request
-        for code, request in (
-                (-32600, {"jsonrpc": "2.0", "id": 1}), (-32600, {"jsonrpc": "1.0", "id": 1}),
-                (-32600, {"id": 1, "method": "ListImages"}),
-                (-32600, {**ask("ListImages"), "id": {}}), (-32600, {**ask("ListImages"),
-                                                                     "method": 5}),
-                (-32700, b'{"jsonrpc":"2.0","method":"ListImages","id":1e999}'),
-                (-32600, ask("ListImages", True)), (-32600, ask("ListImages", [1])),
-                (-32600, {"jsonrpc": "2.0", "result": {}, "id": 1}),
-                (-32600, b"[]"), (-32600, b'[{"jsonrpc":"2.0","method":"ListImages","id":1}]'),
-                (-32700, b"}"), (-32700, b"x"), (-32700, b'{"a":1,"a":1}'), (-32700, b'{"a":NaN}'),
-                (-32700, b'{"jsonrpc":"2.0","\xff":1}'), (-32700, b"\0"),
-                (-32700, b'{"a":' * 70), (-32700, b'{"a":%s}' % (b"1" * 5000)),
-                (-32601, ask("Nothing")), (-32601, ask("__init__")), (-32601, ask("run")),
-                (-32602, {**ask("StreamLayer"), "params": [1]}), (-32602, ask("StreamLayer")),
-                (-32602, ask("StreamLayer", layer=5)), (-32602, ask("StreamLayer", layer="")),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold=-1)),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold=True)),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold="1")),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold=1 << 64)),
-                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, maxFds=-1)),
-                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, compressed=True)),
-                (-32000, ask("GetLayerSplitfdstream", layer="nothing")),
-                (-32000, ask("GetLayer", layer="../x")),
-                (-32601, ask("GetSplitFDStream", layerId=self.layer)),
-                (-32000, ask("StreamLayer", layer="\ud800")), (-32000, ask("StreamLayer",
-                                                                           layer="a\0b")),
-                (-32001, ask("GetImage", imageId="nothing")), (-32001, ask("OpenImage",
-                                                                           image_ref="nothing")),
-                (-32001, ask("OpenImage", image_ref="containers-storage:[overlay@/x]tiny")),
-                (-32001, ask("OpenImage", image_ref="docker://x")),
-                (-32001, ask("CloseImage", image_id=1)), (-32001, ask("GetLayerTarSplit",
-                                                                      image_id=9,
-                                                                      layer_digest="x")),
-                (-32050, {**ask("ListImages"), "fds": 1}), (-32050, (ask("ListImages"), [self.a])),
-                (-32050, {**ask("ListImages"), "fds": 1 << 40}), (-32050, {**ask("x"),
-                                                                           "fds": -1}),
-                (-32050, ask("ListImages", x={"__jsonrpc_fd__": True, "index": 0})),
-                (-32600, b'{"a":"' + b"x" * 100)):
-            with self.subTest(code=code, request=str(request)[:80]):
-                with mock.patch.object(cstor, "MAX_REQUEST", 90 if request == b'{"a":"' + b"x" * 100
-                                       else 1 << 20):
-                    answer = self.one_answer(request)
-                self.assertEqual(code, answer["error"]["code"], answer)
-                self.assertLessEqual({"jsonrpc", "error", "id"}, set(answer))
-        # What is no request has no answer, and an error does not end a conversation.
-        dumb = self.answered({"jsonrpc": "2.0", "method": "ListImages"}, ask("x", 1), ask("y", "2"),
-                             ask("ListImages", None), {"jsonrpc": "2.0", "method": "shutdown"},
-                             ask("ListImages", 3))
-        got = [dumb.message()[0] for _ in range(3)]
-        self.assertEqual([1, "2", None], [value["id"] for value in got])
-        self.assertEqual(b"", dumb.data)
-        self.served_well()
-
-    def test_wrong_calls(self) -> None:
-        oci = "org.composefs.Oci."
-        good = {"params": {"diff_id": self.digest}}
-        for name, call in (
-                ("org.varlink.service.InterfaceNotFound", {"method": "a.b"}),
-                ("org.varlink.service.MethodNotFound", {"method": oci + "No"}),
-                ("org.varlink.service.InvalidParameter", {
-                    "method": "org.varlink.service.GetInterfaceDescription"}),
-                (oci + "InvalidRequest", {"method": 5}), (oci + "InvalidRequest", {}),
-                (oci + "InvalidRequest", {"method": oci + "GetLayer", "parameters": good}),
-                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True}),
-                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"diff_id": None, "storage": None}}}),
-                (oci + "NoSuchLayer", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"diff_id": "sha256:" + "0" * 64}}}),
-                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"storage": {"storage_path": "/x\0", "layer_id": self.layer}}}}),
-                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"storage": {"storage_path": "/x\ud800", "layer_id": "x"}}}}),
-                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"storage": []}}}),
-                ("org.varlink.service.InterfaceNotFound", {
-                    "method": "org.varlink.service.GetInterfaceDescription",
-                    "parameters": {"interface": "x"}})):
-            with self.subTest(call=call):
-                answer = self.one_answer(json.dumps(call).encode() + b"\0")
-                self.assertEqual(name, answer["error"])
-        dumb = self.answered(json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
-                             json.dumps({"method": "a.b", "oneway": True}).encode() + b"\0",
-                             b"{]\0")
-        self.assertIn("interfaces", dumb.frame()[0]["parameters"])
-        self.assertIn("error", dumb.frame()[0])
-        self.assertEqual(b"", dumb.data)
-
-    def test_random_damage(self) -> None:
-        rng = random.Random(18)
-        call = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": self.digest, "storage": None}}}
-        image = {"storage_path": self.store.root, "layer_id": self.layer}
-        recorded = [
-            [json.dumps(value).encode() for value in (
-                self.request("Initialize", 1), self.request(
-                    "OpenImage", 2, image_ref="containers-storage:localhost/tiny:1"),
-                self.request("GetLayerTarSplit", 3, image_id=1, layer_digest=self.digest),
-                self.request("CloseImage", 4, image_id=1), self.request("Shutdown", 5))],
-            [json.dumps(self.good()).encode()],
-            [json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer, threshold=10,
-                                     maxFds=5)).encode()],
-            [json.dumps(self.request("GetImage", imageId=self.image)).encode()],
-            [json.dumps(call).encode() + b"\0"],
-            [json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
-             json.dumps({**call, "parameters": {"params": {"storage": image}}}).encode() + b"\0"]]
-        with mock.patch.object(threading, "excepthook", side_effect=AssertionError):
-            for i in range(2500 if FULL else 600):
-                data = [bytearray(part) for part in rng.choice(recorded)]
-                fds: list[list[int]] = [[] for _ in data]
-                for _ in range(rng.choice((1, 1, 1, 2, 5))):
-                    damage(rng, data, fds, [self.a] * (rng.random() < 0.02))
-                self.answered(*((bytes(part), passed) for part, passed in zip(data, fds) if part))
-                if i % 500 == 0:
-                    self.served_well()
-        self.served_well()
-
-    # -- slow ones and many ----------------------------------------------------------------------
-
-    def test_others_are_served_meanwhile(self) -> None:
-        with self.running(timeout=0.5, idle=0.5):
-            idle, never_reads, pipes, drip = (self.dumb() for _ in range(4))
-            never_reads.send(self.request("StreamLayer", layer=self.big, threshold=10**9))
-            pipes.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-                "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
-            drip.send(b'{"jsonrpc":')
-            for _ in range(3):
-                dumb = self.dumb()
-                dumb.send(self.request("StreamLayer", layer=self.big, threshold=10))
-                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
-                close_all(dumb.fds)
-                dumb.sock.close()
-            for slow in (idle, drip):  # each is left alone after its time
-                with self.assertRaises(EOFError):
-                    slow.fill()
-            with self.assertRaises(EOFError):
-                while True:
-                    never_reads.fill()
-            with self.assertRaises(EOFError):
-                while True:
-                    pipes.fill()
-            close_all(pipes.fds + never_reads.fds)
-            for client in (idle, never_reads, pipes, drip):
-                client.sock.close()
-
-    def test_a_hundred_clients(self) -> None:
-        done: list[Any] = []
-
-        def fetch() -> None:
-            try:
-                with cstor.RpcClient(self.path, timeout=30) as client, \
-                        client.layer(self.layer, threshold=10) as stream:
-                    done.append(stream.export(io.BytesIO()))
-            except cstor.CstorError as error:
-                done.append(str(error))
-
-        for room in (100, 5):  # those that only sit there make room for others
-            done.clear()
-            with self.running(clients=room):
-                held = [self.dumb() for _ in range(5)]
-                for dumb in held[1:]:  # they are known to be served
-                    dumb.ask("ListImages")
-                    dumb.message()
-                held[2].send(b'{"half":')
-                threads = [threading.Thread(target=fetch) for _ in range(100 if room == 100 else 9)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join(60)
-                for dumb in held:
-                    if room == 5:
-                        with self.assertRaises(EOFError):
-                            dumb.fill()
-                    dumb.sock.close()
-            self.assertEqual([self.digest] * len(threads), done)
-
-    def test_a_server_full_of_busy_clients(self) -> None:
-        """They stay, and who comes then is told."""
-        with self.running(clients=2):
-            held = [self.dumb() for _ in range(2)]
-            for dumb in held:
-                dumb.ask("StreamLayer", layer=self.big, threshold=10**9)
-                dumb.fill()
-            with cstor.RpcClient(self.path) as client, \
-                    self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
-                client.layers()
-            for dumb in held:
-                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
-                dumb.sock.close()
-
-    def test_stop(self) -> None:
-        """An idle client is let go at once, one that is busy after its time; then all is over."""
-        self.server.stop()  # before it runs, and again afterwards
-        with cstor.ListeningSocket(self.path) as listener:
-            self.server.serve(listener)
-        with open(os.path.join(self.dir, "other"), "w+b") as other:
-            self.server.stop()
-            self.assertEqual(b"", other.read())
-        for request in (None, self.request("StreamLayer", layer=self.big, threshold=10**9)):
-            with self.running(grace=0.3) as server:
-                dumb = self.dumb()
-                dumb.ask("ListImages")
-                dumb.message()
-                if request:
-                    dumb.send(request)
-                    dumb.fill()
-                server.stop()
-                with self.assertRaises(EOFError):
-                    while True:
-                        dumb.fill()
-                dumb.sock.close()
-        # One who comes while it ends is told so.
-        self.assertIn("shutting down", self.one_answer(self.good())["error"]["message"])
-
-    def test_another_user_is_refused(self) -> None:
-        need(os.geteuid() == 0, "only root can become somebody else")
-        code = ("import os, sys, json, socket; sock = socket.socket(socket.AF_UNIX); "
-                "os.setgid(65534); os.setuid(65534); sock.connect(sys.argv[1]); "
-                "print(sock.recv(9999).decode())")
-        with self.running():
-            os.chmod(self.dir, 0o711)
-            os.chmod(self.path, 0o666)
-            done = subprocess.run([sys.executable, "-c", code, self.path], timeout=30, check=True,
-                                  stdout=subprocess.PIPE)
-            answer = json.loads(done.stdout)
-            self.assertEqual((-32603, "this server is for another user"),
-                             (answer["error"]["code"], answer["error"]["message"]))
-            client = self.dumb()
-            client.send(self.good())
-            self.assertEqual(self.tar, client.notified()[0])
-            client.sock.close()
-
-
 def fetch_by_all(test: unittest.TestCase, storage: cstor.Storage, **server: Any) -> int:
     """Let each of our clients fetch every layer of a storage in every form; return how many."""
     root, graph = storage.graphroot, storage.runroot
@@ -11042,918 +12146,8 @@ class ManyFiles(StoreTest):
                     close_all(fds)
 
 
-class ListeningSockets(StoreTest):
-    """Where a server's socket is put, and what may be there before and afterwards."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.path = os.path.join(self.dir, "socket")
-
-    def gone(self) -> None:
-        self.assertEqual([], [name for name in os.listdir(self.dir) if "sock" in name])
-
-    def test_it_comes_and_goes(self) -> None:
-        for mask in (0, 0o22, 0o777):
-            before = os.umask(mask)
-            try:
-                with cstor.ListeningSocket(self.path) as listener:
-                    self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
-                    self.assertFalse(listener.get_inheritable())
-                    with cstor.connect(self.path) as sock:
-                        self.assertFalse(sock.get_inheritable())
-                        listener.accept()[0].close()
-            finally:
-                os.umask(before)
-            self.gone()
-
-    def test_what_is_there_before(self) -> None:
-        def refused(number: int, path: str = self.path) -> None:
-            with self.assertRaises(OSError) as caught:
-                cstor.ListeningSocket(path)
-            self.assertEqual((number, path), (caught.exception.errno, caught.exception.filename))
-
-        with cstor.ListeningSocket(self.path):
-            refused(errno.EADDRINUSE)
-            self.assertTrue(os.path.exists(self.path))
-        stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stale.bind(self.path)
-        stale.close()
-        with cstor.ListeningSocket(self.path):
-            cstor.connect(self.path).close()
-        self.gone()
-        with open(self.path, "w"):
-            pass
-        refused(errno.EEXIST)
-        os.unlink(self.path)
-        os.symlink("nowhere", self.path)
-        refused(errno.EEXIST)
-        os.unlink(self.path)
-        os.mkdir(self.path)
-        refused(errno.EEXIST)
-        os.rmdir(self.path)
-        refused(errno.ENOENT, os.path.join(self.dir, "no", "socket"))
-        refused(errno.ENAMETOOLONG, os.path.join(self.dir, "s" * 300))
-        self.gone()
-
-    def test_a_server_that_is_too_busy(self) -> None:
-        """Nobody waits for ever where nobody accepts; and it is not dead."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy, \
-                contextlib.ExitStack() as stack:
-            busy.bind(self.path)
-            busy.listen(0)
-            for _ in range(2):
-                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-                waiting.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    waiting.connect(self.path)
-            with self.assertRaises(OSError) as caught:
-                cstor.ListeningSocket(self.path)
-            self.assertEqual(errno.EADDRINUSE, caught.exception.errno)
-            with self.assertRaisesRegex(cstor.ProtocolError, "done nothing for 0.1 seconds"):
-                cstor.RpcClient(self.path, timeout=0.1)
-
-    def test_long_paths(self) -> None:
-        folder = os.path.join(self.dir, "d" * 200)
-        os.mkdir(folder)
-        with mock.patch("os.path.exists", return_value=False), \
-                self.assertRaisesRegex(cstor.Unsupported, "paths are opened through /proc, which"):
-            cstor.connect(os.path.join(folder, "socket"))
-        need_proc()
-        for name in ("socket", "s" * 80, "s" * 81, "s" * 200):
-            path = os.path.join(folder, name)
-            with cstor.ListeningSocket(path) as listener:
-                with cstor.connect(path):
-                    listener.accept()[0].close()
-                with self.assertRaisesRegex(OSError, "another server"):
-                    cstor.ListeningSocket(path)
-            self.assertEqual([], os.listdir(folder))
-
-    def test_what_somebody_else_put_there_stays(self) -> None:
-        def touch() -> None:
-            open(self.path, "w").close()
-
-        for put in (touch, lambda: os.mkdir(self.path), lambda: None):
-            with cstor.ListeningSocket(self.path):
-                os.unlink(self.path)
-                put()
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(self.path) if os.path.isdir(self.path) else os.unlink(self.path)
-        with cstor.ListeningSocket(self.path):
-            os.unlink(self.path)
-            with cstor.ListeningSocket(self.path):
-                pass
-            other = cstor.ListeningSocket(self.path)
-        with other:
-            cstor.connect(self.path).close()
-        self.gone()
-
-
-class Serving(StoreTest):
-    """The server as a program, and the commands that read from it."""
-
-    def setUp(self) -> None:
-        need_proc()  # the server passes files through it
-        super().setUp()
-        self.store = self.sample()
-        self.guard(self.store.root)
-        self.path = os.path.join(self.dir, "socket")
-        with cstor.Storage.open(self.store.root) as storage:
-            self.digests = {layer.id: layer.diff_digest for layer in storage.layers()
-                            if layer.diff_digest}
-            self.writable, = {layer.id for layer in storage.layers()} - set(self.digests)
-        self.layer = min(self.digests)
-
-    @contextlib.contextmanager
-    def served(self, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a server until the end of the block; SIGTERM must end it well."""
-        server = subprocess.Popen(
-            [sys.executable, SCRIPT, "--root", self.store.root, "serve",
-             *(args or ("--socket", self.path))], env=IDLE, stderr=subprocess.PIPE, **kwargs)
-        try:
-            assert server.stderr
-            self.assertIn(b"serving", server.stderr.readline())
-            yield server
-            server.terminate()
-            self.assertEqual(b"", server.communicate(timeout=30)[1])
-            self.assertEqual(0, server.returncode)
-        finally:
-            server.kill()
-            server.communicate()
-
-    def test_export_from_a_server(self) -> None:
-        with self.served():
-            self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
-            for layer, digest in self.digests.items():
-                done = self.run_cstor("layer", "export", "-v", layer, "--socket", self.path)
-                self.assertEqual(digest, sha256(done.stdout))
-                self.assertEqual(f"cstor: layer {layer}: {digest}\n", done.stderr.decode())
-            out = os.path.join(self.dir, "out.tar")
-            self.run_cstor("layer", "export", self.layer, "-o", out, "--socket", self.path)
-            with open(out, "rb") as file:
-                self.assertEqual(self.digests[self.layer], sha256(file.read()))
-            done = self.run_cstor("layer", "export", "nothing", "--socket", self.path, status=3)
-            self.assertEqual(b"cstor: error: layer not known: nothing\n", done.stderr)
-            done = self.run_cstor("layer", "export", self.writable, "--socket", self.path, status=6)
-            self.assertIn(b"it is the writable layer of a container", done.stderr)
-        self.assertFalse(os.path.lexists(self.path))
-
-    def test_extract_from_a_server(self) -> None:
-        near, far = (os.path.join(self.dir, name) for name in ("near", "far"))
-        with self.served():
-            for layer in self.digests:
-                self.run_cstor("--root", self.store.root, "layer", "extract", layer, near)
-                done = self.run_cstor("layer", "extract", layer, far, "--socket", self.path,
-                                      "--format", "json")
-                self.assertEqual(far, json.loads(done.stdout)["directory"])
-                rows = differences(seen_on_disk(near), seen_on_disk(far))
-                implicit = [(name, "mtime") for name in (b"", b"etc", b"srv", b"usr", b"usr/share")]
-                self.assertEqual([], [row for row in rows if row[:2] not in implicit])
-                shutil.rmtree(near)
-                shutil.rmtree(far)
-            done = self.run_cstor("layer", "extract", "nothing", far, "--socket", self.path,
-                                  status=3)
-            self.assertFalse(os.path.exists(far))
-            inside = os.path.join(self.store.root, "far")
-            done = self.run_cstor("--root", self.store.root, "layer", "extract", self.layer, inside,
-                                  "--socket", self.path, status=6)
-            self.assertIn(b"is inside the storage", done.stderr)
-
-    def test_whoever_asks_by_digest_gets_that_layer_or_an_error(self) -> None:
-        """No server is believed that gives another one, or names no digest at all."""
-        wanted, other = sorted(self.digests.values())[:2]
-        tar = b"".join(iter([entry(b"x", b"y"), END]))
-
-        def said(params: dict[str, Any], ask: Callable[[Any], cstor.LayerStream],
-                 kind: Any = cstor.RpcClient) -> str:
-            ours, theirs = socket.socketpair()
-            with theirs, kind(ours, timeout=5) as client:
-                peer = cstor.Connection(theirs)
-                for method, more in (
-                        (f"{kind is cstor.RpcClient and 'stream' or 'layer'}.start", params),
-                        ("stream.seg", {"data": base64.b64encode(tar).decode()}),
-                        ("stream.end", {})):
-                    peer.send({"jsonrpc": "2.0", "method": method, "params": more})
-                peer.send({"jsonrpc": "2.0", "result": {}, "id": 1})
-                with ask(client) as stream:
-                    return stream.export(io.BytesIO())
-
-        for kind, ask in ((cstor.RpcClient, lambda client: client.layer(wanted)),
-                          (cstor.ProxyV2Client, lambda client: client.image_layer(1, wanted))):
-            for params in ({"digest": other}, {"digest": sha256(tar)}, {}):
-                with self.subTest(kind=kind, params=params), \
-                        self.assertRaises(cstor.IntegrityError):
-                    said(params, ask, kind)
-        self.assertEqual(sha256(tar), said({"digest": sha256(tar)},
-                                           lambda client: client.layer("by-name")))
-
-    @contextlib.contextmanager
-    def saying(self, *messages: dict[str, Any], hold: bool = False, ask: bool = True
-               ) -> Iterator[list[int]]:
-        """Run a server that says only this, as far as it is wanted; give how much that was."""
-        sent: list[int] = []
-
-        def answer() -> None:
-            while True:
-                try:
-                    sock = listener.accept()[0]
-                except OSError:  # the listener was shut down
-                    return
-                with sock, contextlib.suppress(OSError, cstor.ProtocolError):
-                    connection = cstor.Connection(sock, either=True)
-                    if ask and (not connection.receive() or connection.varlink):
-                        continue
-                    for number, message in enumerate(messages):
-                        connection.send({"jsonrpc": "2.0", **message})
-                        sent.append(number)
-                    while hold and sock.recv(99):
-                        pass
-
-        with cstor.ListeningSocket(self.path) as listener:
-            thread = threading.Thread(target=answer, daemon=True)
-            thread.start()
-            try:
-                yield sent
-            finally:
-                listener.shutdown(socket.SHUT_RDWR)
-                thread.join(30)
-
-    def test_a_server_without_a_digest(self) -> None:
-        """It is said before the transfer, unless the user says what to do."""
-        tar = entry(b"x", b"y") + END
-        out = os.path.join(self.dir, "out")
-        large = base64.b64encode(bytes(1 << 20)).decode()
-        said = [{"method": "stream.start", "params": {}},
-                {"method": "stream.seg", "params": {"data": base64.b64encode(tar).decode()}},
-                {"method": "stream.end", "params": {}}]
-
-        def run(*words: str, status: int = 0) -> str:
-            shutil.rmtree(out, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(out)
-            done = self.run_cstor("layer", *words, "--socket", self.path, status=status)
-            self.assertEqual(status == 0, os.path.exists(out))
-            return done.stderr.decode()
-
-        export, extract = ("export", "x", "-o", out), ("extract", "x", out)
-        with self.saying(said[0], *[{"method": "stream.seg", "params": {"data": large}}] * 99
-                         ) as sent:
-            for command in (export, extract):
-                self.assertIn("layer x: the server sent no digest, so its tar cannot be verified ("
-                              "use --digest SHA256 or --no-verify)", run(*command, status=4))
-            self.assertLess(len(sent), 20)
-        with self.saying(*said, {"result": {}, "id": 1}):
-            for command in (export, extract):
-                run(*command, "--digest", sha256(tar))
-                run(*command, "--no-verify")
-                self.assertIn("its tar has the wrong digest", run(
-                    *command, "--digest", sha256(b""), status=4))
-                for words in (["--digest", "sha256:0"], ["--digest", sha256(b"").upper()],
-                              ["--digest", sha256(tar), "--no-verify"]):
-                    self.assertIn("--digest", run(*command, *words, status=2))
-            self.assertIn("--verify cannot be used with --no-verify", run(
-                *extract, "--verify", "--no-verify", status=2))
-            self.assertEqual(b"y", self.run_cstor("layer", "extract", "x", out, "--socket",
-                                                  self.path, "--no-verify").stdout[:0]
-                             + read_bytes(os.path.join(out, "x")))
-            shutil.rmtree(out)
-        known = {**said[0], "params": {"digest": sha256(b"other")}}
-        with self.saying(known, *said[1:], {"result": {}, "id": 1}):
-            for command in (export, extract):
-                self.assertIn("gives another layer", run(*command, "--digest", sha256(tar),
-                                                         status=4))
-        with self.saying(*said, hold=True, ask=False):  # a server that talks first
-            for command in (("export", "-", "-o", out), ("extract", "-", out)):
-                self.assertIn("the server sent no digest", run(*command, status=4))
-                run(*command, "--digest", sha256(tar))
-                run(*command, "--no-verify")
-
-    def test_digests_of_the_storage(self) -> None:
-        root, layer = ("--root", self.store.root, "layer"), self.layer
-        out = os.path.join(self.dir, "out")
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", self.digests[layer])
-        os.unlink(out)
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", sha256(b""), status=4)
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", "x", status=2)
-        for words in (("--digest", self.digests[layer]), ("--no-verify",)):
-            done = self.run_cstor(*root, "extract", layer, out, *words, status=2)
-            self.assertIn(b"is for layers from a --socket", done.stderr)
-        self.assertFalse(os.path.exists(out))
-
-    def test_nobody_is_waited_for_longer(self) -> None:
-        """... than --timeout says: to begin, inside a message, inside a layer."""
-        start = {"jsonrpc": "2.0", "method": "stream.start", "params": {"digest": sha256(b"x")}}
-        for said in ([], [{"fds": 1, **start}], [start]):
-            with self.saying(*said, hold=True):
-                for command in (("export", "x"), ("extract", "x", self.path + "-out")):
-                    begin = time.monotonic()
-                    done = self.run_cstor("layer", *command, "--timeout", "0.3", "--socket",
-                                          self.path, status=6)
-                    self.assertLess(time.monotonic() - begin, 15)
-                    self.assertIn(b"for 0.3 seconds (--timeout SECONDS waits longer)", done.stderr)
-        with self.served("--timeout", "0.3", "--socket", self.path):
-            with cstor.connect(self.path) as sock:
-                sock.sendall(b"{")
-                sock.settimeout(20)
-                self.assertEqual(b"", sock.recv(99))
-        for wrong in ("0", "-1", "x", "nan", "inf", ""):
-            done = self.run_cstor("--timeout", wrong, "image", "list", status=2)
-            self.assertRegex(done.stderr, b"--timeout(:| takes a number of seconds above 0)")
-
-    def test_idle_clients_make_room(self) -> None:
-        with self.served(), contextlib.ExitStack() as stack:
-            for _ in range(64):
-                stack.enter_context(cstor.connect(self.path))
-            begin = time.monotonic()
-            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
-            self.assertEqual(self.digests[self.layer], sha256(done.stdout))
-            self.assertLess(time.monotonic() - begin, 15)
-
-    def test_a_server_of_another_user_is_not_asked(self) -> None:
-        """It could have a file opened for it that is closed to it."""
-        need(os.geteuid() == 0, "only root can be another user")
-        os.chmod(self.dir, 0o777)
-        child = os.fork()
-        if not child:
-            try:
-                os.setuid(65534)
-                with cstor.ListeningSocket(self.path) as listener:
-                    with listener.accept()[0] as sock:
-                        sock.recv(1)
-            finally:
-                os._exit(0)
-        while not os.path.exists(self.path):
-            time.sleep(0.01)
-        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=6)
-        self.assertIn(b"is of uid 65534, neither root's nor yours", done.stderr)
-        os.waitpid(child, 0)
-
-    def test_no_output_into_a_store(self) -> None:
-        link = os.path.join(self.dir, "link")
-        os.symlink(os.path.join(self.store.root, "overlay"), link)
-        with self.served():
-            for command in (("layer", "export", self.layer), ("layer", "stream", self.layer),
-                            ("image", "export", "sample"),
-                            ("layer", "export", self.layer, "--socket", self.path)):
-                for place in (self.store.root, link):
-                    done = self.run_cstor("--root", self.store.root, *command, "-o",
-                                          os.path.join(place, "out"), status=6)
-                    self.assertIn(b"is inside the storage", done.stderr)
-            done = self.run_cstor("--root", self.store.root, "image", "extract", "--via-skopeo",
-                                  "containers-storage:x", link + "/out", status=2)
-            self.assertIn(b"without --via-skopeo", done.stderr)
-
-    def test_the_reason_of_a_failure_comes_through(self) -> None:
-        self._root = ""  # this test changes the store itself
-        self.digests = dict(sorted(self.digests.items(), key=lambda item: item[1]))
-        with cstor.Storage.open(self.store.root) as storage:
-            layer = storage.image("app:1").layers()[0].id
-        os.unlink(os.path.join(self.store.root, "overlay", layer, "diff/etc/os-release"))
-        for form in ("varlink", "stream", "splitfdstream"):
-            with self.subTest(form=form), cstor.ListeningSocket(self.path) as listener, \
-                    mock.patch.object(cstor, "VarlinkClient", cstor.VarlinkClient
-                                      if form == "varlink" else self.deaf(form)):
-                server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
-                thread = threading.Thread(target=server.serve, args=(listener,))
-                thread.start()
-                try:
-                    with self.assertRaisesRegex(cstor.IntegrityError, "os-release.* is missing"), \
-                            cstor.fetch_layer(self.path, layer) as stream:
-                        stream.export(io.BytesIO())
-                finally:
-                    server.stop()
-                    thread.join()
-
-    @staticmethod
-    def deaf(form: str) -> Any:
-        """Return what stands for a client of varlink whose server knows only another form."""
-        def client(path: str, **_: Any) -> Any:
-            found = cstor.RpcClient(path)
-            layer = found.layer
-            found.layer = lambda reference, _: layer(reference, form)  # type: ignore
-            return found
-
-        return client
-
-    def test_a_full_server_says_so_and_a_silent_one_is_asked_once(self) -> None:
-        with cstor.ListeningSocket(self.path) as listener:
-            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root), clients=0)
-            thread = threading.Thread(target=server.serve, args=(listener,))
-            thread.start()
-            with self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
-                cstor.fetch_layer(self.path, self.layer)
-            server.stop()
-            thread.join()
-        with cstor.ListeningSocket(self.path) as listener:
-            real = cstor.RpcClient.__init__
-            asked = []
-
-            def init(client: Any, where: str, **_: Any) -> None:
-                asked.append(where)
-                real(client, where, timeout=0.1)
-
-            with mock.patch.object(cstor.RpcClient, "__init__", init), \
-                    self.assertRaisesRegex(cstor.ProtocolError, "done nothing for 0.1 seconds"):
-                cstor.fetch_layer(self.path, self.layer)
-            self.assertEqual(1, len(asked))
-
-    def test_a_server_of_varlink_is_asked_in_no_other_way(self) -> None:
-        """It would wait for a NUL byte, and we for it."""
-        refusal = "org.varlink.service.MethodNotFound"
-
-        def answer() -> None:
-            with listener.accept()[0] as sock:
-                dumb = Dumb(sock)
-                dumb.frame()
-                dumb.send({"error": refusal, "parameters": {"method": "m"}}, end=b"\0")
-
-        with cstor.ListeningSocket(self.path) as listener:
-            thread = threading.Thread(target=answer)
-            thread.start()
-            with self.assertRaisesRegex(cstor.ProtocolError, f"^{refusal}: m$"):
-                cstor.fetch_layer(self.path, self.layer, timeout=5.0)
-            thread.join()
-
-    def test_messages_that_never_end(self) -> None:
-        """Neither blanks nor a half of a message keep anybody waiting for longer than once."""
-        for piece in (b" ", b'{"a":"', b"x"):
-            ours, theirs = socket.socketpair()
-            with ours, cstor.Connection(theirs, timeout=0.3) as connection:
-                stop = threading.Event()
-
-                def drip(sock: Any = ours, piece: bytes = piece, stop: Any = stop) -> None:
-                    with contextlib.suppress(OSError):
-                        while not stop.wait(0.05):
-                            sock.sendall(piece)
-
-                thread = threading.Thread(target=drip)
-                thread.start()
-                with self.assertRaises(cstor.ProtocolError):
-                    connection.receive()
-                stop.set()
-                thread.join()
-
-    def test_messages_of_too_many_parts(self) -> None:
-        for data in (b"[],", b'"",'):
-            ours, theirs = socket.socketpair()
-            with ours, cstor.Connection(theirs, timeout=5, max_message=1 << 16) as connection:
-                ours.sendall(b'{"a":[' + data * 5000)
-                with self.assertRaisesRegex(cstor.ProtocolError, "too many parts"):
-                    connection.receive()
-
-    def test_a_record_that_looks_like_a_descriptor(self) -> None:
-        self._root = ""
-        path = os.path.join(self.store.root, "overlay-images/images.json")
-        with open(path) as file:
-            records = json.load(file)
-        records[0]["metadata"] = {"__jsonrpc_fd__": True, "index": 0}
-        with open(path, "w") as file:
-            json.dump(records, file)
-        with self.served(), cstor.RpcClient(self.path, timeout=5) as client:
-            self.assertEqual(len(records), len(client.images()))
-
-    def test_notifications_are_never_answered(self) -> None:
-        with self.served(), cstor.RpcClient(self.path, timeout=5) as client:
-            for wrong in ({"method": "ListImages", "params": [1]}, {"method": 5},
-                          {"method": "shutdown", "params": [1]}):
-                client.connection.send({"jsonrpc": "2.0", **wrong})
-            self.assertEqual(len(self.digests) + 1, len(client.layers()))
-
-    def test_servers_that_start_at_the_same_time(self) -> None:
-        with mock.patch.object(cstor.ListeningSocket, "_check"), \
-                cstor.ListeningSocket(self.path) as listener:
-            with self.assertRaisesRegex(OSError, "another server listens there"):
-                cstor.ListeningSocket(self.path)
-            cstor.connect(self.path).close()
-            listener.accept()[0].close()
-        with open(self.path, "w") as file:
-            file.write("somebody's")
-        with mock.patch.object(cstor.ListeningSocket, "_check"), self.assertRaises(OSError):
-            cstor.ListeningSocket(self.path)
-        self.assertEqual(b"somebody's", read_bytes(self.path))
-        self.assertEqual(["socket", "store"], sorted(os.listdir(self.dir)))
-
-    def test_a_signal_just_before_the_server_waits(self) -> None:
-        """Its handler runs when the waiting ends by itself, as no signal does that any more."""
-        with cstor.ListeningSocket(self.path) as listener:
-            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
-            thread = threading.Thread(target=server.serve, args=(listener,))
-            thread.start()
-            cstor.RpcClient(self.path).close()
-            server._stopping = True  # all that stop() does but to wake
-            thread.join(20)
-            self.assertFalse(thread.is_alive())
-
-    def test_hangups(self) -> None:
-        """nohup keeps a server, and a server on stdin finishes what it does."""
-        with self.served(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as server:
-            server.send_signal(signal.SIGHUP)
-            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
-                                      stdin=theirs.fileno(), env=IDLE)
-            client = cstor.RpcClient(ours)
-            client.layers()
-            server.terminate()
-            self.assertEqual(0, server.wait(30))
-
-    def test_no_server(self) -> None:
-        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
-        self.assertIn(b"no server listens at", done.stderr)
-        self.assertIn(b"serve --socket", done.stderr)
-        with open(self.path, "w"):
-            pass
-        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
-        done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path, status=6)
-        self.assertIn(b"it is no socket", done.stderr)
-        done = self.run_cstor("--root", self.store.root, "serve", status=2)
-        self.assertIn(b"--socket PATH", done.stderr)
-        inside = os.path.join(self.store.root, "socket")
-        done = self.run_cstor("--root", self.store.root, "serve", "--socket", inside, status=6)
-        self.assertIn(b"is inside the storage", done.stderr)
-
-    def test_a_killed_server_is_replaced_and_a_living_one_is_not(self) -> None:
-        with contextlib.suppress(AssertionError), self.served() as server:
-            server.kill()
-            server.wait()
-        self.assertTrue(os.path.lexists(self.path))
-        with self.served():
-            done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path,
-                                  status=6)
-            self.assertIn(b"another server listens there", done.stderr)
-            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
-
-    def test_a_socket_on_stdin(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
-                                      stdin=theirs.fileno(), env=IDLE)
-            theirs.close()
-            with cstor.RpcClient(ours) as client, client.layer(self.layer) as stream:
-                self.assertEqual(self.digests[self.layer], stream.export(io.BytesIO()))
-        self.assertEqual(0, server.wait(30))
-
-    def test_a_socket_of_systemd(self) -> None:
-        with cstor.ListeningSocket(self.path) as listener:
-            script = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True); "
-                      "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); "
-                      "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
-            server = subprocess.Popen(
-                [sys.executable, "-c", script, str(listener.fileno()), SCRIPT, "--root",
-                 self.store.root, "serve", "-q"], pass_fds=[listener.fileno()], env=IDLE)
-            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
-            self.assertEqual(self.digests[self.layer], sha256(done.stdout))
-            server.terminate()
-            self.assertEqual(0, server.wait(30))
-            self.assertTrue(os.path.lexists(self.path))  # it is not the server's to remove
-
-    def test_records_are_read_anew(self) -> None:
-        self._root = ""  # this test changes the store itself
-        with self.served(), cstor.RpcClient(self.path) as client:
-            before = client.layers()
-            self.assertEqual({self.writable, *self.digests}, {layer["id"] for layer in before})
-            path = os.path.join(self.store.root, "overlay-layers/layers.json")
-            with open(path) as file:
-                records = json.load(file)
-            with open(path + ".new", "w") as file:
-                json.dump(records[:1], file)
-            os.rename(path + ".new", path)
-            self.assertEqual([before[0]["id"]], [layer["id"] for layer in client.layers()])
-
-    def test_a_server_that_dies_inside_a_layer(self) -> None:
-        listener = cstor.ListeningSocket(self.path)
-
-        def answer() -> None:
-            for _ in range(3):
-                sock = listener.socket.accept()[0]
-                with cstor.Connection(sock, either=True) as connection:
-                    connection.receive()
-                    if not connection.varlink:
-                        connection.send({"jsonrpc": "2.0", "method": "stream.start",
-                                         "params": {"digest": sha256(b"x")}})
-                        connection.send({"jsonrpc": "2.0", "method": "stream.seg",
-                                         "params": {"data": "AAAA"}})
-                        return
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with listener:
-            out = os.path.join(self.dir, "out.tar")
-            done = self.run_cstor("layer", "export", "x", "-o", out, "--socket", self.path,
-                                  status=6)
-            self.assertIn(b"the server has closed the connection", done.stderr)
-            self.assertFalse(os.path.exists(out))
-        thread.join()
-
-
-# A skopeo that copies from one layout, FAKE_LAYOUT, and then does what the reference says.
-FAKE_SKOPEO = r"""
-import json, os, shutil, signal, sys, time
-words = sys.argv[1:]
-with open(os.environ["FAKE_LAYOUT"] + "/words", "w") as file:
-    print(json.dumps([os.getpid(), words]), file=file)
-if "inspect" in words:
-    print(json.dumps({"manifests": []} if words[-1].endswith(":list") else {"layers": []}))
-    sys.exit()
-reference, target = words[-2], words[-1][4:]
-_, tag, *faults = reference.split(":", 2)
-fault, _, detail = "".join(faults).partition("=")
-if fault == "refuse":
-    print(f'time="now" level=fatal msg="{detail}"', file=sys.stderr)
-    sys.exit(1)
-if fault == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-shutil.copytree(os.environ["FAKE_LAYOUT"], target)
-os.unlink(target + "/words")
-name = target + "/index.json"
-index = json.load(open(name))
-index["manifests"] = [entry for entry in index["manifests"]
-                      if entry["annotations"]["org.opencontainers.image.ref.name"] == tag]
-blob = lambda digest: f"{target}/blobs/sha256/{digest[7:]}"
-manifest = json.load(open(blob(index["manifests"][0]["digest"])))
-victim = blob({"manifest": index["manifests"][0], "config": manifest["config"]}.get(
-    detail, manifest["layers"][-1])["digest"])
-if fault == "corrupt":
-    with open(victim, "r+b") as file:
-        byte = file.read(1)
-        file.seek(0)
-        file.write(bytes([byte[0] ^ 1]))
-elif fault == "cut":
-    os.truncate(victim, os.path.getsize(victim) - 1)
-elif fault == "grow":
-    os.truncate(victim, 1 << 40)
-elif fault == "lose":
-    os.unlink(victim)
-elif fault == "fifo":
-    os.unlink(victim)
-    os.mkfifo(victim)
-elif fault == "index":
-    index = json.loads(detail)
-open(name, "w").write(json.dumps(index))
-if fault in ("hang", "deaf"):
-    time.sleep(60)
-if fault == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
-if fault == "status":
-    sys.exit(int(detail))
-"""
-
-
-class Fetching(StoreTest):
-    """Images that skopeo fetches: a fake one, which does its work well or not."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.store = self.sample()
-        self.layout = os.path.join(self.dir, "layout")
-        self.out = os.path.join(self.dir, "out")
-        with cstor.Storage.open(self.store.root) as storage:
-            image = storage.image("sample")
-            for tag in ("none", "gzip", *["zstd"] * bool(shutil.which("zstd"))):
-                image.copy_to_oci(self.layout, tag, compression=tag)
-        os.mkdir(os.path.join(self.dir, "tmp"))
-        path = self.write("skopeo", f"#!{sys.executable}\n{FAKE_SKOPEO}")
-        os.chmod(path, 0o755)
-        self.env = {"PATH": f"{self.dir}:{os.environ['PATH']}", "FAKE_LAYOUT": self.layout,
-                    "TMPDIR": os.path.join(self.dir, "tmp")}
-        patched = mock.patch.dict(os.environ, self.env)
-        patched.start()
-        self.addCleanup(patched.stop)
-        scratch = mock.patch("tempfile.tempdir", self.env["TMPDIR"])
-        scratch.start()
-        self.addCleanup(scratch.stop)
-
-    def _check(self) -> None:
-        super()._check()
-        self.assertEqual([], os.listdir(os.path.join(self.dir, "tmp")))
-        with self.assertRaises(ChildProcessError):  # neither running nor a zombie
-            os.waitpid(-1, os.WNOHANG)
-
-    def write(self, name: str, text: str) -> str:
-        path = os.path.join(self.dir, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-        return path
-
-    def said(self) -> tuple[int, list[str]]:
-        """Return process ID and arguments of the last skopeo."""
-        with open(os.path.join(self.layout, "words"), encoding="utf-8") as file:
-            process, words = json.load(file)
-        os.unlink(os.path.join(self.layout, "words"))
-        return process, words
-
-    def same_as_sample(self, directory: str) -> None:
-        with cstor.Storage.open(self.store.root) as storage, \
-                storage.image("sample").tree() as tree:
-            self.assertEqual([], [row for row in tree_differences(directory, tree) if not (
-                os.geteuid() and (row[1] == "owner" or not row[0]))])  # what root alone can set
-
-    def test_copies(self) -> None:
-        before = read_layout(self.layout)
-        for tag in before:
-            seen: list[int] = []
-            with cstor.FetchedImage(f"fake:{tag}") as image:
-                blob = image.copy_to_oci(self.out, tag, progress=functools.partial(
-                    self.note, seen))
-                image.extract(os.path.join(self.dir, tag))
-            self.assertEqual(sorted(seen), seen)
-            self.assertEqual({"os": "linux", "architecture": "amd64"}, blob["platform"])
-            self.same_as_sample(os.path.join(self.dir, tag))
-        self.said()
-        self.assertEqual(before, read_layout(self.out))
-
-    @staticmethod
-    def note(seen: list[int], size: int, _: int) -> None:
-        seen.append(size)
-
-    def test_what_the_manifest_says_wrongly(self) -> None:
-        """Types are made true, and the manifest tells which it was."""
-        manifest, config, tars = read_layout(self.layout)["none"]
-        for layer in manifest["layers"]:
-            layer["mediaType"] += "+gzip"
-        data = json.dumps({**manifest, "annotations": {"a": "b"}}).encode()
-        with cstor.OciLayout(self.layout) as layout:
-            layout.tag(cstor.descriptor(cstor.OCI_MANIFEST, *layout.add(data)), "none")
-        with cstor.FetchedImage("fake:none") as image:
-            image.copy_to_oci(self.out, "none")
-        found = read_layout(self.out)["none"]
-        self.assertEqual((config, tars), found[1:])
-        self.assertEqual({cstor.OCI_LAYER}, {entry["mediaType"] for entry in found[0]["layers"]})
-        self.assertEqual({"a": "b", cstor.ORIGINAL_DIGEST: sha256(data)}, found[0]["annotations"])
-
-    def test_failures_leave_nothing(self) -> None:
-        for fault, kind, message in (
-                ("corrupt", cstor.IntegrityError, "wrong digest"),
-                ("corrupt=config", cstor.IntegrityError, "wrong digest"),
-                ("corrupt=manifest", cstor.IntegrityError, "wrong digest"),
-                ("cut", cstor.IntegrityError, "wrong size"),
-                ("grow", cstor.IntegrityError, "wrong size"),
-                ("lose", cstor.NotFound, "skopeo wrote no blob"),
-                ("fifo", cstor.FormatError, "not a regular file|no regular file"),
-                ("lose=config", cstor.NotFound, "skopeo wrote no blob"),
-                ("index=[]", cstor.FormatError, "index: not an object"),
-                ('index={"manifests":[]}', cstor.FormatError, "not one manifest"),
-                ('index={"manifests":[{"size":1}]}', cstor.FormatError, "malformed descriptor"),
-                ('index={"manifests":[{"digest":"sha512:0","size":1}]}', cstor.Unsupported,
-                 "not a sha256"),
-                ("refuse=lookup: no such file or directory", cstor.NotFound,
-                 "fake:gzip:.*: lookup: no such file"),
-                ("die", cstor.CstorError, "skopeo was killed by signal 9"),
-                ("status=7", cstor.CstorError, "skopeo ended with status 7")):
-            for method in ("extract", "copy_to_oci"):
-                with self.subTest(fault=fault, method=method), \
-                        self.assertRaisesRegex(kind, message):
-                    with cstor.FetchedImage(f"fake:gzip:{fault}") as image:
-                        getattr(image, method)(self.out)
-                self.assertFalse(os.path.exists(self.out))
-
-    def test_hanging(self) -> None:
-        for fault in ("hang", "deaf"):
-            with self.subTest(fault=fault), self.assertRaisesRegex(
-                    cstor.ProtocolError, "has written nothing for 0.3 seconds"):
-                cstor.FetchedImage(f"fake:none:{fault}", timeout=0.3)
-            self.assertFalse(os.path.exists(f"/proc/{self.said()[0]}"))
-
-    def test_a_colon_in_tmpdir(self) -> None:
-        with mock.patch("tempfile.tempdir", os.path.join(self.dir, "tm:p")):
-            os.mkdir(os.path.join(self.dir, "tm:p"))
-            with self.assertRaisesRegex(cstor.CstorError, "no directory with a colon"):
-                cstor.FetchedImage("fake:none")
-            self.assertEqual([], os.listdir(os.path.join(self.dir, "tm:p")))
-
-    def test_wrong_layers(self) -> None:
-        """The blobs are as the manifest says, but not as the configuration does."""
-        manifest, config, _ = read_layout(self.layout)["gzip"]
-        diff_ids = config["rootfs"]["diff_ids"]
-        for changed, kind, message in (
-                (diff_ids[::-1], cstor.IntegrityError, "wrong digest"),
-                (diff_ids[:1], cstor.IntegrityError, "its layers are not those"),
-                (["sha256:0"], cstor.FormatError, "it names no layers")):
-            config["rootfs"]["diff_ids"] = changed
-            with cstor.OciLayout(self.layout) as layout:
-                digest, size = layout.add(json.dumps(config).encode())
-                manifest["config"].update(digest=digest, size=size)
-                layout.tag(cstor.descriptor(cstor.OCI_MANIFEST, *layout.add(
-                    json.dumps(manifest).encode())), "gzip")
-            with cstor.FetchedImage("fake:gzip") as image, \
-                    self.assertRaisesRegex(kind, message):
-                image.extract(self.out)
-            self.assertFalse(os.path.exists(self.out))
-            self.said()
-
-    def test_platform(self) -> None:
-        with cstor.FetchedImage("fake:none", platform="linux/amd64"):
-            self.assertEqual(["--override-os", "linux", "--override-arch", "amd64"],
-                             self.said()[1][:4])
-        with self.assertRaisesRegex(cstor.NotFound, "is for linux/amd64, not linux/arm64/v8"):
-            cstor.FetchedImage("fake:none", platform="linux/arm64/v8")
-        cstor.FetchedImage("fake:none:list", platform="linux/arm64").close()  # chosen from a list
-
-    # -- command line ----------------------------------------------------------------------------
-
-    def run_via(self, *args: str, status: int = 0, env: Mapping[str, str] | None = None,
-                **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
-        return self.run_cstor("image", *args, status=status, env={**self.env, **(env or {})},
-                              **kwargs)
-
-    def test_commands(self) -> None:
-        done = self.run_via("extract", "--via-skopeo", "fake:gzip", self.out, "--format=json")
-        self.assertEqual(self.out, json.loads(done.stdout)["directory"])
-        self.same_as_sample(self.out)
-        some = os.path.join(self.dir, "some")
-        self.run_via("extract", "--via-skopeo=fake:none", some, "--path=etc", "--verify")
-        self.assertEqual(["etc"], os.listdir(some))
-        copy = os.path.join(self.dir, "copy")
-        done = self.run_via("copy-to-oci", "--via-skopeo", "fake:gzip", f"{copy}:t")
-        self.assertRegex(done.stdout.decode(), r"\Asha256:[0-9a-f]{64} t\n\Z")
-        self.run_via("copy-to-oci", "--via-skopeo=fake:none", copy + ":none",
-                     "--platform=linux/amd64")
-        self.assertEqual({"t", "none"}, set(read_layout(copy)))
-
-    def test_wrong_use(self) -> None:
-        for args, message in (
-                (["extract", "--via-skopeo", "fake:none", "sample", self.out],
-                 "--via-skopeo is given instead of IMAGE"),
-                (["extract", self.out], "arguments are required: DIR"),
-                (["extract", "--via-skopeo", "fake:none"], "arguments are required: DIR"),
-                (["extract", "--via-skopeo", "fake:none", self.out, "--link-mode=reflink"],
-                 "nothing to share contents with"),
-                (["extract", "--via-skopeo", "containers-storage:x", self.out],
-                 "without --via-skopeo"),
-                (["copy-to-oci", "--via-skopeo", "fake:none", self.out, "--compress=none"],
-                 "--compress cannot be used with --via-skopeo: blobs are copied unchanged"),
-                (["copy-to-oci", "--via-skopeo", "fake:none", self.out, "--all"],
-                 "--all cannot be used with --via-skopeo; choose one image with --platform"),
-                (["copy-to-oci", "--via-skopeo", "fake:none", self.out + ":-"], "malformed tag"),
-                (["list", "--via-skopeo", "fake:none"], "unrecognized arguments")):
-            with self.subTest(args=args):
-                done = self.run_via(*args, status=2)
-                self.assertIn(message, done.stderr.decode())
-                self.assertFalse(os.path.exists(self.out))
-                self.assertFalse(os.path.exists(os.path.join(self.layout, "words")))
-
-    def test_failing_commands(self) -> None:
-        for fault, status, message in (
-                ("die", 6, "skopeo was killed by signal 9"), ("corrupt", 4, "wrong digest"),
-                ("refuse=open x: no such file or directory", 3, "open x: no such file"),
-                ('refuse=Invalid source name \\"x\\"', 6, "expected oci:DIR:TAG"),
-                ("refuse=no policy.json file found", 6, "containers-policy.json(5)")):
-            for command in ("extract", "copy-to-oci"):
-                with self.subTest(fault=fault, command=command):
-                    done = self.run_via(command, "--via-skopeo", f"fake:gzip:{fault}",
-                                        self.out + ":t" * (command != "extract"), status=status)
-                    self.assertIn(message, done.stderr.decode())
-                    self.assertFalse(os.path.exists(self.out))
-        done = self.run_via("extract", "--via-skopeo", "fake:gzip", self.out, status=6,
-                            env={"PATH": "/nonexistent"})
-        self.assertIn("skopeo cannot be run", done.stderr.decode())
-
-    def test_with_and_without_a_storage(self) -> None:
-        """None is needed, and one that is there is not written to."""
-        inside = self.store.path("overlay/new")
-        self.guard(self.store.root)
-        for command in ("extract", "copy-to-oci"):
-            config = self.write("storage.conf", f'[storage]\ndriver="overlay"\ngraphroot='
-                                f'"{self.store.root}"\nrunroot="{self.dir}/run"\n')
-            for words, env in ((["--root", self.store.root], {}),
-                               ([], {"CONTAINERS_STORAGE_CONF": config})):
-                done = self.run_via(command, "--via-skopeo", "fake:none", inside, *words,
-                                    status=6, env=env)
-                self.assertIn("is inside the storage", done.stderr.decode())
-                self.assertFalse(os.path.exists(os.path.join(self.layout, "words")))
-            self.run_via(command, "--via-skopeo", "fake:none", self.out, "--root=/dev/null/x",
-                         status=3)
-            self.write("storage.conf", '[storage]\ndriver="btrfs"\n')
-            self.run_via(command, "--via-skopeo", "fake:none", os.path.join(self.dir, command),
-                         env={"CONTAINERS_STORAGE_CONF": config})
-            self.said()
-
-    def test_a_signal(self) -> None:
-        """Both end, and nothing is left."""
-        for command in ("extract", "copy-to-oci"):
-            with subprocess.Popen([*COMMAND, "image", command, "--via-skopeo", "fake:none:hang",
-                                   self.out], stderr=subprocess.PIPE,
-                                  env={**IDLE, **self.env}) as ours:
-                for _ in range(1000):
-                    if os.path.exists(os.path.join(self.layout, "words")):
-                        break
-                    time.sleep(0.01)
-                time.sleep(0.3)
-                ours.terminate()
-                self.assertEqual(128 + 15, ours.wait(30))
-            self.assertFalse(os.path.exists(self.out))
-            self.assertFalse(os.path.exists(f"/proc/{self.said()[0]}"))
-
-    def test_tags_of_references(self) -> None:
-        for reference, tag in (
-                ("oci:/x/y:t", "t"), ("oci:/x/y", ""), ("docker://a.b:5000/c", "latest"),
-                ("docker://a/b:c", "c"), ("docker://a/b@sha256:0", ""), ("dir:/x:y/z", ""),
-                ("docker-archive:/x.tar", ""), ("docker-archive:x.tar:a/b:c", "c")):
-            self.assertEqual(tag, cstor.reference_tag(reference), reference)
-
-
 # ================================================================================================
-# 17. Rootless
+# 22. Rootless
 # ================================================================================================
 
 class Helpers(StoreTest):
@@ -12494,188 +12688,7 @@ class Helpers(StoreTest):
 
 
 # ================================================================================================
-# 18. Library
-# ================================================================================================
-
-class Library(StoreTest):
-    def test_what_it_does_not_understand_is_refused(self) -> None:
-        """Unknown words, a str where bytes or a list are wanted: each says what is right."""
-        store = self.sample()
-        out = os.path.join(self.dir, "out")
-        modes = "'auto', 'reflink', 'hardlink', 'copy'"
-        patterns = "patterns must be a list of str, not str"
-        path = "path must be bytes, not str"
-        ours, theirs = socket.socketpair()
-        self.addCleanup(theirs.close)
-        with self.open(store) as storage, storage.image("sample").tree() as tree, \
-                cstor.RpcClient(ours) as client:
-            image, layer = storage.image("sample"), storage.layers()[0]
-            stream = cstor.LayerStream([], label="x")
-            anything: Any = cstor  # what mypy refuses is tried here
-            cases: list[tuple[str, Callable[[], Any]]] = [
-                *[(f"ValueError: link_mode: unknown {mode!r}; expected {modes}",
-                   functools.partial(image.extract, out, link_mode=mode))
-                  for mode in ("reflinks", "COPY", "none", "hardlinks", "")],
-                (f"ValueError: link_mode: unknown 'x'; expected {modes}",
-                 lambda: cstor.extract_streams([stream], out, link_mode="x")),
-                ("TypeError: each of link_mode must be str, not NoneType",
-                 lambda: image.extract(out, link_mode=None)),
-                ("ValueError: expected none, gzip[:1 to 9] or zstd[:1 to 19], got \"lz4\"",
-                 lambda: image.copy_to_oci(out, "x", compression="lz4")),
-                (f"ValueError: codec: unknown 'splitfd'; expected {cstor.CODECS!r}".translate(
-                    {40: None, 41: None}),
-                 lambda: cstor.write_stream(layer, io.BytesIO(), codec="splitfd")),
-                ("ValueError: form: unknown 'splitfd'; expected 'stream', 'splitfdstream', 'push'",
-                 lambda: client.layer("x", "splitfd")),
-                ("ValueError: form: unknown 'stream'; expected '', 'varlink'",
-                 lambda: cstor.VarlinkClient.layer(anything, "x", "stream")),
-                (f"ValueError: ignore: unknown 'times'; expected {cstor.DIFFERENCES!r}".translate(
-                    {40: None, 41: None}),
-                 lambda: list(cstor.diff_trees(tree, tree, ["times"]))),
-                ("TypeError: ignore must be a list of str, not str",
-                 lambda: list(cstor.diff_trees(tree, tree, "time"))),
-                (f"TypeError: {patterns}", lambda: tree.glob("etc")),
-                ("TypeError: patterns must be a list of str, not bytes",
-                 lambda: tree.glob(anything.OVERLAY)),
-                ("TypeError: each of patterns must be str, not bytes",
-                 lambda: tree.glob([anything.OVERLAY])),
-                (f"TypeError: {patterns}", lambda: image.extract(out, paths="etc")),
-                (f"TypeError: {patterns}", lambda: layer.extract(out, exclude="etc")),
-                ("TypeError: owner_map must be a list of str, not str",
-                 lambda: image.extract(out, owner_map="0:100000:65536")),
-                ("TypeError: stores must be a list of str, not str",
-                 lambda: cstor.Storage.open(store.root, stores=store.root)),
-                ("TypeError: argv must be a list of str, not str", lambda: cstor.main("--version")),
-                (f"TypeError: {path}", lambda: tree.lookup(anything.REF_NAME)),
-                (f"TypeError: {path}", lambda: list(tree.walk(anything.REF_NAME))),
-                (f"TypeError: {path}", lambda: list(tree.read(anything.REF_NAME))),
-                (f"TypeError: {path}", lambda: layer.open_file(anything.REF_NAME)),
-                ("TypeError: path must be str, not bytes", lambda: image.extract(anything.OVERLAY)),
-                ("TypeError: path must be str, not bytes",
-                 lambda: image.copy_to_oci(anything.OVERLAY)),
-                *[("TypeError: reference must be str, not bytes",
-                   functools.partial(find, anything.OVERLAY))
-                  for find in (storage.image, storage.layer, storage.container)],
-                ("TypeError: name must be bytes, not str",
-                 lambda: cstor.spell(anything.REF_NAME)),
-                ("TypeError: out must be a descriptor or a binary file, not str",
-                 lambda: layer.export(anything.REF_NAME)),
-                ("TypeError: strip must be int, not str", lambda: image.extract(out, strip="1")),
-                *[("TypeError: node must be Node, not bytes", lambda call=call: call(b"etc"))
-                  for call in (tree.open, lambda node: list(tree.content(node)), tree.crc64)],
-            ]
-            for wanted, call in cases:
-                with self.subTest(wanted=wanted):
-                    with self.assertRaises((TypeError, ValueError)) as caught:
-                        call()
-                    self.assertEqual(
-                        wanted, f"{type(caught.exception).__name__}: {caught.exception}")
-                    self.assertFalse(os.path.exists(out))
-
-    def test_everyday_use(self) -> None:
-        store = self.sample()
-        self.guard(store.root)
-        environ = dict(os.environ)
-        os.environ["CONTAINERS_GRAPHROOT"] = store.root
-        try:
-            with cstor.Storage.discover() as storage:
-                self.assertEqual(store.root, storage.graphroot)
-                image = storage.image("sample")
-                self.assertEqual(["docker.io/library/sample:latest"], image.names)
-                layer = image.layers()[1]
-                self.assertEqual(
-                    ["srv/", "srv/app.py", "etc/.wh.passwd", "srv/caf\u00e9 <&>",
-                     "srv/latin1-\udce9", "srv/" + "long-" * 30],
-                    [os.fsdecode(member.name) for member in layer.members()])
-                with layer.open_file(b"srv/app.py") as file:
-                    self.assertEqual(b"print('app')\n" * 400, file.read())
-                self.assertEqual(["web"], storage.containers()[0].names)
-        finally:
-            os.environ.clear()
-            os.environ.update(environ)
-
-    def test_threads_share_a_storage(self) -> None:
-        store = self.sample()
-        results: list[bytes] = []
-        with self.open(store) as storage:
-            layer = storage.layer(store.layers[0]["id"])
-            threads = [threading.Thread(target=lambda: results.append(self.export(layer)))
-                       for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        self.assertEqual([store.tars[layer.id]] * 4, results)
-
-    def read_everything(self, root: str) -> int:
-        """Read all there is; return how many layers were rebuilt, each with its own digest."""
-        rebuilt = 0
-
-        def attempt(read: Callable[[], object]) -> object:
-            try:
-                return read()
-            except (cstor.CstorError, OSError) as error:
-                self.assertGreater(len(cstor.describe(error)), 10)
-                self.assertIn(cstor.exit_status(error), (3, 4, 5, 6))
-                return None
-
-        with cstor.Storage.open(root) as storage:
-            for list_all in (storage.images, storage.layers, storage.containers):
-                attempt(list_all)
-            for image in attempt(storage.images) or ():  # type: ignore[attr-defined]
-                for read in (image.manifest, image.config, image.history, image.layers):
-                    attempt(read)
-            for layer in attempt(storage.layers) or ():  # type: ignore[attr-defined]
-                attempt(layer.lower_ids)
-                out = io.BytesIO()
-                if attempt(lambda layer=layer, out=out: layer.export(out)):  # type: ignore[misc]
-                    self.assertIn(layer.diff_digest, ("", sha256(out.getvalue())))
-                    rebuilt += 1
-        return rebuilt
-
-    def test_damage_anywhere(self) -> None:
-        """Cut and flip every file of a store; what is read is right, or an error that says why."""
-        store = self.builder()
-        base = store.layer(make_tar(("d/", None), ("d/f", b"content")))
-        top = store.layer(make_tar(("g", b"more"), ("d/.wh.f", b"")), base, names=["top"])
-        image = store.image(top, "localhost/a:1")
-        store.container(image, store.layer(None, top), "c")
-        store.save()
-        self.assertEqual(2, self.read_everything(store.root))
-        rng = random.Random(9)
-        files = [os.path.join(directory, name) for directory, _, names in os.walk(store.root)
-                 for name in names if not os.path.islink(os.path.join(directory, name))]
-        self.assertEqual(18, len(files))
-        for path in files:
-            with open(path, "rb") as file:
-                data = file.read()
-            places = rng.sample(range(len(data)), min(len(data), 12))
-            damaged = [data[:i] for i in places] + [b"", data + data] + [
-                data[:i] + bytes([rng.randrange(256)]) + data[i + 1:] for i in places]
-            for content in damaged:
-                with open(path, "wb") as file:
-                    file.write(content)
-                self.assertLessEqual(self.read_everything(store.root), 2, path)
-            os.unlink(path)
-            self.read_everything(store.root)
-            os.symlink("/etc/passwd", path)
-            self.read_everything(store.root)
-            os.unlink(path)
-            os.mkdir(path)
-            self.read_everything(store.root)
-            os.rmdir(path)
-            with open(path, "wb") as file:
-                file.write(data)
-        self.assertEqual(2, self.read_everything(store.root))
-
-    def test_closing_twice(self) -> None:
-        storage = cstor.Storage.open(self.sample().root)
-        storage.close()
-        storage.close()
-
-
-# ================================================================================================
-# 19. Command line
+# 24. Commands
 # ================================================================================================
 
 class CommandLine(StoreTest):
