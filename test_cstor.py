@@ -2411,11 +2411,17 @@ class WrongFiles(StoreTest):
             with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": path}):
                 self.assertEqual(wanted, self.answer("image", "list"))
             self.assertFalse(os.path.exists(self.dir + "/out"))
-        # What a shell makes of <(...) is open already.
-        script = '"$1" "$2" tar-diff "$3" <(cat "$3")'
-        self.run_cstor(good, command=["bash", "-c", script, "-", sys.executable, SCRIPT])
         with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": "/dev/null"}):
             self.assertEqual(cstor.load_config(euid=0).files, ["/dev/null"])
+
+    def test_a_pipe_that_the_shell_has_opened(self) -> None:
+        need_tools("bash")
+        need(os.path.exists("/dev/fd/0"), "/dev/fd is missing")
+        store = self.sample()
+        words = ["--root", store.root, "layer", "export", store.layers[2]["id"], "-o"]
+        self.run_cstor(*words, self.dir + "/good")
+        self.run_cstor(self.dir + "/good", command=[
+            "bash", "-c", '"$1" "$2" tar-diff "$3" <(cat "$3")', "-", sys.executable, SCRIPT])
 
 
 # ================================================================================================
@@ -7254,9 +7260,11 @@ sys.exit(cstor.main(sys.argv[1:]))
             self.assertFalse(os.path.lexists(self.dir + "/x"))
         done = self.run_cstor("layer", "export", layer, "-o", "/dev/stdout", command=hidden)
         self.assertEqual(builder.tars[layer], done.stdout)
-        done = self.run_cstor("stream-to-tar", "/dev/stdin", command=hidden, status=6)
-        self.assertEqual("cstor: error: /dev/stdin: No such file or directory: /proc is not "
-                         "mounted (mount -t proc proc /proc)\n", done.stderr.decode())
+        link = self.dir + "/stdin"
+        os.symlink("/proc/self/fd/0", link)  # as /dev/stdin is, where it is
+        done = self.run_cstor("stream-to-tar", link, command=hidden, status=6)
+        self.assertEqual(f"cstor: error: {link}: No such file or directory: /proc is not mounted "
+                         "(mount -t proc proc /proc)\n", done.stderr.decode())
         done = self.run_cstor("store", "info", command=hidden)
         self.assertIn(b"uid 0, reads all files\n", done.stdout)
 
@@ -12889,6 +12897,14 @@ class CommandLine(StoreTest):
         done = self.run_cstor("--version", command=[f"{self.dir}/usr/bin/cstor"])
         self.assertEqual(f"cstor {cstor.__version__}\n", done.stdout.decode())
 
+    def test_the_demo_where_nothing_can_be_written(self) -> None:
+        need_tools("make")
+        done = subprocess.run(["make", "-s", "-C", HERE, "demo", "DEMO=/dev/null/d",
+                               f"PYTHON={sys.executable} -B"], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, env={**IDLE, "LC_ALL": "C"}, check=False)
+        self.assertRegex(done.stderr.decode(), r"\Ano sample store was made: /dev/null/d: Not a "
+                         r"directory \(make demo DEMO=DIR[^\n]*\)\nmake: [^\n]*Error 1\n\Z")
+
     def test_export_to_stdout_and_to_a_file(self) -> None:
         self.assertEqual(self.tar, self.cstor("layer", "export", self.layer).stdout)
         target = os.path.join(self.dir, "layer.tar")
@@ -16750,7 +16766,11 @@ def run_tests(names: Sequence[str]) -> int:
 
 def main() -> int:
     if sys.argv[1:2] == ["--make-store"] and len(sys.argv) == 3:
-        make_sample(os.path.abspath(sys.argv[2]))
+        try:
+            make_sample(os.path.abspath(sys.argv[2]))
+        except OSError as error:
+            sys.exit(f"no sample store was made: {error.filename}: {error.strerror} "
+                     "(make demo DEMO=DIR takes a directory of yours)")
         return 0
     if sys.argv[1:] == ["--build-peer"]:
         try:
