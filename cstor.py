@@ -133,7 +133,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FetchedImage",
     "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree",
-    "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "Passed", "ProtocolError",
+    "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "PassedFile", "ProtocolError",
     "ProxiedStorage", "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader",
     "SplitdirfdstreamWriter", "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree",
     "Unsupported", "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree",
@@ -9275,15 +9275,15 @@ class FetchedImage(Closing):
 #   splitfdstream     i64 -N and N bytes, or i64 P: the content of open file P, from 0
 #   splitdirfdstream  00 u32 N and N bytes of headers and padding; 01 likewise, content;
 #                     02 u64 SIZE u32 D u32 N and N bytes: the content of that file in directory D
-# Numbers are little-endian.  A reader gives chunks, bytes or Passed; read_stream() finds in them
-# what the tar's headers tell, which bounds each content; LayerStream checks the whole.  What a peer
-# says of lengths costs no memory before the bytes are there.
+# Numbers are little-endian.  A reader yields chunks: bytes or a PassedFile.  read_stream() finds
+# the tar's headers in them, which bound each content; LayerStream checks the whole.  No memory is
+# taken for a length that a peer announces before its bytes are there.
 # ================================================================================================
 
 MAX_INLINE = 256 << 20  # one chunk of a stream
 
 
-class Passed:
+class PassedFile:
     """The whole content of the open file ``fd``, from offset 0.
 
     ``length`` is what the sender says of it, -1 = nothing.  Good until the next chunk is asked for:
@@ -9341,7 +9341,7 @@ class _ChunkReader:
 
 
 class SplitfdstreamReader(_ChunkReader):
-    """The chunks of a splitfdstream: iterating yields bytes and Passed.
+    """The chunks of a splitfdstream: iterating yields bytes and PassedFile.
 
     ``read(n)`` returns n bytes, or fewer at the end only; ``externals(p)`` the descriptor of
     external file p, which stays its own (IndexError or KeyError: there is none).  Raises
@@ -9353,7 +9353,7 @@ class SplitfdstreamReader(_ChunkReader):
         super().__init__(read, file)
         self._externals = externals
 
-    def __iter__(self) -> Iterator[bytes | Passed]:
+    def __iter__(self) -> Iterator[bytes | PassedFile]:
         while prefix := self._take(8, end=True):
             if (number := int.from_bytes(prefix, "little", signed=True)) < 0:
                 yield from self._inline(-number)
@@ -9364,11 +9364,11 @@ class SplitfdstreamReader(_ChunkReader):
                 fd = self._externals(number)
             except (IndexError, KeyError):
                 raise self._error(f"there is no external file {number}") from None
-            yield Passed(fd)
+            yield PassedFile(fd)
 
 
 class SplitdirfdstreamReader(_ChunkReader):
-    """The chunks of a splitdirfdstream: iterating yields bytes and Passed.
+    """The chunks of a splitdirfdstream: iterating yields bytes and PassedFile.
 
     ``directories`` are descriptors, which stay the caller's; files are opened beneath them, and no
     link out of them is followed.  Those of up to ``threshold`` bytes are read here.  Raises
@@ -9380,7 +9380,7 @@ class SplitdirfdstreamReader(_ChunkReader):
         super().__init__(read, file)
         self._fds, self._threshold = directories, threshold
 
-    def __iter__(self) -> Iterator[bytes | Passed]:
+    def __iter__(self) -> Iterator[bytes | PassedFile]:
         opened: dict[int, Directory] = {}
         try:
             while kind := self._take(1, end=True):
@@ -9395,7 +9395,7 @@ class SplitdirfdstreamReader(_ChunkReader):
                         yield from (read_at(fd, min(CHUNK, length - at), at)
                                     for at in range(0, length, CHUNK))
                     else:
-                        yield Passed(fd, length)
+                        yield PassedFile(fd, length)
                 finally:
                     os.close(fd)
         finally:
@@ -9531,11 +9531,11 @@ class SplitdirfdstreamWriter(_ChunkWriter):
 class _Source:
     """The bytes of a tar that comes in chunks; ``offset`` counts what was taken of it."""
 
-    def __init__(self, chunks: Iterable[bytes | Passed], file: str) -> None:
+    def __init__(self, chunks: Iterable[bytes | PassedFile], file: str) -> None:
         self.file, self.offset = file, 0
         self._chunks = iter(chunks)
         self._data, self._at = b"", 0
-        self._passed: Passed | None = None
+        self._passed: PassedFile | None = None
         self._size = 0
 
     def _error(self, message: str) -> FormatError:
@@ -9550,7 +9550,7 @@ class _Source:
             if empty > MAX_EMPTY:
                 raise self._error(f"more than {MAX_EMPTY} empty chunks")
             empty += 1
-            if isinstance(chunk, Passed):
+            if isinstance(chunk, PassedFile):
                 self._size = check_passed(chunk.fd)
                 if chunk.length not in (-1, self._size):
                     raise IntegrityError(f"{self.file}: a passed file has another size than its "
@@ -9608,7 +9608,7 @@ class _Source:
             yield data
 
 
-def read_stream(chunks: Iterable[bytes | Passed], file: str, *, need_end: bool = False,
+def read_stream(chunks: Iterable[bytes | PassedFile], file: str, *, need_end: bool = False,
                 pairs: bool = False
                 ) -> Iterator[tuple[bytes, Member | None, Iterator[bytes | Extent]]]:
     """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
@@ -9664,7 +9664,7 @@ class LayerStream(Closing):
     context manager: ``close`` is called at its end.
     """
 
-    def __init__(self, chunks: Iterable[bytes | Passed], *, label: str, digest: str = "",
+    def __init__(self, chunks: Iterable[bytes | PassedFile], *, label: str, digest: str = "",
                  size: int = -1, pairs: bool = False,
                  close: Callable[[], object] | None = None) -> None:
         self.label, self.digest, self.size = label, digest, size
@@ -11312,7 +11312,7 @@ class RpcClient(Closing):
                                 str(start.get("layer") or label))
         return stream
 
-    def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[bytes | Passed]:
+    def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[bytes | PassedFile]:
         """Yield what comes until the response.  Raises ProtocolError where an end was missing."""
         end: dict[str, Any] | None = None
         files = 0
@@ -11346,7 +11346,7 @@ class RpcClient(Closing):
                         raise ProtocolError(f"a file of {counted(display(repr(size)), 'byte')}",
                                             code=BAD_PARAMS)
                     files += 1
-                    yield Passed(message.fds[0], size)
+                    yield PassedFile(message.fds[0], size)
                 elif method in END_METHODS:
                     end = params
                     self._check_end(stream(), end, files)
@@ -11498,7 +11498,7 @@ class VarlinkClient(RpcClient):
                                          "CAP_DAC_OVERRIDE" in capabilities()}}})
         return self._collect(fds)
 
-    def _until_failure(self, chunks: Iterable[bytes | Passed]) -> Iterator[bytes | Passed]:
+    def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
         """Yield chunks; where they are broken off, raise what our own server says of it."""
         import select
 
@@ -11604,7 +11604,7 @@ class _PipeReader(io.RawIOBase):
                 Deadline(self._timeout).wait(self._fd, "POLLIN")
 
 
-def received_layer(reference: str, chunks: Iterable[bytes | Passed], said: dict[str, Any],
+def received_layer(reference: str, chunks: Iterable[bytes | PassedFile], said: dict[str, Any],
                    label: str, close: Callable[[], object] | None = None) -> LayerStream:
     """Return the layer that a server sends, with the digest and size that it has ``said``."""
     digest, size = said.get("digest"), said.get("size")

@@ -9756,7 +9756,7 @@ class StreamExtracts(TreeTest):
             return ""
 
         fd = os.open(path, os.O_RDONLY)
-        chunks: list[Any] = [tar[:512], cstor.Passed(fd), tar[8512:]]
+        chunks: list[Any] = [tar[:512], cstor.PassedFile(fd), tar[8512:]]
         with mock.patch.object(cstor.Ladder, "fill", copy):  # what counts is what was copied
             cstor.extract_streams([cstor.LayerStream(chunks, label="t", digest=sha256(tar))],
                                   self.out, owners=False, link_mode="copy")
@@ -9769,7 +9769,7 @@ class StreamExtracts(TreeTest):
             with open(path, "wb") as file:
                 file.write(b"good" * 2000)
             fd = os.open(path, os.O_RDONLY)
-            chunks = [tar[:512], cstor.Passed(fd), tar[8512:]]
+            chunks = [tar[:512], cstor.PassedFile(fd), tar[8512:]]
             with mock.patch.object(cstor.Ladder, "fill", replaced), \
                     self.assertRaisesRegex(cstor.IntegrityError, f'"f": .*{words}'):
                 cstor.extract_streams([cstor.LayerStream(chunks, label="t", digest=sha256(tar))],
