@@ -2567,7 +2567,8 @@ class Toml:
 
 COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}  # of uname
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386",
+                 "armv6l": "arm/v6", "armv7l": "arm/v7", "armv8l": "arm/v8"}  # of uname
 
 
 def is_safe_id(text: str) -> bool:
@@ -2619,10 +2620,12 @@ def platform_name(said: Any) -> str:
     return "/".join(words.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/")
 
 
-def best_platform(items: Sequence[tuple[str, T]], platform: str) -> list[T]:
-    """Return those of ``items``, given by os/arch[/variant], that are for ``platform``.
+def best_platform(items: Sequence[tuple[str, T]], platform: str, title: str = "") -> list[T]:
+    """Return those of ``items``, given by os/arch[/variant], that are best for ``platform``.
 
-    "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8.
+    "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8; of arm
+    the newest variant that runs there is best, as for podman.  With a ``title`` NotFound says what
+    is here instead of a platform that was asked for.
     """
     if not re.fullmatch("|[^/]+(/[^/]+){1,2}", platform):
         raise ValueError(f"platform must be os/arch[/variant], not {display(platform)}")
@@ -2630,8 +2633,16 @@ def best_platform(items: Sequence[tuple[str, T]], platform: str) -> list[T]:
     named = [(f"{name}/".replace("/arm64/v8/", "/arm64/"), item) for name, item in items]
     wanted = "/".join(ARCHITECTURES.get(word, word) for word in [*words, ""])
     wanted = wanted.replace("/arm64/v8/", "/arm64/")
-    return [item for name, item in named if name == wanted] \
-        or [item for name, item in named if name.startswith(wanted)]
+    arm = re.fullmatch("(.*/arm/)(?:v([5-8])/)?", wanted)
+    older = [f"{arm[1]}v{n}/" for n in range(int(arm[2] or 8), 4, -1)] + [arm[1]] if arm else []
+    for choice in [wanted, *older]:
+        if found := [item for name, item in named if name == choice]:
+            return found
+    found = [item for name, item in named if name.startswith(wanted)]
+    if title and platform and not found:
+        raise NotFound(f"image {title} has no instance {platform}",
+                       hint=f"here: {', '.join(name for name, _ in items) or 'none'}")
+    return found
 
 
 def is_index(manifest: Any) -> bool:
@@ -3090,11 +3101,8 @@ class Image(Record):
                 raise NotFound(f"image {self.title} is for {have}, not {platform}")
             return self
         instances = self.instances()
-        for image in best_platform(instances, platform):
+        for image in best_platform(instances, platform, self.title):
             return image
-        if platform:
-            raise NotFound(f"image {self.title} has no instance {platform}", hint="here: " + (
-                ", ".join(name for name, _ in instances) or "none"))
         names = ", ".join(f"{image.id[:12]} ({name})" for name, image in instances)
         raise Unsupported(f"image {self.id} is a manifest list without an instance for this "
                           "machine", hint=f"its instances here: {names or 'none'}")
@@ -4184,8 +4192,6 @@ def find_image(images: Sequence[Image], reference: str, platform: str = "") -> I
     bare = text.removeprefix("sha256:")
     unknown = ImageUnknown(f"image not known: {display(reference)}",
                            hint="`image list` shows what there is")
-    if not bare:
-        raise unknown
     if re.fullmatch(HEX64, bare):
         found = [image for image in images if image.id == bare] \
             or [image for image in images if f"sha256:{bare}" in image.digests]
@@ -4197,7 +4203,7 @@ def find_image(images: Sequence[Image], reference: str, platform: str = "") -> I
             or _images_by_short_name(named, text)
     if len(found) > 1 and ("@" in text or re.fullmatch(HEX64, bare)):
         found = best_platform([(platform_name(image.config()), image) for image in found],
-                              platform) or found
+                              platform, display(reference)) or found
     return _one(found, unknown, reference, lambda image: ", ".join(image.names) or "<none>")
 
 
@@ -4228,21 +4234,18 @@ def _named(images: Sequence[Image], name: str) -> list[Image]:
 def _images_by_short_name(images: Sequence[Image], text: str) -> list[Image]:
     """Find repositories that end in /NAME with the same tag or digest, whatever the registry."""
     name, tag, digest = split_reference(text)
-    found: list[Image] = []
     if len(normalize_name(name)) == 1 or text.endswith(":"):  # not short, not a reference
-        return found
-    for image in images:
-        for other in image.names + image.names_history * bool(digest):
-            their_name, their_tag, _ = split_reference(other)
-            if (their_name == name or their_name.endswith("/" + name)) and (
-                    digest in image.digests if digest else their_tag == (tag or "latest")):
-                found.append(image)
-    return found
+        return []
+    return [image for image in images if any(
+        f"/{their_name}".endswith(f"/{name}")
+        and (digest in image.digests if digest else their_tag == (tag or "latest"))
+        for their_name, their_tag, _ in map(
+            split_reference, image.names + image.names_history * bool(digest)))]
 
 
 def _by_prefix(records: Sequence[R], text: str) -> list[R]:
     """Return the records whose IDs start with ``text``, of the first store that has any."""
-    found = [record for record in records if record.id.startswith(text)]
+    found = [record for record in records if text and record.id.startswith(text)]
     return [record for record in found if record.readonly == found[0].readonly]
 
 
@@ -12995,17 +12998,14 @@ def cmd_stat(storage: Storage, args: Any) -> None:
             entry = file_json(b"/" + path, node)
             if node.checksum is not None and node.size:
                 entry["crc64"] = f"{node.checksum:016x}"
-            found.append(entry)
-            names = {"path": b"/" + path, "linkName": node.linkname}
             if args.format != "json":
-                print_table(["KEY", "VALUE"], [
-                    [key, display(names[key]) if key in names else f"{value:04o}" if key == "mode"
-                     else ", ".join(f"{display(name)}={display(content)}" for name, content in
-                                    sorted(node.xattrs.items())) if key == "xattrs"
-                     else value if isinstance(value, str) else json.dumps(value)]
-                    for key, value in entry.items()])
-    if args.format == "json" and found:
-        print_json(found)
+                text = {"path": display(b"/" + path), "linkName": display(node.linkname),
+                        "mode": f"{node.mode:04o}", "xattrs": ", ".join(
+                            f"{display(name)}={display(content)}" for name, content in
+                            sorted(node.xattrs.items()))}
+                entry.update((key, text[key]) for key in entry.keys() & text)
+            found.append(entry)
+    print_inspected(iter(found), args)
 
 
 def cmd_cat(storage: Storage, args: Any) -> None:

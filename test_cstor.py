@@ -8127,6 +8127,31 @@ class Layouts(StoreTest):
         with self.open(self.store) as storage, self.assertRaises(ValueError):
             storage.image("multi:1", "arm64")
 
+    def test_the_variant_that_podman_takes(self) -> None:
+        """What skopeo 1.9 chose from these lists with --override-arch and --override-variant."""
+        all_of = ["linux/arm/v6", "linux/arm64/v8", "linux/arm/v7", "linux/amd64/v3"]
+        for instances, platform, wanted in (
+                (all_of, "linux/arm", "linux/arm/v7"), (all_of, "linux/arm/v7", "linux/arm/v7"),
+                (all_of, "linux/arm/v8", "linux/arm/v7"), (all_of, "linux/arm/v6", "linux/arm/v6"),
+                (all_of, "linux/arm/v5", None), (all_of, "linux/arm64", "linux/arm64/v8"),
+                (["linux/arm/v6", "linux/arm", "linux/arm/v7"], "linux/arm", "linux/arm"),
+                (["linux/arm/v6", "linux/arm"], "linux/arm/v5", "linux/arm"),
+                (["linux/arm", "linux/arm/v6"], "linux/arm/v7", "linux/arm/v6"),
+                (["linux/arm64"], "linux/arm/v8", None), (["linux/arm/v7"], "windows/arm", None)):
+            found = cstor.best_platform([(name, name) for name in instances], platform)
+            self.assertEqual([wanted] if wanted else [], found, (instances, platform))
+        for machine, wanted in (("armv6l", "linux/arm/v6"), ("armv7l", "linux/arm/v7")):
+            with mock.patch.object(os, "uname", return_value=mock.Mock(machine=machine)):
+                self.assertEqual([wanted], cstor.best_platform([(name, name) for name in all_of],
+                                                               ""))
+
+    def test_a_shared_digest_without_the_platform(self) -> None:
+        digest, _, _ = self.pull_list()
+        done = self.run_cstor(*self.ours, "image", "files", "multi@" + digest,
+                              "--platform=linux/s390x", status=3)
+        self.assertEqual(f"cstor: error: image multi@{digest} has no instance linux/s390x (here: "
+                         "linux/amd64, linux/arm64)\n", done.stderr.decode())
+
     def test_what_a_list_says_stays(self) -> None:
         more = {"annotations": {"top": "z"}, "subject": {"mediaType": "a/b", "size": 2, "digest":
                 sha256(b"s")}, "artifactType": "c/d", "x-unknown": [1, {"y": None}]}
