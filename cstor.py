@@ -1619,22 +1619,57 @@ def gunzip(fd: int, file: str) -> Iterator[bytes]:
         raise FormatError(f"damaged gzip stream: {error}", file=file, offset=total) from None
 
 
+class ChunkFile(io.RawIOBase):
+    """A raw file of what ``chunks`` yields; an error stays one, however often it is read on.
+
+    ``on_close`` is called when it is closed.
+    """
+
+    def __init__(self, chunks: Iterable[bytes],
+                 on_close: Callable[[], object] = lambda: None) -> None:
+        self._chunks, self._on_close = iter(chunks), on_close
+        self._view = memoryview(b"")
+        self._failed: BaseException | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._on_close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        if self._failed:
+            raise self._failed
+        try:
+            while not self._view:
+                if (data := next(self._chunks, None)) is None:
+                    return 0
+                self._view = memoryview(data)
+        except BaseException as error:
+            self._failed = error
+            raise
+        count = min(len(buffer), len(self._view))
+        buffer[:count], self._view = self._view[:count], self._view[count:]
+        return count
+
+
 class Decompressed(Closing):
     """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
-    Of a descriptor ``fd``, which stays the caller's, or a raw file ``raw``, which is closed at the
-    end, ``path`` is the name in errors.  Never seeks, so that a pipe will do.  zstd takes Python
-    3.14 or the program zstd.  A context manager.  Raises FormatError for a damaged stream,
-    Unsupported for zstd without either.
+    Of a descriptor ``fd``, which stays the caller's, ``path`` is the name in errors.  It never
+    seeks, so a pipe will do.  zstd needs Python 3.14 or the program zstd.  Raises FormatError for a
+    damaged stream, Unsupported for zstd without either.
     """
 
-    def __init__(self, path: str, fd: int = -1, raw: io.RawIOBase | None = None) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
         self.path = path
         self._damage: tuple[type[Exception], ...] = ()
         if path == "-" and fd < 0:
             fd = 0
         try:
-            self._raw = raw or open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
+            self._raw = open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
         except OSError as error:
             raise with_path(error, path) if path == "-" else error from None
         try:
@@ -1655,7 +1690,8 @@ class Decompressed(Closing):
             if not (part := self._raw.read(6 - len(magic))):
                 break
             magic += part
-        file = io.BufferedReader(_Unread(magic, self._raw), 2 * READ_SIZE)
+        chunks = self._read_on(magic)
+        file = io.BufferedReader(ChunkFile(chunks), 2 * READ_SIZE)
         if magic.startswith(b"\x1f\x8b"):
             import gzip
 
@@ -1677,10 +1713,19 @@ class Decompressed(Closing):
 
                 zstd = importlib.import_module("compression.zstd")  # Python 3.14
             except ImportError:
-                return io.BufferedReader(ZstdProgram(self.path, magic, self._raw.read), CHUNK)
+                program = ZstdProgram("-dc", path=self.path)
+                return io.BufferedReader(ChunkFile(program.run(chunks), program.close), CHUNK)
             self._damage = EOFError, zstd.ZstdError
             return zstd.ZstdFile(file)
         return file
+
+    def _read_on(self, first: bytes) -> Iterator[bytes]:
+        """Yield the file, whose first bytes have been read."""
+        try:
+            yield first
+            yield from iter(lambda: self._raw.read(CHUNK), b"")
+        except OSError as error:
+            raise with_path(error, self.path) from None
 
     def read(self, count: int) -> bytes:
         """Return ``count`` bytes, or fewer at the end."""
@@ -1693,42 +1738,26 @@ class Decompressed(Closing):
             raise FormatError(f"damaged: {error}", file=self.path) from None
 
 
-class _Unread(io.RawIOBase):
-    """A file whose first bytes were read to look at them."""
+class ZstdProgram(Closing):
+    """The program zstd as a filter, run with ``words``.
 
-    def __init__(self, first: bytes, file: Any) -> None:
-        self._first, self._file = first, file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if not self._first:
-            return self._file.readinto(buffer)  # type: ignore[no-any-return]
-        count = min(len(buffer), len(self._first))
-        buffer[:count], self._first = self._first[:count], self._first[count:]
-        return count
-
-
-class ZstdProgram(io.RawIOBase):
-    """Reads what ``zstd -dc`` makes of ``first`` and then of what ``read(n)`` returns until b"".
-
-    Raises FormatError when the program fails, Unsupported when there is none.
+    It reads a file at ``path``, or without one writes.  Raises FormatError when what it reads is
+    damaged, Unsupported when there is no such program, CstorError when it fails otherwise.
     """
 
-    def __init__(self, path: str, first: bytes, read: Callable[[int], bytes | None]) -> None:
+    def __init__(self, *words: str, path: str = "") -> None:
         import select
         import subprocess
 
-        self.path, pipe = path, subprocess.PIPE
-        self._left, self._read = memoryview(first), read
+        self._path, pipe = path, subprocess.PIPE
         self._program: Any = None
         try:
-            self._program = subprocess.Popen(["zstd", "-dcq"], bufsize=0, stdin=pipe,
-                                                  stdout=pipe, stderr=pipe)
+            self._program = subprocess.Popen(["zstd", "-q", *words], bufsize=0, stdin=pipe,
+                                             stdout=pipe, stderr=pipe)
         except (FileNotFoundError, PermissionError):
-            raise Unsupported(f"{path}: compressed by zstd", hint="this takes Python 3.14 or the "
-                              "program zstd") from None
+            raise Unsupported(f"{path or '--compress zstd'}: zstd needs Python 3.14 or the program "
+                              "zstd", hint="" if path else "--compress gzip needs nothing"
+                              ) from None
         except OSError as error:
             raise with_path(error, "zstd") from None
         self._source, self._sink = self._program.stdin, self._program.stdout
@@ -1738,43 +1767,47 @@ class ZstdProgram(io.RawIOBase):
             widen_pipe(file.fileno())
             self._poll.register(file, event)
 
-    def readable(self) -> bool:
-        return True
+    def run(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield what the program makes of ``chunks``."""
+        for chunk in chunks:
+            yield from self.feed(chunk)
+        yield from self.finish()
 
-    def _feed(self) -> None:
-        """Give the program what it takes, until it has something for us or all was given."""
-        while not self._source.closed:
-            if self._sink.fileno() in dict(self._poll.poll()):
-                return
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
+        """Give ``data`` to the program; yield what it has ready meanwhile."""
+        view, source, sink = memoryview(data), self._source.fileno(), self._sink.fileno()
+        while view:
+            if sink in dict(self._poll.poll()):
+                yield os.read(sink, CHUNK) or self._fail()
+                continue
             try:
-                self._left = self._left or memoryview(self._read(CHUNK) or b"")
-            except OSError as error:
-                raise with_path(error, self.path) from None
-            try:
-                count = os.write(self._source.fileno(), self._left)
-            except BrokenPipeError:  # the program says why it went
-                count = 0
-            self._left = self._left[count:]
-            if not count:
-                self._poll.unregister(self._source)
-                self._source.close()
+                view = view[os.write(source, view):]
+            except BrokenPipeError:
+                self._fail()
 
-    def readinto(self, buffer: Any) -> int:
-        self._feed()
-        count: int = self._sink.readinto(buffer)
-        if not count:
-            words = self._program.stderr.read().decode("utf-8", "replace").strip()
-            if self._program.wait():
-                raise FormatError(f"damaged: {words}", file=self.path)
-        return count
+    def finish(self) -> Iterator[bytes]:
+        """Yield what is left once all was fed."""
+        self._source.close()
+        yield from iter(lambda: os.read(self._sink.fileno(), CHUNK), b"")
+        if self._program.wait():
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        words = self._program.stderr.read().decode("utf-8", "replace").strip()
+        if self._path:
+            raise FormatError(f"damaged: {words}", file=self._path)
+        raise CstorError(f"zstd failed with status {self._program.wait()}: {words}")
+
+    def kill(self) -> None:
+        """Let nothing wait for the program any more."""
+        self._program.kill()
 
     def close(self) -> None:
-        if not self.closed and self._program:
-            self._program.kill()
-            self._program.wait()
-            for file in (self._source, self._sink, self._program.stderr):
-                file.close()
-        super().close()
+        """End the program; harmless when repeated."""
+        self.kill()
+        self._program.wait()
+        for file in (self._source, self._sink, self._program.stderr):
+            file.close()
 
 
 class GzipWriter:
@@ -1830,60 +1863,25 @@ class GzipWriter:
 
 
 class ZstdWriter:
-    """Compresses by Python's compression.zstd (3.14), or else by the program zstd.
-
-    Raises Unsupported when there is neither.
-    """
+    """Compresses by Python's compression.zstd (3.14), or else by the program zstd."""
 
     def __init__(self, write: Callable[[bytes], object], level: int = 3) -> None:
         self._write = write
-        self._program: Any = None
+        self._program: ZstdProgram | None = None
         try:
             import importlib
 
             self._compressor: Any = importlib.import_module("compression.zstd").ZstdCompressor(
                 level)
         except ImportError:
-            self._start(level)
-
-    def _start(self, level: int) -> None:
-        import select
-        import subprocess
-
-        try:
-            self._program = subprocess.Popen(["zstd", "-q", "-c", f"-{level}", "-T0"], bufsize=0,
-                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except (FileNotFoundError, PermissionError):
-            raise Unsupported("no zstd: neither Python 3.14 nor the program zstd is here",
-                              hint="--compress gzip needs nothing") from None
-        except OSError as error:
-            raise with_path(error, "zstd") from None
-        os.set_blocking(self._program.stdin.fileno(), False)
-        self._poll = select.poll()
-        for file, event in ((self._program.stdin, select.POLLOUT),
-                            (self._program.stdout, select.POLLIN)):
-            widen_pipe(file.fileno())
-            self._poll.register(file, event)
+            self._program = ZstdProgram("-c", f"-{level}", "-T0")
 
     def write(self, data: bytes | memoryview) -> int:
         """Take uncompressed bytes."""
-        if not self._program:
-            self._write(self._compressor.compress(data))
-            return len(data)
-        view = memoryview(data)
-        source, sink = self._program.stdin.fileno(), self._program.stdout.fileno()
-        while view:
-            if sink in dict(self._poll.poll()):
-                self._write(os.read(sink, CHUNK) or self._give_up())
-                continue
-            try:
-                view = view[os.write(source, view):]
-            except BrokenPipeError:
-                self._give_up()
+        for part in self._program.feed(data) if self._program \
+                else (self._compressor.compress(data),):
+            self._write(part)
         return len(data)
-
-    def _give_up(self) -> NoReturn:
-        raise CstorError(f"zstd failed with status {self._program.wait()}")
 
     def abort(self) -> None:
         """Let nothing wait for the program any more."""
@@ -1892,22 +1890,13 @@ class ZstdWriter:
 
     def finish(self) -> None:
         """Write what is left."""
-        if not self._program:
-            self._write(self._compressor.flush())
-            return
-        self._program.stdin.close()
-        for data in iter(lambda: self._program.stdout.read(CHUNK), b""):
-            self._write(data)
-        if self._program.wait():
-            self._give_up()
+        for part in self._program.finish() if self._program else (self._compressor.flush(),):
+            self._write(part)
 
     def close(self) -> None:
         """End the program; harmless when repeated."""
         if self._program:
-            self._program.kill()
-            self._program.wait()
-            self._program.stdin.close()
-            self._program.stdout.close()
+            self._program.close()
 
 
 def parse_compression(text: str) -> tuple[str, int]:
@@ -9746,44 +9735,12 @@ class LayerStream(Closing):
 
         Reading on to the end raises what chunks() raises.  Closing it closes the stream.
         """
-        return io.BufferedReader(_StreamFile(self), CHUNK)
+        return io.BufferedReader(ChunkFile(self.chunks(), self.close), CHUNK)
 
     def extract(self, directory: str, *, whiteouts: bool = True, **options: Any) -> dict[str, Any]:
         """Put the files of this layer alone into a directory; see extract_streams()."""
         return extract_streams([self], directory, label=self.label, raw=True,
                                whiteouts=whiteouts, **options)
-
-
-class _StreamFile(io.RawIOBase):
-    """A LayerStream as a raw file; an error stays one, however often it is read on."""
-
-    def __init__(self, stream: LayerStream) -> None:
-        self._stream, self._chunks = stream, stream.chunks()
-        self._view = memoryview(b"")
-        self._failed: BaseException | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            self._stream.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        if self._failed:
-            raise self._failed
-        try:
-            while not self._view:
-                if (data := next(self._chunks, None)) is None:
-                    return 0
-                self._view = memoryview(data)
-        except BaseException as error:
-            self._failed = error
-            raise
-        count = min(len(buffer), len(self._view))
-        buffer[:count], self._view = self._view[:count], self._view[count:]
-        return count
 
 
 class StreamTree(LayerTree):
@@ -11483,7 +11440,7 @@ class VarlinkClient(RpcClient):
                     fds[0], fcntl.F_GETFL) & (os.O_PATH | os.O_WRONLY | os.O_RDWR):
                 raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
             os.set_blocking(fds[0], False)
-            reader = io.BufferedReader(_PipeReader(fds[0], self.connection.timeout), CHUNK)
+            reader = io.BufferedReader(ChunkFile(read_pipe(fds[0], self.connection.timeout)), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
             return received_layer(name, self._until_failure(chunks), reply,
                                   str(reply.get("layer") or name), passed.close)
@@ -11590,21 +11547,15 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
     raise trouble
 
 
-class _PipeReader(io.RawIOBase):
-    """Reads a pipe; ProtocolError when nothing comes for ``timeout`` seconds."""
-
-    def __init__(self, fd: int, timeout: float | None) -> None:
-        self._fd, self._timeout = fd, timeout
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            try:
-                return os.readv(self._fd, [buffer])
-            except BlockingIOError:
-                Deadline(self._timeout).wait(self._fd, "POLLIN")
+def read_pipe(fd: int, timeout: float | None) -> Iterator[bytes]:
+    """Yield what comes from a pipe; ProtocolError when nothing does for ``timeout`` seconds."""
+    while True:
+        try:
+            if not (data := os.read(fd, CHUNK)):
+                return
+            yield data
+        except BlockingIOError:
+            Deadline(timeout).wait(fd, "POLLIN")
 
 
 def received_layer(reference: str, chunks: Iterable[bytes | PassedFile], said: dict[str, Any],
