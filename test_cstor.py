@@ -53,6 +53,7 @@ import termios
 import textwrap
 import threading
 import time
+import traceback
 import unittest
 import warnings
 import weakref
@@ -73,10 +74,6 @@ LAUNCH = f"import sys; sys.path.insert(0, {HERE!r}); import cstor; sys.exit(csto
 COMMAND = sys.executable, "-c", LAUNCH
 UMASK = 0o22
 os.umask(UMASK)  # whatever is that of who runs them
-for _number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):  # and whatever nohup ignores
-    signal.signal(_number, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.pthread_sigmask(signal.SIG_SETMASK, ())
 FULL = bool(os.environ.get("CSTOR_TEST_FULL"))  # real trees of 50,000 files
 IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
 
@@ -84,6 +81,16 @@ IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C
 # ================================================================================================
 # Tools
 # ================================================================================================
+
+def default_signals() -> None:
+    """Handle signals as a new interpreter does, whatever nohup ignores."""
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+default_signals()
 
 # Tests that may be skipped though CSTOR_TEST_REQUIRE=all, and why.
 ALLOWED_SKIPS = {
@@ -490,6 +497,58 @@ def on_terminal(*args: str, script: bool = True) -> bytes:
     return output
 
 
+def run_as_program(words: Sequence[str], env: Mapping[str, str], fds: Sequence[int]) -> int:
+    """Do in a child what the command does; ``fds`` become its stdin, stdout and stderr."""
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
+    tempfile.tempdir = None
+    default_signals()
+    sys.argv = ["-c", *words]
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, buffering=buffering, encoding="utf-8", errors=errors, closefd=False)
+        for number, mode, buffering, errors in ((0, "r", -1, "surrogateescape"),
+                                                (1, "w", -1, "surrogateescape"),
+                                                (2, "w", 1, "backslashreplace")))
+    try:
+        return cstor.main()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def fork_main(words: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[bytes]:
+    """Run the command in a child of this process, which spares the start of an interpreter."""
+    ends = [os.pipe() for _ in range(2)]
+    pid = os.fork()
+    if not pid:
+        try:
+            null = os.open(os.devnull, os.O_RDONLY)
+            os._exit(run_as_program(words, env, [null, *(end for _, end in ends)]))
+        finally:
+            os._exit(99)
+    for _, end in ends:
+        os.close(end)
+    found = {end: bytearray() for end, _ in ends}
+    left = set(found)
+    while left:
+        ready = select.select(left, (), (), 60)[0]
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+        for end in ready:
+            part = os.read(end, 1 << 16)
+            found[end] += part
+            left -= set() if part else {end}
+    for end in found:
+        os.close(end)
+    status = os.waitpid(pid, 0)[1]
+    return subprocess.CompletedProcess(
+        words, os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status),
+        *map(bytes, found.values()))
+
+
 class StoreTest(unittest.TestCase):
     """A test with a store in a temporary directory, which must end as it began.
 
@@ -538,10 +597,13 @@ class StoreTest(unittest.TestCase):
     def run_cstor(self, *args: str, status: int = 0, env: Mapping[str, str] | None = None,
                   command: Sequence[str] = (), **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         """Run the command in a process of its own and check its exit status."""
-        done = subprocess.run([*(command or COMMAND), *args], timeout=60,
-                              env={**IDLE, **(env or {})},
-                              **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
-                                 "stdin": subprocess.DEVNULL, **kwargs})
+        env = {**IDLE, **(env or {})}
+        if command or kwargs or env["LC_ALL"] == "C" or threading.active_count() > 1:
+            done = subprocess.run([*(command or COMMAND), *args], timeout=60, env=env,
+                                  **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                                     "stdin": subprocess.DEVNULL, **kwargs})
+        else:
+            done = fork_main(args, env)
         self.assertEqual(status, done.returncode, done.stderr)
         if done.stderr and status not in (0, 2):
             self.assertRegex(done.stderr.decode(), r"\Acstor: error: [^\n]+\n\Z")
