@@ -1573,6 +1573,35 @@ def _fold(high: int, bits: int) -> int:
     return high ^ high >> n ^ high >> 3 * n ^ high >> 4 * n ^ back << bits - 8 * n
 
 
+def read_checked(fd: int, size: int, *, offset: int = 0, checksum: int | None = None,
+                 name: bytes = b"", layer: str = "") -> Iterator[bytes]:
+    """Yield ``size`` bytes of an open file from ``offset``; then compare their CRC-64, if known.
+
+    Raises IntegrityError, also for a file that has become shorter.
+    """
+    crc = done = 0
+    while done < size:
+        try:
+            data = os.pread(fd, min(CHUNK, size - done), offset + done)
+        except OSError as error:
+            raise with_path(error, f"layer {layer}: " * bool(layer) + display(name)) from None
+        if not data:
+            raise shrank(size, done, name, layer)
+        done += len(data)
+        if checksum is not None:
+            crc = crc64(data, crc)
+        yield data
+    if size and checksum not in (None, crc):
+        raise IntegrityError("file integrity checksum failed", layer=layer, name=name,
+                             expected=f"CRC-64 {checksum:016x}", actual=f"{crc:016x}")
+
+
+def shrank(size: int, done: int, name: bytes, layer: str) -> IntegrityError:
+    """Return the error for a file that held ``done`` bytes where ``size`` were promised."""
+    return IntegrityError("the file shrank while it was read", layer=layer, name=name,
+                          expected=counted(size, "byte"), actual=str(done))
+
+
 def sha256_digest(data: bytes) -> str:
     """Return ``sha256:`` and the hex digest of ``data``."""
     import hashlib
@@ -2980,8 +3009,8 @@ class Layer(Record):
             for _, member in members_ahead(self, files):
                 if member and member.stored and member.size:
                     with open(files.open(member.name, member.size), "rb", 0) as file:
-                        for _ in checked_content(file.fileno(), member.size, member.checksum,
-                                                 member.name, self.id):
+                        for _ in read_checked(file.fileno(), member.size, name=member.name,
+                                              checksum=member.checksum, layer=self.id):
                             pass
                     count += 1
         return count
@@ -5101,13 +5130,20 @@ class Extent:
         self.fd, self.offset, self.length, self.member = fd, offset, length, member
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the bytes; fewer than ``length`` when the file has become shorter."""
-        at, end = self.offset, self.offset + self.length
-        while at < end:
-            if not (data := read_at(self.fd, min(CHUNK, end - at), at)):
-                return
-            yield data
-            at += len(data)
+        """Yield the bytes.  Raises IntegrityError when the file has become shorter."""
+        return read_checked(self.fd, self.length, offset=self.offset, name=self.member.name)
+
+    @property
+    def is_whole_file(self) -> bool:
+        """Whether it is all of a file, and all of its member's content."""
+        return self.offset == 0 and self.member.sparse is None \
+            and os.fstat(self.fd).st_size == self.length
+
+
+def whole_chunks(piece: bytes | Extent) -> Iterator[bytes]:
+    """Yield the bytes of a piece; see Extent.chunks()."""
+    return piece.chunks() if isinstance(piece, Extent) else iter((piece,))
+
 
 
 class TarSplit(ObjectStream):
@@ -5470,7 +5506,8 @@ class TarSink:
             assert isinstance(self._out, int)
             left -= self._copier.copy(piece.fd, at, left, self._out)
             if left:
-                raise self._shrank(piece, left)
+                raise shrank(piece.length, piece.length - left, piece.member.name,
+                             self._layer)
         while left:
             fill = self._fill
             try:
@@ -5482,16 +5519,12 @@ class TarSink:
             if n == left:
                 return
             if n == 0 and fill < CHUNK:
-                raise self._shrank(piece, left)
+                raise shrank(piece.length, piece.length - left, piece.member.name,
+                             self._layer)
             if self._fill == CHUNK:
                 self._flush()
             at += n
             left -= n
-
-    def _shrank(self, piece: Extent, left: int) -> IntegrityError:
-        return IntegrityError("the file shrank while it was read", layer=self._layer,
-                              name=piece.member.name, expected=counted(piece.length, "byte"),
-                              actual=str(piece.length - left))
 
     def take_all(self, pieces: Iterable[bytes | Extent],
                  also: Callable[[bytes | Extent], object] | None = None) -> str:
@@ -5562,30 +5595,6 @@ def export_layer(layer: Layer, out: int | BinaryIO, *, verify: bool = True,
                                  "checksums: tar-split data or layers.json was changed",
                                  layer=layer.id, expected=layer.diff_digest, actual=digest)
     return digest
-
-
-def checked_content(fd: int, size: int, checksum: int | None, name: bytes, layer: str
-                    ) -> Iterator[bytes]:
-    """Yield the content of an open file; then compare its CRC-64, where that is known.
-
-    Raises IntegrityError, also for a file that has become shorter.
-    """
-    crc = at = 0
-    while at < size:
-        try:
-            data = os.pread(fd, min(CHUNK, size - at), at)
-        except OSError as error:
-            raise with_path(error, f"layer {layer}: " * bool(layer) + display(name)) from None
-        if not data:
-            raise IntegrityError("the file shrank while it was read", layer=layer, name=name,
-                                 expected=counted(size, "byte"), actual=str(at))
-        at += len(data)
-        if checksum is not None:
-            crc = crc64(data, crc)
-        yield data
-    if size and checksum not in (None, crc):
-        raise IntegrityError("file integrity checksum failed", layer=layer, name=name,
-                             expected=f"CRC-64 {checksum:016x}", actual=f"{crc:016x}")
 
 
 # ================================================================================================
@@ -5697,8 +5706,9 @@ class Node:
         return self._checksum
 
     def checked(self, fd: int) -> Iterator[bytes]:
-        """Yield its content from its open file; see checked_content()."""
-        return checked_content(fd, self.size, self.checksum, self.path, self.tree.layer_id)
+        """Yield its content from its open file; see read_checked()."""
+        return read_checked(fd, self.size, checksum=self.checksum, name=self.path,
+                            layer=self.tree.layer_id)
 
     def describe(self, member: Member) -> None:
         """Take what a header says; of a hard link all but what is of its target."""
@@ -9384,8 +9394,7 @@ class SplitdirfdstreamReader(_ChunkReader):
                 length, fd = self._open(opened)
                 try:
                     if length <= self._threshold and check_passed(fd) == length:
-                        yield from (read_at(fd, min(CHUNK, length - at), at)
-                                    for at in range(0, length, CHUNK))
+                        yield from read_checked(fd, length)
                     else:
                         yield PassedFile(fd, length)
                 finally:
@@ -9421,27 +9430,6 @@ class SplitdirfdstreamReader(_ChunkReader):
             return length, directory.open_at(dir_fd, base)
         except OSError as error:
             raise with_path(error, directory.host_path(name)) from None
-
-
-def whole_chunks(piece: bytes | Extent) -> Iterator[bytes]:
-    """Yield the bytes of a piece.  Raises IntegrityError at the end when its file is shorter."""
-    if not isinstance(piece, Extent):
-        yield piece
-        return
-    left = piece.length
-    for data in piece.chunks():
-        left -= len(data)
-        yield data
-    if left:
-        raise IntegrityError("the file shrank while it was read", name=piece.member.name,
-                             expected=counted(piece.length, "byte"),
-                             actual=str(piece.length - left))
-
-
-def is_whole_file(piece: Extent) -> bool:
-    """Tell whether an extent is all of a file, and all of its member's content."""
-    return piece.offset == 0 and piece.member.sparse is None \
-        and os.fstat(piece.fd).st_size == piece.length
 
 
 class _ChunkWriter:
@@ -9488,7 +9476,7 @@ class SplitfdstreamWriter(_ChunkWriter):
     def add(self, piece: bytes | Extent) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
         if isinstance(piece, Extent) and piece.length > self._threshold and self._external \
-                and is_whole_file(piece) and self._external(piece):
+                and piece.is_whole_file and self._external(piece):
             self._write(self.files.to_bytes(8, "little"))
             self.files += 1
         else:
@@ -9511,7 +9499,7 @@ class SplitdirfdstreamWriter(_ChunkWriter):
     def add(self, piece: bytes | Extent) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
         kind = b"\1" if isinstance(piece, Extent) else b"\0"
-        if isinstance(piece, Extent) and piece.length and self._external and is_whole_file(piece):
+        if isinstance(piece, Extent) and piece.length and self._external and piece.is_whole_file:
             index, name = self._external(piece) or (0, b"")
             if name and name.decode("utf-8", "replace").encode() == name:
                 self._write(b"\2" + piece.length.to_bytes(8, "little") + index.to_bytes(
@@ -10872,7 +10860,7 @@ class _Session(Closing):
         pieces = read_pieces(layer)
         try:
             for piece in pieces:
-                if isinstance(piece, Extent) and piece.length > threshold and is_whole_file(piece):
+                if isinstance(piece, Extent) and piece.length > threshold and piece.is_whole_file:
                     flush()
                     self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
                                         **more(piece.member)}, [piece.fd])
