@@ -143,7 +143,19 @@ __all__ = [
 
 # ================================================================================================
 # 1. Errors
+#
+# OSError passes through with the name of its file; all other errors are CstorErrors.  ERRORS tells
+# what becomes of each: the command's exit status, and what a server answers.
 # ================================================================================================
+
+EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
+EXIT_PIPE = 141
+
+# Error codes of JSON-RPC 2.0, of servers of layers, and of jsonrpc-fdpass.
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
+    -32700, -32600, -32601, -32602, -32603)
+NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR, FD_ERROR = -32000, -32001, -32002, -32003, -32050
+
 
 class CstorError(Exception):
     """Base of all errors that cstor.py raises by itself; OSError passes through unchanged.
@@ -175,7 +187,7 @@ class ContainerUnknown(NotFound):
 class Ambiguous(NotFound):
     """A reference fits several objects: ``candidates`` lists them, each one line."""
 
-    def __init__(self, message: str, candidates: Sequence[str], *, hint: str = "") -> None:
+    def __init__(self, message: str, candidates: Sequence[str] = (), *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.candidates = list(candidates)
 
@@ -239,6 +251,37 @@ class _Silent(ProtocolError):
     """A peer does nothing."""
 
 
+# Class, exit status, code of JSON-RPC, name in org.composefs.Oci; the first row that fits counts.
+ERRORS: tuple[tuple[type[BaseException], int, int, str], ...] = (
+    (Ambiguous, EXIT_NOT_FOUND, BAD_PARAMS, "InternalError"),
+    (LayerUnknown, EXIT_NOT_FOUND, NO_LAYER, "NoSuchLayer"),
+    (ImageUnknown, EXIT_NOT_FOUND, NO_IMAGE, "RepoNotFound"),
+    (NotFound, EXIT_NOT_FOUND, NO_FILE, "InternalError"),
+    (IntegrityError, EXIT_CHECKSUM, IO_ERROR, "InternalError"),
+    (NeedsUnshare, EXIT_PERMISSION, IO_ERROR, "InternalError"),
+    (PermissionError, EXIT_PERMISSION, IO_ERROR, "InternalError"),
+    (OSError, EXIT_FAILURE, IO_ERROR, "InternalError"),
+    (Unsupported, EXIT_FAILURE, INTERNAL_ERROR, "InternalError"),
+    (BaseException, EXIT_FAILURE, INTERNAL_ERROR, "InternalError"))
+
+
+def error_row(error: BaseException) -> tuple[int, int, str]:
+    """Return (exit status, code of JSON-RPC, name in org.composefs.Oci) of an error."""
+    status, code, name = next(row[1:] for row in ERRORS if isinstance(error, row[0]))
+    if isinstance(error, ProtocolError):
+        code, name = error.code, name if error.code == INTERNAL_ERROR else "InvalidRequest"
+    return status, code, name
+
+
+def error_of(code: int, message: str, kind: object = None) -> CstorError:
+    """Return the error that a server tells of: its class is ``kind``, as ours says, or by code."""
+    for each, _, number, _ in ERRORS:
+        if issubclass(each, CstorError) and (each.__name__ == kind or code == number and code in (
+                NO_LAYER, NO_IMAGE, NO_FILE)):
+            return each(message)
+    return ProtocolError(message, code=code)
+
+
 # ================================================================================================
 # 2. Text and constants
 #
@@ -288,11 +331,6 @@ OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-# Error codes of JSON-RPC 2.0, of servers of layers, and of jsonrpc-fdpass.
-PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
-    -32700, -32600, -32601, -32602, -32603)
-FD_ERROR = -32050
 
 # Streams of layers, and what JSON-RPC peers call their parts; the first of each is ours.
 SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
@@ -3517,7 +3555,7 @@ class Contents(Directory):
         """
         fd: int = self.storage.helper(error).open(self.path, [name])[0]
         if fd == -errno.EACCES:
-            raise NeedsUnshare(str(error), hint="its owner is none of your sub-uids: run it as "
+            raise NeedsUnshare(str(error), hint="its owner is not one of your sub-uids: run it as "
                                                 "root")
         if -stat.S_IFIFO < fd < 0:
             raise OSError(-fd, os.strerror(-fd), self.host_path(name))
@@ -10080,7 +10118,6 @@ class ExternalFiles(Closing):
 # What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
 # ================================================================================================
 
-NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR = -32000, -32001, -32002, -32003
 MAX_MESSAGE = 64 << 20  # one JSON message between processes
 MAX_DEPTH = 64  # of objects and arrays in a message
 FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
@@ -10366,25 +10403,211 @@ def count_fds(value: dict[str, Any]) -> int:
     return count
 
 
-def error_code(error: Exception) -> int:
-    """Return the JSON-RPC code that tells a peer of an error."""
-    if isinstance(error, ProtocolError):
-        return error.code
-    for kind, code in ((Ambiguous, BAD_PARAMS), (LayerUnknown, NO_LAYER), (ImageUnknown, NO_IMAGE),
-                       (NotFound, NO_FILE), (IntegrityError, IO_ERROR), (OSError, IO_ERROR)):
-        if isinstance(error, kind):
-            return code
-    return INTERNAL_ERROR
+class Caller(Closing):
+    """Asks a peer for one thing after another, by JSON-RPC or by varlink; owns the connection."""
+
+    varlink = False
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection, self._number = connection, 0
+        connection.varlink = connection.either = self.varlink  # the answer tells what it speaks
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()
+
+    def call(self, method: str, params: Any = None) -> dict[str, Any]:
+        """Return the result of a method that passes no files."""
+        self._ask(method, params or {})
+        with self._next() as message:
+            result = self._result(message)
+            if result is None or message.fds:
+                raise ProtocolError(f"{method}: the answer is not a result without files")
+            return result
+
+    def _ask(self, method: str, params: dict[str, Any], fds: Sequence[int] = (), **more: Any
+             ) -> None:
+        self._number += 1
+        # zlink closes the connection for empty parameters of a method that has none.
+        request = {"method": method, **({"parameters": params} if params else {}), **more} \
+            if self.varlink else \
+            {"jsonrpc": "2.0", "method": method, "params": params, "id": self._number}
+        try:
+            self.connection.send(request, fds)
+        except ProtocolError:  # a server that refuses its client says why before it closes
+            with self._next() as message:
+                self._result(message)
+            raise
+
+    def _next(self) -> Message:
+        if (message := self.connection.receive()) is None:
+            raise ProtocolError("the other end has closed the connection")
+        return message
+
+    def _result(self, message: Message) -> dict[str, Any] | None:
+        """Return what an answer says, None for what is not one; raise its error."""
+        value = message.value
+        if self.varlink:
+            return self._parameters(value)
+        if "method" in value or value.get("jsonrpc") != "2.0":
+            return None
+        if (error := value.get("error")) is not None:
+            raise self._error(as_dict(error))
+        if value.get("id") != self._number or "result" not in value:
+            raise ProtocolError("the answer belongs to another request")
+        self.connection.settle()
+        return as_dict(value["result"])
+
+    @staticmethod
+    def _error(error: dict[str, Any]) -> Exception:
+        code = error.get("code")
+        return error_of(code if type(code) is int else INTERNAL_ERROR,
+                        display(str(error.get("message"))), error.get("data"))
+
+    def _parameters(self, value: dict[str, Any]) -> dict[str, Any]:
+        if not self.connection.varlink:
+            raise ProtocolError("the server speaks JSON-RPC, not varlink", code=NO_METHOD)
+        params = as_dict(value.get("parameters"))
+        if (name := value.get("error")) is None:
+            return params
+        words = display(", ".join(map(str, params.values())))
+        last = str(name).rpartition(".")[2]
+        if last == "NoSuchLayer":
+            raise LayerUnknown(f"layer not known: {words}")
+        if str(name).endswith("Oci.InternalError"):
+            raise error_of(INTERNAL_ERROR, display(str(params.get("message"))), params.get("kind"))
+        codes = {"MethodNotFound": NO_METHOD, "InterfaceNotFound": NO_METHOD,
+                 "InvalidHandle": BAD_PARAMS}
+        raise ProtocolError(f"{display(str(name))}: {words}", code=codes.get(last, INTERNAL_ERROR))
 
 
-def error_of(code: int, message: str, kind: object = None) -> CstorError:
-    """Return the error that a JSON-RPC code of a peer stands for, or its ``kind`` as we say it."""
-    codes: dict[int, type[CstorError]] = {NO_LAYER: LayerUnknown, NO_IMAGE: ImageUnknown,
-                                          NO_FILE: NotFound}
-    for each in (IntegrityError, NeedsUnshare, Unsupported, codes.get(code)):
-        if each and (each.__name__ == kind or each is codes.get(code)):
-            return each(message)
-    return ProtocolError(message, code=code)
+class Dispatcher(Closing):
+    """Answers the requests of one peer, each by the function of this object that a table names.
+
+    ``METHODS`` are those of JSON-RPC, ``CALLS`` those of varlink.  A function takes the parameters;
+    it returns the result, or None when it has sent the answer itself.  ``idle`` is how many seconds
+    the peer may ask nothing.
+    """
+
+    METHODS: dict[str, str] = {}
+    CALLS: dict[str, str] = {}
+
+    def __init__(self, connection: Connection, idle: float | None = None) -> None:
+        self.connection, self._idle = connection, idle
+        self._message = Message({}, [])  # the request that is answered
+        self._number: Any = None  # its ID
+        self._done = False
+
+    def run(self) -> None:
+        """Answer all requests.  Raises ProtocolError where the peer can no longer be understood."""
+        while not self._done:
+            self._number = None
+            try:
+                message = self.connection.receive(self._idle)
+            except ProtocolError as error:
+                if error.code:
+                    self.connection.timeout = 1.0
+                    self._send_error(error)
+                raise
+            if message is None:
+                return
+            with message:
+                self._message = message
+                self._answer(message.value)
+
+    def _answer(self, value: dict[str, Any]) -> None:
+        varlink = self.connection.varlink
+        wanted = value.get("oneway") is not True if varlink else "id" in value
+        if not (wanted or varlink or value.get("method") == "shutdown"):  # a notification
+            return
+        try:
+            name, params = self._read_call(value) if varlink else self._read_request(value)
+            result = self._run(name, params)
+            if wanted and result is not None:
+                self._reply(result)
+        except (CstorError, OSError) as error:
+            if isinstance(error, ProtocolError) and not error.code:
+                raise  # of the connection itself
+            if wanted:
+                self._send_error(error)
+
+    def _read_request(self, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the function and the parameters of a request of JSON-RPC."""
+        number, method, params = value.get("id"), value.get("method"), value.get("params") or {}
+        is_number = not isinstance(number, (bool, dict, list))
+        self._number = number if is_number else None
+        if value.get("jsonrpc") != "2.0" or not isinstance(method, str) or not is_number:
+            raise ProtocolError("not a JSON-RPC 2.0 request", code=INVALID_REQUEST)
+        if not isinstance(params, dict):
+            raise ProtocolError("params must be an object", code=BAD_PARAMS)
+        if method not in self.METHODS:
+            raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
+        return self.METHODS[method], params
+
+    def _read_call(self, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the function and the parameters of a call of varlink."""
+        method, params = value.get("method"), value.get("parameters") or {}
+        if not isinstance(method, str) or not isinstance(params, dict):
+            raise ProtocolError("not a varlink call", code=INVALID_REQUEST)
+        interface = method.rpartition(".")[0]
+        if not any(each.rpartition(".")[0] == interface for each in self.CALLS):
+            raise VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
+        if method not in self.CALLS:
+            raise VarlinkError("org.varlink.service.MethodNotFound", "method", method)
+        return self.CALLS[method], params
+
+    def _run(self, name: str, params: dict[str, Any]) -> Any:
+        try:
+            return getattr(self, name)(params)
+        except (CstorError, OSError):
+            raise
+        except Exception as error:  # a defect must not end the server for this peer
+            raise ProtocolError(f"internal error: {type(error).__name__}: {error}",
+                                code=INTERNAL_ERROR) from error
+
+    def _param(self, params: dict[str, Any], name: str, default: T) -> T:
+        """Return a parameter of the type that its default has; "" is no default."""
+        if (value := params.get(name)) is None:
+            value = default
+        if type(value) is not type(default) or value == "" \
+                or isinstance(value, int) and not 0 <= value < 1 << 32:
+            raise ProtocolError(f'parameter "{name}" is missing or wrong', code=BAD_PARAMS)
+        return value
+
+    def _reply(self, result: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        self.connection.send({"parameters": result} if self.connection.varlink else
+                             {"jsonrpc": "2.0", "result": result, "id": self._number}, fds)
+
+    def _send_error(self, error: Exception) -> None:
+        self.connection.send(varlink_error(error) if self.connection.varlink else {
+            "jsonrpc": "2.0", "error": {"code": error_row(error)[1], "message": str(error),
+                                        "data": self._data(error)}, "id": self._number})
+
+    def _data(self, error: Exception) -> Any:
+        """Return what tells more of an error than its code does."""
+        return type(error).__name__
+
+
+class VarlinkError(CstorError):
+    """An error by its name in varlink, with its one parameter."""
+
+    def __init__(self, name: str, parameter: str, value: str) -> None:
+        super().__init__(f"{name}: {value}")
+        self.reply = {"error": name, "parameters": {parameter: value}}
+
+
+def varlink_error(error: Exception) -> dict[str, Any]:
+    """Return the reply of varlink that tells of an error, by the names of composefs's interface."""
+    if isinstance(error, VarlinkError):
+        return error.reply
+    if isinstance(error, LayerUnknown):
+        params = {"diff_id": str(error).removeprefix("layer not known: ")}
+    else:
+        params = {"message": str(error)}
+    name = error_row(error)[2]
+    if name == "InternalError":
+        params["kind"] = type(error).__name__
+    return {"error": f"org.composefs.Oci.{name}", "parameters": params}
 
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
@@ -10668,8 +10891,8 @@ class RpcServer:
             self._spare_fds += count
 
 
-class _Session(Closing):
-    """The requests of one client; ``METHODS`` are those of JSON-RPC, ``CALLS`` of varlink."""
+class _Session(Dispatcher):
+    """Answers one client of a server."""
 
     METHODS = {"GetLayerSplitfdstream": "splitfdstream", "GetImage": "go_image",
                "StreamLayer": "stream", "ListImages": "list_images",
@@ -10683,42 +10906,15 @@ class _Session(Closing):
              "dev.cstor.Store.ListLayers": "list_layers"}
 
     def __init__(self, server: RpcServer, connection: Connection) -> None:
-        self.server, self.connection = server, connection
+        super().__init__(connection, server.idle)
+        self.server = server
         self._storage: Storage | None = None
         self._images: dict[int, Image] = {}
-        self._number: Any = None  # of the request that is answered
-        self._done = False
 
     def close(self) -> None:
         """Close the storage."""
         if self._storage:
             self._storage.close()
-
-    def run(self) -> None:
-        """Answer all requests.  Raises ProtocolError where the client can no more be understood."""
-        connection = self.connection
-        while not self._done:
-            self._number = None
-            try:
-                message = connection.receive(self.server.idle)
-            except ProtocolError as error:
-                if error.code:
-                    connection.timeout = 1.0
-                    self._send_error(error)
-                raise
-            if message is None:
-                return
-            value = message.value
-            wanted = value.get("oneway") is not True if connection.varlink else "id" in value
-            try:
-                result = self._call(value) if connection.varlink else self._request(value)
-                if wanted and result is not None:
-                    self._reply(result)
-            except (CstorError, OSError) as error:
-                if isinstance(error, ProtocolError) and not error.code:
-                    raise  # of the connection itself
-                if wanted:
-                    self._send_error(error)
 
     @property
     def storage(self) -> Storage:
@@ -10727,51 +10923,12 @@ class _Session(Closing):
             self._storage = self.server.opener()
         return self._storage
 
-    def _request(self, value: dict[str, Any]) -> Any:
-        """Return the result of a request of JSON-RPC, None for most notifications."""
-        number, method, params = value.get("id"), value.get("method"), value.get("params") or {}
-        if "id" not in value and method != "shutdown":
-            return None
-        is_number = not isinstance(number, (bool, dict, list))
-        self._number = number if is_number else None
-        if value.get("jsonrpc") != "2.0" or not isinstance(method, str) or not is_number:
-            raise ProtocolError("not a request of JSON-RPC 2.0", code=INVALID_REQUEST)
-        if not isinstance(params, dict):
-            raise ProtocolError("params must be an object", code=BAD_PARAMS)
-        if method not in self.METHODS:
-            raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
-        return self._run(self.METHODS[method], params)
-
-    def _reply(self, result: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        self.connection.send({"parameters": result} if self.connection.varlink else
-                             {"jsonrpc": "2.0", "result": result, "id": self._number}, fds)
-
     def _run(self, name: str, params: dict[str, Any]) -> Any:
         if self._storage:
             self._storage.reload()
-        try:
-            return getattr(self, name)(params)
-        except (CstorError, OSError):
-            raise
-        except Exception as error:  # a defect is not to end the server for this client
-            raise ProtocolError(f"internal error: {type(error).__name__}: {error}",
-                                code=INTERNAL_ERROR) from error
-
-    def _send_error(self, error: Exception) -> None:
-        self.connection.send(varlink_error(error) if self.connection.varlink else {
-            "jsonrpc": "2.0", "error": {"code": error_code(error), "message": str(error),
-                                        "data": type(error).__name__}, "id": self._number})
+        return super()._run(name, params)
 
     # -- what requests name ----------------------------------------------------------------------
-
-    def _param(self, params: dict[str, Any], name: str, default: T) -> T:
-        """Return a parameter of the type that its default has; "" is no default."""
-        if (value := params.get(name)) is None:
-            value = default
-        if type(value) is not type(default) or value == "" \
-                or isinstance(value, int) and not 0 <= value < 1 << 32:
-            raise ProtocolError(f'parameter "{name}" is missing or wrong', code=BAD_PARAMS)
-        return value
 
     def _layer(self, params: dict[str, Any], name: str) -> Layer:
         storage = self.storage
@@ -10944,20 +11101,6 @@ class _Session(Closing):
 
     # -- varlink ---------------------------------------------------------------------------------
 
-    def _call(self, value: dict[str, Any]) -> Any:
-        """Return the reply to a call of varlink."""
-        method, params = value.get("method"), value.get("parameters") or {}
-        if not isinstance(method, str) or not isinstance(params, dict):
-            raise ProtocolError("not a call of varlink", code=INVALID_REQUEST)
-        if (interface := method.rpartition(".")[0]) not in VARLINK:
-            raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
-        if method not in self.CALLS:
-            raise _VarlinkError("org.varlink.service.MethodNotFound", "method", method)
-        if method.endswith(".GetLayer") and (value.get("more") is not True
-                                             or value.get("oneway") is True):
-            raise ProtocolError("GetLayer must be called with more", code=INVALID_REQUEST)
-        return self._run(self.CALLS[method], params)
-
     def service_info(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return what org.varlink.service tells of a server."""
         return {"vendor": "cstor", "product": "cstor.py", "version": __version__,
@@ -10967,9 +11110,9 @@ class _Session(Closing):
         """Return the description of an interface in varlink's own language."""
         name = params.get("interface")
         if not isinstance(name, str):
-            raise _VarlinkError("org.varlink.service.InvalidParameter", "parameter", "interface")
+            raise VarlinkError("org.varlink.service.InvalidParameter", "parameter", "interface")
         if name not in VARLINK:
-            raise _VarlinkError("org.varlink.service.InterfaceNotFound", "interface", name)
+            raise VarlinkError("org.varlink.service.InterfaceNotFound", "interface", name)
         return {"description": f"interface {name}\n\n{VARLINK[name]}"}
 
     def oci_info(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -10991,6 +11134,8 @@ class _Session(Closing):
 
     def oci_layer(self, params: dict[str, Any]) -> None:
         """Send a layer as a splitdirfdstream, through a pipe, with the directory of its files."""
+        if self._message.value.get("more") is not True or self._message.value.get("oneway") is True:
+            raise ProtocolError("GetLayer must be called with more", code=INVALID_REQUEST)
         inner = params.get("params")
         if not isinstance(inner, dict):
             raise ProtocolError("params are missing", code=INVALID_REQUEST)
@@ -11125,27 +11270,6 @@ def write_pieces(layer: Layer, writer: SplitfdstreamWriter | SplitdirfdstreamWri
         pieces.close()
 
 
-class _VarlinkError(CstorError):
-    """An error by its name in varlink, with its one parameter."""
-
-    def __init__(self, name: str, parameter: str, value: str) -> None:
-        super().__init__(f"{name}: {value}")
-        self.reply = {"error": name, "parameters": {parameter: value}}
-
-
-def varlink_error(error: Exception) -> dict[str, Any]:
-    """Return the reply of varlink that tells of an error, by the names of composefs's interface."""
-    if isinstance(error, _VarlinkError):
-        return error.reply
-    if isinstance(error, LayerUnknown):
-        return {"error": "org.composefs.Oci.NoSuchLayer", "parameters": {
-            "diff_id": str(error).removeprefix("layer not known: ")}}
-    name = "RepoNotFound" if isinstance(error, ImageUnknown) else "InvalidRequest" \
-        if isinstance(error, ProtocolError) and error.code != INTERNAL_ERROR else "InternalError"
-    kind = {"kind": type(error).__name__} if name == "InternalError" else {}
-    return {"error": f"org.composefs.Oci.{name}", "parameters": {"message": str(error), **kind}}
-
-
 # ================================================================================================
 # 21. Clients
 #
@@ -11160,7 +11284,7 @@ END_METHODS = ("stream.end", "layer.end")
 
 # -- clients -------------------------------------------------------------------------------------
 
-class RpcClient(Closing):
+class RpcClient(Caller):
     """Asks a server of layers, by JSON-RPC; ``where`` is the path of its socket, or a socket.
 
     A context manager.  A layer is to be read to its end, or else the client be closed, before
@@ -11171,27 +11295,14 @@ class RpcClient(Closing):
         self.limit = max(soft_limit() - (
             len(os.listdir("/proc/self/fd")) if has_proc() else 64) - 32, 8)
         sock = connect(where, timeout) if isinstance(where, str) else where
-        self.connection = Connection(sock, timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS))
-        self._number = 0
+        super().__init__(Connection(sock, timeout=timeout,
+                                    max_fds=min(self.limit, MAX_QUEUED_FDS)))
         if isinstance(where, str) and peer_uid(sock) not in (0, os.geteuid()):
             # It could let us open, by a name in a directory, what is closed to itself.
             uid = peer_uid(sock)
             self.close()
             raise ProtocolError(f"the server at {where} is of uid {uid}, neither root's nor yours",
                                 code=INTERNAL_ERROR)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.connection.close()
-
-    def call(self, method: str, params: Any = None) -> dict[str, Any]:
-        """Return the result of a method that passes no files."""
-        self._send(method, params or {})
-        with self._next() as message:
-            result = self._result(message)
-            if result is None or message.fds:
-                raise ProtocolError(f"{method} was not answered as it should be")
-            return result
 
     def images(self) -> list[dict[str, Any]]:
         """Return the records of all images."""
@@ -11214,10 +11325,10 @@ class RpcClient(Closing):
         """
         check_words("form", [form], ("stream", "splitfdstream", "push"))
         if form == "stream":
-            self._send("StreamLayer", {"layer": reference, "threshold": threshold})
+            self._ask("StreamLayer", {"layer": reference, "threshold": threshold})
         if form in ("stream", "push"):
             return self._notified(reference)
-        self._send("GetLayerSplitfdstream", {
+        self._ask("GetLayerSplitfdstream", {
             "layer": reference, "threshold": threshold, "compressed": False,
             "maxFds": self.connection.max_fds - 1})
         with self._next() as message:
@@ -11311,38 +11422,6 @@ class RpcClient(Closing):
             raise ProtocolError("the end of the layer does not fit what came before it")
         stream.digest = digest or stream.digest
 
-    # -- messages --------------------------------------------------------------------------------
-
-    def _send(self, method: str, params: Any) -> None:
-        self._number += 1
-        try:
-            self.connection.send({"jsonrpc": "2.0", "method": method, "params": params,
-                                  "id": self._number})
-        except ProtocolError:  # a server that refuses its client says why before it closes
-            with self._next() as message:
-                self._result(message)
-            raise
-
-    def _next(self) -> Message:
-        if (message := self.connection.receive()) is None:
-            raise ProtocolError("the server has closed the connection")
-        return message
-
-    def _result(self, message: Message) -> dict[str, Any] | None:
-        """Return what a response says, None for what is no response; raise its error."""
-        value = message.value
-        if "method" in value or value.get("jsonrpc") != "2.0":
-            return None
-        if (error := value.get("error")) is not None:
-            error = as_dict(error)
-            code = error.get("code")
-            raise error_of(code if type(code) is int else INTERNAL_ERROR,
-                           display(str(error.get("message"))), error.get("data"))
-        if value.get("id") != self._number or "result" not in value:
-            raise ProtocolError("a response to something else")
-        self.connection.settle()
-        return as_dict(value["result"])
-
 
 class ProxyV2Client(RpcClient):
     """Asks a proxy of the second version, or our own server, for the layers of images.
@@ -11373,7 +11452,7 @@ class ProxyV2Client(RpcClient):
 
     def image_layer(self, image: int, digest: str) -> LayerStream:
         """Return a layer by its digest, to be read at once."""
-        self._send("GetLayerTarSplit", {"image_id": image, "layer_digest": digest})
+        self._ask("GetLayerTarSplit", {"image_id": image, "layer_digest": digest})
         return self._notified(digest)
 
     def shutdown(self) -> None:
@@ -11385,17 +11464,11 @@ class ProxyV2Client(RpcClient):
 class VarlinkClient(RpcClient):
     """Asks a server of composefs's interface ``org.composefs.Oci``, or our own, by varlink."""
 
-    def __init__(self, where: str | socket.socket, *, timeout: float = PEER_TIMEOUT) -> None:
-        super().__init__(where, timeout=timeout)
-        self.connection.varlink = self.connection.either = True  # the reply tells what it speaks
+    varlink = True
 
     def call(self, method: str, params: Any = None) -> dict[str, Any]:
         """Return the reply to a method that passes no files."""
-        method = method if "." in method else f"dev.cstor.Store.{method}"
-        # zlink closes the connection for empty parameters of a method that has none.
-        self.connection.send({"method": method, **({"parameters": params} if params else {})})
-        with self._next() as message:
-            return self._parameters(message)
+        return super().call(method if "." in method else f"dev.cstor.Store.{method}", params)
 
     def open_repository(self, path: str = "") -> int:
         """Return this connection's handle of a repository; "" is the system's, or the user's."""
@@ -11440,10 +11513,9 @@ class VarlinkClient(RpcClient):
                    ) -> tuple[int, dict[str, Any]]:
         """Ask for a layer of the storage at ``path``, or by DiffID; return as _collect() does."""
         place = {"storage_path": path, "layer_id": name} if path else None
-        self.connection.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": handle, "params": {"diff_id": None if place else name, "storage": place,
-                                         "consumer_has_cap_dac_override":
-                                         "CAP_DAC_OVERRIDE" in capabilities()}}})
+        self._ask("org.composefs.Oci.GetLayer", {"handle": handle, "params": {
+            "diff_id": None if place else name, "storage": place,
+            "consumer_has_cap_dac_override": "CAP_DAC_OVERRIDE" in capabilities()}}, more=True)
         return self._collect(fds)
 
     def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
@@ -11458,7 +11530,7 @@ class VarlinkClient(RpcClient):
             message = self.connection.receive() if poll.poll(0) else None
             if message:
                 with message:
-                    self._parameters(message)
+                    self._result(message)
             raise
 
     def _collect(self, fds: list[int]) -> tuple[int, dict[str, Any]]:
@@ -11466,7 +11538,7 @@ class VarlinkClient(RpcClient):
         replies: list[dict[str, Any]] = []
         while True:
             with self._next() as message:
-                replies.append(self._parameters(message))
+                replies.append(self._parameters(message.value))
                 more = message.value.get("continues") is True
                 if not message.fds or len(fds) + len(message.fds) > self.limit:
                     raise ProtocolError("a reply with " + counted(
@@ -11480,25 +11552,6 @@ class VarlinkClient(RpcClient):
             raise ProtocolError(f"{counted(len(fds), 'file descriptor')} for "
                                 f"{counted(display(repr(count)), 'directory')}", code=FD_ERROR)
         return count, replies[0]
-
-    @staticmethod
-    def _parameters(message: Message) -> dict[str, Any]:
-        error = message.value.get("error")
-        params = as_dict(message.value.get("parameters"))
-        if {"jsonrpc", "id"} & message.value.keys():
-            raise ProtocolError("the server speaks JSON-RPC, not varlink", code=NO_METHOD)
-        if error is None:
-            return params
-        words = display(", ".join(map(str, params.values())))
-        if str(error).endswith(".NoSuchLayer"):
-            raise LayerUnknown(f"layer not known: {words}")
-        name = str(error)
-        if name.endswith("Oci.InternalError"):
-            raise error_of(INTERNAL_ERROR, display(str(params.get("message"))), params.get("kind"))
-        codes = {"MethodNotFound": NO_METHOD, "InterfaceNotFound": NO_METHOD,
-                 "InvalidHandle": BAD_PARAMS}
-        raise ProtocolError(f"{display(name)}: {words}",
-                            code=codes.get(name.rpartition(".")[2], INTERNAL_ERROR))
 
 
 def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = True,
@@ -11916,8 +11969,8 @@ def take_over() -> Connection:
 
 # -- the helper: who asks ------------------------------------------------------------------------
 
-class Helper:
-    """Opens files below ``roots`` that are closed to us; see serve_contents() for the other end.
+class Helper(Caller):
+    """Opens files below ``roots`` that this user may not open; ContentServer is the other end.
 
     Threads can share it, and forked processes after spread().  Raises CstorError when the
     helper has ended.
@@ -11933,13 +11986,16 @@ class Helper:
 
     def _start(self) -> None:
         self._unshared = Unshared("serve_contents", self._roots)
-        self._connection = self._unshared.connection
-        self._pid, self._calls = os.getpid(), 0
+        self._adopt(self._unshared.connection)
+
+    def _adopt(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._pid, self._is_behind = os.getpid(), False
 
     @property
     def is_broken(self) -> bool:
-        """Whether a call was not answered whole, so that none will be any more."""
-        return self._calls < 0 and not self._lock.locked()
+        """Whether an answer was not read to its end, so that no other can be read."""
+        return self._is_behind and not self._lock.locked()
 
     def close(self) -> None:
         """End the helper; harmless when repeated."""
@@ -11951,33 +12007,29 @@ class Helper:
         self._unshared.close()
 
     def _call(self, method: str, params: dict[str, Any], fds: Sequence[int] = ()
-              ) -> tuple[Any, list[int]]:
+              ) -> tuple[dict[str, Any], list[int]]:
         """Return the result of a method and the descriptors that came with it."""
         with self._lock:
             if os.getpid() != self._pid:
-                self._adopt()
-            number, self._calls = abs(self._calls) + 1, -1  # unless the answer is taken whole
+                self._take_spare()
+            self._is_behind = True  # unless the answer comes whole
             try:
-                self._connection.send({"jsonrpc": "2.0", "method": method, "params": params,
-                                       "id": number}, fds)
-                message = self._connection.receive()
+                self._ask(method, params, fds)
+                message = self._next()
             except ProtocolError as error:
                 raise CstorError(f"the helper in the user namespace has failed: {error}") from None
-            if message is None:
-                raise CstorError("the helper in the user namespace has ended")
-            self._calls = number
+            self._is_behind = False
         with message:
-            problem = message.value.get("error")
-            if isinstance(problem, dict):
-                if (code := problem.get("data")) == errno.EACCES:
-                    raise NeedsUnshare(str(problem.get("message")), hint="its owner is none of "
-                                       "your sub-uids: run it as root")
-                if isinstance(code, int):
-                    raise OSError(code, os.strerror(code))
-                raise CstorError(f"the helper refuses: {problem.get('message')}")
-            if message.value.get("id") != number:
-                raise CstorError("the helper answers another question")
-            return message.value.get("result"), message.take()
+            return self._result(message) or {}, message.take()
+
+    @staticmethod
+    def _error(error: dict[str, Any]) -> Exception:
+        code = error.get("data")
+        if code == errno.EACCES:
+            return NeedsUnshare(str(error.get("message")), hint="its owner is not one of your "
+                                "sub-uids: run it as root")
+        return OSError(code, os.strerror(code)) if isinstance(code, int) else \
+            CstorError(f"the helper refuses: {error.get('message')}")
 
     def open(self, directory: str, names: Sequence[bytes]) -> list[int]:
         """Open regular files in a directory; of each return the descriptor, or a negative number.
@@ -11987,13 +12039,9 @@ class Helper:
         found: list[int] = []
         for at in range(0, len(names), AHEAD):
             part = names[at:at + AHEAD]
-            codes, fds = self._ask("open", directory, b"", names=list(map(spell, part)))
-            if len(codes) != len(part) or codes.count(0) != len(fds):
-                for fd in fds:
-                    os.close(fd)
-                raise CstorError("the helper answers another question")
+            result, fds = self._look_up("open", directory, b"", names=list(map(spell, part)))
             opened = iter(fds)
-            found += [-code or next(opened) for code in codes]
+            found += [-code or next(opened) for code in result["codes"]]
         return found
 
     def scan(self, directory: str, name: bytes, start: bytes | None) -> Iterator[tuple[Any, ...]]:
@@ -12003,21 +12051,23 @@ class Helper:
         """
         more = True
         while more:
-            (rows, more), _ = self._ask("scan", directory, name,
-                                        after=None if start is None else spell(start))
-            for row in map(self._read_row, rows):
+            result, _ = self._look_up("scan", directory, name,
+                                      after=None if start is None else spell(start))
+            for row in map(self._read_row, result["rows"]):
                 start = b"" if row[0] == b"." else row[0]
                 yield row
+            more = result["more"]
 
     def look(self, directory: str, name: bytes) -> tuple[Any, ...]:
         """Return what scan() yields of one file."""
-        return self._read_row(self._ask("look", directory, name)[0])
+        return self._read_row(self._look_up("look", directory, name)[0]["row"])
 
     def enter(self, directory: str, name: bytes) -> int:
         """Open the directory ``name`` in another one (O_PATH) and return its descriptor."""
-        return self._ask("enter", directory, name)[1].pop()
+        return self._look_up("enter", directory, name)[1].pop()
 
-    def _ask(self, method: str, directory: str, name: bytes, **more: Any) -> tuple[Any, list[int]]:
+    def _look_up(self, method: str, directory: str, name: bytes, **more: Any
+                 ) -> tuple[dict[str, Any], list[int]]:
         try:
             return self._call(method, {"directory": spell(os.fsencode(directory)),
                                        "name": spell(b"" if name == b"." else name), **more})
@@ -12056,11 +12106,11 @@ class Helper:
         os.close(end)
         return len(self._spare)
 
-    def _adopt(self) -> None:
+    def _take_spare(self) -> None:
         """Take a connection of our own in a forked process; without any, start a helper."""
         token = os.read(self._tokens, 1) if self._tokens >= 0 else b""
         if token:
-            self._connection, self._pid, self._calls = self._spare[token[0]], os.getpid(), 0
+            self._adopt(self._spare[token[0]])
         else:
             self._start()
 
@@ -12068,108 +12118,110 @@ class Helper:
 # -- the helper: who answers ---------------------------------------------------------------------
 
 def serve_contents(roots: Sequence[str]) -> int:
-    """Answer on stdin what Helper asks, until the other end closes; return the exit status.
-
-    Nothing outside of ``roots`` is opened: regular files, only to read, and directories (O_PATH).
-    """
-    import socket
-
-    processes = 0
-
-    def reap(*_: object) -> None:
-        nonlocal processes
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                processes -= 1
-        except ChildProcessError:
-            pass
-
-    signal.signal(signal.SIGCHLD, reap)
-    server = ContentServer(roots)
+    """Answer on stdin what Helper asks, until the other end closes; return the exit status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that attach() learns which have ended
     connection = say_hello(roots=[spell(os.fsencode(root)) for root in roots])
-    while True:
-        try:
-            message = connection.receive()
-        except ProtocolError as error:
-            try:
-                connection.send(error_reply(None, error))
-            except ProtocolError:
-                pass
-            return 1
-        if message is None:
-            return 0
-        with message:
-            number = message.value.get("id")
-            fds: list[int] = []
-            try:
-                if message.value.get("method") == "attach" and len(message.fds) == 1 \
-                        and stat.S_ISSOCK(os.fstat(message.fds[0]).st_mode):
-                    if processes == MAX_HELPERS:
-                        raise ProtocolError("too many connections", code=INVALID_REQUEST)
-                    if os.fork() == 0:
-                        connection.close()
-                        connection = Connection(socket.socket(fileno=message.take()[0]),
-                                                timeout=None)
-                        processes = MAX_HELPERS
-                        continue
-                    processes += 1
-                    result: Any = None
-                else:
-                    result, fds = server.answer(message.value)
-                reply = {"jsonrpc": "2.0", "result": result, "id": number}
-            except (CstorError, OSError, ValueError) as error:
-                reply = error_reply(number, error)
-            try:
-                connection.send(reply, fds)
-            except ProtocolError:  # nobody is there any more
-                return 1
-            finally:
-                for fd in fds:
-                    os.close(fd)
+    try:
+        ContentServer(connection, roots).run()
+    except ProtocolError:  # nobody is there any more, or it is not a Helper
+        return 1
+    return 0
 
 
-def error_reply(number: Any, error: Exception) -> dict[str, Any]:
-    """Return the JSON-RPC response to a request that fails; its data is the errno, if any."""
-    code = error.code if isinstance(error, ProtocolError) and error.code else BAD_PARAMS
-    reply: dict[str, Any] = {"code": code, "message": str(error)}
-    if isinstance(error, PermissionError) or isinstance(error, OSError) and error.errno:
-        reply["data"] = error.errno or errno.EACCES
-    return {"jsonrpc": "2.0", "error": reply, "id": number}
+class ContentServer(Dispatcher):
+    """Opens and looks at what is below ``roots`` (host paths), and nothing else.
 
+    Regular files are opened only to read, and directories with O_PATH.
+    """
 
-class ContentServer:
-    """Opens and looks at what is below ``roots`` (host paths) for serve_contents()."""
+    METHODS = {name: name for name in ("open", "scan", "look", "enter", "attach")}
 
-    def __init__(self, roots: Sequence[str]) -> None:
+    def __init__(self, connection: Connection, roots: Sequence[str]) -> None:
+        super().__init__(connection)
         self._roots = [Directory.at(root) for root in roots]
         self._directory: Directory | None = None  # the last one asked for
         self._listed: tuple[Any, list[bytes]] = None, []  # what is scanned, and its names
         self._maps = id_map("uid_map"), id_map("gid_map")
+        self._processes = 0  # that answer on other sockets
 
-    def answer(self, request: dict[str, Any]) -> tuple[Any, list[int]]:
-        """Return the result of a request, and descriptors.  Raises CstorError and OSError."""
-        method, params = request.get("method"), request.get("params")
-        if method not in ("open", "scan", "look", "enter") or not isinstance(params, dict):
-            raise ProtocolError(f"no such method: {display(str(method)[:40])}", code=NO_METHOD)
-        directory = self._open_directory(self._name(params.get("directory")))
-        if method != "open":
-            name = self._name(params.get("name"))
-            if clean_name(name) != name:
-                raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
-            if method == "enter":
-                return None, [open_in_root(directory.fd, name)]
-            if method == "look":
-                if not (seen := directory.inspect(name)):
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-                return self._row(name, seen), []
-            after = params.get("after")
-            return self._scan(directory, name, None if after is None else self._name(after)), []
-        names = params.get("names")
+    def _data(self, error: Exception) -> Any:
+        return errno.EACCES if isinstance(error, PermissionError) else \
+            getattr(error, "errno", None) or super()._data(error)
+
+    def attach(self, _: dict[str, Any]) -> dict[str, Any] | None:
+        """Let a process of its own answer on the socket that came with the request."""
+        import socket
+
+        fds = self._message.fds
+        if len(fds) != 1 or not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            raise ProtocolError("attach takes one socket", code=BAD_PARAMS)
+        self._reap()
+        if self._processes == MAX_HELPERS:
+            raise ProtocolError("too many connections", code=INVALID_REQUEST)
+        if os.fork():
+            self._processes += 1
+            return {}
+        self.connection.close()
+        self.connection = Connection(socket.socket(fileno=self._message.take()[0]), timeout=None)
+        self._processes = MAX_HELPERS
+        return None
+
+    def _reap(self) -> None:
+        """Forget the processes that have ended."""
+        try:
+            while self._processes and os.waitpid(-1, os.WNOHANG)[0]:
+                self._processes -= 1
+        except ChildProcessError:  # this is one of them
+            pass
+
+    def open(self, params: dict[str, Any]) -> None:
+        """Send the descriptors of regular files, and a code for each: 0, an errno, or its type."""
+        directory, names = self._open_directory(params), params.get("names")
         if not isinstance(names, list) or len(names) > AHEAD:
-            raise ProtocolError(f"names: not a list of at most {AHEAD}", code=BAD_PARAMS)
+            raise ProtocolError(f"names must be a list of at most {AHEAD}", code=BAD_PARAMS)
         wanted = list(map(self._name, names))
         found = [self._open(directory, name) for name in wanted]
-        return [max(-fd, 0) for fd in found], [fd for fd in found if fd >= 0]
+        fds = [fd for fd in found if fd >= 0]
+        try:
+            self._reply({"codes": [max(-fd, 0) for fd in found]}, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def enter(self, params: dict[str, Any]) -> None:
+        """Send the descriptor of a directory."""
+        fd = open_in_root(self._open_directory(params).fd, self._clean_name(params))
+        try:
+            self._reply({}, [fd])
+        finally:
+            os.close(fd)
+
+    def look(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the row of one file, as scan() has it."""
+        directory, name = self._open_directory(params), self._clean_name(params)
+        if not (seen := directory.inspect(name)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return {"row": self._row(name, seen)}
+
+    def scan(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return rows [name, numbers, link, xattrs] of some files, and whether there are more."""
+        directory, name = self._open_directory(params), self._clean_name(params)
+        after = None if params.get("after") is None else self._name(params["after"])
+        rows: list[Any] = []
+        size = 0
+        place = directory.path, name
+        if not after or self._listed[0] != place:
+            self._listed = place, directory.listdir(name or b".")
+        names = [base for base in self._listed[1] if base > (after or b"")]
+        with directory.directory(name or b".") as folder:
+            for base in [b"."] * (after is None) + names:
+                if not (found := look_at(folder.fd, base)):
+                    continue
+                rows.append(self._row(base, found))
+                size += 256 + len(base) + sum(map(len, found[2].values()))
+                if size > CHUNK:
+                    return {"rows": rows, "more": base != (names or [base])[-1]}
+        return {"rows": rows, "more": False}
 
     @staticmethod
     def _name(text: Any) -> bytes:
@@ -12177,7 +12229,14 @@ class ContentServer:
             raise ProtocolError("a name that is no string, or too long", code=BAD_PARAMS)
         return unspell(text)
 
-    def _open_directory(self, path: bytes) -> Directory:
+    def _clean_name(self, params: dict[str, Any]) -> bytes:
+        name = self._name(params.get("name"))
+        if clean_name(name) != name:
+            raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
+        return name
+
+    def _open_directory(self, params: dict[str, Any]) -> Directory:
+        path = self._name(params.get("directory"))
         if self._directory and os.fsencode(self._directory.path) == path:
             return self._directory
         for root in self._roots:
@@ -12211,24 +12270,6 @@ class ContentServer:
             return -(error.errno or errno.EIO)
         except FormatError:
             return -errno.EINVAL
-
-    def _scan(self, directory: Directory, name: bytes, after: bytes | None) -> Any:
-        """Return ([name, numbers, link, xattrs] of some files, whether there are more)."""
-        rows: list[Any] = []
-        size = 0
-        place = directory.path, name
-        if not after or self._listed[0] != place:
-            self._listed = place, directory.listdir(name or b".")
-        names = [base for base in self._listed[1] if base > (after or b"")]
-        with directory.directory(name or b".") as folder:
-            for base in [b"."] * (after is None) + names:
-                if not (found := look_at(folder.fd, base)):
-                    continue
-                rows.append(self._row(base, found))
-                size += 256 + len(base) + sum(map(len, found[2].values()))
-                if size > CHUNK:
-                    return rows, base != (names or [base])[-1]
-        return rows, False
 
     def _row(self, name: bytes, found: tuple[os.stat_result, bytes, dict[bytes, bytes]]
              ) -> list[Any]:
@@ -12450,8 +12491,6 @@ def say(message: str) -> None:
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
 
-EXIT_NO, EXIT_USAGE, EXIT_NOT_FOUND, EXIT_CHECKSUM, EXIT_PERMISSION, EXIT_FAILURE = 1, 2, 3, 4, 5, 6
-EXIT_PIPE = 141
 
 
 class _UsageError(Exception):
@@ -13695,9 +13734,7 @@ def note(args: Any, text: str) -> None:
 
 def exit_status(error: BaseException) -> int:
     """Return the exit status for an error."""
-    return next((status for kind, status in (
-        (_UsageError, EXIT_USAGE), (NotFound, EXIT_NOT_FOUND), (IntegrityError, EXIT_CHECKSUM),
-        (PermissionError, EXIT_PERMISSION)) if isinstance(error, kind)), EXIT_FAILURE)
+    return EXIT_USAGE if isinstance(error, _UsageError) else error_row(error)[0]
 
 
 def describe(error: Exception) -> str:

@@ -11494,7 +11494,7 @@ class Serving(StoreTest):
             out = os.path.join(self.dir, "out.tar")
             done = self.run_cstor("layer", "export", "x", "-o", out, "--socket", self.path,
                                   status=6)
-            self.assertIn(b"the server has closed the connection", done.stderr)
+            self.assertIn(b"the other end has closed the connection", done.stderr)
             self.assertFalse(os.path.exists(out))
         thread.join()
 
@@ -11815,6 +11815,9 @@ class DumbServers(MessageTest):
                 error=cstor.LayerUnknown)
         refused("RepoNotFound: m", ({"error": "org.composefs.Oci.RepoNotFound",
                                      "parameters": {"message": "m"}}, "data"))
+        for kind in (cstor.Ambiguous, cstor.NotFound, cstor.Unsupported, cstor.NeedsUnshare):
+            refused("m", ({"error": "org.composefs.Oci.InternalError",
+                           "parameters": {"message": "m", "kind": kind.__name__}}, ""), error=kind)
         for cut in range(len(self.named)):
             refused("cut off|no end", (reply(1), "data dir alive"), stream=self.named[:cut],
                     error=cstor.FormatError)
@@ -11988,7 +11991,7 @@ class DumbServers(MessageTest):
                       [], {}, " AAA", "AAAA\n", "AA=A", "====", True):
             self.refused("base64", "stream", change(1, "params", "data", value=wrong))
         for wrong in (2, "1", None, 0, [1], {}, 1.5):
-            self.refused("something else|as it", "stream", change(7, "id", value=wrong))
+            self.refused("another request|as it", "stream", change(7, "id", value=wrong))
         for wrong in ("stream.xx", "", "stream.start", 5, [], {}, ["stream.seg"], None, True):
             for at in (0, 1, 2, 6) if wrong != "stream.start" else (1, 2, 6):
                 self.refused("", "stream", change(at, "method", value=wrong),
@@ -12279,7 +12282,15 @@ class Helpers(StoreTest):
             if "error" in message.value:
                 self.assertEqual([], contents)
                 return message.value["error"]["code"], []
-            return message.value["result"], contents
+            result = [*message.value["result"].values()]
+            return result[0] if len(result) == 1 else result or None, contents
+
+    def asking(self, connection: cstor.Connection) -> cstor.Helper:
+        """Return a Helper whose other end is that of a connection."""
+        helper = cstor.Helper.__new__(cstor.Helper)
+        helper._lock, helper._spare, helper._tokens = threading.Lock(), [], -1
+        helper._adopt(connection)
+        return helper
 
     def place(self) -> str:
         """Make a store's directory with all kinds of files, and secrets outside of it."""
@@ -12304,7 +12315,7 @@ class Helpers(StoreTest):
         helper = cstor.Helper.__new__(cstor.Helper)
         helper._spare, helper._tokens = [], -1
         with mock.patch.object(cstor.Helper, "_call", side_effect=[
-                (None, []), (None, []), BlockingIOError(errno.EAGAIN, "no process")]):
+                ({}, []), ({}, []), BlockingIOError(errno.EAGAIN, "no process")]):
             self.assertEqual(2, helper.spread(5))
         self.assertEqual(b"\0\1", os.read(helper._tokens, 9))
         os.close(helper._tokens)
@@ -12359,9 +12370,10 @@ class Helpers(StoreTest):
                               "x" * 100_000, top + "/nothing", diff + "/in", diff + "/f",
                               diff + "/abs", diff + "/dev", diff + "/out"):
                 for more in ({"names": ["secret"]}, {"name": ""}):
-                    self.assertEqual((cstor.BAD_PARAMS, []), self.ask(
-                        connection, "open" if "names" in more else "scan",
-                        {"directory": directory, **more}), directory)
+                    code, contents = self.ask(connection, "open" if "names" in more else "scan",
+                                              {"directory": directory, **more})
+                    self.assertIn(code, (cstor.BAD_PARAMS, cstor.IO_ERROR, cstor.INTERNAL_ERROR))
+                    self.assertEqual([], contents, directory)
             requests: list[tuple[str, dict[str, Any]]] = [
                     ("open", {"directory": diff}), ("open", {"directory": diff, "names": "f"}),
                     ("open", {"directory": diff, "names": ["f"] * 129}),
@@ -12372,14 +12384,17 @@ class Helpers(StoreTest):
                     ("scan", {"directory": diff, "name": "abs"}),
                     ("scan", {"directory": diff, "name": "", "after": 5})]
             for method, params in requests:
-                self.assertEqual((cstor.BAD_PARAMS, []), self.ask(connection, method, params),
-                                 params)
-            for other in ("write", "", None, 5, "attach", "run", "hello"):
+                code, contents = self.ask(connection, method, params)
+                self.assertIn(code, (cstor.BAD_PARAMS, cstor.IO_ERROR), params)
+                self.assertEqual([], contents, params)
+            for other in ("write", "", "run", "hello", "_open", "close"):
                 self.assertEqual((cstor.NO_METHOD, []), self.ask(connection, other, {}), other)
-            self.assertEqual((cstor.NO_METHOD, []), self.ask(connection, "open", [1]))
+            for wrong in (None, 5):
+                self.assertEqual((cstor.INVALID_REQUEST, []), self.ask(connection, wrong, {}))
             # A descriptor is taken with "attach" only, if it is a socket.
-            for method in ("attach", "open"):
-                self.assertEqual(cstor.NO_METHOD, self.ask(connection, method, 1, [2])[0])
+            for method, given in (("open", [1]), ("open", 1), ("attach", 1), ("attach", {})):
+                self.assertEqual(cstor.BAD_PARAMS, self.ask(connection, method, given, [2])[0])
+            self.assertEqual((cstor.BAD_PARAMS, []), self.ask(connection, "attach", {}))
             self.assertEqual(([0], [b"data"]), self.ask(
                 connection, "open", {"directory": diff, "names": ["f"]}))
 
@@ -12441,9 +12456,7 @@ class Helpers(StoreTest):
             put(os.path.join(os.fsencode(top), b"diff", name).decode())
         os.mkfifo(top + "/diff/z")
         with self.served(top) as (connection, _):
-            helper = cstor.Helper.__new__(cstor.Helper)
-            helper._lock, helper._pid, helper._calls = threading.Lock(), os.getpid(), 0
-            helper._connection = connection
+            helper = self.asking(connection)
             for start in (None, b"", b"00007" + b"x" * 200):
                 rows = list(helper.scan(top + "/diff", b"", start))
                 self.assertEqual([*[b"."] * (start is None),
@@ -12521,7 +12534,7 @@ class Helpers(StoreTest):
         for number in range(30):
             put(f"{top}/{number:02d}")
         params: dict[str, Any] = {"directory": top, "name": "", "after": None}
-        server = cstor.ContentServer([top])
+        server = cstor.ContentServer(mock.Mock(), [top])
         real = cstor.Directory.listdir
         with mock.patch("cstor.CHUNK", 999), mock.patch.object(
                 cstor.Directory, "listdir", autospec=True, side_effect=real) as listdir:
@@ -12529,7 +12542,7 @@ class Helpers(StoreTest):
                 names, more = [""], True
                 while more:
                     params["after"] = names[-1].replace(".", "") if len(names) > 1 else None
-                    (rows, more), _ = server.answer({"method": "scan", "params": params})
+                    rows, more = server.scan(params).values()
                     names += [row[0] for row in rows]
                 self.assertEqual([".", *sorted(os.listdir(top))], names[1:])
                 self.assertEqual(times, listdir.call_count)
@@ -12544,9 +12557,8 @@ class Helpers(StoreTest):
         put(top + "/shut/diff/file", b"12345")
         for name, target in (("link", "diff/file"), ("out", self.dir), ("up", "../../..")):
             os.symlink(target, f"{top}/shut/{name}")
-        server, asking = cstor.ContentServer([top]), cstor.Helper.__new__(cstor.Helper)
-        with mock.patch.object(asking, "_call", side_effect=lambda method, params: server.answer(
-                {"method": method, "params": params})):
+        with self.served(top) as (connection, _):
+            asking = self.asking(connection)
             for directory, path, size, link in ((top, b"shut/diff/file", 5, b""),
                                                 (top + "/shut", b"link", 9, b"diff/file"),
                                                 (top + "/shut", b"out", len(self.dir),
@@ -12563,9 +12575,8 @@ class Helpers(StoreTest):
             for directory, path in ((self.dir, b"root"), (top, b"../x"), (top, b"/shut"),
                                     (top + "/..", b"root")):
                 for ask in (asking.look, asking.enter):
-                    self.assertRaises(cstor.ProtocolError, ask, directory, path)
-        server._roots[0].close()
-        server._directory.close()  # type: ignore[union-attr]
+                    with self.assertRaisesRegex(cstor.CstorError, "outside|clean"):
+                        ask(directory, path)
 
     def test_slow_newuidmap(self) -> None:
         path = os.path.join(self.dir, "newuidmap")
@@ -16464,11 +16475,11 @@ class RealRootless(unittest.TestCase):
         os.chmod(closed.path("overlay-images"), 0o700)
         error = self.cstor(f"image list --store {closed.root}", status=5).decode()
         self.assertEqual(f"cstor: error: {closed.root}/overlay-images/images.json: Permission "
-                         "denied (its owner is none of your sub-uids: run it as root)\n", error)
+                         "denied (its owner is not one of your sub-uids: run it as root)\n", error)
         # Copied without its owners' being shifted.
         os.chown(place + "/overlay-layers/layers.json", other, other)
         error = self.cstor("image cat image f-1-600", place, uid=other, status=5).decode()
-        self.assertIn("none of your sub-uids", error)
+        self.assertIn("not one of your sub-uids", error)
         os.chown(place + "/overlay-layers/layers.json", poor, poor)
         error = self.cstor("image cat image f-1-600", place, uid=poor, status=5).decode()
         self.assertIn("no subuid ranges", error)
