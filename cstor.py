@@ -3733,9 +3733,8 @@ class Storage(Closing):
         """Return what opens files that are closed to us; without any, raise ``error``."""
         raise error
 
-    def prepare(self, processes: int) -> int:
-        """Make the helper ready for processes about to be forked; return for how many it is."""
-        return processes
+    def prepare(self) -> None:
+        """Start the helper, so that processes which are forked next can share it."""
 
     @property
     def owner(self) -> tuple[int, int]:
@@ -4185,12 +4184,11 @@ class ProxiedStorage(Storage):
             raise NeedsUnshare(f"{error}{why}", hint=self._failure.hint if self._failure else "")
         return self._helper
 
-    def prepare(self, processes: int) -> int:
-        """Give each of so many processes, to be forked next, a connection of its own."""
+    def prepare(self) -> None:
         try:
-            return self.helper(NeedsUnshare("")).spread(processes)
+            self.helper(NeedsUnshare(""))
         except NeedsUnshare:
-            return processes  # said when the content is needed
+            pass  # said when the content is needed
 
     def close(self) -> None:
         """End the helper, and close all descriptors; harmless when repeated."""
@@ -7773,18 +7771,17 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
-def prepare_helper(nodes: Iterable[Node], processes: int) -> int:
-    """Start the helper before processes are forked, when a content is closed to us.
+def prepare_helper(nodes: Iterable[Node]) -> None:
+    """Start the helper before processes are forked, if this user may not read some content.
 
-    Only what its mode, or its directory's, shows to be private is asked for.  Return how many
-    processes may be forked.
+    Only what its mode, or its directory's, shows to be private is asked for.
     """
     for node in nodes:
         if node.type == "reg" and node.size and node.tree.storage and node.parent \
                 and not (node.mode & stat.S_IROTH and node.parent.mode & stat.S_IXOTH) \
                 and node.tree.is_closed(node):
-            return node.tree.storage.prepare(processes)
-    return processes
+            node.tree.storage.prepare()
+            return
 
 
 class Undo:
@@ -7862,8 +7859,7 @@ class Extraction:
         workers = 1 if self._hardlinks else self._workers or default_workers()
         workers = min(workers, len(batches) // 2 or 1)
         if workers > 1:
-            workers = 1 + prepare_helper(
-                (node for batch in batches for node in batch[2::3]), workers - 1)
+            prepare_helper(node for batch in batches for node in batch[2::3])
         for counted in share_out(len(batches), workers,
                                  lambda number: self._make_batch(batches[number]),
                                  self.tally.plain, self._ticker(batches)):
@@ -11648,7 +11644,6 @@ def shifted(progress: Progress | None, done: int) -> Progress | None:
 
 START_PATIENCE = 10  # seconds that a helper may take to start
 HELPER_PATIENCE = 120  # ... to open AHEAD files
-MAX_HELPERS = 64  # connections that a helper serves at a time
 
 UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
 _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
@@ -11972,25 +11967,18 @@ def take_over() -> Connection:
 class Helper(Caller):
     """Opens files below ``roots`` that this user may not open; ContentServer is the other end.
 
-    Threads can share it, and forked processes after spread().  Raises CstorError when the
+    Threads and forked processes share it: each waits for its turn.  Raises CstorError when the
     helper has ended.
     """
 
     def __init__(self, roots: Sequence[str]) -> None:
         import threading
 
-        self._lock, self._roots = threading.Lock(), roots
-        self._spare: list[Connection] = []
-        self._tokens = -1
-        self._start()
-
-    def _start(self) -> None:
-        self._unshared = Unshared("serve_contents", self._roots)
-        self._adopt(self._unshared.connection)
-
-    def _adopt(self, connection: Connection) -> None:
-        super().__init__(connection)
-        self._pid, self._is_behind = os.getpid(), False
+        self._unshared = Unshared("serve_contents", roots)
+        super().__init__(self._unshared.connection)
+        self._lock, self._is_behind = threading.Lock(), False
+        # Locked by the process whose turn it is, and of one byte until it has the whole answer.
+        self._turn = os.memfd_create("cstor-turn", os.MFD_CLOEXEC)
 
     @property
     def is_broken(self) -> bool:
@@ -11999,28 +11987,34 @@ class Helper(Caller):
 
     def close(self) -> None:
         """End the helper; harmless when repeated."""
-        for connection in self._spare:
-            connection.close()
-        if self._tokens >= 0:
-            os.close(self._tokens)
-        self._spare, self._tokens = [], -1
+        if self._turn >= 0:
+            os.close(self._turn)
+        self._turn = -1
         self._unshared.close()
 
-    def _call(self, method: str, params: dict[str, Any], fds: Sequence[int] = ()
-              ) -> tuple[dict[str, Any], list[int]]:
+    def _call(self, method: str, params: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Return the result of a method and the descriptors that came with it."""
         with self._lock:
-            if os.getpid() != self._pid:
-                self._take_spare()
-            self._is_behind = True  # unless the answer comes whole
+            fcntl.lockf(self._turn, fcntl.LOCK_EX)
             try:
-                self._ask(method, params, fds)
-                message = self._next()
+                message = self._exchange(method, params)
             except ProtocolError as error:
                 raise CstorError(f"the helper in the user namespace has failed: {error}") from None
-            self._is_behind = False
+            finally:
+                fcntl.lockf(self._turn, fcntl.LOCK_UN)
         with message:
             return self._result(message) or {}, message.take()
+
+    def _exchange(self, method: str, params: dict[str, Any]) -> Message:
+        self._is_behind = True  # unless the answer comes whole
+        if os.fstat(self._turn).st_size:
+            raise ProtocolError("a process was killed while it was asking")
+        os.ftruncate(self._turn, 1)
+        self._ask(method, params)
+        message = self._next()
+        os.ftruncate(self._turn, 0)
+        self._is_behind = False
+        return message
 
     @staticmethod
     def _error(error: dict[str, Any]) -> Exception:
@@ -12081,45 +12075,11 @@ class Helper(Caller):
         return (unspell(base), os.stat_result((*numbers[:7], 0, 0, 0), times), unspell(link),
                 {unspell(key): bytes.fromhex(value) for key, value in xattrs.items()})
 
-    def spread(self, processes: int) -> int:
-        """Make so many more connections, one for each process that is forked next.
-
-        Return how many were made: fewer where the system has no more processes for us.
-        """
-        import socket
-
-        while self._spare:  # those who had them have ended
-            self._spare.pop().close()
-        for _ in range(processes):
-            ours, theirs = socket.socketpair()
-            self._spare.append(Connection(ours, timeout=HELPER_PATIENCE))
-            try:
-                with theirs:
-                    self._call("attach", {}, [theirs.fileno()])
-            except OSError:  # EAGAIN of its fork(2)
-                self._spare.pop().close()
-                break
-        if self._tokens >= 0:
-            os.close(self._tokens)
-        self._tokens, end = os.pipe()  # whoever reads a number from it has that connection
-        os.write(end, bytes(range(len(self._spare))))
-        os.close(end)
-        return len(self._spare)
-
-    def _take_spare(self) -> None:
-        """Take a connection of our own in a forked process; without any, start a helper."""
-        token = os.read(self._tokens, 1) if self._tokens >= 0 else b""
-        if token:
-            self._adopt(self._spare[token[0]])
-        else:
-            self._start()
-
 
 # -- the helper: who answers ---------------------------------------------------------------------
 
 def serve_contents(roots: Sequence[str]) -> int:
     """Answer on stdin what Helper asks, until the other end closes; return the exit status."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that attach() learns which have ended
     connection = say_hello(roots=[spell(os.fsencode(root)) for root in roots])
     try:
         ContentServer(connection, roots).run()
@@ -12134,7 +12094,7 @@ class ContentServer(Dispatcher):
     Regular files are opened only to read, and directories with O_PATH.
     """
 
-    METHODS = {name: name for name in ("open", "scan", "look", "enter", "attach")}
+    METHODS = {name: name for name in ("open", "scan", "look", "enter")}
 
     def __init__(self, connection: Connection, roots: Sequence[str]) -> None:
         super().__init__(connection)
@@ -12142,37 +12102,10 @@ class ContentServer(Dispatcher):
         self._directory: Directory | None = None  # the last one asked for
         self._listed: tuple[Any, list[bytes]] = None, []  # what is scanned, and its names
         self._maps = id_map("uid_map"), id_map("gid_map")
-        self._processes = 0  # that answer on other sockets
 
     def _data(self, error: Exception) -> Any:
         return errno.EACCES if isinstance(error, PermissionError) else \
             getattr(error, "errno", None) or super()._data(error)
-
-    def attach(self, _: dict[str, Any]) -> dict[str, Any] | None:
-        """Let a process of its own answer on the socket that came with the request."""
-        import socket
-
-        fds = self._message.fds
-        if len(fds) != 1 or not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
-            raise ProtocolError("attach takes one socket", code=BAD_PARAMS)
-        self._reap()
-        if self._processes == MAX_HELPERS:
-            raise ProtocolError("too many connections", code=INVALID_REQUEST)
-        if os.fork():
-            self._processes += 1
-            return {}
-        self.connection.close()
-        self.connection = Connection(socket.socket(fileno=self._message.take()[0]), timeout=None)
-        self._processes = MAX_HELPERS
-        return None
-
-    def _reap(self) -> None:
-        """Forget the processes that have ended."""
-        try:
-            while self._processes and os.waitpid(-1, os.WNOHANG)[0]:
-                self._processes -= 1
-        except ChildProcessError:  # this is one of them
-            pass
 
     def open(self, params: dict[str, Any]) -> None:
         """Send the descriptors of regular files, and a code for each: 0, an errno, or its type."""

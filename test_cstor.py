@@ -629,7 +629,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_850
+    LINES = 13_808
     source: str
     tree: ast.Module
 
@@ -12288,8 +12288,10 @@ class Helpers(StoreTest):
     def asking(self, connection: cstor.Connection) -> cstor.Helper:
         """Return a Helper whose other end is that of a connection."""
         helper = cstor.Helper.__new__(cstor.Helper)
-        helper._lock, helper._spare, helper._tokens = threading.Lock(), [], -1
-        helper._adopt(connection)
+        helper._lock, helper._is_behind = threading.Lock(), False
+        helper._turn = os.memfd_create("turn")
+        self.addCleanup(os.close, helper._turn)
+        super(cstor.Helper, helper).__init__(connection)
         return helper
 
     def place(self) -> str:
@@ -12309,18 +12311,6 @@ class Helpers(StoreTest):
             os.symlink(target, os.path.join(diff, name))
         os.symlink("x", top + "/overlay/y")
         return top
-
-    def test_a_helper_that_gets_no_more_processes(self) -> None:
-        """As many connections are made as its fork(2) allows; so many processes are forked."""
-        helper = cstor.Helper.__new__(cstor.Helper)
-        helper._spare, helper._tokens = [], -1
-        with mock.patch.object(cstor.Helper, "_call", side_effect=[
-                ({}, []), ({}, []), BlockingIOError(errno.EAGAIN, "no process")]):
-            self.assertEqual(2, helper.spread(5))
-        self.assertEqual(b"\0\1", os.read(helper._tokens, 9))
-        os.close(helper._tokens)
-        for connection in helper._spare:
-            connection.close()
 
     def test_answers(self) -> None:
         top = self.place()
@@ -12387,50 +12377,48 @@ class Helpers(StoreTest):
                 code, contents = self.ask(connection, method, params)
                 self.assertIn(code, (cstor.BAD_PARAMS, cstor.IO_ERROR), params)
                 self.assertEqual([], contents, params)
-            for other in ("write", "", "run", "hello", "_open", "close"):
+            for other in ("write", "", "run", "hello", "_open", "attach"):
                 self.assertEqual((cstor.NO_METHOD, []), self.ask(connection, other, {}), other)
             for wrong in (None, 5):
                 self.assertEqual((cstor.INVALID_REQUEST, []), self.ask(connection, wrong, {}))
-            # A descriptor is taken with "attach" only, if it is a socket.
-            for method, given in (("open", [1]), ("open", 1), ("attach", 1), ("attach", {})):
-                self.assertEqual(cstor.BAD_PARAMS, self.ask(connection, method, given, [2])[0])
-            self.assertEqual((cstor.BAD_PARAMS, []), self.ask(connection, "attach", {}))
+            for given in ([1], 1):
+                self.assertEqual(cstor.BAD_PARAMS, self.ask(connection, "open", given, [2])[0])
             self.assertEqual(([0], [b"data"]), self.ask(
                 connection, "open", {"directory": diff, "names": ["f"]}))
 
-    def test_connections(self) -> None:
-        need_proc()
+    def test_processes_share_a_helper(self) -> None:
+        """Each waits for its turn; when one is killed inside of it, the others learn that."""
         top = self.place()
-        question = {"directory": top + "/overlay/x/diff", "names": ["f"]}
-        with self.served(top) as (connection, pid), contextlib.ExitStack() as stack:
-            others = []
-            for _ in range(cstor.MAX_HELPERS):
-                ours, theirs = socket.socketpair()
-                others.append(stack.enter_context(cstor.Connection(ours, timeout=10)))
-                with theirs:
-                    self.assertEqual((None, []), self.ask(connection, "attach", {},
-                                                          [theirs.fileno()]))
-            for other in [connection, *others]:
-                self.assertEqual(([0], [b"data"]), self.ask(other, "open", question))
-                with socket.socket(socket.AF_UNIX) as one_more:
-                    self.assertEqual(cstor.INVALID_REQUEST, self.ask(
-                        other, "attach", {}, [one_more.fileno()])[0])
-            children = read_text(f"/proc/{pid}/task/{pid}/children").split()
-            self.assertEqual(cstor.MAX_HELPERS, len(children))
-            others.pop(0).close()
-            ours, theirs = socket.socketpair()
-            end = time.monotonic() + 10
-            with ours, theirs:  # there is room for one more, once it has noticed
-                while self.ask(connection, "attach", {}, [theirs.fileno()])[0] is not None:
-                    self.assertLess(time.monotonic(), end)
-            connection.socket.sendall(b"{]")
-            self.assertEqual(cstor.PARSE_ERROR, (connection.receive() or self.fail()
-                                                 ).value["error"]["code"])
-            self.assertEqual(([0], [b"data"]), self.ask(others[0], "open", question))
-        end = time.monotonic() + 10
-        while any(os.path.exists(f"/proc/{child}") for child in children):
-            self.assertLess(time.monotonic(), end, "processes are left")
-            time.sleep(0.01)
+        with self.served(top) as (connection, _):
+            helper = self.asking(connection)
+
+            def ask(count: int) -> None:
+                for _ in range(count):
+                    fd, missing = helper.open(top + "/overlay/x/diff", [b"f", b"nothing"])
+                    assert (os.read(fd, 9), missing) == (b"data", -errno.ENOENT)
+                    os.close(fd)
+
+            def fork() -> int:
+                if (pid := os.fork()) == 0:
+                    status = 1
+                    try:
+                        ask(200)
+                        status = 0
+                    finally:
+                        os._exit(status)
+                return pid
+
+            children = [fork() for _ in range(4)]
+            ask(200)
+            self.assertEqual([0] * 4, [os.waitpid(child, 0)[1] for child in children])
+            with mock.patch.object(helper, "_next", side_effect=lambda: os.kill(
+                    os.getpid(), signal.SIGKILL)):
+                child = fork()
+            self.assertEqual(signal.SIGKILL, os.waitpid(child, 0)[1])
+            for _ in range(2):
+                with self.assertRaisesRegex(cstor.CstorError, "killed while it was asking"):
+                    ask(1)
+            self.assertTrue(helper.is_broken)
 
     def test_broken_messages(self) -> None:
         top = self.place()
