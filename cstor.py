@@ -337,6 +337,7 @@ SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
 
 # Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
 MAX_SYMLINKS = 40  # as the kernel's path walk
+MAX_WALK = 1 << 16  # components that one lookup on disk opens, each ".." from the root again
 MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
 MAX_JSON = 256 << 20  # one metadata file
 MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about 200 MB)
@@ -590,114 +591,17 @@ def compact_json(value: Any) -> bytes:
 # ================================================================================================
 # 3. File descriptors
 #
-# Everything below a store is opened through a Directory.  Lookups follow openat2(2) with
-# RESOLVE_IN_ROOT: absolute links and ".." stop at the directory, as after chroot(2).  Where the
-# kernel lacks openat2 (before 5.6) or seccomp refuses it, a walk by components does the same.
+# Everything below a store is opened through a Directory.  Lookups go component by component, and
+# give what openat2(2) does with RESOLVE_IN_ROOT: absolute links and ".." stop at the directory, as
+# after chroot(2).  (openat2 itself would need ctypes, whose import costs as much as 1,000 walks.)
 # The last component is never followed, and only regular files are opened.
 # ================================================================================================
 
-# Linux: openat2(2) has one number on every architecture that CPython runs on but alpha.
-SYS_OPENAT2 = 437
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
-RESOLVE_IN_ROOT = 0x10
 # _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
 FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
     else 0x40049409
 CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
-
-
-def _openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
-    """Call openat2(2) with RESOLVE_*; raise OSError, ENOSYS where it cannot be called."""
-    import ctypes
-
-    class OpenHow(ctypes.Structure):
-        _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64),
-                    ("resolve", ctypes.c_uint64)]
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    size = ctypes.c_size_t(ctypes.sizeof(OpenHow))
-    number = ctypes.c_long(SYS_OPENAT2)
-
-    def openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
-        how = OpenHow(flags, 0, resolve | RESOLVE_NO_MAGICLINKS)
-        for _ in range(32):  # EAGAIN: a rename elsewhere made the kernel doubt a ".."
-            fd: int = libc.syscall(number, ctypes.c_int(dir_fd), ctypes.c_char_p(name),
-                                   ctypes.byref(how), size)
-            if fd >= 0:
-                return fd
-            if ctypes.get_errno() not in (errno.EAGAIN, errno.EINTR):
-                break
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), os.fsdecode(name))
-
-    globals()["_openat2"] = openat2  # set up once; ctypes costs 5 ms
-    return openat2(dir_fd, name, flags, resolve)
-
-
-def _try_openat2(dir_fd: int, name: bytes, flags: int, resolve: int) -> int:
-    """Call openat2(2); -1 where it cannot be called, now or for so few openings."""
-    global _have_openat2, _walks_left
-    if _walks_left > 0:  # some walks are cheaper than the import of ctypes
-        _walks_left -= 1
-    elif _have_openat2:
-        try:
-            return _openat2(dir_fd, name, flags, resolve)
-        except OSError as error:
-            # EPERM cannot come from opening a directory: it is a seccomp filter that says no.
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
-        except (ImportError, AttributeError):  # a Python without ctypes
-            pass
-        _have_openat2 = False
-    return -1
-
-
-_have_openat2 = True
-_walks_left = 16
-
-
-def _walk_in_root(root_fd: int, name: bytes) -> int:
-    """Open directory ``name`` like openat2(RESOLVE_IN_ROOT) does, one component at a time."""
-    todo = name.split(b"/")[::-1]
-    done: list[bytes] = []  # real names from the root down to fd
-    links = 0
-    fd = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd)
-    try:
-        while todo:
-            if (part := todo.pop()) in (b"", b"."):
-                continue
-            target = b"/"
-            if part == b"..":  # start over: opening ".." itself could be raced out of the root
-                todo.extend(reversed(done[:-1]))
-            else:
-                if not (target := _step(fd, part)):
-                    fd, old = os.open(part, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd), fd
-                    os.close(old)
-                    done.append(part)
-                    continue
-                links += 1
-                if links > MAX_SYMLINKS:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
-                todo.extend(reversed(target.split(b"/")))
-            if target.startswith(b"/"):
-                fd, old = os.open(b".", OPEN_DIRECTORY, dir_fd=root_fd), fd
-                os.close(old)
-                done = []
-        return fd
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _step(dir_fd: int, part: bytes) -> bytes:
-    """Return the target when ``part`` is a symbolic link, else b""."""
-    if stat.S_ISLNK(os.lstat(part, dir_fd=dir_fd).st_mode):
-        return os.readlink(part, dir_fd=dir_fd)
-    return b""
 
 
 def open_in_root(root_fd: int, name: bytes) -> int:
@@ -707,8 +611,46 @@ def open_in_root(root_fd: int, name: bytes) -> int:
     """
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
-    fd = _try_openat2(root_fd, name.strip(b"/") or b".", OPEN_DIRECTORY, RESOLVE_IN_ROOT)
-    return fd if fd >= 0 else _walk_in_root(root_fd, name)
+    todo = name.split(b"/")[::-1]
+    done: list[bytes] = []  # real names from the root down to fd
+    links = steps = 0
+    fd = root_fd
+    try:
+        while todo:
+            steps += 1
+            if links > MAX_SYMLINKS or steps > MAX_WALK:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
+            if (part := todo.pop()) in (b"", b"."):
+                continue
+            if part == b"..":  # start over: opening ".." itself could be raced out of the root
+                todo += done[-2::-1]
+                above, fd, done = fd, root_fd, []
+            elif isinstance(found := _open_or_read(fd, part), int):
+                above, fd = fd, found
+                done.append(part)
+            else:
+                links += 1
+                todo += found.split(b"/")[::-1]
+                if not found.startswith(b"/"):
+                    continue
+                above, fd, done = fd, root_fd, []
+            if above != root_fd:
+                os.close(above)
+        return os.dup(fd) if fd == root_fd else fd
+    except BaseException:
+        if fd != root_fd:
+            os.close(fd)
+        raise
+
+
+def _open_or_read(dir_fd: int, name: bytes) -> int | bytes:
+    """Open the directory ``name``, or return the target of the symbolic link."""
+    try:
+        return os.open(name, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+    except NotADirectoryError:
+        if stat.S_ISLNK(os.lstat(name, dir_fd=dir_fd).st_mode):
+            return os.readlink(name, dir_fd=dir_fd)
+        raise
 
 
 def open_beneath(root_fd: int, name: bytes, flags: int = OPEN_DIRECTORY) -> int:
@@ -717,9 +659,6 @@ def open_beneath(root_fd: int, name: bytes, flags: int = OPEN_DIRECTORY) -> int:
     ``name`` is clean: relative, without ".." (or b"." alone).  Raises OSError: ELOOP or ENOTDIR
     for a link.
     """
-    if b"/" in name:
-        if (fd := _try_openat2(root_fd, name, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)) >= 0:
-            return fd
     fd = root_fd
     parts = name.split(b"/")
     for depth, part in enumerate(parts, 1):
@@ -810,12 +749,6 @@ class Directory(Closing):
         return self._parent_fd
 
     def _open_parent(self, name: bytes) -> int:
-        if b"/" not in name and name not in (b".", b"..") and b"\0" not in name:
-            try:  # one real directory: no need for openat2, which costs the import of ctypes
-                return os.open(name, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
-            except OSError as error:
-                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                    raise
         return open_in_root(self.fd, name)
 
     def _in_parent(self, name: bytes, action: Callable[[int, bytes], T]) -> T:
