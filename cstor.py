@@ -100,8 +100,7 @@ class _MissingModule:
 
 
 # Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, sqlite3, tempfile and threading are
-# imported, and patterns compiled (re keeps them), where they are used; _signal is signal without
-# its enums.
+# imported, and patterns compiled (re keeps them), where they are used; _signal has no enums.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
@@ -11074,12 +11073,12 @@ class _Session(Dispatcher):
         source, sink, kept, alive = (open(fd, mode, 0) for _ in range(2) for fd, mode in zip(
             os.pipe2(os.O_CLOEXEC), ("rb", "wb")))
         with source, sink, kept, alive, diff:
+            place = _Place(diff, inner.get("consumer_has_cap_dac_override") is True)
             self.connection.send({"parameters": {
                 "dir_count": 1, "layer": layer.id, "digest": layer.diff_digest,
                 "size": layer.diff_size}, "continues": False},
                 [source.fileno(), diff.fd, alive.fileno()])
             source.close()  # so that a client which goes is noticed
-            place = _Place(diff, inner.get("consumer_has_cap_dac_override") is True)
             pipe = _PipeWriter(sink.fileno(), self.server.timeout)
             writer = SplitdirfdstreamWriter(pipe.write, place.find)
             try:
@@ -11128,6 +11127,7 @@ class _Place:
     """
 
     def __init__(self, diff: Directory, all_: bool) -> None:
+        has_proc("files of layers are passed")
         self._diff, self._all = diff, all_
         self._root = os.readlink(b"/proc/self/fd/%d" % diff.fd) + b"/"
         self._open: dict[bytes, bool] = {b"": True}  # by directory, if all may search it
@@ -11180,6 +11180,7 @@ def open_spool(size: int) -> BinaryIO:
 
 def seal_spool(spool: BinaryIO) -> int:
     """Return a descriptor to read a spool from its beginning; it cannot be written any more."""
+    has_proc("files of layers are passed")
     spool.flush()
     try:
         fcntl.fcntl(spool.fileno(), F_ADD_SEALS, F_SEAL_ALL)
@@ -13636,7 +13637,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
     words = sys.argv[1:] if argv is None else check_words("argv", argv)
     before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer
-    status = 0
     try:
         status = _run(words)
         if sys.stdout is not None:
