@@ -2976,7 +2976,7 @@ class Layer(Record):
         """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
         count = 0
         with LayerFiles(self) as files:
-            for _, member in members_ahead(self, files):
+            for _, member in files.members():
                 if member and member.stored and member.size:
                     with open(files.open(member.name, member.size), "rb", 0) as file:
                         for _ in read_checked(file.fileno(), member.size, name=member.name,
@@ -3402,36 +3402,69 @@ def _read_json(root: Directory, name: bytes) -> bytes:
         return b""
 
 
-class Contents(Directory):
-    """A directory of a storage: a root, or one that contents are read from.
+class Opener(Closing):
+    """Opens a storage's contents as this user: what is closed to him raises NeedsUnshare.
 
-    What is closed to us in it the storage's helper looks at and opens, and after expect() many
-    files at a time.
+    Whoever opens contents of a storage has them from its opener; see ProxiedOpener for another.
+    """
+
+    is_proxied = False  # whether a helper opens what is closed to us
+
+    def __init__(self, storage: Storage | None = None) -> None:
+        self.storage = storage  # whose close() closes it
+
+    def helper(self, error: NeedsUnshare) -> Any:
+        """Return the Helper that opens what is closed to us; without any, raise ``error``."""
+        raise error
+
+    def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
+              weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
+        """Yield ``items``, whose files are opened next: here one by one, when they are needed."""
+        return iter(items)
+
+    def prepare(self, files: Iterable[tuple[Contents, bytes] | None]) -> None:
+        """Make ready for processes that are forked next and open ``files``."""
+
+    def close(self) -> None:
+        """End what helps; harmless when repeated."""
+
+
+class Contents(Directory):
+    """A directory of a storage (None: of the host): a root, or one that contents are read from.
+
+    What is closed to us in it the storage's opener may have looked at and opened by a helper.
     """
 
     __slots__ = ("storage", "_ahead")
 
-    def __init__(self, storage: Storage, directory: Directory) -> None:
+    def __init__(self, storage: Storage | None, directory: Directory) -> None:
         super().__init__(directory.path, directory.fd)
         directory.fd = -1
         self.storage = storage
-        self._ahead: dict[bytes, int] = {}  # what the helper opened before it is needed
+        self._ahead: dict[bytes, int] = {}  # what the opener has opened before it is needed
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
-        self._forget()
+        self.keep({})
         super().close()
 
-    def _forget(self) -> None:
+    def keep(self, ahead: dict[bytes, int]) -> None:
+        """Take the descriptors of files that are opened next, in place of those left over."""
         while self._ahead:
             os.close(self._ahead.popitem()[1])
+        self._ahead = ahead
+
+    @property
+    def opener(self) -> Opener:
+        """What opens the files."""
+        return self.storage.opener if self.storage else Opener()
 
     def _ask(self, action: Callable[[bytes], T], name: bytes, ask: Callable[[Any], Any]) -> T:
         """Return what ``action`` returns, or if ``name`` is closed to us what the helper says."""
         try:
             return action(name)
         except NeedsUnshare as error:
-            found: T = ask(self.storage.helper(error))
+            found: T = ask(self.opener.helper(error))
             return found
 
     def directory(self, name: bytes) -> Contents:
@@ -3451,12 +3484,27 @@ class Contents(Directory):
         return self._ask(super().listdir, name, lambda helper: [
             row[0] for row in helper.scan(self.path, name, b"")])
 
+    def scan(self, path: bytes) -> Iterator[tuple[Any, ...]]:
+        """Yield the name of each file in a directory, and what look_at() returns; sorted."""
+        last = b""
+        try:
+            fd = self.parent(path)
+            for name in self.list_at(fd):
+                if found := look_at(fd, name):
+                    yield (name, *found)
+                last = name
+        except OSError as error:
+            closed = with_path(error, self.host_path(path))
+            if not isinstance(closed, NeedsUnshare):
+                raise closed from None
+            yield from self.opener.helper(closed).scan(self.path, path, last)
+
     def open(self, name: bytes) -> int:
         """Open the regular file ``name``; FormatError when it is none."""
         try:
             return self._ahead.pop(name) if name in self._ahead else super().open(name)
         except NeedsUnshare as error:
-            fd = self.borrow(name, error)
+            fd: int = self.opener.helper(error).open_one(self.path, name)
         if fd < 0:
             raise FormatError(f"is a {file_type(-fd)}, not a regular file",
                               file=self.host_path(name))
@@ -3475,23 +3523,10 @@ class Contents(Directory):
             if error.errno != errno.EACCES:
                 raise
             closed: Any = with_path(error, self.host_path(name))
-            fd = self.borrow(name, closed)
+            fd = self.opener.helper(closed).open_one(self.path, name)
         if fd < 0:
             return -1, os.stat_result((-fd, *bytes(9)))
         return fd, os.fstat(fd)
-
-    def borrow(self, name: bytes, error: NeedsUnshare) -> int:
-        """Let the helper open a file; return its descriptor, or minus the type of another file.
-
-        Raises ``error`` when there is no helper, OSError.
-        """
-        fd: int = self.storage.helper(error).open(self.path, [name])[0]
-        if fd == -errno.EACCES:
-            raise NeedsUnshare(str(error), hint="its owner is not one of your sub-uids: run it as "
-                                                "root")
-        if -stat.S_IFIFO < fd < 0:
-            raise OSError(-fd, os.strerror(-fd), self.host_path(name))
-        return fd
 
     def is_closed(self, name: bytes) -> bool:
         """Tell whether a file is probably closed to us; also of one that is not there."""
@@ -3501,18 +3536,6 @@ class Contents(Directory):
                                  effective_ids=True, follow_symlinks=False)
         except (OSError, ValueError) as error:
             return isinstance(error, PermissionError)
-
-    def expect(self, names: Iterable[bytes]) -> None:
-        """Have opened at once what is closed to us of the files that are opened next."""
-        self._forget()
-        closed = [name for name in dict.fromkeys(names) if self.is_closed(name)]
-        if closed:
-            error: Any = with_path(OSError(errno.EACCES, ""), self.host_path(closed[0]))
-            try:
-                fds = self.storage.helper(error).open(self.path, closed)
-            except OSError:  # said of the file that is opened: its layer may have been removed
-                return
-            self._ahead = {name: fd for name, fd in zip(closed, fds) if fd >= 0}
 
 
 OPEN_STORAGES: set[ref[Storage]] = set()  # nothing may be written in them
@@ -3527,8 +3550,8 @@ class Storage(Closing):
     over.
     """
 
+    OPENER: type[Opener] = Opener
     config: Config | None = None
-    is_proxied = False  # whether a helper opens what is closed to us
     layer_stores: Sequence[str] = ()  # additional layer stores
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
@@ -3537,6 +3560,7 @@ class Storage(Closing):
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
         self.owner_ids = os.fsdecode(owner_ids)
+        self.opener: Opener = self.OPENER(self)  # of all contents
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.unverified: list[str] = []
@@ -3620,6 +3644,13 @@ class Storage(Closing):
             root.close()
         if self._run:
             self._run.close()
+        if self.opener.storage is self:
+            self.opener.close()
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether a helper opens what is closed to this user."""
+        return self.opener.is_proxied
 
     @property
     def roots(self) -> list[Contents]:
@@ -3660,13 +3691,6 @@ class Storage(Closing):
             except PermissionError:  # nobody knows
                 return ""
         return "missing"
-
-    def helper(self, error: NeedsUnshare) -> Any:
-        """Return what opens files that are closed to us; without any, raise ``error``."""
-        raise error
-
-    def prepare(self) -> None:
-        """Start the helper, so that processes which are forked next can share it."""
 
     @property
     def owner(self) -> tuple[int, int]:
@@ -4073,62 +4097,6 @@ def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
         database.close()
 
 
-_HELPER_LOCK = allocate_lock()  # threads start one helper, not one each
-
-
-class ProxiedStorage(Storage):
-    """A Storage that opens what is closed to this user through a helper in his user namespace.
-
-    The helper is started for the first such content, never for metadata, and ends with close();
-    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
-    """
-
-    lender: ProxiedStorage | None = None  # another one, whose helper is to be used
-    _helper: Helper | None = None
-    _failure: NeedsUnshare | None = None
-
-    def helper(self, error: NeedsUnshare) -> Helper:
-        """Return the helper, started if need be."""
-        if self.lender:
-            helper = self.lender.helper(error)
-        else:
-            with _HELPER_LOCK:
-                helper = self._start_helper(error)
-        self.is_proxied = True
-        return helper
-
-    def _start_helper(self, error: NeedsUnshare) -> Helper:
-        if self._helper and self._helper.is_broken:  # said to whom it happened
-            self._helper.close()
-            self._helper = None
-        if self._helper is None and self._failure is None:
-            hint = why_no_helper(self)
-            try:
-                if hint:
-                    raise NeedsUnshare("", hint=hint)
-                rootfs = [value["rootfs"] for value in (self._podman or {}).values()
-                          if not value.get("rootfs-refused") and os.path.isdir(value["rootfs"])]
-                self._helper = Helper([root.path for root in self.roots] + rootfs)
-            except NeedsUnshare as failure:
-                self._failure = failure
-        if self._helper is None:
-            why = f": {self._failure}" if str(self._failure) else ""
-            raise NeedsUnshare(f"{error}{why}", hint=self._failure.hint if self._failure else "")
-        return self._helper
-
-    def prepare(self) -> None:
-        try:
-            self.helper(NeedsUnshare(""))
-        except NeedsUnshare:
-            pass  # said when the content is needed
-
-    def close(self) -> None:
-        """End the helper, and close all descriptors; harmless when repeated."""
-        if self._helper:
-            self._helper.close()
-        super().close()
-
-
 # ================================================================================================
 # 9. References
 #
@@ -4344,28 +4312,6 @@ def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
     return found
 
 
-def read_ahead(items: Iterable[T], active: Callable[[T], bool], expect: Callable[[list[T]], None],
-               weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-    """Yield ``items``; while they are ``active``, ``expect`` is told of AHEAD of them before.
-
-    Of fewer where few files may be open: each can be one.
-    """
-    items, most = iter(items), max(min(AHEAD, soft_limit() // 4), 1)
-    for item in items:
-        if not active(item):
-            yield item
-            continue
-        batch, room = [item], most - weigh(item)
-        while room > 0:
-            try:
-                batch.append(next(items))
-            except StopIteration:
-                break
-            room -= weigh(batch[-1])
-        expect(batch)
-        yield from batch
-
-
 class LayerFiles(Closing):
     """Opens the contents of one layer's files by their names in the tar.
 
@@ -4453,14 +4399,19 @@ class LayerFiles(Closing):
                 raise self._objection(name, base, size, status)
         raise self._missing(name, size)
 
-    def expect(self, names: Iterable[bytes]) -> None:
-        """Announce what is opened next; see Contents.expect()."""
-        if self._plain and self._objects is None:
-            self._diffs[0].expect(clean_name(name) for name in names if b"\0" not in name)
+    def members(self) -> Iterator[tuple[bytes, Member | None]]:
+        """Yield what read_members() does, for who opens the contents one after the other."""
+        return self.layer.storage.opener.ahead(
+            read_members(self.layer),
+            lambda item: self.where(item[1].name) if item[1] and item[1].stored else None,
+            lambda item: 1 + len(item[0]) // (8 << 10))
 
-    def is_closed(self, name: bytes) -> bool:
-        """Tell whether a file is probably closed to us."""
-        return b"\0" not in name and self._diffs[0].is_closed(self._place(name))
+    def where(self, name: bytes) -> tuple[Contents, bytes] | None:
+        """Return where open() looks first: a directory, and the name in it; None = nowhere."""
+        try:
+            return self._diffs[0], self._place(name)
+        except CstorError:  # said when it is opened
+            return None
 
     def _objection(self, name: bytes, base: bytes, size: int | None, status: os.stat_result
                    ) -> CstorError:
@@ -5270,7 +5221,7 @@ def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
     of the content and is made again (1.0), by ``convention`` or the one that fits the whole layer.
     """
     with LayerFiles(layer) as files:
-        for literal, member in members_ahead(layer, files):
+        for literal, member in files.members():
             if literal:
                 yield literal
             if member is None or not member.stored:
@@ -5293,14 +5244,6 @@ def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
                     yield Extent(fd, offset, length, member)
             finally:
                 os.close(fd)
-
-
-def members_ahead(layer: Layer, files: LayerFiles) -> Iterator[tuple[bytes, Member | None]]:
-    """Yield what read_members() does; a helper is told which files are opened next."""
-    return read_ahead(
-        read_members(layer), lambda _: layer.storage.is_proxied,
-        lambda batch: files.expect(member.name for _, member in batch if member and member.stored),
-        lambda item: 1 + len(item[0]) // (8 << 10))
 
 
 def sparse_convention(layer: Layer, name: bytes) -> tuple[int, bool, int]:
@@ -6029,13 +5972,18 @@ class LayerTree(Closing):
             self._files = LayerFiles(self.layer)
         return self._files
 
-    def expect(self, nodes: Iterable[Node]) -> None:
-        """Announce the regular files that are opened next; see Contents.expect()."""
-        self.files.expect(node.path for node in nodes if "data" not in node.extra)
+    @property
+    def opener(self) -> Opener:
+        """What opens the contents of its storage."""
+        return self.storage.opener if self.storage else Opener()
 
-    def is_closed(self, node: Node) -> bool:
-        """Tell whether the content of a regular file is probably closed to us."""
-        return "data" not in node.extra and self.files.is_closed(node.path)
+    def file_of(self, node: Node) -> tuple[Contents, bytes] | None:
+        """Return where open() looks for a content, None where there is none; see Opener."""
+        return self._where(node.path) if node.type == "reg" and node.size \
+            and "data" not in node.extra else None
+
+    def _where(self, path: bytes) -> tuple[Contents, bytes] | None:
+        return self.files.where(path)
 
     def open(self, node: Node) -> int:
         """Open the content of a regular file of this layer; see LayerFiles.open()."""
@@ -6073,7 +6021,7 @@ class DiskTree(LayerTree):
     def __init__(self, directory: Directory, layer: Layer | None = None, *,
                  overlay: bool = True) -> None:
         super().__init__(layer)
-        self.directory = directory
+        self.directory = directory if isinstance(directory, Contents) else Contents(None, directory)
         self.whiteouts = overlay
         self.heeded = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
         # How IDs on disk are to be read, one map after the other.
@@ -6092,20 +6040,15 @@ class DiskTree(LayerTree):
 
     @property
     def storage(self) -> Storage | None:
-        return self.directory.storage if isinstance(self.directory, Contents) else None
+        return self.directory.storage
 
     def close(self) -> None:
         for why, files in self._strangers.items():
             self._warn(f"owner or group 65534 in {counted(len(files), 'file')}: {why}")
         self.directory.close()
 
-    def expect(self, nodes: Iterable[Node]) -> None:
-        if isinstance(self.directory, Contents):
-            self.directory.expect(node.path for node in nodes if "data" not in node.extra)
-
-    def is_closed(self, node: Node) -> bool:
-        return isinstance(self.directory, Contents) and "data" not in node.extra \
-            and self.directory.is_closed(node.path)
+    def _where(self, path: bytes) -> tuple[Contents, bytes]:
+        return self.directory, path
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
         # A directory of the host can be "/": one that was not read yet is not read as a whole.
@@ -6135,25 +6078,10 @@ class DiskTree(LayerTree):
         todo = [(top, b"/".join(parts))] if below else []
         while todo:
             above, path = todo.pop()
-            for name, status, link, xattrs in self._entries(path):
+            for name, status, link, xattrs in self.directory.scan(path):
                 node = self._enter(above, name, status, link, xattrs)
                 if node is not None and node.type == "dir":
                     todo.append((node, path + b"/" + name if path else name))
-
-    def _entries(self, path: bytes) -> Iterator[tuple[Any, ...]]:
-        """Yield what is in a directory: the name of each file, and what look_at() returns."""
-        last = b""
-        try:
-            fd = self.directory.parent(path)
-            for name in self.directory.list_at(fd):
-                if found := look_at(fd, name):
-                    yield (name, *found)
-                last = name
-        except OSError as error:
-            closed = with_path(error, self.directory.host_path(path))
-            if not self.storage or not isinstance(closed, NeedsUnshare):
-                raise closed from None
-            yield from self.storage.helper(closed).scan(self.directory.path, path, last)
 
     def _enter(self, above: Node, name: bytes, status: os.stat_result, link: bytes,
                xattrs: dict[bytes, bytes]) -> Node | None:
@@ -6379,6 +6307,15 @@ class Tree(Closing):
             return None
 
     @property
+    def opener(self) -> Opener:
+        """What opens the contents: all layers are of one storage."""
+        return self.layers[0].opener
+
+    def file_of(self, node: Node) -> tuple[Contents, bytes] | None:
+        """Return where open() looks for a content, None where there is none."""
+        return node.tree.file_of(node)
+
+    @property
     def root(self) -> Node:
         """The root directory, as the topmost layer has it that has an entry for it."""
         roots = [layer.reach(()) for layer in self.layers]
@@ -6594,23 +6531,6 @@ def peek(items: Iterator[T]) -> tuple[T | None, Iterator[T]]:
     return first, (item for part in ([] if first is None else [first], items) for item in part)
 
 
-def nodes_ahead(items: Iterable[T], node_of: Callable[[T], Node]) -> Iterator[T]:
-    """Yield ``items``; a helper is told which of their contents are opened next."""
-    def active(item: T) -> bool:
-        storage = node_of(item).tree.storage
-        return storage is not None and storage.is_proxied
-
-    def expect(batch: list[T]) -> None:
-        by_tree: dict[LayerTree, list[Node]] = {}
-        for node in map(node_of, batch):
-            if node.type == "reg" and node.size:
-                by_tree.setdefault(node.tree, []).append(node)
-        for tree, nodes in by_tree.items():
-            tree.expect(nodes)
-
-    return read_ahead(items, active, expect)
-
-
 def merged_tree(layers: Sequence[Layer], label: str,
                 known: dict[str, LayerTree] | None = None) -> Tree:
     """Return the tree of layers given base first; ``known`` shares trees with other images."""
@@ -6682,7 +6602,7 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
             links[target] = links.get(target, 1) + 1
     items = ((name, node, None) for name, node in layer_entries(layer))
     with layer.own_tree() as tree:
-        for name, node, _, digest in hash_contents(items, tree.open, digests, progress):
+        for name, node, _, digest in hash_contents(items, tree, digests, progress):
             yield toc_entry(name, node, links=links.get(node.name, 0), digest=digest)
 
 
@@ -6694,14 +6614,14 @@ def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = N
         for _, node, _ in tree.walk():
             if node in node.tree.linked:
                 links[node] = links.get(node, 0) + 1
-    for name, node, first, digest in hash_contents(tree.walk(), tree.open, digests, progress):
+    for name, node, first, digest in hash_contents(tree.walk(), tree, digests, progress):
         if (name or not node.implicit) and node.type != "socket":  # eStargz has no word for it
             yield toc_entry(name or b".", node, first=first, links=links.get(node, 0),
                             digest=digest)
 
 
 def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
-                  opener: Callable[[Node], int], wanted: bool, progress: Progress | None
+                  tree: Tree | LayerTree, wanted: bool, progress: Progress | None
                   ) -> Iterator[tuple[bytes, Node, bytes | None, str]]:
     """Add the sha256 of each regular file, checked by size and CRC-64, to what walk() yields.
 
@@ -6710,10 +6630,11 @@ def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
     import hashlib
 
     size = files = 0
-    for name, node, first in nodes_ahead(items, lambda item: item[1]) if wanted else items:
+    for name, node, first in tree.opener.ahead(
+            items, lambda item: tree.file_of(item[1])) if wanted else items:
         digest = ""
         if wanted and node.type == "reg" and node.size and first is None:
-            fd, content = opener(node), hashlib.sha256()
+            fd, content = tree.open(node), hashlib.sha256()
             try:
                 for data in node.checked(fd):
                     content.update(data)
@@ -7703,19 +7624,6 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
-def prepare_helper(nodes: Iterable[Node]) -> None:
-    """Start the helper before processes are forked, if this user may not read some content.
-
-    Only what its mode, or its directory's, shows to be private is asked for.
-    """
-    for node in nodes:
-        if node.type == "reg" and node.size and node.tree.storage and node.parent \
-                and not (node.mode & stat.S_IROTH and node.parent.mode & stat.S_IXOTH) \
-                and node.tree.is_closed(node):
-            node.tree.storage.prepare()
-            return
-
-
 class Undo:
     """Steps that take back what was made, run in reverse with signals held after an error.
 
@@ -7791,7 +7699,11 @@ class Extraction:
         workers = 1 if self._hardlinks else self._workers or default_workers()
         workers = min(workers, len(batches) // 2 or 1)
         if workers > 1:
-            prepare_helper(node for batch in batches for node in batch[2::3])
+            # Only what its mode, or its directory's, shows to be private can be closed to us.
+            batches[0][2].tree.opener.prepare(
+                node.tree.file_of(node) for batch in batches for node in batch[2::3]
+                if node.parent and not (node.mode & stat.S_IROTH
+                                        and node.parent.mode & stat.S_IXOTH))
         for counted in share_out(len(batches), workers,
                                  lambda number: self._make_batch(batches[number]),
                                  self.tally.plain, self._ticker(batches)):
@@ -7910,8 +7822,8 @@ class Extraction:
 
     def _make_batch(self, batch: list[Any]) -> None:
         triples = iter(batch)
-        for parent, base, node in nodes_ahead(zip(triples, triples, triples),
-                                              lambda triple: triple[2]):
+        for parent, base, node in batch[2].tree.opener.ahead(
+                zip(triples, triples, triples), lambda triple: triple[2].tree.file_of(triple[2])):
             fd = node.tree.open(node) if node.type == "reg" and node.size else -1
             try:
                 self._make(self._create, self.target.parent(parent), base, node, fd)
@@ -8956,7 +8868,8 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = No
     flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
     size = files = 0
     made = source_date_epoch()  # directories without an entry have no time of their own
-    for place, node, first in nodes_ahead(tree.walk(path), lambda item: item[1]):
+    for place, node, first in tree.opener.ahead(
+            tree.walk(path), lambda item: tree.file_of(item[1])):
         relative = place[len(path):].lstrip(b"/")
         entry = prefix + relative if relative else name or b"."
         if node.type == "whiteout":
@@ -11952,12 +11865,8 @@ class Helper(Caller):
 
     @staticmethod
     def _error(error: dict[str, Any]) -> Exception:
-        code = error.get("data")
-        if code == errno.EACCES:
-            return NeedsUnshare(str(error.get("message")), hint="its owner is not one of your "
-                                "sub-uids: run it as root")
-        return OSError(code, os.strerror(code)) if isinstance(code, int) else \
-            CstorError(f"the helper refuses: {error.get('message')}")
+        return OSError(code, os.strerror(code)) if isinstance(code := error.get("data"), int) \
+            else CstorError(f"the helper refuses: {error.get('message')}")
 
     def open(self, directory: str, names: Sequence[bytes]) -> list[int]:
         """Open regular files in a directory; of each return the descriptor, or a negative number.
@@ -11971,6 +11880,13 @@ class Helper(Caller):
             opened = iter(fds)
             found += [-code or next(opened) for code in result["codes"]]
         return found
+
+    def open_one(self, directory: str, name: bytes) -> int:
+        """Open a file as open() does; raise OSError when it cannot be opened."""
+        fd = self.open(directory, [name])[0]
+        if -stat.S_IFIFO < fd < 0:
+            raise self._explain(OSError(-fd, os.strerror(-fd)), directory, name)
+        return fd
 
     def scan(self, directory: str, name: bytes, start: bytes | None) -> Iterator[tuple[Any, ...]]:
         """Yield (name, status, target of a link, xattrs) of what is in a directory, sorted.
@@ -12000,7 +11916,14 @@ class Helper(Caller):
             return self._call(method, {"directory": spell(os.fsencode(directory)),
                                        "name": spell(b"" if name == b"." else name), **more})
         except OSError as error:
-            raise with_path(error, os.path.join(directory, os.fsdecode(name))) from None
+            raise self._explain(error, directory, name) from None
+
+    @staticmethod
+    def _explain(error: OSError, directory: str, name: bytes) -> OSError:
+        found = with_path(error, os.path.join(directory, os.fsdecode(name)))
+        if isinstance(found, NeedsUnshare):
+            found.hint = "its owner is not one of your sub-uids: run it as root"
+        return found
 
     @staticmethod
     def _read_row(row: Sequence[Any]) -> tuple[Any, ...]:
@@ -12008,6 +11931,102 @@ class Helper(Caller):
         times = {"st_rdev": numbers[7], "st_mtime_ns": numbers[8]}
         return (unspell(base), os.stat_result((*numbers[:7], 0, 0, 0), times), unspell(link),
                 {unspell(key): bytes.fromhex(value) for key, value in xattrs.items()})
+
+
+class ProxiedOpener(Opener):
+    """Opens what is closed to this user through a Helper, many files at a time.
+
+    The helper is started for the first such content.  Where there can be none, NeedsUnshare says
+    why.
+    """
+
+    _helper: Helper | None = None
+    _failure: NeedsUnshare | None = None
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage)
+        self._lock = allocate_lock()  # threads start one helper, not one each
+
+    def helper(self, error: NeedsUnshare) -> Helper:
+        """Return the helper, started if need be."""
+        with self._lock:
+            if self._helper and self._helper.is_broken:  # said to whom it happened
+                self._helper.close()
+                self._helper = None
+            if self._helper is None and self._failure is None:
+                try:
+                    self._helper = self._start()
+                except NeedsUnshare as failure:
+                    self._failure = failure
+            if self._helper is None:
+                why = f": {self._failure}" if str(self._failure) else ""
+                raise NeedsUnshare(f"{error}{why}",
+                                   hint=self._failure.hint if self._failure else "")
+            self.is_proxied = True
+            return self._helper
+
+    def _start(self) -> Helper:
+        assert self.storage
+        if hint := why_no_helper(self.storage):
+            raise NeedsUnshare("", hint=hint)
+        rootfs = [value["rootfs"] for value in (self.storage._podman or {}).values()
+                  if not value.get("rootfs-refused") and os.path.isdir(value["rootfs"])]
+        return Helper([root.path for root in self.storage.roots] + rootfs)
+
+    def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
+              weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
+        """Yield ``items``; what is closed of the files of AHEAD of them is opened before.
+
+        Of fewer where few files may be open: each can be one.
+        """
+        items, most = iter(items), max(min(AHEAD, soft_limit() // 4), 1)
+        for first in items:
+            if not self.is_proxied:
+                yield first
+                continue
+            batch, room = [first], most - weigh(first)
+            for item in items if room > 0 else ():
+                batch.append(item)
+                if (room := room - weigh(item)) <= 0:
+                    break
+            self._open_ahead(map(file_of, batch))
+            yield from batch
+
+    def _open_ahead(self, files: Iterable[tuple[Contents, bytes] | None]) -> None:
+        wanted: dict[Contents, dict[bytes, None]] = {}
+        for contents, name in filter(None, files):
+            wanted.setdefault(contents, {})[name] = None
+        for contents, names in wanted.items():
+            contents.keep({})
+            if closed := list(filter(contents.is_closed, names)):
+                try:
+                    fds = self.helper(NeedsUnshare("")).open(contents.path, closed)
+                except OSError:  # said of the file that is opened: its layer may have been removed
+                    continue
+                contents.keep({name: fd for name, fd in zip(closed, fds) if fd >= 0})
+
+    def prepare(self, files: Iterable[tuple[Contents, bytes] | None]) -> None:
+        """Start the helper, for forked processes to share it, if one of ``files`` is closed."""
+        if any(contents.is_closed(name) for contents, name in filter(None, files)):
+            try:
+                self.helper(NeedsUnshare(""))
+            except NeedsUnshare:  # said when the content is needed
+                pass
+
+    def close(self) -> None:
+        """End the helper; harmless when repeated."""
+        if self._helper:
+            self._helper.close()
+
+
+class ProxiedStorage(Storage):
+    """A Storage that opens what is closed to this user through a helper in his user namespace.
+
+    The helper is started for the first such content, never for metadata, and ends with close();
+    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
+    """
+
+    OPENER = ProxiedOpener
 
 
 # -- the helper: who answers ---------------------------------------------------------------------
@@ -12617,8 +12636,7 @@ def cmd_serve(storage: Storage, args: Any) -> None:
 
     def opener() -> Storage:
         found = open_storage(args)
-        if isinstance(found, ProxiedStorage) and isinstance(storage, ProxiedStorage):
-            found.lender = storage
+        found.opener = storage.opener  # one helper for all clients
         return found
 
     has_proc("files of layers are passed")

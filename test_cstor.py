@@ -2708,7 +2708,7 @@ class Database(StoreTest):
                 container.tree()
             self.assertEqual(f"container web: its --rootfs directory {rootfs} is not opened: {why}",
                              str(raised.exception))
-            storage.helper(cstor.NeedsUnshare(""))
+            storage.opener.helper(cstor.NeedsUnshare(""))
             helper.assert_called_once_with([store.root])
             self.assertEqual([], storage.faults)
         return cstor.describe(raised.exception)
@@ -2737,7 +2737,7 @@ class Database(StoreTest):
                                                               return_value=""), \
                 cstor.ProxiedStorage.open(store.root) as storage:
             self.assertEqual(host, storage.containers()[0].state["rootfs"])
-            storage.helper(cstor.NeedsUnshare(""))
+            storage.opener.helper(cstor.NeedsUnshare(""))
             helper.assert_called_once_with([store.root, host])
 
     def test_one_path_of_a_rootfs(self) -> None:
@@ -12486,6 +12486,18 @@ class Helpers(StoreTest):
                 helper.open(top + "/nothing", [b"f"])
             self.assertFalse(helper.is_broken)
 
+    @contextlib.contextmanager
+    def proxied(self, helper: Any) -> Iterator[cstor.Storage]:
+        """Yield a storage in which everything is closed, and ``helper`` opens it."""
+        with mock.patch("cstor.Helper", return_value=helper), \
+                mock.patch("cstor.why_no_helper", return_value=""), \
+                mock.patch.object(cstor.Contents, "is_closed", return_value=True), \
+                cstor.ProxiedStorage.open(self.sample().root) as storage:
+            helper.is_broken = False
+            storage.opener.helper(cstor.NeedsUnshare(""))
+            self.assertTrue(storage.is_proxied)
+            yield storage
+
     def test_files_are_asked_for_once(self) -> None:
         """Hard links, and a name that a tar has twice, are one file."""
         top = self.place()
@@ -12495,38 +12507,43 @@ class Helpers(StoreTest):
             asked.extend(names)
             return [os.open(os.devnull, os.O_RDONLY) for _ in names]
 
-        store = self.sample()
         before = open_fds()
-        with self.open(store) as storage, \
-                mock.patch.object(storage, "helper", return_value=mock.Mock(open=lend)), \
-                mock.patch.object(cstor.Contents, "is_closed", return_value=True), \
+        with self.proxied(mock.Mock(open=lend)) as storage, \
                 cstor.Contents(storage, cstor.Directory.at(top)) as contents:
-            contents.expect([b"a", b"b", b"a", b"a"])
+            names = [b"a", b"b", b"a", b"a"]
+            self.assertEqual(names, list(storage.opener.ahead(
+                names, lambda name: (contents, name))))
             self.assertEqual([b"a", b"b"], asked)
         self.assertEqual(before, open_fds())
 
     def test_few_open_files(self) -> None:
-        for limit, most in ((8, 2), (64, 16), (512, 128), (1 << 20, 128)):
-            batches: list[list[int]] = []
-            with mock.patch("cstor.soft_limit", return_value=limit):
-                found = list(cstor.read_ahead(iter(range(300)), lambda _: True, batches.append))
-            self.assertEqual(list(range(300)), found)
-            self.assertEqual(most, max(map(len, batches)))
-        with mock.patch("cstor.soft_limit", return_value=1):
-            self.assertEqual([1], list(cstor.read_ahead([1], lambda _: True, batches.append)))
+        asked: list[int] = []
+
+        def lend(_: str, names: Sequence[bytes]) -> list[int]:
+            asked.append(len(names))
+            return [-errno.ENOENT for _ in names]
+
+        with self.proxied(mock.Mock(open=lend)) as storage, \
+                cstor.Contents(storage, cstor.Directory.at(self.dir)) as contents:
+            for limit, most in ((8, 2), (64, 16), (512, 128), (1 << 20, 128), (1, 1)):
+                with mock.patch("cstor.soft_limit", return_value=limit):
+                    found = list(storage.opener.ahead(
+                        range(300), lambda number: (contents, b"%d" % number)))
+                self.assertEqual(list(range(300)), found)
+                self.assertEqual(most, max(asked))
+                asked.clear()
 
     def test_layers_that_are_removed(self) -> None:
         """Not what is announced fails, but what is opened, which says why."""
-        store = self.sample()
         lost = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        with self.open(store) as storage, mock.patch.object(storage, "helper") as helper, \
-                mock.patch.object(cstor.Contents, "is_closed", return_value=True), \
+        with self.proxied(mock.Mock(open=mock.Mock(side_effect=lost))) as storage, \
                 cstor.Contents(storage, cstor.Directory.at(self.place())) as contents:
-            helper.return_value.open.side_effect = lost
-            contents.expect([b"a"])
-            with self.assertRaises(FileNotFoundError):
-                contents.borrow(b"a", cstor.NeedsUnshare(""))
+            self.assertEqual([b"a"], list(storage.opener.ahead(
+                [b"a"], lambda name: (contents, name))))
         asking = cstor.Helper.__new__(cstor.Helper)
+        with mock.patch.object(asking, "open", return_value=[-errno.ENOENT]), \
+                self.assertRaisesRegex(FileNotFoundError, "/gone/diff"):
+            asking.open_one("/gone/diff", b"a")
         with mock.patch.object(asking, "_call", side_effect=lost), \
                 self.assertRaisesRegex(FileNotFoundError, "/gone/diff"):
             asking.open("/gone/diff", [b"a"])
@@ -16327,7 +16344,7 @@ class RealRootless(unittest.TestCase):
                     except cstor.NotFound:
                         pass
                     try:
-                        storage.helper(None).open("/etc", [b"passwd"])
+                        storage.opener.helper(None).open("/etc", [b"passwd"])
                     except cstor.CstorError as error:
                         assert "outside" in str(error), error
                 storage.close()
@@ -16410,7 +16427,7 @@ class RealRootless(unittest.TestCase):
                 pieces = storage.image("image").layers()[-1].pieces()
                 for _ in range(4):
                     next(pieces)
-                os.kill(storage._helper._unshared._process.pid, signal.SIGKILL)
+                os.kill(storage.opener._helper._unshared._process.pid, signal.SIGKILL)
                 try:
                     for _ in pieces:
                         pass
