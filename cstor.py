@@ -443,6 +443,13 @@ def parse_json(data: bytes, file: str) -> Any:
         raise FormatError(f"malformed JSON: {error}", file=file) from None
 
 
+def parse_object(data: bytes, file: str) -> dict[str, Any]:
+    """Parse one JSON object; FormatError otherwise."""
+    if not isinstance(value := parse_json(data, file), dict):
+        raise FormatError("expected a JSON object", file=file)
+    return value
+
+
 class ObjectStream:
     """JSON objects one after another, read from chunks of bytes as they are needed.
 
@@ -2555,6 +2562,7 @@ class Toml:
 
 COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+TAR_SPLIT = b".tar-split.gz"  # end of a file's name beside layers.json
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386",
                  "armv6l": "arm/v6", "armv7l": "arm/v7", "armv8l": "arm/v8"}  # of uname
 
@@ -2587,10 +2595,9 @@ def big_data_file(key: str) -> bytes:
 def is_schema1(manifest: bytes) -> bool:
     """Tell whether a manifest is docker schema1, whose digest leaves out the signatures in it."""
     try:
-        value = parse_json(manifest, "manifest")
+        return parse_object(manifest, "manifest").get("schemaVersion") == 1
     except FormatError:
         return False
-    return isinstance(value, dict) and value.get("schemaVersion") == 1
 
 
 def platform_in(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -2657,7 +2664,7 @@ class Record:
         self._faults: list[str] = []
         self._looked = False
         if not isinstance(record, dict):
-            self._faults.append("the record is no JSON object")
+            self._faults.append("the record is not a JSON object")
             record = {}
         self.record: dict[str, Any] = record
         # Go's decoder matches names whatever their case, the exact one first.
@@ -2841,7 +2848,7 @@ class Layer(Record):
         if self._damage is None:
             name = self.id.encode("utf-8", "replace")
             files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
-                (LAYERS, name + b".tar-split.gz")] * bool(self.diff_digest)
+                (LAYERS, name + TAR_SPLIT)] * bool(self.diff_digest)
             self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
                 f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
                 for word in [self.storage.state(self.root, kind, place)] if word and not (
@@ -2921,14 +2928,18 @@ class Layer(Record):
         what = f'"{display(name)}"' if name else "it"
         return LayerUnknown(f"layer not known: {self.id}: it was removed while {what} was read")
 
+    def _find_tar_split(self) -> tuple[Contents | None, bytes]:
+        self.path()  # refuses IDs that cannot be in a path
+        name = LAYERS + b"/" + self.id.encode() + TAR_SPLIT
+        return self.storage.find(name, self.root), name
+
     def open_tar_split(self) -> tuple[int, str]:
         """Open its tar-split file; return (descriptor, host path).
 
         Raises Unsupported with the reason when there is none.
         """
-        self.path()
-        name = LAYERS + b"/" + self.id.encode() + b".tar-split.gz"
-        if (root := self.storage.find(name, self.root)) is None:
+        root, name = self._find_tar_split()
+        if root is None:
             additional = self.overlay_file(b"additionallayer")[0]
             gone = None if additional else self.removed()
             if gone:
@@ -2991,8 +3002,7 @@ class Layer(Record):
 
     def own_tree(self) -> LayerTree:
         """Return its own tree: from tar-split, or from disk where a layer never has that."""
-        name = LAYERS + b"/" + self.id.encode() + b".tar-split.gz"
-        if self.storage.find(name, self.root):
+        if self._find_tar_split()[0]:
             return LayerTree(self)
         if additional := self.additional():
             tree = DiskTree(additional, self)
@@ -3043,10 +3053,7 @@ class Image(Record):
 
     def manifest(self) -> dict[str, Any]:
         """Return the default manifest, parsed: OCI, docker schema2 or schema1, or a list."""
-        value = parse_json(self.manifest_bytes(), f"manifest of image {self.id}")
-        if not isinstance(value, dict):
-            raise FormatError("the manifest is no JSON object", file=f"image {self.id}")
-        return value
+        return parse_object(self.manifest_bytes(), f"manifest of image {self.id}")
 
     @property
     def is_list(self) -> bool:
@@ -3116,10 +3123,7 @@ class Image(Record):
 
     def config(self, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the image configuration, parsed."""
-        value = parse_json(self.config_bytes(manifest), f"configuration of image {self.id}")
-        if not isinstance(value, dict):
-            raise FormatError("the configuration is no JSON object", file=f"image {self.id}")
-        return value
+        return parse_object(self.config_bytes(manifest), f"configuration of image {self.id}")
 
     def diff_ids(self) -> list[Any] | None:
         """Return the DiffIDs of the configuration, base first; None where it has none to tell."""
@@ -3143,31 +3147,34 @@ class Image(Record):
         below = len(wanted) - len(chain)
         if below < 0 or not all(layer.has_diff_id(digest) for layer, digest in
                                 zip(chain, wanted[below:])):
-            raise other_layers(self, wanted, [layer.diff_digest for layer in chain])
+            raise self.wrong_layers(wanted, [layer.diff_digest for layer in chain])
         if below:  # a record does not name the next layer
             raise FormatError(f"image {self.id}: " + (
                 f"layer {chain[0].id} has no parent" if chain else "no layer")
                 + ", but the configuration names more")
         return chain
 
+    def wrong_layers(self, wanted: Sequence[Any], found: Sequence[str]) -> CstorError:
+        """Return the error for layers that are not those of the configuration."""
+        return IntegrityError(
+            f"image {self.id}: its layers are not those that its configuration names",
+            expected=" ".join(map(str, wanted)), actual=" ".join(found))
+
     def _schema1_config(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Derive a configuration from v1Compatibility, which stands newest first."""
         entries = []
         for item in as_list(manifest.get("history")):
-            text = item.get("v1Compatibility") if isinstance(item, dict) else None
-            text = text if isinstance(text, str) else "null"
-            entry = parse_json(text.encode("utf-8", "replace"), f"manifest of image {self.id}")
-            if not isinstance(entry, dict):
-                raise FormatError("malformed history of schema1", file=f"image {self.id}")
-            entries.append(entry)
+            text = as_dict(item).get("v1Compatibility")
+            entries.append(parse_object(
+                text.encode("utf-8", "replace") if isinstance(text, str) else b"null",
+                f"history in the manifest of image {self.id}"))
         if not entries:
             raise Unsupported(f"image {self.id}: its schema1 manifest has no history")
         drop = ("id", "parent", "parent_id", "layer_id", "throwaway", "Size")
         config = {key: value for key, value in entries[0].items() if key not in drop}
         history = []
         for entry in reversed(entries):
-            made = entry.get("container_config") or {}
-            command = made.get("Cmd") if isinstance(made, dict) else None
+            command = as_dict(entry.get("container_config")).get("Cmd")
             row = {"created": entry.get("created"), "author": entry.get("author"),
                    "created_by": " ".join(map(str, as_list(command))),
                    "comment": entry.get("comment"), "empty_layer": entry.get("throwaway") or None}
@@ -3228,12 +3235,6 @@ class Image(Record):
         """Return the table of contents of the merged tree, sorted; see toc_entry()."""
         with self.tree() as tree:
             return {"version": 1, "entries": list(tree_toc(tree, digests=digests))}
-
-
-def other_layers(image: Image, wanted: Sequence[Any], found: Sequence[str]) -> CstorError:
-    """Return the error for layers that are not those of an image's configuration."""
-    text = f"image {image.id}: its layers are not those that its configuration names"
-    return IntegrityError(text, expected=" ".join(map(str, wanted)), actual=" ".join(found))
 
 
 class Container(Record):
@@ -3312,13 +3313,6 @@ class Container(Record):
         return tree
 
 
-DATABASE_FILES = (b"db.sql", b"db.sql-journal", b"db.sql-wal")
-_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name,
-(SELECT GraphRoot FROM DBConfig)
-FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
-LEFT JOIN PodConfig p ON p.ID = c.PodID"""
-
-
 # ================================================================================================
 # 8. Storage
 #
@@ -3335,6 +3329,11 @@ LEFT JOIN PodConfig p ON p.ID = c.PodID"""
 LOCK_TOKEN_SIZE = 64  # "last write" token at the start of a lock file
 CONTAINER_STATE = ("unknown", "created", "initialized", "running", "stopped", "paused", "exited",
                    "removing", "stopping")  # podman's define.ContainerStatus, as `podman ps` says
+DATABASE_FILES = (b"db.sql", b"db.sql-journal", b"db.sql-wal")
+_PODMAN_QUERY = """SELECT c.ID, c.Name, c.JSON, s.State, s.JSON, p.Name,
+(SELECT GraphRoot FROM DBConfig)
+FROM ContainerConfig c LEFT JOIN ContainerState s ON s.ID = c.ID
+LEFT JOIN PodConfig p ON p.ID = c.PodID"""
 LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
 
 
@@ -3756,9 +3755,9 @@ class Storage(Closing):
 
     def _look_for_imagestore(self, graph: Directory) -> None:
         """Say so when layers have their tar-split data here and their files elsewhere."""
-        end = b".tar-split.gz"
         try:
-            split = {name[:-len(end)] for name in graph.listdir(LAYERS) if name.endswith(end)}
+            split = {name[:-len(TAR_SPLIT)] for name in graph.listdir(LAYERS)
+                     if name.endswith(TAR_SPLIT)}
             lost = sorted(split - set(graph.listdir(OVERLAY)) if split else ())
         except OSError:  # said where it is needed
             return
@@ -3796,42 +3795,34 @@ class Storage(Closing):
         if kind in self._malformed:  # said once more, not read for each image
             raise self._malformed[kind].with_traceback(None)
         word = kind.partition(b"-")[2]
-        plain, volatile = word + b".json", b"volatile-" + word + b".json"
+        plain, volatile = (kind + b"/" + name + word + b".json" for name in (b"", b"volatile-"))
         if self._patience is None:
             self._patience = Deadline(LOCK_PATIENCE)
         found: list[R] = []
         seen: set[str] = set()
-        sources: list[tuple[Contents, list[bytes], bool]] = []
-        for root in own:
-            sources.append((root, [plain, volatile] if root is self._graph and kind != IMAGES
-                            else [plain], False))
-        if self._run and kind != IMAGES:
-            sources.append((self._run, [volatile], False))
-        sources += [(root, [plain], True) for root in self._additional if kind != CONTAINERS]
-        for root, names, readonly in sources:
-            paths = [kind + b"/" + name for name in names]
-            lock = kind + b"/" + word + b".lock"
-            for path, data in zip(paths, read_consistently(root, lock, paths, self._patience)):
+        both = [plain, volatile] if kind != IMAGES else [plain]
+        sources = [(root, both if root is self._graph else [plain]) for root in own]
+        sources += [(self._run, [volatile])] if self._run and kind != IMAGES else []
+        sources += [(root, [plain]) for root in self._additional if kind != CONTAINERS]
+        for root, names in sources:
+            readonly = root in self._additional
+            for path, data in zip(names, read_consistently(root, kind + b"/" + word + b".lock",
+                                                           names, self._patience)):
                 try:
-                    items = self._array(data, root.host_path(path))
+                    items = parse_json(data, root.host_path(path)) if data.strip() else None
+                    if not isinstance(items, (list, type(None))):
+                        raise FormatError("expected a JSON array", file=root.host_path(path))
                 except FormatError as error:
                     self._malformed[kind] = error
                     raise
-                for item in items:
+                for item in items or ():  # Go writes null for an empty list
                     record = new(self, self._graph or root if root is self._run else root, item,
-                                 volatile=path.endswith(volatile), readonly=readonly)
+                                 volatile=path == volatile, readonly=readonly)
                     if readonly or not record.id or record.id not in seen:
                         found.append(record)
                     if not readonly:
                         seen.add(record.id)
         return tuple(found)
-
-    @staticmethod
-    def _array(data: bytes, file: str) -> list[Any]:
-        value = parse_json(data, file) if data.strip() else None
-        if not isinstance(value, (list, type(None))):  # Go writes null for an empty list
-            raise FormatError("expected a JSON array", file=file)
-        return value or []
 
     # -- chains --------------------------------------------------------------------------------
 
@@ -4002,7 +3993,7 @@ class Storage(Closing):
         reference = next((name for name in places if "/" in reference and (
             self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
         try:
-            return find_layer(self.layers(), reference, self.resolve_link)
+            return find_layer(self, reference)
         except LayerUnknown:
             if layer := self.layer_by_id(reference):
                 return layer
@@ -4203,8 +4194,7 @@ def _by_prefix(records: Sequence[R], text: str) -> list[R]:
     return [record for record in found if record.readonly == found[0].readonly]
 
 
-def find_layer(layers: Sequence[Layer], reference: str,
-               resolve_link: Callable[[str], str]) -> Layer:
+def find_layer(storage: Storage, reference: str) -> Layer:
     """Return the layer of an ID, a name, a short link, a digest or the start of an ID or digest.
 
     Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
@@ -4213,19 +4203,14 @@ def find_layer(layers: Sequence[Layer], reference: str,
     unknown = LayerUnknown(f"layer not known: {display(reference)}",
                            hint="`layer list` shows what there is")
     if re.fullmatch(LINK_ID, reference):
-        reference = resolve_link(reference)
-    digest = reference.startswith("sha256:")
-    text = reference[len("sha256:"):] if digest else reference
-    if not text:
+        reference = storage.resolve_link(reference)
+    if not (text := reference.removeprefix("sha256:")):
         raise unknown
-
-    def by_digest(layer: Layer) -> bool:
-        return layer.diff_digest.startswith("sha256:" + text)
-
+    layers = storage.layers()
+    by_digest = [layer for layer in layers if layer.diff_digest.startswith("sha256:" + text)]
     found = [layer for layer in layers if reference in (layer.id, *layer.names)] \
-        or [layer for layer in layers if digest and layer.diff_digest == reference] \
-        or [layer for layer in layers if digest and by_digest(layer)] or _by_prefix(layers, text) \
-        or [layer for layer in layers if by_digest(layer)]
+        or [layer for layer in by_digest if layer.diff_digest == reference] \
+        or by_digest * (text != reference) or _by_prefix(layers, text) or by_digest
     if len({layer.diff_digest for layer in found}) == 1:
         found = [layer for layer in found if not layer.mapped] or found
     return _one(found, unknown, reference, lambda layer: layer.diff_digest or "no diff-digest")
@@ -8389,7 +8374,7 @@ def check_config(image: Image, digests: Sequence[str]) -> bytes:
     rootfs = image.config().get("rootfs")
     wanted = as_list(rootfs.get("diff_ids") if isinstance(rootfs, dict) else None)
     if wanted != list(digests):
-        raise other_layers(image, wanted, digests)
+        raise image.wrong_layers(wanted, digests)
     return image.config_bytes()
 
 
@@ -10772,9 +10757,7 @@ class _Session(Dispatcher):
     # -- what requests name ----------------------------------------------------------------------
 
     def _layer(self, params: dict[str, Any], name: str) -> Layer:
-        storage = self.storage
-        return find_layer(storage.layers(), self._param(params, name, ""),
-                          storage.resolve_link)
+        return find_layer(self.storage, self._param(params, name, ""))
 
     # -- layers as splitfdstreams ----------------------------------------------------------------
 

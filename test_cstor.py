@@ -1832,7 +1832,7 @@ class Records(StoreTest):
             faults = {layer.id or i: [fault for fault in layer.faults if "overlay/" not in fault]
                       for i, layer in enumerate(storage.layers())}
             self.assertEqual({
-                4: ["the record is no JSON object", 'unusable ID ""'], 5: ['unusable ID ""'],
+                4: ["the record is not a JSON object", 'unusable ID ""'], 5: ['unusable ID ""'],
                 "../../evil": ['unusable ID "../../evil"'], 7: ['field "id" is no str',
                                                                'unusable ID ""'],
                 "1" * 64: [f"layer not known: {'2' * 64} (parent of {'1' * 64})"],
