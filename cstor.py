@@ -4221,11 +4221,9 @@ def find_container(containers: Sequence[Container], reference: str) -> Container
     check_type("reference", reference, str)
     unknown = ContainerUnknown(f"container not known: {display(reference)}",
                                hint="`container list` shows what there is")
-    if not reference:
-        raise unknown
     found = [c for c in containers if reference in (c.id, *c.names, c.layer)] \
         or _by_prefix(containers, reference)
-    return _one(found, unknown, reference, lambda container: ", ".join(container.names))
+    return _one(found if reference else [], unknown, reference, lambda c: ", ".join(c.names))
 
 
 def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[[R], str]) -> R:
