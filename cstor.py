@@ -822,6 +822,13 @@ class Directory(Closing):
 
         return self._in_parent(name, open_regular)
 
+    def open_near(self, name: bytes) -> int:
+        """Open a regular file in the directory that parent() keeps; minus the type of another."""
+        parent, _, base = name.rpartition(b"/")
+        dir_fd = self.parent(parent)
+        mode = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False).st_mode
+        return self.open_at(dir_fd, base) if stat.S_ISREG(mode) else -stat.S_IFMT(mode)
+
     def open_at(self, dir_fd: int, base: bytes) -> int:
         """Open the file ``base`` in a directory that parent() returned."""
         return self._open(dir_fd, base, 0)
@@ -9179,7 +9186,7 @@ class _ChunkReader:
 
     def __init__(self, read: Callable[[int], bytes], file: str) -> None:
         self.file, self.offset = file, 0
-        self._read, self._empty = read, 0
+        self._read = read
 
     def _error(self, message: str) -> FormatError:
         return FormatError(message, file=self.file, offset=self.offset)
@@ -9198,10 +9205,7 @@ class _ChunkReader:
     def _inline(self, count: int) -> Iterator[bytes]:
         if count > MAX_INLINE:
             raise self._error(f"a chunk of {count} bytes, more than {MAX_INLINE}")
-        self._empty = 0 if count else self._empty + 1
-        if self._empty > MAX_EMPTY:
-            raise self._error(f"more than {MAX_EMPTY} empty chunks")
-        return (self._take(part) for part in split_count(count))
+        return map(self._take, split_count(count)) if count else iter((b"",))
 
 
 class SplitfdstreamReader(_ChunkReader):
@@ -9283,15 +9287,13 @@ class SplitdirfdstreamReader(_ChunkReader):
                                     "a directory", code=FD_ERROR)
             directory = opened[index] = Directory(f"{self.file}: directory {index}",
                                                   os.dup(self._fds[index]))
-        parent, _, base = name.rpartition(b"/")
         try:
-            dir_fd = directory.parent(parent)
-            mode = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False).st_mode
-            if not stat.S_ISREG(mode):  # opening a FIFO can block and opening a device can act
-                raise self._error(f'"{display(name)}" is a {file_type(mode)}, not a regular file')
-            return length, directory.open_at(dir_fd, base)
+            fd = directory.open_near(name)
         except OSError as error:
             raise with_path(error, directory.host_path(name)) from None
+        if fd < 0:
+            raise self._error(f'"{display(name)}" is a {file_type(-fd)}, not a regular file')
+        return length, fd
 
 
 class _ChunkWriter:
@@ -9516,6 +9518,20 @@ class LayerStream(Closing):
     def also_close(self, close: Callable[[], object]) -> None:
         """Let ``close`` be called at the end, too."""
         self._close.append(close)
+
+    def expect(self, reference: str) -> LayerStream:
+        """Ask for the tar of a digest, if ``reference`` is one; return the stream itself.
+
+        Raises IntegrityError, also where it is the digest of a compressed blob: what is sent cannot
+        be compared with it.
+        """
+        if re.fullmatch("sha256:" + HEX64, reference):
+            if self.digest not in ("", reference):
+                self.close()
+                raise IntegrityError("the server sends another layer than the one that was asked "
+                                     "for", expected=reference, actual=self.digest)
+            self.digest = reference
+        return self
 
     def close(self) -> None:
         """Close what the chunks come from; harmless when repeated."""
@@ -11176,7 +11192,7 @@ class RpcClient(Caller):
             stream = open(fds[0], "rb", closefd=False)
             stream.seek(0)
             chunks = SplitfdstreamReader(stream.read, lambda number: fds[number + 1])
-            return received_layer(label, chunks, result, label, passed.close)
+            return self._received(label, chunks, result, passed.close)
         except BaseException:
             passed.close()
             raise
@@ -11191,9 +11207,17 @@ class RpcClient(Caller):
                 raise ProtocolError("expected stream.start")
             start = as_dict(message.value.get("params"))
         start.setdefault("size", start.get("uncompressed_size"))
-        stream = received_layer(label, self._chunks(lambda: stream), start,
-                                str(start.get("layer") or label))
+        stream = self._received(label, self._chunks(lambda: stream), start)
         return stream
+
+    @staticmethod
+    def _received(reference: str, chunks: Iterable[bytes | PassedFile], said: dict[str, Any],
+                  close: Callable[[], object] | None = None) -> LayerStream:
+        """Return the layer that a server sends, with the digest and size that it has ``said``."""
+        digest, size = said.get("digest"), said.get("size")
+        return LayerStream(chunks, label=str(said.get("layer") or reference), close=close,
+                           digest=digest if isinstance(digest, str) else "",
+                           size=size if type(size) is int else -1).expect(reference)
 
     def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[bytes | PassedFile]:
         """Yield what comes until the response.  Raises ProtocolError where an end was missing."""
@@ -11327,20 +11351,10 @@ class VarlinkClient(RpcClient):
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(ChunkFile(read_pipe(fds[0], self.connection.timeout)), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
-            return received_layer(name, self._until_failure(chunks), reply,
-                                  str(reply.get("layer") or name), passed.close)
+            return self._received(name, self._until_failure(chunks), reply, passed.close)
         except BaseException:
             passed.close()
             raise
-
-    def _get_layer(self, path: str, name: str, handle: int, fds: list[int]
-                   ) -> tuple[int, dict[str, Any]]:
-        """Ask for a layer of the storage at ``path``, or by DiffID; return as _collect() does."""
-        place = {"storage_path": path, "layer_id": name} if path else None
-        self._ask("org.composefs.Oci.GetLayer", {"handle": handle, "params": {
-            "diff_id": None if place else name, "storage": place,
-            "consumer_has_cap_dac_override": "CAP_DAC_OVERRIDE" in capabilities()}}, more=True)
-        return self._collect(fds)
 
     def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
         """Yield chunks; where they are broken off, raise what our own server says of it."""
@@ -11357,10 +11371,19 @@ class VarlinkClient(RpcClient):
                     self._result(message)
             raise
 
-    def _collect(self, fds: list[int]) -> tuple[int, dict[str, Any]]:
-        """Put the descriptors of all replies into ``fds``; return (directories, first reply)."""
+    def _get_layer(self, path: str, name: str, handle: int, fds: list[int]
+                   ) -> tuple[int, dict[str, Any]]:
+        """Ask for a layer of the storage at ``path``, or by DiffID.
+
+        Put the descriptors of all replies into ``fds``; return (directories, first reply).
+        """
+        place = {"storage_path": path, "layer_id": name} if path else None
+        self._ask("org.composefs.Oci.GetLayer", {"handle": handle, "params": {
+            "diff_id": None if place else name, "storage": place,
+            "consumer_has_cap_dac_override": "CAP_DAC_OVERRIDE" in capabilities()}}, more=True)
         replies: list[dict[str, Any]] = []
-        while True:
+        more = True
+        while more:
             with self._next() as message:
                 replies.append(self._parameters(message.value))
                 more = message.value.get("continues") is True
@@ -11368,8 +11391,6 @@ class VarlinkClient(RpcClient):
                     raise ProtocolError("a reply with " + counted(
                         len(message.fds), "file descriptor"), code=FD_ERROR)
                 fds += message.take()
-            if not more:
-                break
         count = replies[0].get("dir_count")
         if type(count) is not int or not 0 <= count <= len(fds) - 2 <= count + 2 \
                 or any(reply.get("dir_count") != count for reply in replies):
@@ -11402,7 +11423,7 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
             trouble = trouble or error
             continue
         stream.also_close(client.close)
-        asked_for(digest, stream)
+        stream.expect(digest)
         if verify and not stream.digest:
             stream.close()
             raise IntegrityError("the server sent no digest, so its tar cannot be verified",
@@ -11421,30 +11442,6 @@ def read_pipe(fd: int, timeout: float | None) -> Iterator[bytes]:
             yield data
         except BlockingIOError:
             Deadline(timeout).wait(fd, "POLLIN")
-
-
-def received_layer(reference: str, chunks: Iterable[bytes | PassedFile], said: dict[str, Any],
-                   label: str, close: Callable[[], object] | None = None) -> LayerStream:
-    """Return the layer that a server sends, with the digest and size that it has ``said``."""
-    digest, size = said.get("digest"), said.get("size")
-    return asked_for(reference, LayerStream(
-        chunks, label=label, digest=digest if isinstance(digest, str) else "",
-        size=size if type(size) is int else -1, close=close))
-
-
-def asked_for(reference: str, stream: LayerStream) -> LayerStream:
-    """Return the stream, which must be of the digest that was asked for, if it was by digest.
-
-    Raises IntegrityError, also where that was the digest of a compressed blob: what is sent cannot
-    be compared with it.
-    """
-    if re.fullmatch("sha256:" + HEX64, reference):
-        if stream.digest not in ("", reference):
-            stream.close()
-            raise IntegrityError("the server gives another layer than the one that was asked for",
-                                 expected=reference, actual=stream.digest)
-        stream.digest = reference
-    return stream
 
 
 # -- images that skopeo fetches ------------------------------------------------------------------
@@ -12123,13 +12120,8 @@ class ContentServer(Dispatcher):
         try:
             if not name or clean_name(name) != name:
                 return -errno.EINVAL
-            parent, _, base = name.rpartition(b"/")
-            dir_fd = directory.parent(parent)
-            mode = os.stat(base, dir_fd=dir_fd, follow_symlinks=False).st_mode
-            if not stat.S_ISREG(mode):
-                return -stat.S_IFMT(mode)
-            fd = directory.open_at(dir_fd, base)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
+            fd = directory.open_near(name)
+            if fd < 0 or stat.S_ISREG(os.fstat(fd).st_mode):
                 return fd
             os.close(fd)  # another file was put in its place just now
             return -errno.EAGAIN

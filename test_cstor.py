@@ -629,7 +629,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_740
+    LINES = 13_732
     source: str
     tree: ast.Module
 
@@ -9121,7 +9121,7 @@ class Streams(StoreTest):
     def test_vectors(self) -> None:
         self.assertEqual([b"hello"], list(self.reader(bytes.fromhex("000500000068656c6c6f"),
                                                       CODECS[1])))
-        self.assertEqual([], list(self.reader(bytes.fromhex("0100000000"), CODECS[1])))
+        self.assertEqual([b""], list(self.reader(bytes.fromhex("0100000000"), CODECS[1])))
         self.file("ab", b"123456789")
         for chunk in self.reader(bytes.fromhex("02 0900000000000000 02000000 02000000 6162"),
                                  CODECS[1]):
