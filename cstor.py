@@ -84,6 +84,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
+from contextlib import suppress
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -610,6 +611,39 @@ CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 
 
+class Opened(int):
+    """A descriptor, or -1 for none, that is closed where its ``with`` ends."""
+
+    def __enter__(self) -> int:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self >= 0:
+            os.close(self)
+
+
+class OnError:
+    """A context that makes a call when it is left by an exception."""
+
+    def __init__(self, call: Callable[..., Any], *args: Any) -> None:
+        self._call, self._args = call, args
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self._call(*self._args)
+
+
+class ErrorsAs(OnError):
+    """A context whose OSErrors are raised as the call returns them."""
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if isinstance(error[0], OSError):
+            raise self._call(error[0], *self._args) from None
+
+
 def open_in_root(root_fd: int, name: bytes) -> int:
     """Open the directory ``name`` (O_PATH) beneath ``root_fd`` and return a new descriptor.
 
@@ -714,10 +748,8 @@ class Directory(Closing):
     @classmethod
     def at(cls: type[D], path: str) -> D:
         """Open the host directory ``path``, links followed."""
-        try:
+        with ErrorsAs(with_path, path):
             return cls(path, os.open(path, OPEN_DIRECTORY))
-        except OSError as error:
-            raise with_path(error, path) from None
 
     def close(self) -> None:
         """Close the descriptors; harmless when repeated."""
@@ -735,10 +767,8 @@ class Directory(Closing):
 
     def directory(self, name: bytes) -> Directory:
         """Open a directory below as a root of its own."""
-        try:
+        with ErrorsAs(with_path, self.host_path(name)):
             return Directory(self.host_path(name), open_in_root(self.fd, name))
-        except OSError as error:
-            raise with_path(error, self.host_path(name)) from None
 
     def parent(self, name: bytes) -> int:
         """Return the descriptor of the directory ``name``; it stays ours, until the next call.
@@ -794,18 +824,13 @@ class Directory(Closing):
     def listdir(self, name: bytes) -> list[bytes]:
         """Return the names in the directory ``name``, sorted."""
         with self.directory(name) as directory:
-            try:
+            with ErrorsAs(with_path, directory.path):
                 return directory.list_at(directory.fd)
-            except OSError as error:
-                raise with_path(error, directory.path) from None
 
     def list_at(self, dir_fd: int, name: bytes = b".") -> list[bytes]:
         """Return the names in a directory that parent() returned, or in one below it, sorted."""
-        fd = self._open(dir_fd, name, os.O_DIRECTORY)
-        try:
+        with Opened(self._open(dir_fd, name, os.O_DIRECTORY)) as fd:
             return sorted(os.fsencode(entry) for entry in os.listdir(fd))
-        finally:
-            os.close(fd)
 
     def open(self, name: bytes) -> int:
         """Open the regular file ``name`` for reading and return its descriptor.
@@ -973,10 +998,8 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 def widen_pipe(fd: int) -> None:
     """Give a pipe room for a whole chunk, so that writer and reader change places less often."""
-    try:
+    with suppress(ImportError, OSError):  # no pipe, or fs.pipe-user-pages-soft is used up
         fcntl.fcntl(fd, F_SETPIPE_SZ, CHUNK)
-    except (ImportError, OSError):  # no pipe, or fs.pipe-user-pages-soft is used up
-        pass
 
 
 def read_proc(name: str) -> str:
@@ -1063,7 +1086,7 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self._threads: list[Any] = []
-        try:
+        with suppress(ImportError, RuntimeError):  # RuntimeError: can't start new thread
             import queue
             import threading
 
@@ -1072,8 +1095,6 @@ class Threads:
                 thread = threading.Thread(target=self._run, daemon=True)
                 thread.start()
                 self._threads.append(thread)
-        except (ImportError, RuntimeError):  # RuntimeError: can't start new thread
-            pass
 
     def _run(self) -> None:
         for job in iter(self._jobs.get, None):
@@ -1263,7 +1284,7 @@ def raise_after_finalizer(ignored: Any) -> None:
         sys.__unraisablehook__(ignored)
 
 
-class NewFile:
+class NewFile(Closing):
     """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
 
     Until then it has none (O_TMPFILE), or where that cannot be, a name that tells the target's and
@@ -1342,7 +1363,7 @@ def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[by
 
 def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
     """Remove a partial, unless one of ``others`` may work on it; return whether it is gone."""
-    try:
+    with suppress(OSError):
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         is_dir, age = stat.S_ISDIR(status.st_mode), time.time() - status.st_ctime
         if not is_dir and (not others or stat.S_ISSOCK(status.st_mode) and age > 10):
@@ -1355,8 +1376,6 @@ def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
                         remove_content(found)
                     (os.rmdir if is_dir else os.unlink)(name, dir_fd=dir_fd)
                     return True
-    except OSError:
-        pass
     return False
 
 
@@ -1386,10 +1405,8 @@ def make_scratch(above: str) -> Scratch:
 
 def unlink_quietly(dir_fd: int, name: bytes) -> None:
     """Remove a file, if it is there."""
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=dir_fd)
-    except FileNotFoundError:
-        pass
 
 
 def is_at(target: Target, directory: str) -> bool:
@@ -1415,33 +1432,23 @@ def remove_content(target: Target) -> None:
     folders = [b""]
     for folder in folders:
         parent, _, base = folder.rpartition(b"/")
-        try:
-            fd = open_beneath(target.fd, folder or b".")
-            try:
+        with ErrorsAs(target.explain, folder):
+            with Opened(open_beneath(target.fd, folder or b".")) as fd:
                 if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # closed to its owner
                     os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
                              dir_fd=target.parent(parent))
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
-            finally:
-                os.close(fd)
-            try:
-                with os.scandir(inside) as entries:
-                    for entry in entries:
-                        name = os.fsencode(entry.name)
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(folder + b"/" + name if folder else name)
-                        else:
-                            os.unlink(name, dir_fd=inside)
-            finally:
-                os.close(inside)
-        except OSError as error:
-            raise target.explain(error, folder) from None
+            with Opened(inside), os.scandir(inside) as entries:
+                for entry in entries:
+                    name = os.fsencode(entry.name)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(folder + b"/" + name if folder else name)
+                    else:
+                        os.unlink(name, dir_fd=inside)
     for folder in folders[:0:-1]:
         parent, _, base = folder.rpartition(b"/")
-        try:
+        with ErrorsAs(target.explain, folder):
             os.rmdir(base, dir_fd=target.parent(parent))
-        except OSError as error:
-            raise target.explain(error, folder) from None
 
 
 class Deadline:
@@ -1685,11 +1692,8 @@ class Decompressed(Closing):
             self._raw = open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
         except OSError as error:
             raise with_path(error, path) if path == "-" else error from None
-        try:
+        with OnError(self._raw.close):
             self._reader = self._open()
-        except BaseException:
-            self._raw.close()
-            raise
 
     def close(self) -> None:
         """Close the file and what reads it."""
@@ -1823,7 +1827,7 @@ class ZstdProgram(Closing):
             file.close()
 
 
-class GzipWriter:
+class GzipWriter(Closing):
     """Compresses what is written to it in several threads, and passes it on to ``write``.
 
     Blocks are compressed for themselves, each with the end of the one before as its dictionary, as
@@ -1875,7 +1879,7 @@ class GzipWriter:
         self._threads.close()
 
 
-class ZstdWriter:
+class ZstdWriter(Closing):
     """Compresses by Python's compression.zstd (3.14), or else by the program zstd."""
 
     def __init__(self, write: Callable[[bytes], object], level: int = 3) -> None:
@@ -2307,12 +2311,10 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> list[tuple[int, int]]:
     users = re.findall(r"^([^:\n]+):[^:\n]*:(\d+):", read(etc + "/passwd"), re.M)
     names = {str(uid), *(name for name, number in users if int(number) == uid)}
     if not users or etc == "/etc":
-        try:
+        with suppress(ImportError, KeyError):
             import pwd
 
             names.add(pwd.getpwuid(uid).pw_name)
-        except (ImportError, KeyError):
-            pass
     found = re.findall(r"^[ \t]*([^:#\s]+):(\d{1,10}):0*([1-9]\d{0,9})[ \t]*$", read(file), re.M)
     return sorted((int(first), int(count)) for name, first, count in found if name in names)
 
@@ -2792,10 +2794,8 @@ class Record:
     def _open(self, name: bytes) -> tuple[int, str]:
         """Open a file in the first root that has it, ours before all; return it and its path."""
         for root in (self.root, *self.storage.roots):
-            try:
+            with suppress(FileNotFoundError, NotADirectoryError):
                 return root.open(name), root.host_path(name)
-            except (FileNotFoundError, NotADirectoryError):
-                pass
         return -1, ""
 
 
@@ -3576,7 +3576,7 @@ class Storage(Closing):
         self._run: Contents | None = None
         self._graph: Contents | None = None
         self._folders: dict[tuple[Directory, bytes], Directory] = {}  # of roots, for state()
-        try:
+        with OnError(self.close):
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
             for store in check_words("stores", stores):
@@ -3594,9 +3594,6 @@ class Storage(Closing):
                 owner_ranges(self.owner[0], self.owner_ids, "")  # says at once that there are none
             elif owner_ids:
                 self.faults.append("--owner-ids is not used: root owns the store")
-        except BaseException:
-            self.close()
-            raise
         OPEN_STORAGES.add(ref(self, OPEN_STORAGES.discard))
         self.reload()
 
@@ -3933,11 +3930,9 @@ class Storage(Closing):
             uid = place.lstat(name).st_uid if place.exists(name) else os.geteuid()
             if uid != os.geteuid():
                 return f"{os.path.normpath(place.host_path(name))} belongs to uid {uid}"
-        try:
+        with suppress(OSError, ValueError):  # it is not on this machine
             if os.path.isabs(graphroot) and os.path.samestat(os.stat(graphroot), top.lstat(b".")):
                 return ""
-        except (OSError, ValueError):  # it is not on this machine
-            pass
         return f"podman's database records another graph root, {display(graphroot)}"
 
     def _podman_rows(self, root: Directory, query: str) -> list[tuple[Any, ...]]:
@@ -4317,12 +4312,9 @@ class LayerFiles(Closing):
         self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
         self._plain = not (layer.mapped or layer.overlay_file(b"diff1")[0])
         self._diffs.append(layer.additional() or layer.diff())
-        try:
+        with OnError(self.close):
             if layer.overlay_file(b"composefs-data")[0] or self._flat_format():
                 self._read_toc()
-        except BaseException:
-            self.close()
-            raise
 
     def _flat_format(self) -> bool:
         if "zstd-chunked-layer-data" not in self.layer.big_data_names:
@@ -4335,12 +4327,9 @@ class LayerFiles(Closing):
         if (root := self.layer.storage.find(name, self.layer.root)) is None:
             raise Unsupported(f"layer {self.layer.id}: its files are kept by digest, and its TOC "
                               "(zstd-chunked-manifest) is lost")
-        fd = root.open(name)
-        try:
+        with Opened(root.open(name)) as fd:
             self._objects = read_objects(iter(lambda: os.read(fd, CHUNK), b""),
                                          root.host_path(name))
-        finally:
-            os.close(fd)
 
     def close(self) -> None:
         """Close all directories; harmless when repeated."""
@@ -5160,7 +5149,7 @@ def read_members(layer: Layer) -> Iterator[tuple[bytes, Member | None]]:
     The one road of data: everything that leaves a layer is made from these.
     """
     fd, path = layer.open_tar_split()
-    try:
+    with Opened(fd):
         pending: list[bytes] = []
         # Go writes no size of 0: the layer is empty, or its record is of before sizes were kept.
         limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
@@ -5198,8 +5187,6 @@ def read_members(layer: Layer) -> Iterator[tuple[bytes, Member | None]]:
                                  actual=str(total) if total < limit else "more",
                                  hint=f"its record's diff-size and {path} disagree, one is damaged;"
                                       f" its files are in overlay/{layer.id}/diff")
-    finally:
-        os.close(fd)
 
 
 def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
@@ -5218,8 +5205,7 @@ def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
                 continue
             if member.sparse == "1.0" and convention is None:
                 convention = sparse_convention(layer, member.name)
-            fd = files.open(member.name, member.size)
-            try:
+            with Opened(files.open(member.name, member.size)) as fd:
                 if member.sparse is None:
                     yield Extent(fd, 0, member.size, member)
                     continue
@@ -5232,8 +5218,6 @@ def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
                 yield table
                 for offset, length in runs:
                     yield Extent(fd, offset, length, member)
-            finally:
-                os.close(fd)
 
 
 def sparse_convention(layer: Layer, name: bytes) -> tuple[int, bool, int]:
@@ -5430,7 +5414,7 @@ class TarSink:
     def take_all(self, pieces: Iterable[bytes | Extent],
                  also: Callable[[bytes | Extent], object] | None = None) -> str:
         """Take pieces to the end, each after ``also`` has had it; return as finish() does."""
-        try:
+        with OnError(self.abort):
             for piece in pieces:
                 if also:
                     also(piece)
@@ -5439,9 +5423,6 @@ class TarSink:
                 else:
                     self.literal(piece)
             return self.finish()
-        except BaseException:
-            self.abort()
-            raise
 
     def finish(self) -> str:
         """Write what is left; return the digest, "" without ``hashing``."""
@@ -6404,11 +6385,8 @@ class Tree(Closing):
 
     def content(self, node: Node) -> Iterator[bytes]:
         """Yield the content of a regular file; its size and CRC-64 are checked at the end."""
-        fd = self.open(node)
-        try:
+        with Opened(self.open(node)) as fd:
             yield from node.checked(fd)
-        finally:
-            os.close(fd)
 
     def crc64(self, node: Node) -> int:
         """Return the CRC-64 of a regular file's content: as recorded, or by reading it."""
@@ -6624,12 +6602,10 @@ def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
             items, lambda item: tree.file_of(item[1])) if wanted else items:
         digest = ""
         if wanted and node.type == "reg" and node.size and first is None:
-            fd, content = tree.open(node), hashlib.sha256()
-            try:
+            content = hashlib.sha256()
+            with Opened(tree.open(node)) as fd:
                 for data in node.checked(fd):
                     content.update(data)
-            finally:
-                os.close(fd)
             digest = f"sha256:{content.hexdigest()}"
             size, files = size + node.size, files + 1
             if progress:
@@ -7281,7 +7257,7 @@ def field_value(field: str, raw: bytes | None) -> Any:
     What is malformed comes as it is; None for a field that is not there.
     """
     word = field.rpartition(" header ")[2] if not field.startswith("xattr ") else ""
-    try:
+    with suppress(FormatError):
         if raw is None:
             return None
         if word == "mode":
@@ -7291,8 +7267,6 @@ def field_value(field: str, raw: bytes | None) -> Any:
         if word in ("mtime", "atime", "ctime"):
             moment = parse_number(raw) * 10**9
             return format_time(moment) if has_rfc3339(moment) else moment
-    except FormatError:
-        pass
     text = word in ("name", "linkname", "uname", "gname", "prefix")
     return spell(text_field(raw or b"") if text else raw or b"")
 
@@ -7503,10 +7477,8 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
             os.close(tokens)
             for pid, fd in workers.items():  # after an error
                 os.close(fd)
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
             for pid in workers:
                 wait_for(pid)
 
@@ -7751,10 +7723,8 @@ class Extraction:
         made = not self.merge or self.resume
         if path:
             parent, _, base = path.rpartition(b"/")
-            try:
+            with ErrorsAs(self.target.explain, path):
                 made = self._mkdir(self.target.parent(parent), base, path) or self.resume
-            except OSError as error:
-                raise self.target.explain(error, path) from None
         if made or not node.implicit:  # what nobody wrote down is not to be put on what was there
             self._folders.append((path, node))
         self._directories += 1
@@ -7787,11 +7757,9 @@ class Extraction:
                     continue
                 parent, _, base = path.rpartition(b"/")
                 folder, _, name = first.rpartition(b"/")
-                try:
+                with ErrorsAs(self.target.explain, path):
                     self._make(self._link, self.target.parent(parent), base,
                                sources.parent(folder), name)
-                except OSError as error:
-                    raise self.target.explain(error, path) from None
 
     def _finish_directories(self, settled: Callable[[], object]) -> None:
         for path, node in reversed(self._folders):
@@ -7814,16 +7782,13 @@ class Extraction:
         triples = iter(batch)
         for parent, base, node in batch[2].tree.opener.ahead(
                 zip(triples, triples, triples), lambda triple: triple[2].tree.file_of(triple[2])):
-            fd = node.tree.open(node) if node.type == "reg" and node.size else -1
-            try:
-                self._make(self._create, self.target.parent(parent), base, node, fd)
-            except _LeftOut:
-                self.tally.left_out.append(parent + b"/" + base if parent else base)
-            except OSError as error:
-                raise self.target.explain(error, parent + b"/" + base if parent else base) from None
-            finally:
-                if fd >= 0:
-                    os.close(fd)
+            path = parent + b"/" + base if parent else base
+            with Opened(node.tree.open(node) if node.type == "reg" and node.size else -1) as fd, \
+                    ErrorsAs(self.target.explain, path):
+                try:
+                    self._make(self._create, self.target.parent(parent), base, node, fd)
+                except _LeftOut:
+                    self.tally.left_out.append(path)
 
     def _make(self, create: Callable[..., None], dir_fd: int, base: bytes, *args: Any) -> None:
         """Let ``create`` make a file; where files may be, it takes its place when it is whole."""
@@ -8230,11 +8195,9 @@ def storage_places() -> dict[str, str]:
     """Return directories of storages, in run roots containers/storage's own, and their names."""
     storages = [([root.path for root in storage.roots], storage.runroot) for storage in filter(
         None, [entry() for entry in list(OPEN_STORAGES)])]
-    try:
+    with suppress(CstorError, OSError):  # a configuration that cannot be read names no storage
         config = load_config()
         storages.append(([config.graphroot, config.imagestore, *config.stores], config.runroot))
-    except (CstorError, OSError):  # a configuration that cannot be read names no storage
-        pass
     inside = [os.fsdecode(name) for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
     return {os.path.realpath(os.path.join(root, name)): "the storage at " + (
                 root if root != run else f"{roots[0]}, in its run root {run}")
@@ -8490,7 +8453,7 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
 
     name = b"blobs/sha256/" + digest[7:].encode()
     fd = layout.open(name)
-    try:
+    with OnError(os.close, fd):
         actual = os.fstat(fd).st_size
         if actual != size >= 0:  # before terabytes of a hole are hashed
             raise IntegrityError(f"{layout.host_path(name)}: wrong size",
@@ -8503,9 +8466,6 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
                                  actual=f"sha256:{found.hexdigest()}")
         os.lseek(fd, 0, os.SEEK_SET)
         return fd
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 class OciLayout:
@@ -8574,13 +8534,11 @@ class OciLayout:
         elif names - {b"blobs"}:
             raise CstorError(f"{self.directory} is no OCI layout, and not empty")
         for folder in (b"blobs", b"blobs/sha256"):
-            try:
+            with ErrorsAs(self.target.explain, folder):
                 if not self.target.exists(folder):
                     parent, _, base = folder.rpartition(b"/")
                     os.mkdir(base, dir_fd=self.target.parent(parent))
                     self._note(folder, os.rmdir)
-            except OSError as error:
-                raise self.target.explain(error, folder) from None
         remove_dead(self.target.parent(b"blobs/sha256"))
 
     def _note(self, path: bytes, remove: Callable[..., None]) -> None:
@@ -8615,9 +8573,8 @@ class OciLayout:
 
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
         """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
-        try:
-            new = NewFile(Directory("", os.dup(self.target.parent(folder))), b"blob")
-            try:
+        with ErrorsAs(self.target.explain, folder):
+            with NewFile(Directory("", os.dup(self.target.parent(folder))), b"blob") as new:
                 name = fill(new.fd)
                 path = folder + b"/" + name if folder else name
                 with SignalsHeld():
@@ -8625,10 +8582,6 @@ class OciLayout:
                         self._note(path, os.unlink)
                     new.appear(name)
                     self._complete = path == b"index.json"
-            finally:
-                new.close()
-        except OSError as error:
-            raise self.target.explain(error, folder) from None
         return name
 
     def put(self, folder: bytes, name: bytes, data: bytes) -> None:
@@ -8907,11 +8860,9 @@ def measure_files(directory: str) -> tuple[int, int]:
     size = files = 0
     for folder, _, names in os.walk(directory):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 size += os.lstat(os.path.join(folder, name)).st_size
                 files += 1
-            except FileNotFoundError:
-                pass
     return size, files
 
 
@@ -8936,16 +8887,13 @@ class FetchedImage(Closing):
         self.reference, self._timeout, self._progress = reference, timeout, progress
         self._directory, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
         self._scratch = self._directory.path
-        try:
+        with OnError(self.close):
             if ":" in self._scratch:
                 raise CstorError(f"skopeo takes no directory with a colon: {self._scratch}",
                                  hint="set TMPDIR to another one")
             self._fetch(platform)
             self._layout = Directory.at(os.path.join(self._scratch, "oci"))
             self._load(platform)
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Remove the layout; harmless when repeated."""
@@ -9258,13 +9206,11 @@ class SplitdirfdstreamReader(_ChunkReader):
                 if kind != b"\2":
                     raise self._error(f"a chunk of unknown type {kind[0]}")
                 length, fd = self._open(opened)
-                try:
+                with Opened(fd):
                     if length <= self._threshold and check_passed(fd) == length:
                         yield from read_checked(fd, length)
                     else:
                         yield PassedFile(fd, length)
-                finally:
-                    os.close(fd)
         finally:
             for directory in opened.values():
                 directory.close()
@@ -9287,10 +9233,8 @@ class SplitdirfdstreamReader(_ChunkReader):
                                     "a directory", code=FD_ERROR)
             directory = opened[index] = Directory(f"{self.file}: directory {index}",
                                                   os.dup(self._fds[index]))
-        try:
+        with ErrorsAs(with_path, directory.host_path(name)):
             fd = directory.open_near(name)
-        except OSError as error:
-            raise with_path(error, directory.host_path(name)) from None
         if fd < 0:
             raise self._error(f'"{display(name)}" is a {file_type(-fd)}, not a regular file')
         return length, fd
@@ -9724,9 +9668,8 @@ class Staging:
         crc = 0 if self._crc else None
         self._count += 1
         # With the file's own mode, so that none is left to set: nobody else enters the directory.
-        fd = os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
-                     node.mode & 0o777 | 0o600, dir_fd=self._target.fd)
-        try:
+        with Opened(os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
+                     node.mode & 0o777 | 0o600, dir_fd=self._target.fd)) as fd:
             for piece in content if member.sparse is None else self._expand(member, content):
                 if isinstance(piece, Extent):
                     devices = os.fstat(piece.fd).st_dev, self._device
@@ -9743,8 +9686,6 @@ class Staging:
                         crc = crc64(data, crc)
             if member.sparse is not None:
                 os.ftruncate(fd, node.size)
-        finally:
-            os.close(fd)
         tree.stage(node, number, why, crc)
 
     def _expand(self, member: Member, content: Iterator[bytes | Extent]) -> Iterator[bytes]:
@@ -9850,21 +9791,16 @@ def write_stream(layer: Layer, out: BinaryIO, listing: BinaryIO | None = None, *
     writer: Any = SplitdirfdstreamWriter(out.write, name if listing else None) \
         if codec != CODECS[0] else \
         SplitfdstreamWriter(out.write, take if listing else None, threshold=threshold)
-    try:
+    with OnError(writer.break_off):
         return export_layer(layer, _Nowhere(), progress=progress, also=writer.add)
-    except BaseException:
-        writer.break_off()
-        raise
 
 
 def place_of(fd: int) -> bytes:
     """Return the absolute path where an open file lies, b"" when there is none any more."""
-    try:
+    with suppress(OSError):
         path = os.readlink(b"/proc/self/fd/%d" % fd)
         if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
             return path
-    except OSError:
-        pass
     return b""
 
 
@@ -9881,13 +9817,10 @@ class ExternalFiles(Closing):
         self.directories: list[int] = []
         self._files: list[tuple[bytes, int]] = []
         self._fd = -1
-        try:
+        with OnError(self.close):
             if path:
                 with open(open_input(path), "rb") as file:
                     self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Close what is open; harmless when repeated."""
@@ -10452,10 +10385,8 @@ def varlink_error(error: Exception) -> dict[str, Any]:
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
     """Call shutdown(2); a socket that has gone by itself does not matter."""
-    try:
+    with suppress(OSError):
         sock.shutdown(how)
-    except OSError:
-        pass
 
 
 def peer_uid(sock: socket.socket) -> int:
@@ -10474,11 +10405,8 @@ def with_short_path(path: str, action: Callable[[str], T]) -> T:
     folder, name = os.path.split(path)
     name = "" if len(os.fsencode(name)) > 80 else f"/{name}"  # only to connect there
     has_proc("sockets with long paths are opened")
-    fd = os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)
-    try:
+    with Opened(os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)) as fd:
         return action(f"/proc/self/fd/{fd}{name}")
-    finally:
-        os.close(fd)
 
 
 def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
@@ -10489,7 +10417,7 @@ def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
     import socket
 
     sock, deadline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), Deadline(timeout)
-    try:
+    with OnError(sock.close):
         sock.setblocking(False)
         code = with_short_path(path, sock.connect_ex)
         while code == errno.EAGAIN and deadline.pause():  # too many wait to be accepted
@@ -10500,9 +10428,6 @@ def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
             raise OSError(code, os.strerror(code), path)
         sock.setblocking(True)
         return sock
-    except BaseException:
-        sock.close()
-        raise
 
 
 class ListeningSocket:
@@ -10560,11 +10485,9 @@ class ListeningSocket:
         return self.socket
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(self.path), self._status):
                 os.unlink(self.path)
-        except FileNotFoundError:
-            pass
         self.socket.close()
 
 
@@ -10635,12 +10558,10 @@ class RpcServer:
     def stop(self) -> None:
         """Let serve() return; for signal handlers and other threads."""
         self._stopping = True
-        try:
+        with suppress(OSError):  # it is full, or serve() does not run
             if self._alone:
                 self._alone.shutdown(0)  # SHUT_RD: it is told of no other request
             os.write(self._waker, b"\0")
-        except OSError:  # it is full, or serve() does not run
-            pass
 
     def serve(self, listener: socket.socket, grace: float = 10.0) -> None:
         """Accept clients until stop(); then let each finish its request, for ``grace`` seconds."""
@@ -11184,7 +11105,7 @@ class RpcClient(Caller):
     def _split(self, label: str, result: dict[str, Any], passed: Message) -> LayerStream:
         """Return the layer of a splitfdstream, which is in the first of the descriptors."""
         fds = passed.fds
-        try:
+        with OnError(passed.close):
             found, size = check_passed(fds[0]), result.get("streamSize")
             if size not in (None, found):
                 raise ProtocolError(f"streamSize is {display(repr(size))}, but "
@@ -11193,9 +11114,6 @@ class RpcClient(Caller):
             stream.seek(0)
             chunks = SplitfdstreamReader(stream.read, lambda number: fds[number + 1])
             return self._received(label, chunks, result, passed.close)
-        except BaseException:
-            passed.close()
-            raise
 
     # -- notifications ---------------------------------------------------------------------------
 
@@ -11338,7 +11256,7 @@ class VarlinkClient(RpcClient):
             else ("", "", reference)
         passed = Message({}, [])
         fds = passed.fds
-        try:
+        with OnError(passed.close):
             try:
                 count, reply = self._get_layer(path, name, handle or 0, fds)
             except ProtocolError as error:
@@ -11352,9 +11270,6 @@ class VarlinkClient(RpcClient):
             reader = io.BufferedReader(ChunkFile(read_pipe(fds[0], self.connection.timeout)), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
             return self._received(name, self._until_failure(chunks), reply, passed.close)
-        except BaseException:
-            passed.close()
-            raise
 
     def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
         """Yield chunks; where they are broken off, raise what our own server says of it."""
@@ -11695,10 +11610,8 @@ class Unshared(Closing):
             with SignalsHeld():
                 for number in (0, signal.SIGTERM, signal.SIGKILL):
                     if number:
-                        try:
+                        with suppress(ProcessLookupError, PermissionError):
                             os.killpg(self._process.pid, number)  # it is the leader of its session
-                        except (ProcessLookupError, PermissionError):
-                            pass
                     if self._wait():
                         break
         self.connection.close()
@@ -11745,8 +11658,7 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
 
     It has our stdin, stdout and stderr, and gets SIGTERM when we end.  Raises NeedsUnshare.
     """
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing:
         with Unshared(function, words, patience=60) as process:
             process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
                 fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
@@ -11757,8 +11669,6 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
             raise CstorError("the process in the user namespace ended before its time, with status "
                              f"{process.close()}")
         return status
-    finally:
-        os.close(nothing)
 
 
 def take_over() -> Connection:
@@ -11890,11 +11800,9 @@ class Helper(Caller):
 
     def _look_up(self, method: str, directory: str, name: bytes, **more: Any
                  ) -> tuple[dict[str, Any], list[int]]:
-        try:
+        with ErrorsAs(self._explain, directory, name):
             return self._call(method, {"directory": spell(os.fsencode(directory)),
                                        "name": spell(b"" if name == b"." else name), **more})
-        except OSError as error:
-            raise self._explain(error, directory, name) from None
 
     @staticmethod
     def _explain(error: OSError, directory: str, name: bytes) -> OSError:
@@ -12316,13 +12224,11 @@ def unwind_on_signals() -> None:
             signal.signal(other, lambda *_: None)
         raise _Stopped(number)
 
-    try:
+    with suppress(ValueError):  # not in the main thread: signals are not ours to handle
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
                 _handlers[number] = before
                 signal.signal(number, stop)
-    except ValueError:  # not in the main thread: signals are not ours to handle
-        pass
 
 
 _handlers: dict[int, Any] = {}  # that unwind_on_signals() replaced
@@ -12634,14 +12540,12 @@ def passed_socket() -> socket.socket:
 
     fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
         and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
-    try:
+    with suppress(OSError):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             found = socket.socket(fileno=os.dup(fd))
             if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
                 return found
             found.close()
-    except OSError:
-        pass
     raise _UsageError("no Unix stream socket was passed: name one by --socket PATH")
 
 
@@ -13648,10 +13552,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(error, "hint", ""):  # what it leaves behind
             say(f"interrupted: {display(vars(error)['hint'])}")
     while _handlers:
-        try:
+        with suppress(KeyboardInterrupt, _Stopped):  # all was done already
             restore_signals(ending=argv is None)
-        except (KeyboardInterrupt, _Stopped):  # all was done already
-            pass
     sys.unraisablehook = before
     try:
         if sys.stdout is not None:
@@ -13667,10 +13569,8 @@ def main_inside(words: Sequence[str]) -> int:
     with take_over() as connection:
         sys.argv = list(words)
         status = main()
-        try:
+        with suppress(ProtocolError):  # who would be told was killed
             connection.send({"jsonrpc": "2.0", "method": "done", "status": status})
-        except ProtocolError:  # who would be told was killed
-            pass
         return status
 
 

@@ -754,7 +754,7 @@ class House(unittest.TestCase):
 
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
-                   "builtins", "bz2", "ctypes", "errno", "fcntl", "gc",
+                   "builtins", "bz2", "contextlib", "ctypes", "errno", "fcntl", "gc",
                    "gzip", "hashlib", "heapq", "importlib", "io", "json", "lzma", "marshal",
                    "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket", "sqlite3",
                    "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
