@@ -5686,6 +5686,10 @@ class LayerTree(Closing):
         """Return a root that has at least what is at a path, and with ``below`` all below it."""
         return self.root
 
+    def limited(self, tops: Sequence[Sequence[bytes]]) -> LayerTree:
+        """Return a tree that has at least what is below some paths, with the same hard links."""
+        return self
+
     def _load(self) -> None:
         for _, member in read_members(self.layer) if self.layer else ():
             if member is not None:
@@ -6001,6 +6005,7 @@ class DiskTree(LayerTree):
             self.maps.append((layer.uidmap, layer.gidmap))
         self._strangers: dict[str, set[tuple[int, int]]] = {}  # files at 65534, by why
         self._groups: dict[tuple[int, int], Node] = {}
+        self._unseen: dict[Node, int] = {}  # how many more names a file has
 
     kernel_made = True
     writable = False  # whether it is a container's own layer, which nobody takes a digest of
@@ -6022,18 +6027,27 @@ class DiskTree(LayerTree):
         return self.directory, path
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
-        # A directory of the host can be "/": one that was not read yet is not read as a whole.
-        if self._root or self.whiteouts or below and not parts:
-            return self.root
+        return self._part([parts], below).root
+
+    def limited(self, tops: Sequence[Sequence[bytes]]) -> LayerTree:
+        part = self._part(tops, True)
+        return self if any(part._unseen.values()) else part
+
+    def _part(self, tops: Sequence[Sequence[bytes]], below: bool) -> DiskTree:
+        """Return the tree of some paths: a directory of the host can be "/"."""
+        if self._root or self.whiteouts or below and not all(tops):
+            return self
         part = DiskTree(self.directory, overlay=False)  # with hard links of its own
         part._strangers = self._strangers
         part._root = Node(part, None, b"", "dir")
-        part._load(parts, below)
-        return part._root
+        for parts in tops:
+            part._load(parts, below)
+        return part
 
     def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
         top = self.root
-        self._fill(top, *self.directory.inspect(b"."))
+        if not top.children:
+            self._fill(top, *self.directory.inspect(b"."))
         if any(name.startswith(b"user.overlay.") for name in top.extra.get("xattrs", ())):
             self.hidden += (b"user.overlay.",)  # root has a copy of a rootless store
         for depth, name in enumerate(parts, 1):
@@ -6042,7 +6056,7 @@ class DiskTree(LayerTree):
                 found = self.directory.inspect(path) if len(name) < 256 else None
             except (FileNotFoundError, NotADirectoryError):
                 return
-            child = self._enter(top, name, *found) if found else None
+            child = top.children.get(name) or (self._enter(top, name, *found) if found else None)
             if child is None or child.type != "dir":
                 return
             top = child
@@ -6071,6 +6085,7 @@ class DiskTree(LayerTree):
         group = (status.st_dev, status.st_ino)
         if status.st_nlink > 1 and node.type not in ("dir", "whiteout"):
             node = self._groups.setdefault(group, node)
+            self._unseen[node] = self._unseen.get(node, status.st_nlink) - 1
             if node.name != name or node.parent is not above:
                 self.linked.setdefault(node, []).append((above, name))
         self._put(above, name, node)
@@ -6346,8 +6361,14 @@ class Tree(Closing):
 
     def glob(self, patterns: Sequence[str]) -> Iterator[tuple[bytes, Node, bytes | None]]:
         """Yield what walk() yields for the paths that fit a pattern; see compile_patterns()."""
-        fits = compile_patterns(patterns, self.paths)
-        return (item for item in self.walk() if fits(item[0]))
+        part = self.limited(patterns)
+        fits = compile_patterns(patterns, part.paths)
+        return (item for item in part.walk() if fits(item[0]))
+
+    def limited(self, patterns: Sequence[str]) -> Tree:
+        """Return a tree that has at least what can fit patterns; it need not be closed."""
+        tops = literal_tops(patterns)
+        return Tree([layer.limited(tops) for layer in self.layers], self.label, raw=self.raw)
 
     # -- contents ------------------------------------------------------------------------------
 
@@ -6430,8 +6451,7 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
     name directories ``[slug]``.  A pattern without ``*?[``, or meant literally, means everything
     below that path as well.
     """
-    patterns = [re.sub(r"\A\.(?=/|\Z)|/\.(?=/)|/(?=/)", "", pattern)  # as the kernel reads paths
-                for pattern in check_words("patterns", patterns)]
+    patterns = clean_patterns(patterns)
     literal = existing_patterns(patterns, names)
     alternatives = []
     for pattern in patterns:
@@ -6450,6 +6470,25 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
     fits = re.compile("|".join(alternatives) or ".*", re.DOTALL).fullmatch
     return lambda path: bool(fits(path.decode("utf-8", "surrogateescape"))
                              or not path.isascii() and fits(spell(path)))
+
+
+def clean_patterns(patterns: Sequence[str]) -> list[str]:
+    """Return patterns without "." and empty components, as the kernel reads paths."""
+    return [re.sub(r"\A\.(?=/|\Z)|/\.(?=/)|/(?=/)", "", pattern)
+            for pattern in check_words("patterns", patterns)]
+
+
+def literal_tops(patterns: Sequence[str]) -> list[list[bytes]]:
+    """Return paths, none below another, where all lies that can fit patterns; [] is the root."""
+    tops: list[list[bytes]] = []
+    for pattern in clean_patterns(patterns) or [""]:
+        text = pattern.strip("/") if "/" in pattern.rstrip("/") else ""
+        # Other characters than ASCII can be spelled in two ways.
+        plain = re.match(r"(?:(?!\.\.?(?:/|\Z))[!-)+-.0->@-Z\]-~ ]+(?:/|\Z))*", text)
+        tops.append(plain[0].strip("/").encode().split(b"/") if plain and plain[0] else [])
+    return [top for number, top in enumerate(tops) if not any(
+        top[:len(other)] == other and (other != top or at < number)
+        for at, other in enumerate(tops))]
 
 
 def existing_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> set[str]:
@@ -7298,6 +7337,8 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
     holds.  ``exclude`` leaves out what fits, with all below.  The root comes first, but not when it
     is only what the selected files lie in.  Of a raw tree whiteouts are files called .wh.NAME.
     """
+    if not exclude:
+        tree = tree.limited(paths)
     fits = compile_patterns(paths, tree.paths)
     omits = compile_patterns(exclude, tree.paths) if exclude else lambda path: False
     inside: bytes | None = None  # what begins so is in a directory that was selected

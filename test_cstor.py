@@ -2824,6 +2824,43 @@ class Database(StoreTest):
             done = self.run_on(store, "container", *words.split(), status=0 if wanted else 3)
             self.assertEqual(wanted or b"", done.stdout)
 
+    def test_patterns_in_a_rootfs(self) -> None:
+        """Below the components that a pattern begins with alone is walked, with the same answer."""
+        store, _, host = self.rootfs()
+        for number in range(3):
+            os.makedirs(f"{host}/d{number}/sub/[x]")
+            put(f"{host}/d{number}/sub/file", b"%d" % number)
+            put(f"{host}/d{number}/sub/[x]/x", b"x")
+        os.makedirs(host + "/d1/caf\u00e9")
+        put(host + "/d1/caf\u00e9/f", b"")
+        os.link(host + "/d1/sub/file", host + "/d1/sub/hard")
+        os.link(host + "/d0/sub/file", host + "/d2/hard")
+        os.symlink("d1", host + "/link")
+        real = cstor.Directory.list_at
+        for patterns, listed in (
+                (["d1/*"], 4), (["/d1/sub"], 2), (["d1/sub/f*"], 2), (["./d1//sub/./*"], 2),
+                (["d1/sub/[x]"], 2), (["d1/sub/[x]/*"], 2), (["d1/sub/hard"], 11),
+                (["d2/*"], 14), (["d0/sub/**", "d2/**"], 5), (["d2/**", "d2/sub/*", "d0"], 11),
+                (["d1/sub/*", "d1/sub/f*", "/d1/none"], 2), (["link/*", "/link"], 0),
+                (["d1/../d1/*"], 4), (["d1/caf\u00e9/*"], 4), (["d1/./*", "d3/*"], 4),
+                (["/"], 11), (["*"], 11), (["file"], 11), (["d1/sub/file/x", "d1/."], 4),
+                ([".", "d1/*"], 11), (["d[1]/sub/*"], 11), ([], 11)):
+            with self.open(store) as storage, storage.container("web").tree() as tree, \
+                    storage.container("web").tree() as whole:
+                list(whole.walk())
+                with mock.patch.object(cstor.Directory, "list_at", autospec=True,
+                                       side_effect=real) as lists:
+                    found = [(path, node.mode, node.size, first)
+                             for path, node, first in tree.glob(patterns)]
+                    count = lists.call_count
+                    self.assertEqual(found, [(path, node.mode, node.size, first)
+                                             for path, node, first in whole.glob(patterns)])
+                    chosen = [[path for path, _ in cstor.select_nodes(each, patterns)]
+                              for each in (tree, whole)]
+                    self.assertEqual(*chosen)
+                    self.assertEqual(b"1", b"".join(tree.read(b"d1/sub/file")))
+                self.assertEqual(listed, count, patterns)
+
     def test_rootfs_of_another_store_or_user(self) -> None:
         """Neither copied stores nor other users' lead anybody to files of the host."""
         store, database, host = self.rootfs()
