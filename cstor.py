@@ -8201,7 +8201,7 @@ def refuse_storage(path: str) -> None:
     """Raise CstorError when ``path`` is inside a storage that is open or configured.
 
     All that is made asks this first.  Links and ".." are followed; bind mounts are recognized by
-    inode, those of what lies deep inside a storage with the help of /proc.
+    inode, those of what lies deep inside a storage by /proc, or else among all its directories.
     """
     check_type("path", path, str)
     place, stores = os.path.realpath(path), storage_inodes()
@@ -8229,7 +8229,12 @@ def storage_inodes() -> dict[Any, str]:
             inside = os.path.join(root, place[len(point):].lstrip("/"), "")
             found.update((mount[2], name) for mount in mounts
                          if mount[0] == device and f"{mount[1]}/".startswith(inside))
-    return {**{inode_at(place): name for place, name in found.items()}, **found, (0, 0): ""}
+    inodes: dict[Any, str] = {inode_at(place): name for place, name in found.items()}
+    for place, name in [] if mounts else found.items():
+        for folder, names, _ in os.walk(place):  # any directory can be mounted elsewhere
+            inodes.setdefault(inode_at(folder), name)
+            names[:] = [each for each in names if not os.path.ismount(os.path.join(folder, each))]
+    return {**inodes, **found, (0, 0): ""}
 
 
 def storage_places() -> dict[str, str]:

@@ -7359,7 +7359,7 @@ sys.exit(cstor.main(sys.argv[1:]))
                   f'exec "$1" -B "$2" --root {self.store.root} layer export {self.layer} -o "$4"')
         for proc, place, status in (("", "a b/x", 6), ("", "b/x", 6), ("", "c/x", 6), ("", "x", 0),
                                     ("", "store/overlay-containers/x", 6), ("no", "a b/x", 6),
-                                    ("no", "x", 0), ("no", "c/overlay/l/x", 6),
+                                    ("no", "x", 0), ("no", "c/overlay/l/x", 6), ("no", "b/x", 6),
                                     ("no", "store/overlay/l/x", 6)):
             done = self.run_cstor(proc, os.path.join(self.dir, place), status=status, command=[
                 "unshare", "-m", "sh", "-c", script, "-", sys.executable, SCRIPT])
