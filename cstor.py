@@ -889,7 +889,10 @@ class Target(Directory):
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             return OSError(error.errno, "another process put a link or file where a directory was",
                            self.host_path(name))
-        return OSError(error.errno, error.strerror, self.host_path(name))
+        found = OSError(error.errno, error.strerror, self.host_path(name))
+        if error.errno == errno.EACCES and os.geteuid():
+            add_hint(found, "--same-owner has access to what your sub-uids own")
+        return found
 
 
 def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes, bytes]] | None:
@@ -1439,7 +1442,8 @@ def remove_content(target: Target) -> None:
                              dir_fd=target.parent(parent))
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
             with Opened(inside), os.scandir(inside) as entries:
-                for entry in entries:
+                # The mark of Filling goes last: directories are removed in reverse.
+                for entry in sorted(entries, key=lambda found: found.name[:7] != ".cstor-"):
                     name = os.fsencode(entry.name)
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(folder + b"/" + name if folder else name)
@@ -8153,7 +8157,8 @@ class Filling:
             remove_dead(target.fd)
         name = partial_name(b"%04o" % self.mode)
         os.mkdir(name, 0o700, dir_fd=target.fd)
-        self._undo.steps.append((target.host_path(name), self._unmark))
+        if not self._resume:  # else the next run has to resume it as well; last: we can be killed
+            self._undo.steps.insert(0, (target.host_path(name), self._unmark))
         staging = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=target.fd)
         self.staging = Target(target.host_path(name), staging)
         os.fchmod(self.staging.fd, 0o700)  # without the setgid bit that it may have inherited

@@ -7206,6 +7206,20 @@ sys.exit(cstor.main(sys.argv[1:]))
                      for name in snapshot(top) for status in [os.lstat(name)]}
                     for top in (self.dir + place, out))
                 self.assertEqual(wanted, found)
+        # A killed run was removing what it had made.
+        patch = ("def fail(*_):\n    raise OSError(5, 'failed')\n"
+                 "rmdir = os.rmdir\ncstor.Extraction._make_links = fail\n"
+                 "cstor.os.rmdir = lambda name, **more: rmdir(name, **more) "
+                 "if b'.cstor' in os.fsencode(name) else stop()")
+        out = self.dir + "/undone"
+        with self.stopped("import os\n" + patch, *words[2:], out):
+            pass
+        self.assertEqual(0, sum(len(files) for _, _, files in os.walk(out)))
+        done = self.run_cstor(*words, out, status=6)
+        self.assertIn(b"left incomplete by a run that was killed: --force goes on", done.stderr)
+        self.run_cstor(*words, out, "--force")
+        self.assertEqual(*(sorted(name[len(top):] for name in snapshot(top))
+                           for top in (self.dir + "/whole", out)))
         os.mkdir(self.dir + "/mine")
         put(self.dir + "/mine/x")
         done = self.run_cstor(*words, self.dir + "/mine", status=6)
@@ -16321,6 +16335,66 @@ class RealRootless(unittest.TestCase):
                     self.assertIn(made, (0, 364) if process.returncode else (364,))
             shutil.rmtree(self.path("target/made"), ignore_errors=True)
             shutil.rmtree(self.path("target/bin"), ignore_errors=True)
+
+    def test_killed_setting_owners(self) -> None:
+        """When all directories belong to sub-uids already, and the last one is not done."""
+        source = read_text(SCRIPT)
+        self.assertEqual(1, source.count("                    settled()\n"))
+        put(self.path("target/slow.py"), source.replace(
+            "                    settled()\n",
+            "                    os.mkdir(self.target.path + '.done')\n"
+            "                    time.sleep(60)\n").encode())
+        made = self.path("target/made")
+        words = [self.python, self.path("cstor.py"), "--root", self.root, "-q", "image", "extract",
+                 "image", made]
+        self.as_user(*words, "--same-owner")
+        wanted = self.state(made)
+        shutil.rmtree(made)
+        for killed in ("the parent", "who is inside", "both"):
+            with self.subTest(killed=killed), subprocess.Popen(
+                    [words[0], self.path("target/slow.py"), *words[2:], "--same-owner"], cwd="/",
+                    env=self.env, user=self.user, group=self.user, extra_groups=[],
+                    stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+                while not os.path.exists(made + ".done"):
+                    self.assertIsNone(process.poll(), "it ended before it was killed")
+                    time.sleep(0.01)
+                os.rmdir(made + ".done")
+                inside = set(self.ours()) - {process.pid}
+                if killed == "both":  # none sees that the other one has ended
+                    os.kill(process.pid, signal.SIGSTOP)
+                for pid in inside if killed != "the parent" else ():
+                    with contextlib.suppress(ProcessLookupError):  # a worker of one that ended
+                        os.kill(pid, signal.SIGKILL)
+                if killed != "who is inside":
+                    process.kill()
+                error = process.communicate(timeout=30)[1]
+                end = time.monotonic() + 5
+                while self.ours() and time.monotonic() < end:
+                    time.sleep(0.01)
+                self.assertEqual({}, self.ours())
+                if killed == "the parent":  # the other one was told to stop, and has removed all
+                    self.assertFalse(os.path.lexists(made))
+                    continue
+                self.assertEqual(b"" if killed == "both" else b"cstor: error: the process in the "
+                                 b"user namespace ended before its time, with status 137\n", error)
+                for more in ([], ["--same-owner"]):
+                    error = self.as_user(*words, *more, status=6)
+                    self.assertEqual(f"cstor: error: {made}: Directory not empty (left incomplete "
+                                     "by a run that was killed: --force goes on)\n", error.decode())
+                error = self.as_user(*words, "--force", status=5)  # it cannot, and spoils nothing
+                self.assertRegex(error.decode(), rf"\Acstor: error: {made}/d-\S+: Permission "
+                                 r"denied \(--same-owner has access to what your sub-uids own; "
+                                 rf"{made} is left incomplete\)\n\Z")
+                self.as_user(*words, "--same-owner", "--force")
+                self.assertEqual(wanted, self.state(made))
+            shutil.rmtree(made, ignore_errors=True)
+
+    @staticmethod
+    def state(top: str) -> dict[bytes, tuple[int, ...]]:
+        """Return what is known of all files below a directory."""
+        return {name[len(top):]: (status.st_mode, status.st_uid, status.st_gid, status.st_size,
+                                  status.st_mtime_ns * (not os.path.islink(name)))
+                for name in snapshot(top) for status in [os.lstat(name)]}
 
     def test_few_open_files(self) -> None:
         def few() -> None:
