@@ -975,6 +975,20 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
     raise FormatError(f"larger than {limit} bytes", file=path)
 
 
+def need_input(path: str) -> None:
+    """Raise NotFound when there is nothing at a path of the host; "-" is stdin."""
+    if path != "-" and not os.path.exists(path):
+        if not has_proc() and os.path.realpath(path).startswith("/proc/"):
+            os.stat(path)
+        raise NotFound(f"no such file or directory: {path}")
+
+
+def input_size(path: str) -> int:
+    """Return the size of a file of the host, 0 for a pipe and the like; "-" is stdin."""
+    status = os.fstat(0) if path == "-" else os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
 def open_input(path: str) -> int:
     """Open a regular file of the host, links followed; FormatError for anything else.
 
@@ -1703,6 +1717,13 @@ class Decompressed(Closing):
         """Close the file and what reads it."""
         self._reader.close()
         self._raw.close()
+
+    def tell(self) -> int:
+        """Return how many bytes of the file were read, -1 of a pipe."""
+        try:
+            return os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
+        except OSError:
+            return -1
 
     def _open(self) -> Any:
         """Return what reads the file, by its first bytes."""
@@ -6380,7 +6401,7 @@ class Tree(Closing):
         """Return what a reader should know of the layers that were read, the top one first."""
         return [layer.note for layer in self.layers if layer.note]
 
-    def verify(self) -> None:
+    def verify(self, progress: Progress | None = None) -> None:
         """Compare the tar of each layer, headers and contents, with its DiffID.
 
         A container's writable layer never has one: ``unverified`` of the storage names it.  Raises
@@ -6395,7 +6416,9 @@ class Tree(Closing):
                 raise Unsupported(f"{tree.label} has no DiffID, so that it cannot be verified",
                                   hint="without --verify, sizes and recorded CRC-64s are checked")
             elif layer:
-                export_layer(layer, _Nowhere())
+                export_layer(layer, _Nowhere(), progress=progress)
+        if progress:
+            progress(0, 0)
 
     def open(self, node: Node) -> int:
         """Open the content of a regular file and return its descriptor.
@@ -6827,7 +6850,8 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     - "duplicated": ``a`` and ``b`` are how often the name is there;
     - "unreadable": why ``a`` or ``b`` cannot be read further.
 
-    ``progress`` is called until the first row.  Raises FormatError for what is no tar or damaged
+    ``progress`` gets what was read of both files, or if one is a pipe, of the first tar.  Raises
+    FormatError for what is no tar or damaged
     by its compression, Unsupported, OSError.
     """
     with TarSide(a) as left, TarSide(b) as right:
@@ -6883,6 +6907,7 @@ class TarSide(Closing):
         self.at = self.count = 0
         self.over = False
         self._reader = Decompressed(path)
+        self.tell = self._reader.tell
 
     def close(self) -> None:
         """Close the file."""
@@ -6980,8 +7005,9 @@ class _TarDiff:
             same = not self.first
             if a and b and same:
                 self._compare(a, b)
-                if progress:
-                    progress(self.sides[0].at, self.sides[0].count)
+            if progress:
+                done = [side.tell() for side in self.sides]
+                progress(sum(done) if min(done) >= 0 else self.sides[0].at, self.sides[0].count)
             for side, entry in zip(self.sides, pair):
                 if entry:
                     side.finish(entry)
@@ -8089,7 +8115,7 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     """
     filling = Filling(directory, force=force, clean=clean)
     if verify:
-        tree.verify()
+        tree.verify(options.get("progress"))
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
     with filling as target:
         return {**filling.fill(target, items, verify=verify, **options), "notes": tree.notes()}
@@ -8320,30 +8346,30 @@ def remove_acls(place: int | str | bytes) -> None:
             raise
 
 
-def copy_content(tree: Tree, node: Node, fd: int) -> None:
+def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
     """Copy a regular file, checked, with its holes, mode and time; a device gets only the bytes."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         for data in tree.content(node):
             write_all(fd, data)
         return
-    source = tree.open(node)
-    try:
+    with Opened(tree.open(node)) as source:
         if node.size:
             Ladder().fill(source, node.size, fd, (0, 0), node.path, node.tree.layer_id)
-    finally:
-        os.close(source)
-    check_copy(fd, os.fstat(fd), node, verify=True)
+    check_copy(fd, os.fstat(fd), node, True, progress)
     os.fchmod(fd, node.mode & 0o777)
     os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
 
 
-def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool) -> None:
+def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool,
+               progress: Progress = lambda size, files: None) -> None:
     """Compare what a file holds with what was promised."""
     if status.st_size != node.size:
         raise IntegrityError("changed while it was read", layer=node.tree.layer_id, name=node.path,
                              expected=counted(node.size, "byte"), actual=str(status.st_size))
-    for _ in node.checked(fd) if verify and node.checksum is not None else ():
-        pass
+    done = 0
+    for data in node.checked(fd) if verify and node.checksum is not None else ():
+        done += len(data)
+        progress(done, 1)
 
 
 # ================================================================================================
@@ -8657,6 +8683,9 @@ class OciLayout:
         media_type = OCI_LAYER + COMPRESSIONS[kind]
         if kind == "none" and self.has(layer.diff_digest, layer.diff_size):
             status = self.target.lstat(b"blobs/sha256/" + layer.diff_digest[7:].encode())
+            if progress:
+                progress(0, 0)
+                progress(status.st_size, 0)
             return layer.diff_digest, descriptor(media_type, layer.diff_digest, status.st_size)
         diff_id = digest = ""
         size = 0
@@ -8723,12 +8752,10 @@ def compress_layer(layer: Layer, fd: int, kind: str, level: int,
         digest.update(data)
         write_all(fd, data)
 
-    writer: Any = (GzipWriter if kind == "gzip" else ZstdWriter)(write, level)
-    try:
+    make: Any = GzipWriter if kind == "gzip" else ZstdWriter
+    with make(write, level) as writer:
         diff_id = export_layer(layer, writer, progress=progress)
         writer.finish()
-    finally:
-        writer.close()
     return diff_id, f"sha256:{digest.hexdigest()}"
 
 
@@ -12179,6 +12206,18 @@ class ProgressLine:
             self.shown = time.monotonic()
             self._draw(size)
 
+    def expect(self, nodes: Iterable[Node], verified: Sequence[LayerTree] = ()) -> None:
+        """Have a total, where it is shown: the sizes of files, each once, and of layers' tars."""
+        several: set[Node] = set()  # with more than one name
+        if self.active:
+            try:
+                for node in nodes:
+                    self.total += node.size if node not in several else 0
+                    several.update([node] * (node in node.tree.linked))
+                self.total += sum(max(tree.layer.diff_size, 0) for tree in verified if tree.layer)
+            except (CstorError, OSError):  # the work itself will tell
+                self.total = 0
+
     def _draw(self, size: int) -> None:
         """Show as much as the terminal has room for; its last column would begin a new line."""
         rate = size / (self.shown - self.start)
@@ -12200,6 +12239,12 @@ class ProgressLine:
         if self.active:
             if not kind and self.shown > self.start and self.total > 0:
                 self._draw(self.total)
+            self.stop()
+
+    def stop(self) -> None:
+        """Remove the line for good."""
+        if self.active:
+            self.active = False
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
@@ -12642,9 +12687,10 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
         chunks = SplitdirfdstreamReader(read, external.directories, label) \
             if codec == CODECS[1] else SplitfdstreamReader(read, external.open, label)
         stream = LayerStream(chunks, label=label, digest=args.digest or external.digest, size=size)
-        with stream, Output(args.output) as output, \
-                ProgressLine(max(external.size, 0), args.quiet) as progress:
-            digest = stream.export(output.fd, progress=progress)
+        total = max(external.size, 0) or input_size(args.stream)
+        with stream, Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
+            digest = stream.export(output.fd, progress=progress if external.size > 0 or not total
+                                   else lambda _, files: progress(file.tell(), files))
     if args.verbose:
         say(f"{label}: {digest}")
 
@@ -12723,10 +12769,12 @@ def cmd_toc(storage: Storage, args: Any) -> None:
     with ProgressLine(0, args.quiet or not args.digests) as progress:
         options: Any = {"digests": args.digests, "progress": progress}
         with open_tree(storage, args) as tree:
+            layer = storage.layer(args.layer) if args.kind == "layer" else None
+            progress.expect((node for _, node in layer_entries(layer)) if layer else (
+                node for _, node, _ in tree.walk()), tree.layers * args.verify)
             if args.verify:
-                tree.verify()
-            entries = layer_toc(storage.layer(args.layer), **options) if args.kind == "layer" \
-                else tree_toc(tree, **options)
+                tree.verify(progress)
+            entries = layer_toc(layer, **options) if layer else tree_toc(tree, **options)
             print_entries(entries, head='{"version":1,"entries":[', tail="]}",
                           indent=2 if args.pretty else None)
 
@@ -12821,9 +12869,7 @@ def cmd_cp(storage: Storage, args: Any) -> None:
         path, node = tree.lookup(path_of(tree, text))
         name = path.rpartition(b"/")[2]
         if args.dest == "-":
-            with Output(None) as output, ProgressLine(0, args.quiet) as progress:
-                for data in tar_out(tree, path, name, progress):
-                    write_all(output.fd, data)
+            export_tree(tree, args, path, name)
             return
         above, last = os.path.split(args.dest.rstrip("/"))
         dest = os.path.join(os.path.realpath(above), last) if last.strip(".") \
@@ -12835,8 +12881,8 @@ def cmd_cp(storage: Storage, args: Any) -> None:
         if node.type == "dir":
             copy_directory(tree, path, dest, args)
         else:
-            with Output(dest) as output:
-                copy_content(tree, node, output.fd)
+            with Output(dest) as output, ProgressLine(node.size, args.quiet) as progress:
+                copy_content(tree, node, output.fd, progress)
 
 
 def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
@@ -12854,6 +12900,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
         filling = Filling(temporary)
         with filling as target, ProgressLine(0, args.quiet) as progress:
             target.path = dest
+            progress.expect(node for _, node in select_nodes(tree, top=path))
             left_out = filling.fill(target, select_nodes(tree, top=path), plain=True, verify=True,
                                     progress=progress)["left-out"]
             os.rename(temporary, dest)
@@ -12894,8 +12941,8 @@ def cmd_extract(storage: Storage, args: Any) -> None:
         summary = extract_from_server(args, options)
     else:
         with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
-            if progress.active:
-                progress.total = sum(node.size for _, node in select_nodes(tree, **selection))
+            progress.expect((node for _, node in select_nodes(tree, **selection)),
+                            tree.layers * args.verify)
             summary = extract_tree(tree, args.dir, progress=progress, **options)
     for text in summary["notes"]:
         if not storage or text not in storage.notes:  # those are printed at the end
@@ -13052,14 +13099,15 @@ def cmd_container_export(storage: Storage, args: Any) -> None:
     export_tree(storage.container(args.container).tree(), args)
 
 
-def export_tree(tree: Tree, args: Any) -> None:
-    """Write a tree as a tar to stdout or a file."""
-    with tree, Output(args.output) as output, ProgressLine(0, args.quiet) as progress:
-        if args.verify:
-            tree.verify()
-        if progress.active:
-            progress.total = sum(node.size for _, node, first in tree.walk() if first is None)
-        for data in tar_out(tree, b"", b"", progress):
+def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> None:
+    """Write a tree, or ``path`` as ``name``, as a tar to stdout or a file."""
+    verify = getattr(args, "verify", False)
+    with tree, Output(getattr(args, "output", None)) as output, \
+            ProgressLine(0, args.quiet) as progress:
+        progress.expect((node for _, node, _ in tree.walk(path)), tree.layers * verify)
+        if verify:
+            tree.verify(progress)
+        for data in tar_out(tree, path, name, progress):
             write_all(output.fd, data)
 
 
@@ -13119,8 +13167,7 @@ def open_path(text: str, raw: bool) -> Tree:
     path = match[1] if match else text
     if os.path.isdir(path):
         return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
-    if path != "-" and not os.path.exists(path):
-        raise NotFound(f"no such file or directory: {path}")
+    need_input(path)
     return Tree([TarTree(path, whiteouts=raw)], path)
 
 
@@ -13129,10 +13176,19 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
     if args.a == args.b == "-":
         raise _UsageError("stdin can be read only once")
     for path in (args.a, args.b):
-        if path != "-" and not os.path.exists(path):
-            raise NotFound(f"no such file: {path}")
-    with ProgressLine(0, args.quiet) as progress:
+        need_input(path)
+    sizes = input_size(args.a), input_size(args.b)
+    with ProgressLine(sum(sizes) if all(sizes) else 0, args.quiet) as progress:
         first, rows = peek(diff_tars(args.a, args.b, progress))
+        if first and sys.stdout.isatty():  # where the rows come soon
+            progress.stop()
+        print_differences(first, rows, args)
+    return EXIT_NO if first else 0
+
+
+def print_differences(first: dict[str, Any] | None, rows: Iterator[dict[str, Any]], args: Any
+                      ) -> None:
+    """Print what diff_tars() yields; ``first`` is the first of ``rows``."""
     next(rows, None)
     if args.format == "json":
         found = first and {key: value for key, value in first.items() if key != "change"}
@@ -13145,7 +13201,6 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
               f'{inside}{" of " + first["ended"].upper() if "ended" in first else ""}')
         for row in rows:
             print(difference_line(row))
-    return EXIT_NO if first else 0
 
 
 def difference_line(row: dict[str, Any]) -> str:
@@ -13558,7 +13613,7 @@ def describe(error: Exception) -> str:
         text = place + error.strerror
         if place and error.errno == errno.ENOENT and not has_proc() and os.path.realpath(
                 os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
-            text += ": /proc is not mounted (mount -t proc proc /proc)"
+            text += ": /proc is not mounted (mount -t proc proc /proc; - is stdin and stdout)"
     elif isinstance(error, ImportError):
         text = explain_import(error)
     else:

@@ -7356,9 +7356,14 @@ sys.exit(cstor.main(sys.argv[1:]))
         self.assertEqual(builder.tars[layer], done.stdout)
         link = self.dir + "/stdin"
         os.symlink("/proc/self/fd/0", link)  # as /dev/stdin is, where it is
-        done = self.run_cstor("stream-to-tar", link, command=hidden, status=6)
-        self.assertEqual(f"cstor: error: {link}: No such file or directory: /proc is not mounted "
-                         "(mount -t proc proc /proc)\n", done.err)
+        for line, place in ((f"stream-to-tar {link}", link), (f"tar-diff {link} /dev/null", link),
+                            ("tar-diff - /proc/self/fd/0", "/proc/self/fd/0"),
+                            (f"image diff {image} tar:{link}", link)):
+            done = self.run_cstor(*line.split(), command=hidden, status=6)
+            self.assertEqual(f"cstor: error: {place}: No such file or directory: /proc is not "
+                             "mounted (mount -t proc proc /proc; - is stdin and stdout)\n",
+                             done.err)
+        self.run_cstor("tar-diff", self.dir + "/none", "/dev/null", command=hidden, status=3)
         done = self.run_cstor("store", "info", command=hidden)
         self.assertIn(b"uid 0, reads all files\n", done.stdout)
 
@@ -13303,7 +13308,7 @@ class CommandLine(StoreTest):
         os.close(slave)
         os.close(master)
 
-    def shown(self, columns: int, *args: str) -> list[str]:
+    def shown(self, columns: int, *args: str, status: int = 0) -> list[str]:
         """Return the lines, with their ends, that show on a terminal; progress, or help."""
         master, slave = open_terminal()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
@@ -13318,7 +13323,7 @@ class CommandLine(StoreTest):
                 while True:
                     output += os.read(master, 65536)
         os.close(master)
-        self.assertEqual(0, process.returncode, output)
+        self.assertEqual(status, process.returncode, output)
         return [line for line in output.decode().replace("\x1b[K", "").split("\r") if line]
 
     def test_progress_of_many_layers_fits_and_rises_once(self) -> None:
@@ -13345,6 +13350,55 @@ class CommandLine(StoreTest):
             if columns in (0, 80):
                 self.assertRegex(lines[-1], r"\A[\d.]+ MB of [\d.]+ MB \(100%\), 0:00 left, "
                                             r"\d+ files, [\d.]+ MB/s\Z")
+
+    def test_progress_of_every_long_command_ends_at_100(self) -> None:
+        """What it is of can be known before, but for what comes from a pipe or a registry."""
+        self.store = builder = StoreBuilder(os.path.join(self.dir, "long"))
+        tar = b"".join([entry(b"d/", typeflag=b"5"), *(entry(b"d/f%d" % i, b"%d" % i * 40_000)
+                                                       for i in range(9)),
+                        entry(b"d/hard", typeflag=b"1", linkname=b"d/f8"), bytes(1024)])
+        layer = builder.layer(tar)
+        top = builder.layer(make_tar(("e", b"e" * 300_000)), layer)
+        builder.image(top, "localhost/t:1")
+        builder.save()
+        files, tars = 360_000 + 300_000, len(tar) + len(builder.tars[top])
+        unset = ["--no-same-owner"] * bool(os.geteuid())
+        for words in (["stream", layer, "-o", self.dir + "/inline"],
+                      ["stream", layer, "-o", self.dir + "/outside", "--external",
+                       self.dir + "/list"], ["export", layer, "-o", self.dir + "/tar"]):
+            self.cstor("layer", *words)
+        put(self.dir + "/other", tar[:-1024] + entry(b"more") + bytes(1024))
+        put(self.dir + "/tar.gz", gzip.compress(tar))
+        size = {name: os.path.getsize(self.dir + "/" + name)
+                for name in ("inline", "other", "tar.gz")}
+        for number, (line, total) in enumerate((
+                ("image cp t:1:/ @", files), ("image cp t:1:/d @", 360_000),
+                ("image cp t:1:/d -", 360_000), ("image cp t:1:/e @", 300_000),
+                (f"layer cp {layer}:/d @", 360_000), ("image toc t:1 --digests", files),
+                ("image toc t:1 --digests --verify", tars + files),
+                (f"layer toc {layer} --digests", 360_000), ("image extract t:1 @", files),
+                ("image extract t:1 @ --verify", tars + files),
+                ("image extract t:1 @ --path d/f*", 360_000), ("image export t:1 -o @", files),
+                ("image export t:1 -o @ --verify", tars + files),
+                ("image export t:1 -o @ --as oci-archive", tars),
+                ("image export t:1 -o @ --as docker-archive", tars),
+                ("image copy-to-oci t:1 ./oci", tars),
+                ("image copy-to-oci t:1 ./oci", tars),  # there is nothing left to be done
+                (f"layer export {layer} -o @", len(tar)), (f"layer stream {layer} -o @", len(tar)),
+                ("stream-to-tar ./inline -o @", size["inline"]),
+                ("stream-to-tar ./outside -o @ --external ./list", len(tar)),
+                ("tar-diff ./tar ./tar.gz", len(tar) + size["tar.gz"]),
+                ("tar-diff ./tar ./other", len(tar) + size["other"]))):
+            words = line.replace("@", f"./out{number}").replace("./", self.dir + "/").split()
+            lines = self.shown(80, *words, *unset * ("extract" in words),
+                               status=int("other" in line))
+            found = [re.match(r"(\S+ \wB|\d+ B) of (\S+ \wB) \((\d+)%\), ", text)
+                     for text in lines]
+            done = [int(match[3]) for match in found if match]
+            self.assertEqual((sorted(done), 100), (done, done[-1]), line)
+            # The last line is shown in any case; files are counted when their batch is begun.
+            self.assertTrue(done[-2] == 100 or words[1] in ("cp", "extract"), (line, done))
+            self.assertEqual({cstor.human_size(total)}, {each[2] for each in found if each}, line)
 
     def test_help_in_any_terminal(self) -> None:
         for columns, least, most in ((0, 60, 80), (10, 30, 48), (60, 50, 60), (300, 80, 100)):
