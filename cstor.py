@@ -1763,11 +1763,9 @@ class Decompressed(Closing):
 
     def _read_on(self, first: bytes) -> Iterator[bytes]:
         """Yield the file, whose first bytes have been read."""
-        try:
+        with ErrorsAs(with_path, self.path):
             yield first
             yield from iter(lambda: self._raw.read(CHUNK), b"")
-        except OSError as error:
-            raise with_path(error, self.path) from None
 
     def read(self, count: int) -> bytes:
         """Return ``count`` bytes, or fewer at the end."""
@@ -11972,10 +11970,8 @@ class ProxiedOpener(Opener):
     def prepare(self, files: Iterable[tuple[Contents, bytes] | None]) -> None:
         """Start the helper, for forked processes to share it, if one of ``files`` is closed."""
         if any(contents.is_closed(name) for contents, name in filter(None, files)):
-            try:
+            with suppress(NeedsUnshare):  # said when the content is needed
                 self.helper(NeedsUnshare(""))
-            except NeedsUnshare:  # said when the content is needed
-                pass
 
     def close(self) -> None:
         """End the helper; harmless when repeated."""
@@ -12040,11 +12036,8 @@ class ContentServer(Dispatcher):
 
     def enter(self, params: dict[str, Any]) -> None:
         """Send the descriptor of a directory."""
-        fd = open_in_root(self._open_directory(params).fd, self._clean_name(params))
-        try:
+        with Opened(open_in_root(self._open_directory(params).fd, self._clean_name(params))) as fd:
             self._reply({}, [fd])
-        finally:
-            os.close(fd)
 
     def look(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the row of one file, as scan() has it."""
