@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound="Record")
     S = TypeVar("S", bound="Closing")
     D = TypeVar("D", bound="Directory")
+    Ranges = list[tuple[int, int, int]]  # of IDs; see map_id()
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
 else:
     import _signal as signal
@@ -3339,7 +3340,8 @@ class Container(Record):
         if isinstance(top, DiskTree):
             top.writable = True
             if top.layer and not top.layer.uidmap:
-                top.maps.append((self.uidmap, self.gidmap))  # of layers that are mounted with a map
+                # The layer is mounted with a map.
+                top.maps.append((id_ranges(self.uidmap), id_ranges(self.gidmap)))
         return tree
 
 
@@ -3661,7 +3663,7 @@ class Storage(Closing):
         self._malformed: dict[bytes, FormatError] = {}  # JSON files
         self._links: dict[str, str] | None = None
         self._podman: dict[str, dict[str, Any]] | None = None
-        self._id_maps: tuple[list[Any], list[Any]] | None = None
+        self._id_maps: tuple[Ranges, Ranges] | None = None
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
@@ -3735,8 +3737,8 @@ class Storage(Closing):
             [], ["0", "0", str(NO_ID)])
 
     @property
-    def id_maps(self) -> tuple[list[Any], list[Any]]:
-        """How IDs on disk are to be read, for users and groups: maps as in records; [] = as is.
+    def id_maps(self) -> tuple[Ranges, Ranges]:
+        """How IDs on disk are to be read, for users and groups: see map_id(); [] = as is.
 
         Whoever writes the records is root to his containers, and his sub-uids follow; see
         owner_ranges().  Seen by root of his namespace, it is so already.
@@ -3749,7 +3751,7 @@ class Storage(Closing):
             for maps, own, ranges in zip(self._id_maps, (uid, gid), both):
                 at = 0
                 for first, count in [(own, 1), *ranges]:
-                    maps.append({"container_id": at, "host_id": first, "size": count})
+                    maps.append((first, at, count))
                     at += count
         return self._id_maps
 
@@ -6025,7 +6027,7 @@ class DiskTree(LayerTree):
         # How IDs on disk are to be read, one map after the other.
         self.maps = [self.storage.id_maps] if self.storage else []
         if layer:
-            self.maps.append((layer.uidmap, layer.gidmap))
+            self.maps.append((id_ranges(layer.uidmap), id_ranges(layer.gidmap)))
         self._strangers: dict[str, set[tuple[int, int]]] = {}  # files at 65534, by why
         self._groups: dict[tuple[int, int], Node] = {}
         self._unseen: dict[Node, int] = {}  # how many more names a file has
@@ -6124,7 +6126,7 @@ class DiskTree(LayerTree):
         for uids, _ in self.maps:
             capability = xattrs.get(b"security.capability", b"")
             if uids and len(capability) == 24 and map_id(
-                    int.from_bytes(capability[20:], "little"), uids) == 0:  # of root in there
+                    int.from_bytes(capability[20:], "little"), uids, -1) == 0:  # of root in there
                 xattrs[b"security.capability"] = capability[:3] + b"\x02" + capability[4:20]
         node.size = status.st_size if node.type == "reg" else 0
         if node.type == "dir":
@@ -6148,7 +6150,7 @@ class DiskTree(LayerTree):
         uid, gid = status.st_uid, status.st_gid
         for number, (uids, gids) in enumerate(self.maps):
             if number and uids and uid == gid == 0 and node.parent is None:
-                if map_id(0, uids):
+                if map_id(0, uids, -1):
                     self._warn("shown as its container's root's: podman gives it to that when it "
                                "first starts the container")
                 break
@@ -6219,15 +6221,24 @@ class TarTree(LayerTree):
         raise Unsupported(f"{self.file}: only what is in its headers is known")
 
 
-def map_id(number: int, mappings: Sequence[Any], unknown: int = 65534) -> int:
-    """Return the ID in the container for one on disk; ``unknown`` when no mapping covers it."""
-    for entry in mappings:
-        inside, outside, size = (entry.get(key) if isinstance(entry, dict) else None
-                                 for key in ("container_id", "host_id", "size"))
-        if isinstance(inside, int) and isinstance(outside, int) and isinstance(size, int) \
-                and outside <= number < outside + size:
-            return inside + number - outside
-    return unknown if mappings else number
+def map_id(number: int, ranges: Sequence[Sequence[int]], unknown: int) -> int:
+    """Return the ID for another one by ``ranges``: first ID, first ID that it becomes, count.
+
+    What no range covers is ``unknown``; without any range all stay the same.
+    """
+    for first, other, count in ranges:
+        if first <= number < first + count:
+            return other + number - first
+    return unknown if ranges else number
+
+
+def id_ranges(mappings: Sequence[Any]) -> Ranges:
+    """Return the map of a record as ranges from IDs on disk; a malformed entry covers none."""
+    found: list[list[Any]] = [
+        [entry.get(key) if isinstance(entry, dict) else None
+         for key in ("host_id", "container_id", "size")] for entry in mappings]
+    return [(row[0], row[1], row[2]) if all(isinstance(each, int) for each in row) else (0, 0, 0)
+            for row in found]
 
 
 class Tree(Closing):
@@ -7437,8 +7448,8 @@ class OwnerMap:
     """
 
     def __init__(self, ranges: Sequence[str]) -> None:
-        self.users: list[tuple[int, int, int]] = []
-        self.groups: list[tuple[int, int, int]] = []
+        self.users: Ranges = []
+        self.groups: Ranges = []
         for text in check_words("owner_map", ranges):
             match = re.fullmatch(r"(?:([ug]):)?(\d{1,10}):(\d{1,10}):(\d{1,10})", text)
             numbers = tuple(map(int, match.groups()[1:])) if match else ()
@@ -7449,14 +7460,11 @@ class OwnerMap:
                     mappings.append((numbers[0], numbers[1], numbers[2]))
 
     @staticmethod
-    def shift(number: int, mappings: Sequence[tuple[int, int, int]]) -> int:
+    def shift(number: int, mappings: Ranges) -> int:
         """Return the ID outside; without any mapping it is the same.  Raises ValueError."""
-        for inside, outside, count in mappings:
-            if inside <= number < inside + count:
-                return outside + number - inside
-        if mappings:
+        if (found := map_id(number, mappings, -1)) < 0:
             raise ValueError(f"ID {number} is not covered by --owner-map")
-        return number
+        return found
 
     def capability(self, value: bytes) -> bytes:
         """Return security.capability for the shifted root: capabilities(7), namespaced ones.
@@ -12113,16 +12121,11 @@ class ContentServer(Dispatcher):
              ) -> list[Any]:
         status, link, xattrs = found
         numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
-                   self._outside(status.st_uid, 0), self._outside(status.st_gid, 1),
+                   *[map_id(number, ranges, number) for number, ranges in zip(
+                       (status.st_uid, status.st_gid), self._maps)],
                    status.st_size, status.st_rdev, status.st_mtime_ns]
         return [spell(name), numbers, spell(link),
                 {spell(key): value.hex() for key, value in xattrs.items()}]
-
-    def _outside(self, number: int, which: int) -> int:
-        for inside, outside, count in self._maps[which]:
-            if inside <= number < inside + count:
-                return outside + number - inside
-        return number
 
 
 # ================================================================================================

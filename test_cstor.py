@@ -12599,7 +12599,7 @@ class Helpers(StoreTest):
             with self.open(store) as storage, mock.patch("cstor.sub_ids", return_value=ranges):
                 uids, gids = storage.id_maps
                 self.assertEqual(uids, gids)
-                self.assertEqual(wanted, cstor.map_id(5, uids))
+                self.assertEqual(wanted, cstor.map_id(5, uids, 65534))
 
     def foreign(self) -> StoreBuilder:
         """Return a rootless store of uid 1234 on a disk, whose container has a file of uid 8."""
