@@ -836,28 +836,28 @@ class Directory(Closing):
     def open(self, name: bytes) -> int:
         """Open the regular file ``name`` for reading and return its descriptor.
 
-        FormatError when it is no regular file.  The type is looked up before the file is opened:
-        opening a FIFO can block and opening a device can act.
+        Raises FormatError when it is not a regular file.
         """
-        def open_regular(fd: int, base: bytes) -> int:
-            mode = os.stat(base, dir_fd=fd, follow_symlinks=False).st_mode
-            if not stat.S_ISREG(mode):
-                raise FormatError(f"is a {file_type(mode)}, not a regular file",
-                                  file=self.host_path(name))
-            return self.open_at(fd, base)
+        fd, status = self._in_parent(name, self.open_at)
+        if fd < 0:
+            raise FormatError(f"is a {file_type(status.st_mode)}, not a regular file",
+                              file=self.host_path(name))
+        return fd
 
-        return self._in_parent(name, open_regular)
+    def open_at(self, dir_fd: int, base: bytes) -> tuple[int, os.stat_result]:
+        """Open ``base`` in a directory that parent() returned; return descriptor and status.
+
+        The descriptor is -1 for anything but a regular file.  The type is looked up before the file
+        is opened: opening a FIFO can block and opening a device can act.
+        """
+        status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
+        return self._open(dir_fd, base, 0) if stat.S_ISREG(status.st_mode) else -1, status
 
     def open_near(self, name: bytes) -> int:
         """Open a regular file in the directory that parent() keeps; minus the type of another."""
         parent, _, base = name.rpartition(b"/")
-        dir_fd = self.parent(parent)
-        mode = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False).st_mode
-        return self.open_at(dir_fd, base) if stat.S_ISREG(mode) else -stat.S_IFMT(mode)
-
-    def open_at(self, dir_fd: int, base: bytes) -> int:
-        """Open the file ``base`` in a directory that parent() returned."""
-        return self._open(dir_fd, base, 0)
+        fd, status = self.open_at(self.parent(parent), base)
+        return fd if fd >= 0 else -stat.S_IFMT(status.st_mode)
 
     def _open(self, dir_fd: int, base: bytes, more: int) -> int:
         try:
@@ -3547,9 +3547,7 @@ class Contents(Directory):
         fd = self._ahead.pop(name, -1) if self._ahead else -1
         try:
             if fd < 0:
-                dir_fd = self.parent(parent)
-                status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
-                return self.open_at(dir_fd, base) if stat.S_ISREG(status.st_mode) else -1, status
+                return self.open_at(self.parent(parent), base)
         except PermissionError as error:
             if error.errno != errno.EACCES:
                 raise
@@ -9947,11 +9945,9 @@ class ExternalFiles(Closing):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        mode = os.lstat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise FormatError(f'"{display(path)}" is a {file_type(mode)}, not a regular file',
-                              file=self.path, line=number + 2)
-        self._fd = os.open(path, OPEN_FILE)
+        folder, base = os.path.split(path)
+        with Directory.at(os.fsdecode(folder)) as directory:
+            self._fd = directory.open(base)
         if os.fstat(self._fd).st_size != size:
             raise IntegrityError(f"{display(path)}: it has another size than the list says",
                                  expected=str(size), actual=str(os.fstat(self._fd).st_size))
