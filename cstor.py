@@ -2093,6 +2093,16 @@ def is_there(path: str) -> bool:
     return True
 
 
+def find_user(who: int | str) -> Any:
+    """Return the passwd entry of a user ID or name, None when there is none."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(who) if isinstance(who, int) else pwd.getpwnam(who)
+    except (ImportError, KeyError):
+        return None
+
+
 class _ConfigSearch:
     """One search for configuration files with one environment."""
 
@@ -2107,31 +2117,20 @@ class _ConfigSearch:
         outer = environ.get("_CONTAINERS_ROOTLESS_UID", "")
         if environ.get("_CONTAINERS_USERNS_CONFIGURED") and re.fullmatch("0*[1-9][0-9]*", outer):
             self.rootless, self.uid = True, int(outer)  # root only inside podman unshare
-        self.home = environ.get("HOME") or self._home_of(self.uid)
+        self.home = environ.get("HOME") or str(getattr(find_user(self.uid), "pw_dir", "/"))
+        self.user_file = os.path.join(environ.get("XDG_CONFIG_HOME") or os.path.join(
+            self.home, ".config"), "containers/storage.conf")
         self._sources: dict[str, str] = {}  # of each key, the file that set it
-
-    @staticmethod
-    def _home_of(uid: int) -> str:
-        try:
-            import pwd
-
-            return pwd.getpwuid(uid).pw_dir
-        except (ImportError, KeyError):
-            return "/"
 
     def system(self, path: str) -> str:
         return os.path.join(self.system_root, path)
-
-    def user_file(self) -> str:
-        base = self.environ.get("XDG_CONFIG_HOME") or os.path.join(self.home, ".config")
-        return os.path.join(base, "containers/storage.conf")
 
     # -- which of two -------------------------------------------------------------------------
 
     def judge(self, config: Config) -> None:
         """Find out whose a graph root is, and what is there."""
         config.own = not self.rootless or config.named_in.startswith(
-            os.path.dirname(self.user_file()) + "/") or config.named_in in (
+            os.path.dirname(self.user_file) + "/") or config.named_in in (
             "", *map(self.environ.get, ("CONTAINERS_STORAGE_CONF",
                                         "CONTAINERS_STORAGE_CONF_OVERRIDE")))
         try:
@@ -2170,18 +2169,15 @@ class _ConfigSearch:
 
     def _store_of_sudo_user(self) -> str:
         """Name the graph root of who called sudo, when there is a store; else ""."""
-        import pwd
-
         name = self.environ.get("SUDO_USER", "root")
-        if self.euid or name == "root":
+        if self.euid or name == "root" or not (user := find_user(name)):
             return ""
         try:
-            user = pwd.getpwnam(name)
             root = _ConfigSearch({"HOME": user.pw_dir, "USER": name}, user.pw_uid,
                                  self.system_root).old_scheme().graphroot
             return f"{name}'s storage is at {root}: run it without sudo, or use --root {root}" \
                 if holds_store(root) else ""
-        except (KeyError, CstorError, OSError):  # it would only be a hint
+        except (CstorError, OSError):  # it would only be a hint
             return ""
 
     # -- the two schemes ----------------------------------------------------------------------
@@ -2199,7 +2195,7 @@ class _ConfigSearch:
             own = self._has_user_file()  # it replaces all but this
             values = {key: value for key, value in values.items() if key.endswith("_storage_path")
                       or key == "storage.driver" and not own}
-            values.update(self._read(self.user_file(), config) if own else {})
+            values.update(self._read(self.user_file, config) if own else {})
         self._fill(config, values)
         return config
 
@@ -2212,7 +2208,7 @@ class _ConfigSearch:
             config.drop_ins = self._drop_ins()
         override = self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")
         for path in (*config.drop_ins, *([override] if override else [])):
-            merge_config(values, self._read(path, config))
+            values.update(self._read(path, config, values))
         self._fill(config, values)
         return config
 
@@ -2223,7 +2219,7 @@ class _ConfigSearch:
         """
         kinds = [f"rootless.conf.d/{self.uid}", "rootless.conf.d"] if self.rootless \
             else ["rootful.conf.d"]
-        dirs = [f"{self.user_file()}.d/", *(
+        dirs = [f"{self.user_file}.d/", *(
             self.system(f"{base}/containers/storage.{kind}/") for base in ("etc", "usr/share")
             for kind in (*kinds, "conf.d"))]
         chosen: dict[str, str] = {}
@@ -2235,18 +2231,19 @@ class _ConfigSearch:
 
     def _read_main(self, config: Config, own: bool) -> dict[str, Any]:
         """Read the first main file there is, the user's own only where it counts."""
-        paths = [self.user_file()] if own and self._has_user_file() else list(filter(is_there, (
+        paths = [self.user_file] if own and self._has_user_file() else list(filter(is_there, (
             self.system(f"{base}/containers/storage.conf") for base in ("etc", "usr/share"))))
         return self._read(paths[0], config) if paths else {}
 
     def _has_user_file(self) -> bool:
         try:
-            return is_there(self.user_file())
+            return is_there(self.user_file)
         except PermissionError:
-            raise NeedsUnshare(f"{self.user_file()}: Permission denied", hint="HOME and "
+            raise NeedsUnshare(f"{self.user_file}: Permission denied", hint="HOME and "
                                "XDG_CONFIG_HOME must name directories that you can read") from None
 
-    def _read(self, path: str, config: Config) -> dict[str, Any]:
+    def _read(self, path: str, config: Config, before: Mapping[str, Any] = {}
+              ) -> dict[str, Any]:
         variables = "CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE"
         named = [name for name in variables if self.environ.get(name) == path]
         if named and not is_there(path):
@@ -2254,7 +2251,7 @@ class _ConfigSearch:
                            hint="unset it, or let it name a storage.conf")
         data = b"" if path == os.devnull else read_whole(open_input(path), MAX_SPECIAL, path)
         config.files.append(path)
-        values = Toml(data, path).settings()
+        values = Toml(data, path).settings(before)
         self._sources.update(dict.fromkeys(values, path))
         return values
 
@@ -2335,10 +2332,7 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> list[tuple[int, int]]:
     users = re.findall(r"^([^:\n]+):[^:\n]*:(\d+):", read(etc + "/passwd"), re.M)
     names = {str(uid), *(name for name, number in users if int(number) == uid)}
     if not users or etc == "/etc":
-        with suppress(ImportError, KeyError):
-            import pwd
-
-            names.add(pwd.getpwuid(uid).pw_name)
+        names.add(getattr(find_user(uid), "pw_name", ""))
     found = re.findall(r"^[ \t]*([^:#\s]+):(\d{1,10}):0*([1-9]\d{0,9})[ \t]*$", read(file), re.M)
     return sorted((int(first), int(count)) for name, first, count in found if name in names)
 
@@ -2367,19 +2361,6 @@ def owner_ranges(uid: int, given: str, below: str, made_at: str = ""
                        if os.path.exists(given) else f"no such file or directory: {given}",
                        hint=f"write lines like {uid}:100000:65536, or name a directory like /etc")
     return found
-
-
-def merge_config(values: dict[str, Any], later: dict[str, Any]) -> None:
-    """Lay a later file over ``values``: key by key; arrays replace, or append when they say so."""
-    for key, value in later.items():
-        if isinstance(value, _Appended):
-            before = values.get(key)
-            value = [*(before if isinstance(before, list) else []), *value]
-        values[key] = value
-
-
-class _Appended(list):  # type: ignore[type-arg]
-    """An array with the element ``{append=true}``."""
 
 
 class Toml:
@@ -2426,8 +2407,11 @@ class Toml:
             raise FormatError("not UTF-8", file=file,
                               line=data.count(b"\n", 0, error.start) + 1) from None
 
-    def settings(self) -> dict[str, Any]:
-        """Return what concerns us as {"storage.key": value}, whatever the case of the keys."""
+    def settings(self, before: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """Return what concerns us as {"storage.key": value}, whatever the case of the keys.
+
+        An array replaces that of ``before``, the files read earlier, or adds to it if it says so.
+        """
         root = self.parse()
         found: dict[str, Any] = {}
         for name, (kind, word) in self.SETTINGS.items():
@@ -2440,17 +2424,18 @@ class Toml:
                 for table, key in matches:
                     self.at = self._places[id(table), key]
                     if depth == len(parts):
-                        found[name] = self._setting(name, table[key], kind, word)
+                        found[name] = self._setting(name, table[key], kind, word, before)
                     elif not isinstance(table[key], dict):
                         self._refuse(f'"{".".join(parts[:depth])}" must be a table')
         return found
 
-    def _setting(self, name: str, value: Any, kind: type[Any], word: str) -> Any:
+    def _setting(self, name: str, value: Any, kind: type[Any], word: str,
+                 before: Mapping[str, Any]) -> Any:
         if kind is list and isinstance(value, list):
             # {append=true} among the elements: they follow those of earlier files.
             marks = [item for item in value if item in ({"append": True}, {"append": False})]
-            value = (_Appended if marks and marks[-1]["append"] else list)(
-                item for item in value if item not in marks)
+            value = [*(before.get(name, ()) if marks and marks[-1]["append"] else ()),
+                     *(item for item in value if item not in marks)]
         strings = value if isinstance(value, list) else [value] * (kind is str)
         if not isinstance(value, kind) or not all(isinstance(item, str) for item in strings):
             self._refuse(f'"{name}" must be a {word}')
@@ -2704,14 +2689,14 @@ class Record:
         self._fields = record if all(map(str.islower, record)) \
             else {**{key.lower(): value for key, value in record.items()}, **record}
         self.volatile, self.readonly = volatile, readonly
-        self.id = self._take("id", "")
+        self.id = self._field("id", "")
         self.names = self._strings("names")
-        self.created = self._take("created", "")
-        self.metadata = self._take("metadata", "")
+        self.created = self._field("created", "")
+        self.metadata = self._field("metadata", "")
         self.big_data_names = self._strings("big-data-names")
-        self.flags: dict[str, Any] = self._take("flags", {})
-        self._sizes: dict[str, Any] = self._take("big-data-sizes", {})  # not of layers
-        self._digests: dict[str, Any] = self._take("big-data-digests", {})
+        self.flags: dict[str, Any] = self._field("flags", {})
+        self._sizes: dict[str, Any] = self._field("big-data-sizes", {})  # not of layers
+        self._digests: dict[str, Any] = self._field("big-data-digests", {})
         if not is_safe_id(self.id):
             self._faults.append(f'unusable ID "{display(self.id)}"')
         self._read_fields()
@@ -2761,27 +2746,27 @@ class Record:
         """What people call it: its first name, or the start of its ID."""
         return display(self.names[0] if self.names else self.id[:12])
 
-    def _take(self, key: str, default: T) -> T:
+    def _field(self, key: str, default: T) -> T:
         """Return a field, or ``default`` when it is missing, null or of another type."""
         if (value := self._fields.get(key)) is None:
             return default
         if not isinstance(value, type(default)) or isinstance(value, bool) \
                 or isinstance(value, int) and not -1 << 63 <= value < 1 << 63:
-            self._faults.append(f'field "{key}" is no {type(default).__name__}')
+            self._faults.append(f'field "{key}" must be of type {type(default).__name__}')
             return default
         return value
 
     def _strings(self, key: str) -> list[str]:
-        values: list[Any] = self._take(key, [])
+        values: list[Any] = self._field(key, [])
         if not all(isinstance(value, str) for value in values):
             self._faults.append(f'field "{key}" holds more than strings')
         return [value for value in values if isinstance(value, str)]
 
-    def path(self, name: bytes = b"") -> bytes:
+    def path(self, name: bytes = b"", kind: bytes = b"") -> bytes:
         """Return the name below the root of a file in this object's own directory."""
         if not is_safe_id(self.id):
             raise FormatError(f'unusable {self.WORD} ID "{display(self.id)}"')
-        return b"/".join((self.KIND, self.id.encode(), name))
+        return b"/".join((kind or self.KIND, self.id.encode(), name))
 
     @property
     def created_ns(self) -> int | None:
@@ -2796,13 +2781,13 @@ class Record:
 
         Raises NotFound, FormatError when it is recorded but missing, IntegrityError.
         """
-        name = self.path(big_data_file(key))
-        fd, path = self._open(name)
-        if fd < 0 and key in self.big_data_names:
-            raise FormatError(f'{self.WORD} {self.id}: big data item "{display(key)}" is recorded, '
-                              "but missing")
-        if fd < 0:
-            raise NotFound(f'{self.WORD} {self.id}: no big data item "{display(key)}"')
+        name, label = self.path(big_data_file(key)), f'{self.WORD} {self.id}: '
+        root = self.storage.find(name, self.root)
+        if root is None and key in self.big_data_names:
+            raise FormatError(f'{label}big data item "{display(key)}" is recorded, but missing')
+        if root is None:
+            raise NotFound(f'{label}no big data item "{display(key)}"')
+        fd, path = root.open(name), root.host_path(name)
         size, digest, actual = self._sizes.get(key), self._digests.get(key), os.fstat(fd).st_size
         if isinstance(size, int) and size != actual:
             os.close(fd)
@@ -2814,13 +2799,6 @@ class Record:
             if found != digest and not (key.startswith("manifest") and is_schema1(data)):
                 raise IntegrityError(f"{path}: wrong digest", expected=digest, actual=found)
         return data
-
-    def _open(self, name: bytes) -> tuple[int, str]:
-        """Open a file in the first root that has it, ours before all; return it and its path."""
-        for root in (self.root, *self.storage.roots):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                return root.open(name), root.host_path(name)
-        return -1, ""
 
 
 class Layer(Record):
@@ -2837,16 +2815,16 @@ class Layer(Record):
     _damage: list[str] | None = None
 
     def _read_fields(self) -> None:
-        self.parent = self._take("parent", "")
-        self.compressed_diff_digest = self._take("compressed-diff-digest", "")
-        self.diff_digest = self._take("diff-digest", "")
+        self.parent = self._field("parent", "")
+        self.compressed_diff_digest = self._field("compressed-diff-digest", "")
+        self.diff_digest = self._field("diff-digest", "")
         # Go omits 0: an empty blob has a digest and no size; without a digest nothing is known.
-        self.diff_size = self._take("diff-size", 0 if self.diff_digest else -1)
-        self.toc_digest = self._take("toc-digest", "")
-        number = self._take("compression", 0)
+        self.diff_size = self._field("diff-size", 0 if self.diff_digest else -1)
+        self.toc_digest = self._field("toc-digest", "")
+        number = self._field("compression", 0)
         self.compression = COMPRESSION[number] if 0 <= number < len(COMPRESSION) else str(number)
-        self.uidmap: list[Any] = self._take("uidmap", [])
-        self.gidmap: list[Any] = self._take("gidmap", [])
+        self.uidmap: list[Any] = self._field("uidmap", [])
+        self.gidmap: list[Any] = self._field("gidmap", [])
         self.incomplete = self.flags.get("incomplete") is True
         if self.incomplete:
             self._faults.append("incomplete: its creation was interrupted")
@@ -2866,8 +2844,7 @@ class Layer(Record):
         # podman 4.3.1 imports bzip2 and xz with the digest of the compressed file.
         if not self.diff_digest or digest in (self.diff_digest, self.compressed_diff_digest):
             return True
-        store = b"/".join((OVERLAY, self.id.encode(), b"additionallayer"))
-        return is_safe_id(self.id) and self.storage.find(store, self.root) is not None
+        return is_safe_id(self.id) and self.overlay_file(b"additionallayer")[0] is not None
 
     @property
     def link_id(self) -> str:
@@ -2898,8 +2875,7 @@ class Layer(Record):
 
     def overlay_file(self, name: bytes) -> tuple[Contents | None, bytes]:
         """Return (root that has overlay/<id>/name or None, that name below it)."""
-        self.path()  # refuses IDs that are no path component
-        path = b"/".join((OVERLAY, self.id.encode(), name))
+        path = self.path(name, OVERLAY)
         return self.storage.find(path, self.root), path
 
     def read_overlay_file(self, name: bytes) -> str:
@@ -2960,8 +2936,7 @@ class Layer(Record):
         return LayerUnknown(f"layer not known: {self.id}: it was removed while {what} was read")
 
     def _find_tar_split(self) -> tuple[Contents | None, bytes]:
-        self.path()  # refuses IDs that cannot be in a path
-        name = LAYERS + b"/" + self.id.encode() + TAR_SPLIT
+        name = self.path()[:-1] + TAR_SPLIT
         return self.storage.find(name, self.root), name
 
     def open_tar_split(self) -> tuple[int, str]:
@@ -3059,8 +3034,8 @@ class Image(Record):
     WORD = "image"
 
     def _read_fields(self) -> None:
-        self.digest = self._take("digest", "")
-        self.layer = self._take("layer", "")
+        self.digest = self._field("digest", "")
+        self.layer = self._field("layer", "")
         self.names_history = self._strings("names-history")
         self.mapped_layers = self._strings("mapped-layers")
         # All digests by which the image can be asked for.
@@ -3078,13 +3053,9 @@ class Image(Record):
         if not self.is_list and not self._chain() and self.diff_ids() is None:
             self._faults.append("no layer")
 
-    def manifest_bytes(self) -> bytes:
-        """Return the default manifest as stored.  Raises NotFound, IntegrityError."""
-        return self.big_data("manifest")
-
     def manifest(self) -> dict[str, Any]:
         """Return the default manifest, parsed: OCI, docker schema2 or schema1, or a list."""
-        return parse_object(self.manifest_bytes(), f"manifest of image {self.id}")
+        return parse_object(self.big_data("manifest"), f"manifest of image {self.id}")
 
     @property
     def is_list(self) -> bool:
@@ -3098,7 +3069,7 @@ class Image(Record):
         """Return the manifest list that this is, or was pulled through, as stored; else b""."""
         for key in ("manifest", f"manifest-{self.digest}", *self.big_data_names[::-1]):
             if key.startswith("manifest") and key in self.big_data_names:
-                data = self.manifest_bytes() if key == "manifest" else self.big_data(key)
+                data = self.big_data(key)
                 if is_index(parse_json(data, f"{key} of image {self.id}")):
                     return data
         return b""
@@ -3157,7 +3128,7 @@ class Image(Record):
         return parse_object(self.config_bytes(manifest), f"configuration of image {self.id}")
 
     def diff_ids(self) -> list[Any] | None:
-        """Return the DiffIDs of the configuration, base first; None where it has none to tell."""
+        """Return the DiffIDs of the configuration, base first; None when it does not tell."""
         try:
             manifest = self.manifest()
             config = self.config(manifest)
@@ -3278,10 +3249,10 @@ class Container(Record):
     WORD = "container"
 
     def _read_fields(self) -> None:
-        self.image = self._take("image", "")
-        self.layer = self._take("layer", "")
-        self.uidmap: list[Any] = self._take("uidmap", [])
-        self.gidmap: list[Any] = self._take("gidmap", [])
+        self.image = self._field("image", "")
+        self.layer = self._field("layer", "")
+        self.uidmap: list[Any] = self._field("uidmap", [])
+        self.gidmap: list[Any] = self._field("gidmap", [])
 
     def _look(self) -> None:
         if self.image and self.image not in [image.id for image in self.storage.images()]:
@@ -8439,7 +8410,7 @@ def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) 
     It is the stored one, byte for byte, if that is an OCI manifest of just these blobs; else one is
     made, with the stored one's digest in an annotation.
     """
-    data = image.manifest_bytes()
+    data = image.big_data("manifest")
     stored = image.manifest()
     found = stored.get("config")
     old = found if isinstance(found, dict) else {}
@@ -10894,7 +10865,7 @@ class _Session(Dispatcher):
         """Return manifest, configuration and layers, the top one first."""
         image = find_image(self.storage.images(), self._param(params, "imageId", ""))
         image = image.single()
-        return {"manifest": image.manifest_bytes().decode("utf-8", "replace"),
+        return {"manifest": image.big_data("manifest").decode("utf-8", "replace"),
                 "config": image.config_bytes().decode("utf-8", "replace"),
                 "layerDigests": [layer.id for layer in image.checked_chain()[::-1]]}
 
