@@ -7742,7 +7742,7 @@ class Extraction:
                 parent = batch[-3]
             batch += (parent, node.name if node.name == base else base, node)
             room -= node.size + BATCH // 64
-        yield batch
+        yield from [batch] * bool(batch)
 
     def _ticker(self, batches: Sequence[list[Any]]) -> Callable[[int], None]:
         """Return what tells the progress, given how many batches were begun."""

@@ -11159,7 +11159,7 @@ class Serving(StoreTest):
         known = {**said[0], "params": {"digest": sha256(b"other")}}
         with self.saying(known, *said[1:], {"result": {}, "id": 1}):
             for command in (export, extract):
-                self.assertIn("gives another layer", run(*command, "--digest", sha256(tar),
+                self.assertIn("sends another layer", run(*command, "--digest", sha256(tar),
                                                          status=4))
         with self.saying(*said, hold=True, ask=False):  # a server that talks first
             for command in (("export", "-", "-o", out), ("extract", "-", out)):
