@@ -228,11 +228,11 @@ class IntegrityError(CstorError):
 
 
 class Unsupported(CstorError):
-    """Right by itself, but nothing that can be read here: another driver, bytes that are gone."""
+    """Valid, but this program cannot read it: another driver, or contents that are gone."""
 
 
 class NeedsUnshare(CstorError, PermissionError):
-    """Closed to this user: mostly a sub-uid's file, for which a user namespace is needed."""
+    """Permission denied: mostly for a sub-uid's file, which needs a user namespace."""
 
 
 class ProtocolError(CstorError):
@@ -244,12 +244,12 @@ class ProtocolError(CstorError):
 
 
 def add_hint(error: BaseException, text: str) -> None:
-    """Add to what the command line says of an error."""
+    """Add a next step to what the command line prints for an error."""
     vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
 
 
 class _Silent(ProtocolError):
-    """A peer does nothing."""
+    """A peer did nothing in time."""
 
 
 # Class, exit status, code of JSON-RPC, name in org.composefs.Oci; the first row that fits counts.
@@ -9141,11 +9141,11 @@ class FetchedImage(Closing):
 # ================================================================================================
 # 18. Streams
 #
-# A layer's tar on its way to somebody else: what stands between contents as bytes, contents as
-# bytes or as open files, which the receiver can reflink.  Put together again they are the tar, bit
-# for bit.  Two spellings, both without header, end and checksum:
+# A layer's tar on its way to another program: headers and padding as bytes, contents as bytes or
+# as open files, which the receiver can reflink.  Joined again they are the tar, bit for bit.  Two
+# codecs, neither with a header, an end mark or a checksum:
 #   splitfdstream     i64 -N and N bytes, or i64 P: the content of open file P, from 0
-#   splitdirfdstream  00 u32 N and N bytes of headers and padding; 01 likewise, content;
+#   splitdirfdstream  00 u32 N and N bytes of headers and padding; 01 the same with content;
 #                     02 u64 SIZE u32 D u32 N and N bytes: the content of that file in directory D
 # Numbers are little-endian.  A reader yields chunks: bytes or a PassedFile.  read_stream() finds
 # the tar's headers in them, which bound each content; LayerStream checks the whole.  No memory is
@@ -9158,8 +9158,8 @@ MAX_INLINE = 256 << 20  # one chunk of a stream
 class PassedFile:
     """The whole content of the open file ``fd``, from offset 0.
 
-    ``length`` is what the sender says of it, -1 = nothing.  Good until the next chunk is asked for:
-    who made it closes the descriptor then.
+    ``length`` is the size that the sender told, or -1.  Valid until the next chunk is read: its
+    maker closes the descriptor then.
     """
 
     __slots__ = ("fd", "length")
@@ -9171,14 +9171,14 @@ class PassedFile:
 def check_passed(fd: int) -> int:
     """Return the size of a file that a peer passed.
 
-    Raises ProtocolError (FD_ERROR) for what is no regular file, or is not open for reading.
+    Raises ProtocolError (FD_ERROR) unless it is a regular file that is open for reading.
     """
     status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
     if not stat.S_ISREG(status.st_mode):
         raise ProtocolError(f"a {file_type(status.st_mode)} was passed, not a regular file",
                             code=FD_ERROR)
     if flags & os.O_PATH or flags & (os.O_WRONLY | os.O_RDWR) == os.O_WRONLY:
-        raise ProtocolError("a file was passed that is not open for reading", code=FD_ERROR)
+        raise ProtocolError("the passed file is not open for reading", code=FD_ERROR)
     return status.st_size
 
 
@@ -9213,7 +9213,7 @@ class SplitfdstreamReader(_ChunkReader):
     """The chunks of a splitfdstream: iterating yields bytes and PassedFile.
 
     ``read(n)`` returns n bytes, or fewer at the end only; ``externals(p)`` the descriptor of
-    external file p, which stays its own (IndexError or KeyError: there is none).  Raises
+    external file p, which the caller keeps (IndexError or KeyError when it is unknown).  Raises
     FormatError with the offset.
     """
 
@@ -9239,9 +9239,9 @@ class SplitfdstreamReader(_ChunkReader):
 class SplitdirfdstreamReader(_ChunkReader):
     """The chunks of a splitdirfdstream: iterating yields bytes and PassedFile.
 
-    ``directories`` are descriptors, which stay the caller's; files are opened beneath them, and no
-    link out of them is followed.  Those of up to ``threshold`` bytes are read here.  Raises
-    FormatError with the offset, OSError for what cannot be opened.
+    ``directories`` are descriptors, which the caller keeps; files are opened beneath them, and no
+    link leads out.  Files of up to ``threshold`` bytes become bytes.  Raises FormatError with the
+    offset, OSError for a file that cannot be opened.
     """
 
     def __init__(self, read: Callable[[int], bytes], directories: Sequence[int],
@@ -9315,7 +9315,7 @@ class _ChunkWriter:
                 self._room -= len(part)
 
     def break_off(self) -> None:
-        """After an error, leave a stream that nobody takes for whole: it has no mark of its end."""
+        """After an error, damage the stream: without an end mark it would look whole."""
         if not self._room:
             self._write(self._broken)
 
@@ -9324,7 +9324,7 @@ class SplitfdstreamWriter(_ChunkWriter):
     """Writes a splitfdstream from the pieces of read_pieces().
 
     A whole file of more than ``threshold`` bytes is offered to ``external(extent)``, which takes it
-    as number ``files`` and returns True, or leaves it to be written inline.
+    as number ``files`` and returns True; else it is written inline.
     """
 
     def __init__(self, write: Callable[[Any], object],
@@ -9347,8 +9347,8 @@ class SplitfdstreamWriter(_ChunkWriter):
 class SplitdirfdstreamWriter(_ChunkWriter):
     """Writes a splitdirfdstream from the pieces of read_pieces().
 
-    A whole file is offered to ``external(extent)``, which returns (number of a directory, name in
-    it, relative), or None: inline, as are files whose names are not UTF-8 (composefs takes none).
+    A whole file is offered to ``external(extent)``, which returns (number of a directory, relative
+    name in it), or None to write it inline.  Composefs refuses names that are not UTF-8: inline.
     """
 
     def __init__(self, write: Callable[[Any], object],
@@ -9407,7 +9407,7 @@ class _Source:
         if not self._fill():
             return b""
         if self._passed:
-            raise self._error("an open file stands where there is no content of a regular file")
+            raise self._error("unexpected file descriptor inside headers")
         data = self._data[self._at:self._at + most]
         self._at += len(data)
         self.offset += len(data)
@@ -9849,7 +9849,7 @@ def write_stream(layer: Layer, out: BinaryIO, listing: BinaryIO | None = None, *
 
 
 def place_of(fd: int) -> bytes:
-    """Return the absolute path where an open file lies, b"" when there is none any more."""
+    """Return the absolute path of an open file, b"" when it was removed."""
     with suppress(OSError):
         path = os.readlink(b"/proc/self/fd/%d" % fd)
         if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
@@ -9929,17 +9929,18 @@ class ExternalFiles(Closing):
 # 19. Transport
 #
 # JSON objects over a Unix stream socket, with file descriptors (SCM_RIGHTS), in two framings:
-#   JSON-RPC 2.0  objects back to back, white space between them or none.  A message with
+#   JSON-RPC 2.0  objects back to back, with or without white space between them.  A message with
 #                 descriptors has their number in "fds" (jsonrpc-fdpass), or, as before 2026, an
 #                 object {"__jsonrpc_fd__":true,"index":i} for each in its params.  They queue up
-#                 in the order of sending: what is beyond 253 at a time follows on the bytes left,
-#                 or on a space each.  Whoever reads waits for late ones, and keeps early ones: a
-#                 sender may join messages, and the kernel cuts that anywhere.  When nothing more
-#                 is due, none may be left
-#   varlink       each object ended by a NUL byte; descriptors come with their message's first
-#                 byte.  The kernel ends a reading behind the bytes that descriptors came with: if
-#                 those are all taken, it was with the last message taken
-# What a peer makes us keep is bounded: message size, nesting, descriptors, waiting time.
+#                 in the order of sending: 253 at a time, the next with the remaining bytes, or
+#                 with a space each.  A reader waits for late ones and keeps early ones: a sender
+#                 may join messages, and the kernel cuts them anywhere.  None may be left when
+#                 nothing more is due
+#   varlink       each object ends with a NUL byte; descriptors come with their message's first
+#                 byte.  The kernel ends a read after the bytes that descriptors came with: once
+#                 all those bytes are taken, so is the message of the descriptors
+# Caller asks and Dispatcher answers, in both.  What a peer can make this process hold is bounded:
+# message size, nesting, descriptors, waiting time.
 # ================================================================================================
 
 MAX_MESSAGE = 64 << 20  # one JSON message between processes
@@ -9970,12 +9971,12 @@ class Message(Closing):
 
 
 class Connection(Closing):
-    """One end of a Unix stream socket that carries messages; owns it and what was received.
+    """One end of a Unix stream socket that carries messages; owns it and what it received.
 
     ``timeout`` is how many seconds a peer may do nothing where something is due, ``max_fds`` how
     many descriptors may wait, ``max_message`` the bytes of one message.  ``varlink`` changes the
-    framing, which the first message that comes decides with ``either``.  A context manager.
-    Raises ProtocolError for all that a peer does wrong.
+    framing; with ``either`` the first message that comes decides it.  A context manager.  Raises
+    ProtocolError for every mistake of a peer.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float | None = PEER_TIMEOUT,
@@ -9995,7 +9996,7 @@ class Connection(Closing):
         sock.settimeout(None)  # no call blocks: MSG_DONTWAIT
 
     def close(self) -> None:
-        """Close the socket and the descriptors that nobody took; harmless when repeated."""
+        """Close the socket and the descriptors that were not taken; harmless when repeated."""
         self.socket.close()
         while self._fds:
             os.close(self._fds.pop()[1])
@@ -10003,14 +10004,14 @@ class Connection(Closing):
     # -- sending ---------------------------------------------------------------------------------
 
     def send(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Send one message with descriptors, which stay the caller's."""
+        """Send one message with descriptors, which the caller keeps."""
         if fds and not self.varlink:
             value = {**value, "fds": len(fds)}
         data = json.dumps(value, separators=(",", ":")).encode()
         self.send_bytes(data + b"\0" * self.varlink, fds)
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes, and the descriptors with the first ones of them and with spaces behind."""
+        """Send bytes, and descriptors with the first of them and with spaces after them."""
         import socket
         import struct
 
@@ -10036,16 +10037,16 @@ class Connection(Closing):
                     raise ProtocolError("the other end has closed the connection") from None
                 if error.errno != errno.ETOOMANYREFS:
                     raise ProtocolError(f"the connection failed: {error.strerror}") from None
-                if not self._deadline.pause():  # more descriptors are under way than may be
+                if not self._deadline.pause():  # too many descriptors are in flight
                     raise self._deadline.error() from None
 
     # -- receiving -------------------------------------------------------------------------------
 
     def receive(self, idle: float | None = None) -> Message | None:
-        """Return the next message, None when the other end has closed at a good place.
+        """Return the next message, None when the other end has closed between messages.
 
-        It may begin within ``idle`` seconds, and has to come whole within ``timeout``.  After an
-        error the connection is of no more use for receiving.
+        It must begin within ``idle`` seconds, and be complete within ``timeout``.  After an error
+        nothing more can be received on this connection.
         """
         self.idle_since = time.monotonic()
         end, fresh = self._boundary(), not self._buffer
@@ -10067,7 +10068,7 @@ class Connection(Closing):
             self.either, self.varlink = False, not {"jsonrpc", "id"} & value.keys()
         if self.varlink:
             if not self._buffer and not self._fill() or self._buffer[0]:
-                raise ProtocolError("no NUL byte behind a message of varlink", code=PARSE_ERROR)
+                raise ProtocolError("no NUL byte after a varlink message", code=PARSE_ERROR)
             self._drop(1)
         count = len(self._passed()) if self.varlink else count_fds(value)
         if count > self.max_fds:
@@ -10108,9 +10109,9 @@ class Connection(Closing):
         return bool(data)
 
     def _boundary(self) -> int:
-        """Return where the message ends that the buffer begins with, -1 when it is not all here.
+        """Return the end of the message that the buffer begins with, -1 when it is incomplete.
 
-        What was looked at once is not looked at again.
+        No byte is looked at twice.
         """
         buffer = self._buffer
         if self.varlink and not self.either:
@@ -10141,14 +10142,14 @@ class Connection(Closing):
             self._at = at + 1
             if not 0 <= self._depth <= MAX_DEPTH:
                 raise ProtocolError("malformed JSON, or nested too deep", code=PARSE_ERROR)
-            if self._tokens > self.max_message // 16:  # what it becomes is 30 times as large
+            if self._tokens > self.max_message // 16:  # parsed, it is 30 times as large
                 raise ProtocolError("a message of too many parts", code=INVALID_REQUEST)
             if not self._depth and not self._inside:
                 self._tokens = 0
                 return self._at
 
     def _skip_blanks(self) -> None:
-        """Leave white space behind.  Raises ProtocolError where no object begins then."""
+        """Skip white space.  Raises ProtocolError unless an object begins after it."""
         blank = re.compile(rb"[ \t\r\n]*").match(self._buffer)
         self._drop(blank.end() if blank else 0)
         if self._buffer and self._buffer[0] != 0x7b:
@@ -10161,12 +10162,12 @@ class Connection(Closing):
         self._at = 0
 
     def _passed(self) -> list[int]:
-        """Return the descriptors that came with bytes which are all taken."""
+        """Return the descriptors whose bytes are all taken."""
         taken = self._received - len(self._buffer)
         return [fd for at, fd in self._fds if at <= taken]
 
     def settle(self) -> None:
-        """Raise ProtocolError when descriptors are left over; for where no more is due."""
+        """Raise ProtocolError when descriptors are left although nothing more is due."""
         if self._fds:
             raise ProtocolError("mismatched count: more file descriptors came than a message says",
                                 code=FD_ERROR)
@@ -10175,15 +10176,15 @@ class Connection(Closing):
 def parse_message(data: bytes) -> dict[str, Any]:
     """Parse the JSON object of a message.
 
-    Raises ProtocolError for what parsers read differently as well: duplicate names, NaN.
+    Raises ProtocolError also where parsers disagree: duplicate names, NaN.
     """
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name stands twice in one object")
+            raise ValueError("an object has the same name twice")
         return dict(pairs)
 
     def refuse(text: str) -> NoReturn:
-        raise ValueError(f"{text[:20]} is no number")
+        raise ValueError(f"{text[:20]} is not a number")
 
     def integer(text: str) -> int:
         return int(text) if len(text) < 25 else refuse(text)  # it costs the square of its length
@@ -10197,12 +10198,12 @@ def parse_message(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"malformed JSON: {error}", code=PARSE_ERROR) from None
     if not isinstance(value, dict):
-        raise ProtocolError("a message that is no object", code=INVALID_REQUEST)
+        raise ProtocolError("the message is not an object", code=INVALID_REQUEST)
     return value
 
 
 def count_fds(value: dict[str, Any]) -> int:
-    """Return how many descriptors a JSON-RPC message says that it has.
+    """Return how many descriptors a JSON-RPC message announces.
 
     The older form has a placeholder for each, with indices from 0 on.  Raises ProtocolError.
     """
@@ -10218,8 +10219,8 @@ def count_fds(value: dict[str, Any]) -> int:
             todo += item
     count = value.get("fds", len(indices))
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ProtocolError(f'"fds" is no number of file descriptors: {display(repr(count)[:40])}',
-                            code=FD_ERROR)
+        raise ProtocolError('"fds" is not a number of file descriptors: '
+                            + display(repr(count)[:40]), code=FD_ERROR)
     if indices and (count != len(indices) or not all(type(index) is int for index in indices)
                     or sorted(indices) != list(range(count))):
         raise ProtocolError("the placeholders of file descriptors are not numbered from 0 to "
@@ -10249,15 +10250,16 @@ class Caller(Closing):
                 raise ProtocolError(f"{method}: the answer is not a result without files")
             return result
 
-    def _ask(self, method: str, params: dict[str, Any], fds: Sequence[int] = (), **more: Any
-             ) -> None:
+    def _ask(self, method: str, params: dict[str, Any], *, more: bool = False) -> None:
+        """Send a request; with ``more`` a varlink server may answer several times."""
         self._number += 1
-        # zlink closes the connection for empty parameters of a method that has none.
-        request = {"method": method, **({"parameters": params} if params else {}), **more} \
-            if self.varlink else \
-            {"jsonrpc": "2.0", "method": method, "params": params, "id": self._number}
+        if self.varlink:  # zlink closes the connection for empty parameters
+            request = {"method": method, **({"parameters": params} if params else {}),
+                       **({"more": True} if more else {})}
+        else:
+            request = {"jsonrpc": "2.0", "method": method, "params": params, "id": self._number}
         try:
-            self.connection.send(request, fds)
+            self.connection.send(request)
         except ProtocolError:  # a server that refuses its client says why before it closes
             with self._next() as message:
                 self._result(message)
@@ -10435,13 +10437,13 @@ def varlink_error(error: Exception) -> dict[str, Any]:
 
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
-    """Call shutdown(2); a socket that has gone by itself does not matter."""
+    """Call shutdown(2); it does not matter when the peer has already closed."""
     with suppress(OSError):
         sock.shutdown(how)
 
 
 def peer_uid(sock: socket.socket) -> int:
-    """Return the user of the process that made or connected the other end."""
+    """Return the uid of the process at the other end, as of when it connected."""
     import socket
     import struct
 
@@ -10450,7 +10452,7 @@ def peer_uid(sock: socket.socket) -> int:
 
 
 def with_short_path(path: str, action: Callable[[str], T]) -> T:
-    """Call ``action`` with an address for a socket at ``path``: there are 108 bytes for it."""
+    """Call ``action`` with an address for a socket at ``path``: an address has 108 bytes."""
     if len(os.fsencode(path)) < 108:
         return action(path)
     folder, name = os.path.split(path)
@@ -10484,8 +10486,8 @@ def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
 class ListeningSocket:
     """A Unix socket at ``path`` that listens, open to this user alone; removed at the end.
 
-    A context manager that gives the socket.  What a server that was killed has left there is
-    replaced.  Raises OSError with the path: EADDRINUSE when a server lives, EEXIST for no socket.
+    A context manager that gives the socket.  It replaces the socket of a server that was killed.
+    Raises OSError with the path: EADDRINUSE when a server listens, EEXIST for another kind of file.
     """
 
     def __init__(self, path: str) -> None:
@@ -10500,7 +10502,7 @@ class ListeningSocket:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with_short_path(temporary, self.socket.bind)
-            os.chmod(temporary, 0o600)  # before it listens nobody can connect
+            os.chmod(temporary, 0o600)  # nobody can connect before it listens
             self._status = os.lstat(temporary)
             self.socket.listen(64)
             os.link(temporary, path)  # of several servers one comes first
@@ -10520,7 +10522,7 @@ class ListeningSocket:
         try:
             status = os.lstat(self.path)
             if not stat.S_ISSOCK(status.st_mode):
-                raise OSError(errno.EEXIST, "it is no socket", self.path)
+                raise OSError(errno.EEXIST, "it is not a socket", self.path)
             connect(self.path, 1.0).close()
         except ConnectionRefusedError:
             if os.path.samestat(os.lstat(self.path), status):
@@ -10546,7 +10548,7 @@ class ListeningSocket:
 # 20. Server
 #
 # Each client is a connection, served by a thread.  The protocol is detected from the first message.
-# A layer that fails while it is sent is broken off visibly, so that no reader takes it for whole.
+# When a layer fails while it is sent, its stream ends damaged: no reader takes it for whole.
 # ================================================================================================
 
 F_ADD_SEALS, F_SEAL_ALL = 1033, 15  # no more seals, not shorter, not longer, not written
@@ -10588,9 +10590,9 @@ PLACE_PATIENCE = 2  # seconds that a client waits for a place among those that a
 class RpcServer:
     """Gives the layers of a storage to this user's processes and root's, over Unix sockets.
 
-    ``opener`` is called for each client, each has a thread, and there may be ``clients`` at a time:
-    then the one that is idle for longest has to go.  ``timeout`` is the seconds that one may take
-    for what is due, ``idle`` those between its requests.
+    ``opener`` is called for each client, and each has a thread.  With ``clients`` connected, a new
+    one replaces the one that is idle for longest.  ``timeout`` is how many seconds a client may do
+    nothing where something is due, ``idle`` how many between its requests.
     """
 
     def __init__(self, opener: Callable[[], Storage], *, clients: int = 64,
@@ -10626,8 +10628,8 @@ class RpcServer:
         poll.register(wake, select.POLLIN)
         try:
             while not self._stopping:
-                # Python calls a signal's handler between steps of ours: if it comes just before
-                # poll(2), nothing else would end that.
+                # Python calls a signal's handler between two steps of this code: when the signal
+                # comes just before poll(2), only this timeout ends that.
                 poll.poll(500)
                 try:
                     sock = listener.accept()[0]
@@ -10655,7 +10657,7 @@ class RpcServer:
                 self._empty.wait_for(lambda: not self._clients, patience)
 
     def handle(self, sock: socket.socket) -> None:
-        """Answer one client until it closes its end, which is then closed here as well."""
+        """Answer one client until it closes its end; close this end, too."""
         with Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
                         either=True) as connection:
             try:
@@ -10666,7 +10668,7 @@ class RpcServer:
                 with _Session(self, connection) as session:
                     session.run()
             except (CstorError, ImportError, OSError, MemoryError):
-                pass  # the client was told, or has gone
+                pass  # the client was told, or is gone
             finally:
                 connection.close()  # before it counts as gone
                 with self._lock:
@@ -10676,7 +10678,7 @@ class RpcServer:
     def _admit(self, client: Connection) -> str:
         """Give a client a place, when there is one soon; return why it has none, else ""."""
         if peer_uid(client.socket) not in (0, os.geteuid()):
-            return "this server is for another user"
+            return f"this server serves only uid {os.geteuid()} and root"
         deadline = Deadline(PLACE_PATIENCE)
         with self._lock:
             while len(self._clients) >= self._room and not self._stopping and deadline.left():
@@ -10691,9 +10693,9 @@ class RpcServer:
         return ""
 
     def take_fds(self, wanted: int) -> int:
-        """Return how many of the wanted descriptors a client gets; they are to be given back."""
+        """Return how many of the wanted descriptors a client gets; give_back() ends the loan."""
         with self._lock:
-            count = min(wanted, self._spare_fds * 3 // 4)  # others are to get some as well
+            count = min(wanted, self._spare_fds * 3 // 4)  # leave some to others
             self._spare_fds -= count
             return count
 
@@ -10751,7 +10753,7 @@ class _Session(Dispatcher):
         """Send a layer as a file that holds the stream, and its external files."""
         layer = self._layer(params, "layer")
         if params.get("compressed") not in (None, False):
-            raise ProtocolError("layers are given uncompressed", code=BAD_PARAMS)
+            raise ProtocolError("layers are sent uncompressed only", code=BAD_PARAMS)
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
         fds: list[int] = []
@@ -10766,10 +10768,11 @@ class _Session(Dispatcher):
         try:
             chosen, inline = choose_external(layer, threshold, most)
             if inline > MAX_SPOOL:
-                raise ProtocolError(f"{counted(inline, 'byte')} would be in the stream: "
-                                    "StreamLayer has no such limit", code=INVALID_REQUEST)
+                raise ProtocolError(f"{counted(inline, 'byte')} are too many for one stream file: "
+                                    "use StreamLayer, which has no limit", code=INVALID_REQUEST)
             with open_spool(inline) as spool:
-                write_pieces(layer, SplitfdstreamWriter(spool.write, external, threshold=threshold))
+                writer = SplitfdstreamWriter(spool.write, external, threshold=threshold)
+                write_pieces(layer, writer.add)
                 result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell(),
                           "digest": layer.diff_digest, "size": layer.diff_size}
                 fds.insert(0, seal_spool(spool))
@@ -10786,7 +10789,7 @@ class _Session(Dispatcher):
         layer = self._layer(params, "layer")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
         known = {"digest": layer.diff_digest, "size": layer.diff_size}
-        os.close(layer.open_tar_split()[0])  # what is missing is better said before the start
+        os.close(layer.open_tar_split()[0])  # if it is missing, say so before the start
         self._notify("stream.start", {"layer": layer.id, **known})
         count = self._send_chunks(layer, threshold, "stream.seg", "stream.file", lambda member: {})
         self._notify("stream.end", {**known, "files": count})
@@ -10819,29 +10822,29 @@ class _Session(Dispatcher):
         parts, size, count = [], 0, 0  # type: list[bytes], int, int
 
         def flush() -> None:
+            nonlocal size
             if parts:
                 data = binascii.b2a_base64(b"".join(parts), newline=False).decode()
                 self._notify(segment, {"data": data})
                 parts.clear()
+                size = 0
 
-        pieces = read_pieces(layer)
-        try:
-            for piece in pieces:
-                if isinstance(piece, Extent) and piece.length > threshold and piece.is_whole_file:
+        def add(piece: bytes | Extent) -> None:
+            nonlocal size, count
+            if isinstance(piece, Extent) and piece.length > threshold and piece.is_whole_file:
+                flush()
+                self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
+                                    **more(piece.member)}, [piece.fd])
+                count += 1
+                return
+            for data in whole_chunks(piece):
+                parts.append(data)
+                size += len(data)
+                if size >= SEGMENT_SIZE:
                     flush()
-                    self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
-                                        **more(piece.member)}, [piece.fd])
-                    count, size = count + 1, 0
-                    continue
-                for data in whole_chunks(piece):
-                    parts.append(data)
-                    size += len(data)
-                    if size >= SEGMENT_SIZE:
-                        flush()
-                        size = 0
-            flush()
-        finally:
-            pieces.close()
+
+        write_pieces(layer, add)
+        flush()
         return count
 
     # -- images and lists ------------------------------------------------------------------------
@@ -10870,21 +10873,21 @@ class _Session(Dispatcher):
                 "layerDigests": [layer.id for layer in image.checked_chain()[::-1]]}
 
     def initialize(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the version of a proxy, as it is asked for."""
+        """Return the version of a proxy, in the form that the client asks for."""
         if params.get("version") == 2:
             return {"version": "2.0.0", "capabilities": ["tar-split-stream"]}
         return {"value": {"version": "1.0.0", "v1_compat": "0.2.8"}}
 
     def open_image(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the number by which an image is to be named from now on."""
+        """Return the number that names an image from now on."""
         reference = self._param(params, "image_ref", "")
         match = re.fullmatch(r"containers-storage:(?:\[(?:overlay@)?([^\]]+)\])?(.*)", reference)
         if match and match[1]:
             if not can_be_path(match[1]):
-                raise ImageUnknown(f"image not known: {display(reference)}: that is no path")
+                raise ImageUnknown(f"image not known: {display(reference)}: not a path")
             roots = [os.path.realpath(root.path) for root in self.storage.roots]
             if os.path.realpath(match[1].partition("+")[0]) not in roots:
-                raise ImageUnknown(f"image not known: {reference}: another storage is served here")
+                raise ImageUnknown(f"image not known: {reference}: this server has another storage")
         image = find_image(self.storage.images(), match[2] if match else reference).single()
         image.checked_chain()
         number = max(self._images, default=0) + 1
@@ -10895,7 +10898,7 @@ class _Session(Dispatcher):
 
     def _image_of(self, params: dict[str, Any]) -> Image:
         if (number := self._param(params, "image_id", 0)) not in self._images:
-            raise ImageUnknown(f"image not known: no image is open by the number {number}")
+            raise ImageUnknown(f"image not known: no open image has the number {number}")
         return self._images[number]
 
     def close_image(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -10933,13 +10936,13 @@ class _Session(Dispatcher):
         """Return the layer that a call names: by its place, or by DiffID."""
         place, diff_id = params.get("storage"), params.get("diff_id")
         if (place is None) == (diff_id is None):
-            raise ProtocolError("one of storage and diff_id is to be given", code=INVALID_REQUEST)
+            raise ProtocolError("give exactly one of storage and diff_id", code=INVALID_REQUEST)
         if place is None:
             return self._layer(params, "diff_id")
         path = place.get("storage_path") if isinstance(place, dict) else None
         if not isinstance(path, str) or not can_be_path(path) or os.path.realpath(path) not in [
                 os.path.realpath(root.path) for root in self.storage.roots]:
-            raise ImageUnknown(f"no storage is served at {display(str(path))}")
+            raise ImageUnknown(f"this server has no storage at {display(str(path))}")
         return self._layer(place, "layer_id")
 
     def oci_layer(self, params: dict[str, Any]) -> None:
@@ -10951,7 +10954,7 @@ class _Session(Dispatcher):
             raise ProtocolError("params are missing", code=INVALID_REQUEST)
         layer = self._oci_layer(inner)
         diff = layer.diff()
-        os.close(layer.open_tar_split()[0])  # what is missing is better said before the reply
+        os.close(layer.open_tar_split()[0])  # if it is missing, say so before the reply
         source, sink, kept, alive = (open(fd, mode, 0) for _ in range(2) for fd, mode in zip(
             os.pipe2(os.O_CLOEXEC), ("rb", "wb")))
         with source, sink, kept, alive, diff:
@@ -10960,14 +10963,14 @@ class _Session(Dispatcher):
                 "dir_count": 1, "layer": layer.id, "digest": layer.diff_digest,
                 "size": layer.diff_size}, "continues": False},
                 [source.fileno(), diff.fd, alive.fileno()])
-            source.close()  # so that a client which goes is noticed
+            source.close()  # so that writing fails when the client is gone
             pipe = _PipeWriter(sink.fileno(), self.server.timeout)
             writer = SplitdirfdstreamWriter(pipe.write, place.find)
             try:
-                write_pieces(layer, writer)
+                write_pieces(layer, writer.add)
                 pipe.flush()
             except (CstorError, OSError) as error:
-                # It was answered: who looks for more learns why, all others that it is broken.
+                # The answer is sent: a client that reads on learns why, others see the damage.
                 if not isinstance(error, ProtocolError):
                     self.connection.send(varlink_error(error))
                     writer.break_off()
@@ -10976,7 +10979,7 @@ class _Session(Dispatcher):
 
 
 class _PipeWriter:
-    """Writes to a pipe; its last byte waits for flush(), so that after a kill a chunk is cut."""
+    """Writes to a pipe; the last byte waits for flush(), so that a kill cuts a chunk."""
 
     def __init__(self, fd: int, timeout: float) -> None:
         self._fd, self._timeout, self._buffer = fd, timeout, bytearray()
@@ -10984,13 +10987,13 @@ class _PipeWriter:
         widen_pipe(fd)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Take some bytes."""
+        """Write bytes, perhaps later."""
         self._buffer += data
         if len(self._buffer) >= CHUNK:
             self.flush(1)
 
     def flush(self, kept: int = 0) -> None:
-        """Write what was taken, but for the last bytes that are ``kept``."""
+        """Write all but the last ``kept`` bytes."""
         view = memoryview(bytes(self._buffer[:len(self._buffer) - kept]))
         del self._buffer[:len(view)]
         while view:
@@ -11003,9 +11006,9 @@ class _PipeWriter:
 
 
 class _Place:
-    """Finds out where below a layer's directory open files are, and whether others may read them.
+    """Names open files below a layer's directory for a client that may read them there.
 
-    ``all_`` says that no permission matters to whom they are for.
+    ``all_`` tells that the client ignores permissions.
     """
 
     def __init__(self, diff: Directory, all_: bool) -> None:
@@ -11015,7 +11018,7 @@ class _Place:
         self._open: dict[bytes, bool] = {b"": True}  # by directory, if all may search it
 
     def find(self, piece: Extent) -> tuple[int, bytes] | None:
-        """Return (0, name) of a piece's file; None when it is not to be had by its name."""
+        """Return (0, name) of a piece's file; None when the client cannot open it by name."""
         path = os.readlink(b"/proc/self/fd/%d" % piece.fd)
         name = path[len(self._root):]
         if not path.startswith(self._root) or len(name) > MAX_FILE_NAME:
@@ -11034,9 +11037,9 @@ class _Place:
 
 
 def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], int]:
-    """Choose the ``most`` largest of the files above ``threshold``: reflinks save most with them.
+    """Choose the ``most`` largest of the files above ``threshold``: there reflinks save most.
 
-    Return their numbers among those, from 0 on, and how many bytes stay inline.
+    Return their numbers among those files, from 0 on, and how many bytes stay inline.
     """
     import heapq
 
@@ -11052,7 +11055,7 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], 
 
 
 def open_spool(size: int) -> BinaryIO:
-    """Return a nameless file for about ``size`` bytes: in memory when they are few."""
+    """Return a file without a name for about ``size`` bytes: in memory when they are few."""
     import tempfile
 
     if size <= MAX_MEMFD:
@@ -11061,7 +11064,7 @@ def open_spool(size: int) -> BinaryIO:
 
 
 def seal_spool(spool: BinaryIO) -> int:
-    """Return a descriptor to read a spool from its beginning; it cannot be written any more."""
+    """Return a descriptor that reads a spool from its beginning; nobody can write to it now."""
     has_proc("files of layers are passed")
     spool.flush()
     try:
@@ -11072,12 +11075,12 @@ def seal_spool(spool: BinaryIO) -> int:
     return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def write_pieces(layer: Layer, writer: SplitfdstreamWriter | SplitdirfdstreamWriter) -> None:
-    """Write all pieces of a layer."""
+def write_pieces(layer: Layer, add: Callable[[bytes | Extent], None]) -> None:
+    """Call ``add`` with all pieces of a layer."""
     pieces = read_pieces(layer)
     try:
         for piece in pieces:
-            writer.add(piece)
+            add(piece)
     finally:
         pieces.close()
 
@@ -11085,8 +11088,8 @@ def write_pieces(layer: Layer, writer: SplitfdstreamWriter | SplitdirfdstreamWri
 # ================================================================================================
 # 21. Clients
 #
-# What a server says of a layer (sizes, digest, end) is checked against what it sends.  Every wait
-# ends after the timeout, and what was half received is removed.
+# What a server tells about a layer (sizes, digest, end) is checked against what it sends.  Every
+# wait ends after the timeout, and what came in part is removed.
 # ================================================================================================
 
 SEGMENT_METHODS = ("stream.seg", "stream.segment", "layer.segment")
@@ -11099,8 +11102,8 @@ END_METHODS = ("stream.end", "layer.end")
 class RpcClient(Caller):
     """Asks a server of layers, by JSON-RPC; ``where`` is the path of its socket, or a socket.
 
-    A context manager.  A layer is to be read to its end, or else the client be closed, before
-    anything else is asked for.  Raises LayerUnknown, ImageUnknown, ProtocolError.
+    A context manager.  Read a layer to its end before the next request, or close the client.
+    Raises LayerUnknown, ImageUnknown, ProtocolError.
     """
 
     def __init__(self, where: str | socket.socket, *, timeout: float = PEER_TIMEOUT) -> None:
@@ -11110,10 +11113,10 @@ class RpcClient(Caller):
         super().__init__(Connection(sock, timeout=timeout,
                                     max_fds=min(self.limit, MAX_QUEUED_FDS)))
         if isinstance(where, str) and peer_uid(sock) not in (0, os.geteuid()):
-            # It could let us open, by a name in a directory, what is closed to itself.
+            # It could name files for us to open that it may not open itself.
             uid = peer_uid(sock)
             self.close()
-            raise ProtocolError(f"the server at {where} is of uid {uid}, neither root's nor yours",
+            raise ProtocolError(f"the server at {where} runs as uid {uid}, neither root nor you",
                                 code=INTERNAL_ERROR)
 
     def images(self) -> list[dict[str, Any]]:
@@ -11128,12 +11131,12 @@ class RpcClient(Caller):
 
     def layer(self, reference: str, form: str = "stream", *,
               threshold: int = INLINE_THRESHOLD) -> LayerStream:
-        """Return a layer, which is to be read at once.
+        """Return a layer; read it before the next request.
 
         ``form`` is how it comes: "stream", a notification for each file, of which there may be any
         number; "splitfdstream", one file with the stream, and the largest files beside it; "push",
-        notifications of a server that sends one layer without being asked, which ``reference``
-        names in errors.  Contents of more than ``threshold`` bytes come as open files.
+        notifications of a server that sends one layer without a request (``reference`` names it in
+        errors).  Contents of more than ``threshold`` bytes come as open files.
         """
         check_words("form", [form], ("stream", "splitfdstream", "push"))
         if form == "stream":
@@ -11146,15 +11149,15 @@ class RpcClient(Caller):
         with self._next() as message:
             result = self._result(message)
             if result is None or not message.fds:
-                raise ProtocolError("GetLayerSplitfdstream was answered without a stream",
+                raise ProtocolError("the answer to GetLayerSplitfdstream has no stream",
                                     code=FD_ERROR)
             if (media_type := result.get("mediaType", SPLITFDSTREAM)) != SPLITFDSTREAM:
-                raise Unsupported(f"the server sends {display(str(media_type))}, and not "
+                raise Unsupported(f"the server sends {display(str(media_type))}, not "
                                   f"{SPLITFDSTREAM}")
             return self._split(reference, result, Message({}, message.take()))
 
     def _split(self, label: str, result: dict[str, Any], passed: Message) -> LayerStream:
-        """Return the layer of a splitfdstream, which is in the first of the descriptors."""
+        """Return the layer of the splitfdstream in the first descriptor."""
         fds = passed.fds
         with OnError(passed.close):
             found, size = check_passed(fds[0]), result.get("streamSize")
@@ -11169,7 +11172,7 @@ class RpcClient(Caller):
     # -- notifications ---------------------------------------------------------------------------
 
     def _notified(self, label: str) -> LayerStream:
-        """Return the layer that notifications bring; the first of them is waited for."""
+        """Wait for the first notification, and return the layer that it begins."""
         with self._next() as message:
             if not str(message.value.get("method")).endswith(".start") or message.fds:
                 self._result(message)
@@ -11189,15 +11192,15 @@ class RpcClient(Caller):
                            size=size if type(size) is int else -1).expect(reference)
 
     def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[bytes | PassedFile]:
-        """Yield what comes until the response.  Raises ProtocolError where an end was missing."""
+        """Yield what comes until the answer.  Raises ProtocolError when the end is missing."""
         end: dict[str, Any] | None = None
         files = 0
         while True:
-            if end is not None and not self._number:  # nobody asked, so that nobody is answered
+            if end is not None and not self._number:  # without a request there is no answer
                 self.connection.settle()
                 return
             message = self.connection.receive() if end is not None else self._next()
-            if message is None:  # cstor-rs sends no response behind the end
+            if message is None:  # cstor-rs sends no answer after the end
                 return
             with message:
                 method, params = message.value.get("method"), as_dict(message.value.get("params"))
@@ -11205,11 +11208,11 @@ class RpcClient(Caller):
                     result = self._result(message)
                     if end is None or result is None or message.fds \
                             or result.get("success") is False:
-                        raise ProtocolError("the layer was not sent to its end, and with success")
+                        raise ProtocolError("the server ended the layer early or without success")
                     return
                 if end is not None or len(message.fds) != (method in FILE_METHODS):
                     raise ProtocolError(f"{display(str(method))} is out of place, or has "
-                                        f"{len(message.fds)} files", code=FD_ERROR)
+                                        f"{counted(len(message.fds), 'file')}", code=FD_ERROR)
                 if method in SEGMENT_METHODS:
                     try:
                         data = decode_base64(params["data"])
@@ -11231,36 +11234,36 @@ class RpcClient(Caller):
 
     @staticmethod
     def _check_end(stream: LayerStream, end: dict[str, Any], files: int) -> None:
-        """Compare what the end says with the start and with what came."""
+        """Compare the end of a layer with its start and with what came between."""
         digest = end.get("digest", end.get("checksum"))
         count = end.get("files", end.get("files_sent", files))
         if not isinstance(digest, (str, type(None))) or stream.digest and digest \
                 and digest != stream.digest or count != files:
-            raise ProtocolError("the end of the layer does not fit what came before it")
+            raise ProtocolError("the end of the layer contradicts what came before it")
         stream.digest = digest or stream.digest
 
 
 class ProxyV2Client(RpcClient):
-    """Asks a proxy of the second version, or our own server, for the layers of images.
+    """Asks a proxy of version 2, or our own server, for the layers of images.
 
     ``image = client.open_image("containers-storage:alpine")``, then ``client.image_layer(image,
     digest)`` for each DiffID, then ``client.shutdown()``.
     """
 
     def initialize(self) -> dict[str, Any]:
-        """Return version and capabilities; ProtocolError for a version that is not 1 or 2."""
+        """Return version and capabilities; ProtocolError unless the version is 1 or 2."""
         result = self.call("Initialize", {"version": 2})
         found = as_dict(result.get("value", result))
         if not re.match(r"[12]\.", str(found.get("version"))):
-            raise ProtocolError(f"a proxy of version {display(str(found.get('version')))}")
+            raise ProtocolError(f"unknown proxy version {display(str(found.get('version')))}")
         return found
 
     def open_image(self, reference: str) -> int:
-        """Return the number of an image, which is named with its transport."""
+        """Return the number of an image; ``reference`` begins with its transport."""
         result = self.call("OpenImage", {"image_ref": reference})
         number = result.get("image_id", result.get("value"))
         if type(number) is not int or number < 1:
-            raise ProtocolError(f"OpenImage was answered by {display(repr(number))}")
+            raise ProtocolError(f"the answer to OpenImage is {display(repr(number))}")
         return number
 
     def close_image(self, image: int) -> None:
@@ -11268,12 +11271,12 @@ class ProxyV2Client(RpcClient):
         self.call("CloseImage", {"image_id": image})
 
     def image_layer(self, image: int, digest: str) -> LayerStream:
-        """Return a layer by its digest, to be read at once."""
+        """Return a layer by its digest; read it before the next request."""
         self._ask("GetLayerTarSplit", {"image_id": image, "layer_digest": digest})
         return self._notified(digest)
 
     def shutdown(self) -> None:
-        """Tell the proxy that nothing more is wanted, and close."""
+        """Let the proxy end this connection, and close it."""
         self.call("Shutdown")
         self.close()
 
@@ -11292,15 +11295,15 @@ class VarlinkClient(RpcClient):
         which = {"path": path} if path else {"user" if os.geteuid() else "system": True}
         handle = self.call("org.composefs.Repository.OpenRepository", which).get("handle")
         if type(handle) is not int:
-            raise ProtocolError(f"OpenRepository was answered by {display(repr(handle))}")
+            raise ProtocolError(f"the answer to OpenRepository is {display(repr(handle))}")
         return handle
 
     def layer(self, reference: str, form: str = "", *, threshold: int = 0,
               handle: int | None = None) -> LayerStream:
-        """Return a layer by STORAGE_PATH#ID or DiffID, to be read at once.
+        """Return a layer by STORAGE_PATH#ID or DiffID; read it before the next request.
 
-        Where a server wants the ``handle`` of a repository, one is opened, if it is not given.  Our
-        own server takes an ID, a name and so on, too; ``threshold`` as for SplitdirfdstreamReader.
+        When a server needs the ``handle`` of a repository and none is given, one is opened.  Our
+        own server also takes an ID or a link; ``threshold`` as for SplitdirfdstreamReader.
         """
         check_words("form", [form], ("", "varlink"))
         path, _, name = reference.rpartition("#") if reference.startswith("/") \
@@ -11316,14 +11319,15 @@ class VarlinkClient(RpcClient):
                 count, reply = self._get_layer(path, name, self.open_repository(), fds)
             if not stat.S_ISFIFO(os.fstat(fds[0]).st_mode) or fcntl.fcntl(
                     fds[0], fcntl.F_GETFL) & (os.O_PATH | os.O_WRONLY | os.O_RDWR):
-                raise ProtocolError("no pipe to read from was passed", code=FD_ERROR)
+                raise ProtocolError("the first descriptor is not a pipe to read from",
+                                    code=FD_ERROR)
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(ChunkFile(read_pipe(fds[0], self.connection.timeout)), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
             return self._received(name, self._until_failure(chunks), reply, passed.close)
 
     def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
-        """Yield chunks; where they are broken off, raise what our own server says of it."""
+        """Yield chunks; when the stream is damaged, raise the reason that our own server sends."""
         import select
 
         try:
@@ -11370,8 +11374,9 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
     """Return a layer of the server at ``path``, in the fastest form that it knows.
 
     Directories (varlink) take half the time of a message for each file.  "-" is what a server sends
-    unasked.  The tar must have ``digest``; where nobody tells one, IntegrityError is raised before
-    the transfer, unless ``verify`` is false.  Raises LayerUnknown, ProtocolError, OSError.
+    without a request.  The tar must have ``digest``; when neither this nor the server gives one,
+    IntegrityError is raised before the transfer, unless ``verify`` is false.  Raises LayerUnknown,
+    ProtocolError, OSError.
     """
     unknown = (0, NO_METHOD, PARSE_ERROR, INVALID_REQUEST)  # to a server that speaks otherwise
     trouble: ProtocolError | None = None
@@ -11384,7 +11389,7 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
             client.close()
             spoken = client.connection.varlink and not client.connection.either
             if not isinstance(error, ProtocolError) or isinstance(error, _Silent) \
-                    or error.code not in unknown or spoken:  # varlink's servers wait for a NUL
+                    or error.code not in unknown or spoken:  # varlink servers wait for a NUL
                 raise
             trouble = trouble or error
             continue
@@ -11424,13 +11429,13 @@ def shifted(progress: Progress | None, done: int) -> Progress | None:
 # ================================================================================================
 # 22. Rootless
 #
-# Of a rootless store all metadata belong to the user; contents belong to him and to his sub-uids,
-# and what those keep closed (files of mode 0600 or 0000, directories of 0700) only root of his user
-# namespace may read.  A helper does so: this very code, as a process of that namespace.  It is
-# started when the first content is found closed, gets names through a socket that is its stdin,
-# and sends open descriptors back.  When its socket ends, so does it, whoever was killed.
-# The namespace is made by newuidmap(1) and newgidmap(1), as podman makes it, or else by `podman
-# unshare`, which writes to lock files of the user's own storage and leaves a process behind.
+# All metadata of a rootless store belong to the user; contents belong to the user and the sub-uids.
+# Their private files (mode 0600 or 0000, or in directories of 0700) can be read only by root of the
+# user's namespace.  A helper does that: this very code, as a process of that namespace.  It starts
+# at the first content that the user may not read, gets names through a socket that is its stdin,
+# and sends open descriptors back.  It ends with its socket, whichever process is killed.
+# newuidmap(1) and newgidmap(1) make the namespace, as podman does it, or else `podman unshare`,
+# which writes to lock files of the user's own storage and leaves a process behind.
 # ================================================================================================
 
 START_PATIENCE = 10  # seconds that a helper may take to start
@@ -11464,12 +11469,9 @@ sys.exit(getattr(module, function)(words))
 
 
 def find_program(name: str) -> str:
-    """Return the path of a program on the PATH, "" when there is none."""
-    for folder in os.get_exec_path():
-        path = os.path.join(folder, name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return ""
+    """Return the path of a program on the PATH, or ""."""
+    paths = (os.path.join(folder, name) for folder in os.get_exec_path())
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), "")
 
 
 def id_map(kind: str) -> list[list[int]]:
@@ -11478,7 +11480,7 @@ def id_map(kind: str) -> list[list[int]]:
 
 
 def describe_process() -> dict[str, Any]:
-    """Return what this process may do with closed files, and what can help; nothing is started.
+    """Return which files this process may read, and what can help it; nothing is started.
 
     ``user-namespace`` is "initial", "podman unshare" or "other"; maps are as of id_map(), sub-IDs
     as of sub_ids(); programs are paths or "".
@@ -11499,24 +11501,24 @@ def describe_process() -> dict[str, Any]:
 def explain_process(process: dict[str, Any]) -> str:
     """Say in words what describe_process() returns."""
     words = [f"uid {process['uid']}"]
-    if process["user-namespace"] != "initial":
+    inside = process["user-namespace"] != "initial"
+    if inside:
         words.append("in a user namespace" + " of podman unshare" * (
             process["user-namespace"] == "podman unshare"))
     if {"CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"} & set(process["capabilities"]):
-        words.append("reads all files" + " of its IDs" * (process["user-namespace"] != "initial"))
+        words.append("reads all files" + " of its IDs" * inside)
     elif not process["uid"]:
         words.append("without CAP_DAC_OVERRIDE")
     else:
-        ranges = ", ".join(f"{first} to {first + count - 1}" for first, count in
-                           process["sub-uids"])
-        words += [f"sub-uids {ranges}" if ranges else "no sub-uids",
-                  "closed files through " + " or ".join(unshare_ways(process))
-                  if unshare_ways(process) else "no way to read closed files"]
+        ranges = (f"{first} to {first + count - 1}" for first, count in process["sub-uids"])
+        ways = " or ".join(unshare_ways(process))
+        words += ["sub-uids " + ", ".join(ranges) if process["sub-uids"] else "no sub-uids",
+                  f"private files through {ways}" if ways else "no way to read private files"]
     return ", ".join(words)
 
 
 def unshare_ways(process: dict[str, Any]) -> list[str]:
-    """Return how a user namespace with our sub-uids can be had, the best way first."""
+    """Return the programs that can make a user namespace with our sub-uids, the best first."""
     ways = [way for way, there in (
         ("newuidmap", process["newuidmap"] and process["newgidmap"] and process["sub-uids"]
          and process["sub-gids"]), ("podman", process["podman"])) if there]
@@ -11530,8 +11532,8 @@ def why_no_helper(storage: Storage) -> str:
     """Return, as the next step for a person, why no helper can read a storage; "" if one can."""
     owner, _ = storage.owner
     if id_map("uid_map") not in ([], [[0, 0, NO_ID]]) and os.geteuid() == 0:
-        return ("its owner is not known in this user namespace: run it outside, as root or as the "
-                "owner of the store")
+        return ("this user namespace does not map the store's owner: run it outside, as root or as "
+                "the owner of the store")
     if os.geteuid() == 0:
         return "this root has no CAP_DAC_OVERRIDE: give it that capability"
     if owner != os.geteuid():
@@ -11542,9 +11544,9 @@ def why_no_helper(storage: Storage) -> str:
 class Unshared(Closing):
     """This very program once more, as root of a user namespace with our sub-uids.
 
-    ``function`` of this module is called there with ``words``; it has to say hello, and then speaks
-    over ``connection``, which is its stdin.  A context manager; owns the process.  Raises
-    NeedsUnshare, with what newuidmap or podman say, when it does not come up.
+    It calls ``function`` of this module with ``words``, which says hello and then speaks over
+    ``connection``, its stdin.  A context manager; owns the process.  Raises NeedsUnshare, with the
+    words of newuidmap or podman, when it does not start.
     """
 
     def __init__(self, function: str, words: Sequence[str], patience: float = 2) -> None:
@@ -11562,7 +11564,7 @@ class Unshared(Closing):
         if not sys.executable:
             reasons.append("this Python does not know its own program (sys.executable)")
         elif not (process["sub-uids"] and process["sub-gids"]):
-            reasons.append("no subuid ranges: /etc/subuid and /etc/subgid have none of this user")
+            reasons.append("no subuid ranges: /etc/subuid and /etc/subgid have none for this user")
             hint += f", or `usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}`"
         elif not reasons:
             reasons.append("neither newuidmap nor podman found")
@@ -11623,7 +11625,7 @@ class Unshared(Closing):
             os.close(log)
 
     def _map_ids(self, process: dict[str, Any]) -> None:
-        """Let root in the namespace be us, and the IDs from 1 on our sub-IDs."""
+        """Map root in the namespace to this user, and the IDs from 1 on to the sub-IDs."""
         import subprocess
 
         for program, own, ranges in (("newuidmap", os.geteuid(), process["sub-uids"]),
@@ -11638,7 +11640,7 @@ class Unshared(Closing):
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                     timeout=START_PATIENCE)
             except subprocess.TimeoutExpired:
-                raise CstorError(f"{program} has not ended in {START_PATIENCE} seconds") from None
+                raise CstorError(f"{program} did not end in {START_PATIENCE} seconds") from None
             if done.returncode:
                 raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
 
@@ -11646,10 +11648,8 @@ class Unshared(Closing):
         if (hello := self.connection.receive()) is None:
             raise CstorError("it ended at once")
         with hello:
-            params = hello.value.get("params")
-            if hello.value.get("method") != "hello" or not isinstance(params, dict) \
-                    or params.get("version") != __version__:
-                raise CstorError("it is another program")
+            if hello.value.get("method") != "hello":
+                raise CstorError("another program answers")
         self.connection.timeout = HELPER_PATIENCE
 
     def close(self) -> int:
@@ -11670,7 +11670,7 @@ class Unshared(Closing):
         return 128 - code if code < 0 else code
 
     def _wait(self) -> bool:
-        """Tell all that have the other end of the socket to end; return whether they have."""
+        """Close our end of the socket and wait; return whether all at the other end have ended."""
         import socket
         import subprocess
 
@@ -11692,7 +11692,7 @@ class Unshared(Closing):
 
 
 def say_hello(**params: Any) -> Connection:
-    """Return the connection on stdin after the first message of who runs in the namespace."""
+    """Send the first message of a process in the namespace; return its connection, stdin."""
     import socket
 
     connection = Connection(socket.socket(fileno=os.dup(0)), timeout=None)
@@ -11707,7 +11707,8 @@ def say_hello(**params: Any) -> Connection:
 def run_unshared(function: str, words: Sequence[str]) -> int:
     """Run a function of this module in a namespace; return the exit status that it returns.
 
-    It has our stdin, stdout and stderr, and gets SIGTERM when we end.  Raises NeedsUnshare.
+    It has our stdin, stdout and stderr, and gets SIGTERM when this process ends.  Raises
+    NeedsUnshare.
     """
     with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing:
         with Unshared(function, words, patience=60) as process:
@@ -11717,33 +11718,33 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
             with process.connection.receive() or Message({}, []) as done:
                 status = done.value.get("status")
         if not isinstance(status, int):
-            raise CstorError("the process in the user namespace ended before its time, with status "
+            raise CstorError("the process in the user namespace ended early, with status "
                              f"{process.close()}")
         return status
 
 
 def take_over() -> Connection:
-    """Take stdin, stdout and stderr of run_unshared(); when it ends, let SIGTERM end us.
+    """Take stdin, stdout and stderr of run_unshared(); SIGTERM comes when that ends.
 
-    No thread waits for that: it would keep the extraction from forking processes.
+    A signal, since a waiting thread would keep the extraction from forking processes.
     """
     import select
 
     connection = say_hello()
     message = connection.receive()
     if message is None or len(message.fds) != 3:
-        raise ProtocolError("stdin, stdout and stderr did not come")
+        raise ProtocolError("stdin, stdout and stderr were not passed")
     with message:
         for number, (fd, name) in enumerate(zip(message.fds, ("stdin", "stdout", "stderr"))):
             os.dup2(fd, number)
-            old = getattr(sys, name)  # knows already that it can seek, or cannot
+            old = getattr(sys, name)  # it has already asked whether it can seek
             setattr(sys, name, open(number, old.mode, encoding=old.encoding, errors=old.errors,
                                     closefd=False))
     sock = connection.socket
     fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(sock, fcntl.F_SETSIG, signal.SIGTERM)
     fcntl.fcntl(sock, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-    if select.select([sock], [], [], 0)[0]:  # it has ended before we could be told
+    if select.select([sock], [], [], 0)[0]:  # it ended before the signal was set up
         raise ProtocolError("the other end has closed the connection")
     return connection
 
@@ -11808,9 +11809,9 @@ class Helper(Caller):
             else CstorError(f"the helper refuses: {error.get('message')}")
 
     def open(self, directory: str, names: Sequence[bytes]) -> list[int]:
-        """Open regular files in a directory; of each return the descriptor, or a negative number.
+        """Open regular files in a directory; return for each its descriptor or a negative number.
 
-        That is minus the errno, or minus the type (S_IFIFO and so on) of what is no regular file.
+        That is minus the errno, or minus the type (S_IFIFO and so on) of another kind of file.
         """
         found: list[int] = []
         for at in range(0, len(names), AHEAD):
@@ -11830,7 +11831,7 @@ class Helper(Caller):
     def scan(self, directory: str, name: bytes, start: bytes | None) -> Iterator[tuple[Any, ...]]:
         """Yield (name, status, target of a link, xattrs) of what is in a directory, sorted.
 
-        What comes after ``start`` is meant; with None the first is the directory itself, ".".
+        It begins after ``start``; with None the first is the directory itself, ".".
         """
         more = True
         while more:
@@ -12000,14 +12001,9 @@ class ContentServer(Dispatcher):
         directory, names = self._open_directory(params), params.get("names")
         if not isinstance(names, list) or len(names) > AHEAD:
             raise ProtocolError(f"names must be a list of at most {AHEAD}", code=BAD_PARAMS)
-        wanted = list(map(self._name, names))
-        found = [self._open(directory, name) for name in wanted]
-        fds = [fd for fd in found if fd >= 0]
-        try:
-            self._reply({"codes": [max(-fd, 0) for fd in found]}, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
+        found = [self._open(directory, name) for name in [*map(self._name, names)]]
+        with Message({}, [fd for fd in found if fd >= 0]) as opened:
+            self._reply({"codes": [max(-fd, 0) for fd in found]}, opened.fds)
 
     def enter(self, params: dict[str, Any]) -> None:
         """Send the descriptor of a directory."""
@@ -12044,13 +12040,13 @@ class ContentServer(Dispatcher):
     @staticmethod
     def _name(text: Any) -> bytes:
         if not isinstance(text, str) or len(text) > 4 * MAX_PATH:
-            raise ProtocolError("a name that is no string, or too long", code=BAD_PARAMS)
+            raise ProtocolError("a name is not a string, or is too long", code=BAD_PARAMS)
         return unspell(text)
 
     def _clean_name(self, params: dict[str, Any]) -> bytes:
         name = self._name(params.get("name"))
         if clean_name(name) != name:
-            raise ProtocolError("a name that is not clean", code=BAD_PARAMS)
+            raise ProtocolError("the name is not clean", code=BAD_PARAMS)
         return name
 
     def _open_directory(self, params: dict[str, Any]) -> Directory:
@@ -12066,7 +12062,7 @@ class ContentServer(Dispatcher):
                     self._directory.close()
                 self._directory = directory
                 return directory
-        raise ProtocolError(f"{display(path[:200])} is outside of the storage", code=BAD_PARAMS)
+        raise ProtocolError(f"{display(path[:200])} is outside the storage", code=BAD_PARAMS)
 
     @staticmethod
     def _open(directory: Directory, name: bytes) -> int:
@@ -12077,7 +12073,7 @@ class ContentServer(Dispatcher):
             fd = directory.open_near(name)
             if fd < 0 or stat.S_ISREG(os.fstat(fd).st_mode):
                 return fd
-            os.close(fd)  # another file was put in its place just now
+            os.close(fd)  # another file has just taken its place
             return -errno.EAGAIN
         except OSError as error:
             return -(error.errno or errno.EIO)
