@@ -43,18 +43,19 @@ Sections; classes and module-level code use what stands above, a method may call
     10 layers                where the bytes of one file are
     11 tar headers           types, sizes, owners, times, links, xattrs
     12 tar-split             entries, members, pieces; writing and verifying the tar
-    13 tree                  the merged view: walk, look up, read; table of contents
-    14 comparing             two trees; which layer brought or hid a path
-    15 tar-diff              two tars, header by header, field by field
-    16 extract               files out into a directory, by reflink
-    17 archives              OCI layout, docker-archive, oci-archive, a tree as a tar
-    18 streams               splitfdstream and splitdirfdstream: contents as open files
-    19 transport             JSON-RPC and varlink messages with file descriptors
-    20 server                the layer service
-    21 clients               of our server, of composefs, of proxies
-    22 rootless              the helper in a user namespace, for contents that are closed
-    23 formats               tables, JSON, sizes and ages, progress, outputs
-    24 commands              one function per command, the table of options, main()
+    13 layer trees           what one layer has, as it is unpacked
+    14 tree                  the merged view: walk, look up, read, patterns; TOC
+    15 comparing             two trees; which layer brought or hid a path
+    16 tar-diff              two tars, header by header, field by field
+    17 extract               files out into a directory, by reflink
+    18 archives              OCI layout, docker-archive, oci-archive, a tree as a tar
+    19 streams               splitfdstream and splitdirfdstream: contents as open files
+    20 transport             JSON-RPC and varlink messages with file descriptors
+    21 server                the layer service
+    22 clients               of our server, of composefs, of proxies
+    23 rootless              the helper in a user namespace, for contents that are closed
+    24 formats               tables, JSON, sizes and ages, progress, outputs
+    25 commands              one function per command, the table of options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -5474,16 +5475,15 @@ def export_layer(layer: Layer, out: int | BinaryIO, *, verify: bool = True,
 
 
 # ================================================================================================
-# 13. Tree
+# 13. Layer trees
 #
-# What a container sees: the layers of an image merged as overlayfs merges them.  A LayerTree holds
-# what one layer has, built from the headers as containers/storage unpacks them:
+# What one layer has, built from its headers as containers/storage unpacks them:
 #   .wh.NAME         hides NAME of the layers below, .wh..wh..opq all that they have in a directory;
 #                    neither touches its own layer, wherever it stands in the tar
 #   .wh..wh.*        else is bookkeeping of AUFS and is not shown; its parents are made
 #   trusted.overlay.* xattrs (user.overlay.* in a user's store) act as in the mount
-#   a hard link      is another name of the file; owner, mode and time of its header count for it
-#   a parent         that has no entry is made: root's, mode 0755; that is a link, is followed
+#   a hard link      is another name of the file, which takes owner, mode and time of its header
+#   a parent         without an entry is made: root's, mode 0755; one that is a link is followed
 #   char device 0,0  is a whiteout: to overlayfs there is no difference
 #   times            before 1970 or after 2262 become 1970, but for symbolic links (Go's Chtimes)
 # A writable layer has no tar-split and is read from disk, where whiteouts, opaque directories,
@@ -5502,7 +5502,7 @@ def linux_keeps(name: bytes, value: bytes, kind: str) -> bool:
     """Tell whether an xattr stays with a file: one rule for extract, stat, toc and diff.
 
     The kernel knows four namespaces, and takes user.* of files and directories alone, and an ACL of
-    three entries for a mode.  security.selinux belongs to a place: podman does not take it either.
+    three entries for a mode.  security.selinux belongs to a place, so podman drops it, too.
     """
     if (space := name.partition(b".")[0]) == b"user":
         return kind in ("reg", "dir", "hardlink")
@@ -5567,7 +5567,7 @@ class Node:
 
     @property
     def device(self) -> tuple[int, int]:
-        """Major and minor number; (0, 0) for what is no device."""
+        """Major and minor number; (0, 0) for what is not a device."""
         numbers: tuple[int, int] = self.extra.get("device", (0, 0))
         return numbers
 
@@ -5581,13 +5581,19 @@ class Node:
             return int.from_bytes(binascii.a2b_base64(self._checksum), "big")
         return self._checksum
 
+    @property
+    def place(self) -> tuple[Contents, bytes] | None:
+        """Where its content is opened; None where its layer has none.  See Opener."""
+        return self.tree.where(self.path) if self.type == "reg" and self.size \
+            and "data" not in self.extra else None
+
     def checked(self, fd: int) -> Iterator[bytes]:
         """Yield its content from its open file; see read_checked()."""
         return read_checked(fd, self.size, checksum=self.checksum, name=self.path,
                             layer=self.tree.layer_id)
 
     def describe(self, member: Member) -> None:
-        """Take what a header says; of a hard link all but what is of its target."""
+        """Set the fields from a header; of a hard link's all but size and content."""
         member.read_fields()
         self.mode, self.mtime_ns = member.mode, member.mtime_ns
         self.owner = self.tree.intern((member.uid, member.gid, member.uname, member.gname))
@@ -5603,7 +5609,7 @@ class Node:
             self.extra = {**self.extra, "xattrs": xattrs}
 
     def find(self, parts: Sequence[bytes]) -> Node | None:
-        """Return what is at a path below this directory in its own layer, a whiteout too."""
+        """Return what its own layer has at a path below this directory, also a whiteout."""
         node: Node | None = self
         for part in parts:
             node = node.children.get(part) if node else None
@@ -5615,7 +5621,7 @@ _NO_EXTRA: dict[str, Any] = {}
 
 
 class LayerTree(Closing):
-    """The tree of one layer, from its headers; read when it is first asked for.
+    """The tree of one layer, from its headers, which are read when it is first used.
 
     A context manager; owns the layer's directories once a content was opened.
     """
@@ -5654,7 +5660,7 @@ class LayerTree(Closing):
 
     @property
     def layer_id(self) -> str:
-        """The layer's ID, "" for what is no layer of a store."""
+        """The layer's ID, "" for what is not a layer of a store."""
         return self.layer.id if self.layer else ""
 
     @property
@@ -5733,7 +5739,7 @@ class LayerTree(Closing):
             raise FormatError(f'"{display(member.name)}": {error}', file=self.label) from None
 
     def _apply(self, node: Node, member: Member) -> None:
-        """Give a node what a header says, as Go and the kernel take it."""
+        """Set a node's fields from a header, as Go and the kernel read it."""
         kind, mtime, owner, extra = member.type, node.mtime_ns, node.owner, node.extra
         node.describe(member)
         if len(member.linkname) > MAX_PATH or kind == "symlink" and not member.linkname:
@@ -5792,7 +5798,7 @@ class LayerTree(Closing):
             self._aufs.append((directory, base))
 
     def _add_link(self, directory: Node, base: bytes, member: Member) -> Node:
-        """Give the target one more name; of what was never podman's it can be in a layer below."""
+        """Give the target one more name; in an image that podman never had it can lie below."""
         parent, _, last = clean_name(member.linkname).rpartition(b"/")
         above = self._make_directory(parent, "look")
         node: Node | None = above.children.get(last) if above else None
@@ -5800,7 +5806,7 @@ class LayerTree(Closing):
             node = self.below.file_below(self, clean_name(member.linkname))
         if node is None or node.type == "dir":
             raise FormatError(f'"{display(member.name)}" is a hard link to '
-                              f'"{display(member.linkname[:200])}", which is no file of its layer',
+                              f'"{display(member.linkname[:200])}", which its layer does not have',
                               file=self.label)
         if directory.children.get(base) is not node:
             self._put(directory, base, node)
@@ -5808,7 +5814,7 @@ class LayerTree(Closing):
         return node
 
     def _heed(self) -> None:
-        """Do what names and xattrs ask for, once all are known."""
+        """Apply the names and xattrs that have a meaning, once all are known."""
         for directory, base in self._aufs:
             directory.children.pop(base, None)
         words = {word for node in self._marked for word in self._interpret(node)}
@@ -5893,8 +5899,9 @@ class LayerTree(Closing):
     def _make_directory(self, path: bytes, how: str) -> Any:
         """Return the directory ``path``, links followed.
 
-        What is missing is made, but not to "look".  What is no directory is an error to "make", and
-        gives None to "skip".
+        ``how`` says what happens to a component that is missing or not a directory: "make" creates
+        the first and raises FormatError for the second, "skip" creates the first and returns None
+        for the second, "look" returns None for both.
         """
         node, links = self.root, 0
         todo = path.split(b"/")[::-1]
@@ -5919,7 +5926,7 @@ class LayerTree(Closing):
                 if how == "look" or child is not None and how == "skip":
                     return None
                 if child is not None and child.type != "whiteout":
-                    raise FormatError(f'"{display(path)}" is no directory, and has entries',
+                    raise FormatError(f'"{display(path)}" is not a directory, but has entries',
                                       file=self.label)
                 child = self._add_node(node, part, "dir")
                 child.implicit = True
@@ -5946,26 +5953,14 @@ class LayerTree(Closing):
         """What opens the contents of its storage."""
         return self.storage.opener if self.storage else Opener()
 
-    def file_of(self, node: Node) -> tuple[Contents, bytes] | None:
-        """Return where open() looks for a content, None where there is none; see Opener."""
-        return self._where(node.path) if node.type == "reg" and node.size \
-            and "data" not in node.extra else None
-
-    def _where(self, path: bytes) -> tuple[Contents, bytes] | None:
+    def where(self, path: bytes) -> tuple[Contents, bytes] | None:
+        """Return where a content of this layer is; see Opener."""
         return self.files.where(path)
 
     def open(self, node: Node) -> int:
-        """Open the content of a regular file of this layer; see LayerFiles.open()."""
-        if "data" in node.extra:
-            return self._open_below(node)
-        for parent, name in self.linked.get(node, ()):
-            if self.root.find(node.path.split(b"/")) is node:
-                break
-            node.parent, node.name = parent, name  # the first name was given to another file
-        return self.files.open(node.path, node.size)
-
-    def _open_below(self, node: Node) -> int:
-        """Open the content of a stub, which a layer below has."""
+        """Open the content of a regular file; a stub's is in a layer below."""
+        if "data" not in node.extra:
+            return self._open(node)
         data: Node | None = node.extra["data"]
         if data is None:
             why = "overlayfs refuses its redirect or metacopy xattr" if node.extra["refused"] \
@@ -5973,8 +5968,15 @@ class LayerTree(Closing):
             raise Unsupported(f'{self.label}: "{display(node.path)}" cannot be read: {why}')
         return data.tree.open(data)
 
+    def _open(self, node: Node) -> int:
+        for parent, name in self.linked.get(node, ()):
+            if self.root.find(node.path.split(b"/")) is node:
+                break
+            node.parent, node.name = parent, name  # another file has the first name now
+        return self.files.open(node.path, node.size)
+
     def staged(self, node: Node) -> tuple[int, bytes, str] | None:
-        """Return where a content waits to be moved away, None = it stays where it is.
+        """Return where a content lies that may be moved into place; None for one to be copied.
 
         That is (directory, name in it, why it is a copy or "").
         """
@@ -5984,7 +5986,7 @@ class LayerTree(Closing):
 class DiskTree(LayerTree):
     """The tree of a directory: a container's writable layer, or any host directory.
 
-    ``overlay`` says that whiteouts and the like have their meaning.  Owns ``directory``.
+    ``overlay`` says that whiteouts have their meaning.  Owns ``directory``.
     """
 
     def __init__(self, directory: Directory, layer: Layer | None = None, *,
@@ -6002,7 +6004,7 @@ class DiskTree(LayerTree):
         self._unseen: dict[Node, int] = {}  # how many more names a file has
 
     kernel_made = True
-    writable = False  # whether it is a container's own layer, which nobody takes a digest of
+    writable = False  # whether it is a container's own layer, which never has a digest
 
     @property
     def label(self) -> str:
@@ -6017,7 +6019,7 @@ class DiskTree(LayerTree):
             self._warn(f"owner or group 65534 in {counted(len(files), 'file')}: {why}")
         self.directory.close()
 
-    def _where(self, path: bytes) -> tuple[Contents, bytes]:
+    def where(self, path: bytes) -> tuple[Contents, bytes]:
         return self.directory, path
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
@@ -6064,7 +6066,7 @@ class DiskTree(LayerTree):
 
     def _enter(self, above: Node, name: bytes, status: os.stat_result, link: bytes,
                xattrs: dict[bytes, bytes]) -> Node | None:
-        """Enter one name; return its node, None for what is no file of its own."""
+        """Enter one name; return its node, None for a whiteout."""
         if self.whiteouts and name.startswith(b".wh."):
             if name in (OPAQUE_MARKER, b".wh..opq"):  # AUFS, and fuse-overlayfs
                 above.opaque = True
@@ -6115,7 +6117,7 @@ class DiskTree(LayerTree):
         node.extra = extra or _NO_EXTRA
 
     def _owner(self, node: Node, status: os.stat_result) -> tuple[int, int]:
-        """Return owner and group in the container; close() tells what no map covers."""
+        """Return owner and group in the container; close() reports what no map covers."""
         uid, gid = status.st_uid, status.st_gid
         for number, (uids, gids) in enumerate(self.maps):
             if number and uids and uid == gid == 0 and node.parent is None:
@@ -6150,10 +6152,7 @@ class DiskTree(LayerTree):
             device = int(override[5] or 0), int(override[6] or 0)
         return uid, gid, device
 
-    def open(self, node: Node) -> int:
-        """Open the content of a regular file; IntegrityError when it has changed its type."""
-        if "data" in node.extra:
-            return self._open_below(node)
+    def _open(self, node: Node) -> int:
         path = node.path
         fd = self.directory.open(path)
         if os.fstat(fd).st_size != node.size:
@@ -6165,7 +6164,7 @@ class DiskTree(LayerTree):
 class TarTree(LayerTree):
     """The tree of a tar file, plain or compressed by gzip, bzip2, xz or zstd.
 
-    ``whiteouts`` says that they have their meaning, as in the tar of a layer.
+    ``whiteouts`` says whether they have their meaning, as in the tar of a layer.
     """
 
     def __init__(self, path: str, *, whiteouts: bool = False) -> None:
@@ -6210,11 +6209,19 @@ def id_ranges(mappings: Sequence[Any]) -> Ranges:
             for row in found]
 
 
+# ================================================================================================
+# 14. Tree
+#
+# What a container sees: the layers of an image merged as overlayfs merges them.  The highest layer
+# that has a path hides it in the others, but for directories, which are merged unless one is
+# opaque.  Names are compared and sorted as bytes.
+# ================================================================================================
+
 class Tree(Closing):
     """The merged view of several LayerTrees, the top one first.
 
-    Paths are bytes, relative to the root of the image; a leading "/" does not matter.  With ``raw``
-    whiteouts are seen, as what they are.  A context manager; owns the LayerTrees.
+    Paths are bytes, relative to the root of the image; a leading "/" does not matter.  ``raw``
+    shows whiteouts as whiteouts.  A context manager; owns the LayerTrees.
     """
 
     def __init__(self, layers: Sequence[LayerTree], label: str = "", *, raw: bool = False) -> None:
@@ -6229,9 +6236,9 @@ class Tree(Closing):
     # -- looking up ----------------------------------------------------------------------------
 
     def _find(self, parts: Sequence[bytes], *, top: bool = True) -> list[Node]:
-        """Return the nodes that are seen at a path without links; none when there is no such file.
+        """Return the visible nodes at a path without links, [] when there are none.
 
-        That is one node, or directories to be merged, of which the first is enough with ``top``.
+        That is one node, or the directories that are merged there, with ``top`` the first alone.
         """
         found: list[Node] = []
         seen = 0  # so many components are directories in layers above
@@ -6255,10 +6262,10 @@ class Tree(Closing):
         return found
 
     def lookup(self, path: bytes, *, follow: bool = True) -> tuple[bytes, Node]:
-        """Return (path without links, node); ``follow`` is about the last component.
+        """Return (path without links, node); ``follow`` tells whether to follow a last link.
 
-        Symbolic links lead nowhere outside: "/" and ".." stop at the image's root.  Raises
-        NotFound, FormatError for a loop.
+        Symbolic links never leave the image: "/" and ".." stop at its root.  Raises NotFound,
+        FormatError for a loop.
         """
         check_type("path", path, bytes)
         done: list[bytes] = []
@@ -6289,7 +6296,7 @@ class Tree(Closing):
         return b"/".join(done), self._find(done)[0] if done else self.root
 
     def file_below(self, layer: LayerTree, path: bytes) -> Node | None:
-        """Return what is at a path when ``layer`` lies on top, as far as it was read."""
+        """Return what is at a path below ``layer``, which was read in part; None for nothing."""
         try:
             return Tree([layer, *self.layers]).lookup(path, follow=False)[1]
         except NotFound:
@@ -6300,13 +6307,9 @@ class Tree(Closing):
         """What opens the contents: all layers are of one storage."""
         return self.layers[0].opener
 
-    def file_of(self, node: Node) -> tuple[Contents, bytes] | None:
-        """Return where open() looks for a content, None where there is none."""
-        return node.tree.file_of(node)
-
     @property
     def root(self) -> Node:
-        """The root directory, as the topmost layer has it that has an entry for it."""
+        """The root directory of the topmost layer that has an entry for it."""
         roots = [layer.reach(()) for layer in self.layers]
         return next((root for root in roots if not root.implicit), roots[0])
 
@@ -6327,16 +6330,15 @@ class Tree(Closing):
         todo = [(path + b"/" if path else b"", self._merge(nodes))]
         while todo:
             prefix, children = todo[-1]
-            if (item := next(children, None)) is None:
+            for base, nodes in children:
+                name, node = prefix + base, nodes[0]
+                first = firsts.setdefault(node, name) if node in node.tree.linked else name
+                yield name, node, first if first != name else None
+                if node.type == "dir":
+                    todo.append((name + b"/", self._merge(nodes)))
+                    break
+            else:
                 todo.pop()
-                continue
-            name, nodes = item
-            node = nodes[0]
-            name = prefix + name
-            first = firsts.setdefault(node, name) if node in node.tree.linked else name
-            yield name, node, first if first != name else None
-            if node.type == "dir":
-                todo.append((name + b"/", self._merge(nodes)))
 
     def _merge(self, nodes: Sequence[Node]) -> Iterator[tuple[bytes, list[Node]]]:
         """Yield (name, visible nodes) in merged directories, sorted by name."""
@@ -6383,7 +6385,7 @@ class Tree(Closing):
         """Compare the tar of each layer, headers and contents, with its DiffID.
 
         A container's writable layer never has one: ``unverified`` of the storage names it.  Raises
-        IntegrityError, and Unsupported for any other layer that has none.
+        IntegrityError, and Unsupported for any other layer without a DiffID.
         """
         for tree in reversed(self.layers):
             layer = tree.layer
@@ -6391,7 +6393,7 @@ class Tree(Closing):
                 tree.storage.unverified.append(
                     f"{tree.label}: not verified: the container's writable layer has no DiffID")
             elif layer is None and isinstance(tree, DiskTree) or layer and not layer.diff_digest:
-                raise Unsupported(f"{tree.label} has no DiffID, so that it cannot be verified",
+                raise Unsupported(f"{tree.label} has no DiffID, so it cannot be verified",
                                   hint="without --verify, sizes and recorded CRC-64s are checked")
             elif layer:
                 export_layer(layer, _Nowhere(), progress=progress)
@@ -6401,7 +6403,7 @@ class Tree(Closing):
     def open(self, node: Node) -> int:
         """Open the content of a regular file and return its descriptor.
 
-        Raises CstorError for what is no regular file, and as LayerFiles.open() does.
+        Raises CstorError for another type of file, and what LayerFiles.open() raises.
         """
         check_type("node", node, Node)
         if node.type != "reg":
@@ -6429,9 +6431,9 @@ class Tree(Closing):
 
 
 def lower_path(node: Node) -> list[bytes]:
-    """Return where the layers below have what ``node`` is made of: renamed files lie elsewhere.
+    """Return the path at which the layers below have ``node``, which may have been renamed.
 
-    That is nowhere below an opaque directory, unless an absolute path leads out of it.
+    Below an opaque directory there is none, unless an absolute redirect leads out of it.
     """
     parts: list[bytes] = []
     at: Node | None = node
@@ -6451,26 +6453,27 @@ def compile_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes
     """Return a test whether a relative path fits one of the patterns; without any, all do.
 
     ``*`` and ``?`` stop at "/", ``**`` does not; ``[a-z]`` and ``[!a-z]`` are sets; a backslash
-    takes the meaning of what follows.  A pattern without "/" is about the last component, any other
-    about the whole path.  One that ``names()`` has just as it is written is meant literally: people
-    name directories ``[slug]``.  A pattern without ``*?[``, or meant literally, means everything
-    below that path as well.
+    makes the next character an ordinary one.  A pattern without "/" is compared with the last
+    component, any other with the whole path.  What a pattern begins with, if ``names()`` has it as
+    written, is taken literally: people name directories ``[slug]``.  A literal pattern, or one
+    without ``*?[``, also fits everything below that path.
     """
     patterns = clean_patterns(patterns)
-    literal = existing_patterns(patterns, names)
+    literal = literal_parts(patterns, names)
     alternatives = []
     for pattern in patterns:
         name = pattern.strip("/")
         text = "" if "/" in pattern.rstrip("/") else "(?:.*/)?"
-        tokens = ["\\" + char for char in name] if pattern in literal else re.findall(
-            r"\\.|(?:\*\*+/)+|\*+|\?|\[!?\]?(?:\\.|[^]\\])*\]|.", name, re.DOTALL)
+        end = literal.get(pattern, 0)
+        tokens = ["\\" + char for char in name[:end]] + re.findall(
+            r"\\.|(?:\*\*+/)+|\*+|\?|\[!?\]?(?:\\.|[^]\\])*\]|.", name[end:], re.DOTALL)
         text += "".join(map(translate_token, tokens))
         if not name:
             text = ".*"
         elif not any(token[0] in "*?[" for token in tokens):
             text += "(?:/.*)?"
         else:
-            text += "(?<!\\A)"  # no pattern but "/" is about the root
+            text += "(?<!\\A)"  # only the pattern "/" fits the root
         alternatives.append(f"(?:{text})")
     fits = re.compile("|".join(alternatives) or ".*", re.DOTALL).fullmatch
     return lambda path: bool(fits(path.decode("utf-8", "surrogateescape"))
@@ -6496,18 +6499,23 @@ def literal_tops(patterns: Sequence[str]) -> list[list[bytes]]:
         for at, other in enumerate(tops))]
 
 
-def existing_patterns(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> set[str]:
-    """Return the patterns that are a path, or a last component, of ``names()`` as written."""
-    wanted: dict[tuple[bool, bytes], list[str]] = {}
+def literal_parts(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> dict[str, int]:
+    """Return by pattern how many characters ``names()`` has as written, slashes around it apart.
+
+    That is the longest path that a pattern begins with, or a last component.
+    """
+    wanted: dict[tuple[bool, bytes], list[tuple[str, int]]] = {}
     for pattern in patterns:
-        whole = "/" in pattern.rstrip("/")
-        for name in {os.fsencode(pattern), unspell(pattern)} if re.search(
-                r"[*?[\\]", pattern) else ():
-            wanted.setdefault((whole, name.strip(b"/")), []).append(pattern)
-    found: set[str] = set()
+        name, whole = pattern.strip("/"), "/" in pattern.rstrip("/")
+        for end in [found.start() for found in re.finditer("/|\\Z" if whole else "\\Z", name)]:
+            for text in {os.fsencode(name[:end]), unspell(name[:end])}:
+                if re.search(rb"[*?[\\]", text):
+                    wanted.setdefault((whole, text), []).append((pattern, end))
+    found: dict[str, int] = {}
     for path in names() if wanted else ():
-        found.update(wanted.get((True, path), ()),
-                     wanted.get((False, path.rpartition(b"/")[2]), ()))
+        for key in ((True, path), (False, path.rpartition(b"/")[2])):
+            for pattern, end in wanted.get(key, ()):
+                found[pattern] = max(found.get(pattern, 0), end)
     return found
 
 
@@ -6524,16 +6532,16 @@ def translate_token(token: str) -> str:
             items += re.escape(single[-1])
         elif start[-1] <= end[-1]:
             items += f"{re.escape(start[-1])}-{re.escape(end[-1])}"
-    if not items:  # nothing but ranges that are the wrong way round
+    if not items:  # only ranges that are the wrong way round
         return "[^/]" if negated else "(?!)"
     return f"(?!/)[{'^' * negated}{items}]"
 
 
 def need_match(tree: Tree, patterns: Sequence[str]) -> None:
-    """Raise NotFound: nothing fits, where patterns were given."""
+    """Raise NotFound when patterns were given, of which none fits."""
     if patterns:
         raise NotFound(f"no file in {tree.label} fits " + ", ".join(map(display, patterns)),
-                       hint="a pattern with a slash is about the whole path, ** crosses slashes"
+                       hint="a pattern with a slash must fit the whole path; ** crosses slashes"
                        if any("/" in pattern for pattern in patterns) else "")
 
 
@@ -6620,7 +6628,7 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
 
 def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = None
              ) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a merged tree's TOC, sorted; the root only when a layer has it."""
+    """Yield the entries of a merged tree's TOC, sorted; the root only if a layer has it."""
     links: dict[Node, int] = {}
     if any(layer.root and layer.linked for layer in tree.layers):
         for _, node, _ in tree.walk():
@@ -6637,13 +6645,13 @@ def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
                   ) -> Iterator[tuple[bytes, Node, bytes | None, str]]:
     """Add the sha256 of each regular file, checked by size and CRC-64, to what walk() yields.
 
-    "" for what is no file, is empty, or was yielded before.
+    "" for an empty file, another name of a file, and other types.
     """
     import hashlib
 
     size = files = 0
     for name, node, first in tree.opener.ahead(
-            items, lambda item: tree.file_of(item[1])) if wanted else items:
+            items, lambda item: item[1].place) if wanted else items:
         digest = ""
         if wanted and node.type == "reg" and node.size and first is None:
             content = hashlib.sha256()
@@ -6657,17 +6665,15 @@ def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
         yield name, node, first, digest
 
 
-# -- comparing -----------------------------------------------------------------------------------
-
-DIFFERENCES = ("type", "mode", "owner", "size", "content", "time", "link", "device", "xattr")
-
-
 # ================================================================================================
-# 14. Comparing
+# 15. Comparing
 #
 # Two merged trees are compared name by name, in the order of their names.  A path is followed down
 # the layers to tell which one brought it, and which one hid what lower layers have there.
 # ================================================================================================
+
+DIFFERENCES = ("type", "mode", "owner", "size", "content", "time", "link", "device", "xattr")
+
 
 def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
                ) -> Iterator[tuple[bytes, Node | None, Node | None, list[str]]]:
@@ -6729,9 +6735,9 @@ def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str])
 
 
 def older_nodes(tree: Tree, path: bytes, node: Node) -> list[Node]:
-    """Return what a visible node hides: what layers below have at its path, newest first.
+    """Return the nodes of lower layers that a visible node hides at its path, newest first.
 
-    Neither directories that are merged into it, nor what layers in between had hidden before.
+    Directories that are merged into it, and what layers in between hide already, are left out.
     """
     found: list[Node] = []
     parts = path.split(b"/") if path else []
@@ -6748,10 +6754,10 @@ def older_nodes(tree: Tree, path: bytes, node: Node) -> list[Node]:
 
 
 def hidden_nodes(tree: Tree) -> Iterator[tuple[bytes, Node, LayerTree, str, int]]:
-    """Yield (path, node, layer that hides it, how, bytes) for every file that nobody sees any more.
+    """Yield (path, node, layer that hides it, how, bytes) for every file that is hidden.
 
-    "How" is whiteout, opaque directory, or replaced.  Bytes are those that it wastes: 0 while the
-    file has another name that is seen, or was yielded before.  Layers come base first.
+    "How" is whiteout, opaque directory, or replaced.  Bytes are what it wastes: 0 if the file has
+    another, visible name or was yielded before.  Layers come base first.
     """
     visible = {path: node for path, node, _ in tree.walk()}
     counted = set(visible.values())
@@ -6782,7 +6788,7 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
 
 
 # ================================================================================================
-# 15. tar-diff
+# 16. tar-diff
 #
 # Two streams of members are paired by name and occurrence, whatever the order.  A difference is
 # told by the header's fields (v7, ustar, GNU, star, pax), or by size and digest of the content.
@@ -7319,7 +7325,7 @@ def field_value(field: str, raw: bytes | None) -> Any:
 
 
 # ================================================================================================
-# 16. Extract
+# 17. Extract
 #
 # Files out into a directory: first all directories, then files, directory by directory, shared out
 # to processes, then hard links, then the metadata of directories, deepest first, since what is made
@@ -7709,7 +7715,7 @@ class Extraction:
         if workers > 1:
             # Only what its mode, or its directory's, shows to be private can be closed to us.
             batches[0][2].tree.opener.prepare(
-                node.tree.file_of(node) for batch in batches for node in batch[2::3]
+                node.place for batch in batches for node in batch[2::3]
                 if node.parent and not (node.mode & stat.S_IROTH
                                         and node.parent.mode & stat.S_IXOTH))
         for counted in share_out(len(batches), workers,
@@ -7827,7 +7833,7 @@ class Extraction:
     def _make_batch(self, batch: list[Any]) -> None:
         triples = iter(batch)
         for parent, base, node in batch[2].tree.opener.ahead(
-                zip(triples, triples, triples), lambda triple: triple[2].tree.file_of(triple[2])):
+                zip(triples, triples, triples), lambda triple: triple[2].place):
             path = parent + b"/" + base if parent else base
             with Opened(node.tree.open(node) if node.type == "reg" and node.size else -1) as fd, \
                     ErrorsAs(self.target.explain, path):
@@ -8348,7 +8354,7 @@ def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool,
 
 
 # ================================================================================================
-# 17. Archives
+# 18. Archives
 #
 # What leaves for other tools.  An OCI layout is a directory: "oci-layout", "index.json" with a
 # descriptor (media type, digest, size) of each manifest, and blobs named by their sha256.  A
@@ -8865,7 +8871,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = No
     size = files = 0
     made = source_date_epoch()  # directories without an entry have no time of their own
     for place, node, first in tree.opener.ahead(
-            tree.walk(path), lambda item: tree.file_of(item[1])):
+            tree.walk(path), lambda item: item[1].place):
         relative = place[len(path):].lstrip(b"/")
         entry = prefix + relative if relative else name or b"."
         if node.type == "whiteout":
@@ -9139,7 +9145,7 @@ class FetchedImage(Closing):
 
 
 # ================================================================================================
-# 18. Streams
+# 19. Streams
 #
 # A layer's tar on its way to another program: headers and padding as bytes, contents as bytes or
 # as open files, which the receiver can reflink.  Joined again they are the tar, bit for bit.  Two
@@ -9657,9 +9663,7 @@ class StreamTree(LayerTree):
             return None
         return self._staging, b"%d" % self._numbers[node], self._copied.get(node, "")
 
-    def open(self, node: Node) -> int:
-        if "data" in node.extra:
-            return self._open_below(node)
+    def _open(self, node: Node) -> int:
         return os.open(b"%d" % self._numbers[node], OPEN_FILE, dir_fd=self._staging)
 
 
@@ -9926,7 +9930,7 @@ class ExternalFiles(Closing):
 
 
 # ================================================================================================
-# 19. Transport
+# 20. Transport
 #
 # JSON objects over a Unix stream socket, with file descriptors (SCM_RIGHTS), in two framings:
 #   JSON-RPC 2.0  objects back to back, with or without white space between them.  A message with
@@ -10545,7 +10549,7 @@ class ListeningSocket:
 
 
 # ================================================================================================
-# 20. Server
+# 21. Server
 #
 # Each client is a connection, served by a thread.  The protocol is detected from the first message.
 # When a layer fails while it is sent, its stream ends damaged: no reader takes it for whole.
@@ -11086,7 +11090,7 @@ def write_pieces(layer: Layer, add: Callable[[bytes | Extent], None]) -> None:
 
 
 # ================================================================================================
-# 21. Clients
+# 22. Clients
 #
 # What a server tells about a layer (sizes, digest, end) is checked against what it sends.  Every
 # wait ends after the timeout, and what came in part is removed.
@@ -11427,7 +11431,7 @@ def shifted(progress: Progress | None, done: int) -> Progress | None:
 
 
 # ================================================================================================
-# 22. Rootless
+# 23. Rootless
 #
 # All metadata of a rootless store belong to the user; contents belong to the user and the sub-uids.
 # Their private files (mode 0600 or 0000, or in directories of 0700) can be read only by root of the
@@ -12092,7 +12096,7 @@ class ContentServer(Dispatcher):
 
 
 # ================================================================================================
-# 23. Formats
+# 24. Formats
 #
 # Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Progress goes to a
 # terminal only; a result takes its name when it is whole.
@@ -12306,7 +12310,7 @@ def say(message: str) -> None:
 
 
 # ================================================================================================
-# 24. Commands
+# 25. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================

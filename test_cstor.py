@@ -696,7 +696,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_697
+    LINES = 13_701
     source: str
     tree: ast.Module
 
@@ -777,7 +777,7 @@ class House(unittest.TestCase):
         self.assertEqual("@(lambda kind: kind)  # cstor.py needs Python 3.9 or later", line)
         self.assertTrue(all(ord(char) < 128 for char in self.source[:self.source.index(line)]))
         found = [shutil.which("python2"), *(shutil.which(f"python3.{i}") for i in range(2, 9)),
-                 *glob.glob("/root/.pyenv/versions/[23].[0-8]*/bin/python")]
+                 *glob.glob(os.path.expanduser("~/.pyenv/versions/[23].[0-8]*/bin/python"))]
         for python in filter(None, found):
             if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info >= (3, 9))"],
                               stderr=subprocess.DEVNULL, check=False).returncode:
@@ -4313,7 +4313,7 @@ class TarSplitTests(StoreTest):
 
 
 # ================================================================================================
-# 13. Tree
+# 13. Layer trees
 # ================================================================================================
 
 class TreeTest(StoreTest):
@@ -4654,9 +4654,10 @@ class Trees(TreeTest):
                 (pax({b"linkpath": b"./" * 3000}) + symlink(b"x", b""), "empty or too long"),
                 (symlink(b"l", b"./" * 49) + b"".join(
                     entry(b"l/" * 45 + b"%d/x" % i) for i in range(2)), "loop of symbolic links"),
-                (entry(b"d/.wh..."), "malformed whiteout"), (entry(b"f") + entry(b"f/g"), "no dir"),
+                (entry(b"d/.wh..."), "malformed whiteout"),
+                (entry(b"f") + entry(b"f/g"), "not a directory"),
                 (hardlink(b"far", b"no"), '"far" is a hard link to "no"'),
-                (directory(b"d") + hardlink(b"l", b"d"), "which is no file"),
+                (directory(b"d") + hardlink(b"l", b"d"), "which its layer does not have"),
                 (entry(b"d/.wh.."), "whiteout"),
                 (entry(b"x", mode=b"9999999"), '"x": malformed header number'),
                 (wrong_sum, '"x": wrong header checksum')):
@@ -4879,6 +4880,7 @@ class Contents(TreeTest):
                 ("app/[slug]", [b"app/s"], [b"app/[slug]", b"app/[slug]/p"]),
                 ("/app/[slug]/", [b"app/s"], [b"app/[slug]", b"app/[slug]/p"]),
                 ("[slug]", [b"app/s"], [b"app/[slug]", b"app/[slug]/p", b"x/[slug]"]),
+                ("app/[slug]/*", [], [b"app/[slug]/p"]),
                 ("app/[slug]/p", [], [b"app/[slug]/p"]), ("app/[s]", [b"app/s"], [b"app/[s]"]),
                 ("app/a*", [b"app/a*", b"app/ab"], [b"app/a*"]),
                 (r"app/\[slug\]", *2 * ([b"app/[slug]", b"app/[slug]/p"],)),
@@ -5303,7 +5305,7 @@ class HostileTrees(HostileStores):
 
 
 # ================================================================================================
-# 15. tar-diff
+# 16. tar-diff
 # ================================================================================================
 
 Places = list[tuple[Any, ...]]  # of each byte: index, entry and field
@@ -5720,7 +5722,7 @@ class TarDiffs(StoreTest):
 
 
 # ================================================================================================
-# 16. Extract
+# 17. Extract
 # ================================================================================================
 
 class Copies(TreeTest):
@@ -6131,7 +6133,7 @@ class Extracts(TreeTest):
         remove(self.out)
         for layer, name in ((writable, f"{said}/diff"), ("5" * 64, "layer " + "5" * 64)):
             done = self.run_on(store, "layer extract", layer, self.out, "--verify", status=6)
-            self.assertEqual(f"cstor: error: {name} has no DiffID, so that it cannot be verified "
+            self.assertEqual(f"cstor: error: {name} has no DiffID, so it cannot be verified "
                              "(without --verify, sizes and recorded CRC-64s are checked)\n",
                              done.err)
             self.assertFalse(os.path.lexists(self.out))
@@ -7895,7 +7897,7 @@ class Disks(StoreTest):
 
 
 # ================================================================================================
-# 17. Archives
+# 18. Archives
 # ================================================================================================
 
 def read_layout(top: str) -> dict[str, tuple[dict[str, Any], dict[str, Any], list[bytes]]]:
@@ -8978,7 +8980,7 @@ class Fetching(StoreTest):
 
 
 # ================================================================================================
-# 18. Streams
+# 19. Streams
 # ================================================================================================
 
 CODECS = ("splitfdstream", "splitdirfdstream")
@@ -9931,7 +9933,7 @@ class StreamExtracts(TreeTest):
 
 
 # ================================================================================================
-# 19. Transport
+# 20. Transport
 # ================================================================================================
 
 class Dumb:
@@ -10386,7 +10388,7 @@ if fault == "status":
 
 
 # ================================================================================================
-# 20. Server
+# 21. Server
 # ================================================================================================
 
 def outcome(action: Callable[[], bytes], tar: bytes) -> str:
@@ -11487,7 +11489,7 @@ class Serving(StoreTest):
 
 
 # ================================================================================================
-# 21. Clients
+# 22. Clients
 # ================================================================================================
 
 class DumbServers(MessageTest):
@@ -12233,7 +12235,7 @@ class ManyFiles(StoreTest):
 
 
 # ================================================================================================
-# 22. Rootless
+# 23. Rootless
 # ================================================================================================
 
 class Helpers(StoreTest):
@@ -12788,7 +12790,7 @@ class Helpers(StoreTest):
 
 
 # ================================================================================================
-# 24. Commands
+# 25. Commands
 # ================================================================================================
 
 class CommandLine(StoreTest):
