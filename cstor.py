@@ -301,9 +301,6 @@ OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
 LINK_ID = r"[A-Z2-7]{26}"  # overlay/<id>/link: standard base32, no padding
 HEX64 = r"[0-9a-f]{64}"
 
-# Media types of manifests.
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-
 # tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU).
 BLOCK = 512
 TYPE_AT = 156  # offset of typeflag in a header block
@@ -315,26 +312,15 @@ PAX_GLOBAL = b"g"
 # Whiteouts of AUFS, which OCI took over.
 OPAQUE_MARKER = b".wh..wh..opq"
 
-# Files on disk as the TOC of eStargz names them.
-WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
-         "block": "block device", "fifo": "FIFO", "socket": "socket", "whiteout": "whiteout"}
-NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
-              stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
-              stat.S_IFSOCK: "socket"}
-FILE_TYPES = {word: kind for kind, word in NODE_TYPES.items()}
-
-# overlayfs: the kernel as root, the kernel in a user namespace; and what keeps xattrs of its own.
-NO_ID = 0xFFFFFFFF  # as an owner, "leave it"; also the bits that an ID has
-# Owner, mode and type where files are made otherwise (force_mask); the first one there counts.
-OVERRIDES = (b"security.fuseoverlayfs.override_stat", b"user.fuseoverlayfs.override_stat",
-             b"user.containers.override_stat")
-AT_FDCWD = -100  # in place of a directory's descriptor: the working directory
+# System calls of Linux.
+NO_ID = 0xFFFFFFFF  # chown(2): keep the owner; as a mask, the bits of an ID
+AT_FDCWD = -100  # openat(2): the working directory, in place of a descriptor
 OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-# Streams of layers, and what JSON-RPC peers call their parts; the first of each is ours.
+# Media type of a layer's headers with the contents of its files as open files.
 SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
 
 # Limits: what is larger is refused, so that a hostile store costs bounded memory and time.
@@ -350,13 +336,8 @@ MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compar
 MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
 MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
-MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
-SHUT_RD, SHUT_RDWR = 0, 2  # shutdown(2)
-RECEIVE_SIZE = 256 << 10
 MAX_FILE_NAME = 4096  # of a stream's external file, below its directory
 
-PEER_TIMEOUT = 30.0  # seconds without a byte, after which a peer is given up
-AHEAD = 128  # files that a helper opens at a time; a message carries 253 descriptors at most
 CHUNK = 1 << 20  # unit of reading, hashing and writing contents
 INLINE_THRESHOLD = 4096  # contents of up to so many bytes go inline in a stream
 READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 20 times
@@ -488,7 +469,7 @@ class ObjectStream:
         self._at += count
 
     def skip(self, blank: bytes) -> bytes:
-        """Go to the next byte that is none of ``blank`` and return it; b"" at the end."""
+        """Go to the next byte that is not in ``blank`` and return it; b"" at the end."""
         while True:
             part = self._buffer[self._at:self._at + 64]
             rest = part.lstrip(blank)
@@ -579,10 +560,10 @@ def is_utf8(text: bytes) -> bool:
 
 
 def decode_base64(text: str | bytes) -> bytes:
-    """Decode base64 strictly: Python before 3.11 can only skip what is none of its letters."""
+    """Decode base64 strictly: Python before 3.11 can only skip other characters."""
     data = binascii.a2b_base64(text)
     if (len(data) + 2) // 3 * 4 != len(text):
-        raise ValueError("other letters")
+        raise ValueError("characters that are not base64")
     return data
 
 
@@ -2046,7 +2027,7 @@ def holds_store(root: str, drivers: Sequence[str] = ("overlay", *OTHER_DRIVERS))
 def stores_near(path: str, name: str = "") -> list[str]:
     """Return the graph roots around ``path``, of those that hold the file ``name``.
 
-    Where people point that mean a store: above, below, a disk's root, a home, docker's directory.
+    People often name a directory above or below the one they mean: a disk's root, a home, docker's.
     """
     path = os.path.abspath(path)
     above, end = os.path.dirname(path), ".local/share/containers/storage"
@@ -2063,7 +2044,7 @@ def stores_near(path: str, name: str = "") -> list[str]:
         try:
             if place != path and holds_store(place) and is_there(os.path.join(place, name)):
                 found[os.path.realpath(place)] = place
-        except OSError:  # closed to us
+        except OSError:  # permission denied
             continue
     return list(found.values())[:3]
 
@@ -2152,7 +2133,7 @@ class _ConfigSearch:
         return own.lack == NO_STORAGE and bool(other.drop_ins or not other.lack)
 
     def explain(self, config: Config, other: Config) -> None:
-        """Say what was looked at besides ``config``, and warn of what it leaves aside."""
+        """Say where else a store was looked for, and warn of a configuration that is ignored."""
         data = self.environ.get("XDG_DATA_HOME")
         parts = [f"{config.named_in} names it" if config.named_in else
                  f"the default for XDG_DATA_HOME={data}" if self.rootless and data else
@@ -2169,7 +2150,7 @@ class _ConfigSearch:
                                  "name a graph root with --root DIR"])
 
     def _store_of_sudo_user(self) -> str:
-        """Name the graph root of who called sudo, when there is a store; else ""."""
+        """Name the graph root of the user who called sudo, if a store is there; else ""."""
         name = self.environ.get("SUDO_USER", "root")
         if self.euid or name == "root" or not (user := find_user(name)):
             return ""
@@ -2580,6 +2561,7 @@ class Toml:
 # ================================================================================================
 
 COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 TAR_SPLIT = b".tar-split.gz"  # end of a file's name beside layers.json
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386",
@@ -2703,11 +2685,11 @@ class Record:
         self._read_fields()
 
     def _read_fields(self) -> None:
-        """Read what this kind of record has besides."""
+        """Read the other fields of this kind of record."""
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong, in words; what other records and files tell of it is read only now."""
+        """What is wrong, in words; other records and files are looked at only now."""
         if not self._looked:
             self._looked = True
             try:
@@ -2930,7 +2912,7 @@ class Layer(Record):
                           hint="additionallayerstores in storage.conf names it, without --root")
 
     def removed(self, name: bytes = b"") -> LayerUnknown | None:
-        """Return an error when it is no longer recorded as it was, else None."""
+        """Return an error if its record has changed or is gone, else None."""
         if self.storage.is_current(self):
             return None
         what = f'"{display(name)}"' if name else "it"
@@ -3345,7 +3327,7 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
                       patience: Deadline) -> list[bytes]:
     """Read the JSON files ``names`` below ``root`` as one state; b"" for a file that is missing.
 
-    ``lock`` is taken shared when it can be had within ``patience``.  Without it the files are read
+    ``lock`` is taken shared if it is free within ``patience``.  Without it the files are read
     again while they or the lock's token change, at most ten times.
     """
     data: list[bytes] = []
@@ -3366,9 +3348,9 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
 
 
 def _open_lock(root: Directory, lock: bytes) -> int:
-    """Open a lock file read-only, never creating it; -1 when it cannot be had."""
+    """Open a lock file read-only, never creating it; -1 when it cannot be opened."""
     try:
-        return Directory.open(root, lock)  # a lock that is closed to us is worth no helper
+        return Directory.open(root, lock)  # a lock is not worth a helper
     except (OSError, FormatError):
         return -1
 
@@ -3406,27 +3388,31 @@ def _read_json(root: Directory, name: bytes) -> bytes:
 
 
 class Opener(Closing):
-    """Opens a storage's contents as this user: what is closed to him raises NeedsUnshare.
+    """Opens the contents of a storage as this user; permission denied is NeedsUnshare.
 
-    Whoever opens contents of a storage has them from its opener; see ProxiedOpener for another.
+    All that opens contents of a storage goes through its opener; see also ProxiedOpener.
     """
 
-    is_proxied = False  # whether a helper opens what is closed to us
+    is_proxied = False  # whether a helper opens what this user may not
 
     def __init__(self, storage: Storage | None = None) -> None:
         self.storage = storage  # whose close() closes it
 
     def helper(self, error: NeedsUnshare) -> Any:
-        """Return the Helper that opens what is closed to us; without any, raise ``error``."""
+        """Return the Helper that opens what this user may not; without any, raise ``error``."""
         raise error
 
     def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
               weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-        """Yield ``items``, whose files are opened next: here one by one, when they are needed."""
+        """Yield ``items``, whose files are opened next, here one by one when they are needed.
+
+        ``file_of`` returns an item's directory and the name in it, None for an item without a
+        file; ``weigh`` how many files' room an item takes in memory.
+        """
         return iter(items)
 
     def prepare(self, files: Iterable[tuple[Contents, bytes] | None]) -> None:
-        """Make ready for processes that are forked next and open ``files``."""
+        """Prepare for processes that are forked next and open ``files``."""
 
     def close(self) -> None:
         """End what helps; harmless when repeated."""
@@ -3435,7 +3421,7 @@ class Opener(Closing):
 class Contents(Directory):
     """A directory of a storage (None: of the host): a root, or one that contents are read from.
 
-    What is closed to us in it the storage's opener may have looked at and opened by a helper.
+    Where permission is denied in it, the storage's opener may have a helper that looks and opens.
     """
 
     __slots__ = ("storage", "_ahead")
@@ -3444,7 +3430,7 @@ class Contents(Directory):
         super().__init__(directory.path, directory.fd)
         directory.fd = -1
         self.storage = storage
-        self._ahead: dict[bytes, int] = {}  # what the opener has opened before it is needed
+        self._ahead: dict[bytes, int] = {}  # files that the helper opened before they are needed
 
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
@@ -3452,7 +3438,7 @@ class Contents(Directory):
         super().close()
 
     def keep(self, ahead: dict[bytes, int]) -> None:
-        """Take the descriptors of files that are opened next, in place of those left over."""
+        """Take the descriptors of files that are needed next, and close those left over."""
         while self._ahead:
             os.close(self._ahead.popitem()[1])
         self._ahead = ahead
@@ -3463,7 +3449,7 @@ class Contents(Directory):
         return self.storage.opener if self.storage else Opener()
 
     def _ask(self, action: Callable[[bytes], T], name: bytes, ask: Callable[[Any], Any]) -> T:
-        """Return what ``action`` returns, or if ``name`` is closed to us what the helper says."""
+        """Return what ``action`` returns, or where permission is denied what the helper says."""
         try:
             return action(name)
         except NeedsUnshare as error:
@@ -3503,7 +3489,7 @@ class Contents(Directory):
             yield from self.opener.helper(closed).scan(self.path, path, last)
 
     def open(self, name: bytes) -> int:
-        """Open the regular file ``name``; FormatError when it is none."""
+        """Open the regular file ``name``; FormatError for anything else."""
         try:
             return self._ahead.pop(name) if name in self._ahead else super().open(name)
         except NeedsUnshare as error:
@@ -3514,7 +3500,7 @@ class Contents(Directory):
         return fd
 
     def look(self, parent: bytes, base: bytes) -> tuple[int, os.stat_result]:
-        """Open a file; return its descriptor, -1 for what is no regular file, and its status."""
+        """Open a regular file; return its descriptor, -1 for anything else, and its status."""
         name = parent + b"/" + base if parent else base
         fd = self._ahead.pop(name, -1) if self._ahead else -1
         try:
@@ -3530,7 +3516,7 @@ class Contents(Directory):
         return fd, os.fstat(fd)
 
     def is_closed(self, name: bytes) -> bool:
-        """Tell whether a file is probably closed to us; also of one that is not there."""
+        """Tell whether this user probably may not read a file, which need not exist."""
         parent, _, base = name.rpartition(b"/")
         try:
             return not os.access(base or b".", os.R_OK, dir_fd=self.parent(parent),
@@ -3647,7 +3633,7 @@ class Storage(Closing):
 
     @property
     def is_proxied(self) -> bool:
-        """Whether a helper opens what is closed to this user."""
+        """Whether a helper opens what this user may not."""
         return self.opener.is_proxied
 
     @property
@@ -3692,7 +3678,7 @@ class Storage(Closing):
 
     @property
     def owner(self) -> tuple[int, int]:
-        """User and group ID of whoever writes the records."""
+        """User and group ID of the user who writes the records."""
         root = self._graph or self.roots[0]
         try:
             status = Directory.lstat(root, LAYERS + b"/layers.json")  # the helper asks for it, too
@@ -3710,7 +3696,7 @@ class Storage(Closing):
     def id_maps(self) -> tuple[Ranges, Ranges]:
         """How IDs on disk are to be read, for users and groups: see map_id(); [] = as is.
 
-        Whoever writes the records is root to his containers, and his sub-uids follow; see
+        The user who writes the records is root in his containers; his sub-uids follow, see
         owner_ranges().  Seen by root of his namespace, it is so already.
         """
         if self._id_maps is None:
@@ -4335,7 +4321,7 @@ class LayerFiles(Closing):
         """Open the content of the regular file ``name`` and return its descriptor.
 
         ``size`` is what the file must hold, None = whatever it does.  Raises IntegrityError when
-        it is missing, of another type or size, NeedsUnshare when it is closed to this user, and
+        it is missing, of another type or size, NeedsUnshare when permission is denied, and
         LayerUnknown when the whole layer was removed meanwhile.
         """
         if size == 0 and self._objects is not None:
@@ -4344,7 +4330,7 @@ class LayerFiles(Closing):
         if parent != self._raw_parent:
             self._raw_parent, self._parent = parent, clean_name(parent)
         parent = self._parent
-        if base in (b"", b".", b"..") or self._objects is not None:
+        if base in (b"", b".", b"..") or b"\0" in base or self._objects is not None:
             parent, _, base = self._place(name).rpartition(b"/")
         for diff in self._diffs if self._plain else self._search():
             try:
@@ -4354,10 +4340,6 @@ class LayerFiles(Closing):
             except OSError as error:
                 raise self._explain(error, name, diff.host_path(os.path.join(parent, base))
                                     ) from None
-            except ValueError as error:
-                if isinstance(error, CstorError):
-                    raise
-                raise FormatError(f'name with a NUL byte: "{display(name)}"') from None
             # A stub has no data blocks; asking only then saves a call for every other file.
             if fd >= 0 and (status.st_blocks * 512 < status.st_size or self.layer.mapped) \
                     and self._is_stub(fd):
@@ -4374,14 +4356,14 @@ class LayerFiles(Closing):
         raise self._missing(name, size)
 
     def members(self) -> Iterator[tuple[bytes, Member | None]]:
-        """Yield what read_members() does, for who opens the contents one after the other."""
+        """Yield what read_members() does, to a caller that opens the contents in this order."""
         return self.layer.storage.opener.ahead(
             read_members(self.layer),
             lambda item: self.where(item[1].name) if item[1] and item[1].stored else None,
             lambda item: 1 + len(item[0]) // (8 << 10))
 
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
-        """Return where open() looks first: a directory, and the name in it; None = nowhere."""
+        """Return where open() looks first, as (directory, name in it); None = nowhere."""
         try:
             return self._diffs[0], self._place(name)
         except CstorError:  # said when it is opened
@@ -4407,7 +4389,7 @@ class LayerFiles(Closing):
         if self._objects is None:
             return wanted
         if wanted not in self._objects:
-            raise self._wrong(name, "is not in the layer's TOC (zstd-chunked-manifest)", "", "")
+            raise self._wrong(name, "is not in the layer's TOC (zstd-chunked-manifest)")
         digest = self._objects[wanted].hex().encode()
         return digest[:2] + b"/" + digest[2:]
 
@@ -4436,7 +4418,8 @@ class LayerFiles(Closing):
                 raise
             return False
 
-    def _wrong(self, name: bytes, message: str, expected: str, actual: str) -> IntegrityError:
+    def _wrong(self, name: bytes, message: str, expected: str = "", actual: str = ""
+               ) -> IntegrityError:
         return IntegrityError(message, layer=self.layer.id, name=name, expected=expected,
                               actual=actual)
 
@@ -4450,11 +4433,11 @@ class LayerFiles(Closing):
                                "content: containers/storage does not keep that content")
         if size is None:
             return NotFound(f'layer {self.layer.id}: no file "{display(name)}"')
-        return self._wrong(name, "is missing from the layer's files", "", "")
+        return self._wrong(name, "is missing from the layer's files")
 
     def _explain(self, error: OSError, name: bytes, path: str) -> Exception:
         if error.errno == errno.ELOOP:
-            return self._wrong(name, "is behind a loop of symbolic links", "", "")
+            return self._wrong(name, "is behind a loop of symbolic links")
         if error.errno == errno.ENAMETOOLONG:
             return FormatError(f'name too long: "{display(name[:80])}..."',
                                file=f"layer {self.layer.id}")
@@ -5490,6 +5473,18 @@ def export_layer(layer: Layer, out: int | BinaryIO, *, verify: bool = True,
 # renamed directories (redirect) and stubs (metacopy) are devices and xattrs.
 # ================================================================================================
 
+# Files on disk as the TOC of eStargz names them.
+WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
+         "block": "block device", "fifo": "FIFO", "socket": "socket", "whiteout": "whiteout"}
+NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
+              stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
+              stat.S_IFSOCK: "socket"}
+FILE_TYPES = {word: kind for kind, word in NODE_TYPES.items()}
+
+# fuse-overlayfs and containers/storage with force_mask keep owner, mode and type in an xattr; the
+# first of these that a file has counts.
+OVERRIDES = (b"security.fuseoverlayfs.override_stat", b"user.fuseoverlayfs.override_stat",
+             b"user.containers.override_stat")
 FUSE_XATTRS = (b"user.fuseoverlayfs.", b"security.fuseoverlayfs.") + OVERRIDES[-1:]
 # What the kernel takes as a redirect: one name, or an absolute path; no ".", ".." or "//".
 REDIRECT = rb"(?:/(?!\.{1,2}(?:/|\Z))[^/]+)+|(?!\.{1,2}\Z)[^/]+"
@@ -7713,7 +7708,7 @@ class Extraction:
         workers = 1 if self._hardlinks else self._workers or default_workers()
         workers = min(workers, len(batches) // 2 or 1)
         if workers > 1:
-            # Only what its mode, or its directory's, shows to be private can be closed to us.
+            # Permission can be denied only where the mode of a file or its directory says so.
             batches[0][2].tree.opener.prepare(
                 node.place for batch in batches for node in batch[2::3]
                 if node.parent and not (node.mode & stat.S_IROTH
@@ -9950,6 +9945,10 @@ class ExternalFiles(Closing):
 MAX_MESSAGE = 64 << 20  # one JSON message between processes
 MAX_DEPTH = 64  # of objects and arrays in a message
 FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
+MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
+RECEIVE_SIZE = 256 << 10  # unit of receiving from a socket
+PEER_TIMEOUT = 30.0  # seconds without a byte, after which a peer is given up
+SHUT_RD, SHUT_RDWR = 0, 2  # shutdown(2)
 
 
 class Message(Closing):
@@ -11442,6 +11441,7 @@ def shifted(progress: Progress | None, done: int) -> Progress | None:
 # which writes to lock files of the user's own storage and leaves a process behind.
 # ================================================================================================
 
+AHEAD = 128  # files that a helper opens at a time, below FDS_PER_SEND
 START_PATIENCE = 10  # seconds that a helper may take to start
 HELPER_PATIENCE = 120  # ... to open AHEAD files
 
@@ -11876,10 +11876,9 @@ class Helper(Caller):
 
 
 class ProxiedOpener(Opener):
-    """Opens what is closed to this user through a Helper, many files at a time.
+    """Opens what this user may not through a Helper, many files at a time.
 
-    The helper is started for the first such content.  Where there can be none, NeedsUnshare says
-    why.
+    The helper is started for the first such content; NeedsUnshare says why it cannot be.
     """
 
     _helper: Helper | None = None
@@ -11917,9 +11916,9 @@ class ProxiedOpener(Opener):
 
     def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
               weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-        """Yield ``items``; what is closed of the files of AHEAD of them is opened before.
+        """Yield ``items``; the helper opens the files of AHEAD of them before.
 
-        Of fewer where few files may be open: each can be one.
+        Of fewer where few files may be open.
         """
         items, most = iter(items), max(min(AHEAD, soft_limit() // 4), 1)
         for first in items:
@@ -11960,7 +11959,7 @@ class ProxiedOpener(Opener):
 
 
 class ProxiedStorage(Storage):
-    """A Storage that opens what is closed to this user through a helper in his user namespace.
+    """A Storage that opens what this user may not through a helper in his user namespace.
 
     The helper is started for the first such content, never for metadata, and ends with close();
     ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
