@@ -2178,7 +2178,7 @@ class _ConfigSearch:
             values = {key: value for key, value in values.items() if key.endswith("_storage_path")
                       or key == "storage.driver" and not own}
             values.update(self._read(self.user_file, config) if own else {})
-        self._fill(config, values)
+        self._finish(config, values)
         return config
 
     def new_scheme(self) -> Config:
@@ -2191,7 +2191,7 @@ class _ConfigSearch:
         override = self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")
         for path in (*config.drop_ins, *([override] if override else [])):
             values.update(self._read(path, config, values))
-        self._fill(config, values)
+        self._finish(config, values)
         return config
 
     def _drop_ins(self) -> list[str]:
@@ -2237,7 +2237,7 @@ class _ConfigSearch:
         self._sources.update(dict.fromkeys(values, path))
         return values
 
-    def _fill(self, config: Config, values: dict[str, Any]) -> None:
+    def _finish(self, config: Config, values: dict[str, Any]) -> None:
         """Turn merged keys, environment and defaults into a Config."""
         config.driver = self.environ.get("STORAGE_DRIVER") or values.get("storage.driver") or ""
         if config.driver == "overlay2":
@@ -2433,20 +2433,20 @@ class Toml:
         root: dict[str, Any] = {}
         table = root
         try:
-            while self._take(self.GAP) is not None and self.at < len(self.text):
+            while self._match(self.GAP) is not None and self.at < len(self.text):
                 if self.text.startswith("[", self.at):
                     table = self._header(root)
                 else:
                     self._pair(table)
-                self._take(self.END, "the end of the line")
+                self._match(self.END, "the end of the line")
         except RecursionError:
             self._refuse("nested too deeply")
         return root
 
     def _header(self, root: dict[str, Any]) -> dict[str, Any]:
-        start, brackets = self.at, self._take(r"\[\[?") or ""
+        start, brackets = self.at, self._match(r"\[\[?") or ""
         *above, last = self._keys()
-        self._take("]" * len(brackets), "]" * len(brackets))
+        self._match("]" * len(brackets), "]" * len(brackets))
         table = self._below(root, above, start)
         self._places.setdefault((id(table), last), start)
         made: Any = table.get(last, [] if len(brackets) == 2 else {})
@@ -2474,7 +2474,7 @@ class Toml:
     def _pair(self, table: dict[str, Any]) -> None:
         start = self.at
         *above, last = self._keys()
-        self._take("=" + self.SPACE, "=")
+        self._match("=" + self.SPACE, "=")
         value = self._value()
         table = self._below(table, above, start)
         if last in table:
@@ -2485,11 +2485,11 @@ class Toml:
     def _keys(self) -> list[str]:
         """Read a key, dotted or not."""
         parts: list[str] = []
-        while not parts or self._take("[.]"):
-            self._take(self.SPACE)
-            part = self._take(self.BARE)
+        while not parts or self._match("[.]"):
+            self._match(self.SPACE)
+            part = self._match(self.BARE)
             parts.append(self._string(self.SHORT, "a key") if part is None else part)
-            self._take(self.SPACE)
+            self._match(self.SPACE)
         return parts
 
     def _value(self) -> Any:
@@ -2506,7 +2506,7 @@ class Toml:
             self._whole.add(id(table))
             self._items("}", lambda: self._pair(table))
             return table
-        place, word = self.at, self._take(self.WORD) or ""
+        place, word = self.at, self._match(self.WORD) or ""
         match = re.fullmatch(self.SCALAR, word)
         try:
             if match and match[1]:
@@ -2534,13 +2534,13 @@ class Toml:
     def _items(self, end: str, read: Callable[[], None]) -> None:
         """Read what stands in brackets; a comma may follow the last item."""
         self.at += 1
-        while self._take(self.GAP + re.escape(end)) is None:
-            self._take(self.GAP)
+        while self._match(self.GAP + re.escape(end)) is None:
+            self._match(self.GAP)
             read()
-            self._take(f"{self.GAP}(?:,|(?={re.escape(end)}))", f"a comma or {end}")
+            self._match(f"{self.GAP}(?:,|(?={re.escape(end)}))", f"a comma or {end}")
 
-    def _take(self, pattern: str, wanted: str = "") -> str | None:
-        """Skip what ``pattern`` fits and return it; else refuse what is not ``wanted``, or None."""
+    def _match(self, pattern: str, wanted: str = "") -> str | None:
+        """Return what matches ``pattern`` and go behind it; else None, or refuse if ``wanted``."""
         match = re.compile(pattern).match(self.text, self.at)
         if not match and wanted:
             self._refuse(f"expected {wanted}")
@@ -2612,7 +2612,7 @@ def platform_in(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def platform_name(said: Any) -> str:
     """Spell the platform of a configuration or descriptor as os/arch[/variant]."""
-    words = platform_in(said) if isinstance(said, dict) else {}
+    words = platform_in(as_dict(said))
     return "/".join(words.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/")
 
 
@@ -3331,32 +3331,26 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
     again while they or the lock's token change, at most ten times.
     """
     data: list[bytes] = []
-    lock_fd = _open_lock(root, lock)
-    try:
-        if lock_fd >= 0:
-            _lock_shared(lock_fd, patience)
+    with Opened(_open_lock(root, lock)) as lock_fd:
+        _lock_shared(lock_fd, patience)
         # Also with the lock: it is the process's, and another thread that closes the file drops it.
         for _ in range(10):
             before = _state(root, lock_fd, names)
             data = [_read_json(root, name) for name in names]
             if _state(root, lock_fd, names) == before:
                 break
-    finally:
-        if lock_fd >= 0:
-            os.close(lock_fd)  # also releases the lock
     return data
 
 
 def _open_lock(root: Directory, lock: bytes) -> int:
     """Open a lock file read-only, never creating it; -1 when it cannot be opened."""
-    try:
+    with suppress(OSError, FormatError):
         return Directory.open(root, lock)  # a lock is not worth a helper
-    except (OSError, FormatError):
-        return -1
+    return -1
 
 
 def _lock_shared(fd: int, patience: Deadline) -> None:
-    while True:
+    while fd >= 0:
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return
@@ -3372,19 +3366,17 @@ def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> list[object
     """Return what changes whenever a writer was at work."""
     state: list[object] = [os.pread(lock_fd, LOCK_TOKEN_SIZE, 0) if lock_fd >= 0 else None]
     for name in names:
-        try:
+        state.append(None)
+        with suppress(FileNotFoundError, NotADirectoryError):
             status = root.lstat(name)
-            state.append((status.st_ino, status.st_mtime_ns, status.st_size))
-        except (FileNotFoundError, NotADirectoryError):
-            state.append(None)
+            state[-1] = status.st_ino, status.st_mtime_ns, status.st_size
     return state
 
 
 def _read_json(root: Directory, name: bytes) -> bytes:
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):
         return root.read(name, MAX_JSON)
-    except (FileNotFoundError, NotADirectoryError):
-        return b""
+    return b""
 
 
 class Opener(Closing):
@@ -3844,8 +3836,8 @@ class Storage(Closing):
                 layer_id = os.path.basename(os.path.dirname(target)).decode("utf-8", "replace")
                 if is_safe_id(layer_id) and root.exists(OVERLAY + b"/" + layer_id.encode()):
                     return layer_id
-            if link in self._all_links():
-                return self._all_links()[link]
+            if found := self._all_links().get(link):
+                return found
         raise LayerUnknown(f"layer not known: no layer has the link {display(link)}",
                            hint="a link is 26 characters, as in overlay/l")
 
@@ -4298,10 +4290,9 @@ class LayerFiles(Closing):
                 self._read_toc()
 
     def _flat_format(self) -> bool:
-        if "zstd-chunked-layer-data" not in self.layer.big_data_names:
-            return False
-        data = parse_json(self.layer.big_data("zstd-chunked-layer-data"), "zstd-chunked-layer-data")
-        return isinstance(data, dict) and data.get("format") == 1
+        key = "zstd-chunked-layer-data"
+        return key in self.layer.big_data_names and as_dict(
+            parse_json(self.layer.big_data(key), key)).get("format") == 1
 
     def _read_toc(self) -> None:
         name = self.layer.path(big_data_file("zstd-chunked-manifest"))
