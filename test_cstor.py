@@ -13591,7 +13591,7 @@ class RealStores(unittest.TestCase):
         found: dict[str, list[int]] = {}
         server = subprocess.Popen([program, path])
         try:
-            while not os.path.exists(path):
+            while socket.socket(socket.AF_UNIX).connect_ex(path):  # bound, and listening
                 time.sleep(0.01)
             for name in self.roots if FULL else ("podman5.8", "composefs"):
                 root, counts = self.roots[name], found.setdefault(name, [0, 0])
