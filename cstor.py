@@ -10231,9 +10231,10 @@ class Caller(Closing):
         self.connection, self._number = connection, 0
         connection.varlink = connection.either = self.varlink  # the answer tells what it speaks
 
-    def close(self) -> None:
+    def close(self) -> object:
         """Close the connection."""
         self.connection.close()
+        return None
 
     def call(self, method: str, params: Any = None) -> dict[str, Any]:
         """Return the result of a method that passes no files."""
@@ -11536,7 +11537,7 @@ def why_no_helper(storage: Storage) -> str:
     return ""
 
 
-class Unshared(Closing):
+class Unshared(Caller):
     """This very program once more, as root of a user namespace with our sub-uids.
 
     It calls ``function`` of this module with ``words``, which says hello and then speaks over
@@ -11585,7 +11586,7 @@ class Unshared(Closing):
                            _CONTAINERS_ROOTLESS_UID=str(os.geteuid()),
                            _CONTAINERS_ROOTLESS_GID=str(os.getegid()))
         ours, theirs = socket.socketpair()
-        self.connection = Connection(ours, timeout=START_PATIENCE)
+        super().__init__(Connection(ours, timeout=START_PATIENCE))
         log, end = os.pipe()
         try:
             with theirs:
@@ -11746,7 +11747,7 @@ def take_over() -> Connection:
 
 # -- the helper: who asks ------------------------------------------------------------------------
 
-class Helper(Caller):
+class Helper(Unshared):
     """Opens files below ``roots`` that this user may not open; ContentServer is the other end.
 
     Threads and forked processes share it: each waits for its turn.  Raises CstorError when the
@@ -11756,8 +11757,7 @@ class Helper(Caller):
     def __init__(self, roots: Sequence[str]) -> None:
         import threading
 
-        self._unshared = Unshared("serve_contents", roots)
-        super().__init__(self._unshared.connection)
+        super().__init__("serve_contents", roots)
         self._lock, self._is_behind = threading.Lock(), False
         # Locked by the process whose turn it is, and of one byte until it has the whole answer.
         self._turn = os.memfd_create("cstor-turn", os.MFD_CLOEXEC)
@@ -11767,12 +11767,12 @@ class Helper(Caller):
         """Whether an answer was not read to its end, so that no other can be read."""
         return self._is_behind and not self._lock.locked()
 
-    def close(self) -> None:
+    def close(self) -> int:
         """End the helper; harmless when repeated."""
         if self._turn >= 0:
             os.close(self._turn)
         self._turn = -1
-        self._unshared.close()
+        return super().close()
 
     def _call(self, method: str, params: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Return the result of a method and the descriptors that came with it."""

@@ -12128,7 +12128,7 @@ class Helpers(StoreTest):
         helper._lock, helper._is_behind = threading.Lock(), False
         helper._turn = os.memfd_create("turn")
         self.addCleanup(os.close, helper._turn)
-        super(cstor.Helper, helper).__init__(connection)
+        cstor.Caller.__init__(helper, connection)
         return helper
 
     def place(self) -> str:
@@ -16320,7 +16320,7 @@ class RealRootless(unittest.TestCase):
                 pieces = storage.image("image").layers()[-1].pieces()
                 for _ in range(4):
                     next(pieces)
-                os.kill(storage.opener._helper._unshared._process.pid, signal.SIGKILL)
+                os.kill(storage.opener._helper._process.pid, signal.SIGKILL)
                 try:
                     for _ in pieces:
                         pass
