@@ -38,6 +38,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -534,7 +535,7 @@ def on_terminal(*args: str, script: bool = True) -> bytes:
     fd, slave = open_terminal()
     code = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
-    process = subprocess.Popen([sys.executable, "-c", code, *[SCRIPT] * script, *args], env=IDLE,
+    process = subprocess.Popen([sys.executable, "-c", code, *COMMAND[1:] * script, *args], env=IDLE,
                                stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     output = b""
@@ -723,23 +724,20 @@ class House(unittest.TestCase):
     LINES = 13_691
     source: str
     tree: ast.Module
+    banners: list[tuple[int, int, str]]  # first line, number, title
 
     @classmethod
     def setUpClass(cls) -> None:
         with open(SCRIPT, encoding="utf-8") as file:
             cls.source = file.read()
         cls.tree = ast.parse(cls.source, feature_version=(3, 9))
-
-    def sections(self) -> list[tuple[int, int, str]]:
-        """Return (first line, number, title) of each banner."""
-        lines = self.source.splitlines()
-        return [(i, int(line[2:].partition(".")[0]), line.partition(". ")[2])
-                for i, line in enumerate(lines, 1)
-                if line.startswith("# ") and lines[i - 2].startswith("# ====")
-                and line[2:].partition(".")[0].isdigit()]
+        lines = cls.source.splitlines()
+        cls.banners = [(i, int(line[2:].partition(".")[0]), line.partition(". ")[2])
+                       for i, line in enumerate(lines, 1) if re.match(r"# \d+\. ", line)
+                       and lines[i - 2].startswith("# ====")]
 
     def section_of(self, line: int) -> int:
-        return max((number for first, number, _ in self.sections() if first <= line), default=0)
+        return max((number for first, number, _ in self.banners if first <= line), default=0)
 
     def test_map_matches_banners(self) -> None:
         head = ast.get_docstring(self.tree)
@@ -747,7 +745,7 @@ class House(unittest.TestCase):
         table = head.split("a method may call down:\n\n")[1]
         rows = [line.split(None, 1) for line in table.splitlines()]
         listed = [(int(row[0]), " ".join(row[1].split("  ")[0].split())) for row in rows]
-        self.assertEqual(listed, [(number, title.lower()) for _, number, title in self.sections()])
+        self.assertEqual(listed, [(number, title.lower()) for _, number, title in self.banners])
 
     def test_sections_use_only_what_is_above(self) -> None:
         """Classes, functions and module-level code use what is above; a method may call down."""
@@ -817,7 +815,7 @@ class House(unittest.TestCase):
                                   in done.stderr.decode().splitlines()[-3:]], python)
 
     def test_only_formats_and_commands_print_and_exit(self) -> None:
-        last = self.sections()[-2][0]
+        last = self.banners[-2][0]
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Call) and node.lineno < last:
                 self.assertNotIn(ast.unparse(node.func), ("print", "sys.exit", "exit", "input"))
@@ -1049,9 +1047,8 @@ class Openings(StoreTest):
         """Return (device, inode) or errno from openat2 and from open_in_root()."""
         results: list[object] = []
         fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
-        ways: tuple[Callable[[], int], ...] = (
-            lambda: self.openat2(fd, name.strip(b"/") or b"."),
-            lambda: cstor.open_in_root(fd, name))
+        ways: tuple[Callable[[], int], ...] = (lambda: self.openat2(fd, name.strip(b"/") or b"."),
+                                               lambda: cstor.open_in_root(fd, name))
         try:
             for way in ways:
                 try:
@@ -1908,19 +1905,17 @@ class Records(StoreTest):
         with self.open(store) as storage:
             faults = {layer.id or i: [fault for fault in layer.faults if "overlay/" not in fault]
                       for i, layer in enumerate(storage.layers())}
-            self.assertEqual({
-                4: ["the record is not a JSON object", 'unusable ID ""'], 5: ['unusable ID ""'],
-                "../../evil": ['unusable ID "../../evil"'], 7: ['field "id" must be of type str',
-                                                               'unusable ID ""'],
-                "1" * 64: [f"layer not known: {'2' * 64} (parent of {'1' * 64})"],
-                "3" * 64: [loop],
-                "4" * 64: ["incomplete: its creation was interrupted"],
-                "5" * 64: [f"parent {'4' * 64} is incomplete"],
-                "6" * 64: ['field "names" must be of type list',
-                           'field "created" must be of type str'],
-                "7" * 64: [loop], "8" * 64: [loop],
-                "esc\x1b[31m": ['unusable ID "esc\\x1b[31m"']},
-                {key: value for key, value in faults.items() if value})
+            self.assertEqual({4: ["the record is not a JSON object", 'unusable ID ""'],
+                              5: ['unusable ID ""'], "../../evil": ['unusable ID "../../evil"'],
+                              7: ['field "id" must be of type str', 'unusable ID ""'],
+                              "1" * 64: [f"layer not known: {'2' * 64} (parent of {'1' * 64})"],
+                              "3" * 64: [loop],
+                              "4" * 64: ["incomplete: its creation was interrupted"],
+                              "5" * 64: [f"parent {'4' * 64} is incomplete"],
+                              "6" * 64: ['field "names" must be of type list',
+                                         'field "created" must be of type str'], "7" * 64: [loop],
+                              "8" * 64: [loop], "esc\x1b[31m": ['unusable ID "esc\\x1b[31m"']},
+                             {key: value for key, value in faults.items() if value})
             self.assertEqual(16, len(storage.layers()))
             images = {image.id: image.faults for image in storage.images()}
             self.assertEqual(["no manifest", "no layer"], images["a" * 64])
@@ -2544,7 +2539,7 @@ class WrongFiles(StoreTest):
         words = ["--root", store.root, "layer", "export", store.layers[2]["id"], "-o"]
         self.run_cstor(*words, self.dir + "/good")
         self.run_cstor(self.dir + "/good", command=[
-            "bash", "-c", '"$1" "$2" tar-diff "$3" <(cat "$3")', "-", sys.executable, SCRIPT])
+            "bash", "-c", '"$1" -c "$2" tar-diff "$3" <(cat "$3")', "-", sys.executable, LAUNCH])
 
 
 # ================================================================================================
@@ -3941,10 +3936,9 @@ class TarSplitTests(StoreTest):
                 return b"".join(cstor.gunzip(file.fileno(), path))
 
         packed = gzip.compress(data)
-        for content, found in (
-                (packed, data), (packed * 2, data * 2),
-                (gzip.compress(b"x") * 20_000, b"x" * 20_000),
-                (packed + gzip.compress(b"") + gzip.compress(b"x"), data + b"x")):
+        for content, found in ((packed, data), (packed * 2, data * 2),
+                               (gzip.compress(b"x") * 20_000, b"x" * 20_000),
+                               (packed + gzip.compress(b"") + gzip.compress(b"x"), data + b"x")):
             self.assertEqual(found, read(content))
         for wrong in (b"", packed[:-1], packed[:1000], packed[:5], packed + b"garbage", b"plain",
                       *(packed[:at] + bytes([packed[at] ^ 1]) + packed[at + 1:]
@@ -3988,10 +3982,9 @@ class TarSplitTests(StoreTest):
         store, (layer,) = self.stack(tar)
         whole, bomb = split_tar(tar), segment(bytes(6 << 20))
         huge = [whole[0], {**whole[1], "size": 10**15}, *whole[2:]]
-        for entries, got, most in (
-                ([bomb] * 3 + whole, "more", 0), ([*whole, bomb], "more", None),
-                ([*whole, segment(bytes(512))], "more", None), (huge, "", 512),
-                (whole[:2], "1112", None)):
+        for entries, got, most in (([bomb] * 3 + whole, "more", 0), ([*whole, bomb], "more", None),
+                                   ([*whole, segment(bytes(512))], "more", None), (huge, "", 512),
+                                   (whole[:2], "1112", None)):
             path = store.rows(layer, entries)
             for command in ("export", "stream")[:1 + (entries[0] is bomb)]:
                 done = self.run_on(store, "layer", command, layer, status=4 if got else 6)
@@ -5039,8 +5032,7 @@ class HostileTrees(HostileStores):
         self.assertEqual(["f", "g"], self.copied(store))  # devices are left out, both names
 
     def test_whiteouts_of_a_name_of_several(self) -> None:
-        store = self.store(entry(b"f", b"data") + hardlink(b"g", b"f") + END,
-                           entry(b".wh.f") + END)
+        store = self.store(entry(b"f", b"data") + hardlink(b"g", b"f") + END, entry(b".wh.f") + END)
         self.assertEqual([b"/", b"/g"], self.files(store))
         self.assertEqual(b"data", self.cstor(store, "image", "cat", "x", "/g"))
         self.assertEqual(["g"], self.made(store))
@@ -5100,8 +5092,8 @@ class HostileTrees(HostileStores):
                         ["image", "blame", "x"], ["image", "stat", "x", "/l", "--no-follow"]):
             master, slave = open_terminal()
             try:
-                subprocess.run([sys.executable, SCRIPT, "--root", store.root, *command],
-                               stdout=slave, stderr=slave, env=IDLE, check=False)
+                subprocess.run([*COMMAND, "--root", store.root, *command], stdout=slave,
+                               stderr=slave, env=IDLE, check=False)
                 text = os.read(master, 65536)
             finally:
                 os.close(master)
@@ -5230,7 +5222,7 @@ class HostileTrees(HostileStores):
         store = self.store(b"".join(entry(b"d%d/f%d" % (i % 50, i), b"%d" % i)
                                     for i in range(3000)) + END)
         self.guard(store.root)
-        with subprocess.Popen([sys.executable, SCRIPT, "--root", store.root, "image", "cp", "x:/",
+        with subprocess.Popen([*COMMAND, "--root", store.root, "image", "cp", "x:/",
                                self.out + "/copy"], env=IDLE) as process:
             while not any(name.endswith(".partial") for name in os.listdir(self.out)):
                 self.assertIsNone(process.poll(), "it ended before it could be stopped")
@@ -7199,7 +7191,7 @@ sys.exit(cstor.main(sys.argv[1:]))
                 self.assertEqual(b"cstor: error: stdout: No space left on device\n", done.stderr)
 
     def test_what_is_open_already_is_written_on(self) -> None:
-        start = f"{sys.executable} -B {SCRIPT} --root {self.store.root}"
+        start = f"{shlex.join(COMMAND)} --root {self.store.root}"
         words = f"{start} image cat {self.image} etc/os-release -o"
         text = self.run_on(self.store, "image cat", self.image, "etc/os-release").stdout
         for place, more in (("/dev/stdout", ">>"), ("/dev/fd/1", ">>"), ("/dev/fd/7", "7>>"),
@@ -7259,7 +7251,7 @@ sys.exit(cstor.main(sys.argv[1:]))
         image = builder.image(layer, "localhost/t:1")
         builder.save()
         hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "-",
-                  sys.executable, SCRIPT, "--root", builder.root]
+                  *COMMAND, "--root", builder.root]
         seen = [*COMMAND, "--root", builder.root]
         for number, words in enumerate((["layer", "extract", layer], ["image", "extract", image],
                                         ["image", "cp", image + ":/d"],
@@ -7309,13 +7301,13 @@ sys.exit(cstor.main(sys.argv[1:]))
                   f"mount --bind store/overlay/{self.layer}/diff b; mount --bind store c; "
                   "mount -t tmpfs none store/overlay-containers; "
                   '[ -z "$3" ] || mount -t tmpfs none /proc; '
-                  f'exec "$1" -B "$2" --root {self.store.root} layer export {self.layer} -o "$4"')
+                  f'exec "$1" -c "$2" --root {self.store.root} layer export {self.layer} -o "$4"')
         for proc, place, status in (("", "a b/x", 6), ("", "b/x", 6), ("", "c/x", 6), ("", "x", 0),
                                     ("", "store/overlay-containers/x", 6), ("no", "a b/x", 6),
                                     ("no", "x", 0), ("no", "c/overlay/l/x", 6), ("no", "b/x", 6),
                                     ("no", "store/overlay/l/x", 6)):
             done = self.run_cstor(proc, os.path.join(self.dir, place), status=status, command=[
-                "unshare", "-m", "sh", "-c", script, "-", sys.executable, SCRIPT])
+                "unshare", "-m", "sh", "-c", script, "-", sys.executable, LAUNCH])
             if status:
                 self.assertIn(f"{place} is inside the storage at {self.store.root} ".encode(),
                               done.stderr)
@@ -7416,8 +7408,8 @@ class HostileExtracts(HostileStores):
                         if mode == "--force":
                             os.makedirs(dest, exist_ok=True)
                         done = subprocess.run(
-                            [sys.executable, SCRIPT, "-q", "--root", store.root, "image", "extract",
-                             "x", dest, mode, "--no-same-owner"], env=IDLE, timeout=60,
+                            [*COMMAND, "-q", "--root", store.root, "image", "extract", "x",
+                             dest, mode, "--no-same-owner"], env=IDLE, timeout=60,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
                         self.assertIn(done.returncode, (0, 6), done.stderr)
                         self.assertNotIn(b"Traceback", done.stderr)
@@ -8520,7 +8512,8 @@ class Archives(TreeTest):
         other = "/usr/bin/python3"
         need(os.path.exists(other), "there is no /usr/bin/python3")
         for kind in ("rootfs", "docker-archive", "oci-archive"):
-            done = self.run_cstor(*self.ours, "sample", "--as=" + kind, command=[other, SCRIPT])
+            done = self.run_cstor(*self.ours, "sample", "--as=" + kind,
+                                  command=[other, "-c", LAUNCH])
             self.assertEqual(sha256(self.export_images("sample", "--as=" + kind)),
                              sha256(done.stdout))
 
@@ -9350,7 +9343,7 @@ class Streams(StoreTest):
                 put(path, data)
                 self.assertEqual(self.tar, self.run_cstor("stream-to-tar", path, *said).stdout)
             reader, writer = os.pipe()  # whose first bytes come one by one
-            with subprocess.Popen([sys.executable, SCRIPT, "stream-to-tar", "-"], stdin=reader,
+            with subprocess.Popen([*COMMAND, "stream-to-tar", "-"], stdin=reader,
                                   stdout=subprocess.PIPE, env=IDLE) as process:
                 os.close(reader)
                 for byte in data[:12]:
