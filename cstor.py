@@ -8911,6 +8911,8 @@ def measure_files(directory: str) -> tuple[int, int]:
     return size, files
 
 
+# Manifests of docker come out of `skopeo copy` converted, blobs as they are; all layers of a
+# docker-archive are called compressed (1.9.3).  What it wrote is believed no more than other input.
 class FetchedImage(Closing):
     """An image of any transport, which skopeo copies to an OCI layout of ours.
 
@@ -10303,15 +10305,14 @@ class Caller(Closing):
 
 
 class Dispatcher(Closing):
-    """Answers the requests of one peer, each by the function of this object that a table names.
+    """Answers the requests of one peer, each by the function of this object that ``METHODS`` names.
 
-    ``METHODS`` are those of JSON-RPC, ``CALLS`` those of varlink.  A function takes the parameters;
-    it returns the result, or None when it has sent the answer itself.  ``idle`` is how many seconds
-    the peer may ask nothing.
+    Methods of varlink have an interface, those of JSON-RPC have none.  A function takes the
+    parameters; it returns the result, or None when it has sent the answer itself.  ``idle`` is how
+    many seconds the peer may ask nothing.
     """
 
     METHODS: dict[str, str] = {}
-    CALLS: dict[str, str] = {}
 
     def __init__(self, connection: Connection, idle: float | None = None) -> None:
         self.connection, self._idle = connection, idle
@@ -10342,8 +10343,7 @@ class Dispatcher(Closing):
         if not (wanted or varlink or value.get("method") == "shutdown"):  # a notification
             return
         try:
-            name, params = self._read_call(value) if varlink else self._read_request(value)
-            result = self._run(name, params)
+            result = self._run(*self._read(value))
             if wanted and result is not None:
                 self._reply(result)
         except (CstorError, OSError) as error:
@@ -10352,30 +10352,26 @@ class Dispatcher(Closing):
             if wanted:
                 self._send_error(error)
 
-    def _read_request(self, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return the function and the parameters of a request of JSON-RPC."""
-        number, method, params = value.get("id"), value.get("method"), value.get("params") or {}
+    def _read(self, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the function and the parameters of a request."""
+        varlink, number, method = self.connection.varlink, value.get("id"), value.get("method")
+        params = value.get("parameters" if varlink else "params") or {}
         is_number = not isinstance(number, (bool, dict, list))
         self._number = number if is_number else None
-        if value.get("jsonrpc") != "2.0" or not isinstance(method, str) or not is_number:
-            raise ProtocolError("not a JSON-RPC 2.0 request", code=INVALID_REQUEST)
+        if not isinstance(method, str) or not is_number \
+                or not varlink and value.get("jsonrpc") != "2.0":
+            raise ProtocolError(f"not a {'varlink' if varlink else 'JSON-RPC 2.0'} request",
+                                code=INVALID_REQUEST)
         if not isinstance(params, dict):
             raise ProtocolError("params must be an object", code=BAD_PARAMS)
-        if method not in self.METHODS:
-            raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
-        return self.METHODS[method], params
-
-    def _read_call(self, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return the function and the parameters of a call of varlink."""
-        method, params = value.get("method"), value.get("parameters") or {}
-        if not isinstance(method, str) or not isinstance(params, dict):
-            raise ProtocolError("not a varlink call", code=INVALID_REQUEST)
         interface = method.rpartition(".")[0]
-        if not any(each.rpartition(".")[0] == interface for each in self.CALLS):
-            raise VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
-        if method not in self.CALLS:
+        if method in self.METHODS and bool(interface) == varlink:
+            return self.METHODS[method], params
+        if not varlink:
+            raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
+        if any(each.startswith(interface + ".") for each in self.METHODS):
             raise VarlinkError("org.varlink.service.MethodNotFound", "method", method)
-        return self.CALLS[method], params
+        raise VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
 
     def _run(self, name: str, params: dict[str, Any]) -> Any:
         try:
@@ -10707,12 +10703,12 @@ class _Session(Dispatcher):
                "StreamLayer": "stream", "ListImages": "list_images",
                "ListLayers": "list_layers", "GetLayer": "get_layer", "Initialize": "initialize",
                "OpenImage": "open_image", "CloseImage": "close_image",
-               "GetLayerTarSplit": "tar_split", "Shutdown": "shutdown", "shutdown": "shutdown"}
-    CALLS = {"org.varlink.service.GetInfo": "service_info",
-             "org.varlink.service.GetInterfaceDescription": "describe_interface",
-             "org.composefs.Oci.GetInfo": "oci_info", "org.composefs.Oci.GetLayer": "oci_layer",
-             "dev.cstor.Store.ListImages": "list_images",
-             "dev.cstor.Store.ListLayers": "list_layers"}
+               "GetLayerTarSplit": "tar_split", "Shutdown": "shutdown", "shutdown": "shutdown",
+               "org.varlink.service.GetInfo": "service_info",
+               "org.varlink.service.GetInterfaceDescription": "describe_interface",
+               "org.composefs.Oci.GetInfo": "oci_info", "org.composefs.Oci.GetLayer": "oci_layer",
+               "dev.cstor.Store.ListImages": "list_images",
+               "dev.cstor.Store.ListLayers": "list_layers"}
 
     def __init__(self, server: RpcServer, connection: Connection) -> None:
         super().__init__(connection, server.idle)
@@ -11408,17 +11404,6 @@ def read_pipe(fd: int, timeout: float | None) -> Iterator[bytes]:
             yield data
         except BlockingIOError:
             Deadline(timeout).wait(fd, "POLLIN")
-
-
-# -- images that skopeo fetches ------------------------------------------------------------------
-#
-# `skopeo copy` brings an image of any transport as an OCI layout: manifests of docker come out
-# converted, blobs as they are; all layers of a docker-archive are called compressed (1.9.3).  What
-# it wrote is believed no more than any other input.
-
-def shifted(progress: Progress | None, done: int) -> Progress | None:
-    """Return what tells the progress of a second job, after ``done`` bytes of the first."""
-    return progress and (lambda size, files: progress(done + size, files))
 
 
 # ================================================================================================
@@ -12138,6 +12123,11 @@ def short_id(text: str, args: Any) -> str:
 def short_step(command: str, args: Any, width: int = 40) -> str:
     """Cut a history line unless --no-trunc is given."""
     return command if args.no_trunc or len(command) <= width else command[:width - 3] + "..."
+
+
+def shifted(progress: Progress | None, done: int) -> Progress | None:
+    """Return what tells the progress of a second job, after ``done`` bytes of the first."""
+    return progress and (lambda size, files: progress(done + size, files))
 
 
 class ProgressLine:
