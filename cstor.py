@@ -1933,27 +1933,27 @@ def parse_compression(text: str) -> tuple[str, int]:
 # ================================================================================================
 # 6. Configuration
 #
-# storage.conf as containers/storage finds it.  Two schemes are in use and they disagree:
-#   old (up to c/storage 1.62)  one file; root's own $XDG_CONFIG_HOME only when set; for a rootless
-#                               user the system file gives driver and rootless_storage_path only,
-#                               and his own file replaces it
+# storage.conf as containers/storage finds it.  Two schemes are in use, and they disagree:
+#   old (up to c/storage 1.62)  one file.  Root's own counts only if $XDG_CONFIG_HOME is set.  For a
+#                               rootless user the system's file sets only driver and
+#                               rootless_storage_path, and his own file replaces it
 #   new (1.63 and later)        one main file and drop-ins from six directories, merged key by key;
 #                               graphroot of any file holds for everybody
-# podman 4 and 5 follow the old one, podman 6 the new one.  What lies on disk decides, "own" being
-# the graph root by the old scheme, and "other" that by the new one, where it is another:
+# podman 4 and 5 follow the old one, podman 6 the new one.  What is on disk decides; "own" is the
+# graph root of the old scheme, and "other" that of the new one if it differs:
 #
 #   own store   other graph root                                   what is read
-#   there       root's by configuration, whoever may read it       own
-#   there       a store, named by a drop-in of the caller's        other, with a warning
-#   there       anything else of the caller's                      own, with a warning
-#   closed      no store of the caller's named by his drop-in      own: permission denied
-#   missing     a store that the caller owns, or names himself     other
-#   missing     another user's, whoever may read it                nothing: no storage at OWN
+#   there       named by root's configuration, readable or not     own
+#   there       a store that a drop-in of the caller names         other, with a warning
+#   there       anything else that the caller names                own, with a warning
+#   unreadable  no store that a drop-in of the caller names        own: permission denied
+#   missing     a store that the caller owns, or names             other
+#   missing     another user's, readable or not                    nothing: no storage at OWN
 #   missing     missing                                            nothing: no storage at OWN
 #
-# Root's files are all his own, a rootless user's are those below $XDG_CONFIG_HOME or ~/.config and
-# those that a variable names.  Only podman 6 reads drop-ins: where there are any, the new scheme
-# holds for what both agree on, and names the place of a store that is still to be made.
+# All files count as root's own.  A rootless user's are those below $XDG_CONFIG_HOME or ~/.config
+# and those that a variable names.  Only podman 6 reads drop-ins: if there are any, the new scheme
+# also holds where both agree on the graph root, and says where a store is still to be made.
 # ================================================================================================
 
 class Config:
@@ -1981,6 +1981,7 @@ class Config:
 
 
 NO_STORAGE = "no storage there"
+CONF_VARIABLES = "CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE"
 READERS = {"old": "podman 4 and 5", "new": "podman 6"}  # which follow each scheme
 
 
@@ -2077,12 +2078,11 @@ def is_there(path: str) -> bool:
 
 def find_user(who: int | str) -> Any:
     """Return the passwd entry of a user ID or name, None when there is none."""
-    try:
+    with suppress(ImportError, KeyError):
         import pwd
 
         return pwd.getpwuid(who) if isinstance(who, int) else pwd.getpwnam(who)
-    except (ImportError, KeyError):
-        return None
+    return None
 
 
 class _ConfigSearch:
@@ -2113,8 +2113,7 @@ class _ConfigSearch:
         """Find out whose a graph root is, and what is there."""
         config.own = not self.rootless or config.named_in.startswith(
             os.path.dirname(self.user_file) + "/") or config.named_in in (
-            "", *map(self.environ.get, ("CONTAINERS_STORAGE_CONF",
-                                        "CONTAINERS_STORAGE_CONF_OVERRIDE")))
+            "", *map(self.environ.get, CONF_VARIABLES))
         try:
             config.lack = "" if holds_store(config.graphroot) else NO_STORAGE
             config.foreign = not config.own and is_there(config.graphroot) \
@@ -2226,8 +2225,7 @@ class _ConfigSearch:
 
     def _read(self, path: str, config: Config, before: Mapping[str, Any] = {}
               ) -> dict[str, Any]:
-        variables = "CONTAINERS_STORAGE_CONF", "CONTAINERS_STORAGE_CONF_OVERRIDE"
-        named = [name for name in variables if self.environ.get(name) == path]
+        named = [name for name in CONF_VARIABLES if self.environ.get(name) == path]
         if named and not is_there(path):
             raise NotFound(f'{named[0]} names no file: "{display(path)}"',
                            hint="unset it, or let it name a storage.conf")
@@ -2305,10 +2303,9 @@ def sub_ids(uid: int, file: str = "/etc/subuid") -> list[tuple[int, int]]:
     be read; what only NSS knows is not seen.  A passwd beside the file has the user's names.
     """
     def read(path: str) -> str:
-        try:
+        with suppress(OSError, FormatError):
             return os.fsdecode(read_whole(open_input(path), MAX_SPECIAL, path))
-        except (OSError, FormatError):
-            return ""
+        return ""
 
     etc = os.path.dirname(file)
     users = re.findall(r"^([^:\n]+):[^:\n]*:(\d+):", read(etc + "/passwd"), re.M)
@@ -2595,10 +2592,9 @@ def big_data_file(key: str) -> bytes:
 
 def is_schema1(manifest: bytes) -> bool:
     """Tell whether a manifest is docker schema1, whose digest leaves out the signatures in it."""
-    try:
+    with suppress(FormatError):
         return parse_object(manifest, "manifest").get("schemaVersion") == 1
-    except FormatError:
-        return False
+    return False
 
 
 def platform_in(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -2754,10 +2750,9 @@ class Record:
     @property
     def created_ns(self) -> int | None:
         """Creation time in nanoseconds since 1970; None when unknown."""
-        try:
+        with suppress(FormatError):
             return parse_time(self.created) if self.created else None
-        except FormatError:
-            return None
+        return None
 
     def big_data(self, key: str) -> bytes:
         """Return the item ``key``, checked against its recorded size and sha256 digest.
@@ -2976,7 +2971,7 @@ class Layer(Record):
         """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
         count = 0
         with LayerFiles(self) as files:
-            for _, member in files.members():
+            for _, member in members_for(files):
                 if member and member.stored and member.size:
                     with open(files.open(member.name, member.size), "rb", 0) as file:
                         for _ in read_checked(file.fileno(), member.size, name=member.name,
@@ -3846,11 +3841,9 @@ class Storage(Closing):
             self._links = {}
             for root in self.roots:
                 for name in root.listdir(OVERLAY) if root.exists(OVERLAY) else []:
-                    try:
+                    with suppress(OSError, ValueError):  # not a layer's directory, or damaged
                         link = root.read(OVERLAY + b"/" + name + b"/link", 4096).decode("ascii")
-                    except (OSError, ValueError):  # no layer's directory, or damaged
-                        continue
-                    self._links.setdefault(link, name.decode("utf-8", "replace"))
+                        self._links.setdefault(link, name.decode("utf-8", "replace"))
         return self._links
 
     # -- podman's database ---------------------------------------------------------------------
@@ -4346,18 +4339,11 @@ class LayerFiles(Closing):
                 raise self._objection(name, base, size, status)
         raise self._missing(name, size)
 
-    def members(self) -> Iterator[tuple[bytes, Member | None]]:
-        """Yield what read_members() does, to a caller that opens the contents in this order."""
-        return self.layer.storage.opener.ahead(
-            read_members(self.layer),
-            lambda item: self.where(item[1].name) if item[1] and item[1].stored else None,
-            lambda item: 1 + len(item[0]) // (8 << 10))
-
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
         """Return where open() looks first, as (directory, name in it); None = nowhere."""
         try:
             return self._diffs[0], self._place(name)
-        except CstorError:  # said when it is opened
+        except CstorError:  # raised again when it is opened
             return None
 
     def _objection(self, name: bytes, base: bytes, size: int | None, status: os.stat_result
@@ -5167,7 +5153,7 @@ def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
     of the content and is made again (1.0), by ``convention`` or the one that fits the whole layer.
     """
     with LayerFiles(layer) as files:
-        for literal, member in files.members():
+        for literal, member in members_for(files):
             if literal:
                 yield literal
             if member is None or not member.stored:
@@ -5187,6 +5173,14 @@ def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
                 yield table
                 for offset, length in runs:
                     yield Extent(fd, offset, length, member)
+
+
+def members_for(files: LayerFiles) -> Iterator[tuple[bytes, Member | None]]:
+    """Yield what read_members() does, to a caller that opens the contents in this order."""
+    return files.layer.storage.opener.ahead(
+        read_members(files.layer),
+        lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
+        lambda item: 1 + len(item[0]) // (8 << 10))
 
 
 def sparse_convention(layer: Layer, name: bytes) -> tuple[int, bool, int]:
