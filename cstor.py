@@ -4007,7 +4007,7 @@ def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
 
 
 def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
-    """Return the rows of ``query`` on podman's database, which is not to be written.
+    """Return the rows of ``query`` on podman's database, which must not be written.
 
     A private copy is read, with journal and WAL, taken while nothing changed: SQLite makes ``-shm``
     beside a database in WAL mode, rolls back a hot journal, and follows what else lies there.
@@ -4022,23 +4022,17 @@ def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
     problem: Exception = FormatError("it changes all the time")
     for _ in range(5):
         with make_scratch(gettempdir()) as scratch:
+            before = _state(root, -1, DATABASE_FILES)
+            for name in filter(root.exists, DATABASE_FILES):
+                with open(scratch.host_path(name), "xb") as target:
+                    target.write(root.read(name, MAX_JSON))
             try:
-                if not copy_database(root, scratch.path):
-                    continue
-                return _query(sqlite3, os.path.join(scratch.path, "db.sql"), query)
+                if _state(root, -1, DATABASE_FILES) == before:
+                    return _query(sqlite3, scratch.host_path(DATABASE_FILES[0]), query)
             except sqlite3.Error as error:
                 problem = error
     raise FormatError(f"podman's database cannot be read: {problem}",
                       file=root.host_path(DATABASE_FILES[0]))
-
-
-def copy_database(root: Directory, scratch: str) -> bool:
-    """Copy a database with its journal and WAL; False when it changed meanwhile."""
-    before = _state(root, -1, DATABASE_FILES)
-    for name in filter(root.exists, DATABASE_FILES):
-        with open(os.path.join(scratch, os.fsdecode(name)), "xb") as target:
-            target.write(root.read(name, MAX_JSON))
-    return _state(root, -1, DATABASE_FILES) == before
 
 
 def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
