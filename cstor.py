@@ -120,6 +120,7 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound="Closing")
     D = TypeVar("D", bound="Directory")
     Ranges = list[tuple[int, int, int]]  # of IDs; see map_id()
+    Item = tuple[bytes, "Member | None", Iterable["bytes | Extent"]]  # see LayerReader
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
 else:
     import _signal as signal
@@ -2947,11 +2948,15 @@ class Layer(Record):
 
     def members(self) -> Iterator[Member]:
         """Yield the members of the tar, in order, from the headers alone."""
-        return (member for _, member in read_members(self) if member)
+        return (member for _, member, _ in LayerReader(self).headers() if member)
+
+    def items(self) -> Generator[Item, None, None]:
+        """Yield (bytes, member whose content follows or None, its content), together the tar."""
+        return LayerReader(self).items()
 
     def pieces(self) -> Generator[bytes | Extent, None, None]:
         """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
-        return read_pieces(self)
+        return join_pieces(self.items())
 
     def open_file(self, path: bytes) -> BinaryIO:
         """Open the content of a regular file of this layer by its name in the tar."""
@@ -2960,24 +2965,35 @@ class Layer(Record):
             return open(files.open(path), "rb")
 
     def export(self, out: int | BinaryIO, *, verify: bool = True,
-               progress: Progress | None = None) -> str:
-        """Write the tar, bit for bit, to a descriptor or a binary file; see export_layer().
+               progress: Progress | None = None,
+               also: Callable[[bytes | Extent], object] | None = None) -> str:
+        """Write the tar, bit for bit, to a descriptor or a binary file.
 
-        Returns the sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.
+        Returns its sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.  ``also``
+        is given each piece as well.  When the digest is wrong, or none is known, CRC-64 finds the
+        file at fault.  Raises IntegrityError (what was written is then no good), Unsupported,
+        FormatError, NeedsUnshare.
         """
-        return export_layer(self, out, verify=verify, progress=progress)
+        sink = TarSink(out, hashing=verify, layer=self.id, progress=progress)
+        digest = sink.take_all(self.items(), also)
+        if verify and digest != self.diff_digest:
+            self.verify()
+            if self.diff_digest:
+                raise IntegrityError("its tar has the wrong digest, though all files match their "
+                                     "checksums: tar-split data or layers.json was changed",
+                                     layer=self.id, expected=self.diff_digest, actual=digest)
+        return digest
 
     def verify(self) -> int:
         """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
         count = 0
-        with LayerFiles(self) as files:
-            for _, member in members_for(files):
-                if member and member.stored and member.size:
-                    with open(files.open(member.name, member.size), "rb", 0) as file:
-                        for _ in read_checked(file.fileno(), member.size, name=member.name,
-                                              checksum=member.checksum, layer=self.id):
-                            pass
-                    count += 1
+        for _, member, content in LayerReader(self, whole=True).items():
+            for piece in content:
+                assert member and isinstance(piece, Extent)
+                for _ in read_checked(piece.fd, member.size, checksum=member.checksum,
+                                      name=member.name, layer=self.id):
+                    pass
+                count += 1
         return count
 
     def tree(self) -> Tree:
@@ -4487,24 +4503,14 @@ class Member:
             return "dir"  # a v7 archive marks a directory by its name alone
         return TAR_TYPES.get(self.typeflag, "reg")
 
-    def is_header_only(self) -> bool:
-        """Whether no content follows, whatever the size field says."""
-        return self.typeflag in HEADER_ONLY or self.type == "dir"
-
     @classmethod
     def parse(cls, header: bytes) -> Member:
         """Make a member from its header blocks alone, as they stand in a tar.
 
         Its ``checksum`` is None: that is known from tar-split only.
         """
-        member = cls.__new__(cls)
-        member.header, member.name = header, b""
-        block, _, pax, gnu = member._scan()
-        prefix = b""
-        if block[257:263] == b"ustar\0":
-            prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500])  # star, ustar
-        cls.__init__(member, header, gnu.get(b"L") or pax.get(b"path") or (
-            prefix + b"/" if prefix else b"") + text_field(block[:100]), -1, b"")
+        block, _, pax, gnu = scan_header(header)
+        member = cls(header, gnu.get(b"L") or pax.get(b"path") or name_in_block(block), -1, b"")
         member.size = member.stored
         if member.sparse is not None:
             size = pax.get(b"GNU.sparse.size") or pax.get(b"GNU.sparse.realsize")
@@ -4512,49 +4518,24 @@ class Member:
             member.name = pax.get(b"GNU.sparse.name") or member.name
         return member
 
-    def _scan(self) -> tuple[bytes, int, dict[bytes, bytes], dict[bytes, bytes]]:
-        """Return the last header block, where it ends, the pax records and the GNU long names."""
-        header, at = self.header, 0
-        pax: dict[bytes, bytes] = {}
-        gnu: dict[bytes, bytes] = {}  # by typeflag: L, the name, and K, the target of a link
-        while True:
-            block = header[at:at + BLOCK]
-            if len(block) < BLOCK:
-                raise FormatError(f'"{display(self.name)}": truncated header')
-            at += BLOCK
-            if (flag := block[TYPE_AT:TYPE_AT + 1]) not in SPECIALS:
-                return block, at, pax, gnu
-            size = parse_number(block[SIZE_AT])
-            if not 0 <= size <= MAX_SPECIAL:
-                raise FormatError(f'"{display(self.name)}": a header of {size} bytes, more than '
-                                  f"{MAX_SPECIAL}")
-            data = header[at:at + size]
-            if flag == b"x":
-                pax = parse_pax(data)
-            else:
-                gnu[flag] = text_field(data)
-            at += size + -size % BLOCK
-
     def _measure(self) -> None:
         """Find the type and how many bytes are stored."""
-        block, at, pax, _ = self._scan()
+        block, rest, pax, _ = scan_header(self.header)
         self.typeflag = block[TYPE_AT:TYPE_AT + 1]
         self.stored = 0
         if self.typeflag == PAX_GLOBAL:
             # Its records stand in the header; Go leaves their padding to the next entry.
             self.padding = -len(self.header) % BLOCK
             return
-        if at != len(self.header):
-            raise FormatError(f'"{display(self.name)}": {len(self.header) - at} bytes after its '
-                              "header")
-        if not self.is_header_only():
+        if rest:
+            raise FormatError(f"{len(rest)} bytes after its header")
+        if self.typeflag not in HEADER_ONLY and self.type != "dir":
             # Go takes an empty value for a record that was withdrawn.
             self.stored = parse_decimal(pax[b"size"]) if pax.get(b"size") \
                 else parse_number(block[SIZE_AT])
             self.sparse = self._sparse_map(pax)
             if self.stored < 0 or self.sparse is None and self.stored != self.size >= 0:
-                raise FormatError(f'"{display(self.name)}": {self.stored} bytes by its header, '
-                                  f"{self.size} by tar-split")
+                raise FormatError(f"{self.stored} bytes by its header, {self.size} by tar-split")
         self.padding = -self.stored % BLOCK
 
     def __getattr__(self, name: str) -> Any:
@@ -4568,11 +4549,7 @@ class Member:
 
     def read_fields(self) -> None:
         """Read the fields that are not read at once.  Raises FormatError for a malformed one."""
-        block, pax, gnu = self.header, _NO_RECORDS, _NO_RECORDS
-        if len(block) != BLOCK:
-            block, at, pax, gnu = self._scan()
-            if self.typeflag == PAX_GLOBAL:
-                pax = parse_pax(self.header[at:])
+        block, _, pax, gnu = scan_header(self.header)
         check_sum(block)
         self.pax = pax
         self.mode = number_field(block[100:108]) & 0o7777
@@ -4617,6 +4594,27 @@ class Member:
         return list(zip(numbers[::2], numbers[1::2]))
 
 
+def scan_header(header: bytes) -> tuple[bytes, bytes, dict[bytes, bytes], dict[bytes, bytes]]:
+    """Return the last header block, what follows it, pax records, and GNU long names by typeflag.
+
+    L is the name, K the target of a link.  Raises FormatError.
+    """
+    if len(header) == BLOCK and header[TYPE_AT:TYPE_AT + 1] not in SPECIALS:
+        return header, b"", _NO_RECORDS, _NO_RECORDS
+    pax, gnu, blocks = _NO_RECORDS, {}, io.BytesIO(header)
+    parts = list(header_parts(blocks.read))
+    for flag, _, data in parts:
+        if data is None:
+            raise FormatError(f"malformed header size, or more than {MAX_SPECIAL} bytes")
+        if flag in (b"x", PAX_GLOBAL):
+            pax = parse_pax(data)
+        elif flag in SPECIALS:
+            gnu[flag] = text_field(data)
+    if not parts or parts[-1][0] in SPECIALS:
+        raise FormatError("its header is cut off")
+    return parts[-1][1], blocks.read(), pax, gnu
+
+
 _NO_RECORDS: dict[bytes, bytes] = {}
 _numbers: dict[bytes, int] = {}
 
@@ -4633,6 +4631,15 @@ def number_field(field: bytes) -> int:
 def text_field(field: bytes) -> bytes:
     """Return a text field of a header, which ends at the first NUL."""
     return field.partition(b"\0")[0]
+
+
+def name_in_block(block: bytes) -> bytes:
+    """Return the name that a header block holds, with its prefix."""
+    name = text_field(block[:100])
+    if block[257:263] != b"ustar\0":
+        return name
+    prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500])  # star, ustar
+    return prefix + b"/" + name if prefix else name
 
 
 def check_sum(block: bytes) -> None:
@@ -4776,85 +4783,39 @@ def pax_records(pax: Mapping[bytes, bytes]) -> bytes:
     return data
 
 
-def read_tar(read: Callable[[int], bytes], file: str) -> Iterator[tuple[Member, Iterator[bytes]]]:
-    """Yield the members of a physical tar, each with the chunks of its content, expanded.
+def header_parts(take: Callable[[int], bytes],
+                 accept: Callable[[bytes], bool] = lambda block: len(block) == BLOCK
+                 ) -> Iterator[tuple[bytes, bytes, bytes | None]]:
+    """Yield (typeflag, header block, data) of special headers, and last of the member's own.
 
-    ``read(n)`` returns n bytes, or fewer at the end.  The content is good until the next member is
-    asked for.  Raises FormatError with the offset, Unsupported for GNU tar's old sparse files.
+    ``take(n)`` returns n bytes, or fewer at the end.  A block that ``accept`` refuses ends it.  The
+    data are what a special header says (None: its size is malformed or too large), of GNU tar's old
+    sparse format the blocks that continue the map.  A global pax header is a member of its own.
     """
-    at = holes = 0
-
-    def take(count: int, short: bool = False) -> bytes:
-        nonlocal at
-        data = read(count)
-        at += len(data)
-        if len(data) < count and not short:
-            raise FormatError("truncated tar", file=file, offset=at)
-        return data
-
-    while True:
-        start = at
-        try:
-            header = read_header(lambda: take(BLOCK, short=True), take)
-            if not header:
-                return
-            member = Member.parse(header)
-        except FormatError as error:
-            words = f"no tar: {error}" if not start else str(error)
-            raise error if error.file else FormatError(words, file=file, offset=start) from None
-        if member.typeflag == b"S":
-            raise Unsupported(f'{file}: "{display(member.name)}" is a sparse file of GNU tar\'s '
-                              "old format")
-        holes += member.size - member.stored
-        if holes > MAX_EXPANDED:
-            raise Unsupported(f'{file}: "{display(member.name)}": sparse files with holes of more '
-                              f"than {MAX_EXPANDED >> 30} GiB")
-        end = at + member.stored
-        yield member, expand_content(member, take)
-        for count in split_count(end - at):  # what was not asked for
-            take(count)
-        take(member.padding, short=True)
+    total = 0
+    while accept(block := take(BLOCK)):
+        flag, data = block[TYPE_AT:TYPE_AT + 1], b""  # type: bytes, bytes | None
+        if flag in SPECIALS or flag == PAX_GLOBAL:
+            try:
+                length = parse_number(block[SIZE_AT])
+            except FormatError:
+                length = -1
+            total += BLOCK + length
+            data = take(length + -length % BLOCK)[:length] \
+                if 0 <= length <= MAX_SPECIAL and total <= MAX_HEADERS else None
+        elif flag == b"S" and block[482]:
+            data = take_sparse_blocks(take)
+        yield flag, block, data
+        if flag not in SPECIALS or data is None:
+            return
 
 
-def read_header(next_block: Callable[[], bytes], take: Callable[[int], bytes]) -> bytes:
-    """Return all header blocks of one member, b"" at the end of the archive or of the file."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        block = next_block()
-        if not block.strip(b"\0"):
-            return b""
-        check_sum(block.ljust(BLOCK, b"\0"))
-        parts.append(block)
-        if (flag := block[TYPE_AT:TYPE_AT + 1]) not in SPECIALS + PAX_GLOBAL:
-            return b"".join(parts)
-        length = parse_number(block[SIZE_AT])
-        if not 0 <= length <= MAX_SPECIAL or size > MAX_HEADERS:
-            raise FormatError(f"headers of more than {MAX_SPECIAL} bytes")
-        parts.append(take(length + -length % BLOCK))
-        size += BLOCK + length
-        if flag == PAX_GLOBAL:  # its records count for nothing, as for Go
-            parts = []
-
-
-def expand_content(member: Member, take: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yield the content of a member of a physical tar; the holes of sparse files as zeros."""
-    left = member.stored
-    runs = member.sparse
-    if runs == "1.0":
-        runs, used = read_sparse_map(take)
-        left -= used
-    done = 0
-    for offset, length in runs if isinstance(runs, list) else [(0, left)]:
-        if offset < done or length > left or offset + length > member.size:
-            raise FormatError(f'"{display(member.name)}": malformed sparse map')
-        yield from chunks_of_zeros(offset - done)
-        for count in split_count(length):
-            yield take(count)
-        done, left = offset + length, left - length
-    if left:
-        raise FormatError(f'"{display(member.name)}": malformed sparse map')
-    yield from chunks_of_zeros(member.size - done)
+def take_sparse_blocks(take: Callable[[int], bytes]) -> bytes:
+    """Take the blocks that continue the sparse map of GNU tar's old format."""
+    parts = [take(BLOCK)]
+    while parts[-1][504:505].strip(b"\0") and len(parts) < MAX_HEADERS // BLOCK:
+        parts.append(take(BLOCK))
+    return b"".join(parts)
 
 
 def read_sparse_map(take: Callable[[int], bytes]) -> tuple[list[tuple[int, int]], int]:
@@ -5092,119 +5053,357 @@ class TarSplit(ObjectStream):
             raise self.error(f"malformed base64: {error}") from None
 
 
-def read_members(layer: Layer) -> Iterator[tuple[bytes, Member | None]]:
-    """Yield (bytes of the tar, member whose content follows or None) through a whole layer.
+class LayerReader:
+    """Reads the tar of a layer: headers from tar-split, contents from the layer's files.
 
-    The one road of data: everything that leaves a layer is made from these.
-    """
-    fd, path = layer.open_tar_split()
-    with Opened(fd):
-        pending: list[bytes] = []
-        # Go writes no size of 0: the layer is empty, or its record is of before sizes were kept.
-        limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
-        length = padding = total = empty = 0
-        for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
-            length += len(segment)
-            total += len(segment)
-            empty += not segment and name is None
-            if total > limit or empty > MAX_EMPTY:
-                break
-            if name is None:
-                if length <= MAX_HEADERS:
-                    pending.append(segment)
-                yield segment, None
-                continue
-            if length > MAX_HEADERS:
-                raise FormatError(f'"{display(name)}": more than {MAX_HEADERS} bytes of headers',
-                                  file=path)
-            header = b"".join([*pending, segment]) if pending else segment
-            try:
-                member = Member(header[padding:], name, size, checksum)
-            except FormatError as error:
-                raise FormatError(str(error), file=path) from None
-            padding, length = member.padding, 0
-            total += member.stored
-            if total > limit:
-                break
-            if pending:
-                pending = []
-            yield segment, member
-        if empty > MAX_EMPTY:
-            raise FormatError(f"more than {MAX_EMPTY} empty segments", file=path)
-        if total != limit < float("inf"):
-            raise IntegrityError("its tar has the wrong size", layer=layer.id, expected=str(limit),
-                                 actual=str(total) if total < limit else "more",
-                                 hint=f"its record's diff-size and {path} disagree, one is damaged;"
-                                      f" its files are in overlay/{layer.id}/diff")
-
-
-def read_pieces(layer: Layer, convention: tuple[int, bool, int] | None = None
-                ) -> Generator[bytes | Extent, None, None]:
-    """Yield a layer's tar as bytes and Extents of open files.
+    The one road of data: headers() and items() yield (bytes of the tar, member whose content
+    follows or None, its content), and all that leaves a layer is made from these.  A content is
+    bytes and Extents, good until the next is asked for; with ``whole`` it is one Extent, the file
+    as it is on disk.
 
     containers/storage keeps sparse files expanded, and Go copies the expanded file into the tar,
     which makes it another one.  The map is in the header (formats 0.0 and 0.1), or stood in front
     of the content and is made again (1.0), by ``convention`` or the one that fits the whole layer.
     """
-    with LayerFiles(layer) as files:
-        for literal, member in members_for(files):
+
+    def __init__(self, layer: Layer, convention: tuple[int, bool, int] | None = None, *,
+                 whole: bool = False) -> None:
+        self.layer, self._convention, self._whole = layer, convention, whole
+        self._files: LayerFiles | None = None
+
+    def items(self) -> Generator[Item, None, None]:
+        """Yield the whole tar; a helper is told which files are opened next."""
+        with LayerFiles(self.layer) as files:
+            self._files = files
+            yield from self.layer.storage.opener.ahead(
+                self.headers(),
+                lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
+                lambda item: 1 + len(item[0]) // (8 << 10))
+
+    def headers(self) -> Iterator[Item]:
+        """Yield the tar without contents, for which no file is opened."""
+        layer, (fd, path) = self.layer, self.layer.open_tar_split()
+        with Opened(fd):
+            pending: list[bytes] = []
+            # Go writes no size of 0: the layer is empty, or older than the sizes in records.
+            limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
+            length = padding = total = empty = 0
+            for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
+                length += len(segment)
+                total += len(segment)
+                empty += not segment and name is None
+                if total > limit or empty > MAX_EMPTY:
+                    break
+                if name is None:
+                    if length <= MAX_HEADERS:
+                        pending.append(segment)
+                    yield segment, None, ()
+                    continue
+                if length > MAX_HEADERS:
+                    raise FormatError(f'"{display(name)}": more than {MAX_HEADERS} bytes of '
+                                      "headers", file=path)
+                header = b"".join([*pending, segment]) if pending else segment
+                try:
+                    member = Member(header[padding:], name, size, checksum)
+                except FormatError as error:
+                    raise FormatError(f'"{display(name)}": {error}', file=path) from None
+                padding, length = member.padding, 0
+                total += member.stored
+                if total > limit:
+                    break
+                if pending:
+                    pending = []
+                yield segment, member, self._content(member) if self._files and member.stored \
+                    else ()
+            if empty > MAX_EMPTY:
+                raise FormatError(f"more than {MAX_EMPTY} empty segments", file=path)
+            if total != limit < float("inf"):
+                raise IntegrityError(
+                    "its tar has the wrong size", layer=layer.id, expected=str(limit),
+                    actual=str(total) if total < limit else "more",
+                    hint=f"its record's diff-size and {path} disagree, one is damaged; its files "
+                         f"are in overlay/{layer.id}/diff")
+
+    def _content(self, member: Member) -> Iterator[bytes | Extent]:
+        assert self._files
+        if member.sparse == "1.0" and self._convention is None and not self._whole:
+            self._convention = self._find_convention(member.name)
+        with Opened(self._files.open(member.name, member.size)) as fd:
+            if member.sparse is None or self._whole:
+                yield Extent(fd, 0, member.size, member)
+                return
+            table, runs = (b"", member.sparse) if isinstance(member.sparse, list) \
+                else sparse_table(
+                    fd, member.size, *(self._convention or (BLOCK, False, -1)), member.stored)
+            if len(table) + sum(length for _, length in runs) != member.stored \
+                    or any(offset + length > member.size for offset, length in runs):
+                raise self._lost_map(member.name)
+            yield table
+            for offset, length in runs:
+                yield Extent(fd, offset, length, member)
+
+    def _find_convention(self, name: bytes) -> tuple[int, bool, int]:
+        """Return how the maps of its sparse files (format 1.0) were made, found by trying.
+
+        File systems have larger blocks, too, and zeros that were written are data.  Maps of several
+        kinds can be equally long, so that only the layer's digest tells.  Raises IntegrityError for
+        a damaged file, Unsupported when no convention gives the digest: it names the file that
+        stopped the longest try.
+        """
+        layer, found, reached = self.layer, self._lost_map(name), (0, 0)
+        ways = [(*way, gap) for gap in range(-1, 8) for way in SPARSE_CONVENTIONS]
+        ways[4:4] = [(1 << bit, end, -1) for bit in range(13, 21) for end in (False, True)]
+        for convention in ways if layer.diff_digest else ():
+            sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
+            try:
+                if sink.take_all(LayerReader(layer, convention).items()) == layer.diff_digest:
+                    return convention
+            except Unsupported as error:
+                if (sink.size, sink.files) > reached:
+                    found, reached = error, (sink.size, sink.files)
+        layer.verify()
+        raise found
+
+    def _lost_map(self, name: bytes) -> Unsupported:
+        """Return the error for a sparse file without a map that fits."""
+        return Unsupported(f'layer {self.layer.id}: "{display(name)}": the map of this sparse file '
+                           "was not stored, and no reconstruction gives the layer's digest",
+                           hint="its tar cannot be rebuilt; `image cat`, `cp`, `extract` and "
+                                "`export` still work")
+
+
+def join_pieces(items: Generator[Item, None, None]) -> Generator[bytes | Extent, None, None]:
+    """Yield a tar as bytes and Extents; an Extent is good until the next piece is asked for."""
+    try:
+        for literal, _, content in items:
             if literal:
                 yield literal
-            if member is None or not member.stored:
-                continue
-            if member.sparse == "1.0" and convention is None:
-                convention = sparse_convention(layer, member.name)
-            with Opened(files.open(member.name, member.size)) as fd:
-                if member.sparse is None:
-                    yield Extent(fd, 0, member.size, member)
-                    continue
-                table, runs = (b"", member.sparse) if isinstance(member.sparse, list) \
-                    else sparse_table(
-                        fd, member.size, *(convention or (BLOCK, False, -1)), member.stored)
-                if len(table) + sum(length for _, length in runs) != member.stored \
-                        or any(offset + length > member.size for offset, length in runs):
-                    raise lost_map(layer, member.name)
-                yield table
-                for offset, length in runs:
-                    yield Extent(fd, offset, length, member)
+            yield from content
+    finally:
+        items.close()
 
 
-def members_for(files: LayerFiles) -> Iterator[tuple[bytes, Member | None]]:
-    """Yield what read_members() does, to a caller that opens the contents in this order."""
-    return files.layer.storage.opener.ahead(
-        read_members(files.layer),
-        lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
-        lambda item: 1 + len(item[0]) // (8 << 10))
+class PassedFile:
+    """The whole content of the open file ``fd``, from offset 0.
 
-
-def sparse_convention(layer: Layer, name: bytes) -> tuple[int, bool, int]:
-    """Return how the maps of a layer's sparse files (format 1.0) were made, found by trying.
-
-    File systems have larger blocks, too, and zeros that were written are data.  Maps of several
-    kinds can be equally long, so that only the layer's digest tells.  Raises IntegrityError for a
-    damaged file, Unsupported when no convention gives the digest: it names the file that stopped
-    the longest try.
+    ``length`` is the size that the sender told, or -1.  Valid until the next chunk is read: its
+    maker closes the descriptor then.
     """
-    found, reached = lost_map(layer, name), (0, 0)
-    ways = [(*way, gap) for gap in range(-1, 8) for way in SPARSE_CONVENTIONS]
-    ways[4:4] = [(1 << bit, end, -1) for bit in range(13, 21) for end in (False, True)]
-    for convention in ways if layer.diff_digest else ():
-        sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
-        try:
-            if sink.take_all(read_pieces(layer, convention)) == layer.diff_digest:
-                return convention
-        except Unsupported as error:
-            if (sink.size, sink.files) > reached:
-                found, reached = error, (sink.size, sink.files)
-    layer.verify()
-    raise found
+
+    __slots__ = ("fd", "length")
+
+    def __init__(self, fd: int, length: int = -1) -> None:
+        self.fd, self.length = fd, length
 
 
-def lost_map(layer: Layer, name: bytes) -> Unsupported:
-    """Return the error for a sparse file without a map that fits."""
-    return Unsupported(f'layer {layer.id}: "{display(name)}": the map of this sparse file was not '
-                       "kept, and none that fits gives the layer's digest", hint="its tar cannot "
-                       "be rebuilt; `image cat`, `cp`, `extract` and `export` still work")
+def check_passed(fd: int) -> int:
+    """Return the size of a file that a peer passed.
+
+    Raises ProtocolError (FD_ERROR) unless it is a regular file that is open for reading.
+    """
+    status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
+    if not stat.S_ISREG(status.st_mode):
+        raise ProtocolError(f"a {file_type(status.st_mode)} was passed, not a regular file",
+                            code=FD_ERROR)
+    if flags & os.O_PATH or flags & (os.O_WRONLY | os.O_RDWR) == os.O_WRONLY:
+        raise ProtocolError("the passed file is not open for reading", code=FD_ERROR)
+    return status.st_size
+
+
+class TarSource:
+    """A tar that comes in chunks; ``offset`` counts what was taken of it."""
+
+    def __init__(self, chunks: Iterable[bytes | PassedFile], file: str) -> None:
+        self.file, self.offset = file, 0
+        self._chunks = iter(chunks)
+        self._data, self._at = b"", 0
+        self._last: tuple[bytes, bytes, bytes | None]  # of header_parts()
+        self._cut = False  # whether the headers just read end with one about a next header
+        self._rest = b""  # blocks that are at hand and not a header
+        self._passed: PassedFile | None = None
+        self._size = 0
+
+    def _error(self, message: str) -> FormatError:
+        return FormatError(message, file=self.file, offset=self.offset)
+
+    def _fill(self) -> bool:
+        """Have some bytes or a passed file at hand; return False at the end."""
+        empty = 0
+        while self._at == len(self._data) and not self._passed:
+            if (chunk := next(self._chunks, None)) is None:
+                return False
+            if empty > MAX_EMPTY:
+                raise self._error(f"more than {MAX_EMPTY} empty chunks")
+            empty += 1
+            if isinstance(chunk, PassedFile):
+                self._size = check_passed(chunk.fd)
+                if chunk.length not in (-1, self._size):
+                    raise IntegrityError(f"{self.file}: a passed file has another size than its "
+                                         "sender says", expected=str(chunk.length),
+                                         actual=str(self._size))
+                self._passed = chunk if self._size else None
+            else:
+                self._data, self._at = chunk, 0
+        return True
+
+    def _some(self, most: int) -> bytes:
+        """Return up to ``most`` bytes, b"" at the end."""
+        if not self._fill():
+            return b""
+        if self._passed:
+            raise self._error("unexpected file descriptor inside headers")
+        data = self._data[self._at:self._at + most]
+        self._at += len(data)
+        self.offset += len(data)
+        return data
+
+    def up_to(self, count: int) -> bytes:
+        """Return ``count`` bytes, or fewer at the end."""
+        end = self._at + count
+        if end <= len(self._data):
+            data = self._data[self._at:end]
+            self._at = end
+            self.offset += count
+            return data
+        parts = []
+        while count:
+            if not (part := self._some(count)):
+                break
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def take(self, count: int) -> bytes:
+        """Return ``count`` bytes.  Raises FormatError at the end."""
+        data = self.up_to(count)
+        if len(data) < count:
+            raise self._error("the tar is cut off")
+        return data
+
+    def items(self, *, need_end: bool = False, pairs: bool = False) -> Iterator[Item]:
+        """Yield what read_stream() does."""
+        padding = b""
+        while True:
+            start = self.offset
+            try:
+                header = self._read_header()
+                member = self._parse(header, start)
+            except FormatError as error:
+                words = str(error) if start else f"not a tar: {error}"
+                raise error if error.file else FormatError(words, file=self.file, offset=start) \
+                    from None
+            if not member:
+                padding += header
+                break
+            content = self._content(member)
+            yield padding + header, member, content
+            for _ in content:  # what was not asked for
+                pass
+            padding = bytes(member.padding) if pairs else self.up_to(member.padding)
+            if self._rest:
+                break
+        if pairs and not self._rest:
+            self._rest = bytes(2 * BLOCK)
+        else:
+            self._rest += self.up_to(BLOCK)
+        if need_end and self._rest != bytes(2 * BLOCK):
+            raise self._error("the tar has no end: it was cut off")
+        yield padding + self._rest, None, ()
+        for data in iter(lambda: self._some(CHUNK), b""):
+            yield data, None, ()
+
+    def _read_header(self) -> bytes:
+        """Read the headers of one member; ``_rest`` is a block behind them that is not accepted."""
+        parts: list[bytes] = []
+
+        def take(count: int) -> bytes:
+            parts.append(self.up_to(count))
+            return parts[-1]
+
+        self._last = b"x", b"", b""
+        for part in header_parts(take, self._accept):
+            self._last = part
+        self._cut = self._last[0] in SPECIALS and self._last[2] is not None
+        self._rest = parts.pop() if self._cut else b""
+        return b"".join(parts)
+
+    def _accept(self, block: bytes) -> bool:
+        """Tell whether a block begins a header; zeros and the end of the file do not."""
+        if not block.strip(b"\0"):
+            return False
+        check_sum(block.ljust(BLOCK, b"\0"))
+        return len(block) == BLOCK
+
+    def _parse(self, header: bytes, start: int) -> Member | None:
+        """Make a member of its headers; None at the end, where Go also takes a header about it."""
+        if self._cut:
+            return None
+        member = Member.parse(header)
+        if member.typeflag == b"S":
+            raise Unsupported(f'{self.file}: "{display(member.name)}" is a sparse file of GNU '
+                              "tar's old format")
+        return member
+
+    def _cut_off(self, member: Member) -> None:
+        """Meet the end of the tar inside of a content."""
+        raise self._error(f'the tar is cut off inside of "{display(member.name)}"')
+
+    def _content(self, member: Member) -> Iterator[bytes | Extent]:
+        """Yield what is stored of a member."""
+        if (left := member.stored) and self._fill() and self._passed and member.sparse is None:
+            fd, self._passed = self._passed.fd, None
+            if self._size != left:
+                raise IntegrityError(f"{self.file}: the passed file has another size than the "
+                                     "tar's header says", name=member.name, expected=str(left),
+                                     actual=str(self._size))
+            self.offset += left
+            yield Extent(fd, 0, left, member)
+            return
+        while left:
+            if not (data := self._some(min(left, CHUNK))):
+                self._cut_off(member)
+                return
+            left -= len(data)
+            yield data
+
+
+def read_stream(chunks: Iterable[bytes | PassedFile], file: str, *, need_end: bool = False,
+                pairs: bool = False) -> Iterator[Item]:
+    """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
+
+    All together is the tar, bit for bit: padding, special headers and what stands behind the last
+    member are in the bytes.  A content is good until the next item is asked for, and is of
+    ``member.stored`` bytes; a passed file is one Extent.  ``need_end`` asks for the tar's end of
+    two zero blocks, without which a cut between members cannot be told.  ``pairs`` is for streams
+    of containers/storage's Go code, which have neither padding nor an end: both are added.
+
+    Raises FormatError with the offset in the tar, IntegrityError for passed files of another size,
+    ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
+    """
+    return TarSource(chunks, file).items(need_end=need_end, pairs=pairs)
+
+
+def expand_content(member: Member, content: Iterable[bytes | Extent]) -> Iterator[bytes]:
+    """Yield the content of a sparse member of a stream; its holes as zeros."""
+    # What is stored of a sparse file is never passed as a file.
+    chunks = (piece for piece in content if isinstance(piece, bytes))
+    take = TarSource(chunks, f'"{display(member.name)}"').take
+    left = member.stored
+    runs = member.sparse
+    if runs == "1.0":
+        runs, used = read_sparse_map(take)
+        left -= used
+    done = 0
+    for offset, length in runs if isinstance(runs, list) else [(0, left)]:
+        if offset < done or length > left or offset + length > member.size:
+            raise FormatError(f'"{display(member.name)}": malformed sparse map')
+        yield from chunks_of_zeros(offset - done)
+        for count in split_count(length):
+            yield take(count)
+        done, left = offset + length, left - length
+    if left:
+        raise FormatError(f'"{display(member.name)}": malformed sparse map')
+    yield from chunks_of_zeros(member.size - done)
 
 
 def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, stored: int = 0
@@ -5368,18 +5567,28 @@ class TarSink:
             at += n
             left -= n
 
-    def take_all(self, pieces: Iterable[bytes | Extent],
+    def take_all(self, items: Generator[Item, None, None],
                  also: Callable[[bytes | Extent], object] | None = None) -> str:
-        """Take pieces to the end, each after ``also`` has had it; return as finish() does."""
-        with OnError(self.abort):
-            for piece in pieces:
-                if also:
-                    also(piece)
-                if isinstance(piece, Extent):
-                    self.extent(piece)
-                else:
-                    self.literal(piece)
+        """Take a whole tar, each piece after ``also`` has had it; return as finish() does."""
+        try:
+            for literal, _, content in items:
+                if literal:
+                    if also:
+                        also(literal)
+                    self.literal(literal)
+                for piece in content:
+                    if also:
+                        also(piece)
+                    if isinstance(piece, Extent):
+                        self.extent(piece)
+                    else:
+                        self.literal(piece)
             return self.finish()
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            items.close()
 
     def finish(self) -> str:
         """Write what is left; return the digest, "" without ``hashing``."""
@@ -5410,30 +5619,6 @@ class _Nowhere(io.BytesIO):
     def write(self, data: Any) -> int:
         self.size += len(data)
         return len(data)
-
-
-def export_layer(layer: Layer, out: int | BinaryIO, *, verify: bool = True,
-                 progress: Progress | None = None,
-                 also: Callable[[bytes | Extent], object] | None = None) -> str:
-    """Write a layer's tar to ``out``; return its sha256 digest, "" when ``verify`` is false.
-
-    ``also`` is given each piece as well.  The digest must be the layer's diff-digest; when it is
-    not, or none is known, the file at fault is looked for by CRC-64.  Raises IntegrityError (what
-    was written is then no good), Unsupported, FormatError, NeedsUnshare.
-    """
-    sink = TarSink(out, hashing=verify, layer=layer.id, progress=progress)
-    pieces = read_pieces(layer)
-    try:
-        digest = sink.take_all(pieces, also)
-    finally:
-        pieces.close()
-    if verify and digest != layer.diff_digest:
-        layer.verify()
-        if layer.diff_digest:
-            raise IntegrityError("its tar has the wrong digest, though all files match their "
-                                 "checksums: tar-split data or layers.json was changed",
-                                 layer=layer.id, expected=layer.diff_digest, actual=digest)
-    return digest
 
 
 # ================================================================================================
@@ -5620,7 +5805,7 @@ class LayerTree(Closing):
         self._owners: dict[Any, Any] = {}
         self._at: bytes | None = None  # the directory of the last entry
         self._directory: Any = None
-        self._count = self._steps = self._xattrs = 0  # against MAX_ENTRIES and its kin
+        self._count = self._steps = self._xattrs = self._holes = 0  # against MAX_ENTRIES etc.
         self._aufs: list[tuple[Node, bytes]] = []
         self._marked: dict[Node, None] = {}  # what has xattrs that overlayfs heeds
         self._moved: list[Node] = []  # renamed directories and stubs
@@ -5665,16 +5850,25 @@ class LayerTree(Closing):
         return self
 
     def _load(self) -> None:
-        for _, member in read_members(self.layer) if self.layer else ():
-            if member is not None:
-                self.add(member)
+        for member in self.layer.members() if self.layer else ():
+            self.add(member)
 
     def intern(self, value: T) -> T:
         """Return an equal value that was seen before, so that each is kept once."""
         return self._owners.setdefault(value, value)  # type: ignore[no-any-return]
 
-    def add(self, member: Member) -> None:
-        """Enter one member of the tar.  Raises FormatError."""
+    def expand(self, member: Member, content: Iterable[bytes | Extent]) -> Iterator[Any]:
+        """Return the content of a member of a stream, of a sparse file with its holes."""
+        if member.sparse is None:
+            return iter(content)
+        self._holes += member.size - member.stored
+        if self._holes > MAX_EXPANDED:
+            raise Unsupported(f'{self.label}: "{display(member.name)}": sparse files with holes of '
+                              f"more than {MAX_EXPANDED >> 30} GiB")
+        return expand_content(member, content)
+
+    def add(self, member: Member) -> Node | None:
+        """Enter one member of the tar; return its node, if it gets one.  Raises FormatError."""
         kind = member.type
         name = member.name
         parent, _, base = name.rpartition(b"/")
@@ -5683,7 +5877,7 @@ class LayerTree(Closing):
             name = clean_name(name)
             parent, _, base = name.rpartition(b"/")
         if kind == "global":
-            return
+            return None
         if len(name) > MAX_PATH:
             raise FormatError(f'name too long: "{display(name[:80])}..."', file=self.label)
         whiteout = self.whiteouts and base.startswith(b".wh.")
@@ -5691,26 +5885,27 @@ class LayerTree(Closing):
             self._at = None
             self._directory = self._make_directory(parent, "skip" if whiteout else "make")
             if self._directory is None:  # rm -rf d can give .wh.d and d/.wh.f: Go passes over it
-                return
+                return None
             self._at = parent
         directory = self._directory
         if not base:
             if kind != "dir":  # Go makes nothing of a file that is named ""
-                return
+                return None
             node = self.root
         elif whiteout:
             self._add_whiteout(directory, base)
-            return
+            return None
         elif kind == "hardlink":
             node = self._add_link(directory, base, member)
             if node.tree is not self:  # of a layer below: nothing of it changes
-                return
+                return None
         else:
             node = self._add_node(directory, base, kind)
         try:
             self._apply(node, member)
         except FormatError as error:
             raise FormatError(f'"{display(member.name)}": {error}', file=self.label) from None
+        return node
 
     def _apply(self, node: Node, member: Member) -> None:
         """Set a node's fields from a header, as Go and the kernel read it."""
@@ -6151,9 +6346,12 @@ class TarTree(LayerTree):
 
     def _load(self) -> None:
         with Decompressed(self.file) as reader:
-            for member, content in read_tar(reader.read, self.file):
+            chunks = iter(lambda: reader.read(CHUNK), b"")
+            for _, member, content in read_stream(chunks, self.file):
+                if member is None:
+                    continue
                 crc = 0
-                for data in content:
+                for data in self.expand(member, content):
                     crc = crc64(data, crc)
                 member.base64 = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False) \
                     if member.size else b""
@@ -6370,7 +6568,7 @@ class Tree(Closing):
                 raise Unsupported(f"{tree.label} has no DiffID, so it cannot be verified",
                                   hint="without --verify, sizes and recorded CRC-64s are checked")
             elif layer:
-                export_layer(layer, _Nowhere(), progress=progress)
+                layer.export(_Nowhere(), progress=progress)
         if progress:
             progress(0, 0)
 
@@ -6575,8 +6773,8 @@ def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int
 def layer_entries(layer: Layer) -> Iterator[tuple[bytes, Node]]:
     """Yield (name as in the tar, node) of each member of a layer, as its header has it."""
     tree = LayerTree(layer)
-    for _, member in read_members(layer):
-        if member is not None and member.type != "global":
+    for member in layer.members():
+        if member.type != "global":
             node = Node(tree, None, clean_name(member.name), member.type)
             try:
                 node.describe(member)
@@ -6590,8 +6788,8 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
               ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a layer's TOC, in the order of the tar, whiteouts among them."""
     links: dict[bytes, int] = {}
-    for _, member in read_members(layer):
-        if member is not None and member.type == "hardlink":
+    for member in layer.members():
+        if member.type == "hardlink":
             target = clean_name(member.linkname)
             links[target] = links.get(target, 1) + 1
     items = ((name, node, None) for name, node in layer_entries(layer))
@@ -6782,6 +6980,8 @@ GNU_FIELDS = (("atime", 345), ("ctime", 357), ("offset", 369), ("longnames", 381
 STAR_FIELDS = (("prefix", 345), ("atime", 476), ("ctime", 488), ("header padding", 500))
 OCTAL_FIELDS = ("uid", "gid", "size", "devmajor", "devminor", "offset", "realsize")
 HEADER_KINDS = {b"x": "pax", PAX_GLOBAL: "global", b"L": "long name", b"K": "long link"}
+SPARSE_FIELDS = (("sparse", 0, 504), ("isextended", 504, 505), ("header padding", 505, BLOCK))
+LONG_FIELDS = {"long name": "name", "long link": "linkname"}
 MAX_UNPAIRED = 512 << 20  # memory for names of two tars, and entries without a counterpart yet
 
 
@@ -6809,30 +7009,32 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     - "unreadable": why ``a`` or ``b`` cannot be read further.
 
     ``progress`` gets what was read of both files, or if one is a pipe, of the first tar.  Raises
-    FormatError for what is no tar or damaged
+    FormatError for what is not a tar or damaged
     by its compression, Unsupported, OSError.
     """
     with TarSide(a) as left, TarSide(b) as right:
         yield from _TarDiff(left, right).rows(progress)
 
 
-class TarEntry:
+class TarEntry(Member):
     """One entry of a tar that is compared, or its trailer, which has no header.
 
-    ``header`` are all its header blocks; ``name`` is what it is shown as, ``key`` what it is paired
-    by; ``size`` is the length of the content by the header, ``done`` what is there, and ``digest``
-    its SHA-256.
+    ``name`` is what it is shown as, ``key`` what it is paired by, ``stored`` the length of its
+    content by the header, -1 when that is malformed.  ``start`` is the offset of the header,
+    ``done`` the length of the content that is there, ``digest`` its SHA-256, and ``filler`` the
+    bytes of the padding.
     """
 
-    __slots__ = ("index", "start", "header", "name", "key", "size", "done", "sha", "digest",
-                 "padding")
+    __slots__ = ("index", "start", "key", "content", "done", "sha", "digest", "filler")
 
     def __init__(self, index: int, start: int, header: bytes) -> None:
         self.index, self.start, self.header = index, start, header
-        self.name = self.key = self.digest = b""
-        self.size = self.done = 0
+        self.sparse = None
+        self.name, self.key, self.stored = read_outline(header) if header else (b"", b"", 0)
+        self.padding = -self.stored % BLOCK if self.stored > 0 else 0
+        self.content: Iterator[Any] = iter(())
+        self.done, self.digest, self.filler = 0, b"", b""
         self.sha: Any = None
-        self.padding: bytes | None = None
 
     def feed(self, data: bytes) -> None:
         """Count a piece of the content."""
@@ -6843,104 +7045,91 @@ class TarEntry:
         self.sha.update(data)
         self.done += len(data)
 
+    def finish(self) -> None:
+        """Read what is left of the content."""
+        for data in self.content:
+            self.feed(data)
+        if self.sha:
+            self.digest, self.sha = self.sha.digest(), None
+        self.content = iter(())
+
     @property
     def memory(self) -> int:
         """About how many bytes the entry takes while it waits for its counterpart."""
         return len(self.header) + 2 * len(self.name) + 700
 
-    def content(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return size and digest of the content."""
         return {"size": self.done, "sha256": self.digest.hex() or sha256_digest(b"")[7:]}
 
 
-class TarSide(Closing):
+class TarSide(TarSource, Closing):
     """One of two tars that are compared, read once from start to end; a context manager.
 
-    ``at`` is the offset, ``ahead`` what was read already of what follows, ``over`` whether the
-    trailer was reached, ``why`` the reason why no entry can be read any more, or "".
+    ``over`` tells whether the trailer was reached, ``why`` the reason why no entry can be read any
+    more, or "".
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.why, self.ahead = path, "", b""
-        self.at = self.count = 0
-        self.over = False
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
+        super().__init__(iter(lambda: self._reader.read(CHUNK), b""), path)
+        self.why, self.count, self.over = "", 0, False
+        self._items = self.items()
+        self._next: Item | None = None
 
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
 
-    def take(self, count: int) -> bytes:
-        """Return ``count`` bytes, or fewer at the end."""
-        data = self.ahead + self._reader.read(count - len(self.ahead)) if count else b""
-        self.ahead = self.ahead if not count else b""
-        self.at += len(data)
-        return data
-
     def next_entry(self) -> TarEntry:
-        """Read the header of the next entry; the last one is the trailer."""
-        entry = TarEntry(self.count, self.at, b"")
-        entry.header = self._read_header()
-        if not entry.header:
-            self.over, entry.size = True, 1 << 62  # all that there is
-            return entry
-        self.count += 1
-        entry.name, entry.key, size = read_outline(entry.header)
-        if size < 0:
-            self.why = self.why or f'the size of "{spell(entry.name)}" is malformed'
-        entry.size = 0 if self.why else size
+        """Return the next entry, whose content was not read yet; the last one is the trailer."""
+        literal, entry, content = self._next or next(self._items)
+        if not isinstance(entry, TarEntry):
+            self.over = True
+            entry = TarEntry(self.count, self.offset - len(literal), b"")
+            content = (data for items in ([(literal,)], self._items) for data, *_ in items if data)
+        entry.content = iter(content)
         return entry
 
-    def _read_header(self) -> bytes:
-        """Return the header blocks of one entry as far as they can be made out, b"" for none."""
-        parts: list[bytes] = []
-        size = 0
-        while not self.why:
-            block = self.take(BLOCK)
-            if not is_header(block):
-                self.ahead, self.at = block, self.at - len(block)
-                if not self.count and not parts and block.strip(b"\0"):
-                    raise FormatError("no tar", file=self.path)
-                if parts or block.strip(b"\0"):
-                    self.why = f"no header at block {self.at // BLOCK}"
-                break
-            parts.append(block)
-            if (flag := block[TYPE_AT:TYPE_AT + 1]) == b"S" and block[482]:
-                parts.append(self._read_sparse())
-            if flag not in HEADER_KINDS:
-                break
-            length = special_size(block)
-            size += BLOCK + length
-            if length < 0 or size > MAX_HEADERS:
-                self.why = f"a header of {length} bytes" if length >= 0 else "malformed header size"
-                break
-            parts.append(self.take(length + -length % BLOCK))
-            if flag == PAX_GLOBAL:
-                break
-        return b"".join(parts)
-
-    def _read_sparse(self) -> bytes:
-        """Return the blocks that continue the sparse map of GNU tar's old format."""
-        parts = [self.take(BLOCK)]
-        while parts[-1][504:505].strip(b"\0") and len(parts) < MAX_HEADERS // BLOCK:
-            parts.append(self.take(BLOCK))
-        return b"".join(parts)
+    def ahead(self, entry: TarEntry) -> bytes:
+        """Return an entry's header and what follows instead of its last block."""
+        return entry.header + self._rest
 
     def finish(self, entry: TarEntry) -> None:
-        """Read what is left of an entry's content and padding."""
-        for count in split_count(entry.size - entry.done):
-            data = self.take(count)
-            entry.feed(data)
-            if len(data) < count:
-                break
-        if entry.header and entry.done < entry.size:
-            self.why = self.why or f'the content of "{spell(entry.name)}" is cut off'
-        if entry.padding is None:
-            entry.padding = self.take(-entry.size % BLOCK)
-        entry.padding = entry.padding.rstrip(b"\0")
-        if entry.sha:
-            entry.digest, entry.sha = entry.sha.digest(), None
+        """Read the rest of an entry, and the header of the next one."""
+        entry.finish()
+        if entry.header:
+            literal, member, content = next(self._items)
+            entry.filler = literal[:entry.padding]
+            self._next = literal[entry.padding:], member, content
+
+    def _accept(self, block: bytes) -> bool:
+        if self.why or is_header(block):
+            return not self.why
+        if block.strip(b"\0"):
+            if self.offset == len(block):
+                raise FormatError("not a tar", file=self.file)
+            self.why = f"no header at block {(self.offset - len(block)) // BLOCK}"
+        return False
+
+    def _parse(self, header: bytes, start: int) -> TarEntry | None:
+        if not header:
+            return None
+        entry = TarEntry(self.count, start, header)
+        self.count += 1
+        if self._last[2] is None:
+            self.why = "malformed header size"
+        elif self._cut:
+            self.why = self.why or f"no header at block {(start + len(header)) // BLOCK}"
+        elif entry.stored < 0:
+            self.why = f'the size of "{spell(entry.name)}" is malformed'
+        if self.why:
+            entry.stored = entry.padding = 0
+        return entry
+
+    def _cut_off(self, member: Member) -> None:
+        self.why = f'the content of "{spell(member.name)}" is cut off'
 
 
 class _TarDiff:
@@ -6965,10 +7154,14 @@ class _TarDiff:
                 self._compare(a, b)
             if progress:
                 done = [side.tell() for side in self.sides]
-                progress(sum(done) if min(done) >= 0 else self.sides[0].at, self.sides[0].count)
+                progress(sum(done) if min(done) >= 0 else self.sides[0].offset, self.sides[0].count)
             for side, entry in zip(self.sides, pair):
                 if entry:
                     side.finish(entry)
+            if a and b and not self.first and a.filler != b.filler:
+                self._note(a, b, [a.filler, b.filler], "padding")
+            for entry in filter(None, pair):
+                entry.filler = entry.filler.rstrip(b"\0")
             if self.first and same:
                 yield self.first
             yield from self._settle(a, b)
@@ -6979,12 +7172,11 @@ class _TarDiff:
 
     def _compare(self, a: TarEntry, b: TarEntry) -> None:
         """Read two entries in step, as long as they are the same."""
-        heads = [entry.header + side.ahead for side, entry in zip(self.sides, (a, b))]
+        heads = [side.ahead(entry) for side, entry in zip(self.sides, (a, b))]
         if heads[0] != heads[1] and (a.header or b.header):  # a trailer is content, as read here
             self._note(a, b, heads)
             return
-        for count in split_count(a.size):
-            parts = [side.take(count) for side in self.sides]
+        for parts in iter(lambda: [next(entry.content, b"") for entry in (a, b)], [b"", b""]):
             if parts[0] != parts[1]:
                 self._note(a, b, parts, "content" if a.header else "trailer")
                 if a.sha:
@@ -6993,15 +7185,9 @@ class _TarDiff:
                 b.feed(parts[1])
                 return
             a.feed(parts[0])
-            if len(parts[0]) < count:
-                break
         b.sha, b.done = a.sha, a.done
-        parts = [side.take(-a.size % BLOCK) for side in self.sides]
-        a.padding, b.padding = parts
-        if parts[0] != parts[1]:
-            self._note(a, b, parts, "padding")
 
-    def _note(self, a: TarEntry, b: TarEntry, parts: list[bytes], field: str = "") -> None:
+    def _note(self, a: TarEntry, b: TarEntry, parts: Sequence[bytes], field: str = "") -> None:
         """Note the first difference: in what follows the headers (``field``), or in these.
 
         The side whose header is sound knows the name and the field: one changed byte spoils a
@@ -7047,7 +7233,7 @@ class _TarDiff:
     def _reserve(self, place: int, memory: int) -> None:
         self.room -= memory
         if self.room < 0:
-            raise Unsupported(f"{self.sides[place].path}: too many entries that the other tar does "
+            raise Unsupported(f"{self.sides[place].file}: too many entries that the other tar does "
                               "not have, or has elsewhere")
 
     def _match(self, a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
@@ -7061,16 +7247,15 @@ class _TarDiff:
         if a.header != b.header:
             yield from compare_headers(a, b)
         if (a.done, a.digest) != (b.done, b.digest):
-            yield tar_row("changed", a, "content", a.content(), b.content())
-        if a.padding != b.padding:
-            yield tar_row("changed", a, "padding", field_value("", a.padding),
-                          field_value("", b.padding))
+            yield tar_row("changed", a, "content", a.summary(), b.summary())
+        if a.filler != b.filler:
+            yield tar_row("changed", a, "padding", spell(a.filler), spell(b.filler))
 
     def _ends(self) -> Iterator[dict[str, Any]]:
         """Yield what is known at the end: trailers, and what has no counterpart."""
         a, b = self.trailers
         if (a.done, a.digest) != (b.done, b.digest):
-            yield tar_row("changed", None, "trailer", a.content(), b.content())
+            yield tar_row("changed", None, "trailer", a.summary(), b.summary())
         left, right = self.sides
         if left.why != right.why:
             yield tar_row("unreadable", None, "", left.why or None, right.why or None)
@@ -7141,36 +7326,21 @@ def is_header(block: bytes) -> bool:
 def is_sound(header: bytes) -> bool:
     """Tell whether all checksums and pax records of an entry's header are right."""
     try:
-        for _, kind, block, data in header_parts(header):
+        for _, kind, block, data in header_blocks(header):
             check_sum(block)
             if kind in ("pax", "global"):
-                parse_pax(data)
+                parse_pax(data or b"")
     except FormatError:
         return False
     return True
 
 
-def special_size(block: bytes) -> int:
-    """Return the length of what a special header says; -1 where that is malformed or too much."""
-    try:
-        size = parse_number(block[SIZE_AT])
-    except FormatError:
-        return -1
-    return size if size <= MAX_SPECIAL else -1
-
-
-def header_parts(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
-    """Yield (offset, kind, block, data) for each header block of an entry.
-
-    The kind is one of HEADER_KINDS, or "" for the last block; its data are a sparse map.
-    """
+def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes | None]]:
+    """Yield what header_parts() does, with the offset and a word for the kind, "" for the last."""
     at = 0
-    while at < len(header):
-        block = header[at:at + BLOCK]
-        kind = HEADER_KINDS.get(block[TYPE_AT:TYPE_AT + 1], "")
-        size = max(special_size(block), 0) if kind else len(header) - at - BLOCK
-        yield at, kind, block, header[at + BLOCK:at + BLOCK + size]
-        at += BLOCK + size + -size % BLOCK
+    for flag, block, data in header_parts(io.BytesIO(header).read):
+        yield at, HEADER_KINDS.get(flag, ""), block, data
+        at += BLOCK + len(data or b"") + -len(data or b"") % BLOCK
 
 
 def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
@@ -7179,32 +7349,30 @@ def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
     The size is -1 where it is malformed.
     """
     pax: dict[bytes, bytes] = {}
-    name = block = b""
-    for _, kind, head, data in header_parts(header):
+    name, block = b"", header
+    for _, kind, head, data in header_blocks(header) if len(header) > BLOCK else ():
         block = head
         if kind == "pax":
-            pax.update((key, value) for _, key, value in pax_spans(data))
+            pax.update((key, value) for _, _, key, value in pax_spans(data or b""))
         elif kind == "long name":
-            name = text_field(data)
+            name = text_field(data or b"")
     flag = block[TYPE_AT:TYPE_AT + 1]
-    prefix = text_field(block[345:476 if block[508:] == b"tar\0" else 500]) \
-        if block[257:263] == b"ustar\0" else b""
-    own = text_field(block[:100])
-    name = name or pax.get(b"GNU.sparse.name") or pax.get(b"path") or (
-        prefix + b"/" + own if prefix else own)
     if flag == PAX_GLOBAL:
-        return own, b"g" + own, 0
-    if flag in HEADER_ONLY or flag == b"\0" and name.endswith(b"/") or flag in SPECIALS:
-        return name, b" " + name, 0
+        return text_field(block[:100]), b"g" + text_field(block[:100]), 0
+    name = name or pax.get(b"GNU.sparse.name") or pax.get(b"path") or name_in_block(block)
     try:
-        return name, b" " + name, (parse_decimal(pax[b"size"]) if pax.get(b"size")
-                                   else parse_number(block[SIZE_AT]))
+        size = 0 if flag in HEADER_ONLY + SPECIALS or flag == b"\0" and name.endswith(b"/") else \
+            parse_decimal(pax[b"size"]) if pax.get(b"size") else parse_number(block[SIZE_AT])
     except FormatError:
-        return name, b" " + name, -1
+        size = -1
+    return name, b" " + name, size
 
 
-def pax_spans(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Yield (end, key, value) for each record of a pax header, one without a key when malformed."""
+def pax_spans(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
+    """Yield (start, end, key, value) of each record of a pax header; one without a key at the end.
+
+    That is what is malformed.
+    """
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 20)
@@ -7213,7 +7381,7 @@ def pax_spans(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         key, equals, value = data[space + 1:end - 1].partition(b"=")
         if not at < space < end <= len(data) or not key or not equals or data[end - 1:end] != b"\n":
             key, value, end = b"", data[at:], len(data)
-        yield end, key, value
+        yield at, end, key, value
         at = end
 
 
@@ -7224,48 +7392,50 @@ def pax_label(key: bytes) -> str:
     return f"pax {spell(key)}" if key else "pax records"
 
 
-def block_fields(kind: str, block: bytes) -> list[tuple[str, int, int]]:
-    """Return name, start and end of all fields of a header block of one kind (header_parts())."""
-    gnu, star = block[257:265] == b"ustar  \0", block[508:512] == b"tar\0"
-    starts = HEADER_FIELDS + (GNU_FIELDS if gnu else STAR_FIELDS if star else USTAR_FIELDS)
-    ends = [start for _, start in starts[1:]] + [BLOCK]
-    return [(f"{kind} header {field.replace('header ', '')}" if kind else field, start, end)
-            for (field, start), end in zip(starts, ends)]
+def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, bool]]:
+    """Yield (start, end, name, value, special) of all fields of an entry's header.
+
+    A value of None does not count: it is padding.  ``special`` are those in what a special header
+    says, which count instead of others of their name.
+    """
+    for at, kind, block, content in header_blocks(header):
+        after, data = at + BLOCK, content or b""
+        end = after + len(data)
+        if kind in ("pax", "global"):
+            records = list(pax_spans(data))
+            for start, stop, key, value in records:
+                yield after + start, after + stop, pax_label(key), value, True
+            yield end, end, "pax order", b" ".join(key for _, _, key, _ in records), True
+        elif data:
+            for start in range(after, end, BLOCK) if not kind else ():
+                for field, first, last in SPARSE_FIELDS:
+                    yield start + first, start + last, field, None, True
+            yield after, end, LONG_FIELDS.get(kind, "sparse map"), data, True
+        yield end, end + -len(data) % BLOCK, f"{kind} padding", None, True
+        starts = HEADER_FIELDS + (
+            GNU_FIELDS if block[257:265] == b"ustar  \0" else
+            STAR_FIELDS if block[508:512] == b"tar\0" else USTAR_FIELDS)
+        for (field, start), (_, stop) in zip(starts, (*starts[1:], ("", BLOCK))):
+            name = f"{kind} header {field.replace('header ', '')}" if kind else field
+            yield at + start, at + stop, name, \
+                checksum_words(block) if field == "chksum" else block[start:stop], \
+                field == "chksum"
 
 
 def header_field(header: bytes, offset: int) -> str:
     """Name the field in which a byte of an entry's header lies; "trailer" for what follows it."""
-    for at, kind, block, data in header_parts(header):
-        inside = offset - at - BLOCK
-        if inside < 0:
-            return next(field for field, _, end in block_fields(kind, block) if offset - at < end)
-        if inside < len(data):
-            if kind in ("pax", "global"):
-                return next(pax_label(key) for end, key, _ in pax_spans(data) if inside < end)
-            return {"long name": "name", "long link": "linkname"}.get(
-                kind, ("sparse", "isextended", "header padding")[
-                    (inside % BLOCK >= 504) + (inside % BLOCK > 504)])
-        if inside < len(data) + -len(data) % BLOCK:
-            return f"{kind} padding"
-    return "trailer"
+    return next((field for start, end, field, *_ in header_spans(header)
+                 if start <= offset < end), "trailer")
 
 
 def header_fields(header: bytes) -> dict[str, bytes]:
     """Return all fields of an entry's header as they are, long ones as their digests."""
     fields: dict[str, bytes] = {}
-    for _, kind, block, data in header_parts(header):
-        if kind in ("pax", "global"):
-            records = list(pax_spans(data))
-            fields.update((pax_label(key), value) for _, key, value in records)
-            fields["pax order"] = b" ".join(key for _, key, _ in records)
-        elif data:
-            fields[{"long name": "name", "long link": "linkname"}.get(kind, "sparse map")] = data
-        for field, start, end in block_fields(kind, block):
-            fields.setdefault(field, block[start:end])  # a long name counts, not its start here
-            if field.endswith("chksum"):
-                fields[field] = checksum_words(block)
-    return {field: raw if len(raw) <= MAX_PATH else b"%s (%d bytes)" % (
-        sha256_digest(raw).encode(), len(raw)) for field, raw in fields.items()}
+    for _, _, field, raw, special in header_spans(header):
+        if raw is not None and (special or field not in fields):
+            fields[field] = raw if len(raw) <= MAX_PATH else b"%s (%d bytes)" % (
+                sha256_digest(raw).encode(), len(raw))
+    return fields
 
 
 def checksum_words(block: bytes) -> bytes:
@@ -8363,7 +8533,7 @@ def layer_blob(layer: Layer) -> tuple[str, int]:
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
         return layer.diff_digest, layer.diff_size
     counter = _Nowhere()
-    return export_layer(layer, counter), counter.size
+    return layer.export(counter), counter.size
 
 
 def check_config(image: Image, digests: Sequence[str]) -> bytes:
@@ -8648,7 +8818,7 @@ class OciLayout:
         def fill(fd: int) -> bytes:
             nonlocal diff_id, digest, size
             if kind == "none":
-                diff_id = digest = export_layer(layer, fd, progress=progress)
+                diff_id = digest = layer.export(fd, progress=progress)
             else:
                 diff_id, digest = compress_layer(layer, fd, kind, level, progress)
             size = os.fstat(fd).st_size
@@ -8709,7 +8879,7 @@ def compress_layer(layer: Layer, fd: int, kind: str, level: int,
 
     make: Any = GzipWriter if kind == "gzip" else ZstdWriter
     with make(write, level) as writer:
-        diff_id = export_layer(layer, writer, progress=progress)
+        diff_id = layer.export(writer, progress=progress)
         writer.finish()
     return diff_id, f"sha256:{digest.hexdigest()}"
 
@@ -8777,7 +8947,7 @@ class ArchiveWriter:
             return
         self._names.add(name)
         write_all(self._fd, tar_header(name.encode(), b"0", size=size, mtime_ns=self._time))
-        if (actual := export_layer(layer, self._fd, progress=self._progress)) != digest:
+        if (actual := layer.export(self._fd, progress=self._progress)) != digest:
             raise IntegrityError("its tar has the wrong digest", layer=layer.id, expected=digest,
                                  actual=actual)
         write_all(self._fd, bytes(-size % BLOCK))
@@ -9137,33 +9307,6 @@ class FetchedImage(Closing):
 MAX_INLINE = 256 << 20  # one chunk of a stream
 
 
-class PassedFile:
-    """The whole content of the open file ``fd``, from offset 0.
-
-    ``length`` is the size that the sender told, or -1.  Valid until the next chunk is read: its
-    maker closes the descriptor then.
-    """
-
-    __slots__ = ("fd", "length")
-
-    def __init__(self, fd: int, length: int = -1) -> None:
-        self.fd, self.length = fd, length
-
-
-def check_passed(fd: int) -> int:
-    """Return the size of a file that a peer passed.
-
-    Raises ProtocolError (FD_ERROR) unless it is a regular file that is open for reading.
-    """
-    status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
-    if not stat.S_ISREG(status.st_mode):
-        raise ProtocolError(f"a {file_type(status.st_mode)} was passed, not a regular file",
-                            code=FD_ERROR)
-    if flags & os.O_PATH or flags & (os.O_WRONLY | os.O_RDWR) == os.O_WRONLY:
-        raise ProtocolError("the passed file is not open for reading", code=FD_ERROR)
-    return status.st_size
-
-
 class _ChunkReader:
     """Reads the parts of a stream of chunks; ``file`` names it in errors."""
 
@@ -9303,7 +9446,7 @@ class _ChunkWriter:
 
 
 class SplitfdstreamWriter(_ChunkWriter):
-    """Writes a splitfdstream from the pieces of read_pieces().
+    """Writes a splitfdstream from the pieces of Layer.pieces().
 
     A whole file of more than ``threshold`` bytes is offered to ``external(extent)``, which takes it
     as number ``files`` and returns True; else it is written inline.
@@ -9327,7 +9470,7 @@ class SplitfdstreamWriter(_ChunkWriter):
 
 
 class SplitdirfdstreamWriter(_ChunkWriter):
-    """Writes a splitdirfdstream from the pieces of read_pieces().
+    """Writes a splitdirfdstream from the pieces of Layer.pieces().
 
     A whole file is offered to ``external(extent)``, which returns (number of a directory, relative
     name in it), or None to write it inline.  Composefs refuses names that are not UTF-8: inline.
@@ -9349,134 +9492,6 @@ class SplitdirfdstreamWriter(_ChunkWriter):
                     4, "little") + len(name).to_bytes(4, "little") + name)
                 return
         self._inline(lambda count: kind + count.to_bytes(4, "little"), piece)
-
-
-class _Source:
-    """The bytes of a tar that comes in chunks; ``offset`` counts what was taken of it."""
-
-    def __init__(self, chunks: Iterable[bytes | PassedFile], file: str) -> None:
-        self.file, self.offset = file, 0
-        self._chunks = iter(chunks)
-        self._data, self._at = b"", 0
-        self._passed: PassedFile | None = None
-        self._size = 0
-
-    def _error(self, message: str) -> FormatError:
-        return FormatError(message, file=self.file, offset=self.offset)
-
-    def _fill(self) -> bool:
-        """Have some bytes or a passed file at hand; return False at the end."""
-        empty = 0
-        while self._at == len(self._data) and not self._passed:
-            if (chunk := next(self._chunks, None)) is None:
-                return False
-            if empty > MAX_EMPTY:
-                raise self._error(f"more than {MAX_EMPTY} empty chunks")
-            empty += 1
-            if isinstance(chunk, PassedFile):
-                self._size = check_passed(chunk.fd)
-                if chunk.length not in (-1, self._size):
-                    raise IntegrityError(f"{self.file}: a passed file has another size than its "
-                                         "sender says", expected=str(chunk.length),
-                                         actual=str(self._size))
-                self._passed = chunk if self._size else None
-            else:
-                self._data, self._at = chunk, 0
-        return True
-
-    def some(self, most: int) -> bytes:
-        """Return up to ``most`` bytes, b"" at the end."""
-        if not self._fill():
-            return b""
-        if self._passed:
-            raise self._error("unexpected file descriptor inside headers")
-        data = self._data[self._at:self._at + most]
-        self._at += len(data)
-        self.offset += len(data)
-        return data
-
-    def take(self, count: int, short: bool = False) -> bytes:
-        """Return ``count`` bytes, with ``short`` fewer at the end."""
-        end = self._at + count
-        if end <= len(self._data):
-            data = self._data[self._at:end]
-            self._at = end
-            self.offset += count
-            return data
-        parts = []
-        while count:
-            if not (part := self.some(count)):
-                if short:
-                    break
-                raise self._error("the tar is cut off")
-            parts.append(part)
-            count -= len(part)
-        return b"".join(parts)
-
-    def content(self, member: Member) -> Iterator[bytes | Extent]:
-        """Yield what is stored of a member."""
-        if (left := member.stored) and self._fill() and self._passed and member.sparse is None:
-            fd, self._passed = self._passed.fd, None
-            if self._size != left:
-                raise IntegrityError(f"{self.file}: the passed file has another size than the "
-                                     "tar's header says", name=member.name, expected=str(left),
-                                     actual=str(self._size))
-            self.offset += left
-            yield Extent(fd, 0, left, member)
-            return
-        while left:
-            if not (data := self.some(min(left, CHUNK))):
-                raise self._error(f'the tar is cut off inside of "{display(member.name)}"')
-            left -= len(data)
-            yield data
-
-
-def read_stream(chunks: Iterable[bytes | PassedFile], file: str, *, need_end: bool = False,
-                pairs: bool = False
-                ) -> Iterator[tuple[bytes, Member | None, Iterator[bytes | Extent]]]:
-    """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
-
-    All together is the tar, bit for bit: padding, special headers and what stands behind the last
-    member are in the bytes.  A content is good until the next item is asked for, and is of
-    ``member.stored`` bytes; a passed file is one Extent.  ``need_end`` asks for the tar's end of
-    two zero blocks, without which a cut between members cannot be told.  ``pairs`` is for streams
-    of containers/storage's Go code, which have neither padding nor an end: both are added.
-
-    Raises FormatError with the offset in the tar, IntegrityError for passed files of another size,
-    ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
-    """
-    source = _Source(chunks, file)
-    parts: list[bytes] = []
-
-    def take(count: int, short: bool = False) -> bytes:
-        parts.append(source.take(count, short))
-        return parts[-1]
-
-    while True:
-        start = source.offset
-        try:
-            header = read_header(lambda: take(BLOCK, True), take)
-            if not header:
-                break
-            member = Member.parse(header)
-        except FormatError as error:
-            raise error if error.file else FormatError(str(error), file=file, offset=start) \
-                from None
-        if member.typeflag == b"S":
-            raise Unsupported(f'{file}: "{display(member.name)}" is a sparse file of GNU tar\'s '
-                              "old format")
-        content = source.content(member)
-        yield b"".join(parts), member, content
-        for _ in content:  # what was not asked for
-            pass
-        parts[:] = [bytes(member.padding) if pairs else source.take(member.padding, True)]
-    if pairs and not parts[-1]:
-        parts.append(bytes(2 * BLOCK))
-    elif parts[-1] + take(BLOCK, True) != bytes(2 * BLOCK) and need_end:
-        raise FormatError("the tar has no end: it was cut off", file=file, offset=source.offset)
-    yield b"".join(parts), None, iter(())
-    for data in iter(lambda: source.some(CHUNK), b""):
-        yield data, None, iter(())
 
 
 class LayerStream(Closing):
@@ -9519,8 +9534,7 @@ class LayerStream(Closing):
         while self._close:
             self._close.pop(0)()
 
-    def items(self, verify: bool = True
-              ) -> Iterator[tuple[bytes, Member | None, Iterator[bytes | Extent]]]:
+    def items(self, verify: bool = True) -> Generator[Item, None, None]:
         """Yield what read_stream() does; check() is to follow, with a digest by ``verify``.
 
         What would make the tar longer than ``size`` is refused before it is read.
@@ -9533,12 +9547,9 @@ class LayerStream(Closing):
                 self.check("", size)
             yield item
 
-    def pieces(self, verify: bool = True) -> Iterator[bytes | Extent]:
+    def pieces(self, verify: bool = True) -> Generator[bytes | Extent, None, None]:
         """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
-        for literal, _, content in self.items(verify):
-            if literal:
-                yield literal
-            yield from content
+        return join_pieces(self.items(verify))
 
     def check(self, digest: str, size: int) -> None:
         """Compare the whole tar with what is known of it; a ``digest`` of "" was not taken.
@@ -9559,7 +9570,7 @@ class LayerStream(Closing):
         Raises IntegrityError (what was written is then no good), and as read_stream() does.
         """
         sink = TarSink(out, hashing=verify, layer=self.label, progress=progress)
-        digest = sink.take_all(self.pieces(verify))
+        digest = sink.take_all(self.items(verify))
         self.check(digest, sink.size)
         return digest
 
@@ -9599,26 +9610,13 @@ class StreamTree(LayerTree):
         self._label, self._staging = label, staging
         self._numbers: dict[Node, int] = {}
         self._copied: dict[Node, str] = {}  # why, of those that are not shared
-        self._last: Node | None = None  # the last regular file
 
     @property
     def label(self) -> str:
         return self._label
 
     def _load(self) -> None:
-        pass  # entered one by one, by take()
-
-    def take(self, member: Member) -> Node | None:
-        """Enter a member; return its node when it is a regular file."""
-        self._last = None
-        self.add(member)
-        return self._last
-
-    def _apply(self, node: Node, member: Member) -> None:
-        super()._apply(node, member)
-        if member.type == "reg":
-            node._checksum = None  # that is in tar-split only
-            self._last = node
+        pass  # entered one by one, by Staging.read()
 
     def finish(self) -> None:
         """Do what names and xattrs ask for, once all members are entered."""
@@ -9656,7 +9654,7 @@ class Staging:
         self._target, self._device = target, os.fstat(target.fd).st_dev
         self._ladder = Ladder("auto" if link_mode == "hardlink" else link_mode)
         self._check, self._crc, self._progress = check, crc, progress
-        self._count = self._holes = 0
+        self._count = 0
 
     def read(self, stream: LayerStream, below: Tree | None = None) -> StreamTree:
         """Read a stream to its end, and return its tree when digest and size are right.
@@ -9677,10 +9675,10 @@ class Staging:
                 if member is None:
                     continue
                 size += member.stored
-                node = tree.take(member)
+                node = tree.add(member)
                 if sink:
                     content = _hashed(content, sink)
-                if node and node.size:
+                if node and member.type == "reg" and node.size:
                     self._store(tree, node, member, content)
                 for _ in content:  # of what is no file, as a whiteout with content
                     pass
@@ -9696,14 +9694,14 @@ class Staging:
         return tree
 
     def _store(self, tree: StreamTree, node: Node, member: Member,
-               content: Iterator[bytes | Extent]) -> None:
+               content: Iterable[bytes | Extent]) -> None:
         number, why = self._count, ""
         crc = 0 if self._crc else None
         self._count += 1
         # With the file's own mode, so that none is left to set: nobody else enters the directory.
         with Opened(os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
                      node.mode & 0o777 | 0o600, dir_fd=self._target.fd)) as fd:
-            for piece in content if member.sparse is None else self._expand(member, content):
+            for piece in tree.expand(member, content):
                 if isinstance(piece, Extent):
                     devices = os.fstat(piece.fd).st_dev, self._device
                     why = self._ladder.fill(piece.fd, piece.length, fd, devices, piece.member.name)
@@ -9721,17 +9719,8 @@ class Staging:
                 os.ftruncate(fd, node.size)
         tree.stage(node, number, why, crc)
 
-    def _expand(self, member: Member, content: Iterator[bytes | Extent]) -> Iterator[bytes]:
-        """Return the content of a sparse file with its holes."""
-        self._holes += member.size - member.stored
-        if self._holes > MAX_EXPANDED:
-            raise Unsupported(f'"{display(member.name)}": sparse files with holes of more than '
-                              f"{MAX_EXPANDED >> 30} GiB")
-        pieces = (piece for piece in content if isinstance(piece, bytes))  # none is an Extent
-        return expand_content(member, _Source(pieces, f'"{display(member.name)}"').take)
 
-
-def _hashed(content: Iterator[bytes | Extent], sink: TarSink) -> Iterator[bytes | Extent]:
+def _hashed(content: Iterable[bytes | Extent], sink: TarSink) -> Iterator[bytes | Extent]:
     """Yield pieces, each of which is hashed when the next is asked for.
 
     Of a copy that is the copy.  Raises IntegrityError when a file that was shared has changed: the
@@ -9794,7 +9783,7 @@ def tell_codec(head: bytes, file: str) -> str:
 def write_stream(layer: Layer, out: BinaryIO, listing: BinaryIO | None = None, *,
                  codec: str = CODECS[0], threshold: int = INLINE_THRESHOLD,
                  progress: Progress | None = None) -> str:
-    """Write a layer as a stream to ``out``; return the tar's digest, checked as by export_layer().
+    """Write a layer as a stream to ``out``; return the tar's digest, checked as by Layer.export().
 
     Without ``listing`` all contents are inline.  With it files of more than ``threshold`` bytes
     stay where they are, and JSON lines are written there for ExternalFiles: a head, and for a
@@ -9825,7 +9814,7 @@ def write_stream(layer: Layer, out: BinaryIO, listing: BinaryIO | None = None, *
         if codec != CODECS[0] else \
         SplitfdstreamWriter(out.write, take if listing else None, threshold=threshold)
     with OnError(writer.break_off):
-        return export_layer(layer, _Nowhere(), progress=progress, also=writer.add)
+        return layer.export(_Nowhere(), progress=progress, also=writer.add)
 
 
 def place_of(fd: int) -> bytes:
@@ -11023,7 +11012,7 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], 
     import heapq
 
     sizes, total = [], 0
-    for literal, member in read_members(layer):
+    for literal, member, _ in LayerReader(layer).headers():
         total += len(literal)
         if member:
             total += member.stored
@@ -11056,7 +11045,7 @@ def seal_spool(spool: BinaryIO) -> int:
 
 def write_pieces(layer: Layer, add: Callable[[bytes | Extent], None]) -> None:
     """Call ``add`` with all pieces of a layer."""
-    pieces = read_pieces(layer)
+    pieces = layer.pieces()
     try:
         for piece in pieces:
             add(piece)
