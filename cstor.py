@@ -10028,7 +10028,7 @@ class Connection(Closing):
             if len(self._buffer) > self.max_message:
                 raise ProtocolError(f"a message of more than {self.max_message} bytes",
                                     code=INVALID_REQUEST)
-            if not self._fill():
+            if not self._receive_bytes():
                 if self._buffer or self._fds:
                     raise ProtocolError("the connection ended inside a message", code=PARSE_ERROR)
                 return None
@@ -10040,7 +10040,7 @@ class Connection(Closing):
         if self.either:  # varlink has neither "jsonrpc" nor "id"
             self.either, self.varlink = False, not {"jsonrpc", "id"} & value.keys()
         if self.varlink:
-            if not self._buffer and not self._fill() or self._buffer[0]:
+            if not self._buffer and not self._receive_bytes() or self._buffer[0]:
                 raise ProtocolError("no NUL byte after a varlink message", code=PARSE_ERROR)
             self._drop(1)
         count = len(self._passed()) if self.varlink else count_fds(value)
@@ -10049,7 +10049,7 @@ class Connection(Closing):
                                 code=FD_ERROR)
         while len(self._fds) < count:
             self._skip_blanks()
-            if self._buffer or not self._fill():
+            if self._buffer or not self._receive_bytes():
                 raise ProtocolError(f"mismatched count: expected {counted(count, 'descriptor')}"
                                     f", got {len(self._fds)}", code=FD_ERROR)
         message = Message(value, [fd for _, fd in self._fds[:count]])
@@ -10057,7 +10057,7 @@ class Connection(Closing):
         self.idle_since = float("inf")
         return message
 
-    def _fill(self) -> bool:
+    def _receive_bytes(self) -> bool:
         """Receive some bytes, and descriptors with them; False at the end."""
         import socket
         import struct
@@ -10210,10 +10210,9 @@ class Caller(Closing):
         self.connection, self._number = connection, 0
         connection.varlink = connection.either = self.varlink  # the answer tells what it speaks
 
-    def close(self) -> object:
+    def close(self) -> Any:
         """Close the connection."""
         self.connection.close()
-        return None
 
     def call(self, method: str, params: Any = None) -> dict[str, Any]:
         """Return the result of a method that passes no files."""
@@ -10346,7 +10345,7 @@ class Dispatcher(Closing):
             return self.METHODS[method], params
         if not varlink:
             raise ProtocolError(f'unknown method: "{display(method[:80])}"', code=NO_METHOD)
-        if any(each.startswith(interface + ".") for each in self.METHODS):
+        if interface and any(each.rpartition(".")[0] == interface for each in self.METHODS):
             raise VarlinkError("org.varlink.service.MethodNotFound", "method", method)
         raise VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
 
@@ -10550,7 +10549,7 @@ MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
 MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
 DEFAULT_FDS = 252  # files for a client which does not say how many it takes with one message
 SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
-PLACE_PATIENCE = 2  # seconds that a client waits for a place among those that are served
+PLACE_TIMEOUT = 2  # seconds that a client waits for a place among those that are served
 
 
 # -- server --------------------------------------------------------------------------------------
@@ -10618,11 +10617,11 @@ class RpcServer:
             os.close(wake)
 
     def _finish(self, grace: float) -> None:
-        for how, patience in ((SHUT_RD, grace), (SHUT_RDWR, 1.0)):
+        for how, seconds in ((SHUT_RD, grace), (SHUT_RDWR, 1.0)):
             with self._lock:
                 for client in self._clients:
                     hang_up(client.socket, how)
-                self._empty.wait_for(lambda: not self._clients, patience)
+                self._empty.wait_for(lambda: not self._clients, seconds)
 
     def handle(self, sock: socket.socket) -> None:
         """Answer one client until it closes its end; close this end, too."""
@@ -10647,11 +10646,11 @@ class RpcServer:
         """Give a client a place, when there is one soon; return why it has none, else ""."""
         if peer_uid(client.socket) not in (0, os.geteuid()):
             return f"this server serves only uid {os.geteuid()} and root"
-        deadline = Deadline(PLACE_PATIENCE)
+        deadline = Deadline(PLACE_TIMEOUT)
         with self._lock:
             while len(self._clients) >= self._room and not self._stopping and deadline.left():
                 longest = min(self._clients, key=lambda each: each.idle_since, default=client)
-                if longest.idle_since < time.monotonic() - PLACE_PATIENCE / 2:
+                if longest.idle_since < time.monotonic() - PLACE_TIMEOUT / 2:
                     self._clients.discard(longest)
                     hang_up(longest.socket)
                 self._empty.wait(0.05)
@@ -11396,8 +11395,8 @@ def read_pipe(fd: int, timeout: float | None) -> Iterator[bytes]:
 # ================================================================================================
 
 AHEAD = 128  # files that a helper opens at a time, below FDS_PER_SEND
-START_PATIENCE = 10  # seconds that a helper may take to start
-HELPER_PATIENCE = 120  # ... to open AHEAD files
+START_TIMEOUT = 10  # seconds that a helper may take to start
+HELPER_TIMEOUT = 120  # ... to open AHEAD files
 
 UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
 _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
@@ -11503,12 +11502,13 @@ class Unshared(Caller):
     """This very program once more, as root of a user namespace with our sub-uids.
 
     It calls ``function`` of this module with ``words``, which says hello and then speaks over
-    ``connection``, its stdin.  A context manager; owns the process.  Raises NeedsUnshare, with the
-    words of newuidmap or podman, when it does not start.
+    ``connection``, its stdin.  A context manager; owns the process, which may take ``grace``
+    seconds to end.  Raises NeedsUnshare, with the words of newuidmap or podman, when it does not
+    start.
     """
 
-    def __init__(self, function: str, words: Sequence[str], patience: float = 2) -> None:
-        self._patience, self._owner = patience, os.getpid()
+    def __init__(self, function: str, words: Sequence[str], grace: float = 2) -> None:
+        self._grace, self._owner = grace, os.getpid()
         process = describe_process()
         reasons = []
         for way in unshare_ways(process) if sys.executable else ():
@@ -11548,7 +11548,7 @@ class Unshared(Caller):
                            _CONTAINERS_ROOTLESS_UID=str(os.geteuid()),
                            _CONTAINERS_ROOTLESS_GID=str(os.getegid()))
         ours, theirs = socket.socketpair()
-        super().__init__(Connection(ours, timeout=START_PATIENCE))
+        super().__init__(Connection(ours, timeout=START_TIMEOUT))
         log, end = os.pipe()
         try:
             with theirs:
@@ -11563,7 +11563,7 @@ class Unshared(Caller):
             os.close(end)
         try:
             if way == "newuidmap":
-                Deadline(START_PATIENCE).wait(ours, "POLLIN")
+                Deadline(START_TIMEOUT).wait(ours, "POLLIN")
                 if ours.recv(1) == b"!":
                     self._map_ids(process)
             code = marshal.dumps(_CODE)
@@ -11596,9 +11596,9 @@ class Unshared(Caller):
                 done = subprocess.run(
                     [process[program], str(self._process.pid), *words], check=False,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    timeout=START_PATIENCE)
+                    timeout=START_TIMEOUT)
             except subprocess.TimeoutExpired:
-                raise CstorError(f"{program} did not end in {START_PATIENCE} seconds") from None
+                raise CstorError(f"{program} did not end in {START_TIMEOUT} seconds") from None
             if done.returncode:
                 raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
 
@@ -11608,7 +11608,7 @@ class Unshared(Caller):
         with hello:
             if hello.value.get("method") != "hello":
                 raise CstorError("another program answers")
-        self.connection.timeout = HELPER_PATIENCE
+        self.connection.timeout = HELPER_TIMEOUT
 
     def close(self) -> int:
         """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status.
@@ -11632,7 +11632,7 @@ class Unshared(Caller):
         import socket
         import subprocess
 
-        sock, deadline = self.connection.socket, Deadline(self._patience)
+        sock, deadline = self.connection.socket, Deadline(self._grace)
         try:
             sock.shutdown(socket.SHUT_WR)
             deadline.wait(sock, "POLLIN")
@@ -11643,20 +11643,20 @@ class Unshared(Caller):
         except OSError:  # they have ended
             pass
         try:
-            self._process.wait(self._patience)
+            self._process.wait(self._grace)
         except subprocess.TimeoutExpired:
             return False
         return True
 
 
-def say_hello(**params: Any) -> Connection:
+def say_hello(roots: Sequence[str] = ()) -> Connection:
     """Send the first message of a process in the namespace; return its connection, stdin."""
     import socket
 
     connection = Connection(socket.socket(fileno=os.dup(0)), timeout=None)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     connection.send({"jsonrpc": "2.0", "method": "hello",
-                     "params": {"version": __version__, **params}})
+                     "params": {"version": __version__, "roots": roots}})
     return connection
 
 
@@ -11669,7 +11669,7 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
     NeedsUnshare.
     """
     with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing:
-        with Unshared(function, words, patience=60) as process:
+        with Unshared(function, words, grace=60) as process:
             process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
                 fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
             process.connection.timeout = None

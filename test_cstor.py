@@ -10666,6 +10666,8 @@ class DumbClients(MessageTest):
         good = {"params": {"diff_id": self.digest}}
         for name, call in (
                 ("org.varlink.service.InterfaceNotFound", {"method": "a.b"}),
+                ("org.varlink.service.InterfaceNotFound", {"method": "org.varlink.GetInfo"}),
+                ("org.varlink.service.InterfaceNotFound", {"method": "ListImages"}),
                 ("org.varlink.service.MethodNotFound", {"method": oci + "No"}),
                 ("org.varlink.service.InvalidParameter", {
                     "method": "org.varlink.service.GetInterfaceDescription"}),
@@ -12429,7 +12431,7 @@ class Helpers(StoreTest):
         os.chmod(path, 0o755)
         unshared = cstor.Unshared.__new__(cstor.Unshared)
         unshared._process = mock.Mock(pid=1)
-        with mock.patch("cstor.START_PATIENCE", 0.1), \
+        with mock.patch("cstor.START_TIMEOUT", 0.1), \
                 self.assertRaisesRegex(cstor.CstorError, "newuidmap did not end in 0.1 seconds"):
             unshared._map_ids({"newuidmap": path, "sub-uids": [], "newgidmap": path,
                                "sub-gids": []})
