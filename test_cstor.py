@@ -1144,6 +1144,40 @@ class Openings(StoreTest):
             self.assertRaises(FileNotFoundError, root.open, b"missing")
             self.assertRaises(cstor.FormatError, root.open, b"nul\0/x")
 
+    def test_reading_leaves_times_of_access(self) -> None:
+        """EPERM alone says that O_NOATIME is not for us; what is closed changes nothing."""
+        put(self.dir + "/f", "x")
+        os.utime(self.dir + "/f", (0, 1 << 30))
+        real, seen = os.open, []
+
+        def opened(code: int, name: bytes, flags: int, **options: Any) -> int:
+            if name == b"f" and not flags & os.O_PATH:
+                seen.append(bool(flags & os.O_NOATIME))
+                if code and seen[-1]:
+                    raise PermissionError(code, os.strerror(code))
+            return real(name, flags, **options)
+
+        with cstor.Directory.at(self.dir) as root:
+            for code, tries in ((errno.EACCES, [True]), (0, [True]), (errno.EPERM, [True, False]),
+                                (0, [False])):
+                self.assertEqual(0, os.stat(self.dir + "/f").st_atime)
+                seen.clear()
+                with mock.patch("os.open", functools.partial(opened, code)):
+                    if code == errno.EACCES:
+                        self.assertRaises(cstor.NeedsUnshare, root.read, b"f", 9)
+                    else:
+                        self.assertEqual(b"x", root.read(b"f", 9))
+                self.assertEqual(tries, seen)
+                if not seen[-1]:
+                    os.utime(self.dir + "/f", (0, 1 << 30))
+
+    def test_no_more_is_read_than_asked_for(self) -> None:
+        put(self.dir + "/f", os.urandom(2 * cstor.CHUNK))
+        for count in (1, cstor.CHUNK, cstor.CHUNK + 1):
+            with open(self.dir + "/f", "rb") as file:
+                found = cstor.read_up_to(file.fileno(), count)
+            self.assertEqual(read_bytes(self.dir + "/f")[:count], found)
+
     def test_copier_falls_through_and_remembers(self) -> None:
         source = self.dir + "/source"
         data = os.urandom(300_001)
