@@ -4434,10 +4434,10 @@ class LayerFiles(Closing):
 # ================================================================================================
 # 11. Tar headers
 #
-# Read as Go's archive/tar does, since that is what split the tar.  The headers come verbatim from
-# tar-split, and so does each member's name.  A header is found by its place in the stream: special
-# headers (pax, GNU long names) stand before it with their lengths.  What decides how many bytes of
-# content follow is read at once, the other fields when they are first asked for.
+# They are read as Go's archive/tar reads them, since that split the tar.  Special headers (pax, GNU
+# long names) stand before a member's own header and give their length: header_parts() is the only
+# walker over them.  Fields that decide how many bytes of content follow are read at once, all
+# others when they are first used.
 # ================================================================================================
 
 PAX_NAMES = (b"path", b"linkpath", b"uname", b"gname")  # records that hold no NUL
@@ -4448,16 +4448,16 @@ TAR_TYPES = {b"1": "hardlink", b"2": "symlink", b"3": "char", b"4": "block", b"5
 class Member:
     """One entry of a layer's tar.
 
-    ``name`` is as in the tar, ``typeflag`` one byte, ``size`` the length of the content as a file,
-    ``stored`` the bytes that it takes in the tar (less for sparse files, 0 for links, directories
-    and devices), ``header`` all header blocks verbatim, with those of pax and GNU long names.
-    ``sparse`` is None, a list of (offset, length), or "1.0" when the map stood in front of the
-    content and has to be found again.
+    ``name`` is the name in the tar, ``typeflag`` one byte, ``size`` the length of the file,
+    ``stored`` the length of its content in the tar (less for sparse files, 0 for links, directories
+    and devices), ``header`` all header blocks verbatim, including pax and GNU long names.
+    ``sparse`` is None, a list of (offset, length), or "1.0" when the map stood before the content
+    and must be reconstructed.
 
     ``mode`` (permissions, 0 to 0o7777), ``uid``, ``gid``, ``mtime_ns`` (since 1970),
     ``linkname``, ``uname``, ``gname`` (bytes), ``devmajor``, ``devminor``, ``xattrs`` (name to
-    value, bytes) and ``pax`` (all records of its pax header) are read when they are first asked
-    for, which raises FormatError for a malformed field.
+    value, bytes) and ``pax`` (all records of its pax header) are read when they are first used;
+    that raises FormatError for a malformed field.
     """
 
     __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "base64",
@@ -4479,7 +4479,7 @@ class Member:
         self.header, self.name, self.size, self.base64 = header, name, size, checksum
         self.sparse: None | str | list[tuple[int, int]] = None
         self.typeflag = header[TYPE_AT:TYPE_AT + 1]
-        if size and len(header) == BLOCK and self.typeflag == b"0":  # most members, in short
+        if size and len(header) == BLOCK and self.typeflag == b"0":  # a short cut for most members
             try:
                 if int(header[124:135], 8) == size:
                     self.stored, self.padding = size, -size % BLOCK
@@ -4500,14 +4500,14 @@ class Member:
     def type(self) -> str:
         """reg, dir, symlink, hardlink, char, block, fifo, or global (for all that follows)."""
         if self.typeflag == b"\0" and self.name.endswith(b"/"):
-            return "dir"  # a v7 archive marks a directory by its name alone
+            return "dir"  # in a v7 archive only the name tells a directory
         return TAR_TYPES.get(self.typeflag, "reg")
 
     @classmethod
     def parse(cls, header: bytes) -> Member:
-        """Make a member from its header blocks alone, as they stand in a tar.
+        """Make a member from its header blocks in a tar.
 
-        Its ``checksum`` is None: that is known from tar-split only.
+        Its ``checksum`` is None, since only tar-split has one.
         """
         block, _, pax, gnu = scan_header(header)
         member = cls(header, gnu.get(b"L") or pax.get(b"path") or name_in_block(block), -1, b"")
@@ -4524,13 +4524,13 @@ class Member:
         self.typeflag = block[TYPE_AT:TYPE_AT + 1]
         self.stored = 0
         if self.typeflag == PAX_GLOBAL:
-            # Its records stand in the header; Go leaves their padding to the next entry.
+            # The records are part of the header; tar-split keeps their padding with the next entry.
             self.padding = -len(self.header) % BLOCK
             return
         if rest:
             raise FormatError(f"{len(rest)} bytes after its header")
         if self.typeflag not in HEADER_ONLY and self.type != "dir":
-            # Go takes an empty value for a record that was withdrawn.
+            # To Go an empty value means that there is no such record.
             self.stored = parse_decimal(pax[b"size"]) if pax.get(b"size") \
                 else parse_number(block[SIZE_AT])
             self.sparse = self._sparse_map(pax)
@@ -4538,17 +4538,18 @@ class Member:
                 raise FormatError(f"{self.stored} bytes by its header, {self.size} by tar-split")
         self.padding = -self.stored % BLOCK
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in self.__slots__:
-            raise AttributeError(name)
-        if name == "xattrs":
-            self.xattrs = pax_xattrs(self.pax)
-        else:
-            self.read_fields()
-        return object.__getattribute__(self, name)
+    if not TYPE_CHECKING:  # else no misspelled name would be reported
+        def __getattr__(self, name: str) -> Any:
+            if name not in Member.__slots__:
+                raise AttributeError(name)
+            if name == "xattrs":
+                self.xattrs = pax_xattrs(self.pax)
+            else:
+                self.read_fields()
+            return object.__getattribute__(self, name)
 
     def read_fields(self) -> None:
-        """Read the fields that are not read at once.  Raises FormatError for a malformed one."""
+        """Read all other fields of the header.  Raises FormatError for a malformed one."""
         block, _, pax, gnu = scan_header(self.header)
         check_sum(block)
         self.pax = pax
@@ -4558,7 +4559,7 @@ class Member:
         self.linkname = text_field(block[157:257]) if block[157] else b""
         self.uname = self.gname = b""
         self.devmajor = self.devminor = 0
-        # What follows the magic means something else, or nothing, in a v7 archive.
+        # A v7 archive has no such fields.
         if block[257:263] == b"ustar\0" or block[257:265] == b"ustar  \0":
             self.uname, self.gname = text_field(block[265:297]), text_field(block[297:329])
             if self.typeflag in b"34":
@@ -4568,7 +4569,7 @@ class Member:
             self._override(pax, gnu)
 
     def _override(self, pax: dict[bytes, bytes], gnu: dict[bytes, bytes]) -> None:
-        """Let the special headers count, where they are not empty."""
+        """Replace fields by those of special headers, unless these are empty."""
         if pax.get(b"uid"):
             self.uid = parse_decimal(pax[b"uid"])
         if pax.get(b"gid"):
@@ -4620,7 +4621,7 @@ _numbers: dict[bytes, int] = {}
 
 
 def number_field(field: bytes) -> int:
-    """Do what parse_number() does, and keep the results: a tar has few different ones."""
+    """Do what parse_number() does, with a cache: the headers of a tar have few distinct numbers."""
     if (value := _numbers.get(field)) is None:
         if len(_numbers) > 4096:
             _numbers.clear()
@@ -4643,12 +4644,12 @@ def name_in_block(block: bytes) -> bytes:
 
 
 def check_sum(block: bytes) -> None:
-    """Compare a header block's checksum; old tars of Sun and NeXT summed signed bytes.
+    """Raise FormatError unless a header block's checksum is right.
 
-    Raises FormatError.
+    Old tars of Sun and NeXT are the sum of signed bytes.
     """
     stored = number_field(block[148:156])
-    # The low half of adler32 is 1 + the sum of so few bytes, and much faster than sum().
+    # The low half of adler32 is 1 + the sum of up to 256 bytes, and much faster than sum().
     unsigned = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2 \
         - sum(block[148:156]) + 8 * 32
     if stored == unsigned:
@@ -4685,9 +4686,9 @@ def pax_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
 
 
 def star_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """Return the extended attributes of a pax header that Go knows, and so containers/storage."""
+    """Return the extended attributes of a pax header that Go and so containers/storage reads."""
     return {key[13:]: value for key, value in pax.items()
-            if value and key.startswith(b"SCHILY.xattr.")}  # empty: withdrawn
+            if value and key.startswith(b"SCHILY.xattr.")}  # to Go, empty is absent
 
 
 def tar_header(name: bytes, typeflag: bytes, *, mode: int = 0o644, uid: int = 0, gid: int = 0,
@@ -4696,15 +4697,15 @@ def tar_header(name: bytes, typeflag: bytes, *, mode: int = 0o644, uid: int = 0,
                xattrs: Mapping[bytes, bytes] | None = None) -> bytes:
     """Return the header of one entry: ustar where it holds every field, else with a pax header.
 
-    The same fields give the same bytes.  An xattr without a value has no spelling that Go reads: to
-    Go the record is withdrawn.  Raises FormatError for what neither can hold: a NUL in a name, a
-    device number of more than 21 bits, more than 1 MiB of records.
+    The same fields give the same bytes.  Go cannot read an xattr with an empty value: to it there
+    is no such record.  Raises FormatError for what neither can hold: a NUL in a name, a device
+    number of more than 21 bits, more than 1 MiB of records.
     """
     pax: dict[bytes, bytes] = {}
     for key, value in (xattrs or {}).items():
         if b"\0" in key:
             raise FormatError(f'"{display(name)}" does not fit into a tar')
-        if b"=" in key:  # star's spelling has no room for it
+        if b"=" in key:  # star's records cannot hold it
             pax[b"LIBARCHIVE.xattr." + key.replace(b"%", b"%25").replace(b"=", b"%3D")] = \
                 binascii.b2a_base64(value, newline=False)
         else:
@@ -4748,13 +4749,13 @@ def tar_header(name: bytes, typeflag: bytes, *, mode: int = 0o644, uid: int = 0,
 
 
 def seal_header(front: bytes, typeflag: bytes, back: bytes) -> bytes:
-    """Join what stands before and after checksum and typeflag, and fill in the checksum."""
+    """Return a block of the fields before and after checksum and typeflag, with its checksum."""
     block = (front + b" " * 8 + typeflag + back).ljust(BLOCK, b"\0")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
-    """Split a name into ustar's prefix (155 bytes) and name (100); two empty ones if it can't."""
+    """Split a name into ustar's prefix (155 bytes) and name (100), both empty if it is too long."""
     if len(name) <= 100:
         return b"", name
     at = name.find(b"/", max(1, len(name) - 101))
@@ -4915,21 +4916,25 @@ def parse_pax(data: bytes) -> dict[bytes, bytes]:
 # content was, with its name, size and CRC-64.  Go writes, one object a line,
 #     {"type":2,"payload":"BASE64","position":0}
 #     {"type":1,"name":"etc/hosts","size":42,"payload":"BASE64 OF 8 BYTES","position":1}
-# and that is read fast; any other JSON spelling is read too.  A segment starts with the padding of
-# the content before it and ends with the header of the content after it; what stands after the
-# last member (end of archive, garbage) is in segments of up to 1 MiB, or in one of any size when
+# and a regular expression reads that; a JSON parser reads all else.  A segment starts with the
+# padding of the content before it and ends with the header of the content after it.  What follows
+# the last member (end of archive, garbage) is in segments of up to 1 MiB, or in one of any size if
 # tar-split 0.11 or older wrote it.
+#
+# Every tar is read as one stream of items (bytes, member whose content follows or None, its
+# content), all together the tar bit for bit: LayerReader makes it of a layer, TarSource of a tar
+# that comes in chunks.  A content is bytes and Extents, valid until the next item is read.
 # ================================================================================================
 
-# How GNU tar maps a sparse file: the size of blocks that are looked at, and whether an empty run
-# always ends the map.  First --hole-detection=seek (the default since 1.29), then raw.
+# How GNU tar maps a sparse file: the block size, and whether an empty run always ends the map.
+# First --hole-detection=seek (the default since 1.29), then raw.
 SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
 
 
 class Extent:
     """``length`` bytes at ``offset`` of the open file ``fd``: content of ``member``.
 
-    Good until the next piece is asked for: the descriptor is closed then.
+    Valid until the next piece is read: the descriptor is closed then.
     """
 
     __slots__ = ("fd", "offset", "length", "member")
@@ -4985,7 +4990,7 @@ class TarSplit(ObjectStream):
                     break
                 yield segment, self._base64(raw) if raw else name, int(size or 0), checksum
                 at = self._at = match.end()
-            # Near the end of the buffer, or something else than the usual pair.
+            # The end of the buffer, or an object that PAIR does not match.
             if len(buffer) - at < READ_SIZE and self.more():
                 continue
             if not self.skip(b" \t\r\n"):
@@ -4993,7 +4998,7 @@ class TarSplit(ObjectStream):
             yield from self._other()
 
     def _other(self) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
-        """Yield one object that is not followed, or not spelled, as usual."""
+        """Yield one object that PAIR does not match."""
         if self._buffer.startswith(self.SEGMENT, self._at):
             self.fill(2 * MAX_SPECIAL)
             start = len(self.SEGMENT) + self._at
@@ -5056,14 +5061,12 @@ class TarSplit(ObjectStream):
 class LayerReader:
     """Reads the tar of a layer: headers from tar-split, contents from the layer's files.
 
-    The one road of data: headers() and items() yield (bytes of the tar, member whose content
-    follows or None, its content), and all that leaves a layer is made from these.  A content is
-    bytes and Extents, good until the next is asked for; with ``whole`` it is one Extent, the file
-    as it is on disk.
+    All that leaves a layer is made of the items that headers() and items() yield.  With ``whole``
+    the content of a member is one Extent, the file as it is on disk.
 
-    containers/storage keeps sparse files expanded, and Go copies the expanded file into the tar,
-    which makes it another one.  The map is in the header (formats 0.0 and 0.1), or stood in front
-    of the content and is made again (1.0), by ``convention`` or the one that fits the whole layer.
+    containers/storage stores sparse files expanded, and tar-split keeps no content.  The map of a
+    sparse file is in its header (formats 0.0 and 0.1), or it stood before the content (1.0) and is
+    reconstructed by ``convention``, or by the one that gives the digest of the layer.
     """
 
     def __init__(self, layer: Layer, convention: tuple[int, bool, int] | None = None, *,
@@ -5072,7 +5075,7 @@ class LayerReader:
         self._files: LayerFiles | None = None
 
     def items(self) -> Generator[Item, None, None]:
-        """Yield the whole tar; a helper is told which files are opened next."""
+        """Yield all items; the opener learns which files are opened next."""
         with LayerFiles(self.layer) as files:
             self._files = files
             yield from self.layer.storage.opener.ahead(
@@ -5081,7 +5084,7 @@ class LayerReader:
                 lambda item: 1 + len(item[0]) // (8 << 10))
 
     def headers(self) -> Iterator[Item]:
-        """Yield the tar without contents, for which no file is opened."""
+        """Yield all items without contents: no file is opened."""
         layer, (fd, path) = self.layer, self.layer.open_tar_split()
         with Opened(fd):
             pending: list[bytes] = []
@@ -5143,12 +5146,12 @@ class LayerReader:
                 yield Extent(fd, offset, length, member)
 
     def _find_convention(self, name: bytes) -> tuple[int, bool, int]:
-        """Return how the maps of its sparse files (format 1.0) were made, found by trying.
+        """Return the convention for maps of sparse files (format 1.0) that gives the digest.
 
-        File systems have larger blocks, too, and zeros that were written are data.  Maps of several
-        kinds can be equally long, so that only the layer's digest tells.  Raises IntegrityError for
-        a damaged file, Unsupported when no convention gives the digest: it names the file that
-        stopped the longest try.
+        File systems can have larger blocks, and zeros that were written are data.  Maps by several
+        conventions can have the same length, so that only the layer's digest tells them apart.
+        Raises IntegrityError for a damaged file, Unsupported when no convention gives the digest:
+        it names the file at which the longest attempt stopped.
         """
         layer, found, reached = self.layer, self._lost_map(name), (0, 0)
         ways = [(*way, gap) for gap in range(-1, 8) for way in SPARSE_CONVENTIONS]
@@ -5173,7 +5176,7 @@ class LayerReader:
 
 
 def join_pieces(items: Generator[Item, None, None]) -> Generator[bytes | Extent, None, None]:
-    """Yield a tar as bytes and Extents; an Extent is good until the next piece is asked for."""
+    """Yield a tar as bytes and Extents; an Extent is valid until the next piece is read."""
     try:
         for literal, _, content in items:
             if literal:
@@ -5211,15 +5214,15 @@ def check_passed(fd: int) -> int:
 
 
 class TarSource:
-    """A tar that comes in chunks; ``offset`` counts what was taken of it."""
+    """A tar that comes in chunks; ``offset`` counts the bytes that were read."""
 
     def __init__(self, chunks: Iterable[bytes | PassedFile], file: str) -> None:
         self.file, self.offset = file, 0
         self._chunks = iter(chunks)
         self._data, self._at = b"", 0
         self._last: tuple[bytes, bytes, bytes | None]  # of header_parts()
-        self._cut = False  # whether the headers just read end with one about a next header
-        self._rest = b""  # blocks that are at hand and not a header
+        self._cut = False  # whether the headers just read end before the member's own
+        self._rest = b""  # blocks that were read and are not a header
         self._passed: PassedFile | None = None
         self._size = 0
 
@@ -5227,7 +5230,7 @@ class TarSource:
         return FormatError(message, file=self.file, offset=self.offset)
 
     def _fill(self) -> bool:
-        """Have some bytes or a passed file at hand; return False at the end."""
+        """Read on until there are bytes or a passed file; return False at the end."""
         empty = 0
         while self._at == len(self._data) and not self._passed:
             if (chunk := next(self._chunks, None)) is None:
@@ -5297,7 +5300,7 @@ class TarSource:
                 break
             content = self._content(member)
             yield padding + header, member, content
-            for _ in content:  # what was not asked for
+            for _ in content:  # what the caller did not read
                 pass
             padding = bytes(member.padding) if pairs else self.up_to(member.padding)
             if self._rest:
@@ -5335,7 +5338,7 @@ class TarSource:
         return len(block) == BLOCK
 
     def _parse(self, header: bytes, start: int) -> Member | None:
-        """Make a member of its headers; None at the end, where Go also takes a header about it."""
+        """Make a member of its headers; None at the end, as for Go if its own header is missing."""
         if self._cut:
             return None
         member = Member.parse(header)
@@ -5345,8 +5348,8 @@ class TarSource:
         return member
 
     def _cut_off(self, member: Member) -> None:
-        """Meet the end of the tar inside of a content."""
-        raise self._error(f'the tar is cut off inside of "{display(member.name)}"')
+        """Handle the end of the tar inside a content."""
+        raise self._error(f'the tar is cut off inside "{display(member.name)}"')
 
     def _content(self, member: Member) -> Iterator[bytes | Extent]:
         """Yield what is stored of a member."""
@@ -5371,21 +5374,21 @@ def read_stream(chunks: Iterable[bytes | PassedFile], file: str, *, need_end: bo
                 pairs: bool = False) -> Iterator[Item]:
     """Yield (bytes of the tar, member whose content follows or None, its content) of a stream.
 
-    All together is the tar, bit for bit: padding, special headers and what stands behind the last
-    member are in the bytes.  A content is good until the next item is asked for, and is of
-    ``member.stored`` bytes; a passed file is one Extent.  ``need_end`` asks for the tar's end of
-    two zero blocks, without which a cut between members cannot be told.  ``pairs`` is for streams
-    of containers/storage's Go code, which have neither padding nor an end: both are added.
+    All together are the tar, bit for bit: the bytes include padding, special headers and what
+    follows the last member.  A content has ``member.stored`` bytes and is valid until the next item
+    is read; a passed file is one Extent.  With ``need_end`` the tar must end with two zero blocks:
+    without them a cut between members cannot be noticed.  ``pairs`` is for streams of
+    containers/storage's Go code, which lack padding and end: both are added.
 
     Raises FormatError with the offset in the tar, IntegrityError for passed files of another size,
-    ProtocolError for what is no file, Unsupported for GNU tar's old sparse files.
+    ProtocolError for a passed directory or device, Unsupported for GNU tar's old sparse files.
     """
     return TarSource(chunks, file).items(need_end=need_end, pairs=pairs)
 
 
 def expand_content(member: Member, content: Iterable[bytes | Extent]) -> Iterator[bytes]:
-    """Yield the content of a sparse member of a stream; its holes as zeros."""
-    # What is stored of a sparse file is never passed as a file.
+    """Yield the content of a sparse member of a stream, its holes as zeros."""
+    # The content of a sparse file is never passed as a file.
     chunks = (piece for piece in content if isinstance(piece, bytes))
     take = TarSource(chunks, f'"{display(member.name)}"').take
     left = member.stored
@@ -5408,10 +5411,10 @@ def expand_content(member: Member, content: Iterable[bytes | Extent]) -> Iterato
 
 def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, stored: int = 0
                  ) -> tuple[bytes, list[tuple[int, int]]]:
-    """Return the map of sparse format 1.0 as stored in front of the content, and its runs.
+    """Return the map of sparse format 1.0 as stored before the content, and its runs.
 
-    ``gap`` is the number of a gap between runs where so many zeros were written as ``stored``
-    tells: even numbers for the fronts of gaps, odd ones for their ends.
+    ``gap`` numbers the ends of gaps between runs, even the front and odd the back: there zeros were
+    written, as many as ``stored`` lacks.
     """
     runs: list[tuple[int, int]] = []
 
@@ -5420,7 +5423,7 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
             start, length = runs[-1][0], runs.pop()[1] + length
         runs.append((start, length))
         if len(runs) > MAX_EXTENTS:
-            raise FormatError("a sparse file of too many pieces")
+            raise FormatError("a sparse file with too many runs")
 
     def table() -> tuple[bytes, list[tuple[int, int]]]:
         full = runs + [(size, 0)] * (always_end or not runs or sum(runs[-1]) < size)
@@ -5447,7 +5450,7 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
 
 
 def write_object(out: BinaryIO, view: memoryview) -> None:
-    """Write all of ``view`` to an object that may, as raw files do, take less at a time."""
+    """Write all of ``view`` to an object whose write() may take less, as that of raw files."""
     while view:
         count = out.write(view)
         if count is None:
@@ -5456,13 +5459,13 @@ def write_object(out: BinaryIO, view: memoryview) -> None:
 
 
 class TarSink:
-    """Collects pieces into large buffers, which a second thread hashes and writes.
+    """Collects a tar in large buffers, which a second thread hashes and writes.
 
-    hashlib and write(2) leave the interpreter to the thread that reads.  Without ``hashing`` large
-    extents go by the kernel's copy calls.  ``out`` is a descriptor, or an object with write().
+    hashlib and write(2) release the GIL to the thread that reads.  Without ``hashing`` the kernel
+    copies large extents.  ``out`` is a descriptor, or an object with write().
     """
 
-    KERNEL_COPY = 1 << 20  # below, collecting is cheaper than to wait for the other thread
+    KERNEL_COPY = 1 << 20  # for less, waiting for the other thread costs more
     BUFFERS = 4
 
     def __init__(self, out: int | BinaryIO, *, hashing: bool, layer: str,
@@ -5493,7 +5496,7 @@ class TarSink:
         self._view, self._fill = memoryview(self._buffer), 0
 
     def _write(self, view: memoryview) -> object:
-        """Hash and write a buffer; return it, whatever happens."""
+        """Hash and write a buffer; return it, also after an error."""
         try:
             if self._error is None:
                 if self._hash:
@@ -5502,7 +5505,7 @@ class TarSink:
                     write_all(self._out, view)
                 else:
                     write_object(self._out, view)
-        except BaseException as error:  # handed to the thread that reads, in _flush()
+        except BaseException as error:  # _flush() raises it in the thread that reads
             self._error = error
         return view.obj
 
@@ -5517,7 +5520,7 @@ class TarSink:
             self._progress(self.size, self.files)
 
     def _drain(self) -> None:
-        """Wait until everything is written."""
+        """Write all that is left, and wait for it."""
         self._flush()
         while self._writes:
             self._free.append(self._writes.pop(0).result())
@@ -5597,9 +5600,9 @@ class TarSink:
         return f"sha256:{self._hash.hexdigest()}" if self._hash else ""
 
     def abort(self) -> None:
-        """End the thread after an error; it may be held up by a reader that takes nothing."""
+        """End the thread after an error; it may be blocked by a reader that reads nothing."""
         self._error = self._error or InterruptedError()
-        if hasattr(self._out, "abort"):  # what the thread may be waiting for
+        if hasattr(self._out, "abort"):  # the thread may wait for it
             self._out.abort()
         self._close(0.5 if isinstance(self._out, int) else None)
 
@@ -5612,7 +5615,7 @@ class TarSink:
 
 
 class _Nowhere(io.BytesIO):
-    """Takes a tar of which only digest and length are wanted."""
+    """An output for a tar of which only digest and length are wanted."""
 
     size = 0
 
@@ -6962,13 +6965,14 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
 # ================================================================================================
 # 16. tar-diff
 #
-# Two streams of members are paired by name and occurrence, whatever the order.  A difference is
-# told by the header's fields (v7, ustar, GNU, star, pax), or by size and digest of the content.
-# Memory for members that are not paired yet is bounded.
+# Both tars are read entry by entry.  Up to the first difference both are at the same place, so that
+# position alone tells the field.  From there on entries are paired by name, the n-th of a name with
+# the n-th of that name; memory for entries that are not paired yet is bounded.  A malformed header
+# is one more difference, not an error.  All that follows the last entry is the trailer.
 # ================================================================================================
 
-# The fields of a header block with their offsets: those that all formats share, then the rest of
-# ustar, of GNU tar's old format (which wrote zeros or sparse maps there) and of star.
+# The fields of a header block with their offsets: those that all formats share, then those of
+# ustar, of GNU tar's old format and of star.
 HEADER_FIELDS = (("name", 0), ("mode", 100), ("uid", 108), ("gid", 116), ("size", 124),
                  ("mtime", 136), ("chksum", 148), ("typeflag", 156), ("linkname", 157),
                  ("magic", 257), ("version", 263), ("uname", 265), ("gname", 297),
@@ -6982,16 +6986,8 @@ OCTAL_FIELDS = ("uid", "gid", "size", "devmajor", "devminor", "offset", "realsiz
 HEADER_KINDS = {b"x": "pax", PAX_GLOBAL: "global", b"L": "long name", b"K": "long link"}
 SPARSE_FIELDS = (("sparse", 0, 504), ("isextended", 504, 505), ("header padding", 505, BLOCK))
 LONG_FIELDS = {"long name": "name", "long link": "linkname"}
-MAX_UNPAIRED = 512 << 20  # memory for names of two tars, and entries without a counterpart yet
+MAX_UNPAIRED = 512 << 20  # memory for names, and for entries without a counterpart so far
 
-
-# -- two tars side by side -----------------------------------------------------------------------
-#
-# Both are read entry by entry, so that up to the first difference both stand at the same place,
-# where position alone tells the field.  From there on entries are paired by name, the n-th of a
-# name with the n-th of that name.  Nothing that a header says is a reason to stop: a header with a
-# wrong checksum is one more difference.  What stands after the last entry, blocks of zeros and all
-# else, is the trailer.
 
 def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
     """Yield how two tars differ, byte by byte and entry by entry; nothing when they are identical.
@@ -7002,11 +6998,11 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     - "first", the first row: ``offset`` in the decompressed tar, ``index`` (from 0) and name of the
       ``entry`` there, both None in the trailer, and the ``field``; ``contentOffset`` when that is
       "content"; ``ended``, "a" or "b", when it is "end of file";
-    - "changed": ``field`` of ``entry`` with its values ``a`` and ``b``, None for none;
+    - "changed": ``field`` of ``entry`` with its values ``a`` and ``b``, None if it is missing;
     - "missing", "extra": only in ``a``, only in ``b``; "reordered": in both.  ``a`` and ``b`` are
       the indexes;
-    - "duplicated": ``a`` and ``b`` are how often the name is there;
-    - "unreadable": why ``a`` or ``b`` cannot be read further.
+    - "duplicated": ``a`` and ``b`` count the entries of that name;
+    - "unreadable": why no more entries of ``a`` or ``b`` can be read.
 
     ``progress`` gets what was read of both files, or if one is a pipe, of the first tar.  Raises
     FormatError for what is not a tar or damaged
@@ -7019,10 +7015,9 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
 class TarEntry(Member):
     """One entry of a tar that is compared, or its trailer, which has no header.
 
-    ``name`` is what it is shown as, ``key`` what it is paired by, ``stored`` the length of its
-    content by the header, -1 when that is malformed.  ``start`` is the offset of the header,
-    ``done`` the length of the content that is there, ``digest`` its SHA-256, and ``filler`` the
-    bytes of the padding.
+    ``name`` is shown, ``key`` pairs entries.  ``start`` is the offset of the header, ``done`` the
+    length of the content that was found, ``digest`` its SHA-256, ``filler`` the bytes of the
+    padding.
     """
 
     __slots__ = ("index", "start", "key", "content", "done", "sha", "digest", "filler")
@@ -7037,7 +7032,7 @@ class TarEntry(Member):
         self.sha: Any = None
 
     def feed(self, data: bytes) -> None:
-        """Count a piece of the content."""
+        """Count and hash a piece of the content."""
         if self.sha is None:
             import hashlib
 
@@ -7066,8 +7061,7 @@ class TarEntry(Member):
 class TarSide(TarSource, Closing):
     """One of two tars that are compared, read once from start to end; a context manager.
 
-    ``over`` tells whether the trailer was reached, ``why`` the reason why no entry can be read any
-    more, or "".
+    ``over`` tells whether the trailer was reached, ``why`` why no more entries can be read, or "".
     """
 
     def __init__(self, path: str) -> None:
@@ -7083,7 +7077,7 @@ class TarSide(TarSource, Closing):
         self._reader.close()
 
     def next_entry(self) -> TarEntry:
-        """Return the next entry, whose content was not read yet; the last one is the trailer."""
+        """Return the next entry, its content unread; the last one is the trailer."""
         literal, entry, content = self._next or next(self._items)
         if not isinstance(entry, TarEntry):
             self.over = True
@@ -7093,7 +7087,7 @@ class TarSide(TarSource, Closing):
         return entry
 
     def ahead(self, entry: TarEntry) -> bytes:
-        """Return an entry's header and what follows instead of its last block."""
+        """Return an entry's header and the block behind it if that is not a header."""
         return entry.header + self._rest
 
     def finish(self, entry: TarEntry) -> None:
@@ -7171,9 +7165,9 @@ class _TarDiff:
     # -- bytes: where the first difference is --
 
     def _compare(self, a: TarEntry, b: TarEntry) -> None:
-        """Read two entries in step, as long as they are the same."""
+        """Read two entries in step as long as they are equal."""
         heads = [side.ahead(entry) for side, entry in zip(self.sides, (a, b))]
-        if heads[0] != heads[1] and (a.header or b.header):  # a trailer is content, as read here
+        if heads[0] != heads[1] and (a.header or b.header):  # trailers are contents
             self._note(a, b, heads)
             return
         for parts in iter(lambda: [next(entry.content, b"") for entry in (a, b)], [b"", b""]):
@@ -7188,10 +7182,10 @@ class _TarDiff:
         b.sha, b.done = a.sha, a.done
 
     def _note(self, a: TarEntry, b: TarEntry, parts: Sequence[bytes], field: str = "") -> None:
-        """Note the first difference: in what follows the headers (``field``), or in these.
+        """Note the first difference: in what follows the headers (``field``), or in the headers.
 
-        The side whose header is sound knows the name and the field: one changed byte spoils a
-        checksum or a pax record of the other.  A header knows more than the zeros in its place.
+        A sound header tells name and field: in the other one, a changed byte damages a checksum or
+        a pax record.  Where only one tar has a header, that one tells.
         """
         at = first_difference(*parts)
         ended = [len(part) <= at for part in parts]
@@ -7213,7 +7207,7 @@ class _TarDiff:
     # -- entries --
 
     def _settle(self, a: TarEntry | None, b: TarEntry | None) -> Iterator[dict[str, Any]]:
-        """Find the counterparts of what was read, and yield how they differ."""
+        """Find the counterparts of the entries just read, and yield how they differ."""
         for place, entry in enumerate((a, b)):
             if entry and not entry.header:
                 self.trailers.insert(place, entry)
@@ -7233,14 +7227,14 @@ class _TarDiff:
     def _reserve(self, place: int, memory: int) -> None:
         self.room -= memory
         if self.room < 0:
-            raise Unsupported(f"{self.sides[place].file}: too many entries that the other tar does "
-                              "not have, or has elsewhere")
+            raise Unsupported(f"{self.sides[place].file}: too many entries that are missing or at "
+                              "another place in the other tar")
 
     def _match(self, a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
-        """Yield how two entries of one name differ."""
+        """Yield how an entry differs from its counterpart."""
         if a.index > self.high[0] and b.index > self.high[1]:
             self.high = a.index, b.index
-        else:  # others that were behind it in one tar, and before it in the other, are settled
+        else:  # a pair was settled that is behind it in one tar and before it in the other
             yield tar_row("reordered", a, "", a.index, b.index)
         if not self.first:
             return
@@ -7252,7 +7246,7 @@ class _TarDiff:
             yield tar_row("changed", a, "padding", spell(a.filler), spell(b.filler))
 
     def _ends(self) -> Iterator[dict[str, Any]]:
-        """Yield what is known at the end: trailers, and what has no counterpart."""
+        """Yield what differs at the end: trailers, and entries without a counterpart."""
         a, b = self.trailers
         if (a.done, a.digest) != (b.done, b.digest):
             yield tar_row("changed", None, "trailer", a.summary(), b.summary())
@@ -7263,7 +7257,7 @@ class _TarDiff:
             for (key, number), entry in self.waiting[place].items():
                 counts = self.counts[key]
                 if number > counts[1 - place]:
-                    continue  # one row for all that wait under a name
+                    continue  # one row for all entries of a name
                 if 0 in counts:
                     yield tar_row(word, entry, "", *[None if i != place else entry.index
                                                      for i in (0, 1)])
@@ -7278,16 +7272,16 @@ def tar_row(change: str, entry: TarEntry | None, field: str, a: Any, b: Any) -> 
 
 
 def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
-    """Yield a row for each field in which two headers differ, if only by its spelling."""
+    """Yield a row for each field in which two headers differ, also if its value is the same."""
     fields_a, fields_b = header_fields(a.header), header_fields(b.header)
     told = False
     for field in {**fields_a, **fields_b}:
         raw = fields_a.get(field), fields_b.get(field)
         if raw[0] == raw[1] or field == "pax order" and (
                 not raw[0] or not raw[1] or sorted(raw[0].split()) != sorted(raw[1].split())):
-            continue  # which records come or go is told by their own rows
+            continue  # added and removed records have rows of their own
         if None in raw and " header " in field and not field.endswith(" size"):
-            continue  # that there is a special header at all is one row
+            continue  # one row is enough for a special header that only one has
         x, y = (field_value(field, value) for value in raw)
         if x == y:
             x, y = (field_value("", value) for value in raw)
@@ -7298,7 +7292,7 @@ def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
 
 
 def first_difference(a: bytes, b: bytes) -> int:
-    """Return where two strings first differ; the length of one that the other begins with."""
+    """Return where two strings first differ, or the length of the shorter one."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -7310,7 +7304,7 @@ def first_difference(a: bytes, b: bytes) -> int:
 
 
 def is_header(block: bytes) -> bool:
-    """Tell whether a block is a header, maybe one with a wrong checksum."""
+    """Tell whether a block is a header, possibly with a wrong checksum."""
     if len(block) < BLOCK or not block.strip(b"\0"):
         return False
     try:
@@ -7320,11 +7314,11 @@ def is_header(block: bytes) -> bool:
         signs = (block[0], block.startswith(b"ustar", 257),
                  *(re.fullmatch(rb"[ \0]*[0-7]+[ \0]*", field) for field in (
                      block[148:156], block[SIZE_AT])))
-        return sum(map(bool, signs)) > 1  # a changed byte spoils one of three or four
+        return sum(map(bool, signs)) > 1  # a changed byte damages one of four
 
 
 def is_sound(header: bytes) -> bool:
-    """Tell whether all checksums and pax records of an entry's header are right."""
+    """Tell whether all checksums and pax records of an entry's header are valid."""
     try:
         for _, kind, block, data in header_blocks(header):
             check_sum(block)
@@ -7369,10 +7363,7 @@ def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
 
 
 def pax_spans(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """Yield (start, end, key, value) of each record of a pax header; one without a key at the end.
-
-    That is what is malformed.
-    """
+    """Yield (start, end, key, value) of each record of a pax header; malformed ones have no key."""
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 20)
@@ -7395,8 +7386,7 @@ def pax_label(key: bytes) -> str:
 def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, bool]]:
     """Yield (start, end, name, value, special) of all fields of an entry's header.
 
-    A value of None does not count: it is padding.  ``special`` are those in what a special header
-    says, which count instead of others of their name.
+    A value of None is padding.  ``special`` fields replace others of the same name.
     """
     for at, kind, block, content in header_blocks(header):
         after, data = at + BLOCK, content or b""
@@ -7429,7 +7419,7 @@ def header_field(header: bytes, offset: int) -> str:
 
 
 def header_fields(header: bytes) -> dict[str, bytes]:
-    """Return all fields of an entry's header as they are, long ones as their digests."""
+    """Return all fields of an entry's header as stored, long ones as their digests."""
     fields: dict[str, bytes] = {}
     for _, _, field, raw, special in header_spans(header):
         if raw is not None and (special or field not in fields):
@@ -7439,7 +7429,7 @@ def header_fields(header: bytes) -> dict[str, bytes]:
 
 
 def checksum_words(block: bytes) -> bytes:
-    """Tell whether a header's checksum is right, so that it does not differ when others do."""
+    """Tell whether a header's checksum is right: its value differs whenever another field does."""
     try:
         check_sum(block)
     except FormatError as error:
@@ -7449,9 +7439,9 @@ def checksum_words(block: bytes) -> bytes:
 
 
 def field_value(field: str, raw: bytes | None) -> Any:
-    """Return what a header field means: number, octal mode, RFC 3339 time, or text.
+    """Return the value of a header field: number, octal mode, RFC 3339 time, or text.
 
-    What is malformed comes as it is; None for a field that is not there.
+    A malformed value is returned as text, that of a missing field as None.
     """
     word = field.rpartition(" header ")[2] if not field.startswith("xattr ") else ""
     with suppress(FormatError):
@@ -9510,7 +9500,7 @@ class LayerStream(Closing):
         self._close = [close] if close else []
 
     def also_close(self, close: Callable[[], object]) -> None:
-        """Let ``close`` be called at the end, too."""
+        """Call ``close`` as well when the stream is closed."""
         self._close.append(close)
 
     def expect(self, reference: str) -> LayerStream:
@@ -9535,9 +9525,9 @@ class LayerStream(Closing):
             self._close.pop(0)()
 
     def items(self, verify: bool = True) -> Generator[Item, None, None]:
-        """Yield what read_stream() does; check() is to follow, with a digest by ``verify``.
+        """Yield what read_stream() does; call check() afterwards, with a digest if ``verify``.
 
-        What would make the tar longer than ``size`` is refused before it is read.
+        A content that would make the tar longer than ``size`` is refused before it is read.
         """
         size = 0
         for item in read_stream(self._chunks, self.label, pairs=self._pairs,
@@ -9602,7 +9592,7 @@ class LayerStream(Closing):
 class StreamTree(LayerTree):
     """The tree of a layer that came as a stream, whose contents are in a Staging."""
 
-    kept = False  # whether contents stay in the Staging, as other names may want them, too
+    kept = False  # whether contents stay in the Staging, since other names may need them
 
     def __init__(self, staging: int, label: str) -> None:
         self.rootless = os.geteuid() != 0  # as in a store of ours
@@ -9619,7 +9609,7 @@ class StreamTree(LayerTree):
         pass  # entered one by one, by Staging.read()
 
     def finish(self) -> None:
-        """Do what names and xattrs ask for, once all members are entered."""
+        """Apply links and overlayfs's xattrs, once all members are entered."""
         self._heed()
         if self._moved and self.below:
             for layer in self.below.layers:
