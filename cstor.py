@@ -8651,12 +8651,11 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
             raise IntegrityError(f"{layout.host_path(name)}: wrong size",
                                  expected=counted(size, "byte"), actual=counted(actual, "byte"))
         found = hashlib.sha256()
-        for data in iter(lambda: os.read(fd, CHUNK), b""):
+        for data in read_checked(fd, actual, name=name):
             found.update(data)
         if found.hexdigest() != digest[7:]:
             raise IntegrityError(f"{layout.host_path(name)}: wrong digest", expected=digest,
                                  actual=f"sha256:{found.hexdigest()}")
-        os.lseek(fd, 0, os.SEEK_SET)
         return fd
 
 
