@@ -2761,12 +2761,11 @@ class Record:
         Raises NotFound, FormatError when it is recorded but missing, IntegrityError.
         """
         name, label = self.path(big_data_file(key)), f'{self.WORD} {self.id}: '
-        root = self.storage.find(name, self.root)
-        if root is None and key in self.big_data_names:
+        fd, path = self.storage.open_first(name, self.root)
+        if fd < 0 and key in self.big_data_names:
             raise FormatError(f'{label}big data item "{display(key)}" is recorded, but missing')
-        if root is None:
+        if fd < 0:
             raise NotFound(f'{label}no big data item "{display(key)}"')
-        fd, path = root.open(name), root.host_path(name)
         size, digest, actual = self._sizes.get(key), self._digests.get(key), os.fstat(fd).st_size
         if isinstance(size, int) and size != actual:
             os.close(fd)
@@ -2914,37 +2913,36 @@ class Layer(Record):
         what = f'"{display(name)}"' if name else "it"
         return LayerUnknown(f"layer not known: {self.id}: it was removed while {what} was read")
 
-    def _find_tar_split(self) -> tuple[Contents | None, bytes]:
-        name = self.path()[:-1] + TAR_SPLIT
-        return self.storage.find(name, self.root), name
+    @property
+    def tar_split(self) -> bytes:
+        """The name below the root of its tar-split file."""
+        return self.path()[:-1] + TAR_SPLIT
 
     def open_tar_split(self) -> tuple[int, str]:
         """Open its tar-split file; return (descriptor, host path).
 
         Raises Unsupported with the reason when there is none.
         """
-        root, name = self._find_tar_split()
-        if root is None:
-            additional = self.overlay_file(b"additionallayer")[0]
-            gone = None if additional else self.removed()
-            if gone:
-                raise gone
-            if self.incomplete:
-                why = "its creation was interrupted"
-            elif additional:
-                why = "it comes from an additional layer store"
-            elif not self.overlay_file(b"diff")[0]:
-                why = "its files are gone as well"
-            elif self.diff_digest or self.toc_digest:
-                why = "it was pulled without, or the file is lost"
-            else:
-                why = "it is the writable layer of a container, or was made by create-layer"
-            raise Unsupported(
-                f"layer {self.id} has no tar-split data: {why}; its tar cannot be rebuilt",
-                hint="of a split store it is below the graph root: use --root "
-                     f"{(stores_near(self.root.path, os.fsdecode(name)) or ['GRAPHROOT'])[0]} "
-                     f"--imagestore {self.root.path}" if why.endswith(("well", "lost")) else "")
-        return root.open(name), root.host_path(name)
+        fd, path = self.storage.open_first(self.tar_split, self.root)
+        if fd >= 0:
+            return fd, path
+        additional, hint = self.overlay_file(b"additionallayer")[0], ""
+        if not additional and (gone := self.removed()):
+            raise gone
+        if self.incomplete:
+            why = "its creation was interrupted"
+        elif additional:
+            why = "it comes from an additional layer store"
+        elif not (diff := self.overlay_file(b"diff")[0]) or self.diff_digest or self.toc_digest:
+            why = "it was pulled without, or the file is lost" if diff \
+                else "its files are gone as well"
+            near = stores_near(self.root.path, os.fsdecode(self.tar_split)) or ["GRAPHROOT"]
+            hint = (f"in a split store it is below the graph root: use --root {near[0]} "
+                    f"--imagestore {self.root.path}")
+        else:
+            why = "it is the writable layer of a container, or was made by create-layer"
+        raise Unsupported(f"layer {self.id} has no tar-split data: {why}; its tar cannot be "
+                          "rebuilt", hint=hint)
 
     def members(self) -> Iterator[Member]:
         """Yield the members of the tar, in order, from the headers alone."""
@@ -3002,7 +3000,7 @@ class Layer(Record):
 
     def own_tree(self) -> LayerTree:
         """Return its own tree: from tar-split, or from disk where a layer never has that."""
-        if self._find_tar_split()[0]:
+        if self.storage.find(self.tar_split, self.root):
             return LayerTree(self)
         if additional := self.additional():
             tree = DiskTree(additional, self)
@@ -3627,10 +3625,8 @@ class Storage(Closing):
     def close(self) -> None:
         """Close all descriptors; harmless when repeated."""
         OPEN_STORAGES.discard(ref(self))
-        for root in [*self.roots, *self._folders.values()]:
+        for root in filter(None, [*self.roots, *self._folders.values(), self._run]):
             root.close()
-        if self._run:
-            self._run.close()
         if self.opener.storage is self:
             self.opener.close()
 
@@ -3658,6 +3654,13 @@ class Storage(Closing):
             if root.exists(name):
                 return root
         return None
+
+    def open_first(self, name: bytes, first: Contents) -> tuple[int, str]:
+        """Open a file in the root that find() would return, and return its path; -1 for none."""
+        for root in [first, *self.roots]:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return root.open(name), root.host_path(name)
+        return -1, ""
 
     def state(self, first: Directory, kind: bytes, name: bytes) -> str:
         """Say whether a file below the directory ``kind`` of a root is "missing" or "empty".
@@ -3976,12 +3979,7 @@ class Storage(Closing):
         places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
         reference = next((name for name in places if "/" in reference and (
             self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
-        try:
-            return find_layer(self, reference)
-        except LayerUnknown:
-            if layer := self.layer_by_id(reference):
-                return layer
-            raise
+        return find_layer(self, reference)
 
     def image(self, reference: str, platform: str = "") -> Image:
         """Return one image by name, digest, ID or the start of an ID.
@@ -3989,18 +3987,14 @@ class Storage(Closing):
         Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
         this machine.  Raises ImageUnknown, Ambiguous.
         """
-        try:
-            return find_image(self.images(), reference, platform)
-        except ImageUnknown as error:
-            error.hint = self.elsewhere or error.hint
-            raise
+        return find_image(self, reference, platform)
 
     def container(self, reference: str) -> Container:
         """Return one container by ID, name, layer ID or the start of an ID.
 
         Raises ContainerUnknown, Ambiguous.
         """
-        return find_container(self.containers(), reference)
+        return find_container(self, reference)
 
 
 def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
@@ -4100,7 +4094,7 @@ def normalize_name(name: str) -> list[str]:
     return [f"localhost/{name}", f"docker.io/{name}" if slash else f"docker.io/library/{name}"]
 
 
-def find_image(images: Sequence[Image], reference: str, platform: str = "") -> Image:
+def find_image(storage: Storage, reference: str, platform: str = "") -> Image:
     """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous.
 
     Of images that share a digest (a list's), the one for ``platform`` or this machine counts.
@@ -4112,9 +4106,9 @@ def find_image(images: Sequence[Image], reference: str, platform: str = "") -> I
         raise Unsupported(f"store specifier in reference: {display(reference)}",
                           hint="name the store with --root DIR")
     text = reference.removeprefix("containers-storage:").removeprefix("@")
-    bare = text.removeprefix("sha256:")
+    bare, images = text.removeprefix("sha256:"), storage.images()
     unknown = ImageUnknown(f"image not known: {display(reference)}",
-                           hint="`image list` shows what there is")
+                           hint=storage.elsewhere or "`image list` shows what there is")
     if re.fullmatch(HEX64, bare):
         found = [image for image in images if image.id == bare] \
             or [image for image in images if f"sha256:{bare}" in image.digests]
@@ -4188,19 +4182,20 @@ def find_layer(storage: Storage, reference: str) -> Layer:
     by_digest = [layer for layer in layers if layer.diff_digest.startswith("sha256:" + text)]
     found = [layer for layer in layers if reference in (layer.id, *layer.names)] \
         or [layer for layer in by_digest if layer.diff_digest == reference] \
-        or by_digest * (text != reference) or _by_prefix(layers, text) or by_digest
+        or by_digest * (text != reference) or _by_prefix(layers, text) or by_digest \
+        or list(filter(None, [storage.layer_by_id(reference)]))
     if len({layer.diff_digest for layer in found}) == 1:
         found = [layer for layer in found if not layer.mapped] or found
     return _one(found, unknown, reference, lambda layer: layer.diff_digest or "no diff-digest")
 
 
-def find_container(containers: Sequence[Container], reference: str) -> Container:
+def find_container(storage: Storage, reference: str) -> Container:
     """Return the container of an ID, a name, a layer ID or the start of an ID."""
     check_type("reference", reference, str)
     unknown = ContainerUnknown(f"container not known: {display(reference)}",
                                hint="`container list` shows what there is")
-    found = [c for c in containers if reference in (c.id, *c.names, c.layer)] \
-        or _by_prefix(containers, reference)
+    found = [c for c in storage.containers() if reference in (c.id, *c.names, c.layer)] \
+        or _by_prefix(storage.containers(), reference)
     return _one(found if reference else [], unknown, reference, lambda c: ", ".join(c.names))
 
 
@@ -4299,12 +4294,12 @@ class LayerFiles(Closing):
 
     def _read_toc(self) -> None:
         name = self.layer.path(big_data_file("zstd-chunked-manifest"))
-        if (root := self.layer.storage.find(name, self.layer.root)) is None:
+        fd, path = self.layer.storage.open_first(name, self.layer.root)
+        if fd < 0:
             raise Unsupported(f"layer {self.layer.id}: its files are kept by digest, and its TOC "
                               "(zstd-chunked-manifest) is lost")
-        with Opened(root.open(name)) as fd:
-            self._objects = read_objects(iter(lambda: os.read(fd, CHUNK), b""),
-                                         root.host_path(name))
+        with Opened(fd):
+            self._objects = read_objects(iter(lambda: os.read(fd, CHUNK), b""), path)
 
     def close(self) -> None:
         """Close all directories; harmless when repeated."""
@@ -10822,7 +10817,7 @@ class _Session(Dispatcher):
 
     def go_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return manifest, configuration and layers, the top one first."""
-        image = find_image(self.storage.images(), self._param(params, "imageId", ""))
+        image = self.storage.image(self._param(params, "imageId", ""))
         image = image.single()
         return {"manifest": image.big_data("manifest").decode("utf-8", "replace"),
                 "config": image.config_bytes().decode("utf-8", "replace"),
@@ -10844,7 +10839,7 @@ class _Session(Dispatcher):
             roots = [os.path.realpath(root.path) for root in self.storage.roots]
             if os.path.realpath(match[1].partition("+")[0]) not in roots:
                 raise ImageUnknown(f"image not known: {reference}: this server has another storage")
-        image = find_image(self.storage.images(), match[2] if match else reference).single()
+        image = self.storage.image(match[2] if match else reference).single()
         image.checked_chain()
         number = max(self._images, default=0) + 1
         if len(self._images) >= MAX_OPEN_IMAGES:
