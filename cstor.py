@@ -293,7 +293,7 @@ def error_of(code: int, message: str, kind: object = None) -> CstorError:
 # Times are nanoseconds since 1970.
 # ================================================================================================
 
-# containers/storage: the overlay driver's prefix stands in the name of every metadata directory.
+# containers/storage: the names of all metadata directories begin with that of the driver.
 OVERLAY = b"overlay"
 LAYERS = b"overlay-layers"
 IMAGES = b"overlay-images"
@@ -331,7 +331,7 @@ MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
 MAX_JSON = 256 << 20  # one metadata file
 MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about 200 MB)
 MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
-MAX_HEADERS = 8 << 20  # all that stands before one file's data
+MAX_HEADERS = 8 << 20  # all headers before one file's data
 MAX_OBJECT = 4 << 20  # one JSON object of a stream
 MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
 MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
@@ -400,8 +400,8 @@ def counted(number: object, noun: str) -> str:
 def spell(name: bytes) -> str:
     """Spell a name for JSON without loss: UTF-8 as it is, any other byte as U+EF00 plus its value.
 
-    The characters U+EF80 to U+EFFF (private use; the rule is that of MirBSD's OPTU-8) are spelled
-    by their three bytes, so that unspell() gives every name back.
+    U+EF80 to U+EFFF themselves (private use; the rule is that of MirBSD's OPTU-8) become three
+    such characters, one for each byte, so that unspell() gives every name back.
     """
     check_type("name", name, bytes)
     text = name.decode("utf-8", "surrogateescape")
@@ -1990,7 +1990,7 @@ def load_config(environ: Mapping[str, str] | None = None, *, euid: int | None = 
                 system_root: str = "/") -> Config:
     """Find the storage configuration as containers/storage does.
 
-    ``environ`` and ``euid`` default to this process's; ``system_root`` stands before /etc, /usr and
+    ``environ`` and ``euid`` default to this process's; ``system_root`` is put before /etc, /usr and
     the default directories (for tests and for another system's disk).  Raises FormatError with file
     and line for what cannot be understood, OSError for a file that cannot be read.
     """
@@ -2120,7 +2120,7 @@ class _ConfigSearch:
             config.foreign = not config.own and is_there(config.graphroot) \
                 and os.stat(config.graphroot).st_uid != self.euid
         except OSError as error:
-            config.lack, config.foreign = error.strerror or "closed", not config.own
+            config.lack, config.foreign = error.strerror or "unreadable", not config.own
 
     def decide(self, own: Config, other: Config) -> bool:
         """Tell whether the new scheme's ``other`` wins over the old one's; see the banner."""
@@ -2228,7 +2228,7 @@ class _ConfigSearch:
               ) -> dict[str, Any]:
         named = [name for name in CONF_VARIABLES if self.environ.get(name) == path]
         if named and not is_there(path):
-            raise NotFound(f'{named[0]} names no file: "{display(path)}"',
+            raise NotFound(f'{named[0]} names a file that does not exist: "{display(path)}"',
                            hint="unset it, or let it name a storage.conf")
         data = b"" if path == os.devnull else read_whole(open_input(path), MAX_SPECIAL, path)
         config.files.append(path)
@@ -2530,7 +2530,7 @@ class Toml:
         return self.ESCAPES.get(code) or chr(int(code[1:], 16))
 
     def _items(self, end: str, read: Callable[[], None]) -> None:
-        """Read what stands in brackets; a comma may follow the last item."""
+        """Read the items in brackets; a comma may follow the last one."""
         self.at += 1
         while self._match(self.GAP + re.escape(end)) is None:
             self._match(self.GAP)
@@ -2865,7 +2865,7 @@ class Layer(Record):
         """Return the IDs of the overlay lower chain, top first.
 
         ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  This is
-        not the chain of ``parent``: below a mapped layer stands its template.  Raises LayerUnknown
+        not the chain of ``parent``: below a mapped layer is its template.  Raises LayerUnknown
         for a link to nothing, FormatError.
         """
         if text := self.read_overlay_file(b"lower-layers"):
@@ -3155,7 +3155,7 @@ class Image(Record):
             expected=" ".join(map(str, wanted)), actual=" ".join(found))
 
     def _schema1_config(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Derive a configuration from v1Compatibility, which stands newest first."""
+        """Derive a configuration from v1Compatibility, whose entries are newest first."""
         entries = []
         for item in as_list(manifest.get("history")):
             text = as_dict(item).get("v1Compatibility")
@@ -3277,8 +3277,8 @@ class Container(Record):
     def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
         """Return the merged tree of its image's layers and its own writable one.
 
-        Of ``podman --rootfs`` it is the directory that was given, which is opened only where
-        podman's database is to be trusted; else NeedsUnshare says why not.
+        Of ``podman --rootfs`` it is the directory that was given, which is opened only if podman's
+        database can be trusted; else NeedsUnshare says why not.
         """
         rootfs = self.state.get("rootfs", "")
         if self.state.get("rootfs-refused"):
@@ -3484,10 +3484,10 @@ class Contents(Directory):
                     yield (name, *found)
                 last = name
         except OSError as error:
-            closed = with_path(error, self.host_path(path))
-            if not isinstance(closed, NeedsUnshare):
-                raise closed from None
-            yield from self.opener.helper(closed).scan(self.path, path, last)
+            denied = with_path(error, self.host_path(path))
+            if not isinstance(denied, NeedsUnshare):
+                raise denied from None
+            yield from self.opener.helper(denied).scan(self.path, path, last)
 
     def open(self, name: bytes) -> int:
         """Open the regular file ``name``; FormatError for anything else."""
@@ -3510,8 +3510,8 @@ class Contents(Directory):
         except PermissionError as error:
             if error.errno != errno.EACCES:
                 raise
-            closed: Any = with_path(error, self.host_path(name))
-            fd = self.opener.helper(closed).open_one(self.path, name)
+            denied: Any = with_path(error, self.host_path(name))
+            fd = self.opener.helper(denied).open_one(self.path, name)
         if fd < 0:
             return -1, os.stat_result((-fd, *bytes(9)))
         return fd, os.fstat(fd)
@@ -3573,7 +3573,7 @@ class Storage(Closing):
             if runroot and os.path.isdir(runroot):
                 self._run = Contents(self, Directory.at(self.runroot))
             if owner_ids and self.owner[0]:
-                owner_ranges(self.owner[0], self.owner_ids, "")  # says at once that there are none
+                owner_ranges(self.owner[0], self.owner_ids, "")  # raises NotFound now
             elif owner_ids:
                 self.faults.append("--owner-ids is not used: root owns the store")
         OPEN_STORAGES.add(ref(self, OPEN_STORAGES.discard))
@@ -3700,7 +3700,7 @@ class Storage(Closing):
 
     @property
     def id_maps(self) -> tuple[Ranges, Ranges]:
-        """How IDs on disk are to be read, for users and groups: see map_id(); [] = as is.
+        """How to read IDs on disk, for users and groups: see map_id(); [] = as they are.
 
         The user who writes the records is root in his containers; his sub-uids follow, see
         owner_ranges().  Seen by root of his namespace, it is so already.
