@@ -9865,6 +9865,20 @@ class Dumb:
             raise EOFError
         self.data += data
 
+    def end(self) -> None:
+        """Read until the other end closes."""
+        with contextlib.suppress(EOFError):
+            while True:
+                self.fill()
+
+    def finish(self) -> None:
+        """Say no more."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        close_all(self.fds)
+        self.sock.close()
+
     def message(self) -> tuple[Any, list[int]]:
         """Return the next object of JSON-RPC, with as many descriptors as its "fds" says."""
         while True:
@@ -9889,6 +9903,40 @@ class Dumb:
 
     def ask(self, method: str, **params: Any) -> None:
         self.send({"jsonrpc": "2.0", "method": method, "params": params, "id": 7})
+
+    def call(self, **params: Any) -> None:
+        """Ask for a layer in varlink."""
+        self.send(get_layer(**params), end=b"\0")
+
+    def numbers(self) -> tuple[bytes, dict[str, Any], list[int]]:
+        """Return the tar of a splitfdstream, the result, and the sizes of the files passed."""
+        value, fds = self.message()
+        try:
+            stream = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
+            assert value["result"].get("streamSize", len(stream)) == len(stream)
+            assert fcntl.fcntl(fds[0], 1034) & 15 == 15  # all seals
+            assert {os.O_RDONLY} >= {fcntl.fcntl(fd, 3) & os.O_ACCMODE for fd in fds[1:]}
+            with contextlib.suppress(OSError):
+                raise AssertionError(os.write(fds[0], b"x"))
+            return (self.tar_of_numbers(stream, fds[1:]), value["result"],
+                    [os.fstat(fd).st_size for fd in fds[1:]])
+        finally:
+            close_all(fds)
+
+    def names(self) -> bytes:
+        """Return the tar of a splitdirfdstream."""
+        fds, more = [], True  # type: list[int], bool
+        while more:
+            value, some = self.frame()
+            assert "error" not in value, value
+            fds, more = fds + some, value["continues"]
+        count = value["parameters"]["dir_count"]
+        assert count + 2 <= len(fds) <= count + 4
+        try:
+            with open(fds[0], "rb", closefd=False) as pipe:
+                return self.tar_of_names(pipe.read(), fds[1:1 + count])
+        finally:
+            close_all(fds)
 
     def notified(self) -> tuple[bytes, dict[str, Any], int]:
         """Return the tar of notifications, their end, and the number of files."""
@@ -9955,6 +10003,29 @@ def close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
+OCI = "org.composefs.Oci."
+
+
+def get_layer(**params: Any) -> dict[str, Any]:
+    """Return a varlink call for a layer."""
+    return {"method": OCI + "GetLayer", "more": True, "parameters": {"handle": 0, "params": params}}
+
+
+@contextlib.contextmanager
+def serving(path: str, *, grace: float = 10.0, opener: Callable[[], cstor.Storage],
+            **options: Any) -> Iterator[cstor.RpcServer]:
+    """Run a server in a thread."""
+    server = cstor.RpcServer(opener, **options)
+    with cstor.ListeningSocket(path) as listener:
+        thread = threading.Thread(target=server.serve, args=(listener, grace))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join(30)
+
+
 class MessageTest(StoreTest):
     """A tiny layer, and both ends of a conversation within this thread.
 
@@ -9982,8 +10053,7 @@ class MessageTest(StoreTest):
     def file(self, name: str, data: bytes, flags: int = os.O_RDONLY) -> int:
         """Make a file and open it until the end of the test."""
         path = os.path.join(self.dir, name)
-        with open(path, "wb") as file:
-            file.write(data)
+        put(path, data)
         return self.opened(os.open(path, flags))
 
     @contextlib.contextmanager
@@ -10130,17 +10200,15 @@ class ListeningSockets(StoreTest):
         self.assertEqual([], [name for name in os.listdir(self.dir) if "sock" in name])
 
     def test_it_comes_and_goes(self) -> None:
+        self.addCleanup(os.umask, UMASK)
         for mask in (0, 0o22, 0o777):
-            before = os.umask(mask)
-            try:
-                with cstor.ListeningSocket(self.path) as listener:
-                    self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
-                    self.assertFalse(listener.get_inheritable())
-                    with cstor.connect(self.path) as sock:
-                        self.assertFalse(sock.get_inheritable())
-                        listener.accept()[0].close()
-            finally:
-                os.umask(before)
+            os.umask(mask)
+            with cstor.ListeningSocket(self.path) as listener:
+                self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
+                self.assertFalse(listener.get_inheritable())
+                with cstor.connect(self.path) as sock:
+                    self.assertFalse(sock.get_inheritable())
+                    listener.accept()[0].close()
             self.gone()
 
     def test_what_is_there_before(self) -> None:
@@ -10152,22 +10220,15 @@ class ListeningSockets(StoreTest):
         with cstor.ListeningSocket(self.path):
             refused(errno.EADDRINUSE)
             self.assertTrue(os.path.exists(self.path))
-        stale = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stale.bind(self.path)
-        stale.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
+            stale.bind(self.path)
         with cstor.ListeningSocket(self.path):
             cstor.connect(self.path).close()
         self.gone()
-        with open(self.path, "w"):
-            pass
-        refused(errno.EEXIST)
-        os.unlink(self.path)
-        os.symlink("nowhere", self.path)
-        refused(errno.EEXIST)
-        os.unlink(self.path)
-        os.mkdir(self.path)
-        refused(errno.EEXIST)
-        os.rmdir(self.path)
+        for make in (put, functools.partial(os.symlink, "nowhere"), os.mkdir):
+            make(self.path)
+            refused(errno.EEXIST)
+            remove(self.path)
         refused(errno.ENOENT, os.path.join(self.dir, "no", "socket"))
         refused(errno.ENAMETOOLONG, os.path.join(self.dir, "s" * 300))
         self.gone()
@@ -10206,15 +10267,12 @@ class ListeningSockets(StoreTest):
             self.assertEqual([], os.listdir(folder))
 
     def test_what_somebody_else_put_there_stays(self) -> None:
-        def touch() -> None:
-            open(self.path, "w").close()
-
-        for put in (touch, lambda: os.mkdir(self.path), lambda: None):
+        for make in (put, os.mkdir, lambda _: None):
             with cstor.ListeningSocket(self.path):
                 os.unlink(self.path)
-                put()
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(self.path) if os.path.isdir(self.path) else os.unlink(self.path)
+                make(self.path)
+            self.assertEqual(make in (put, os.mkdir), os.path.exists(self.path))
+            remove(self.path)
         with cstor.ListeningSocket(self.path):
             os.unlink(self.path)
             with cstor.ListeningSocket(self.path):
@@ -10223,6 +10281,18 @@ class ListeningSockets(StoreTest):
         with other:
             cstor.connect(self.path).close()
         self.gone()
+
+    def test_servers_that_start_at_the_same_time(self) -> None:
+        with mock.patch.object(cstor.ListeningSocket, "_check"):
+            with cstor.ListeningSocket(self.path) as listener:
+                with self.assertRaisesRegex(OSError, "another server listens there"):
+                    cstor.ListeningSocket(self.path)
+                cstor.connect(self.path).close()
+                listener.accept()[0].close()
+            put(self.path, b"somebody's")
+            self.assertRaises(OSError, cstor.ListeningSocket, self.path)
+        self.assertEqual(b"somebody's", read_bytes(self.path))
+        self.assertEqual(["socket"], os.listdir(self.dir))
 
 
 # A skopeo that copies from one layout, FAKE_LAYOUT, and then does what the reference says.
@@ -10302,66 +10372,62 @@ class DumbClients(MessageTest):
         self.layer = self.store.layer(self.tar)
         self.big = self.store.layer(make_tar(*(
             (f"big{i}", b"%d" % i * 200_000) for i in range(10)), ("small", b"s")), self.layer)
+        self.big_tar = self.store.tars[self.big]
         self.image = self.store.image(self.big, "localhost/tiny:1")
         self.store.save()
         self.guard(self.store.root)
+        self.opener = functools.partial(cstor.Storage.open, self.store.root)
         self.server = cstor.RpcServer(self.opener, timeout=10.0, idle=10.0)
         self.path = os.path.join(self.dir, "socket")
 
-    def opener(self) -> cstor.Storage:
-        return cstor.Storage.open(self.store.root)
+    def add(self, tar: bytes) -> str:
+        """Add a layer, which is the big one from now on."""
+        self.big, self.big_tar, self._root = self.store.layer(tar), tar, ""
+        self.store.save()
+        return self.big
 
-    def answered(self, *requests: Any, server: cstor.RpcServer | None = None) -> Dumb:
-        """Return a client whose requests, (bytes or object) or (it, descriptors), were answered."""
+    @contextlib.contextmanager
+    def handled(self, *requests: Any) -> Iterator[Dumb]:
+        """Give a client whose requests, objects or (bytes or object, descriptors), were answered.
+        """
         with self.pair() as (ours, dumb):
             for request in requests:
                 dumb.send(*(request if isinstance(request, tuple) else (request,)))
-            dumb.sock.shutdown(socket.SHUT_WR)
-            (server or self.server).handle(ours)
-            with contextlib.suppress(EOFError):
-                while True:
-                    dumb.fill()
-            close_all(dumb.fds)
+            dumb.finish()
+            self.server.handle(ours)
+            yield dumb
             self.assertEqual(-1, ours.fileno())
+
+    def answered(self, *requests: Any) -> Dumb:
+        """Return a client that has all answers to its requests."""
+        with self.handled(*requests) as dumb:
+            dumb.end()
+            close_all(dumb.fds)
         return dumb
 
     def request(self, method: str, number: Any = 7, **params: Any) -> dict[str, Any]:
         return {"jsonrpc": "2.0", "method": method, "params": params, "id": number}
 
-    def one_answer(self, request: Any, **options: Any) -> Any:
-        """Return the only message that answers a request."""
-        dumb = self.answered(request, **options)
-        return json.loads(dumb.data.rstrip(b"\0"))
+    def files(self, layer: str = "", **options: Any) -> dict[str, Any]:
+        """Return a request for a layer as a splitfdstream."""
+        return self.request("GetLayerSplitfdstream", layer=layer or self.layer, **options)
 
     def good(self) -> Any:
         return self.request("StreamLayer", layer=self.layer, threshold=10)
 
     def served_well(self) -> None:
         """A good client gets its layer."""
-        self.assertEqual(self.tar, self.answered_tar(self.good()))
-
-    def answered_tar(self, request: Any) -> bytes:
-        with self.pair() as (ours, dumb):
-            dumb.send(request)
-            dumb.sock.shutdown(socket.SHUT_WR)
-            self.server.handle(ours)
-            tar, end, files = dumb.notified()
-            self.assertEqual(2, files)
-            return tar
+        with self.handled(self.good()) as dumb:
+            tar, _, files = dumb.notified()
+            self.assertEqual((self.tar, 2), (tar, files))
 
     @contextlib.contextmanager
-    def running(self, grace: float = 10.0, **options: Any) -> Iterator[cstor.RpcServer]:
+    def running(self, **options: Any) -> Iterator[cstor.RpcServer]:
         """Run a server in a thread; all of its threads must have ended at the end."""
         before = threading.active_count()
-        server = cstor.RpcServer(self.opener, **{"timeout": 10.0, "idle": 10.0, **options})
-        with cstor.ListeningSocket(self.path) as listener:
-            thread = threading.Thread(target=server.serve, args=(listener, grace))
-            thread.start()
-            try:
-                yield server
-            finally:
-                server.stop()
-                thread.join(30)
+        with serving(self.path, opener=self.opener, **{"timeout": 10.0, "idle": 10.0, **options}
+                     ) as server:
+            yield server
         for _ in range(1000):
             if threading.active_count() == before:
                 break
@@ -10400,95 +10466,69 @@ class DumbClients(MessageTest):
                         ({}, {"threshold": 0}, {"threshold": 300_000})):
                     with self.subTest(form=form, **options):
                         self.assertEqual(tar, self.tar_of(dumb, form, layer, options))
-                dumb.sock.close()
-            for dac in (False, True):
-                for name in ("diff_id", "storage"):
-                    self.assertEqual(self.tar, self.varlink_tar(self.dumb(), name, dac))
+                dumb.close()
+            place = {"storage_path": self.store.root, "layer_id": self.layer}
+            ways: list[dict[str, Any]] = [{"diff_id": self.digest, "storage": None},
+                                          {"diff_id": None, "storage": place}]
+            for dac, wanted in itertools.product((False, True), ways):
+                dumb = self.dumb()
+                dumb.send({"method": OCI + "GetInfo"}, end=b"\0")
+                self.assertIn("splitdirfdstream-v0", dumb.frame()[0]["parameters"]["features"])
+                dumb.call(consumer_has_cap_dac_override=dac, **wanted)
+                self.assertEqual(self.tar, dumb.names())
 
     def tar_of(self, dumb: Dumb, form: str, layer: str, options: dict[str, Any]) -> bytes:
         """Ask for a layer and put it together, by what WIRE.md says."""
-        tar = self.store.tars[layer]
         if form == "StreamLayer":
             dumb.ask(form, layer=layer, **options)
             return dumb.notified()[0]
-        if form == "GetLayerTarSplit":
-            dumb.send({"jsonrpc": "2.0", "method": "Initialize", "params": [], "id": 1})
-            self.assertEqual("1.0.0", dumb.message()[0]["result"]["value"]["version"])
-            dumb.ask("OpenImage", image_ref="containers-storage:localhost/tiny:1")
-            image = dumb.message()[0]["result"]["image_id"]
-            dumb.ask(form, image_id=image, layer_digest=sha256(tar), **options)
-            found, end, files = dumb.notified()
-            self.assertEqual({"files_sent": files, "checksum": sha256(tar)}, end)
-            dumb.ask("CloseImage", image_id=image)
-            self.assertEqual({}, dumb.message()[0]["result"])
-            return found
-        dumb.ask(form, layer=layer, compressed=False, **options)
-        value, fds = dumb.message()
-        try:
-            result = value["result"]
-            with open(os.dup(fds[0]), "rb") as file:
-                stream = file.read()
-            self.assertRaises(OSError, os.write, fds[0], b"x")
-            seals = fcntl.fcntl(fds[0], 1034)
-            self.assertEqual(15, seals & 15)
-            for fd in fds[1:]:
-                self.assertEqual(os.O_RDONLY, fcntl.fcntl(fd, 3) & os.O_ACCMODE)
-            self.assertEqual(len(stream), result["streamSize"])
-            return dumb.tar_of_numbers(stream, fds[1:])
-        finally:
-            close_all(fds)
-
-    def varlink_tar(self, dumb: Dumb, name: str, dac: bool) -> bytes:
-        place = {"storage_path": self.store.root, "layer_id": self.layer}
-        dumb.send({"method": "org.composefs.Oci.GetInfo"}, end=b"\0")
-        self.assertIn("splitdirfdstream-v0", dumb.frame()[0]["parameters"]["features"])
-        dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": None, "storage": None,
-                                    "consumer_has_cap_dac_override": dac,
-                                    name: place if name == "storage" else self.digest}}},
-                  end=b"\0")
-        value, fds = dumb.frame()
-        try:
-            count = value["parameters"]["dir_count"]
-            self.assertFalse(value["continues"])
-            self.assertTrue(count + 2 <= len(fds) <= count + 4)
-            with open(os.dup(fds[0]), "rb") as pipe:
-                return dumb.tar_of_names(pipe.read(), fds[1:count + 1])
-        finally:
-            close_all(fds)
+        if form == "GetLayerSplitfdstream":
+            dumb.ask(form, layer=layer, compressed=False, **options)
+            tar, result, _ = dumb.numbers()
+            self.assertIn("streamSize", result)
+            return tar
+        digest = sha256(self.store.tars[layer])
+        dumb.send({"jsonrpc": "2.0", "method": "Initialize", "params": [], "id": 1})
+        self.assertEqual("1.0.0", dumb.message()[0]["result"]["value"]["version"])
+        dumb.ask("OpenImage", image_ref="containers-storage:localhost/tiny:1")
+        image = dumb.message()[0]["result"]["image_id"]
+        dumb.ask(form, image_id=image, layer_digest=digest, **options)
+        found, end, files = dumb.notified()
+        self.assertEqual({"files_sent": files, "checksum": digest}, end)
+        dumb.ask("CloseImage", image_id=image)
+        self.assertEqual({}, dumb.message()[0]["result"])
+        return found
 
     def test_no_more_files_than_a_message_takes(self) -> None:
-        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i) for i in range(300))))
-        self.store.save()
-        self._root = ""
+        """The largest are passed where not all can be; of one size as many as can be."""
+        layer = self.add(make_tar(*((f"f{i}", b"%d" % i) for i in range(300))))
         for options, count in (({}, 252), ({"maxFds": 300}, 300), ({"maxFds": 3}, 3)):
-            with self.pair() as (ours, dumb):
-                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
-                                       **options))
-                dumb.sock.shutdown(socket.SHUT_WR)
-                self.server.handle(ours)
-                fds = dumb.message()[1]
-                self.assertEqual(1 + count, len(fds))
-                close_all(fds)
+            with self.handled(self.files(layer, threshold=0, **options)) as dumb:
+                tar, _, sizes = dumb.numbers()
+                self.assertEqual((self.big_tar, count), (tar, len(sizes)))
+        every = [10, 30, 20, 20, 30, 20, 5]
+        layer = self.add(make_tar(*((f"f{i}", b"%d" % i * size) for i, size in enumerate(every))))
+        for most, passed in enumerate((
+                [], [30], [30, 30], [30, 20, 30], [30, 20, 20, 30], [30, 20, 20, 30, 20],
+                [10, 30, 20, 20, 30, 20], every, every)):
+            with self.handled(self.files(layer, threshold=0, maxFds=most)) as dumb:
+                tar, _, sizes = dumb.numbers()
+                self.assertEqual((self.big_tar, passed), (tar, sizes))
 
     def test_what_a_proxy_says(self) -> None:
         """A time as text, by which nothing is lost; and how it ends."""
-        times = {b"a": b"1.000000007", b"b": b"-1.5", b"c": b"-99999999999999"}
-        layer = self.store.layer(b"".join(
-            pax({b"mtime": moment}) + entry(name, b"x" * 9) for name, moment in times.items())
-            + END)
+        layer = self.store.layer(members(
+            "[mtime=1.000000007] a=123456789 [mtime=-1.5] b=123456789 [mtime=-99999999999999] "
+            "c=123456789") + END)
         self.store.image(layer, "localhost/times:1")
         self.store.save()
         self._root = ""
-        with self.pair() as (ours, dumb):
-            for method, params in (
-                    ("OpenImage", {"image_ref": "localhost/times:1"}),
-                    ("GetLayerTarSplit", {"image_id": 1, "threshold": 0,
-                                          "layer_digest": sha256(self.store.tars[layer])}),
-                    ("Nothing", {}), ("Shutdown", {})):
-                dumb.ask(method, **params)
-            self.server.handle(ours)
-            found, answers = [], []  # type: list[Any], list[Any]
+        found, answers = [], []  # type: list[Any], list[Any]
+        with self.handled(
+                self.request("OpenImage", image_ref="localhost/times:1"),
+                self.request("GetLayerTarSplit", image_id=1, threshold=0,
+                             layer_digest=sha256(self.store.tars[layer])),
+                self.request("Nothing"), self.request("Shutdown")) as dumb:
             while len(answers) < 4:
                 value, fds = dumb.message()
                 if value.get("method") == "layer.file":
@@ -10504,15 +10544,13 @@ class DumbClients(MessageTest):
         """Return the stream of the big layer as a composefs client gets it, and what else comes."""
         with self.pair() as (ours, dumb):
             thread = threading.Thread(target=self.server.handle, args=(ours,))
-            dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-                "handle": 0, "params": {"diff_id": sha256(self.store.tars[self.big]),
-                                        "consumer_has_cap_dac_override": dac}}}, end=b"\0")
+            dumb.call(diff_id=sha256(self.big_tar), consumer_has_cap_dac_override=dac)
             thread.start()
             fds = dumb.frame()[1]
             with open(fds[0], "rb") as pipe:
                 data = pipe.read()
             close_all(fds[1:])
-            dumb.sock.shutdown(socket.SHUT_WR)
+            dumb.finish()
             thread.join()
             later = []
             with contextlib.suppress(EOFError):
@@ -10534,11 +10572,10 @@ class DumbClients(MessageTest):
             stream, later = self.read_pipe(dac)
             with self.assertRaisesRegex(cstor.FormatError, "a chunk of unknown type 255"):
                 list(cstor.SplitdirfdstreamReader(io.BytesIO(stream).read, [folder]))
-            self.assertEqual(["org.composefs.Oci.InternalError"], [row["error"] for row in later])
+            self.assertEqual([OCI + "InternalError"], [row["error"] for row in later])
             put(path, data)
         stream, later = self.read_pipe()
-        self.assertEqual(self.store.tars[self.big], Dumb.tar_of_names(stream, [folder]))
-        self.assertEqual([], later)
+        self.assertEqual((self.big_tar, []), (Dumb.tar_of_names(stream, [folder]), later))
 
     def test_a_killed_server_leaves_a_cut_chunk(self) -> None:
         read, write = os.pipe()
@@ -10554,44 +10591,19 @@ class DumbClients(MessageTest):
 
     def test_names_that_are_not_utf_8_go_inline(self) -> None:
         """composefs opens no file by such a name."""
-        layer = self.store.layer(make_tar(("caf\u00e9", b"1" * 9), ("caf\udce9", b"2" * 9),
-                                          ("d\udcff/f", b"3" * 9)))
-        self.store.save()
-        self._root, self.big = "", layer
+        layer = self.add(make_tar(("caf\u00e9", b"1" * 9), ("caf\udce9", b"2" * 9),
+                                  ("d\udcff/f", b"3" * 9)))
         stream, _ = self.read_pipe()
-        self.assertIn(in_directory(9, 0, "caf\u00e9".encode()), stream)
-        self.assertIn(typed(1, b"2" * 9), stream)
-        self.assertIn(typed(1, b"3" * 9), stream)
-        self.assertEqual(self.store.tars[layer], Dumb.tar_of_names(stream, [
-            self.folder_of(layer)]))
+        for part in (in_directory(9, 0, "caf\u00e9".encode()), typed(1, b"2" * 9),
+                     typed(1, b"3" * 9)):
+            self.assertIn(part, stream)
+        self.assertEqual(self.big_tar, Dumb.tar_of_names(stream, [self.folder_of(layer)]))
         rows, out = os.path.join(self.dir, "rows"), os.path.join(self.dir, "stream")
-        self.run_cstor("--root", self.store.root, "layer", "stream", layer, "-o", out, "--codec",
-                       CODECS[1], "--threshold", "0", "--external", rows)
+        self.run_on(self.store, "layer stream", layer, "-o", out, "--codec", CODECS[1],
+                    "--threshold", "0", "--external", rows)
         self.assertEqual(1, read_bytes(out).count(b"\2" + struct.pack("<Q", 9)))
-        self.assertEqual(self.store.tars[layer], self.run_cstor(
+        self.assertEqual(self.big_tar, self.run_cstor(
             "stream-to-tar", out, "--external", rows).stdout)
-
-    def test_the_largest_files_are_passed(self) -> None:
-        """... where not all can be; of those of one size as many as can be."""
-        sizes = (10, 30, 20, 20, 30, 20, 5)
-        layer = self.store.layer(make_tar(*((f"f{i}", b"%d" % i * size)
-                                            for i, size in enumerate(sizes))))
-        self.store.save()
-        self._root = ""
-        for most, passed in ((0, []), (1, [30]), (2, [30, 30]), (3, [30, 20, 30]),
-                             (4, [30, 20, 20, 30]), (5, [30, 20, 20, 30, 20]),
-                             (6, [10, 30, 20, 20, 30, 20]), (7, list(sizes)), (99, list(sizes))):
-            with self.pair() as (ours, dumb):
-                dumb.send(self.request("GetLayerSplitfdstream", layer=layer, threshold=0,
-                                       maxFds=most))
-                dumb.sock.shutdown(socket.SHUT_WR)
-                self.server.handle(ours)
-                fds = dumb.message()[1]
-                self.assertEqual(passed, [os.fstat(fd).st_size for fd in fds[1:]])
-                with open(os.dup(fds[0]), "rb") as file:
-                    self.assertEqual(self.store.tars[layer], dumb.tar_of_numbers(
-                        file.read(), fds[1:]))
-                close_all(fds)
 
     def test_every_layer_by_every_client(self) -> None:
         with self.opener() as storage:
@@ -10604,17 +10616,12 @@ class DumbClients(MessageTest):
 
     def test_every_cut(self) -> None:
         """A client that dies inside its request is told so, if it can be, and no more."""
-        varlink = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": self.digest}}}
-        for data in (json.dumps(self.good()).encode(),
-                     json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer)).encode(),
-                     json.dumps(varlink).encode() + b"\0"):
-            for cut in range(len(data)):
-                dumb = self.answered(data[:cut])
-                if not cut:
-                    self.assertEqual(b"", dumb.data)
-                    continue
-                answer = json.loads(dumb.data.rstrip(b"\0"))
+        call = json.dumps(get_layer(diff_id=self.digest)) + "\0"
+        for data in (json.dumps(self.good()).encode(), json.dumps(self.files()).encode(),
+                     call.encode()):
+            self.assertEqual(b"", self.answered(b"").data)
+            for cut in range(1, len(data)):
+                answer = json.loads(self.answered(data[:cut]).data.rstrip(b"\0"))
                 if "parameters" not in answer:
                     self.assertEqual((-32700, None), (answer["error"]["code"], answer["id"]))
         self.served_well()
@@ -10622,77 +10629,64 @@ class DumbClients(MessageTest):
     def test_clients_that_go(self) -> None:
         """... at each step of an answer: after any number of bytes or descriptors of it."""
         with self.running(timeout=5.0):
-            for request in (self.request("StreamLayer", layer=self.big, threshold=10),
-                            self.request("GetLayerSplitfdstream", layer=self.big),
-                            self.request("StreamLayer", layer=self.big, threshold=10**9)):
-                for count in (0, 1, 100, 1000, 10_000, 300_000):
-                    dumb = self.dumb()
-                    dumb.send(request)
-                    with contextlib.suppress(EOFError):
-                        while len(dumb.data) < count and b'"result"' not in dumb.data:
-                            dumb.fill()
-                    close_all(dumb.fds)
-                    dumb.sock.close()
+            for request, count in itertools.product(
+                    (self.request("StreamLayer", layer=self.big, threshold=10),
+                     self.files(self.big),
+                     self.request("StreamLayer", layer=self.big, threshold=10**9)),
+                    (0, 1, 100, 1000, 10_000, 300_000)):
+                dumb = self.dumb()
+                dumb.send(request)
+                with contextlib.suppress(EOFError):
+                    while len(dumb.data) < count and b'"result"' not in dumb.data:
+                        dumb.fill()
+                dumb.close()
             for read in (False, True):
                 dumb = self.dumb()
-                dumb.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-                    "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
+                dumb.call(diff_id=sha256(self.big_tar))
                 fds = dumb.frame()[1]
                 if read:
                     os.read(fds[0], 100)
                 close_all(fds)
-                dumb.sock.close()
+                dumb.close()
             dumb = self.dumb()
             dumb.send(self.good())
             self.assertEqual(self.tar, dumb.notified()[0])
-            dumb.sock.close()
+            dumb.close()
 
     def test_wrong_requests(self) -> None:
-        ask = self.request
-        for code, request in (
-                (-32600, {"jsonrpc": "2.0", "id": 1}), (-32600, {"jsonrpc": "1.0", "id": 1}),
-                (-32600, {"id": 1, "method": "ListImages"}),
-                (-32600, {**ask("ListImages"), "id": {}}), (-32600, {**ask("ListImages"),
-                                                                     "method": 5}),
-                (-32700, b'{"jsonrpc":"2.0","method":"ListImages","id":1e999}'),
-                (-32600, ask("ListImages", True)), (-32600, ask("ListImages", [1])),
-                (-32600, {"jsonrpc": "2.0", "result": {}, "id": 1}),
-                (-32600, b"[]"), (-32600, b'[{"jsonrpc":"2.0","method":"ListImages","id":1}]'),
-                (-32700, b"}"), (-32700, b"x"), (-32700, b'{"a":1,"a":1}'), (-32700, b'{"a":NaN}'),
-                (-32700, b'{"jsonrpc":"2.0","\xff":1}'), (-32700, b"\0"),
-                (-32700, b'{"a":' * 70), (-32700, b'{"a":%s}' % (b"1" * 5000)),
-                (-32601, ask("Nothing")), (-32601, ask("__init__")), (-32601, ask("run")),
-                (-32602, {**ask("StreamLayer"), "params": [1]}), (-32602, ask("StreamLayer")),
-                (-32602, ask("StreamLayer", layer=5)), (-32602, ask("StreamLayer", layer="")),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold=-1)),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold=True)),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold="1")),
-                (-32602, ask("StreamLayer", layer=self.layer, threshold=1 << 64)),
-                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, maxFds=-1)),
-                (-32602, ask("GetLayerSplitfdstream", layer=self.layer, compressed=True)),
-                (-32000, ask("GetLayerSplitfdstream", layer="nothing")),
-                (-32000, ask("GetLayer", layer="../x")),
-                (-32601, ask("GetSplitFDStream", layerId=self.layer)),
-                (-32000, ask("StreamLayer", layer="\ud800")), (-32000, ask("StreamLayer",
-                                                                           layer="a\0b")),
-                (-32001, ask("GetImage", imageId="nothing")), (-32001, ask("OpenImage",
-                                                                           image_ref="nothing")),
-                (-32001, ask("OpenImage", image_ref="containers-storage:[overlay@/x]tiny")),
-                (-32001, ask("OpenImage", image_ref="docker://x")),
-                (-32001, ask("CloseImage", image_id=1)), (-32001, ask("GetLayerTarSplit",
-                                                                      image_id=9,
-                                                                      layer_digest="x")),
-                (-32050, {**ask("ListImages"), "fds": 1}), (-32050, (ask("ListImages"), [self.a])),
-                (-32050, {**ask("ListImages"), "fds": 1 << 40}), (-32050, {**ask("x"),
-                                                                           "fds": -1}),
-                (-32050, ask("ListImages", x={"__jsonrpc_fd__": True, "index": 0})),
-                (-32600, b'{"a":"' + b"x" * 100)):
-            with self.subTest(code=code, request=str(request)[:80]):
-                with mock.patch.object(cstor, "MAX_REQUEST", 90 if request == b'{"a":"' + b"x" * 100
-                                       else 1 << 20):
-                    answer = self.one_answer(request)
-                self.assertEqual(code, answer["error"]["code"], answer)
-                self.assertLessEqual({"jsonrpc", "error", "id"}, set(answer))
+        ask, layer, listing = self.request, self.layer, self.request("ListImages")
+        for code, *requests in (
+                (-32600, {"jsonrpc": "2.0", "id": 1}, {"jsonrpc": "1.0", "id": 1},
+                 {"id": 1, "method": "ListImages"}, {**listing, "id": {}}, {**listing, "method": 5},
+                 ask("ListImages", True), ask("ListImages", [1]),
+                 {"jsonrpc": "2.0", "result": {}, "id": 1}, b"[]",
+                 b'[{"jsonrpc":"2.0","method":"ListImages","id":1}]', b'{"a":"' + b"x" * 100),
+                (-32700, b'{"jsonrpc":"2.0","method":"ListImages","id":1e999}', b"}", b"x",
+                 b'{"a":1,"a":1}', b'{"a":NaN}', b'{"jsonrpc":"2.0","\xff":1}', b"\0",
+                 b'{"a":' * 70, b'{"a":%s}' % (b"1" * 5000)),
+                (-32601, ask("Nothing"), ask("__init__"), ask("run"),
+                 ask("GetSplitFDStream", layerId=layer)),
+                (-32602, {**ask("StreamLayer"), "params": [1]}, ask("StreamLayer"),
+                 *(ask("StreamLayer", layer=wrong) for wrong in (5, "")),
+                 *(ask("StreamLayer", layer=layer, threshold=wrong)
+                   for wrong in (-1, True, "1", 1 << 64)),
+                 self.files(maxFds=-1), self.files(compressed=True)),
+                (-32000, self.files("nothing"), ask("GetLayer", layer="../x"),
+                 ask("StreamLayer", layer="\ud800"), ask("StreamLayer", layer="a\0b")),
+                (-32001, ask("GetImage", imageId="nothing"), ask("CloseImage", image_id=1),
+                 ask("GetLayerTarSplit", image_id=9, layer_digest="x"),
+                 *(ask("OpenImage", image_ref=wrong) for wrong in (
+                     "nothing", "containers-storage:[overlay@/x]tiny", "docker://x"))),
+                (-32050, {**listing, "fds": 1}, (listing, [self.a]), {**listing, "fds": 1 << 40},
+                 {**ask("x"), "fds": -1},
+                 ask("ListImages", x={"__jsonrpc_fd__": True, "index": 0}))):
+            for request in requests:
+                limit = 90 if isinstance(request, bytes) and b"xxx" in request else 1 << 20
+                with self.subTest(code=code, request=str(request)[:80]), \
+                        mock.patch.object(cstor, "MAX_REQUEST", limit):
+                    answer = json.loads(self.answered(request).data)
+                    self.assertEqual(code, answer["error"]["code"], answer)
+                    self.assertLessEqual({"jsonrpc", "error", "id"}, set(answer))
         # What is no request has no answer, and an error does not end a conversation.
         dumb = self.answered({"jsonrpc": "2.0", "method": "ListImages"}, ask("x", 1), ask("y", "2"),
                              ask("ListImages", None), {"jsonrpc": "2.0", "method": "shutdown"},
@@ -10703,59 +10697,43 @@ class DumbClients(MessageTest):
         self.served_well()
 
     def test_wrong_calls(self) -> None:
-        oci = "org.composefs.Oci."
-        good = {"params": {"diff_id": self.digest}}
-        for name, call in (
-                ("org.varlink.service.InterfaceNotFound", {"method": "a.b"}),
-                ("org.varlink.service.InterfaceNotFound", {"method": "org.varlink.GetInfo"}),
-                ("org.varlink.service.InterfaceNotFound", {"method": "ListImages"}),
-                ("org.varlink.service.MethodNotFound", {"method": oci + "No"}),
-                ("org.varlink.service.InvalidParameter", {
-                    "method": "org.varlink.service.GetInterfaceDescription"}),
-                (oci + "InvalidRequest", {"method": 5}), (oci + "InvalidRequest", {}),
-                (oci + "InvalidRequest", {"method": oci + "GetLayer", "parameters": good}),
-                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True}),
-                (oci + "InvalidRequest", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"diff_id": None, "storage": None}}}),
-                (oci + "NoSuchLayer", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"diff_id": "sha256:" + "0" * 64}}}),
-                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"storage": {"storage_path": "/x\0", "layer_id": self.layer}}}}),
-                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"storage": {"storage_path": "/x\ud800", "layer_id": "x"}}}}),
-                (oci + "RepoNotFound", {"method": oci + "GetLayer", "more": True, "parameters": {
-                    "params": {"storage": []}}}),
-                ("org.varlink.service.InterfaceNotFound", {
-                    "method": "org.varlink.service.GetInterfaceDescription",
-                    "parameters": {"interface": "x"}})):
-            with self.subTest(call=call):
-                answer = self.one_answer(json.dumps(call).encode() + b"\0")
-                self.assertEqual(name, answer["error"])
-        dumb = self.answered(json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
-                             json.dumps({"method": "a.b", "oneway": True}).encode() + b"\0",
-                             b"{]\0")
+        describe = {"method": "org.varlink.service.GetInterfaceDescription"}
+        for name, *calls in (
+                ("org.varlink.service.InterfaceNotFound", {"method": "a.b"},
+                 {"method": "org.varlink.GetInfo"}, {"method": "ListImages"},
+                 {**describe, "parameters": {"interface": "x"}}),
+                ("org.varlink.service.MethodNotFound", {"method": OCI + "No"}),
+                ("org.varlink.service.InvalidParameter", describe),
+                (OCI + "InvalidRequest", {"method": 5}, {},
+                 {**get_layer(diff_id=self.digest), "more": False},
+                 {"method": OCI + "GetLayer", "more": True}, get_layer(diff_id=None, storage=None)),
+                (OCI + "NoSuchLayer", get_layer(diff_id="sha256:" + "0" * 64)),
+                (OCI + "RepoNotFound", get_layer(storage=[]), *(
+                    get_layer(storage={"storage_path": path, "layer_id": layer})
+                    for path, layer in (("/x\0", self.layer), ("/x\ud800", "x"))))):
+            for call in calls:
+                with self.subTest(call=call):
+                    dumb = self.answered(json.dumps(call).encode() + b"\0")
+                    self.assertEqual(name, dumb.frame()[0]["error"])
+        dumb = self.answered(b'{"method": "org.varlink.service.GetInfo"}\0',
+                             b'{"method": "a.b", "oneway": true}\0', b"{]\0")
         self.assertIn("interfaces", dumb.frame()[0]["parameters"])
         self.assertIn("error", dumb.frame()[0])
         self.assertEqual(b"", dumb.data)
 
     def test_random_damage(self) -> None:
         rng = random.Random(18)
-        call = {"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-            "handle": 0, "params": {"diff_id": self.digest, "storage": None}}}
         image = {"storage_path": self.store.root, "layer_id": self.layer}
-        recorded = [
-            [json.dumps(value).encode() for value in (
-                self.request("Initialize", 1), self.request(
-                    "OpenImage", 2, image_ref="containers-storage:localhost/tiny:1"),
-                self.request("GetLayerTarSplit", 3, image_id=1, layer_digest=self.digest),
-                self.request("CloseImage", 4, image_id=1), self.request("Shutdown", 5))],
-            [json.dumps(self.good()).encode()],
-            [json.dumps(self.request("GetLayerSplitfdstream", layer=self.layer, threshold=10,
-                                     maxFds=5)).encode()],
-            [json.dumps(self.request("GetImage", imageId=self.image)).encode()],
-            [json.dumps(call).encode() + b"\0"],
-            [json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0",
-             json.dumps({**call, "parameters": {"params": {"storage": image}}}).encode() + b"\0"]]
+        recorded = [[json.dumps(value).encode() for value in values] for values in (
+            (self.request("Initialize", 1),
+             self.request("OpenImage", 2, image_ref="containers-storage:localhost/tiny:1"),
+             self.request("GetLayerTarSplit", 3, image_id=1, layer_digest=self.digest),
+             self.request("CloseImage", 4, image_id=1), self.request("Shutdown", 5)),
+            (self.good(),), (self.files(threshold=10, maxFds=5),),
+            (self.request("GetImage", imageId=self.image),))]
+        recorded += [[json.dumps(value).encode() + b"\0" for value in values] for values in (
+            (get_layer(diff_id=self.digest, storage=None),),
+            ({"method": "org.varlink.service.GetInfo"}, get_layer(storage=image)))]
         with mock.patch.object(threading, "excepthook", side_effect=AssertionError):
             for i in range(2500 if FULL else 600):
                 data = [bytearray(part) for part in rng.choice(recorded)]
@@ -10771,29 +10749,20 @@ class DumbClients(MessageTest):
 
     def test_others_are_served_meanwhile(self) -> None:
         with self.running(timeout=0.5, idle=0.5):
-            idle, never_reads, pipes, drip = (self.dumb() for _ in range(4))
+            idle, never_reads, pipes, drip = slow = [self.dumb() for _ in range(4)]
             never_reads.send(self.request("StreamLayer", layer=self.big, threshold=10**9))
-            pipes.send({"method": "org.composefs.Oci.GetLayer", "more": True, "parameters": {
-                "params": {"diff_id": sha256(self.store.tars[self.big])}}}, end=b"\0")
+            pipes.call(diff_id=sha256(self.big_tar))
             drip.send(b'{"jsonrpc":')
             for _ in range(3):
                 dumb = self.dumb()
                 dumb.send(self.request("StreamLayer", layer=self.big, threshold=10))
-                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
-                close_all(dumb.fds)
-                dumb.sock.close()
-            for slow in (idle, drip):  # each is left alone after its time
-                with self.assertRaises(EOFError):
-                    slow.fill()
-            with self.assertRaises(EOFError):
-                while True:
-                    never_reads.fill()
-            with self.assertRaises(EOFError):
-                while True:
-                    pipes.fill()
-            close_all(pipes.fds + never_reads.fds)
-            for client in (idle, never_reads, pipes, drip):
-                client.sock.close()
+                self.assertEqual(self.big_tar, dumb.notified()[0])
+                dumb.close()
+            for client in (idle, drip):  # each is left alone after its time
+                self.assertRaises(EOFError, client.fill)
+            for client in slow:
+                client.end()
+                client.close()
 
     def test_a_hundred_clients(self) -> None:
         done: list[Any] = []
@@ -10806,7 +10775,7 @@ class DumbClients(MessageTest):
             except cstor.CstorError as error:
                 done.append(str(error))
 
-        for room in (100, 5):  # those that only sit there make room for others
+        for room, count in ((100, 100), (5, 9)):  # those that only sit there make room for others
             done.clear()
             with self.running(clients=room):
                 held = [self.dumb() for _ in range(5)]
@@ -10814,17 +10783,16 @@ class DumbClients(MessageTest):
                     dumb.ask("ListImages")
                     dumb.message()
                 held[2].send(b'{"half":')
-                threads = [threading.Thread(target=fetch) for _ in range(100 if room == 100 else 9)]
+                threads = [threading.Thread(target=fetch) for _ in range(count)]
                 for thread in threads:
                     thread.start()
                 for thread in threads:
                     thread.join(60)
                 for dumb in held:
                     if room == 5:
-                        with self.assertRaises(EOFError):
-                            dumb.fill()
-                    dumb.sock.close()
-            self.assertEqual([self.digest] * len(threads), done)
+                        self.assertRaises(EOFError, dumb.fill)
+                    dumb.close()
+            self.assertEqual([self.digest] * count, done)
 
     def test_a_server_full_of_busy_clients(self) -> None:
         """They stay, and who comes then is told."""
@@ -10837,8 +10805,8 @@ class DumbClients(MessageTest):
                     self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
                 client.layers()
             for dumb in held:
-                self.assertEqual(self.store.tars[self.big], dumb.notified()[0])
-                dumb.sock.close()
+                self.assertEqual(self.big_tar, dumb.notified()[0])
+                dumb.close()
 
     def test_stop(self) -> None:
         """An idle client is let go at once, one that is busy after its time; then all is over."""
@@ -10857,12 +10825,11 @@ class DumbClients(MessageTest):
                     dumb.send(request)
                     dumb.fill()
                 server.stop()
-                with self.assertRaises(EOFError):
-                    while True:
-                        dumb.fill()
-                dumb.sock.close()
+                dumb.end()
+                dumb.close()
         # One who comes while it ends is told so.
-        self.assertIn("shutting down", self.one_answer(self.good())["error"]["message"])
+        answer = json.loads(self.answered(self.good()).data)
+        self.assertIn("shutting down", answer["error"]["message"])
 
     def test_another_user_is_refused(self) -> None:
         need(os.geteuid() == 0, "only root can become somebody else")
@@ -10880,7 +10847,7 @@ class DumbClients(MessageTest):
             client = self.dumb()
             client.send(self.good())
             self.assertEqual(self.tar, client.notified()[0])
-            client.sock.close()
+            client.close()
 
 
 class Serving(StoreTest):
@@ -10892,11 +10859,19 @@ class Serving(StoreTest):
         self.store = self.sample()
         self.guard(self.store.root)
         self.path = os.path.join(self.dir, "socket")
-        with cstor.Storage.open(self.store.root) as storage:
+        self.out = os.path.join(self.dir, "out")
+        self.opener = functools.partial(cstor.Storage.open, self.store.root)
+        with self.opener() as storage:
             self.digests = {layer.id: layer.diff_digest for layer in storage.layers()
                             if layer.diff_digest}
             self.writable, = {layer.id for layer in storage.layers()} - set(self.digests)
         self.layer = min(self.digests)
+
+    def ask(self, *words: str, status: int = 0, said: str = "") -> Done:
+        """Run a command that reads a layer from the server; check what it says."""
+        done = self.run_cstor("layer", *words, "--socket", self.path, status=status)
+        self.assertIn(said, done.err)
+        return done
 
     @contextlib.contextmanager
     def served(self, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
@@ -10919,39 +10894,33 @@ class Serving(StoreTest):
         with self.served():
             self.assertEqual(0o600, stat.S_IMODE(os.stat(self.path).st_mode))
             for layer, digest in self.digests.items():
-                done = self.run_cstor("layer", "export", "-v", layer, "--socket", self.path)
-                self.assertEqual(digest, sha256(done.stdout))
-                self.assertEqual(f"cstor: layer {layer}: {digest}\n", done.stderr.decode())
-            out = os.path.join(self.dir, "out.tar")
-            self.run_cstor("layer", "export", self.layer, "-o", out, "--socket", self.path)
-            with open(out, "rb") as file:
-                self.assertEqual(self.digests[self.layer], sha256(file.read()))
-            done = self.run_cstor("layer", "export", "nothing", "--socket", self.path, status=3)
-            self.assertEqual(b"cstor: error: layer not known: nothing\n", done.stderr)
-            done = self.run_cstor("layer", "export", self.writable, "--socket", self.path, status=6)
-            self.assertIn(b"it is the writable layer of a container", done.stderr)
+                done = self.ask("export", "-v", layer)
+                self.assertEqual((digest, f"cstor: layer {layer}: {digest}\n"),
+                                 (sha256(done.stdout), done.err))
+            self.ask("export", self.layer, "-o", self.out)
+            self.assertEqual(self.digests[self.layer], sha256(read_bytes(self.out)))
+            done = self.ask("export", "nothing", status=3)
+            self.assertEqual("cstor: error: layer not known: nothing\n", done.err)
+            self.ask("export", self.writable, status=6,
+                     said="it is the writable layer of a container")
         self.assertFalse(os.path.lexists(self.path))
 
     def test_extract_from_a_server(self) -> None:
         near, far = (os.path.join(self.dir, name) for name in ("near", "far"))
         with self.served():
             for layer in self.digests:
-                self.run_cstor("--root", self.store.root, "layer", "extract", layer, near)
-                done = self.run_cstor("layer", "extract", layer, far, "--socket", self.path,
-                                      "--format", "json")
-                self.assertEqual(far, json.loads(done.stdout)["directory"])
+                self.run_on(self.store, "layer extract", layer, near)
+                done = self.ask("extract", layer, far, "--format", "json")
+                self.assertEqual(far, done.json["directory"])
                 rows = differences(seen_on_disk(near), seen_on_disk(far))
                 implicit = [(name, "mtime") for name in (b"", b"etc", b"srv", b"usr", b"usr/share")]
                 self.assertEqual([], [row for row in rows if row[:2] not in implicit])
                 shutil.rmtree(near)
                 shutil.rmtree(far)
-            done = self.run_cstor("layer", "extract", "nothing", far, "--socket", self.path,
-                                  status=3)
+            self.ask("extract", "nothing", far, status=3)
             self.assertFalse(os.path.exists(far))
-            inside = os.path.join(self.store.root, "far")
-            done = self.run_cstor("--root", self.store.root, "layer", "extract", self.layer, inside,
-                                  "--socket", self.path, status=6)
-            self.assertIn(b"is inside the storage", done.stderr)
+            self.ask("extract", "--root", self.store.root, self.layer,
+                     os.path.join(self.store.root, "far"), status=6, said="is inside the storage")
 
     def test_whoever_asks_by_digest_gets_that_layer_or_an_error(self) -> None:
         """No server is believed that gives another one, or names no digest at all."""
@@ -11015,76 +10984,69 @@ class Serving(StoreTest):
     def test_a_server_without_a_digest(self) -> None:
         """It is said before the transfer, unless the user says what to do."""
         tar = entry(b"x", b"y") + END
-        out = os.path.join(self.dir, "out")
         large = base64.b64encode(bytes(1 << 20)).decode()
-        said = [{"method": "stream.start", "params": {}},
-                {"method": "stream.seg", "params": {"data": base64.b64encode(tar).decode()}},
-                {"method": "stream.end", "params": {}}]
+        said: list[dict[str, Any]] = [
+            {"method": "stream.start", "params": {}},
+            {"method": "stream.seg", "params": {"data": base64.b64encode(tar).decode()}},
+            {"method": "stream.end", "params": {}}]
+        answer = {"result": {}, "id": 1}
 
-        def run(*words: str, status: int = 0) -> str:
-            shutil.rmtree(out, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(out)
-            done = self.run_cstor("layer", *words, "--socket", self.path, status=status)
-            self.assertEqual(status == 0, os.path.exists(out))
-            return done.stderr.decode()
+        def ask(said: str, *words: str, status: int = 0) -> None:
+            remove(self.out)
+            self.ask(*words, status=status, said=said)
+            self.assertEqual(status == 0, os.path.exists(self.out))
 
-        export, extract = ("export", "x", "-o", out), ("extract", "x", out)
+        export, extract = ("export", "x", "-o", self.out), ("extract", "x", self.out)
         with self.saying(said[0], *[{"method": "stream.seg", "params": {"data": large}}] * 99
                          ) as sent:
             for command in (export, extract):
-                self.assertIn("layer x: the server sent no digest, so its tar cannot be verified ("
-                              "use --digest SHA256 or --no-verify)", run(*command, status=4))
+                ask("layer x: the server sent no digest, so its tar cannot be verified ("
+                    "use --digest SHA256 or --no-verify)", *command, status=4)
             self.assertLess(len(sent), 20)
-        with self.saying(*said, {"result": {}, "id": 1}):
+        with self.saying(*said, answer):
             for command in (export, extract):
-                run(*command, "--digest", sha256(tar))
-                run(*command, "--no-verify")
-                self.assertIn("its tar has the wrong digest", run(
-                    *command, "--digest", sha256(b""), status=4))
+                ask("its tar has the wrong digest", *command, "--digest", sha256(b""), status=4)
                 for words in (["--digest", "sha256:0"], ["--digest", sha256(b"").upper()],
                               ["--digest", sha256(tar), "--no-verify"]):
-                    self.assertIn("--digest", run(*command, *words, status=2))
-            self.assertIn("--verify cannot be used with --no-verify", run(
-                *extract, "--verify", "--no-verify", status=2))
-            self.assertEqual(b"y", self.run_cstor("layer", "extract", "x", out, "--socket",
-                                                  self.path, "--no-verify").stdout[:0]
-                             + read_bytes(os.path.join(out, "x")))
-            shutil.rmtree(out)
+                    ask("--digest", *command, *words, status=2)
+                ask("", *command, "--digest", sha256(tar))
+                ask("", *command, "--no-verify")
+            self.assertEqual(b"y", read_bytes(os.path.join(self.out, "x")))
+            ask("--verify cannot be used with --no-verify", *extract, "--verify", "--no-verify",
+                status=2)
         known = {**said[0], "params": {"digest": sha256(b"other")}}
-        with self.saying(known, *said[1:], {"result": {}, "id": 1}):
+        with self.saying(known, *said[1:], answer):
             for command in (export, extract):
-                self.assertIn("sends another layer", run(*command, "--digest", sha256(tar),
-                                                         status=4))
+                ask("sends another layer", *command, "--digest", sha256(tar), status=4)
         with self.saying(*said, hold=True, ask=False):  # a server that talks first
-            for command in (("export", "-", "-o", out), ("extract", "-", out)):
-                self.assertIn("the server sent no digest", run(*command, status=4))
-                run(*command, "--digest", sha256(tar))
-                run(*command, "--no-verify")
+            for command in (("export", "-", "-o", self.out), ("extract", "-", self.out)):
+                ask("the server sent no digest", *command, status=4)
+                ask("", *command, "--digest", sha256(tar))
+                ask("", *command, "--no-verify")
 
     def test_digests_of_the_storage(self) -> None:
-        root, layer = ("--root", self.store.root, "layer"), self.layer
-        out = os.path.join(self.dir, "out")
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", self.digests[layer])
-        os.unlink(out)
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", sha256(b""), status=4)
-        self.run_cstor(*root, "export", layer, "-o", out, "--digest", "x", status=2)
-        for words in (("--digest", self.digests[layer]), ("--no-verify",)):
-            done = self.run_cstor(*root, "extract", layer, out, *words, status=2)
-            self.assertIn(b"is for layers from a --socket", done.stderr)
-        self.assertFalse(os.path.exists(out))
+        digest = self.digests[self.layer]
+        for status, words, said in (
+                (0, f"export -o {self.out} --digest {digest}", ""),
+                (4, f"export -o {self.out}2 --digest {sha256(END)}", "another digest than"),
+                (2, f"export -o {self.out}2 --digest x", "--digest"),
+                (2, f"extract {self.out}2 --digest {digest}", "is for layers from a --socket"),
+                (2, f"extract {self.out}2 --no-verify", "is for layers from a --socket")):
+            command, *more = words.split()
+            done = self.run_on(self.store, "layer", command, self.layer, *more, status=status)
+            self.assertIn(said, done.err)
+        self.assertFalse(os.path.exists(self.out + "2"))
 
     def test_nobody_is_waited_for_longer(self) -> None:
         """... than --timeout says: to begin, inside a message, inside a layer."""
         start = {"jsonrpc": "2.0", "method": "stream.start", "params": {"digest": sha256(b"x")}}
         for said in ([], [{"fds": 1, **start}], [start]):
             with self.saying(*said, hold=True):
-                for command in (("export", "x"), ("extract", "x", self.path + "-out")):
+                for command in (("export", "x"), ("extract", "x", self.out)):
                     begin = time.monotonic()
-                    done = self.run_cstor("layer", *command, "--timeout", "0.3", "--socket",
-                                          self.path, status=6)
+                    self.ask(*command, "--timeout", "0.3", status=6,
+                             said="for 0.3 seconds (--timeout SECONDS waits longer)")
                     self.assertLess(time.monotonic() - begin, 15)
-                    self.assertIn(b"for 0.3 seconds (--timeout SECONDS waits longer)", done.stderr)
         with self.served("--timeout", "0.3", "--socket", self.path):
             with cstor.connect(self.path) as sock:
                 sock.sendall(b"{")
@@ -11092,15 +11054,15 @@ class Serving(StoreTest):
                 self.assertEqual(b"", sock.recv(99))
         for wrong in ("0", "-1", "x", "nan", "inf", ""):
             done = self.run_cstor("--timeout", wrong, "image", "list", status=2)
-            self.assertRegex(done.stderr, b"--timeout(:| takes a number of seconds above 0)")
+            self.assertRegex(done.err, "--timeout(:| takes a number of seconds above 0)")
 
     def test_idle_clients_make_room(self) -> None:
         with self.served(), contextlib.ExitStack() as stack:
             for _ in range(64):
                 stack.enter_context(cstor.connect(self.path))
             begin = time.monotonic()
-            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
-            self.assertEqual(self.digests[self.layer], sha256(done.stdout))
+            self.assertEqual(self.digests[self.layer],
+                             sha256(self.ask("export", self.layer).stdout))
             self.assertLess(time.monotonic() - begin, 15)
 
     def test_a_server_of_another_user_is_not_asked(self) -> None:
@@ -11118,78 +11080,44 @@ class Serving(StoreTest):
                 os._exit(0)
         while not os.path.exists(self.path):
             time.sleep(0.01)
-        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=6)
-        self.assertIn(b"runs as uid 65534, neither root nor you", done.stderr)
+        self.ask("export", "x", status=6, said="runs as uid 65534, neither root nor you")
         os.waitpid(child, 0)
 
     def test_no_output_into_a_store(self) -> None:
         link = os.path.join(self.dir, "link")
         os.symlink(os.path.join(self.store.root, "overlay"), link)
         with self.served():
-            for command in (("layer", "export", self.layer), ("layer", "stream", self.layer),
-                            ("image", "export", "sample"),
-                            ("layer", "export", self.layer, "--socket", self.path)):
-                for place in (self.store.root, link):
-                    done = self.run_cstor("--root", self.store.root, *command, "-o",
-                                          os.path.join(place, "out"), status=6)
-                    self.assertIn(b"is inside the storage", done.stderr)
-            done = self.run_cstor("--root", self.store.root, "image", "extract", "--via-skopeo",
-                                  "containers-storage:x", link + "/out", status=2)
-            self.assertIn(b"without --via-skopeo", done.stderr)
+            for words, place in itertools.product(
+                    (f"layer export {self.layer}", f"layer stream {self.layer}",
+                     "image export sample", f"layer export {self.layer} --socket {self.path}"),
+                    (self.store.root, link)):
+                done = self.run_on(self.store, words, "-o", place + "/out", status=6)
+                self.assertIn("is inside the storage", done.err)
+            done = self.run_on(self.store, "image extract --via-skopeo containers-storage:x",
+                               link + "/out", status=2)
+            self.assertIn("without --via-skopeo", done.err)
 
     def test_the_reason_of_a_failure_comes_through(self) -> None:
         self._root = ""  # this test changes the store itself
-        self.digests = dict(sorted(self.digests.items(), key=lambda item: item[1]))
-        with cstor.Storage.open(self.store.root) as storage:
+        with self.opener() as storage:
             layer = storage.image("app:1").layers()[0].id
         os.unlink(os.path.join(self.store.root, "overlay", layer, "diff/etc/os-release"))
         for form in ("varlink", "stream", "splitfdstream"):
-            with self.subTest(form=form), cstor.ListeningSocket(self.path) as listener, \
-                    mock.patch.object(cstor, "VarlinkClient", cstor.VarlinkClient
-                                      if form == "varlink" else self.deaf(form)):
-                server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
-                thread = threading.Thread(target=server.serve, args=(listener,))
-                thread.start()
-                try:
-                    with self.assertRaisesRegex(cstor.IntegrityError, "os-release.* is missing"), \
-                            cstor.fetch_layer(self.path, layer) as stream:
-                        stream.export(io.BytesIO())
-                finally:
-                    server.stop()
-                    thread.join()
-
-    @staticmethod
-    def deaf(form: str) -> Any:
-        """Return what stands for a client of varlink whose server knows only another form."""
-        def client(path: str, **_: Any) -> Any:
-            found = cstor.RpcClient(path)
-            layer = found.layer
-            found.layer = lambda reference, _: layer(reference, form)  # type: ignore
-            return found
-
-        return client
+            kind = cstor.VarlinkClient if form == "varlink" else cstor.RpcClient
+            with self.subTest(form=form), serving(self.path, opener=self.opener), \
+                    self.assertRaisesRegex(cstor.IntegrityError, "os-release.* is missing"), \
+                    kind(self.path) as client, client.layer(layer, form) as stream:
+                stream.export(io.BytesIO())
 
     def test_a_full_server_says_so_and_a_silent_one_is_asked_once(self) -> None:
+        with serving(self.path, opener=self.opener, clients=0), \
+                self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
+            cstor.fetch_layer(self.path, self.layer)
         with cstor.ListeningSocket(self.path) as listener:
-            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root), clients=0)
-            thread = threading.Thread(target=server.serve, args=(listener,))
-            thread.start()
-            with self.assertRaisesRegex(cstor.ProtocolError, "too many clients"):
-                cstor.fetch_layer(self.path, self.layer)
-            server.stop()
-            thread.join()
-        with cstor.ListeningSocket(self.path) as listener:
-            real = cstor.RpcClient.__init__
-            asked = []
-
-            def init(client: Any, where: str, **_: Any) -> None:
-                asked.append(where)
-                real(client, where, timeout=0.1)
-
-            with mock.patch.object(cstor.RpcClient, "__init__", init), \
-                    self.assertRaisesRegex(cstor.ProtocolError, "done nothing for 0.1 seconds"):
-                cstor.fetch_layer(self.path, self.layer)
-            self.assertEqual(1, len(asked))
+            with self.assertRaisesRegex(cstor.ProtocolError, "done nothing for 0.1 seconds"):
+                cstor.fetch_layer(self.path, self.layer, timeout=0.1)
+            listener.accept()[0].close()
+            self.assertEqual([], select.select([listener], [], [], 0)[0])
 
     def test_a_server_of_varlink_is_asked_in_no_other_way(self) -> None:
         """It would wait for a NUL byte, and we for it."""
@@ -11238,11 +11166,9 @@ class Serving(StoreTest):
     def test_a_record_that_looks_like_a_descriptor(self) -> None:
         self._root = ""
         path = os.path.join(self.store.root, "overlay-images/images.json")
-        with open(path) as file:
-            records = json.load(file)
+        records = read_json(path)
         records[0]["metadata"] = {"__jsonrpc_fd__": True, "index": 0}
-        with open(path, "w") as file:
-            json.dump(records, file)
+        put(path, json.dumps(records))
         with self.served(), cstor.RpcClient(self.path, timeout=5) as client:
             self.assertEqual(len(records), len(client.images()))
 
@@ -11253,24 +11179,10 @@ class Serving(StoreTest):
                 client.connection.send({"jsonrpc": "2.0", **wrong})
             self.assertEqual(len(self.digests) + 1, len(client.layers()))
 
-    def test_servers_that_start_at_the_same_time(self) -> None:
-        with mock.patch.object(cstor.ListeningSocket, "_check"), \
-                cstor.ListeningSocket(self.path) as listener:
-            with self.assertRaisesRegex(OSError, "another server listens there"):
-                cstor.ListeningSocket(self.path)
-            cstor.connect(self.path).close()
-            listener.accept()[0].close()
-        with open(self.path, "w") as file:
-            file.write("somebody's")
-        with mock.patch.object(cstor.ListeningSocket, "_check"), self.assertRaises(OSError):
-            cstor.ListeningSocket(self.path)
-        self.assertEqual(b"somebody's", read_bytes(self.path))
-        self.assertEqual(["socket", "store"], sorted(os.listdir(self.dir)))
-
     def test_a_signal_just_before_the_server_waits(self) -> None:
         """Its handler runs when the waiting ends by itself, as no signal does that any more."""
         with cstor.ListeningSocket(self.path) as listener:
-            server = cstor.RpcServer(lambda: cstor.Storage.open(self.store.root))
+            server = cstor.RpcServer(self.opener)
             thread = threading.Thread(target=server.serve, args=(listener,))
             thread.start()
             cstor.RpcClient(self.path).close()
@@ -11282,30 +11194,35 @@ class Serving(StoreTest):
         """nohup keeps a server, and a server on stdin finishes what it does."""
         with self.served(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as server:
             server.send_signal(signal.SIGHUP)
-            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
-                                      stdin=theirs.fileno(), env=IDLE)
+            self.ask("export", self.layer)
+        with self.on_stdin() as (ours, server):
             client = cstor.RpcClient(ours)
             client.layers()
             server.terminate()
             self.assertEqual(0, server.wait(30))
+            client.close()
+
+    @contextlib.contextmanager
+    def on_stdin(self) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+        """Give a socket whose other end is the stdin of a server, which ends well."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            server = subprocess.Popen([*COMMAND, "--root", self.store.root, "serve"],
+                                      stdin=theirs.fileno(), env=IDLE)
+            theirs.close()
+            yield ours, server
+        self.assertEqual(0, server.wait(30))
 
     def test_no_server(self) -> None:
-        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
-        self.assertIn(b"no server listens at", done.stderr)
-        self.assertIn(b"serve --socket", done.stderr)
-        with open(self.path, "w"):
-            pass
-        done = self.run_cstor("layer", "export", "x", "--socket", self.path, status=3)
-        done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path, status=6)
-        self.assertIn(b"it is not a socket", done.stderr)
-        done = self.run_cstor("--root", self.store.root, "serve", status=2)
-        self.assertIn(b"--socket PATH", done.stderr)
-        inside = os.path.join(self.store.root, "socket")
-        done = self.run_cstor("--root", self.store.root, "serve", "--socket", inside, status=6)
-        self.assertIn(b"is inside the storage", done.stderr)
+        self.ask("export", "x", status=3, said="no server listens at")
+        self.ask("export", "x", status=3, said="serve --socket")
+        put(self.path)
+        self.ask("export", "x", status=3)
+        for status, words, said in (
+                (6, f"--socket {self.path}", "it is not a socket"), (2, "", "--socket PATH"),
+                (6, f"--socket {self.store.root}/socket", "is inside the storage")):
+            done = self.run_on(self.store, "serve " + words, status=status)
+            self.assertIn(said, done.err)
 
     def test_a_killed_server_is_replaced_and_a_living_one_is_not(self) -> None:
         with contextlib.suppress(AssertionError), self.served() as server:
@@ -11313,20 +11230,14 @@ class Serving(StoreTest):
             server.wait()
         self.assertTrue(os.path.lexists(self.path))
         with self.served():
-            done = self.run_cstor("--root", self.store.root, "serve", "--socket", self.path,
-                                  status=6)
-            self.assertIn(b"another server listens there", done.stderr)
-            self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+            done = self.run_on(self.store, "serve --socket", self.path, status=6)
+            self.assertIn("another server listens there", done.err)
+            self.ask("export", self.layer)
 
     def test_a_socket_on_stdin(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            server = subprocess.Popen([sys.executable, SCRIPT, "--root", self.store.root, "serve"],
-                                      stdin=theirs.fileno(), env=IDLE)
-            theirs.close()
-            with cstor.RpcClient(ours) as client, client.layer(self.layer) as stream:
-                self.assertEqual(self.digests[self.layer], stream.export(io.BytesIO()))
-        self.assertEqual(0, server.wait(30))
+        with self.on_stdin() as (ours, _), cstor.RpcClient(ours) as client, \
+                client.layer(self.layer) as stream:
+            self.assertEqual(self.digests[self.layer], stream.export(io.BytesIO()))
 
     def test_a_socket_of_systemd(self) -> None:
         with cstor.ListeningSocket(self.path) as listener:
@@ -11336,7 +11247,7 @@ class Serving(StoreTest):
             server = subprocess.Popen(
                 [sys.executable, "-c", script, str(listener.fileno()), SCRIPT, "--root",
                  self.store.root, "serve", "-q"], pass_fds=[listener.fileno()], env=IDLE)
-            done = self.run_cstor("layer", "export", self.layer, "--socket", self.path)
+            done = self.ask("export", self.layer)
             self.assertEqual(self.digests[self.layer], sha256(done.stdout))
             server.terminate()
             self.assertEqual(0, server.wait(30))
@@ -11348,37 +11259,16 @@ class Serving(StoreTest):
             before = client.layers()
             self.assertEqual({self.writable, *self.digests}, {layer["id"] for layer in before})
             path = os.path.join(self.store.root, "overlay-layers/layers.json")
-            with open(path) as file:
-                records = json.load(file)
-            with open(path + ".new", "w") as file:
-                json.dump(records[:1], file)
+            put(path + ".new", json.dumps(read_json(path)[:1]))
             os.rename(path + ".new", path)
             self.assertEqual([before[0]["id"]], [layer["id"] for layer in client.layers()])
 
     def test_a_server_that_dies_inside_a_layer(self) -> None:
-        listener = cstor.ListeningSocket(self.path)
-
-        def answer() -> None:
-            for _ in range(3):
-                sock = listener.socket.accept()[0]
-                with cstor.Connection(sock, either=True) as connection:
-                    connection.receive()
-                    if not connection.varlink:
-                        connection.send({"jsonrpc": "2.0", "method": "stream.start",
-                                         "params": {"digest": sha256(b"x")}})
-                        connection.send({"jsonrpc": "2.0", "method": "stream.seg",
-                                         "params": {"data": "AAAA"}})
-                        return
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with listener:
-            out = os.path.join(self.dir, "out.tar")
-            done = self.run_cstor("layer", "export", "x", "-o", out, "--socket", self.path,
-                                  status=6)
-            self.assertIn(b"the other end has closed the connection", done.stderr)
-            self.assertFalse(os.path.exists(out))
-        thread.join()
+        with self.saying({"method": "stream.start", "params": {"digest": sha256(b"x")}},
+                         {"method": "stream.seg", "params": {"data": "AAAA"}}):
+            self.ask("export", "x", "-o", self.out, status=6,
+                     said="the other end has closed the connection")
+            self.assertFalse(os.path.exists(self.out))
 
 
 # ================================================================================================
@@ -13870,76 +13760,119 @@ def odd_tars() -> Iterator[tuple[str, bytes]]:
     yield from refused_tars()
 
 
+MARKS = {"=>": b"1", "->": b"2", "|": b"6", "%%": b"4", "%": b"3", "=": b"0"}
+
+
+def members(text: str, **more: bytes) -> bytes:
+    """Return the tar members that are told in words.
+
+    "d/" is a directory, "f=text" or "f" a file, "l->t" a symbolic link, "h=>f" a hard link, "p|" a
+    FIFO, "c%3,1" and "b%%8,0" are devices, "[key=value,...]" is an extended header of what follows
+    and "g[key=value]" of all the rest; ";field=value" sets other fields.  ``more`` has words that
+    stand for others.
+    """
+    found = []
+    for word in text.split():
+        if word in more:
+            found.append(more[word])
+        elif word[-1] == "]":
+            name, _, records = word[:-1].encode().partition(b"[")
+            pairs = dict(each.split(b"=", 1) for each in records.split(b","))
+            found.append(pax(pairs, b"g", name) if name else pax(pairs))
+        else:
+            found.append(member(*word.split(";")))
+    return b"".join(found)
+
+
+def member(word: str, *given: str) -> bytes:
+    """Return the tar member that a word of members() tells."""
+    mark = next((mark for mark in MARKS if mark in word), "")
+    name, _, value = word.partition(mark) if mark else (word, "", "")
+    fields: dict[str, Any] = {"typeflag": MARKS.get(mark, b"5" if name[-1] == "/" else b"0")}
+    if mark in ("=>", "->"):
+        fields["linkname"] = value.encode("latin-1")
+    elif mark in ("%", "%%"):
+        fields["major"], fields["minor"] = (b"%07o" % int(number) for number in value.split(","))
+    for key, _, text in (each.partition("=") for each in given):
+        width = 7 if key in ("mode", "uid", "gid") else 0
+        fields[key] = int(text) if key == "size" else text.rjust(width, "0").encode()
+    return entry(name.encode("latin-1"), value.encode() if mark == "=" else b"", **fields)
+
+
 def header_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars of all dialects."""
-    text = b"content\n"
-    v7, gnu = b"", b"ustar  \0"
+    text, gnu, wide = b"contents", b"ustar  \0", base256
     long = b"/".join([b"n" * 60] * 12)
-    yield "v7", (entry(b"d/", typeflag=b"\0", magic=v7) + entry(b"d/f", text, b"\0", magic=v7)
-                 + entry(b"d/l", typeflag=b"1", linkname=b"d/f", magic=v7) + END)
-    yield "v7-dir-with-size", (entry(b"d/", typeflag=b"\0", size=600, magic=v7)
-                               + entry(b"d/f", text, b"\0", magic=v7) + END)
-    yield "ustar-prefix", (entry(b"f" * 100, text, prefix=b"/".join([b"p" * 50] * 3)) + END)
-    yield "name-of-100", entry(b"x" * 50 + b"/" + b"y" * 49, text) + END
+    path, v7 = long.decode(), ";typeflag=\0;magic="
+    words = {"LONG": entry(b"L", long + b"\0", b"L", magic=gnu),
+             "GNU": entry(b"f", text, magic=gnu), "SIGNED": entry(b"\xe9\xe8", text, signed=True)}
+    yield "ustar-prefix", entry(b"f" * 100, text, prefix=b"/".join([b"p" * 50] * 3)) + END
     yield "gnu-long", (
         entry(b"././@LongLink", long + b"\0", b"L", magic=gnu) + entry(long[:100], text, magic=gnu)
         + entry(b"././@LongLink", long + b"\0", b"K", magic=gnu)
         + entry(b"././@LongLink", b"s/" + long + b"\0", b"L", magic=gnu)
         + entry(b"s/" + long[:98], typeflag=b"2", linkname=long[:100], magic=gnu) + END)
+    yield "gnu-long-twice", (
+        entry(b"L", b"1\0", b"L", magic=gnu) + entry(b"L", b"dir-name/" * 60, b"L", magic=gnu)
+        + entry(b"f", text) + entry(b"L", b"l" * 150, b"L", magic=b"") + entry(b"g", text) + END)
     yield "pax", (
         pax({b"path": b"pax/" + long, b"mtime": b"1600000000.123456789", b"uid": b"3000000",
              b"SCHILY.xattr.user.x": b"a=b\nc\0d", b"comment": "ü".encode()})
-        + entry(b"short", text) + pax({b"linkpath": long})
-        + entry(b"link", typeflag=b"2", linkname=b"short") + END)
+        + entry(b"short", text) + pax({b"linkpath": long}) + members("link->short") + END)
     yield "pax-size", pax({b"size": b"8"}) + entry(b"f", text, size=0) + END
-    for kind, size in (("empty", b""), ("plus", b"+8"), ("zeros", b"0" * 30 + b"8")):
-        yield f"pax-size-{kind}", pax({b"size": size}) + entry(b"f", text) + END
-    yield "pax-size-negative", (pax({b"size": b"-5"}) + entry(b"l", typeflag=b"2", linkname=b"f")
-                                + entry(b"f", text) + END)
-    yield "pax-twice", (pax({b"size": b"3"}) + pax({b"mtime": b"-1.5"}) + entry(b"f", text)
-                        + entry(b"x", b"", b"x") + entry(b"g", text) + END)
-    yield "pax-names-dir", (pax({b"path": b"d/"}) + entry(b"f", typeflag=b"\0", size=99)
-                            + entry(b"g", text) + END)
-    yield "pax-v7", pax({b"path": long}) + entry(b"f", text, b"\0", magic=v7) + END
-    yield "pax-last", entry(b"f", text) + pax({b"comment": b"1"}) + END
-    yield "pax-then-global", (pax({b"size": b"3"}) + pax({b"size": b"3"}, b"g", b"g1")
-                              + entry(b"f", text) + entry(b"g2", typeflag=b"g")
-                              + entry(b"g", text) + pax({b"comment": b"c"}, b"g", b"g3"))
-    yield "gnu-long-twice", (
-        entry(b"L", b"1\0", b"L", magic=gnu) + entry(b"L", b"dir-name/" * 60, b"L", magic=gnu)
-        + entry(b"f", text) + entry(b"L", b"l" * 150, b"L", magic=v7) + entry(b"g", text) + END)
-    yield "pax-then-gnu", (pax({b"mtime": b"1.5"}) + entry(b"L", long + b"\0", b"L", magic=gnu)
-                           + entry(b"f", text, magic=gnu) + END)
-    yield "pax-of-512", pax({b"comment": b"c" * 499}) + entry(b"f", text) + END
-    for name, comment in (("pax-global", b"c" * 40), ("pax-global-512", b"c" * 499)):
-        yield name, (pax({b"comment": comment}, b"g", b"pax_global_header") + entry(b"a", text)
-                     + entry(b"b", text) + END)
-    yield "pax-global-twice", (
-        pax({b"comment": b"1"}, b"g", b"g1") + pax({b"comment": b"2"}, b"g", b"g2")
-        + pax({b"path": b"x/a"}) + entry(b"a", text) + pax({b"comment": b"3"}, b"g", b"g3")
-        + END)
-    yield "base-256", entry(b"f", text, size=base256(8, 12), uid=base256(5_000_000, 8),
-                            mtime=base256(-12345, 12)) + END
-    yield "base-256-negative", (entry(b"f", text, uid=base256(-2, 8))
-                                + entry(b"d", typeflag=b"5", size=base256(1 << 62, 12))
-                                + entry(b"g", text) + END)
-    yield "dir-of-negative-size", (entry(b"d", typeflag=b"5", size=base256(-2, 12))
+    yield "pax-then-global", members("[size=3] g1[size=3] f=contents g2;typeflag=g g=contents "
+                                     "g3[comment=c]")
+    yield "base-256", entry(b"f", text, size=wide(8, 12), uid=wide(5_000_000, 8),
+                            mtime=wide(-12345, 12)) + END
+    yield "base-256-negative", (entry(b"f", text, uid=wide(-2, 8)) + entry(
+        b"d", typeflag=b"5", size=wide(1 << 62, 12)) + entry(b"g", text) + END)
+    yield "dir-of-negative-size", (entry(b"d", typeflag=b"5", size=wide(-2, 12))
                                    + entry(b"g", text) + END)
     yield "spaces-and-nuls", (
         entry(b"spaces", text, size=b"         10 ", uid=b"     0 ", mode=b"   644 \0")
         + entry(b"nuls", text, size=b"10", mtime=b"", uid=b"\0")
         + entry(b"full", text, size=b"000000000010", uid=b"00000000") + END)
-    yield "signed-sum", entry(b"\xe9\xe8", text, signed=True) + END
-    for flag, kind in ((b"1", "hardlink"), (b"2", "symlink"), (b"5", "dir"), (b"6", "fifo"),
-                       (b"3", "char")):
-        yield f"{kind}-with-size", (entry(b"f", text) + entry(b"it", typeflag=flag, size=1234,
-                                                              linkname=b"f") + entry(b"g", text)
-                                    + END)
-    yield "devices", (entry(b"null", typeflag=b"3", major=b"0000001", minor=b"0000003")
-                      + entry(b"disk", typeflag=b"4", major=b"0000010", minor=b"0000001")
-                      + entry(b"setuid", text, mode=b"0004755")
-                      + entry(b"closed", text, mode=b"0000000")
-                      + entry(b"sticky", typeflag=b"5", mode=b"0001777") + END)
+    for name, line in {
+            "v7": f"d/{v7} d/f=contents{v7} d/l=>d/f;magic=",
+            "v7-dir-with-size": f"d/{v7};size=600 d/f=contents{v7}",
+            "name-of-100": f"{'x' * 50}/{'y' * 49}=contents",
+            "pax-size-empty": "[size=] f=contents", "pax-size-plus": "[size=+8] f=contents",
+            "pax-size-zeros": f"[size={'0' * 30}8] f=contents",
+            "pax-size-negative": "[size=-5] l->f f=contents",
+            "pax-twice": "[size=3] [mtime=-1.5] f=contents x;typeflag=x g=contents",
+            "pax-names-dir": "[path=d/] f;typeflag=\0;size=99 g=contents",
+            "pax-v7": f"[path={path}] f=contents{v7}", "pax-last": "f=contents [comment=1]",
+            "pax-then-gnu": "[mtime=1.5] LONG GNU", "signed-sum": "SIGNED",
+            "pax-of-512": f"[comment={'c' * 499}] f=contents",
+            "pax-global": f"pax_global_header[comment={'c' * 40}] a=contents b=contents",
+            "pax-global-512": f"pax_global_header[comment={'c' * 499}] a=contents b=contents",
+            "pax-global-twice": "g1[comment=1] g2[comment=2] [path=x/a] a=contents g3[comment=3]",
+            "hardlink-with-size": "f=contents it=>f;size=1234 g=contents",
+            "symlink-with-size": "f=contents it->f;size=1234 g=contents",
+            "dir-with-size": "f=contents it;typeflag=5;size=1234;linkname=f g=contents",
+            "fifo-with-size": "f=contents it|;size=1234;linkname=f g=contents",
+            "char-with-size": "f=contents it;typeflag=3;size=1234;linkname=f g=contents",
+            "devices": "null%1,3 disk%%8,1 setuid=contents;mode=4755 closed=contents;mode=0 "
+                       "sticky;typeflag=5;mode=1777"}.items():
+        yield name, members(line, **words) + END
+
+
+# Tars with names of all kinds.
+NAMES = {
+    "dot-names": "./ ./a=a ./d/./b=b d//c=c",
+    "absolute-names": "/etc;typeflag=5 /etc/x=x //etc//y=y",
+    "parent-names": "x;typeflag=5 x/../y=y ../up=up ../../x/../../z=z",
+    "file-with-slash": "file/=content",
+    "symlinked-dir": "real;typeflag=5 lnk->/real rel->lnk/../../../real lnk/f=1 rel/g=2",
+    "symlinks-outside": "a/up->../../../.. a/up/f=1 root->/ root/root/g=2 host->/etc "
+                        "etc;typeflag=5 host/hostname=3",
+    "symlink-then-up": "r/s;typeflag=5 l->r/s l/../f=1",
+    "symlink-chain": " ".join(f"l{i}->l{i + 1}" for i in range(39)) + " l39;typeflag=5 l0/f=1",
+    "hardlink-through-symlink": "r/f=1 l->r h=>l/f",
+    "name-of-255": f"[path={'n' * 255}] f=1",
+    "whiteout-then-file": "d/.wh.f d/f=1", "opaque-after-file": "f=1 .wh..wh..opq",
+    "whiteout-parents": ".wh.d/f=1 .wh..wh.plnk;typeflag=5 .wh..wh.plnk/1.2=2",
+    "whiteouts": "d;typeflag=5 .wh.x d/.wh..wh..opq d/f=new d/.wh.f2"}
 
 
 def name_tars() -> Iterator[tuple[str, bytes]]:
@@ -13947,50 +13880,18 @@ def name_tars() -> Iterator[tuple[str, bytes]]:
     odd = [b"latin1-\xe9\xff", b"<lt>&amp", "u\u2028\u2029x".encode(), b'quote"', b"back\\slash",
            b"new\nline", b"tab\tbell\a", b"\xed\xa0\x80", "\U0001f600".encode(), b" ", b"-rf"]
     yield "odd-names", b"".join(entry(name, name * 3) for name in odd) + END
-    yield "odd-dirs", b"".join(entry(name + b"/", typeflag=b"5") + entry(name + b"/" + name, name)
+    yield "odd-dirs", b"".join(directory(name) + entry(name + b"/" + name, name)
                                for name in odd) + END
-    yield "dot-names", (entry(b"./", typeflag=b"5") + entry(b"./a", b"a")
-                        + entry(b"./d/./b", b"b") + entry(b"d//c", b"c") + END)
-    yield "absolute-names", (entry(b"/etc", typeflag=b"5")
-                             + entry(b"/etc/x", b"x") + entry(b"//etc//y", b"y") + END)
-    yield "parent-names", (entry(b"x", typeflag=b"5") + entry(b"x/../y", b"y")
-                           + entry(b"../up", b"up") + entry(b"../../x/../../z", b"z") + END)
-    yield "file-with-slash", entry(b"file/", b"content") + END
-    yield "symlinked-dir", (entry(b"real", typeflag=b"5")
-                            + entry(b"lnk", typeflag=b"2", linkname=b"/real")
-                            + entry(b"rel", typeflag=b"2", linkname=b"lnk/../../../real")
-                            + entry(b"lnk/f", b"1") + entry(b"rel/g", b"2") + END)
-    yield "symlinks-outside", (
-        entry(b"a/up", typeflag=b"2", linkname=b"../../../..") + entry(b"a/up/f", b"1")
-        + entry(b"root", typeflag=b"2", linkname=b"/") + entry(b"root/root/g", b"2")
-        + entry(b"host", typeflag=b"2", linkname=b"/etc") + entry(b"etc", typeflag=b"5")
-        + entry(b"host/hostname", b"3") + END)
-    yield "symlink-then-up", (
-        entry(b"r/s", typeflag=b"5") + entry(b"l", typeflag=b"2", linkname=b"r/s")
-        + entry(b"l/../f", b"1") + END)
-    yield "symlink-chain", b"".join(
-        entry(b"l%d" % i, typeflag=b"2", linkname=b"l%d" % (i + 1)) for i in range(39)
-    ) + entry(b"l39", typeflag=b"5") + entry(b"l0/f", b"1") + END
-    yield "hardlink-through-symlink", (
-        entry(b"r/f", b"1") + entry(b"l", typeflag=b"2", linkname=b"r")
-        + entry(b"h", typeflag=b"1", linkname=b"l/f") + END)
-    yield "name-of-255", pax({b"path": b"n" * 255}) + entry(b"f", b"1") + END
-    yield "whiteout-then-file", entry(b"d/.wh.f") + entry(b"d/f", b"1") + END
-    yield "opaque-after-file", entry(b"f", b"1") + entry(b".wh..wh..opq") + END
-    yield "whiteout-parents", (entry(b".wh.d/f", b"1") + entry(b".wh..wh.plnk", typeflag=b"5")
-                               + entry(b".wh..wh.plnk/1.2", b"2") + END)
-    yield "whiteouts", (entry(b"d", typeflag=b"5") + entry(b".wh.x")
-                        + entry(b"d/.wh..wh..opq") + entry(b"d/f", b"new") + entry(b"d/.wh.f2")
-                        + END)
+    for name, line in NAMES.items():
+        yield name, members(line) + END
 
 
 def end_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars that end, or are padded, in all ways."""
-    one = entry(b"one", b"1" * 700)
-    yield "dirty-padding", (entry(b"a", b"a" * 100, padding=b"x") + entry(b"b", b"b", padding=b"y")
-                            + END)
-    yield "dirty-padding-at-end", entry(b"a", b"a" * 100, padding=b"x")
-    yield "no-padding-at-end", entry(b"a", b"a" * 100)[:BLOCK + 100]
+    one, a = entry(b"one", b"1" * 700), entry(b"a", b"a" * 100, padding=b"x")
+    yield "dirty-padding", a + entry(b"b", b"b", padding=b"y") + END
+    yield "dirty-padding-at-end", a
+    yield "no-padding-at-end", a[:BLOCK + 100]
     yield "no-end", one
     yield "half-end", one + END[:BLOCK]
     yield "double-end", one + END * 2
@@ -14012,10 +13913,9 @@ def content_tars() -> Iterator[tuple[str, bytes]]:
                             ) + END
     large = bytes(range(1, 256)) * 24000
     yield "large", entry(b"before", b"1") + entry(b"large", large) + entry(b"after", b"2") + END
-    yield "many", b"".join(
-        entry(b"d%d/e%d" % (d, e), typeflag=b"5")
-        + b"".join(entry(b"d%d/e%d/f%d" % (d, e, f), b"%d" % (d * e * f)) for f in range(10))
-        for d in range(12) for e in range(5)) + END
+    yield "many", members(" ".join(
+        f"d{d}/e{e};typeflag=5 " + " ".join(f"d{d}/e{e}/f{f}={d * e * f}" for f in range(10))
+        for d in range(12) for e in range(5))) + END
 
 
 def sparse_tars() -> Iterator[tuple[str, bytes]]:
@@ -14031,12 +13931,11 @@ def sparse_tars() -> Iterator[tuple[str, bytes]]:
                 for part in parts:
                     file.write(part) if part else file.seek(20480 - file.tell() % 4096, 1)
                 file.truncate()
-        for version in ("0.0", "0.1", "1.0"):
-            for seeking in ("seek", "raw"):
-                yield f"sparse-{version}-{seeking}", subprocess.run(
-                    ["tar", "-cS", "--format=posix", f"--sparse-version={version}",
-                     f"--hole-detection={seeking}", "-C", folder, *shapes],
-                    stdout=subprocess.PIPE, check=True).stdout
+        for version, seeking in itertools.product(("0.0", "0.1", "1.0"), ("seek", "raw")):
+            yield f"sparse-{version}-{seeking}", subprocess.run(
+                ["tar", "-cS", "--format=posix", f"--sparse-version={version}",
+                 f"--hole-detection={seeking}", "-C", folder, *shapes],
+                stdout=subprocess.PIPE, check=True).stdout
 
 
 def sparse_by_hand() -> Iterator[tuple[str, bytes]]:
@@ -14066,26 +13965,25 @@ def sparse_1_0(table: bytes, data: bytes, size: int) -> bytes:
 
 def refused_tars() -> Iterator[tuple[str, bytes]]:
     """Yield tars that podman does not take."""
-    yield "unknown-type", entry(b"f", b"data", b"Z") + END
-    yield "contiguous", entry(b"f", b"data", b"7") + END
-    yield "duplicate", entry(b"f", b"1") + entry(b"./f", b"2") + END
-    yield "duplicate-global", pax({b"comment": b"1"}, b"g", b"g") * 2 + entry(b"f", b"1") + END
+    for name, line in {
+            "unknown-type": "f=data;typeflag=Z", "contiguous": "f=data;typeflag=7",
+            "duplicate": "f=1 ./f=2", "duplicate-global": "g[comment=1] g[comment=1] f=1",
+            "file-for-root": "/=1", "dangling-parent": "l->/no l/f",
+            "whiteout-after-file": "f=1 .wh.f", "name-of-256": f"[path={'n' * 256}] f=1",
+            "nul-in-name": "[path=a\0b] f=1"}.items():
+        yield name, members(line) + END
+    one = entry(b"f", b"1")
     yield "truncated", entry(b"f", b"1" * 2000)[:1500]
-    yield "quarter-end", entry(b"f", b"1") + END[:100]
-    yield "zero-block-first", END[:BLOCK] + entry(b"f", b"1") + END
-    yield "file-for-root", entry(b"/", b"1") + END
-    yield "dangling-parent", entry(b"l", typeflag=b"2", linkname=b"/no") + entry(b"l/f") + END
-    yield "whiteout-after-file", entry(b"f", b"1") + entry(b".wh.f") + END
-    yield "name-of-256", pax({b"path": b"n" * 256}) + entry(b"f", b"1") + END
-    yield "nul-in-name", pax({b"path": b"a\0b"}) + entry(b"f", b"1") + END
+    yield "quarter-end", one + END[:100]
+    yield "zero-block-first", END[:BLOCK] + one + END
     yield "negative-size", entry(b"f", b"1", size=base256(-2, 12)) + END
-    yield "bad-sum", entry(b"f", b"1")[:148] + b"000000\0 " + entry(b"f", b"1")[156:] + END
+    yield "bad-sum", one[:148] + b"000000\0 " + one[156:] + END
 
 
 def gone_tars() -> dict[str, bytes]:
     """Return tars that podman takes although it cannot keep all their bytes."""
-    return {"whiteout-content": entry(b"d/f", b"1") + entry(b"d/.wh.x", b"gone") + END,
-            "aufs-content": entry(b".wh..wh.aufs", b"gone") + END,
+    return {"whiteout-content": members("d/f=1 d/.wh.x=gone") + END,
+            "aufs-content": members(".wh..wh.aufs=gone") + END,
             "sparse-1.0-no-run": sparse_1_0(b"0\n", b"", 0) + END,
             "no-name": entry(b"", b"gone") + END, "dot": entry(b".", b"gone") + END,
             "sparse-1.0-odd-runs": sparse_1_0(b"2\n10\n3\n100\n5\n", b"12345678", 5000) + END}
@@ -14093,9 +13991,8 @@ def gone_tars() -> dict[str, bytes]:
 
 def overwritten_tars() -> dict[str, bytes]:
     """Return tars whose last member replaces the first one, by way of a symbolic link."""
-    link = entry(b"l", typeflag=b"2", linkname=b".")
-    return {"overwritten": entry(b"f", b"old") + link + entry(b"l/f", b"new") + END,
-            "overwritten-longer": entry(b"f", b"old") + link + entry(b"l/f", b"longer") + END}
+    return {"overwritten": members("f=old l->. l/f=new") + END,
+            "overwritten-longer": members("f=old l->. l/f=longer") + END}
 
 
 REFUSED = {name for name, _ in refused_tars()}
@@ -14600,138 +14497,102 @@ def xattrs(values: dict[str, bytes]) -> bytes:
     return pax({b"SCHILY.xattr." + name.encode(): value for name, value in values.items()})
 
 
-def times(*stamps: bytes) -> Iterator[bytes]:
-    """Yield a file, a directory and a symbolic link for each time of a pax header."""
-    for number, stamp in enumerate(stamps):
-        for make, name in ((entry, b"f%d"), (directory, b"d%d")):
-            yield pax({b"mtime": stamp}) + make(name % number)
-        yield pax({b"mtime": stamp}) + symlink(b"l%d" % number, b"target")
+def times(*stamps: str) -> str:
+    """Return a file, a directory and a symbolic link for each time of a pax header."""
+    return " ".join(f"[mtime={stamp}] f{i} [mtime={stamp}] d{i}/ [mtime={stamp}] l{i}->target"
+                    for i, stamp in enumerate(stamps))
+
+
+def layers_of(text: str, **more: bytes) -> list[bytes]:
+    """Return the tars, without their ends, of layers that members() tells between bars."""
+    for word, meaning in (("OPAQUE", ".wh..wh..opq"), ("BASE", "a/ a/f=1 a/g=2 a/s/ a/s/h=3 t=4"),
+                          (";EARLY", ";mode=2600;uid=5;mtime=13000000000")):
+        text = text.replace(word, meaning)
+    return [members(layer, **more) for layer in text.split(" | ")]
+
+
+# Images of several layers that hide and replace what is below.
+WHITEOUTS = {
+    "opaque-after": "BASE | a/ a/n=1 a/OPAQUE",
+    "opaque-before": "BASE | a/OPAQUE a/n=1",
+    "opaque-between": "BASE | a/ a/f=x a/OPAQUE a/n=1",
+    "opaque-nested": "BASE | a/s/OPAQUE a/s/n=1",
+    "opaque-dir": "BASE | a/OPAQUE/",
+    "opaque-by-link": "BASE | l->a/s a/s/ l/OPAQUE",
+    "opaque-then-more": "BASE | a/OPAQUE | a/ a/g=new | a/f=again | a/.wh.g a/OPAQUE",
+    "whiteouts": "BASE | a/.wh.f .wh.t .wh.no no/.wh.where",
+    "whiteout-again": "BASE | .wh.a | a/ a/n=1 | a/.wh.n | a/n=2 a/f=5",
+    "whiteout-below": "BASE | a/s/.wh.h | a/s/h=re | a/.wh.s | a/s/;mode=700",
+    "whiteout-kinds": "BASE | .wh.a/ x .wh.t=>x",
+    "whiteout-by-link": "BASE | a/ l->a l/.wh.f",
+    "whiteout-odd": "BASE | a/.wh.s .wh.t/z=1 ODD",
+    "whiteout-device": "BASE | a%0,0 b%%0,0 t%4096,1048576",
+    "whiteout-linked": "BASE | .wh.t a/f=>t",
+    "types-1": "BASE | a=file | a/ a/f=x",
+    "types-2": "BASE | a->t t/ t/f=1 | a/ a/y=1 t|",
+    "types-3": "BASE | a%1,3 | a/ | a%%1,3 | a/n=1 | a->/t",
+    "types-nested": "BASE a/s/d/x=1 | a/s=file | a/s/d/y=2 | a| | a/s/d/z=3"}
+# ... with hard links, links above files, and names to be cleaned.
+LINKS = {
+    "link-fields": "x=1;mode=4755 y=>x;EARLY",
+    "link-xattrs": "A x=1;mode=4755 B y=>x",
+    "link-chown": "CAP x=1;mode=4755 y=>x;uid=5 z=1 CAP z2=>z;gid=5",
+    "link-kept": "CAP x=1;mode=4755 y=>x",
+    "link-names": "x=1;mode=4755 d/y=>./x /z=>/d/../x w=>../x;EARLY",
+    "link-symlink": "s->no;uid=7 s2=>s;uid=6;mtime=13000000000",
+    "link-special": "p| p2=>p;mode=600 c%1,3 c2=>c;EARLY",
+    "link-replaced": "x=1;mode=4755 y=>x z=>x d/w=>z | y=other .wh.x",
+    "link-again": "x=1;mode=4755 y=>x | x=1;mode=4755 y=>x;EARLY | y=1 z=>y",
+    "link-through": "r/f=1 s->r h=>s/f;EARLY",
+    "links-above": "a/s/ l->/a/../a/s/.. l/k=1 m->../../a m/j=1 a/n->s m/n/i=2 l/n/new/o=2",
+    "links-below": "a/ l->a | l/k=1 | l->a | l/ l/y=1",
+    "alias": "a/;mode=700 a/x=1 l->. l/a/;mode=711;mtime=13000000000 y=1 z=2 l/z=>y",
+    "alias-dir": "a/x=1 l->. l/a=file",
+    "alias-linked": "x=1 y=>x l->. l/x=new",
+    "implicit": "e/;mode=1777;uid=4 e/1=1 | e/2=2 | e/;mode=700",
+    "names": "./d/ ./d/1=1 /abs/f=1 x/../y=1 z/q/../../w/e=1 | /d/1=2 ./abs/.wh.f v/../w//e=2",
+    "bytes": "BYTES | GONE",
+    "deep": f"[path={'/'.join(f'{i:03}' + 'n' * 200 for i in range(17))}] f=1 | "
+            f"[path={'/'.join(f'{i:03}' + 'n' * 200 for i in range(17))}] f=1"}
+# ... and with metadata of all kinds.
+METADATA = {
+    "xattrs": "CAP2 x=1;uid=5 D d/ S s->x P p| UMLAUT y | x=1 d/f E y",
+    "xattr-empty": "EMPTY f",
+    "owners": "OWNERS [uid=4294967294,gid=3000000] 6/ LINKED",
+    "times": times("0", "1.123456789123", "1600000000.000000001") + " | "
+             + times("-5.25", "-0.000000001", "9223372036.854775807"),
+    "times-far": times("9223372036.854775808", "20000000000", "-9999999999"),
+    "modes": "1=1;mode=107755 2/;mode=3777 3;mode=0 4|;mode=6666 5;mode=2644;uid=5 6->x;mode=600 "
+             "7/;mode=0 7/f=1;mode=7777",
+    "devices": "1%259,1000000 2%%4095,1048575 3%%4097,1048577 4%5,1;mode=620;uid=1",
+    "formats": "V7 | USTAR | GNU | PAX | BASE256"}
 
 
 def stacks() -> Iterator[tuple[str, list[bytes]]]:
     """Yield (name, tars of the layers without their ends) for images of several layers."""
-    yield from whiteout_stacks()
-    yield from link_stacks()
-    yield from metadata_stacks()
-
-
-def lower_layer() -> bytes:
-    return (directory(b"a") + entry(b"a/f", b"1") + entry(b"a/g", b"2") + directory(b"a/s")
-            + entry(b"a/s/h", b"3") + entry(b"t", b"4"))
-
-
-def whiteout_stacks() -> Iterator[tuple[str, list[bytes]]]:
-    """Yield stacks whose layers hide and replace what is below."""
-    base, opaque = lower_layer(), entry(b"a/.wh..wh..opq")
-    yield "opaque-after", [base, directory(b"a") + entry(b"a/n", b"1") + opaque]
-    yield "opaque-before", [base, opaque + entry(b"a/n", b"1")]
-    yield "opaque-between", [base, directory(b"a") + entry(b"a/f", b"x") + opaque
-                             + entry(b"a/n", b"1")]
-    yield "opaque-nested", [base, entry(b"a/s/.wh..wh..opq") + entry(b"a/s/n", b"1")]
-    yield "opaque-dir", [base, directory(b"a/.wh..wh..opq")]
-    yield "opaque-by-link", [base, symlink(b"l", b"a/s") + directory(b"a/s")
-                             + entry(b"l/.wh..wh..opq")]
-    yield "opaque-then-more", [base, opaque, directory(b"a") + entry(b"a/g", b"new"),
-                               entry(b"a/f", b"again"), entry(b"a/.wh.g") + opaque]
-    yield "whiteouts", [base, entry(b"a/.wh.f") + entry(b".wh.t") + entry(b".wh.no")
-                        + entry(b"no/.wh.where")]
-    yield "whiteout-again", [base, entry(b".wh.a"), directory(b"a") + entry(b"a/n", b"1"),
-                             entry(b"a/.wh.n"), entry(b"a/n", b"2") + entry(b"a/f", b"5")]
-    yield "whiteout-below", [base, entry(b"a/s/.wh.h"), entry(b"a/s/h", b"re"), entry(b"a/.wh.s"),
-                             directory(b"a/s", mode=b"0000700")]
-    yield "whiteout-kinds", [base, directory(b".wh.a") + entry(b"x") + hardlink(b".wh.t", b"x")]
-    yield "whiteout-by-link", [base, directory(b"a") + symlink(b"l", b"a") + entry(b"l/.wh.f")]
-    yield "whiteout-odd", [base, entry(b"a/.wh.s") + entry(b".wh.t/z", b"1")
-                           + entry(b".wh.\xff\n", b"")]
-    yield "whiteout-device", [base, device(b"a", b"3", 0, 0) + device(b"b", b"4", 0, 0)
-                              + device(b"t", b"3", 4096, 1 << 20)]
-    yield "whiteout-linked", [base, entry(b".wh.t") + hardlink(b"a/f", b"t")]
-    yield "types-1", [base, entry(b"a", b"file"), directory(b"a") + entry(b"a/f", b"x")]
-    yield "types-2", [base, symlink(b"a", b"t") + directory(b"t") + entry(b"t/f", b"1"),
-                      directory(b"a") + entry(b"a/y", b"1") + entry(b"t", typeflag=b"6")]
-    yield "types-3", [base, device(b"a", b"3", 1, 3), directory(b"a"), device(b"a", b"4", 1, 3),
-                      entry(b"a/n", b"1"), symlink(b"a", b"/t")]
-    yield "types-nested", [base + entry(b"a/s/d/x", b"1"), entry(b"a/s", b"file"),
-                           entry(b"a/s/d/y", b"2"), entry(b"a", typeflag=b"6"),
-                           entry(b"a/s/d/z", b"3")]
-
-
-def link_stacks() -> Iterator[tuple[str, list[bytes]]]:
-    """Yield stacks with hard links, links above files, and names to be cleaned."""
-    file = entry(b"x", b"1", mode=b"0004755")
-    earlier = {"mode": b"0002600", "uid": b"0000005", "mtime": EARLIER}
-    cap, a, b = (xattrs(value) for value in (
-        {"security.capability": CAPABILITY, "user.c": b"3"}, {"user.a": b"1"}, {"user.b": b"2"}))
-    yield "link-fields", [file + hardlink(b"y", b"x", **earlier)]
-    yield "link-xattrs", [a + file + b + hardlink(b"y", b"x")]
-    yield "link-chown", [cap + file + hardlink(b"y", b"x", uid=b"0000005")
-                         + entry(b"z", b"1") + cap + hardlink(b"z2", b"z", gid=b"0000005")]
-    yield "link-kept", [cap + file + hardlink(b"y", b"x")]
-    yield "link-names", [file + hardlink(b"d/y", b"./x") + hardlink(b"/z", b"/d/../x")
-                         + hardlink(b"w", b"../x", **earlier)]
-    yield "link-symlink", [symlink(b"s", b"no", uid=b"0000007")
-                           + hardlink(b"s2", b"s", uid=b"0000006", mtime=EARLIER)]
-    yield "link-special", [entry(b"p", typeflag=b"6") + hardlink(b"p2", b"p", mode=b"0000600")
-                           + device(b"c", b"3", 1, 3) + hardlink(b"c2", b"c", **earlier)]
-    yield "link-replaced", [file + hardlink(b"y", b"x") + hardlink(b"z", b"x")
-                            + hardlink(b"d/w", b"z"), entry(b"y", b"other") + entry(b".wh.x")]
-    yield "link-again", [file + hardlink(b"y", b"x"), file + hardlink(b"y", b"x", **earlier),
-                         entry(b"y", b"1") + hardlink(b"z", b"y")]
-    yield "link-through", [entry(b"r/f", b"1") + symlink(b"s", b"r")
-                           + hardlink(b"h", b"s/f", **earlier)]
-    yield "links-above", [
-        directory(b"a/s") + symlink(b"l", b"/a/../a/s/..") + entry(b"l/k", b"1")
-        + symlink(b"m", b"../../a") + entry(b"m/j", b"1") + symlink(b"a/n", b"s")
-        + entry(b"m/n/i", b"2") + entry(b"l/n/new/o", b"2")]
-    yield "links-below", [directory(b"a") + symlink(b"l", b"a"), entry(b"l/k", b"1"),
-                          symlink(b"l", b"a"), directory(b"l") + entry(b"l/y", b"1")]
-    yield "alias", [directory(b"a", mode=b"0000700") + entry(b"a/x", b"1") + symlink(b"l", b".")
-                    + directory(b"l/a", mode=b"0000711", mtime=EARLIER) + entry(b"y", b"1")
-                    + entry(b"z", b"2") + hardlink(b"l/z", b"y")]
-    yield "alias-dir", [entry(b"a/x", b"1") + symlink(b"l", b".") + entry(b"l/a", b"file")]
-    yield "alias-linked", [entry(b"x", b"1") + hardlink(b"y", b"x") + symlink(b"l", b".")
-                           + entry(b"l/x", b"new")]
-    yield "implicit", [directory(b"e", mode=b"0001777", uid=b"0000004") + entry(b"e/1", b"1"),
-                       entry(b"e/2", b"2"), directory(b"e", mode=b"0000700")]
-    yield "names", [directory(b"./d") + entry(b"./d/1", b"1") + entry(b"/abs/f", b"1")
-                    + entry(b"x/../y", b"1") + entry(b"z/q/../../w/e", b"1"),
-                    entry(b"/d/1", b"2") + entry(b"./abs/.wh.f") + entry(b"v/../w//e", b"2")]
-    yield "bytes", [directory(b"\xff\n") + entry(b"\xff\n/\xe9\\", b"1")
-                    + entry(b"\xff\n/\xee\xbe\x80", b"2") + hardlink(b"\xfe", b"\xff\n/\xe9\\"),
-                    entry(b"\xff\n/.wh.\xe9\\")]
-    yield "deep", [pax({b"path": b"/".join([b"%03d" % i + b"n" * 200 for i in range(17)])})
-                   + entry(b"f", b"1")] * 2
-
-
-def metadata_stacks() -> Iterator[tuple[str, list[bytes]]]:
-    """Yield stacks with metadata of all kinds."""
-    yield "xattrs", [
-        xattrs({"security.capability": CAPABILITY, "user.a": b"b\0c=\n", "trusted.t": b"1"})
-        + entry(b"x", b"1", uid=b"0000005") + xattrs({"user.d": b"1"}) + directory(b"d")
-        + xattrs({"trusted.s": b"1"}) + symlink(b"s", b"x")
-        + xattrs({"trusted.p": b"1"}) + entry(b"p", typeflag=b"6")
-        + xattrs({"user.\u00fc": b"\xff"}) + entry(b"y"),
-        entry(b"x", b"1") + entry(b"d/f") + xattrs({"user.e": b"2"}) + entry(b"y")]
-    yield "xattr-empty", [xattrs({"user.e": b"", "user.f": b"1"}) + entry(b"f")]
-    yield "owners", [
-        entry(b"1", uid=base256(4294967295, 8)) + entry(b"2", gid=base256(4294967294, 8))
+    tars = dict(header_tars())
+    more = {
+        "ODD": entry(b".wh.\xff\n"),
+        "CAP": xattrs({"security.capability": CAPABILITY, "user.c": b"3"}),
+        "CAP2": xattrs({"security.capability": CAPABILITY, "user.a": b"b\0c=\n",
+                        "trusted.t": b"1"}),
+        **{name: xattrs({f"user.{name.lower()}": value}) for name, value in (
+            ("A", b"1"), ("B", b"2"), ("D", b"1"), ("E", b"2"))},
+        "S": xattrs({"trusted.s": b"1"}), "P": xattrs({"trusted.p": b"1"}),
+        "UMLAUT": xattrs({"user.\u00fc": b"\xff"}),
+        "EMPTY": xattrs({"user.e": b"", "user.f": b"1"}),
+        "BYTES": directory(b"\xff\n") + entry(b"\xff\n/\xe9\\", b"1") + entry(
+            b"\xff\n/\xee\xbe\x80", b"2") + hardlink(b"\xfe", b"\xff\n/\xe9\\"),
+        "GONE": entry(b"\xff\n/.wh.\xe9\\"),
+        "OWNERS": entry(b"1", uid=base256(4294967295, 8)) + entry(b"2", gid=base256(4294967294, 8))
         + entry(b"3", uid=base256(2**32 + 5, 8)) + entry(b"5", gid=b"7777777")
-        + entry(b"4", uid=base256(-2, 8), gid=base256(-1, 8))
-        + pax({b"uid": b"4294967294", b"gid": b"3000000"}) + directory(b"6")
-        + entry(b"7", uid=b"0000003") + hardlink(b"8", b"7", uid=base256(-1, 8), gid=b"0000002")]
-    yield "times", [b"".join(times(b"0", b"1.123456789123", b"1600000000.000000001")),
-                    b"".join(times(b"-5.25", b"-0.000000001", b"9223372036.854775807"))]
-    yield "times-far", [b"".join(times(b"9223372036.854775808", b"20000000000", b"-9999999999"))]
-    yield "modes", [
-        entry(b"1", b"1", mode=b"0107755") + directory(b"2", mode=b"0003777")
-        + entry(b"3", mode=b"0000000") + entry(b"4", typeflag=b"6", mode=b"0006666")
-        + entry(b"5", mode=b"0002644", uid=b"0000005") + symlink(b"6", b"x", mode=b"0000600")
-        + directory(b"7", mode=b"0000000") + entry(b"7/f", b"1", mode=b"0007777")]
-    yield "devices", [device(b"1", b"3", 259, 1000000) + device(b"2", b"4", 4095, (1 << 20) - 1)
-                      + device(b"3", b"4", 4097, (1 << 20) + 1)
-                      + device(b"4", b"3", 5, 1, mode=b"0000620", uid=b"0000001")]
-    yield "formats", [data for name, data in odd_tars()
-                      if name in ("v7", "ustar-prefix", "gnu-long", "pax", "base-256")]
+        + entry(b"4", uid=base256(-2, 8), gid=base256(-1, 8)),
+        "LINKED": entry(b"7", uid=b"0000003") + hardlink(b"8", b"7", uid=base256(-1, 8),
+                                                         gid=b"0000002"),
+        "V7": tars["v7"], "USTAR": tars["ustar-prefix"], "GNU": tars["gnu-long"],
+        "PAX": tars["pax"], "BASE256": tars["base-256"]}
+    for name, text in {**WHITEOUTS, **LINKS, **METADATA}.items():
+        yield name, layers_of(text, **more)
 
 
 def write_layout(folder: str, images: dict[str, list[bytes]]) -> None:
@@ -14964,107 +14825,43 @@ def put_new(path: str) -> str:
 def container_layers() -> list[bytes]:
     """Return two layers for containers to change."""
     cap = xattrs({"security.capability": CAPABILITY, "user.a": b"1"})
-    return [
-        lower_layer() + directory(b"b", mode=b"0001777") + entry(b"b/x", b"1")
-        + entry(b"b/y/z", b"2") + cap + entry(b"c", b"c", mode=b"0004755")
-        + entry(b"d/old", b"1") + directory(b"e", uid=b"0000003") + entry(b"e/1", b"1")
-        + entry(b"e/in/2", b"2") + entry(b"e/in/er/3", b"3") + entry(b"h1", b"h")
-        + hardlink(b"h2", b"h1") + hardlink(b"h3", b"h1") + symlink(b"s", b"a/f")
-        + entry(b"w/keep", b"1") + entry(b"w/old/4", b"4") + device(b"null", b"3", 1, 3)
-        + entry(b"big", b"0123456789abcdef" * 9000) + entry(b"m/1/2/3/f", b"m") + entry(b"m/g")
-        + END,
-        entry(b".wh.b") + entry(b"w/.wh.old") + entry(b"a/new", b"n") + entry(b"e/in/more", b"5")
-        + entry(b"m/1/.wh..wh..opq") + entry(b"m/1/2/k", b"k") + END]
+    text = ("BASE b/;mode=1777 b/x=1 b/y/z=2 CAP c=c;mode=4755 d/old=1 e/;uid=3 e/1=1 e/in/2=2 "
+            "e/in/er/3=3 h1=h h2=>h1 h3=>h1 s->a/f w/keep=1 w/old/4=4 null%1,3 m/1/2/3/f=m m/g "
+            f"big={'0123456789abcdef' * 9000} | "
+            ".wh.b w/.wh.old a/new=n e/in/more=5 m/1/OPAQUE m/1/2/k=k")
+    return [data + END for data in layers_of(text, CAP=cap)]
 
 
-def change_container(top: str) -> None:
-    """Change a mounted container of container_layers() in every way that a writable layer has."""
-    os.unlink(f"{top}/a/f")
-    shutil.rmtree(f"{top}/d")
-    os.mkdir(f"{top}/d", 0o750)
-    put(f"{top}/d/new", b"1")
-    shutil.rmtree(f"{top}/e/in/er")
-    os.makedirs(f"{top}/e/in/er/deeper")
-    os.chmod(f"{top}/c", 0o2711)
-    os.chmod(f"{top}/big", 0o600)
-    os.chown(f"{top}/h1", 5, 6)
-    os.chmod(f"{top}/a/s", 0o700)
-    os.chown(f"{top}/s", 5, 6, follow_symlinks=False)
-    os.utime(f"{top}/w/keep", ns=(1, 1234567890123456789))
-    os.link(f"{top}/h2", f"{top}/h4")
-    os.link(f"{top}/a/g", f"{top}/a/g2")
-    put(f"{top}/n1", b"n")
-    os.link(f"{top}/n1", f"{top}/w/n2")
-    os.mkdir(f"{top}/b")
-    put(f"{top}/b/y", b"now a file")
-    os.symlink("/b", f"{top}/w/old")
-    os.unlink(f"{top}/t")
-    os.mkdir(f"{top}/t")
-    os.mknod(f"{top}/t/pipe", stat.S_IFIFO | 0o640)
-    os.mknod(f"{top}/t/zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
-    os.unlink(f"{top}/null")
-    put(f"{top}/null", b"no device")
-    os.setxattr(f"{top}/a/new", "user.n", b"\0")
-    os.setxattr(f"{top}/w", "user.w", b"w")
-    put(os.fsdecode(os.fsencode(top) + b"/\xff\n\\"), b"odd")
-    os.mkdir(f"{top}/moved")
-    put(f"{top}/moved/f", b"1")
-    os.rename(f"{top}/moved", f"{top}/a/moved")
-
-
-def rename_directories(top: str) -> None:
-    """Rename directories of lower layers, and directories in them; put files into all."""
-    os.rename(f"{top}/e", f"{top}/e2")
-    put(f"{top}/e2/after", b"1")
-    os.rename(f"{top}/e2/in", f"{top}/e2/out")
-    put(f"{top}/e2/out/after", b"2")
-    os.mkdir(f"{top}/e")
-    put(f"{top}/e/1", b"not that one")
-    os.rename(f"{top}/e2/out", f"{top}/a/from-e")
-    os.mkdir(f"{top}/e2/out")
-    os.mkdir(f"{top}/b")
-    os.rename(f"{top}/w", f"{top}/b2")
-    os.rename(f"{top}/b2", f"{top}/b/w")
-    os.rename(f"{top}/b/w", f"{top}/w")
-    os.rename(f"{top}/m/1/2", f"{top}/m/two")
-    os.unlink(f"{top}/m/two/k")
-    os.rename(f"{top}/m", f"{top}/d/m")
-    put(f"{top}/d/m/two/k", b"anew")
-    os.rename(f"{top}/h3", f"{top}/d/h5")
-    os.rename(f"{top}/big", f"{top}/d/m/big")
-    os.chmod(f"{top}/h2", 0o640)
-
-
-def rename_again(top: str) -> None:
-    """Rename directories after change_container()."""
-    os.rename(f"{top}/e/in", f"{top}/d/in")
-    os.rename(f"{top}/e", f"{top}/d/in/er/e")
-    os.mkdir(f"{top}/e")
-    os.rename(f"{top}/d/in/er/e", f"{top}/e")
-    os.rename(f"{top}/a", f"{top}/a2")
-    os.rename(f"{top}/a2/s", f"{top}/a2/moved/s")
-    put(f"{top}/a2/moved/s/h2", b"1")
-    os.unlink(f"{top}/a2/moved/s/h")
-    os.rename(f"{top}/m/1", f"{top}/m1")
-    os.rename(f"{top}/m1/2", f"{top}/m/1")
-    os.rename(f"{top}/c", f"{top}/a2/c")
-    os.rename(f"{top}/a2", f"{top}/m1/a")
-
-
-def swap_directories(top: str) -> None:
-    """Give directories one another's names, where the lower layers have directories too."""
-    os.rename(f"{top}/a", f"{top}/x")
-    os.rename(f"{top}/e", f"{top}/a")
-    os.rename(f"{top}/x", f"{top}/e")
-    shutil.rmtree(f"{top}/d")
-    os.rename(f"{top}/m", f"{top}/d")
-    os.rename(f"{top}/d/1", f"{top}/m")
-    os.rename(f"{top}/m/2", f"{top}/b")  # a layer below has a whiteout there
-    put(f"{top}/e/1", b"n")
-    os.mkdir(f"{top}/w/old")
-    os.rename(f"{top}/w", f"{top}/b/w")
-    shutil.rmtree(f"{top}/a/in/er")
-    os.rename(f"{top}/a/in", f"{top}/a/er")
+# Changes of a mounted container of container_layers(): in every way that a writable layer has,
+# ...
+CHANGE = r"""
+rm -r a/f d e/in/er t null; mkdir -m 750 d; printf 1 > d/new; mkdir -p e/in/er/deeper b t
+chmod 2711 c; chmod 600 big; chmod 700 a/s; chown 5:6 h1; chown -h 5:6 s
+touch -d @1234567890.123456789 w/keep
+ln h2 h4; ln a/g a/g2; printf n > n1; ln n1 w/n2; printf 'now a file' > b/y; ln -s /b w/old
+mknod -m 640 t/pipe p; mknod -m 666 t/zero c 1 5; printf 'no device' > null
+setfattr -n user.n -v 0x00 a/new; setfattr -n user.w -v w w
+printf odd > "$(printf '\377\n\\')"; mkdir moved; printf 1 > moved/f; mv -T moved a/moved
+"""
+# ... by renaming directories of lower layers, and directories in them, and files put into all,
+RENAME = """
+mv -T e e2; printf 1 > e2/after; mv -T e2/in e2/out; printf 2 > e2/out/after
+mkdir e; printf 'not that one' > e/1; mv -T e2/out a/from-e; mkdir e2/out b
+mv -T w b2; mv -T b2 b/w; mv -T b/w w; mv -T m/1/2 m/two; rm m/two/k
+mv -T m d/m; printf anew > d/m/two/k; mv -T h3 d/h5; mv -T big d/m/big; chmod 640 h2
+"""
+# ... the same after CHANGE,
+RENAME_AGAIN = """
+mv -T e/in d/in; mv -T e d/in/er/e; mkdir e; mv -T d/in/er/e e; mv -T a a2; mv -T a2/s a2/moved/s
+printf 1 > a2/moved/s/h2; rm a2/moved/s/h; mv -T m/1 m1; mv -T m1/2 m/1; mv -T c a2/c
+mv -T a2 m1/a
+"""
+# ... and where directories get one another's names, and the lower layers have directories, too;
+# one at b, where a layer below has a whiteout.
+SWAP = """
+mv -T a x; mv -T e a; mv -T x e; rm -r d; mv -T m d; mv -T d/1 m; mv -T m/2 b; printf n > e/1
+mkdir w/old; mv -T w b/w; rm -r a/in/er; mv -T a/in a/er
+"""
 
 
 class RealXattrs(unittest.TestCase):
@@ -15125,24 +14922,18 @@ class RealTree(unittest.TestCase):
     # What podman shows otherwise, by image: it ignores the root's header ("./") altogether and an
     # opaque marker in the root, a whiteout beside the directory that it names hides nothing, and
     # what AUFS keeps is shown.  Everything else has to be the same.
-    OTHERWISE: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
-        "root": ([directory(b".", mode=b"0000700", uid=b"0000005") + entry(b"f", b"1")],
-                 [(b"", "mode"), (b"", "owner"), (b"", "mtime")]),
-        "root-below": ([directory(b".", mode=b"0000700", uid=b"0000005"), entry(b"g", b"1")],
-                       [(b"", "mode"), (b"", "owner"), (b"", "mtime")]),
-        "opaque-root": ([lower_layer(), entry(b"n") + entry(b".wh..wh..opq")],
-                        [(name, "missing") for name in (b"a", b"a/f", b"a/g", b"a/s", b"a/s/h",
-                                                        b"t")]),
-        "whiteout-then-dir": ([lower_layer(), entry(b".wh.a") + directory(b"a") + entry(b"a/n")],
-                              [(name, "missing") for name in (b"a/f", b"a/g", b"a/s", b"a/s/h")]),
-        "aufs": ([lower_layer(), entry(b".wh..wh.aufs") + directory(b".wh..wh.plnk")
-                  + entry(b".wh..wh.plnk/1.2", b"1") + directory(b".wh..wh.orph")
-                  + entry(b"a/.wh..wh..opq")],
+    OTHERWISE: dict[str, tuple[str, list[tuple[bytes, str]]]] = {
+        "root": ("./;mode=700;uid=5 f=1", [(b"", "mode"), (b"", "owner"), (b"", "mtime")]),
+        "root-below": ("./;mode=700;uid=5 | g=1", [(b"", "mode"), (b"", "owner"), (b"", "mtime")]),
+        "opaque-root": ("BASE | n .wh..wh..opq", [(name, "missing") for name in (
+            b"a", b"a/f", b"a/g", b"a/s", b"a/s/h", b"t")]),
+        "whiteout-then-dir": ("BASE | .wh.a a/ a/n", [(name, "missing") for name in (
+            b"a/f", b"a/g", b"a/s", b"a/s/h")]),
+        "aufs": ("BASE | .wh..wh.aufs .wh..wh.plnk/ .wh..wh.plnk/1.2=1 .wh..wh.orph/ a/OPAQUE",
                  [(b".wh..wh.plnk", "missing"), (b".wh..wh.plnk/1.2", "missing")]),
-        "dot-names": ([dict(odd_tars())["dot-names"]], [(b"", "mode"), (b"", "mtime")]),
-        "whiteout-parents": ([dict(odd_tars())["whiteout-parents"]],
-                             [(b".wh..wh.plnk", "missing"), (b".wh..wh.plnk/1.2", "missing")]),
-    }
+        "dot-names": (NAMES["dot-names"], [(b"", "mode"), (b"", "mtime")]),
+        "whiteout-parents": (NAMES["whiteout-parents"],
+                             [(b".wh..wh.plnk", "missing"), (b".wh..wh.plnk/1.2", "missing")])}
 
     # Tars that GNU tar reads otherwise than Go: it takes sizes of directories and devices for
     # content, passes over negative sizes, and heeds GNU.sparse.name whatever the version.
@@ -15155,7 +14946,7 @@ class RealTree(unittest.TestCase):
     def setUpClass(cls) -> None:
         need(os.geteuid() == 0, "only root can run podman on a store of its own")
         need_tools("podman", "buildah", "skopeo", "tar", "mount", "umount", "mkfs.xfs",
-                   "mkfs.btrfs", "mkfs.ext4", "filefrag")
+                   "mkfs.btrfs", "mkfs.ext4", "filefrag", "setfattr")
         cls.folder = tempfile.TemporaryDirectory(prefix="cstor-tree-", dir=cls.fast_folder())
         cls.addClassCleanup(cls.folder.cleanup)
         cls.disks, cls.stores = {}, []
@@ -15164,8 +14955,8 @@ class RealTree(unittest.TestCase):
         images = {**dict(odd_tars()), **gone_tars()}
         layers = {**{f"odd-{name}": [data] for name, data in images.items()},
                   **{f"stack-{name}": [data + END for data in tars] for name, tars in stacks()},
-                  **{f"other-{name}": [data + END for data in tars]
-                     for name, (tars, _) in cls.OTHERWISE.items()},
+                  **{f"other-{name}": [data + END for data in layers_of(text)]
+                     for name, (text, _) in cls.OTHERWISE.items()},
                   "container": container_layers()}
         write_layout(cls.path("layout"), layers)
         cls.refused = {}
@@ -15526,14 +15317,14 @@ class RealTree(unittest.TestCase):
 
     # -- containers ------------------------------------------------------------------------------
 
-    def container(self, store: Store, name: str, changes: Sequence[Callable[[str], None]],
+    def container(self, store: Store, name: str, changes: Sequence[str | Callable[[str], None]],
                   *arguments: str) -> dict[str, int]:
         """Make a container, change and compare it; count xattrs by name in its writable layer."""
         identity = store.podman("create", "--network", "none", "--name", name, *arguments,
                                 "/a").strip()
         top = store.podman("mount", identity).strip()
         for change in changes:
-            change(top)
+            run("sh", "-ec", change, cwd=top) if isinstance(change, str) else change(top)
         with cstor.Storage.open(store.root) as storage:
             container = storage.container(identity)
             if not any("fuse-overlayfs" in word for word in store.globals):
@@ -15555,7 +15346,7 @@ class RealTree(unittest.TestCase):
 
     def test_containers(self) -> None:
         self.container(self.store, "unchanged", [], "localhost/container")
-        found = self.container(self.store, "changed", [change_container], "localhost/container")
+        found = self.container(self.store, "changed", [CHANGE], "localhost/container")
         self.assertGreater(found.get("trusted.overlay.opaque", 0), 1, found)
 
     def test_containers_of_large_images(self) -> None:
@@ -15567,9 +15358,8 @@ class RealTree(unittest.TestCase):
     def test_containers_with_stubs_and_renamed_directories(self) -> None:
         store = self.make_store("metacopy", "overlay.mountopt=metacopy=on,redirect_dir=on")
         self.pull(store, "container")
-        for name, changes in (("changed", [change_container]), ("renamed", [rename_directories]),
-                              ("both", [change_container, rename_again]),
-                              ("swapped", [swap_directories])):
+        for name, changes in (("changed", [CHANGE]), ("renamed", [RENAME]),
+                              ("both", [CHANGE, RENAME_AGAIN]), ("swapped", [SWAP])):
             found = self.container(store, name, changes, "localhost/container")
             if name != "changed":
                 self.assertGreater(found.get("trusted.overlay.redirect", 0), 2, found)
@@ -15581,7 +15371,7 @@ class RealTree(unittest.TestCase):
         store = self.make_store("fuse", "overlay.mount_program=/usr/bin/fuse-overlayfs")
         self.pull(store, "container")
         self.container(store, "unchanged", [], "localhost/container")
-        self.container(store, "changed", [change_container], "localhost/container")
+        self.container(store, "changed", [CHANGE], "localhost/container")
 
     def test_rootfs_containers(self) -> None:
         top = self.path("rootfs")
@@ -16528,267 +16318,6 @@ class RealRootless(unittest.TestCase):
 
 
 # ================================================================================================
-# Benchmarks
-# ================================================================================================
-
-def make_bench_tar(path: str) -> None:
-    """Write a tar of 67,000 files and 640 MB in directories as of a system with Python packages."""
-    rng = random.Random(42)
-    blob = rng.getrandbits(8 << 20).to_bytes(1 << 20, "big")
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        busybox = shutil.which("busybox")
-        if busybox:  # something to run in it
-            info = tar.gettarinfo(busybox, "busybox")
-            with open(busybox, "rb") as file:
-                tar.addfile(info, file)
-        count = 0
-        while count < 67_000:
-            directory = f"usr/lib/python3/dist-packages/p{count % 37:02d}/module{count:05d}"
-            info = tarfile.TarInfo(directory + "/")
-            info.type, info.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(info)
-            for i in range(rng.randint(5, 40)):
-                kind = rng.random()
-                low, high = (0, 2000) if kind < .5 else (2000, 16000) if kind < .9 \
-                    else (16000, 60000) if kind < .9995 else (1 << 20, 4 << 20)
-                size = rng.randint(low, high)
-                info = tarfile.TarInfo(f"{directory}/file{i:03d}.py")
-                info.size, info.mtime = size, 1700000000 + i
-                start = rng.randint(0, 1 << 19)
-                tar.addfile(info, io.BytesIO((blob[start:] + blob * (size >> 20) + blob)[:size]
-                                             if size > 1 << 19 else blob[start:start + size]))
-                count += 1
-
-
-def timed(command: Sequence[str], pipe: bool, made: Sequence[str]) -> float:
-    """Run a command into /dev/null, or through a pipe; return the seconds it takes.
-
-    What it makes is removed before.
-    """
-    if made:
-        subprocess.run(["rm", "-rf", *made], check=True)
-        os.sync()
-    start = time.monotonic()
-    reader = None
-    if pipe:
-        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    out = reader.stdin if reader else subprocess.DEVNULL
-    if subprocess.call(command, stdout=out, stderr=subprocess.DEVNULL):
-        raise SystemExit(f"failed: {' '.join(command)}")
-    if reader:
-        reader.communicate()
-    return time.monotonic() - start
-
-
-def compare(title: str, ours: Sequence[str], peer: Sequence[str], target: float, *,
-            pipe: bool = False, runs: int = 7, made: Sequence[str] = ()) -> None:
-    """Run two commands in turn and print the medians, and the median of the ratios."""
-    for command in (ours, peer):
-        timed(command, pipe, made)
-    pairs = [(timed(ours, pipe, made), timed(peer, pipe, made)) for _ in range(runs)]
-
-    def median(values: Iterable[float]) -> float:
-        return sorted(values)[runs // 2]
-
-    ratio = median(a / b for a, b in pairs)
-    print(f"{title:44} {median(a for a, _ in pairs):8.3f} s {median(b for _, b in pairs):8.3f} s "
-          f"{ratio:6.2f}  wanted {target:4.2f}  {'met' if ratio <= target else 'MISSED'}",
-          flush=True)
-
-
-def bench(where: str = "") -> int:
-    """Print the rows of the speed table side by side with the peers."""
-    for tool in ("podman", "containers-storage", "tar"):
-        if not shutil.which(tool):
-            print(f"skipped: {tool} is not installed (make lab installs it)")
-            return 0
-    if os.geteuid():
-        print("skipped: the peers need root")
-        return 0
-    with tempfile.TemporaryDirectory(prefix="cstor-bench-", dir=where or "/var/tmp") as directory:
-        root, run = os.path.join(directory, "root"), os.path.join(directory, "run")
-        podman = ["podman", "--root", root, "--runroot", run, "--storage-driver", "overlay"]
-        archive = os.path.join(directory, "layer.tar")
-        print("making a store of 67,000 files ...", flush=True)
-        make_bench_tar(archive)
-        try:
-            subprocess.run([*podman, "import", "-q", archive, "localhost/bench"], check=True,
-                           stdout=subprocess.DEVNULL)
-            bench_rows(root, run, podman)
-            bench_oci(directory, root, run, archive)
-            for kind in ("xfs", "btrfs", "ext4"):
-                bench_extract(directory, kind, archive)
-        finally:
-            subprocess.run(["umount", "-l", os.path.join(root, "overlay")],
-                           stderr=subprocess.DEVNULL)
-    return 0
-
-
-def bench_oci(directory: str, root: str, run: str, archive: str) -> None:
-    """Write an OCI layout beside skopeo, and compress beside pigz."""
-    layout = os.path.join(directory, "layout")
-    ours = [sys.executable, SCRIPT, "--root", root, "image", "copy-to-oci", "bench", layout + ":b"]
-    if shutil.which("skopeo"):
-        source = f"containers-storage:[overlay@{root}+{run}]localhost/bench"
-        theirs = ["skopeo", "copy", "-q", source, f"oci:{layout}:b"]
-        compare("copy-to-oci / skopeo copy (which compresses)", ours, theirs, 0.3, runs=5,
-                made=[layout])
-        compare("copy-to-oci / skopeo copy, uncompressed", ours,
-                [*theirs[:2], "--dest-oci-accept-uncompressed-layers", *theirs[2:]], 1.0, runs=5,
-                made=[layout])
-        compare("copy-to-oci --compress gzip / skopeo copy", [*ours, "--compress=gzip"], theirs,
-                1.5, runs=3, made=[layout])
-    if shutil.which("pigz"):
-        packed = os.path.join(directory, "packed")
-        pigz = ["sh", "-c", f"exec pigz -6 -n -c {archive} > {packed}"]
-        compare("copy-to-oci --compress gzip / pigz -6 of the tar", [*ours, "--compress=gzip"],
-                pigz, 1.5, runs=3, made=[layout, packed])
-
-
-def bench_extract(directory: str, kind: str, archive: str) -> None:
-    """Extract the image on a file system of its own, beside cp and the tools for OCI images."""
-    try:
-        place = make_disk(directory, kind, 8 << 30)
-    except (unittest.SkipTest, AssertionError, FileNotFoundError) as error:
-        print(f"no extraction on {kind}: {error}")
-        return
-    store = Store(place)
-    out, layout, bundle = (os.path.join(place, name) for name in ("out", "layout", "bundle"))
-    try:
-        store.podman("import", "-q", archive, "localhost/bench")
-        with cstor.Storage.open(store.root) as storage:
-            diff = os.path.join(store.root, "overlay", storage.layers()[0].id, "diff")
-        ours = [sys.executable, SCRIPT, "--root", store.root, "image", "extract", "bench", out]
-        how = "--reflink=auto" if kind == "ext4" else "--reflink=always"
-        compare(f"image extract on {kind} / cp -a {how}", ours, ["cp", "-a", how, diff, out], 1.0,
-                made=[out])
-        if kind == "xfs" and shutil.which("skopeo") and shutil.which("umoci"):
-            steps = (f"skopeo copy -q 'containers-storage:[overlay@{store.root}+{store.runroot}]"
-                     f"localhost/bench' oci:{layout}:b && umoci unpack --image {layout}:b {bundle}")
-            compare("image extract on xfs / skopeo copy, umoci unpack", ours, ["sh", "-c", steps],
-                    0.15, runs=3, made=[out, layout, bundle])
-        if kind == "xfs":
-            bench_socket(store, place)
-    finally:
-        store.close()
-        unmount(place)
-
-
-def bench_socket(store: Store, place: str) -> None:
-    """Fetch the layer from a server and extract it, beside what takes it out of podman."""
-    out, layout, bundle = (os.path.join(place, name) for name in ("out", "layout", "bundle"))
-    path = os.path.join(place, "socket")
-    with cstor.Storage.open(store.root) as storage:
-        layer = storage.layers()[0].id
-    server = subprocess.Popen([sys.executable, SCRIPT, "--root", store.root, "serve", "-q",
-                               "--socket", path])
-    try:
-        while not os.path.exists(path):
-            time.sleep(0.05)
-        ours = [sys.executable, SCRIPT, "layer", "extract", layer, out, "--socket", path]
-        if shutil.which("skopeo") and shutil.which("umoci"):
-            steps = (f"skopeo copy -q 'containers-storage:[overlay@{store.root}+{store.runroot}]"
-                     f"localhost/bench' oci:{layout}:b && umoci unpack --image {layout}:b {bundle}")
-            compare("layer extract from a server / skopeo, umoci", ours, ["sh", "-c", steps],
-                    1.0, runs=3, made=[out, layout, bundle])
-        steps = (f"mkdir {out}; podman --root {store.root} --runroot {store.runroot} "
-                 "--storage-driver overlay save -q localhost/bench | tar -xO --wildcards '*.tar' | "
-                 f"tar -x -C {out}")
-        compare("layer extract from a server / podman save, tar x", ours, ["sh", "-c", steps],
-                1.0, runs=5, made=[out])
-        compare("layer export from a server / layer export", [*ours[:3], "export", layer,
-                "--socket", path], [sys.executable, SCRIPT, "--root", store.root, "layer",
-                                    "export", layer], 3.0, runs=5)
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def bench_rows(root: str, run: str, podman: Sequence[str]) -> None:
-    """Print one row for each comparison."""
-    with cstor.Storage.open(root) as storage:
-        layer = storage.layers()[0]
-        size, count = layer.diff_size, sum(1 for member in layer.members())
-    ours = [sys.executable, SCRIPT, "--root", root]
-    print(f"{size >> 20} MiB in {count} members, Python {sys.version.split()[0]}, "
-          f"{os.cpu_count()} CPUs; medians of runs in turn\n"
-          f"{'':44} {'cstor':>10} {'peer':>10} {'ratio':>6}")
-    compare("layer export / containers-storage diff -u", [*ours, "layer", "export", layer.id],
-            ["containers-storage", "--graph", root, "--run", run, "diff", "-u", layer.id], 0.6)
-    compare("layer export --no-verify | / tar -c |",
-            [*ours, "layer", "export", "--no-verify", layer.id],
-            ["tar", "-c", "-C", os.path.join(root, "overlay", layer.id, "diff"), "."], 1.5,
-            pipe=True)
-    peak = peak_memory(*ours[2:], "layer", "export", layer.id)
-    print(f"peak memory of layer export: {peak >> 10} MiB, wanted 64 MiB")
-    compare("image list / podman images", [*ours, "image", "list"], [*podman, "images"], 1.5,
-            runs=15)
-    os.environ["PYTHONPATH"], environ = HERE, dict(os.environ)
-    module = [sys.executable, "-m", "cstor", *ours[2:]]
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        os.environ["PYTHONPYCACHEPREFIX"] = cache
-        compare("image list as -m cstor / podman images", [*module, "image", "list"],
-                [*podman, "images"], 1.0, runs=15)
-        bench_inside(ours, module, podman)
-    os.environ.clear()
-    os.environ.update(environ)
-    bench_crc64()
-
-
-def bench_inside(ours: Sequence[str], module: Sequence[str], podman: Sequence[str]) -> None:
-    """Look at one file in the middle of the layer, and at the list of all, as podman users do."""
-    with cstor.Storage.open(ours[3]) as storage:
-        names = [member.name for member in storage.layers()[0].members()
-                 if member.type == "reg" and 0 < member.size < 4000]
-    path = "/" + names[len(names) // 2].decode()
-    line = " ".join(podman)
-    steps = f'm=$({line} image mount bench) && cat "$m{path}"', f"{line} image unmount bench"
-    mount = ["sh", "-c", " && ".join(steps)]
-    # What a container needs to start in many a sandbox.
-    start = [*podman, "run", "--rm", "--privileged", "--network=host", "--pid=host",
-             "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000", "bench", "/busybox", "cat",
-             path]
-    for runtime in ("crun", "runc"):
-        command = [*start[:1], "--runtime", runtime, *start[1:]]
-        if subprocess.call(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0:
-            break
-    else:
-        command = []
-        print("podman cannot start a container here: no comparison with podman run")
-    for title, program in (("as a script", ours), ("as -m cstor", module)):
-        look = [*program, "image", "cat", "bench", path]
-        compare(f"image cat {title} / mount, cat, unmount", look, mount, 1.0, runs=11)
-        if command:
-            compare(f"image cat {title} / podman run --rm cat", look, command, 1.0, runs=11)
-    compare("image toc / podman save | tar -tv", [*ours, "image", "toc", "bench"],
-            ["sh", "-c", f"{line} save bench | tar -tv"], 1.0, runs=5)
-
-
-def bench_crc64() -> None:
-    """Compare crc64() with a loop over its table."""
-    data = random.Random(1).getrandbits(8 << 26).to_bytes(1 << 26, "big")
-
-    def rate(function: Callable[[bytes], object], sample: bytes) -> float:
-        best = 0.0
-        for _ in range(5):
-            start = time.perf_counter()
-            function(sample)
-            best = max(best, len(sample) / 1e6 / (time.perf_counter() - start))
-        return best
-
-    def table(sample: bytes) -> int:
-        crc = cstor._ONES
-        for byte in sample:
-            crc = cstor._TABLE[(crc ^ byte) & 255] ^ crc >> 8
-        return crc ^ cstor._ONES
-
-    fast, slow = rate(cstor.crc64, data), rate(table, data[:1 << 21])
-    print(f"{'CRC-64 / bytewise table':44} {fast:5.0f} MB/s {slow:5.1f} MB/s {fast / slow:6.1f}  "
-          f"wanted 30 times, 300 MB/s  {'met' if fast >= max(300, 30 * slow) else 'MISSED'}")
-
-
-# ================================================================================================
 # Running
 # ================================================================================================
 
@@ -16850,6 +16379,247 @@ def main() -> int:
     if sys.argv[1:2] == ["--bench"]:
         return bench(*sys.argv[2:3])
     return run_tests(sys.argv[1:])
+
+
+# ================================================================================================
+# Benchmarks
+# ================================================================================================
+
+def make_bench_tar(path: str) -> None:
+    """Write a tar of 67,000 files and 640 MB in directories as of a system with Python packages."""
+    rng = random.Random(42)
+    blob = rng.getrandbits(8 << 20).to_bytes(1 << 20, "big")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        busybox = shutil.which("busybox")
+        if busybox:  # something to run in it
+            info = tar.gettarinfo(busybox, "busybox")
+            tar.addfile(info, io.BytesIO(read_bytes(busybox)))
+        count = 0
+        while count < 67_000:
+            directory = f"usr/lib/python3/dist-packages/p{count % 37:02d}/module{count:05d}"
+            info = tarfile.TarInfo(directory + "/")
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(info)
+            for i in range(rng.randint(5, 40)):
+                kind = rng.random()
+                low, high = (0, 2000) if kind < .5 else (2000, 16000) if kind < .9 \
+                    else (16000, 60000) if kind < .9995 else (1 << 20, 4 << 20)
+                size = rng.randint(low, high)
+                info = tarfile.TarInfo(f"{directory}/file{i:03d}.py")
+                info.size, info.mtime = size, 1700000000 + i
+                start = rng.randint(0, 1 << 19)
+                tar.addfile(info, io.BytesIO((blob[start:] + blob * (size >> 20) + blob)[:size]
+                                             if size > 1 << 19 else blob[start:start + size]))
+                count += 1
+
+
+def timed(command: Sequence[str], pipe: bool, made: Sequence[str]) -> float:
+    """Run a command into /dev/null, or through a pipe; return the seconds it takes.
+
+    What it makes is removed before.
+    """
+    if made:
+        subprocess.run(["rm", "-rf", *made], check=True)
+        os.sync()
+    start = time.monotonic()
+    reader = None
+    if pipe:
+        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    out = reader.stdin if reader else subprocess.DEVNULL
+    if subprocess.call(command, stdout=out, stderr=subprocess.DEVNULL):
+        raise SystemExit(f"failed: {' '.join(command)}")
+    if reader:
+        reader.communicate()
+    return time.monotonic() - start
+
+
+def compare(title: str, ours: Sequence[str], peer: Sequence[str], target: float, *,
+            pipe: bool = False, runs: int = 7, made: Sequence[str] = ()) -> None:
+    """Run two commands in turn and print the medians, and the median of the ratios."""
+    for command in (ours, peer):
+        timed(command, pipe, made)
+    pairs = [(timed(ours, pipe, made), timed(peer, pipe, made)) for _ in range(runs)]
+    mine, theirs, ratio = (statistics.median(values) for values in (
+        (a for a, _ in pairs), (b for _, b in pairs), (a / b for a, b in pairs)))
+    print(f"{title:44} {mine:8.3f} s {theirs:8.3f} s {ratio:6.2f}  wanted {target:4.2f}  "
+          f"{'met' if ratio <= target else 'MISSED'}", flush=True)
+
+
+def shell(steps: str) -> list[str]:
+    return ["sh", "-c", steps]
+
+
+def bench(where: str = "") -> int:
+    """Print the rows of the speed table side by side with the peers."""
+    missing = [tool for tool in ("podman", "containers-storage", "tar", "skopeo", "umoci", "pigz")
+               if not shutil.which(tool)]
+    if missing or os.geteuid():
+        print(f"skipped: {missing[0]} is not installed (make lab installs it)" if missing
+              else "skipped: the peers need root")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="cstor-bench-", dir=where or "/var/tmp") as directory:
+        store, archive = Store(directory), os.path.join(directory, "layer.tar")
+        print("making a store of 67,000 files ...", flush=True)
+        make_bench_tar(archive)
+        try:
+            store.podman("import", "-q", archive, "localhost/bench")
+            bench_rows(store)
+            bench_oci(store, directory, archive)
+            for kind in ("xfs", "btrfs", "ext4"):
+                bench_extract(directory, kind, archive)
+        finally:
+            store.close()
+    return 0
+
+
+def bench_oci(store: Store, directory: str, archive: str) -> None:
+    """Write an OCI layout beside skopeo, and compress beside pigz."""
+    layout, packed = (os.path.join(directory, name) for name in ("layout", "packed"))
+    ours = [sys.executable, SCRIPT, "--root", store.root, "image", "copy-to-oci", "bench",
+            layout + ":b"]
+    source = f"containers-storage:[overlay@{store.root}+{store.runroot}]localhost/bench"
+    skopeo = ["skopeo", "copy", "-q", source, f"oci:{layout}:b"]
+    plain = [*skopeo[:2], "--dest-oci-accept-uncompressed-layers", *skopeo[2:]]
+    packing = [*ours, "--compress=gzip"]
+    pigz = shell(f"exec pigz -6 -n -c {archive} > {packed}")
+    for title, command, peer, target, runs in (
+            ("copy-to-oci / skopeo copy (which compresses)", ours, skopeo, 0.3, 5),
+            ("copy-to-oci / skopeo copy, uncompressed", ours, plain, 1.0, 5),
+            ("copy-to-oci --compress gzip / skopeo copy", packing, skopeo, 1.5, 3),
+            ("copy-to-oci --compress gzip / pigz -6 of the tar", packing, pigz, 1.5, 3)):
+        compare(title, command, peer, target, runs=runs, made=[layout, packed])
+
+
+def bench_extract(directory: str, kind: str, archive: str) -> None:
+    """Extract the image on a file system of its own, beside cp and the tools for OCI images."""
+    try:
+        place = make_disk(directory, kind, 8 << 30)
+    except (unittest.SkipTest, AssertionError, FileNotFoundError) as error:
+        print(f"no extraction on {kind}: {error}")
+        return
+    store = Store(place)
+    made = out, layout, bundle = [os.path.join(place, name) for name in ("out", "layout", "bundle")]
+    unpack = shell(f"skopeo copy -q 'containers-storage:[overlay@{store.root}+{store.runroot}]"
+                   f"localhost/bench' oci:{layout}:b && umoci unpack --image {layout}:b {bundle}")
+    try:
+        store.podman("import", "-q", archive, "localhost/bench")
+        with cstor.Storage.open(store.root) as storage:
+            layer = storage.layers()[0].id
+        diff = os.path.join(store.root, "overlay", layer, "diff")
+        ours = [sys.executable, SCRIPT, "--root", store.root, "image", "extract", "bench", out]
+        how = "--reflink=auto" if kind == "ext4" else "--reflink=always"
+        compare(f"image extract on {kind} / cp -a {how}", ours, ["cp", "-a", how, diff, out], 1.0,
+                made=[out])
+        if kind == "xfs":
+            compare("image extract on xfs / skopeo copy, umoci unpack", ours, unpack, 0.15, runs=3,
+                    made=made)
+            bench_socket(store, place, layer, unpack, made)
+    finally:
+        store.close()
+        unmount(place)
+
+
+def bench_socket(store: Store, place: str, layer: str, unpack: list[str], made: list[str]) -> None:
+    """Fetch the layer from a server and extract it, beside what takes it out of podman."""
+    path, out = os.path.join(place, "socket"), made[0]
+    command = [sys.executable, SCRIPT, "--root", store.root]
+    server = subprocess.Popen([*command, "serve", "-q", "--socket", path])
+    untar = shell(f"mkdir {out}; podman {' '.join(store.globals)} save -q localhost/bench | "
+                  f"tar -xO --wildcards '*.tar' | tar -x -C {out}")
+    extract = [*command[:2], "layer", "extract", layer, out, "--socket", path]
+    try:
+        while not os.path.exists(path):
+            time.sleep(0.05)
+        for title, ours, peer, target, runs in (
+                ("layer extract from a server / skopeo, umoci", extract, unpack, 1.0, 3),
+                ("layer extract from a server / podman save, tar x", extract, untar, 1.0, 5),
+                ("layer export from a server / layer export",
+                 [*command[:2], "layer", "export", layer, "--socket", path],
+                 [*command, "layer", "export", layer], 3.0, 5)):
+            compare(title, ours, peer, target, runs=runs, made=made if runs == 3 else [out])
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def bench_rows(store: Store) -> None:
+    """Print one row for each comparison."""
+    root, podman = store.root, ["podman", *store.globals]
+    with cstor.Storage.open(root) as storage:
+        layer = storage.layers()[0]
+        size, count = layer.diff_size, sum(1 for member in layer.members())
+    ours = [sys.executable, SCRIPT, "--root", root]
+    print(f"{size >> 20} MiB in {count} members, Python {sys.version.split()[0]}, "
+          f"{os.cpu_count()} CPUs; medians of runs in turn\n"
+          f"{'':44} {'cstor':>10} {'peer':>10} {'ratio':>6}")
+    compare("layer export / containers-storage diff -u", [*ours, "layer", "export", layer.id],
+            ["containers-storage", "--graph", root, "--run", store.runroot, "diff", "-u",
+             layer.id], 0.6)
+    compare("layer export --no-verify | / tar -c |",
+            [*ours, "layer", "export", "--no-verify", layer.id],
+            ["tar", "-c", "-C", os.path.join(root, "overlay", layer.id, "diff"), "."], 1.5,
+            pipe=True)
+    peak = peak_memory(*ours[2:], "layer", "export", layer.id)
+    print(f"peak memory of layer export: {peak >> 10} MiB, wanted 64 MiB")
+    compare("image list / podman images", [*ours, "image", "list"], [*podman, "images"], 1.5,
+            runs=15)
+    module = [sys.executable, "-m", "cstor", *ours[2:]]
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(
+            os.environ, {"PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": cache}):
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        compare("image list as -m cstor / podman images", [*module, "image", "list"],
+                [*podman, "images"], 1.0, runs=15)
+        bench_inside(ours, module, podman)
+    bench_crc64()
+
+
+def bench_inside(ours: Sequence[str], module: Sequence[str], podman: Sequence[str]) -> None:
+    """Look at one file in the middle of the layer, and at the list of all, as podman users do."""
+    with cstor.Storage.open(ours[3]) as storage:
+        names = [member.name for member in storage.layers()[0].members()
+                 if member.type == "reg" and 0 < member.size < 4000]
+    path = "/" + names[len(names) // 2].decode()
+    line = " ".join(podman)
+    mount = shell(f'm=$({line} image mount bench) && cat "$m{path}" && {line} image unmount bench')
+    # What a container needs to start in many a sandbox.
+    options = ["run", "--rm", "--privileged", "--network=host", "--pid=host",
+               "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000", "bench", "/busybox", "cat"]
+    starts = [["podman", "--runtime", runtime, *podman[1:], *options, path]
+              for runtime in ("crun", "runc")]
+    start = next((command for command in starts if not subprocess.call(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)), None)
+    if not start:
+        print("podman cannot start a container here: no comparison with podman run")
+    for title, program in (("as a script", ours), ("as -m cstor", module)):
+        look = [*program, "image", "cat", "bench", path]
+        compare(f"image cat {title} / mount, cat, unmount", look, mount, 1.0, runs=11)
+        if start:
+            compare(f"image cat {title} / podman run --rm cat", look, start, 1.0, runs=11)
+    compare("image toc / podman save | tar -tv", [*ours, "image", "toc", "bench"],
+            shell(f"{line} save bench | tar -tv"), 1.0, runs=5)
+
+
+def bench_crc64() -> None:
+    """Compare crc64() with a loop over its table."""
+    data = random.Random(1).getrandbits(8 << 26).to_bytes(1 << 26, "big")
+
+    def rate(function: Callable[[bytes], object], sample: bytes) -> float:
+        best = 0.0
+        for _ in range(5):
+            start = time.perf_counter()
+            function(sample)
+            best = max(best, len(sample) / 1e6 / (time.perf_counter() - start))
+        return best
+
+    def table(sample: bytes) -> int:
+        crc = cstor._ONES
+        for byte in sample:
+            crc = cstor._TABLE[(crc ^ byte) & 255] ^ crc >> 8
+        return crc ^ cstor._ONES
+
+    fast, slow = rate(cstor.crc64, data), rate(table, data[:1 << 21])
+    print(f"{'CRC-64 / bytewise table':44} {fast:5.0f} MB/s {slow:5.1f} MB/s {fast / slow:6.1f}  "
+          f"wanted 30 times, 300 MB/s  {'met' if fast >= max(300, 30 * slow) else 'MISSED'}")
 
 
 if __name__ == "__main__":
