@@ -333,6 +333,7 @@ MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about
 MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
 MAX_HEADERS = 8 << 20  # all headers before one file's data
 MAX_OBJECT = 4 << 20  # one JSON object of a stream
+MAX_TRIED = 4 << 30  # bytes of a tar that is made again and again to find a sparse file's map
 MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
 MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
@@ -4839,11 +4840,6 @@ def split_count(count: int) -> Iterator[int]:
         count -= CHUNK
 
 
-def chunks_of_zeros(count: int) -> Iterator[bytes]:
-    """Yield ``count`` zero bytes in chunks."""
-    return (bytes(part) for part in split_count(count))
-
-
 def parse_number(field: bytes) -> int:
     """Read a numeric header field: octal with spaces and NULs around it, or GNU base-256.
 
@@ -5064,7 +5060,7 @@ class LayerReader:
     reconstructed by ``convention``, or by the one that gives the digest of the layer.
     """
 
-    def __init__(self, layer: Layer, convention: tuple[int, bool, int] | None = None, *,
+    def __init__(self, layer: Layer, convention: tuple[int, bool, int, int] | None = None, *,
                  whole: bool = False) -> None:
         self.layer, self._convention, self._whole = layer, convention, whole
         self._files: LayerFiles | None = None
@@ -5132,7 +5128,7 @@ class LayerReader:
                 return
             table, runs = (b"", member.sparse) if isinstance(member.sparse, list) \
                 else sparse_table(
-                    fd, member.size, *(self._convention or (BLOCK, False, -1)), member.stored)
+                    fd, member.size, *(self._convention or (BLOCK, False, -1, 0)), member.stored)
             if len(table) + sum(length for _, length in runs) != member.stored \
                     or any(offset + length > member.size for offset, length in runs):
                 raise self._lost_map(member.name)
@@ -5140,7 +5136,7 @@ class LayerReader:
             for offset, length in runs:
                 yield Extent(fd, offset, length, member)
 
-    def _find_convention(self, name: bytes) -> tuple[int, bool, int]:
+    def _find_convention(self, name: bytes) -> tuple[int, bool, int, int]:
         """Return the convention for maps of sparse files (format 1.0) that gives the digest.
 
         File systems can have larger blocks, and zeros that were written are data.  Maps by several
@@ -5149,9 +5145,12 @@ class LayerReader:
         it names the file at which the longest attempt stopped.
         """
         layer, found, reached = self.layer, self._lost_map(name), (0, 0)
-        ways = [(*way, gap) for gap in range(-1, 8) for way in SPARSE_CONVENTIONS]
-        ways[4:4] = [(1 << bit, end, -1) for bit in range(13, 21) for end in (False, True)]
-        for convention in ways if layer.diff_digest else ():
+        ways = [(*way, -1, 0) for way in SPARSE_CONVENTIONS]
+        ways += [(1 << bit, end, -1, 0) for bit in range(13, 21) for end in (False, True)]
+        ways += [(*way, gap, at << 12) for at in range(-1, 128) for gap in range(4)
+                 for way in SPARSE_CONVENTIONS]
+        for convention in ways[:52 + MAX_TRIED // max(layer.diff_size, 1)] \
+                if layer.diff_digest else ():
             sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
             try:
                 if sink.take_all(LayerReader(layer, convention).items()) == layer.diff_digest:
@@ -5395,21 +5394,21 @@ def expand_content(member: Member, content: Iterable[bytes | Extent]) -> Iterato
     for offset, length in runs if isinstance(runs, list) else [(0, left)]:
         if offset < done or length > left or offset + length > member.size:
             raise FormatError(f'"{display(member.name)}": malformed sparse map')
-        yield from chunks_of_zeros(offset - done)
+        yield from map(bytes, split_count(offset - done))
         for count in split_count(length):
             yield take(count)
         done, left = offset + length, left - length
     if left:
         raise FormatError(f'"{display(member.name)}": malformed sparse map')
-    yield from chunks_of_zeros(member.size - done)
+    yield from map(bytes, split_count(member.size - done))
 
 
-def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, stored: int = 0
-                 ) -> tuple[bytes, list[tuple[int, int]]]:
+def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1, shift: int = 0,
+                 stored: int = 0) -> tuple[bytes, list[tuple[int, int]]]:
     """Return the map of sparse format 1.0 as stored before the content, and its runs.
 
-    ``gap`` numbers the ends of gaps between runs, even the front and odd the back: there zeros were
-    written, as many as ``stored`` lacks.
+    ``gap`` is the number of a gap between runs where zeros were written, as many as ``stored``
+    lacks, ``shift`` bytes behind its start; -1 is at its end.
     """
     runs: list[tuple[int, int]] = []
 
@@ -5433,13 +5432,13 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
             if (part := data[start:start + block]) != zeros[:len(part)]:
                 add(at + start, len(part))
         at += len(data)
-    if 0 <= gap // 2 <= len(runs):
+    if 0 <= gap <= len(runs):
         found, length = runs[:], stored - len(table()[0]) - sum(length for _, length in runs)
-        start = [0, *map(sum, found)][gap // 2]
-        room = [*(start for start, _ in found), size][gap // 2] - start
-        if 0 < length <= room:
+        start, end = [0, *map(sum, found)][gap], [*(start for start, _ in found), size][gap]
+        start = end - length if shift < 0 else start + shift
+        if 0 < length <= end - start and start >= [0, *map(sum, found)][gap]:
             runs.clear()
-            for run in sorted([*found, (start + (room - length) * (gap % 2), length)]):
+            for run in sorted([*found, (start, length)]):
                 add(*run)
     return table()
 
