@@ -11060,24 +11060,21 @@ class RpcClient(Caller):
         self.limit = max(soft_limit() - (
             len(os.listdir("/proc/self/fd")) if has_proc() else 64) - 32, 8)
         sock = connect(where, timeout) if isinstance(where, str) else where
-        super().__init__(Connection(sock, timeout=timeout,
-                                    max_fds=min(self.limit, MAX_QUEUED_FDS)))
-        if isinstance(where, str) and peer_uid(sock) not in (0, os.geteuid()):
+        super().__init__(Connection(sock, timeout=timeout, max_fds=min(self.limit, MAX_QUEUED_FDS)))
+        uid = peer_uid(sock)
+        if isinstance(where, str) and uid not in (0, os.geteuid()):
             # It could name files for us to open that it may not open itself.
-            uid = peer_uid(sock)
             self.close()
             raise ProtocolError(f"the server at {where} runs as uid {uid}, neither root nor you",
                                 code=INTERNAL_ERROR)
 
     def images(self) -> list[dict[str, Any]]:
         """Return the records of all images."""
-        return [item for item in as_list(self.call("ListImages").get("images"))
-                if isinstance(item, dict)]
+        return [as_dict(record) for record in as_list(self.call("ListImages").get("images"))]
 
     def layers(self) -> list[dict[str, Any]]:
         """Return the records of all layers."""
-        return [item for item in as_list(self.call("ListLayers").get("layers"))
-                if isinstance(item, dict)]
+        return [as_dict(record) for record in as_list(self.call("ListLayers").get("layers"))]
 
     def layer(self, reference: str, form: str = "stream", *,
               threshold: int = INLINE_THRESHOLD) -> LayerStream:
@@ -11651,17 +11648,17 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
     It has our stdin, stdout and stderr, and gets SIGTERM when this process ends.  Raises
     NeedsUnshare.
     """
-    with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing:
-        with Unshared(function, words, grace=60) as process:
-            process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
-                fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
-            process.connection.timeout = None
-            with process.connection.receive() or Message({}, []) as done:
-                status = done.value.get("status")
-        if not isinstance(status, int):
-            raise CstorError("the process in the user namespace ended early, with status "
-                             f"{process.close()}")
-        return status
+    with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing, \
+            Unshared(function, words, grace=60) as process:
+        process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
+            fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
+        process.connection.timeout = None
+        with process.connection.receive() or Message({}, []) as done:
+            status = done.value.get("status")
+    if not isinstance(status, int):
+        raise CstorError("the process in the user namespace ended early, with status "
+                         f"{process.close()}")
+    return status
 
 
 def take_over() -> Connection:
@@ -11704,7 +11701,7 @@ class Helper(Unshared):
 
         super().__init__("serve_contents", roots)
         self._lock, self._is_behind = threading.Lock(), False
-        # Locked by the process whose turn it is, and of one byte until it has the whole answer.
+        # Locked by the process whose turn it is; one byte long until that has the whole answer.
         self._turn = os.memfd_create("cstor-turn", os.MFD_CLOEXEC)
 
     @property
@@ -11722,6 +11719,8 @@ class Helper(Unshared):
     def _call(self, method: str, params: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """Return the result of a method and the descriptors that came with it."""
         with self._lock:
+            if self._turn < 0:  # another thread found that it is broken
+                raise CstorError("the helper in the user namespace has ended")
             fcntl.lockf(self._turn, fcntl.LOCK_EX)
             try:
                 message = self._exchange(method, params)

@@ -721,7 +721,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_641
+    LINES = 13_640
     source: str
     tree: ast.Module
     banners: list[tuple[int, int, str]]  # first line, number, title
@@ -12194,6 +12194,9 @@ class Helpers(StoreTest):
                 with self.assertRaisesRegex(cstor.CstorError, "killed while it was asking"):
                     ask(1)
             self.assertTrue(helper.is_broken)
+            with mock.patch.object(helper, "_turn", -1), \
+                    self.assertRaisesRegex(cstor.CstorError, "has ended"):
+                ask(1)
 
     def test_broken_messages(self) -> None:
         top = self.place()
