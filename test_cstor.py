@@ -2484,10 +2484,7 @@ class WrongFiles(StoreTest):
         return 3 if name.endswith("link") else 0 if name.endswith(("lock", "db.sql")) else 6
 
     def answer(self, *words: str) -> tuple[int, str]:
-        """Return exit status and stderr of a command that is run in this process."""
-        with contextlib.redirect_stderr(io.StringIO()) as errors, \
-                contextlib.redirect_stdout(io.StringIO()):
-            return cstor.main(["--no-helper", *words]), errors.getvalue()
+        return self.call("--no-helper", *words)[::2]
 
     def test_terabytes(self) -> None:
         """A sparse file that says it is of 4 TiB is refused by its size, not read to the limit."""
@@ -2567,8 +2564,8 @@ class WrongFiles(StoreTest):
             wanted = 6, f"cstor: error: {path}: is a {word}, not a regular file\n"
             for words in commands:
                 self.assertEqual(wanted, self.answer(*words))
-            with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": path}):
-                self.assertEqual(wanted, self.answer("image", "list"))
+            self.assertEqual(wanted, self.call(
+                "image", "list", "--no-helper", env={"CONTAINERS_STORAGE_CONF": path})[::2])
             self.assertFalse(os.path.exists(self.dir + "/out"))
         with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": "/dev/null"}):
             self.assertEqual(cstor.load_config(euid=0).files, ["/dev/null"])
@@ -4266,7 +4263,7 @@ class TarSplitTests(StoreTest):
             del members
 
     def test_memory_does_not_grow_with_the_layer(self) -> None:
-        files = ((f"d{i % 50}/f{i}", b"x" * (i % 3000)) for i in range(20_000))
+        files = ((f"d{i % 50}/f{i}", b"x" * (i % 3000)) for i in range(10_000))
         store, (layer,) = self.stack(make_tar(*files, ("big", bytes(80 << 20))))
         self.guard(store.root)
         self.assertLess(peak_memory("--root", store.root, "layer", "export", layer), 64 << 10)
@@ -7206,13 +7203,7 @@ sys.exit(cstor.main(sys.argv[1:]))
                          "it)\n", done.err)
 
     def test_errors_without_a_name(self) -> None:
-        out = self.dir + "/out"
-
-        def answer(*words: str) -> tuple[int, str]:
-            with contextlib.redirect_stderr(io.StringIO()) as errors:
-                return cstor.main(["--no-helper", "--root", self.store.root, *words]), \
-                    errors.getvalue()
-
+        out, ours = self.dir + "/out", ["--no-helper", "--root", self.store.root]
         refused = OSError(errno.EIO, os.strerror(errno.EIO))
         for words in (["image", "extract", self.image, out],
                       ["image", "copy-to-oci", self.image, out + ":t"],
@@ -7224,7 +7215,7 @@ sys.exit(cstor.main(sys.argv[1:]))
                 with self.subTest(words=words, call=call), \
                         mock.patch.object(os, call, side_effect=refused), \
                         mock.patch.object(cstor, "default_workers", lambda: 1):
-                    status, said = answer(*words)
+                    status, _, said = self.call(*ours, *words)
                     if status:
                         self.assertEqual(6, status)
                         self.assertRegex(said, r"\Acstor: error: (/|layer |content)[^\n]*: Input/"
@@ -7236,7 +7227,8 @@ sys.exit(cstor.main(sys.argv[1:]))
                 refused.filename = None
                 vars(refused).pop("hint", None)
         with mock.patch.object(cstor, "print_table", side_effect=refused):
-            self.assertEqual((6, "cstor: error: Input/output error\n"), answer("image", "list"))
+            self.assertEqual((6, "", "cstor: error: Input/output error\n"),
+                             self.call(*ours, "image", "list"))
         with open("/dev/full", "wb") as full:
             for words in (["image", "list"], ["image", "cat", self.image, "etc/os-release"],
                           ["layer", "export", self.layer], ["--help"]):
