@@ -118,6 +118,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
     R = TypeVar("R", bound="Record")
     S = TypeVar("S", bound="Closing")
+    X = TypeVar("X", bound="Transaction")
     D = TypeVar("D", bound="Directory")
     Ranges = list[tuple[int, int, int]]  # of IDs; see map_id()
     Item = tuple[bytes, "Member | None", Iterable["bytes | Extent"]]  # see LayerReader
@@ -1286,7 +1287,112 @@ def raise_after_finalizer(ignored: Any) -> None:
         sys.__unraisablehook__(ignored)
 
 
-class NewFile(Closing):
+def remove_acls(place: int | str | bytes) -> None:
+    """Remove the ACLs that a new file has inherited, if any."""
+    try:
+        for name in {"system.posix_acl_access", "system.posix_acl_default"} \
+                & set(os.listxattr(place)):
+            os.removexattr(place, name)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENODATA):
+            raise
+
+
+class Transaction:
+    """A context in which something is made at ``path``: all of it, or after an error nothing.
+
+    on_error() takes the steps that remove what was made.  They run in reverse, with signals held;
+    the error's hint says what stays: where a step fails, or what one returns.  keep() forgets them.
+    on_exit() takes steps that end the context in either case, the last one first.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._undo: list[tuple[str, Callable[[], str | None]]] = []
+        self._end: list[Callable[[], object]] = []
+
+    def _open(self) -> None:
+        """Make what the context begins with; signals are held."""
+        raise NotImplementedError
+
+    def __enter__(self: X) -> X:
+        try:
+            with SignalsHeld():
+                self._open()
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno:
+                error.filename = self.path
+            self.__exit__(type(error), error)
+            raise
+        return self
+
+    def on_error(self, path: str, step: Callable[[], str | None]) -> None:
+        """Let ``step`` remove ``path`` after an error."""
+        self._undo.append((path, step))
+
+    def on_exit(self, step: Callable[[], object]) -> None:
+        """Let ``step`` close something in the end."""
+        self._end.append(step)
+
+    def keep(self) -> None:
+        """Let what was made so far stay, whatever happens."""
+        self._undo.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 *_: object) -> None:
+        name_error(error, self.path)
+        with SignalsHeld():
+            try:
+                while error is not None and self._undo:
+                    path, step = self._undo.pop()
+                    try:
+                        add_hint(error, step() or "")
+                    except FileNotFoundError:
+                        pass
+                    except OSError as trouble:  # it must not hide why we are here
+                        add_hint(error, f"{path} stays: {trouble.strerror}")
+            finally:
+                while self._end:
+                    self._end.pop()()
+
+    def open_directory(self, path: str) -> tuple[Target, int, bool]:
+        """Open a directory to make files in; return it, its final mode, and whether it was made.
+
+        One that is made is closed to others until then, and inherits no group and no ACL.  Raises
+        OSError, also when somebody else put another directory in its place.
+        """
+        if os.path.lexists(path):
+            if not os.path.exists(path):
+                raise OSError(errno.ENOENT, "is a symbolic link to nothing")
+            return self._own(Target(path, os.open(path, OPEN_DIRECTORY))), 0, False
+        above, name = os.path.split(path.rstrip("/"))
+        with Directory("", os.open(above or ".", OPEN_DIRECTORY)) as folder:
+            os.mkdir(name, dir_fd=folder.fd)
+            self.on_error(path, lambda: os.rmdir(path))
+            try:
+                made = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=folder.fd)
+            except NotADirectoryError:
+                raise OSError(errno.EBUSY, "another process put something else in its place"
+                              ) from None
+        with Opened(made):
+            status = os.fstat(made)
+            if os.listdir(made):
+                raise OSError(errno.EBUSY, "another process put something else in its place")
+            if status.st_uid != os.geteuid():
+                raise OSError(errno.EPERM, f"it belongs to user {status.st_uid} as soon as it is "
+                              "made: another process put it there, or its file system sets owners")
+            remove_acls(made)
+            os.fchmod(made, 0o700)
+            target = Target(path, os.open(b".", OPEN_DIRECTORY, dir_fd=made))
+        return self._own(target), stat.S_IMODE(status.st_mode), True
+
+    def _own(self, directory: D) -> D:
+        """Close ``directory`` in the end."""
+        self.on_exit(directory.close)
+        return directory
+
+
+class NewFile(Transaction):
     """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
 
     Until then it has none (O_TMPFILE), or where that cannot be, a name that tells the target's and
@@ -1294,16 +1400,22 @@ class NewFile(Closing):
     (``removed``: names of such).
     """
 
-    def __init__(self, folder: Directory, target: bytes) -> None:
-        self._folder, self._name = folder, b""  # until it has its final one
-        self.removed = remove_dead(folder.fd, target)
+    def __init__(self, path: str, folder: Directory, target: bytes) -> None:
+        super().__init__(path)
+        self._folder, self._target = self._own(folder), target
+        self._name = b""  # until it has its final one
+        self.fd, self.removed = -1, remove_dead(folder.fd, target)
+
+    def _open(self) -> None:
+        flags, mode = OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666
         try:
             self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
-                              0o666, dir_fd=folder.fd)
+                              mode, dir_fd=self._folder.fd)
         except OSError:
-            self._name = partial_name(target)
-            self.fd = os.open(self._name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666,
-                              dir_fd=folder.fd)
+            name = partial_name(self._target)
+            self.fd = os.open(name, flags, mode, dir_fd=self._folder.fd)
+            self._name = name
+        self.on_exit(self._close)
         try_lock(self.fd)
 
     def appear(self, name: bytes) -> None:
@@ -1320,12 +1432,10 @@ class NewFile(Closing):
         os.rename(self._name, name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
         self._name = b""
 
-    def close(self) -> None:
-        """Close the file, and remove it when it did not appear."""
+    def _close(self) -> None:
         os.close(self.fd)
         if self._name:
             unlink_quietly(self._folder.fd, self._name)
-        self._folder.close()
 
 
 def partial_name(target: bytes) -> bytes:
@@ -1441,7 +1551,7 @@ def remove_content(target: Target) -> None:
                              dir_fd=target.parent(parent))
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
             with Opened(inside), os.scandir(inside) as entries:
-                # The mark of Filling goes last: directories are removed in reverse.
+                # The mark of OutputDirectory goes last: directories are removed in reverse.
                 for entry in sorted(entries, key=lambda found: found.name[:7] != ".cstor-"):
                     name = os.fsencode(entry.name)
                     if entry.is_dir(follow_symlinks=False):
@@ -7766,28 +7876,6 @@ def default_workers() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
-class Undo:
-    """Steps that take back what was made, run in reverse with signals held after an error.
-
-    ``steps`` are what each is to remove, and how.  The error's hint says what stays: where a step
-    fails, or what one returns.
-    """
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[str, Callable[[], str | None]]] = []
-
-    def run(self, error: BaseException) -> None:
-        with SignalsHeld():
-            while self.steps:
-                path, step = self.steps.pop()
-                try:
-                    add_hint(error, step() or "")
-                except FileNotFoundError:
-                    pass
-                except OSError as trouble:  # it must not hide why we are here
-                    add_hint(error, f"{path} stays: {trouble.strerror}")
-
-
 class _LeftOut(Exception):
     """A file that cannot be made here, or is not to be made: a device, mostly."""
 
@@ -8222,12 +8310,12 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     made with its CRC-64.  ``options`` are those of Extraction.  Return its summary() with the
     tree's ``notes``.  Raises as these do, and NotFound when nothing fits.
     """
-    filling = Filling(directory, force=force, clean=clean)
+    output = OutputDirectory(directory, force=force, clean=clean)
     if verify:
         tree.verify(options.get("progress"))
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
-    with filling as target:
-        return {**filling.fill(target, items, verify=verify, **options), "notes": tree.notes()}
+    with output:
+        return {**output.fill(items, verify=verify, **options), "notes": tree.notes()}
 
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
@@ -8245,96 +8333,85 @@ def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip
     return items
 
 
-class Filling:
-    """A context that makes a directory to be filled, or opens one that is empty, or any by force.
+class OutputDirectory(Transaction):
+    """A directory to be filled: it is made, or is empty, or any by ``force``.
 
     After an error what was made in it is removed, if ``clean`` (None: if it is made here); the
-    error's hint says what stays.  ``made`` tells whether it was made, and ``mode`` as what: until
-    it is filled it is closed to others, and ``staging``, a directory for what is not in its place
-    yet, marks it.  A mark that is not locked is of a run that was killed, which force resumes.
+    error's hint says what stays.  Until it is filled it is closed to others, and ``staging``, a
+    directory for what is not in its place yet, marks it.  A mark that is not locked is of a run
+    that was killed, which force resumes.  With ``whole`` it has another name meanwhile; ``removed``
+    are the names of such that killed runs left.
     """
 
-    def __init__(self, directory: str, *, force: bool = False, clean: bool | None = None) -> None:
+    def __init__(self, directory: str, *, force: bool = False, clean: bool | None = None,
+                 whole: bool = False) -> None:
         if not directory or force and clean:
             raise ValueError("clean would remove what force finds" if directory
                              else "no directory is named")
         refuse_storage(directory)
-        self.directory, self._force, self._clean = directory, force, clean
-        self.made, self.mode, self._resume, self._undo = False, 0, False, Undo()
-        self._target: Target | None = None
-        self._lock: Target | None = None  # the same, open to be read, and locked
-        self.staging: Target | None = None
+        super().__init__(directory)
+        self._place, self._force, self._clean = directory, force, clean
+        self.removed: list[bytes] = []
+        if whole:
+            above, name = map(os.fsencode, os.path.split(directory))
+            self.removed = remove_dead(AT_FDCWD, name, above or b".")
+            self._place = os.fsdecode(os.path.join(above, partial_name(name)))
+        self._mode, self._made, self._resume = 0, False, False
 
-    def __enter__(self) -> Target:
-        try:
-            with SignalsHeld():
-                return self._open()
-        except BaseException as error:
-            if isinstance(error, OSError):
-                error.filename = self.directory
-            self.__exit__(type(error), error)
-            raise
-
-    def _open(self) -> Target:
-        self._target, self.mode, self.made = target, _, _ = open_target(self.directory)
-        self._undo.steps.append((self.directory, self._clean_up))
-        self._lock = Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=target.fd))
-        alone, marks = try_lock(self._lock.fd), partials(self._lock)
-        if not self._force and (len(os.listdir(self._lock.fd)) > len(marks) or marks and not alone):
-            self._undo.steps.clear()
-            error = OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.directory)
+    def _open(self) -> None:
+        self.target, self._mode, self._made = self.open_directory(self._place)
+        self.target.path = self.path
+        lock = self._own(Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
+        alone, marks = try_lock(lock.fd), partials(lock)
+        if not self._force and (len(os.listdir(lock.fd)) > len(marks) or marks and not alone):
+            self.keep()
+            error = OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.path)
             add_hint(error, "--force merges into it" if not marks else "another run is filling it"
                      if not alone else "left incomplete by a run that was killed: --force goes on")
             raise error
         if marks and alone:
             self._resume = True
-            self.mode = int(re.sub(rb"\.cstor-(?:([0-7]+)-)?.*", rb"0\1", max(marks)), 8)
-            remove_dead(target.fd)
-        name = partial_name(b"%04o" % self.mode)
-        os.mkdir(name, 0o700, dir_fd=target.fd)
+            self._mode = int(re.sub(rb"\.cstor-(?:([0-7]+)-)?.*", rb"0\1", max(marks)), 8)
+            remove_dead(self.target.fd)
+        self._mark = partial_name(b"%04o" % self._mode)
+        os.mkdir(self._mark, 0o700, dir_fd=self.target.fd)
+        self.staging = self._own(Target(self.target.host_path(self._mark), os.open(
+            self._mark, OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
+        self.keep()  # the directory itself is for _clean_up()
         if not self._resume:  # else the next run has to resume it as well; last: we can be killed
-            self._undo.steps.insert(0, (target.host_path(name), self._unmark))
-        staging = os.open(name, OPEN_NEW_DIRECTORY, dir_fd=target.fd)
-        self.staging = Target(target.host_path(name), staging)
+            self.on_error(self.staging.path, self._unmark)
+        self.on_error(self.path, self._clean_up)
         os.fchmod(self.staging.fd, 0o700)  # without the setgid bit that it may have inherited
         remove_acls(self.staging.fd)
-        return target
 
     def _unmark(self) -> None:
         """Remove the mark with what is in it; harmless when repeated."""
-        if self.staging and self._target:
-            with self.staging as staging, SignalsHeld():
-                remove_content(staging)
-                os.rmdir(os.path.basename(staging.path), dir_fd=self._target.fd)
-            self.staging = None
+        if self._mark:
+            with SignalsHeld():
+                remove_content(self.staging)
+                os.rmdir(self._mark, dir_fd=self.target.fd)
+                self._mark = b""
 
-    def fill(self, target: Target, items: Iterator[tuple[bytes, Node]], **options: Any
-             ) -> dict[str, Any]:
+    def fill(self, items: Iterator[tuple[bytes, Node]], **options: Any) -> dict[str, Any]:
         """Make ``items`` in the directory by an Extraction with ``options``; return its summary."""
         first, items = peek(items)
-        extraction = Extraction(target, merge=self._force and not self.made, resume=self._resume,
-                                **options)
+        extraction = Extraction(self.target, merge=self._force and not self._made,
+                                resume=self._resume, **options)
         extraction.run(items, self._unmark)
-        if self.mode and (first is None or first[0]):  # the root was not selected
-            os.chmod(".", self.mode, dir_fd=target.fd)
-            os.utime(".", ns=(source_date_epoch(),) * 2, dir_fd=target.fd)
-        if not is_at(target, self.directory):
-            raise OSError(errno.ESTALE, "it was moved or removed while it was filled",
-                          self.directory)
+        if self._mode and (first is None or first[0]):  # the root was not selected
+            os.chmod(".", self._mode, dir_fd=self.target.fd)
+            os.utime(".", ns=(source_date_epoch(),) * 2, dir_fd=self.target.fd)
+        if not is_at(self.target, self._place):
+            raise OSError(errno.ESTALE, "moved or removed during extraction", self.path)
+        with ErrorsAs(lambda error: OSError(error.errno, error.strerror, self.path)):
+            if self._place != self.path:
+                os.rename(self._place, self.path)
         return extraction.summary()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 *_: object) -> None:
-        if error is not None:
-            name_error(error, self.directory)
-            self._undo.run(error)
-        for directory in filter(None, (self.staging, self._lock, self._target)):
-            directory.close()
-
     def _clean_up(self) -> str:
-        if self._target and (self.made if self._clean is None else self._clean):
-            return remove_failed(self._target, self.directory if self.made else "")
-        return f"{self.directory} is left incomplete"
+        if self._made if self._clean is None else self._clean:
+            return remove_failed(self.target, self._place if self._made else "")
+        return f"{self.path} is left incomplete"
 
 
 def refuse_storage(path: str) -> None:
@@ -8399,42 +8476,6 @@ def inode_at(path: str) -> tuple[int, int]:
         return 0, 0
 
 
-def open_target(directory: str) -> tuple[Target, int, bool]:
-    """Open a directory to make files in; return it, its mode to be, and whether it was made.
-
-    One that is made is closed to others until then, and inherits no group and no ACL.  Raises
-    OSError, also when somebody else put another directory in its place; then nothing is left.
-    """
-    above, name = os.path.split(directory.rstrip("/"))
-    undo = Undo()
-    try:
-        if os.path.lexists(directory):
-            if not os.path.exists(directory):
-                raise OSError(errno.ENOENT, "is a symbolic link to nothing")
-            return Target(directory, os.open(directory, OPEN_DIRECTORY)), 0, False
-        with Directory("", os.open(above or ".", OPEN_DIRECTORY)) as folder:
-            os.mkdir(name, dir_fd=folder.fd)
-            undo.steps.append((directory, lambda: os.rmdir(directory)))
-            made = Directory("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=folder.fd))
-        with made:
-            status = os.fstat(made.fd)
-            if os.listdir(made.fd):
-                raise OSError(errno.EBUSY, "another process put something else in its place")
-            if status.st_uid != os.geteuid():
-                raise OSError(errno.EPERM, f"it belongs to user {status.st_uid} as soon as it is "
-                              "made: another process put it there, or its file system sets owners")
-            remove_acls(made.fd)
-            os.fchmod(made.fd, 0o700)
-            return Target(directory, os.open(b".", OPEN_DIRECTORY, dir_fd=made.fd)), \
-                stat.S_IMODE(status.st_mode), True
-    except OSError as error:
-        if isinstance(error, NotADirectoryError) and undo.steps:
-            error = OSError(errno.EBUSY, "another process put something else in its place")
-        undo.run(error)
-        error.filename = directory
-        raise error from None
-
-
 def has_default_acl(target: Target) -> bool:
     """Tell whether what is made in a directory gets an ACL; assume so where we may not look."""
     try:
@@ -8442,17 +8483,6 @@ def has_default_acl(target: Target) -> bool:
             return "system.posix_acl_default" in os.listxattr(found.fd)
     except OSError as error:
         return error.errno == errno.EACCES  # else none are known there
-
-
-def remove_acls(place: int | str | bytes) -> None:
-    """Remove the ACLs that a new file has inherited, if any."""
-    try:
-        for name in {"system.posix_acl_access", "system.posix_acl_default"} \
-                & set(os.listxattr(place)):
-            os.removexattr(place, name)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENODATA):
-            raise
 
 
 def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
@@ -8653,7 +8683,7 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
         return fd
 
 
-class OciLayout:
+class OciLayout(Transaction):
     """An OCI layout that images are added to.  A context manager.
 
     While it is open it is locked (flock(2) on the directory) against others of its kind, and after
@@ -8662,24 +8692,13 @@ class OciLayout:
 
     def __init__(self, directory: str) -> None:
         refuse_storage(directory)
-        self.directory = directory
-        self._complete = False  # the index names all that was added
-        self._undo = Undo()
-        self._lock = -1
-        self._target: Target | None = None
-
-    @property
-    def target(self) -> Target:
-        """The directory, while it is open."""
-        assert self._target
-        return self._target
+        super().__init__(directory)
 
     def __enter__(self) -> OciLayout:
-        patience = Deadline(10)
+        deadline = Deadline(10)
         while True:
             try:
-                with SignalsHeld():
-                    self._open()
+                super().__enter__()
                 self._prepare()
                 return self
             except BaseException as error:
@@ -8687,37 +8706,36 @@ class OciLayout:
                 # Another writer has just made it, or failed and removed it.
                 if not isinstance(error, FileExistsError) and not (isinstance(
                         error, OSError) and error.errno in (errno.EBUSY, errno.ESTALE)) \
-                        or not patience.pause():
+                        or not deadline.pause():
                     raise
 
     def _open(self) -> None:
-        self._target, mode, made = open_target(self.directory)
+        self.target, mode, made = self.open_directory(self.path)
         if made:
-            self._undo.steps.append((self.directory, lambda: os.rmdir(self.directory)))
-            os.chmod(".", mode, dir_fd=self._target.fd)  # what is in it is no secret
+            os.chmod(".", mode, dir_fd=self.target.fd)  # what is in it is no secret
 
     def _prepare(self) -> None:
-        self._lock = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)
+        lock = self._own(Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            fcntl.flock(lock.fd, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-        if not is_at(self.target, self.directory):
-            raise OSError(errno.ESTALE, "another writer removed it", self.directory)
+        if not is_at(self.target, self.path):
+            raise OSError(errno.ESTALE, "another writer removed it", self.path)
         remove_dead(self.target.fd)
         names = set(self.target.listdir(b"."))
         if names:  # what another writer made there is not ours
-            self._undo.steps.clear()
+            self.keep()
         names = {name for name in names if not name.startswith(b".cstor-")}
         if b"oci-layout" in names:
             found = parse_json(self.target.read(b"oci-layout", READ_SIZE),
-                               f"{self.directory}/oci-layout")
+                               f"{self.path}/oci-layout")
             version = found.get("imageLayoutVersion") if isinstance(found, dict) else None
             if not isinstance(version, str) or not version.startswith("1."):
-                raise Unsupported(f"{self.directory}: image layout version {version!r}")
+                raise Unsupported(f"{self.path}: image layout version {version!r}")
         elif names - {b"blobs"}:
-            raise CstorError(f"{self.directory} is no OCI layout, and not empty")
+            raise CstorError(f"{self.path} is not an OCI layout, and not empty")
         for folder in (b"blobs", b"blobs/sha256"):
             with ErrorsAs(self.target.explain, folder):
                 if not self.target.exists(folder):
@@ -8729,22 +8747,8 @@ class OciLayout:
     def _note(self, path: bytes, remove: Callable[..., None]) -> None:
         """Let ``path`` be removed after an error: nothing names it."""
         parent, _, base = path.rpartition(b"/")
-        self._undo.steps.append((self.target.host_path(path),
-                                 lambda: remove(base, dir_fd=self.target.parent(parent))))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 *_: object) -> None:
-        if self._target is None:
-            return
-        try:
-            name_error(error, self.directory)
-            if error is not None and not self._complete:
-                self._undo.run(error)
-        finally:
-            if self._lock >= 0:
-                os.close(self._lock)
-            self._target.close()
-            self._target, self._lock, self._undo = None, -1, Undo()
+        self.on_error(self.target.host_path(path),
+                      lambda: remove(base, dir_fd=self.target.parent(parent)))
 
     def has(self, digest: str, size: int = -1) -> bool:
         """Tell whether a blob is there and whole: one of a power cut can have the right size."""
@@ -8759,14 +8763,16 @@ class OciLayout:
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
         """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
         with ErrorsAs(self.target.explain, folder):
-            with NewFile(Directory("", os.dup(self.target.parent(folder))), b"blob") as new:
-                name = fill(new.fd)
-                path = folder + b"/" + name if folder else name
-                with SignalsHeld():
-                    if not self.target.exists(path):
-                        self._note(path, os.unlink)
-                    new.appear(name)
-                    self._complete = path == b"index.json"
+            parent = Directory("", os.dup(self.target.parent(folder)))
+        with NewFile(self.target.host_path(folder), parent, b"blob") as new:
+            name = fill(new.fd)
+            path = folder + b"/" + name if folder else name
+            with SignalsHeld():
+                if not self.target.exists(path):
+                    self._note(path, os.unlink)
+                new.appear(name)
+                if path == b"index.json":  # it names all that was added
+                    self.keep()
         return name
 
     def put(self, folder: bytes, name: bytes, data: bytes) -> None:
@@ -8828,10 +8834,10 @@ class OciLayout:
             data = self.target.read(b"index.json", MAX_JSON)
         except FileNotFoundError:
             data = b'{"schemaVersion":2,"manifests":[]}'
-        index = parse_json(data, f"{self.directory}/index.json")
+        index = parse_json(data, f"{self.path}/index.json")
         if not isinstance(index, dict) or not isinstance(index.get("manifests") or [], list) \
                 or "manifests" not in index:
-            raise FormatError("it is no index", file=f"{self.directory}/index.json")
+            raise FormatError("it is no index", file=f"{self.path}/index.json")
 
         def stays(entry: Any) -> bool:
             if not isinstance(entry, dict):
@@ -9736,17 +9742,15 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
     without ``check`` no digest is taken, and with ``verify`` what was made is compared with what
     came by CRC-64.  Return the summary.  Raises as Staging.read() and extract_tree() do.
     """
-    filling = Filling(directory, force=force, clean=clean)
-    with filling as target:
-        assert filling.staging
-        staging = Staging(filling.staging, link_mode=link_mode, check=check, crc=verify,
+    with OutputDirectory(directory, force=force, clean=clean) as output:
+        staging = Staging(output.staging, link_mode=link_mode, check=check, crc=verify,
                           progress=progress)
         trees: list[LayerTree] = []
         for stream in streams:
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
         items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
-        return {**filling.fill(target, items, verify=verify, **options), "notes": tree.notes()}
+        return {**output.fill(items, verify=verify, **options), "notes": tree.notes()}
 
 
 # -- streams in files ----------------------------------------------------------------------------
@@ -10433,7 +10437,7 @@ def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
         return sock
 
 
-class ListeningSocket:
+class ListeningSocket(Transaction):
     """A Unix socket at ``path`` that listens, open to this user alone; removed at the end.
 
     A context manager that gives the socket.  It replaces the socket of a server that was killed.
@@ -10441,31 +10445,36 @@ class ListeningSocket:
     """
 
     def __init__(self, path: str) -> None:
+        refuse_storage(path)
+        super().__init__(path)
+        super().__enter__()
+
+    def _open(self) -> None:
         import socket
 
-        refuse_storage(path)
-        self.path = path
         self._check()
-        folder, name = os.path.split(os.fsencode(path))
+        folder, name = os.path.split(os.fsencode(self.path))
         remove_dead(AT_FDCWD, name, folder or b".")
         temporary = os.fsdecode(os.path.join(folder, partial_name(name)))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.on_exit(self.socket.close)
         try:
             with_short_path(temporary, self.socket.bind)
             os.chmod(temporary, 0o600)  # nobody can connect before it listens
-            self._status = os.lstat(temporary)
+            status = os.lstat(temporary)
             self.socket.listen(64)
-            os.link(temporary, path)  # of several servers one comes first
-        except BaseException as error:
-            self.socket.close()
-            if isinstance(error, FileExistsError):
-                raise OSError(errno.EADDRINUSE, "another server listens there", path) from None
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, path) from None
-            raise
+            os.link(temporary, self.path)  # of several servers one comes first
+            self.on_exit(lambda: self._remove(status))
+        except FileExistsError:
+            raise OSError(errno.EADDRINUSE, "another server listens there") from None
         finally:
             if os.path.lexists(temporary):
                 os.unlink(temporary)
+
+    def _remove(self, status: os.stat_result) -> None:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self.path), status):
+                os.unlink(self.path)
 
     def _check(self) -> None:
         """Remove what a killed server left.  Raises OSError for anything else."""
@@ -10484,14 +10493,8 @@ class ListeningSocket:
             pass
         raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
 
-    def __enter__(self) -> socket.socket:
+    def __enter__(self) -> Any:
         return self.socket
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.lstat(self.path), self._status):
-                os.unlink(self.path)
-        self.socket.close()
 
 
 # ================================================================================================
@@ -12180,8 +12183,8 @@ class Output:
                 self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
                 return
             unwind_on_signals()
-            with SignalsHeld():
-                self._file = NewFile(Directory("", os.open(folder, OPEN_DIRECTORY)), self._name)
+            parent = Directory("", os.open(folder, OPEN_DIRECTORY))
+            self._file = NewFile(path, parent, self._name).__enter__()
             self.fd = self._file.fd
             say_removed(folder, self._file.removed)
         except OSError as error:
@@ -12203,7 +12206,7 @@ class Output:
             raise OSError(trouble.errno, trouble.strerror, self._target) from None
         finally:
             if self._file:
-                self._file.close()
+                self._file.__exit__(kind, error)
             elif self._target:
                 os.close(self.fd)
 
@@ -12792,24 +12795,13 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
     if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest)
                                   or os.listdir(dest)):
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
-    refuse_storage(dest)
     unwind_on_signals()
-    above, name = os.path.split(dest)
-    folder = os.fsencode(above)
-    say_removed(folder, remove_dead(AT_FDCWD, os.fsencode(name), folder))
-    temporary = os.path.join(above, os.fsdecode(partial_name(os.fsencode(name))))
-    try:
-        filling = Filling(temporary)
-        with filling as target, ProgressLine(0, args.quiet) as progress:
-            target.path = dest
-            progress.expect(node for _, node in select_nodes(tree, top=path))
-            left_out = filling.fill(target, select_nodes(tree, top=path), plain=True, verify=True,
-                                    progress=progress)["left-out"]
-            os.rename(temporary, dest)
-    except OSError as error:
-        if isinstance(error, CstorError) or not str(error.filename).startswith(temporary):
-            raise
-        raise OSError(error.errno, error.strerror, dest) from None
+    output = OutputDirectory(dest, whole=True)
+    say_removed(os.fsencode(os.path.dirname(dest)), output.removed)
+    with output, ProgressLine(0, args.quiet) as progress:
+        progress.expect(node for _, node in select_nodes(tree, top=path))
+        left_out = output.fill(select_nodes(tree, top=path), plain=True, verify=True,
+                               progress=progress)["left-out"]
     for place in left_out:
         say(f"warning: left out, as it is a device, socket or whiteout: "
             f"{display(b'/' + path if path else b'')}{display(unspell(place))}")

@@ -5722,9 +5722,8 @@ class Copies(TreeTest):
 
     def copy(self, tree: cstor.Tree, path: bytes) -> list[bytes]:
         """Copy a directory to a new one called "copy"."""
-        filling = cstor.Filling(self.dir + "/copy")
-        with filling as target:
-            made = filling.fill(target, cstor.select_nodes(tree, top=path), plain=True, verify=True)
+        with cstor.OutputDirectory(self.dir + "/copy") as output:
+            made = output.fill(cstor.select_nodes(tree, top=path), plain=True, verify=True)
         return [path + cstor.unspell(place) for place in made["left-out"]]
 
     def test_a_directory_is_copied(self) -> None:
@@ -7281,8 +7280,9 @@ sys.exit(cstor.main(sys.argv[1:]))
                                         "process put it there, or its file system sets owners"))):
             if make is foreign and os.geteuid():
                 continue
-            with mock.patch.object(os, "mkdir", make), self.assertRaises(OSError) as caught:
-                cstor.open_target(self.dir + "/new")
+            with mock.patch.object(os, "mkdir", make), self.assertRaises(OSError) as caught, \
+                    cstor.OutputDirectory(self.dir + "/new"):
+                pass
             self.assertEqual((number, message, self.dir + "/new"), caught.exception.args
                              + (caught.exception.filename,))
             self.assertEqual(["link"] + ["new"] * (make is swapped), self.names())
@@ -8303,7 +8303,7 @@ class Layouts(StoreTest):
             for target, options, status, words in (
                     (self.store.path("overlay/lay"), [], 6, "is inside the storage"),
                     (self.out, ["--all", "--platform=linux/amd64"], 2, ""),
-                    (other, [], 6, "no OCI layout, and not empty"), (other + "/mine", [], 6, ""),
+                    (other, [], 6, "not an OCI layout, and not empty"), (other + "/mine", [], 6, ""),
                     (other + "/no/where", [], 6, ""),
                     *((other, [f"--compress={how}"], 2, "") for how in (
                         "lz4", "gzip:0", "gzip:10", "zstd:20", "none:1", ""))):
