@@ -1060,30 +1060,6 @@ def soft_limit() -> int:
     return soft if 0 <= soft < 1 << 20 else 1 << 20
 
 
-class Job:
-    """A call that Threads make; result() waits for it."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call, self._error = call, None  # type: Callable[[], Any], BaseException | None
-        self._running = allocate_lock()
-        self._running.acquire()
-
-    def run(self) -> None:
-        """Make the call."""
-        try:
-            self._value = self._call()
-        except BaseException as error:  # handed over in result()
-            self._error = error
-        self._running.release()
-
-    def result(self) -> Any:
-        """Return what the call returned, or raise its error."""
-        with self._running:
-            if self._error:
-                raise self._error
-            return self._value
-
-
 class Threads:
     """Up to ``count`` threads; where the system or this Python has none for us, submit() works."""
 
@@ -1093,24 +1069,41 @@ class Threads:
             import queue
             import threading
 
-            self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+            self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
             for _ in range(count):
                 thread = threading.Thread(target=self._run, daemon=True)
                 thread.start()
                 self._threads.append(thread)
 
     def _run(self) -> None:
-        for job in iter(self._jobs.get, None):
-            job.run()
+        for run in iter(self._jobs.get, None):
+            run()
 
-    def submit(self, call: Callable[[], object]) -> Job:
-        """Have a call made."""
-        job = Job(call)
+    def submit(self, call: Callable[[], object]) -> Callable[[], Any]:
+        """Have a call made; return what waits for its end, and returns or raises what it does."""
+        outcome: list[Any] = []  # value, error
+        running = allocate_lock()
+        running.acquire()
+
+        def run() -> None:
+            try:
+                outcome[:] = call(), None
+            except BaseException as error:  # handed over in result()
+                outcome[:] = None, error
+            running.release()
+
+        def result() -> Any:
+            with running:
+                value, error = outcome
+            if error:
+                raise error
+            return value
+
         if self._threads:
-            self._jobs.put(job)
+            self._jobs.put(run)
         else:
-            job.run()
-        return job
+            run()
+        return result
 
     def close(self, patience: float | None = None) -> None:
         """Wait for the threads to do what was submitted, and end; harmless when repeated."""
@@ -1960,7 +1953,7 @@ class GzipWriter(Closing):
         self._write, self._level = write, level
         threads = min(os.cpu_count() or 1, 8)
         self._threads, self._most = Threads(threads), threads + 2
-        self._blocks: list[Job] = []  # those that are compressed now
+        self._blocks: list[Callable[[], Any]] = []  # those that are compressed now
         self._buffer, self._before = bytearray(), b""
         self._crc = self._size = 0
         write(b"\x1f\x8b\x08\0\0\0\0\0%c\xff" % {1: 4, 9: 2}.get(level, 0))
@@ -1979,7 +1972,7 @@ class GzipWriter(Closing):
         before, self._before = self._before, block[-self.DICTIONARY:]
         self._blocks.append(self._threads.submit(lambda: self._deflate(block, before, last)))
         while self._blocks and (last or len(self._blocks) > self._most):
-            self._write(self._blocks.pop(0).result())
+            self._write(self._blocks.pop(0)())
 
     def _deflate(self, block: bytes, dictionary: bytes, last: bool) -> bytes:
         deflate = zlib.compressobj(self._level, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY,
@@ -2824,10 +2817,17 @@ class Record:
         """Return the tree of its files."""
         raise NotImplementedError
 
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+    def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
+                strip: int = 0, whiteouts: bool = True, force: bool = False,
+                clean: bool | None = None, link_mode: str = "auto", owners: bool | None = None,
+                owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
+                progress: Progress | None = None) -> dict[str, Any]:
         """Put its files into a directory, those of a layer alone; see extract_tree()."""
         with self.tree() as tree:
-            return extract_tree(tree, directory, **options)
+            return extract_tree(tree, directory, paths=paths, exclude=exclude, strip=strip,
+                                whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
+                                owners=owners, owner_map=owner_map, verify=verify, workers=workers,
+                                progress=progress)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
@@ -3332,9 +3332,12 @@ class Image(Record):
         """
         return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
 
-    def copy_to_oci(self, directory: str, tag: str = "", **options: Any) -> dict[str, Any]:
+    def copy_to_oci(self, directory: str, tag: str = "", *, compression: str = "none",
+                    platform: str = "", every: bool = False, progress: Progress | None = None,
+                    tell: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
         """Add the image to an OCI layout; see copy_to_oci()."""
-        return copy_to_oci(self, directory, tag, **options)
+        return copy_to_oci(self, directory, tag, compression=compression, platform=platform,
+                           every=every, progress=progress, tell=tell)
 
     def toc(self, *, digests: bool = False) -> dict[str, Any]:
         """Return the table of contents of the merged tree, sorted; see toc_entry()."""
@@ -5591,12 +5594,12 @@ class TarSink:
         self._error: BaseException | None = None
         self._closed = False  # or soon, by the thread
         self._free = [bytearray(CHUNK) for _ in range(self.BUFFERS)]
-        self._writes: list[Job] = []
+        self._writes: list[Callable[[], Any]] = []
         self._take_buffer()
         self._thread = Threads(1)
 
     def _take_buffer(self) -> None:
-        self._buffer = self._free.pop() if self._free else self._writes.pop(0).result()
+        self._buffer = self._free.pop() if self._free else self._writes.pop(0)()
         self._view, self._fill = memoryview(self._buffer), 0
 
     def _write(self, view: memoryview) -> object:
@@ -5627,7 +5630,7 @@ class TarSink:
         """Write all that is left, and wait for it."""
         self._flush()
         while self._writes:
-            self._free.append(self._writes.pop(0).result())
+            self._free.append(self._writes.pop(0)())
         if self._error:
             raise self._error
 
@@ -7690,43 +7693,35 @@ class OwnerMap:
         return value[:3] + b"\x03" + value[4:] + root.to_bytes(4, "little")
 
 
-class Tally:
-    """What was made and how; each process keeps its own."""
+class ExtractionCounts:
+    """What was made and how; each process keeps its own.
 
-    __slots__ = ("counts", "refused", "unset", "left_out")
+    ``numbers`` are by kind and word: "made" by type of file, "bytes" by the way they came, "refused
+    files" and "refused bytes" by why they are not shared, "unset" by what could not be set.
+    ``left_out`` are paths of what could not be made.
+    """
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}  # by type of file, and bytes by the way they came
-        self.refused: dict[str, tuple[int, int]] = {}  # files and bytes, by why they are not shared
-        self.unset: dict[str, int] = {}  # what could not be set
-        self.left_out: list[bytes] = []  # paths of what could not be made
+        self.numbers: dict[tuple[str, str], int] = {}
+        self.left_out: list[bytes] = []
 
-    def count(self, word: str, number: int = 1) -> None:
+    def count(self, kind: str, word: str, number: int = 1) -> None:
         """Count files or bytes."""
-        self.counts[word] = self.counts.get(word, 0) + number
+        self.numbers[kind, word] = self.numbers.get((kind, word), 0) + number
 
-    def refuse(self, why: str, files: int, size: int) -> None:
-        """Count files that are not shared."""
-        before = self.refused.get(why, (0, 0))
-        self.refused[why] = before[0] + files, before[1] + size
-
-    def note(self, what: str, number: int = 1) -> None:
-        """Count what cannot be set."""
-        self.unset[what] = self.unset.get(what, 0) + number
+    def of(self, kind: str) -> dict[str, int]:
+        """Return the numbers of a kind by word."""
+        return {word: number for (found, word), number in sorted(self.numbers.items())
+                if found == kind}
 
     def plain(self) -> tuple[Any, ...]:
         """Return all as plain data."""
-        return self.counts, self.refused, self.unset, self.left_out
+        return self.numbers, self.left_out
 
-    def add(self, counts: dict[str, int], refused: dict[str, tuple[int, int]],
-            unset: dict[str, int], left_out: list[bytes]) -> None:
+    def add(self, numbers: dict[tuple[str, str], int], left_out: list[bytes]) -> None:
         """Add what another process counted."""
-        for word, number in counts.items():
-            self.count(word, number)
-        for why, (files, size) in refused.items():
-            self.refuse(why, files, size)
-        for what, number in unset.items():
-            self.note(what, number)
+        for key, number in numbers.items():
+            self.count(*key, number)
         self.left_out += left_out
 
 
@@ -7881,22 +7876,19 @@ class _LeftOut(Exception):
 
 
 class Extraction:
-    """Makes the files of a tree in a Target; summary() tells what was done.
+    """Makes the files of a tree in an OutputDirectory; run() tells what was done.
 
     ``link_mode`` is one of LINK_MODES.  ``owners``: True sets them or fails, False leaves them,
     None sets them when we are root, as far as the kernel lets us.  ``owner_map``: see OwnerMap.
-    ``verify`` reads back what was made and compares its CRC-64.  ``merge`` says that files may be
-    there, which are replaced, ``resume`` that a killed run left them.  ``plain`` is for copies of
-    one's own: no owners, setuid, xattrs, devices.
+    ``verify`` reads back what was made and compares its CRC-64.  ``plain`` is for copies of one's
+    own: no owners, setuid, xattrs, devices.
     """
 
-    def __init__(self, target: Target, *, link_mode: str = "auto", owners: bool | None = None,
-                 owner_map: Sequence[str] = (), verify: bool = False, merge: bool = False,
-                 resume: bool = False, plain: bool = False, workers: int = 0,
-                 progress: Progress | None = None) -> None:
-        self.target, self.verify, self.plain = target, verify, plain
-        self.merge, self.resume = merge, resume
-        self.tally, self._workers, self._progress = Tally(), workers, progress
+    def __init__(self, output: OutputDirectory, *, link_mode: str = "auto",
+                 owners: bool | None = None, owner_map: Sequence[str] = (), verify: bool = False,
+                 plain: bool = False, workers: int = 0, progress: Progress | None = None) -> None:
+        self.output, self.target, self.verify, self.plain = output, output.target, verify, plain
+        self.counts, self._workers, self._progress = ExtractionCounts(), workers, progress
         self._map = OwnerMap(owner_map)
         self._us = os.geteuid(), os.getegid()
         self._set_owners = not plain and (self._us[0] == 0 if owners is None else owners
@@ -7904,26 +7896,26 @@ class Extraction:
         self._insist = owners or bool(owner_map)
         self._hardlinks, self._ladder = link_mode == "hardlink", Ladder(link_mode)
         self._shared: set[tuple[int, int]] = set()  # inodes of the store that have a link in it
-        self._device = os.fstat(target.fd).st_dev
+        self._device = os.fstat(self.target.fd).st_dev
         self._devices: dict[LayerTree, tuple[int, int]] = {}  # of a layer's files and the target
         self._firsts: dict[Node, bytes] = {}  # of files with several names, the path made first
         self._links: list[tuple[bytes, bytes]] = []  # hard links to make: path, first path
         self._folders: list[tuple[bytes, Node]] = []  # whose metadata are to be set
         self._directories = 0
-        self._no_acls = merge or has_default_acl(target)  # else nothing can be inherited
-        self._stores = storage_inodes() if merge else {}  # where the merging stops
+        self.merge = output.merge
+        self._no_acls = self.merge or has_default_acl(self.target)  # else nothing can be inherited
+        self._stores = storage_inodes() if self.merge else {}  # where the merging stops
         self._made = source_date_epoch()  # the time of directories without an entry
 
     # -- planning --------------------------------------------------------------------------------
 
-    def run(self, items: Iterable[tuple[bytes, Node]],
-            settled: Callable[[], object] = lambda: None) -> None:
-        """Make all ``items``, as select_nodes() yields them.
+    def run(self, items: Iterator[tuple[bytes, Node]]) -> dict[str, Any]:
+        """Make all ``items``, as select_nodes() yields them; return what summary() does.
 
-        ``settled`` is called before the target gets its metadata, which a change of what is in it
-        would spoil, and again at the end.  Raises IntegrityError, OSError with the path,
-        Unsupported, NeedsUnshare; what was made until then stays.
+        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; what was made until
+        then stays.
         """
+        first, items = peek(items)
         batches = list(self._batches(items))
         # Which of the store's files were shared by hard links is for one process to know.
         workers = 1 if self._hardlinks else self._workers or default_workers()
@@ -7936,11 +7928,13 @@ class Extraction:
                                         and node.parent.mode & stat.S_IXOTH))
         for counted in share_out(len(batches), workers,
                                  lambda number: self._make_batch(batches[number]),
-                                 self.tally.plain, self._ticker(batches)):
-            self.tally.add(*counted)
-        self.tally.count("dir", self._directories)
+                                 self.counts.plain, self._ticker(batches)):
+            self.counts.add(*counted)
+        self.counts.count("made", "dir", self._directories)
         self._make_links()
-        self._finish_directories(settled)
+        self._finish_directories()
+        self.output.finish(first is not None and not first[0])
+        return self.summary()
 
     def _batches(self, items: Iterable[tuple[bytes, Node]]) -> Iterator[list[Any]]:
         """Make directories, and yield other files in batches: directory, name, node, and so on.
@@ -7988,11 +7982,11 @@ class Extraction:
         return first == path
 
     def _make_directory(self, path: bytes, node: Node) -> None:
-        made = not self.merge or self.resume
+        made = not self.merge or self.output.resume
         if path:
             parent, _, base = path.rpartition(b"/")
             with ErrorsAs(self.target.explain, path):
-                made = self._mkdir(self.target.parent(parent), base, path) or self.resume
+                made = self._mkdir(self.target.parent(parent), base, path) or self.output.resume
         if made or not node.implicit:  # what nobody wrote down is not to be put on what was there
             self._folders.append((path, node))
         self._directories += 1
@@ -8009,7 +8003,7 @@ class Extraction:
                 raise CstorError(f"{self.target.host_path(path)} is inside {store}",
                                  hint="--exclude leaves it out") from None
             if stat.S_ISDIR(status.st_mode):
-                if self.resume:
+                if self.output.resume:
                     remove_dead(dir_fd, name=base)
                 return False
             os.unlink(base, dir_fd=dir_fd)
@@ -8017,11 +8011,11 @@ class Extraction:
         return True
 
     def _make_links(self) -> None:
-        absent = set(self.tally.left_out)
+        absent = set(self.counts.left_out)
         with Target(self.target.path, os.dup(self.target.fd)) as sources:
             for path, first in self._links:
                 if first in absent:
-                    self.tally.left_out.append(path)
+                    self.counts.left_out.append(path)
                     continue
                 parent, _, base = path.rpartition(b"/")
                 folder, _, name = first.rpartition(b"/")
@@ -8029,12 +8023,12 @@ class Extraction:
                     self._make(self._link, self.target.parent(parent), base,
                                sources.parent(folder), name)
 
-    def _finish_directories(self, settled: Callable[[], object]) -> None:
+    def _finish_directories(self) -> None:
         for path, node in reversed(self._folders):
             fd = -1
             try:
                 if not path:
-                    settled()
+                    self.output.unmark()  # later it would change the directory's time
                 fd = open_beneath(self.target.fd, path or b".", OPEN_NEW_DIRECTORY)
                 self._describe(fd, os.fstat(fd), node)
             except OSError as error:
@@ -8042,7 +8036,6 @@ class Extraction:
             finally:
                 if fd >= 0:
                     os.close(fd)
-        settled()
 
     # -- making files ----------------------------------------------------------------------------
 
@@ -8056,7 +8049,7 @@ class Extraction:
                 try:
                     self._make(self._create, self.target.parent(parent), base, node, fd)
                 except _LeftOut:
-                    self.tally.left_out.append(path)
+                    self.counts.left_out.append(path)
 
     def _make(self, create: Callable[..., None], dir_fd: int, base: bytes, *args: Any) -> None:
         """Let ``create`` make a file; where files may be, it takes its place when it is whole."""
@@ -8076,7 +8069,7 @@ class Extraction:
 
     def _link(self, dir_fd: int, base: bytes, from_fd: int, name: bytes) -> None:
         os.link(name, base, src_dir_fd=from_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
-        self.tally.count("hardlink")
+        self.counts.count("made", "hardlink")
 
     def _create(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
         if self.plain and node.type not in ("reg", "symlink", "fifo"):
@@ -8087,7 +8080,7 @@ class Extraction:
                 self._create_regular(dir_fd, base, node, fd)
         else:
             self._create_special(dir_fd, base, node)
-        self.tally.count(node.type)
+        self.counts.count("made", node.type)
 
     def _create_regular(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
         # Made as open as it will be only when it is ours to the end: then nothing is left to set.
@@ -8118,10 +8111,14 @@ class Extraction:
 
     def _account(self, node: Node, why: str) -> None:
         """Count a content, and why it is a copy."""
-        self.tally.count("bytes", node.size)
-        self.tally.count("bytes-copied" if why else "bytes-reflinked", node.size)
+        self.counts.count("bytes", "copied" if why else "reflinked", node.size)
         if why:
-            self.tally.refuse(why, 1, node.size)
+            self._refuse(why, node)
+
+    def _refuse(self, why: str, node: Node) -> None:
+        """Count a content that is not shared."""
+        self.counts.count("refused files", why)
+        self.counts.count("refused bytes", why, node.size)
 
     def _move(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
         """Give a staged file its metadata and its place, where there is to be none.
@@ -8165,10 +8162,9 @@ class Extraction:
                 raise
             why = (error.strerror or "") if has_proc() else "/proc is not mounted"
         if why:
-            self.tally.refuse(f"link: {why}", 1, node.size)
+            self._refuse(f"link: {why}", node)
             return False
-        self.tally.count("bytes", node.size)
-        self.tally.count("bytes-hardlinked", node.size)
+        self.counts.count("bytes", "hardlinked", node.size)
         return True
 
     def _create_special(self, dir_fd: int, base: bytes, node: Node) -> None:
@@ -8242,7 +8238,7 @@ class Extraction:
                 drop = stat.S_ISUID * (found[0] != wanted[0]) | stat.S_ISGID * (
                     found[1] != wanted[1])
                 if mode & drop:
-                    self.tally.note("setuid")
+                    self.counts.count("unset", "setuid")
                 mode &= ~drop
             if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL among them sets it, too
                 os.chmod(place, mode)
@@ -8263,7 +8259,7 @@ class Extraction:
                         f'"/{display(node.path)}" cannot be given to {owner[0]}:{owner[1]}: '
                         f"{error.strerror}", hint="run it as root, or let --no-same-owner leave "
                         "owners as they are") from None
-        self.tally.note("owner")
+        self.counts.count("unset", "owner")
         return False
 
     def _set_xattr(self, place: int | str | bytes, name: bytes, value: bytes) -> None:
@@ -8275,7 +8271,7 @@ class Extraction:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise OSError(error.errno, f"xattr {display(name)} of "
                               f"{counted(len(value), 'byte')}: {error.strerror}") from None
-            self.tally.note("xattr")
+            self.counts.count("unset", "xattr")
 
     def summary(self) -> dict[str, Any]:
         """Return what was made and how, as numbers of files and bytes, to be shown as JSON.
@@ -8283,39 +8279,42 @@ class Extraction:
         ``refused`` tells why files were not shared, ``unset`` how many files lack an owner, a
         setuid bit or an xattr, ``left-out`` what could not be made at all.
         """
-        count = self.tally.counts.get
+        made, size = self.counts.of("made").get, self.counts.of("bytes")
+        refused = self.counts.of("refused bytes")
         return {
-            "files": count("reg", 0), "directories": count("dir", 0),
-            "symlinks": count("symlink", 0), "hardlinks": count("hardlink", 0),
-            "devices": count("char", 0) + count("block", 0), "fifos": count("fifo", 0),
-            "sockets": count("socket", 0), "whiteouts": count("whiteout", 0),
-            "bytes": count("bytes", 0), "bytes-reflinked": count("bytes-reflinked", 0),
-            "bytes-hardlinked": count("bytes-hardlinked", 0),
-            "bytes-copied": count("bytes-copied", 0),
-            "refused": [{"why": why, "files": files, "bytes": size}
-                        for why, (files, size) in sorted(self.tally.refused.items())],
-            "unset": dict(sorted(self.tally.unset.items())),
-            "left-out": [spell(b"/" + path) for path in sorted(self.tally.left_out)]}
+            "files": made("reg", 0), "directories": made("dir", 0), "symlinks": made("symlink", 0),
+            "hardlinks": made("hardlink", 0), "devices": made("char", 0) + made("block", 0),
+            "fifos": made("fifo", 0), "sockets": made("socket", 0),
+            "whiteouts": made("whiteout", 0), "bytes": sum(size.values()),
+            **{f"bytes-{way}": size.get(way, 0) for way in ("reflinked", "hardlinked", "copied")},
+            "refused": [{"why": why, "files": files, "bytes": refused[why]}
+                        for why, files in self.counts.of("refused files").items()],
+            "unset": self.counts.of("unset"),
+            "left-out": [spell(b"/" + path) for path in sorted(self.counts.left_out)]}
 
 
 def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
                  exclude: Sequence[str] = (), strip: int = 0, whiteouts: bool = True,
-                 force: bool = False, clean: bool | None = None, verify: bool = False,
-                 **options: Any) -> dict[str, Any]:
+                 force: bool = False, clean: bool | None = None, link_mode: str = "auto",
+                 owners: bool | None = None, owner_map: Sequence[str] = (), verify: bool = False,
+                 workers: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Put the files of a tree into ``directory``, which is made, or is empty, or ``force``.
 
     ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
     With ``clean`` (None: if the directory is made here) nothing is left there after an error.
     ``verify`` compares all layers with their DiffIDs before anything is made, and then what was
-    made with its CRC-64.  ``options`` are those of Extraction.  Return its summary() with the
-    tree's ``notes``.  Raises as these do, and NotFound when nothing fits.
+    made with its CRC-64.  ``link_mode``, ``owners`` and ``owner_map`` are those of Extraction.
+    Return its summary() with the tree's ``notes``.  Raises as these do, and NotFound when nothing
+    fits.
     """
     output = OutputDirectory(directory, force=force, clean=clean)
     if verify:
-        tree.verify(options.get("progress"))
+        tree.verify(progress)
     items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
     with output:
-        return {**output.fill(items, verify=verify, **options), "notes": tree.notes()}
+        extraction = Extraction(output, link_mode=link_mode, owners=owners, owner_map=owner_map,
+                                verify=verify, workers=workers, progress=progress)
+        return {**extraction.run(items), "notes": tree.notes()}
 
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
@@ -8356,7 +8355,12 @@ class OutputDirectory(Transaction):
             above, name = map(os.fsencode, os.path.split(directory))
             self.removed = remove_dead(AT_FDCWD, name, above or b".")
             self._place = os.fsdecode(os.path.join(above, partial_name(name)))
-        self._mode, self._made, self._resume = 0, False, False
+        self._mode, self._made, self.resume = 0, False, False
+
+    @property
+    def merge(self) -> bool:
+        """Whether files may be there, which are replaced; ``resume``: that a killed run left."""
+        return self._force and not self._made
 
     def _open(self) -> None:
         self.target, self._mode, self._made = self.open_directory(self._place)
@@ -8370,7 +8374,7 @@ class OutputDirectory(Transaction):
                      if not alone else "left incomplete by a run that was killed: --force goes on")
             raise error
         if marks and alone:
-            self._resume = True
+            self.resume = True
             self._mode = int(re.sub(rb"\.cstor-(?:([0-7]+)-)?.*", rb"0\1", max(marks)), 8)
             remove_dead(self.target.fd)
         self._mark = partial_name(b"%04o" % self._mode)
@@ -8378,13 +8382,13 @@ class OutputDirectory(Transaction):
         self.staging = self._own(Target(self.target.host_path(self._mark), os.open(
             self._mark, OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
         self.keep()  # the directory itself is for _clean_up()
-        if not self._resume:  # else the next run has to resume it as well; last: we can be killed
-            self.on_error(self.staging.path, self._unmark)
+        if not self.resume:  # else the next run has to resume it as well; last: we can be killed
+            self.on_error(self.staging.path, self.unmark)
         self.on_error(self.path, self._clean_up)
         os.fchmod(self.staging.fd, 0o700)  # without the setgid bit that it may have inherited
         remove_acls(self.staging.fd)
 
-    def _unmark(self) -> None:
+    def unmark(self) -> None:
         """Remove the mark with what is in it; harmless when repeated."""
         if self._mark:
             with SignalsHeld():
@@ -8392,13 +8396,10 @@ class OutputDirectory(Transaction):
                 os.rmdir(self._mark, dir_fd=self.target.fd)
                 self._mark = b""
 
-    def fill(self, items: Iterator[tuple[bytes, Node]], **options: Any) -> dict[str, Any]:
-        """Make ``items`` in the directory by an Extraction with ``options``; return its summary."""
-        first, items = peek(items)
-        extraction = Extraction(self.target, merge=self._force and not self._made,
-                                resume=self._resume, **options)
-        extraction.run(items, self._unmark)
-        if self._mode and (first is None or first[0]):  # the root was not selected
+    def finish(self, with_root: bool) -> None:
+        """Let the directory appear as it is to be; ``with_root``: it has its metadata already."""
+        self.unmark()
+        if self._mode and not with_root:
             os.chmod(".", self._mode, dir_fd=self.target.fd)
             os.utime(".", ns=(source_date_epoch(),) * 2, dir_fd=self.target.fd)
         if not is_at(self.target, self._place):
@@ -8406,7 +8407,6 @@ class OutputDirectory(Transaction):
         with ErrorsAs(lambda error: OSError(error.errno, error.strerror, self.path)):
             if self._place != self.path:
                 os.rename(self._place, self.path)
-        return extraction.summary()
 
     def _clean_up(self) -> str:
         if self._made if self._clean is None else self._clean:
@@ -8560,6 +8560,12 @@ def check_config(image: Image, digests: Sequence[str]) -> bytes:
     if wanted != list(digests):
         raise image.wrong_layers(wanted, digests)
     return image.config_bytes()
+
+
+def image_parts(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes]:
+    """Return an image's layers, each with digest and size of its tar, and configuration."""
+    layers = [(layer, *layer_blob(layer)) for layer in image.checked_chain()]
+    return layers, check_config(image, [digest for _, digest, _ in layers])
 
 
 def with_platform(blob: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -8955,8 +8961,7 @@ def write_docker_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
     archive = ArchiveWriter(fd, progress)
     rows = []
     for image, names in images:
-        layers = [(layer, *layer_blob(layer)) for layer in image.checked_chain()]
-        config = check_config(image, [digest for _, digest, _ in layers])
+        layers, config = image_parts(image)
         config_name = sha256_digest(config)[7:] + ".json"
         archive.file(config_name, config)
         for layer, digest, size in layers:
@@ -8976,8 +8981,7 @@ def write_oci_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
     archive.directory("blobs")
     archive.directory("blobs/sha256")
     for image, names in images:
-        layers = [(layer, *layer_blob(layer)) for layer in image.checked_chain()]
-        config = check_config(image, [digest for _, digest, _ in layers])
+        layers, config = image_parts(image)
         manifest = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
                                                 for _, digest, size in layers])
         for data in (config, manifest):
@@ -9273,10 +9277,17 @@ class FetchedImage(Closing):
                 Decompressed(f"{self.reference}: {entry['digest']}", blob.fileno()) as reader:
             yield from iter(lambda: reader.read(CHUNK), b"")
 
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
+    def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
+                strip: int = 0, whiteouts: bool = True, force: bool = False,
+                clean: bool | None = None, link_mode: str = "auto", owners: bool | None = None,
+                owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
+                progress: Progress | None = None) -> dict[str, Any]:
         """Put the root file system into a directory; see extract_streams()."""
         return extract_streams(self.streams(), directory, label=f"image {self.reference}",
-                               **options)
+                               paths=paths, exclude=exclude, strip=strip,
+                               whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
+                               owners=owners, owner_map=owner_map, verify=verify, workers=workers,
+                               progress=progress)
 
 
 # ================================================================================================
@@ -9582,10 +9593,17 @@ class LayerStream(Closing):
         """
         return io.BufferedReader(ChunkFile(self.chunks(), self.close), CHUNK)
 
-    def extract(self, directory: str, *, whiteouts: bool = True, **options: Any) -> dict[str, Any]:
+    def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
+                strip: int = 0, whiteouts: bool = True, force: bool = False,
+                clean: bool | None = None, link_mode: str = "auto", owners: bool | None = None,
+                owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
+                check: bool = True, progress: Progress | None = None) -> dict[str, Any]:
         """Put the files of this layer alone into a directory; see extract_streams()."""
-        return extract_streams([self], directory, label=self.label, raw=True,
-                               whiteouts=whiteouts, **options)
+        return extract_streams([self], directory, label=self.label, raw=True, check=check,
+                               paths=paths, exclude=exclude, strip=strip,
+                               whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
+                               owners=owners, owner_map=owner_map, verify=verify, workers=workers,
+                               progress=progress)
 
 
 class StreamTree(LayerTree):
@@ -9733,7 +9751,8 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
                     raw: bool = False, paths: Sequence[str] = (), exclude: Sequence[str] = (),
                     strip: int = 0, whiteouts: bool = True, force: bool = False,
                     clean: bool | None = None, check: bool = True, link_mode: str = "auto",
-                    verify: bool = False, progress: Progress | None = None, **options: Any
+                    owners: bool | None = None, owner_map: Sequence[str] = (),
+                    verify: bool = False, workers: int = 0, progress: Progress | None = None
                     ) -> dict[str, Any]:
     """Put what streams hold into ``directory``, as extract_tree() does with a tree.
 
@@ -9750,7 +9769,9 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
         items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
-        return {**output.fill(items, verify=verify, **options), "notes": tree.notes()}
+        extraction = Extraction(output, owners=owners, owner_map=owner_map, verify=verify,
+                                workers=workers)
+        return {**extraction.run(items), "notes": tree.notes()}
 
 
 # -- streams in files ----------------------------------------------------------------------------
@@ -12800,8 +12821,8 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
     say_removed(os.fsencode(os.path.dirname(dest)), output.removed)
     with output, ProgressLine(0, args.quiet) as progress:
         progress.expect(node for _, node in select_nodes(tree, top=path))
-        left_out = output.fill(select_nodes(tree, top=path), plain=True, verify=True,
-                               progress=progress)["left-out"]
+        left_out = Extraction(output, plain=True, verify=True, progress=progress).run(
+            select_nodes(tree, top=path))["left-out"]
     for place in left_out:
         say(f"warning: left out, as it is a device, socket or whiteout: "
             f"{display(b'/' + path if path else b'')}{display(unspell(place))}")

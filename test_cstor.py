@@ -2971,6 +2971,7 @@ class Library(StoreTest):
             image, layer = storage.image("sample"), storage.layers()[0]
             stream = cstor.LayerStream([], label="x")
             anything: Any = cstor  # what mypy refuses is tried here
+            nothing: Any = None
             cases: list[tuple[str, Callable[[], Any]]] = [
                 *[(f"ValueError: link_mode: unknown {mode!r}; expected {modes}",
                    functools.partial(image.extract, out, link_mode=mode))
@@ -2978,7 +2979,7 @@ class Library(StoreTest):
                 (f"ValueError: link_mode: unknown 'x'; expected {modes}",
                  lambda: cstor.extract_streams([stream], out, link_mode="x")),
                 ("TypeError: each of link_mode must be str, not NoneType",
-                 lambda: image.extract(out, link_mode=None)),
+                 lambda: image.extract(out, link_mode=nothing)),
                 ("ValueError: expected none, gzip[:1 to 9] or zstd[:1 to 19], got \"lz4\"",
                  lambda: image.copy_to_oci(out, "x", compression="lz4")),
                 (f"ValueError: codec: unknown 'splitfd'; expected {cstor.CODECS!r}".translate(
@@ -3019,7 +3020,8 @@ class Library(StoreTest):
                  lambda: cstor.spell(anything.REF_NAME)),
                 ("TypeError: out must be a descriptor or a binary file, not str",
                  lambda: layer.export(anything.REF_NAME)),
-                ("TypeError: strip must be int, not str", lambda: image.extract(out, strip="1")),
+                ("TypeError: strip must be int, not str",
+                 lambda: image.extract(out, strip=anything.REF_NAME)),
                 *[("TypeError: node must be Node, not bytes", lambda call=call: call(b"etc"))
                   for call in (tree.open, lambda node: list(tree.content(node)), tree.crc64)],
             ]
@@ -5723,7 +5725,8 @@ class Copies(TreeTest):
     def copy(self, tree: cstor.Tree, path: bytes) -> list[bytes]:
         """Copy a directory to a new one called "copy"."""
         with cstor.OutputDirectory(self.dir + "/copy") as output:
-            made = output.fill(cstor.select_nodes(tree, top=path), plain=True, verify=True)
+            made = cstor.Extraction(output, plain=True, verify=True).run(
+                cstor.select_nodes(tree, top=path))
         return [path + cstor.unspell(place) for place in made["left-out"]]
 
     def test_a_directory_is_copied(self) -> None:
