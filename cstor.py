@@ -679,19 +679,16 @@ def _open_or_read(dir_fd: int, name: bytes) -> int | bytes:
         raise
 
 
-def open_beneath(root_fd: int, name: bytes, flags: int = OPEN_DIRECTORY) -> int:
-    """Open the directory ``name`` beneath ``root_fd``, where no component may be a link.
+def open_beneath(root_fd: int, name: bytes) -> int:
+    """Open the directory ``name`` (O_PATH) beneath ``root_fd``, where no component may be a link.
 
-    ``name`` is clean: relative, without ".." (or b"." alone).  Raises OSError: ELOOP or ENOTDIR
-    for a link.
+    ``name`` is clean: relative, without ".." (or b"." alone).  Raises OSError: ENOTDIR for a link.
     """
     fd = root_fd
-    parts = name.split(b"/")
-    for depth, part in enumerate(parts, 1):
+    for part in name.split(b"/"):
         above = fd
         try:
-            fd = os.open(part, (flags if depth == len(parts) else OPEN_DIRECTORY) | os.O_NOFOLLOW,
-                         dir_fd=above)
+            fd = os.open(part, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
         finally:
             if above != root_fd:
                 os.close(above)
@@ -722,13 +719,13 @@ class Directory(Closing):
     share a Directory, but for parent().
     """
 
-    __slots__ = ("path", "fd", "_parent", "_parent_fd", "_flags")
+    __slots__ = ("path", "fd", "_parent", "_parent_fd", "_near", "_near_fd", "_flags")
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
-        self._parent = b""
-        self._parent_fd = -1
+        self._parent = self._near = b""
+        self._parent_fd = self._near_fd = -1
         self._flags = OPEN_FILE | os.O_NOATIME
 
     @classmethod
@@ -739,7 +736,8 @@ class Directory(Closing):
 
     def close(self) -> None:
         """Close the descriptors; harmless when repeated."""
-        fds, self.fd, self._parent_fd = (self._parent_fd, self.fd), -1, -1  # a signal can come now
+        fds = self._near_fd, self._parent_fd, self.fd
+        self.fd = self._parent_fd = self._near_fd = -1  # a signal can come now
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -764,11 +762,33 @@ class Directory(Closing):
         if not name:
             return self.fd
         if name != self._parent:
-            fd = self._open_parent(name)
+            fd = self._open_near(name)
             old, self._parent, self._parent_fd = self._parent_fd, name, fd
             if old >= 0:
                 os.close(old)
         return self._parent_fd
+
+    def _open_near(self, name: bytes) -> int:
+        """Open a directory from one above it that stays open, since its neighbours come next.
+
+        So the time for a deep tree does not grow with the square of its depth.
+        """
+        start, parts = self.fd, name.split(b"/")
+        if b".." in parts:
+            return self._open_parent(name)
+        if self._near and name.startswith(self._near + b"/"):
+            start, parts = self._near_fd, name[len(self._near) + 1:].split(b"/")
+        try:
+            if len(parts) > (2 if start == self.fd else 64):
+                left = min(len(parts) // 3, 32)
+                fd = open_beneath(start, b"/".join(parts[:-left]))
+                old, self._near, self._near_fd = self._near_fd, name.rsplit(b"/", left)[0], fd
+                if old >= 0:
+                    os.close(old)
+                start, parts = fd, parts[-left:]
+            return open_beneath(start, b"/".join(parts))
+        except (OSError, ValueError):  # a link is on the way, or an error to be told in full
+            return self._open_parent(name)
 
     def _open_parent(self, name: bytes) -> int:
         return open_in_root(self.fd, name)
@@ -1538,7 +1558,8 @@ def remove_content(target: Target) -> None:
     for folder in folders:
         parent, _, base = folder.rpartition(b"/")
         with ErrorsAs(target.explain, folder):
-            with Opened(open_beneath(target.fd, folder or b".")) as fd:
+            with Opened(os.open(base or b".", OPEN_DIRECTORY | os.O_NOFOLLOW,
+                                dir_fd=target.parent(parent))) as fd:
                 if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # closed to its owner
                     os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
                              dir_fd=target.parent(parent))
@@ -8025,17 +8046,13 @@ class Extraction:
 
     def _finish_directories(self) -> None:
         for path, node in reversed(self._folders):
-            fd = -1
-            try:
+            parent, _, base = path.rpartition(b"/")
+            with ErrorsAs(self.target.explain, path):
                 if not path:
                     self.output.unmark()  # later it would change the directory's time
-                fd = open_beneath(self.target.fd, path or b".", OPEN_NEW_DIRECTORY)
-                self._describe(fd, os.fstat(fd), node)
-            except OSError as error:
-                raise self.target.explain(error, path) from None
-            finally:
-                if fd >= 0:
-                    os.close(fd)
+                with Opened(os.open(base or b".", OPEN_NEW_DIRECTORY,
+                                    dir_fd=self.target.parent(parent))) as fd:
+                    self._describe(fd, os.fstat(fd), node)
 
     # -- making files ----------------------------------------------------------------------------
 

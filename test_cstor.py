@@ -6488,7 +6488,7 @@ class Extracts(TreeTest):
                         with mock.patch.object(cstor, "is_at", side_effect=[False, True]):
                             cstor.extract_tree(tree, target + "/out", workers=1, owners=False)
                     except OSError as error:
-                        status = 0 if "moved while" in str(error) else 8
+                        status = 0 if "moved or removed" in str(error) else 8
                     finally:
                         os._exit(status)
                 self.assertEqual(0, os.waitpid(pid, 0)[1])
@@ -6639,15 +6639,15 @@ class Extracts(TreeTest):
         victim = self.dir + "/victim"
         os.mkdir(victim, 0o700)
         before = snapshot(victim)
-        real = cstor.Extraction.run
+        real = cstor.Extraction._finish_directories
 
-        def run_and_swap(extraction: cstor.Extraction, *args: Any) -> None:
-            real(extraction, *args)
+        def run_and_swap(extraction: cstor.Extraction) -> None:
+            real(extraction)
             os.rename(self.out, self.out + "-ours")
             os.symlink(victim, self.out)
 
         with self.tree(self.BASE) as tree, self.assertRaises(OSError), \
-                mock.patch.object(cstor.Extraction, "run", run_and_swap):
+                mock.patch.object(cstor.Extraction, "_finish_directories", run_and_swap):
             cstor.extract_tree(tree, self.out, paths=["etc"], owners=False)
         self.assertEqual(before, snapshot(victim))
         os.unlink(self.out)
