@@ -1027,11 +1027,9 @@ def widen_pipe(fd: int) -> None:
 
 def read_proc(name: str) -> str:
     """Return a file below /proc as text, "" where there is none."""
-    try:
-        with open("/proc/" + name, "rb") as file:
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+    with suppress(OSError), open("/proc/" + name, "rb") as file:
+        return file.read().decode("utf-8", "replace")
+    return ""
 
 
 def has_proc(need: str = "") -> bool:
@@ -1420,13 +1418,13 @@ class NewFile(Transaction):
         self.fd, self.removed = -1, remove_dead(folder.fd, target)
 
     def _open(self) -> None:
-        flags, mode = OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666
         try:
             self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
-                              mode, dir_fd=self._folder.fd)
+                              0o666, dir_fd=self._folder.fd)
         except OSError:
             name = partial_name(self._target)
-            self.fd = os.open(name, flags, mode, dir_fd=self._folder.fd)
+            self.fd = os.open(name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666,
+                              dir_fd=self._folder.fd)
             self._name = name
         self.on_exit(self._close)
         try_lock(self.fd)
@@ -1465,11 +1463,10 @@ def partials(folder: Target, target: bytes = b"") -> list[bytes]:
 
 def try_lock(fd: int) -> bool:
     """Lock an open file or directory while we live; False when it is locked, or cannot be."""
-    try:
+    with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except OSError:
-        return False
+    return False
 
 
 def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[bytes]:
@@ -1478,12 +1475,10 @@ def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[by
     Without ``target`` we are alone at work there, and all that is left goes; else not what is
     locked, or so new that it may be locked soon.  What cannot be removed is in nobody's way.
     """
-    try:
-        with Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
-            return [name for name in partials(folder, target)
-                    if _remove_dead(folder.fd, name, bool(target))]
-    except OSError:  # we may not list it
-        return []
+    with suppress(OSError), Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
+        return [name for name in partials(folder, target)
+                if _remove_dead(folder.fd, name, bool(target))]
+    return []  # we may not list it
 
 
 def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
@@ -1506,8 +1501,6 @@ def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
 
 class Scratch(Target):
     """A directory of ours that close() removes, or after a kill the next make_scratch()."""
-
-    __slots__ = ()
 
     def close(self) -> None:
         """Remove the directory; harmless when repeated."""
@@ -1536,10 +1529,9 @@ def unlink_quietly(dir_fd: int, name: bytes) -> None:
 
 def is_at(target: Target, directory: str) -> bool:
     """Tell whether a target is still where it was."""
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(directory), os.fstat(target.fd))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def remove_failed(target: Target, directory: str) -> str:
@@ -7735,10 +7727,6 @@ class ExtractionCounts:
         return {word: number for (found, word), number in sorted(self.numbers.items())
                 if found == kind}
 
-    def plain(self) -> tuple[Any, ...]:
-        """Return all as plain data."""
-        return self.numbers, self.left_out
-
     def add(self, numbers: dict[tuple[str, str], int], left_out: list[bytes]) -> None:
         """Add what another process counted."""
         for key, number in numbers.items():
@@ -7878,10 +7866,9 @@ def finish_worker(workers: dict[int, int], pid: int) -> Any:
 
 def wait_for(pid: int) -> int:
     """Wait for the end of a child; return its status as waitpid(2) does."""
-    try:
+    with suppress(ChildProcessError):  # whoever ignores SIGCHLD has no children to wait for
         return os.waitpid(pid, 0)[1]
-    except ChildProcessError:  # whoever ignores SIGCHLD has no children to wait for
-        return 0
+    return 0
 
 
 def default_workers() -> int:
@@ -7949,8 +7936,8 @@ class Extraction:
                                         and node.parent.mode & stat.S_IXOTH))
         for counted in share_out(len(batches), workers,
                                  lambda number: self._make_batch(batches[number]),
-                                 self.counts.plain, self._ticker(batches)):
-            self.counts.add(*counted)
+                                 lambda: vars(self.counts), self._ticker(batches)):
+            self.counts.add(**counted)
         self.counts.count("made", "dir", self._directories)
         self._make_links()
         self._finish_directories()
@@ -8186,7 +8173,7 @@ class Extraction:
 
     def _create_special(self, dir_fd: int, base: bytes, node: Node) -> None:
         """Make a symbolic link, device, FIFO or socket, or the empty file of a whiteout."""
-        kind, fd = FILE_TYPES.get(node.type, stat.S_IFREG), -1
+        kind = FILE_TYPES.get(node.type, stat.S_IFREG)
         if node.type == "whiteout":
             with open(os.open(base, OPEN_NEW_FILE, 0, dir_fd=dir_fd), "wb") as file:
                 os.utime(file.fileno(), ns=(0, 0))
@@ -8200,8 +8187,8 @@ class Extraction:
                 if node.type not in ("char", "block"):
                     raise
                 raise _LeftOut from None
-        try:
-            fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        with OnError(unlink_quietly, dir_fd, base), Opened(os.open(
+                base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)) as fd:
             status = os.fstat(fd)
             if stat.S_IFMT(status.st_mode) != kind or status.st_nlink != 1:
                 raise OSError(errno.EBUSY, "another process put something else in its place")
@@ -8209,12 +8196,6 @@ class Extraction:
                 self._describe(f"/proc/self/fd/{fd}", status, node)
             else:
                 in_directory(dir_fd, lambda: self._describe(base, status, node))
-        except BaseException:
-            unlink_quietly(dir_fd, base)
-            raise
-        finally:
-            if fd >= 0:
-                os.close(fd)
 
     # -- metadata --------------------------------------------------------------------------------
 
@@ -8372,16 +8353,12 @@ class OutputDirectory(Transaction):
             above, name = map(os.fsencode, os.path.split(directory))
             self.removed = remove_dead(AT_FDCWD, name, above or b".")
             self._place = os.fsdecode(os.path.join(above, partial_name(name)))
-        self._mode, self._made, self.resume = 0, False, False
-
-    @property
-    def merge(self) -> bool:
-        """Whether files may be there, which are replaced; ``resume``: that a killed run left."""
-        return self._force and not self._made
+        self.merge = self.resume = False  # files may be there, which are replaced; a run was killed
 
     def _open(self) -> None:
         self.target, self._mode, self._made = self.open_directory(self._place)
         self.target.path = self.path
+        self.merge = self._force and not self._made
         lock = self._own(Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
         alone, marks = try_lock(lock.fd), partials(lock)
         if not self._force and (len(os.listdir(lock.fd)) > len(marks) or marks and not alone):
@@ -8487,10 +8464,9 @@ def storage_places() -> dict[str, str]:
 
 def inode_at(path: str) -> tuple[int, int]:
     """Return device and inode number of what is at a path, (0, 0) for nothing to be seen."""
-    try:
+    with suppress(OSError):  # nothing can be made below it
         return os.stat(path).st_dev, os.stat(path).st_ino
-    except OSError:  # nothing can be made below it
-        return 0, 0
+    return 0, 0
 
 
 def has_default_acl(target: Target) -> bool:
@@ -8706,6 +8682,14 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
         return fd
 
 
+def read_index(layout: Directory, file: str) -> dict[str, Any]:
+    """Return the index of an OCI layout, with a list of manifests; errors name it ``file``."""
+    index = parse_object(layout.read(b"index.json", MAX_JSON), file)
+    if "manifests" not in index or not isinstance(index["manifests"] or [], list):
+        raise FormatError("not an OCI index", file=file)
+    return {**index, "manifests": index["manifests"] or []}
+
+
 class OciLayout(Transaction):
     """An OCI layout that images are added to.  A context manager.
 
@@ -8777,11 +8761,10 @@ class OciLayout(Transaction):
         """Tell whether a blob is there and whole: one of a power cut can have the right size."""
         if not re.fullmatch("sha256:" + HEX64, digest):
             return False
-        try:
+        with suppress(FileNotFoundError, FormatError, IntegrityError):
             os.close(open_blob(self.target, digest, size))
             return True
-        except (FileNotFoundError, FormatError, IntegrityError):
-            return False
+        return False
 
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
         """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
@@ -8853,14 +8836,9 @@ class OciLayout(Transaction):
 
         What had the tag is not in the index any more; its blobs stay.  Returns its digest, if any.
         """
-        try:
-            data = self.target.read(b"index.json", MAX_JSON)
-        except FileNotFoundError:
-            data = b'{"schemaVersion":2,"manifests":[]}'
-        index = parse_json(data, f"{self.path}/index.json")
-        if not isinstance(index, dict) or not isinstance(index.get("manifests") or [], list) \
-                or "manifests" not in index:
-            raise FormatError("it is no index", file=f"{self.path}/index.json")
+        index: dict[str, Any] = {"schemaVersion": 2, "manifests": []}
+        with suppress(FileNotFoundError):
+            index = read_index(self.target, f"{self.path}/index.json")
 
         def stays(entry: Any) -> bool:
             if not isinstance(entry, dict):
@@ -8870,8 +8848,8 @@ class OciLayout(Transaction):
             return name != tag if tag else name is not None or entry.get("digest") != blob["digest"]
 
         entry = {**blob, "annotations": {REF_NAME: tag}} if tag else blob
-        replaced = [old.get("digest") for old in index["manifests"] or () if not stays(old)]
-        index["manifests"] = [*filter(stays, index["manifests"] or []), entry]
+        replaced = [old.get("digest") for old in index["manifests"] if not stays(old)]
+        index["manifests"] = [*filter(stays, index["manifests"]), entry]
         if not self.target.exists(b"oci-layout"):
             self.put(b"", b"oci-layout", LAYOUT_FILE)
         self.put(b"", b"index.json", compact_json(index))
@@ -8942,16 +8920,13 @@ class ArchiveWriter:
         self._time = source_date_epoch()
         self._names: set[str] = set()
 
-    def file(self, name: str, data: bytes) -> None:
-        """Write a small file, once."""
+    def file(self, name: str, data: bytes, typeflag: bytes = b"0", mode: int = 0o644) -> None:
+        """Write a small file or a directory, once."""
         if name not in self._names:
             self._names.add(name)
-            write_all(self._fd, tar_header(name.encode(), b"0", size=len(data),
-                                           mtime_ns=self._time) + data + bytes(-len(data) % BLOCK))
-
-    def directory(self, name: str) -> None:
-        """Write a directory."""
-        write_all(self._fd, tar_header(name.encode() + b"/", b"5", mode=0o755, mtime_ns=self._time))
+            header = tar_header(name.encode(), typeflag, mode=mode, size=len(data),
+                                mtime_ns=self._time)
+            write_all(self._fd, header + data + bytes(-len(data) % BLOCK))
 
     def layer(self, name: str, layer: Layer, digest: str, size: int) -> None:
         """Write a layer's tar, once.  Raises IntegrityError when it is not what was said."""
@@ -8995,8 +8970,8 @@ def write_oci_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
     archive = ArchiveWriter(fd, progress)
     entries = []
     archive.file("oci-layout", LAYOUT_FILE)
-    archive.directory("blobs")
-    archive.directory("blobs/sha256")
+    for folder in ("blobs/", "blobs/sha256/"):
+        archive.file(folder, b"", b"5", 0o755)
     for image, names in images:
         layers, config = image_parts(image)
         manifest = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
@@ -9174,19 +9149,19 @@ class FetchedImage(Closing):
 
     def _load(self, platform: str) -> None:
         """Read manifest and configuration."""
-        index = self._parse(self._layout.read(b"index.json", MAX_BIG_DATA), "index")
-        found = index.get("manifests")
-        if not isinstance(found, list) or len(found) != 1:
+        found = read_index(self._layout, f"{self.reference}: index")["manifests"]
+        if len(found) != 1:
             raise FormatError("not one manifest", file=f"{self.reference}: index")
         self.manifest = self._small(found[0], "index")
-        manifest = self._parse(self.manifest, "manifest")
+        manifest = parse_object(self.manifest, f"{self.reference}: manifest")
         if not isinstance(manifest.get("layers"), list):
             raise FormatError("not an OCI manifest", file=f"{self.reference}: manifest")
         self.layers: list[dict[str, Any]] = manifest["layers"]
         self.config_blob: Any = manifest.get("config")
         for entry in self.layers:
             self._check(entry, "manifest")
-        self.config = self._parse(self._small(self.config_blob, "manifest"), "configuration")
+        self.config = parse_object(self._small(self.config_blob, "manifest"),
+                                   f"{self.reference}: configuration")
         have = platform_name(platform_in(self.config))
         if platform and not (have + "/").startswith(platform + "/") and not self._is_of_list():
             raise NotFound(f"image {self.reference} is for {have}, not {platform}")
@@ -9198,13 +9173,8 @@ class FetchedImage(Closing):
         done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
-        return not done.returncode and "manifests" in self._parse(done.stdout, "manifest")
-
-    def _parse(self, data: bytes, what: str) -> dict[str, Any]:
-        found = parse_json(data, f"{self.reference}: {what}")
-        if not isinstance(found, dict):
-            raise FormatError("not an object", file=f"{self.reference}: {what}")
-        return found
+        return not done.returncode and "manifests" in parse_object(
+            done.stdout, f"{self.reference}: manifest")
 
     def _check(self, entry: Any, what: str) -> None:
         """Raise FormatError for what is no descriptor, Unsupported for other digests."""

@@ -8306,7 +8306,8 @@ class Layouts(StoreTest):
             for target, options, status, words in (
                     (self.store.path("overlay/lay"), [], 6, "is inside the storage"),
                     (self.out, ["--all", "--platform=linux/amd64"], 2, ""),
-                    (other, [], 6, "not an OCI layout, and not empty"), (other + "/mine", [], 6, ""),
+                    (other, [], 6, "not an OCI layout, and not empty"),
+                    (other + "/mine", [], 6, ""),
                     (other + "/no/where", [], 6, ""),
                     *((other, [f"--compress={how}"], 2, "") for how in (
                         "lz4", "gzip:0", "gzip:10", "zstd:20", "none:1", ""))):
@@ -8717,7 +8718,7 @@ class Fetching(StoreTest):
                 ("lose", cstor.NotFound, "skopeo wrote no blob"),
                 ("fifo", cstor.FormatError, "not a regular file|no regular file"),
                 ("lose=config", cstor.NotFound, "skopeo wrote no blob"),
-                ("index=[]", cstor.FormatError, "index: not an object"),
+                ("index=[]", cstor.FormatError, "index: expected a JSON object"),
                 ('index={"manifests":[]}', cstor.FormatError, "not one manifest"),
                 ('index={"manifests":[{"size":1}]}', cstor.FormatError, "malformed descriptor"),
                 ('index={"manifests":[{"digest":"sha512:0","size":1}]}', cstor.Unsupported,
