@@ -936,7 +936,7 @@ def name_error(error: BaseException | None, path: str) -> None:
 
 
 def with_path(error: OSError, path: str) -> OSError:
-    """Return ``error`` again with the path in the store; NeedsUnshare when it is closed to us."""
+    """Return ``error`` with the path in the store; NeedsUnshare when permission is denied."""
     if isinstance(error, CstorError):
         return error
     if error.errno == errno.EACCES:
@@ -1132,10 +1132,10 @@ class Threads:
 
 
 class Copier:
-    """Copies ranges of files by the fastest call that the kernel takes.
+    """Copies ranges of files by the fastest call that the kernel allows.
 
-    copy_file_range(2), then sendfile(2), then read and write: what fails once with "not here" is
-    not tried again, so that there is one Copier for each pair of file systems.
+    copy_file_range(2), then sendfile(2), then read and write.  A call that the file systems do not
+    support is not tried again, so each pair of file systems needs its own Copier.
     """
 
     NOT_HERE = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM,
@@ -1180,18 +1180,18 @@ class Copier:
 LINK_MODES = ("auto", "reflink", "hardlink", "copy")
 
 
-class Ladder:
+class ContentCopier:
     """Fills new files with contents: by FICLONE, or else by a Copier.
 
-    What refuses a whole pair of file systems is not asked again; ``mode`` is auto, reflink (nothing
-    else will do), or copy.
+    FICLONE is not tried again for a pair of file systems that refuses it; ``mode`` is auto, reflink
+    (fail rather than copy), or copy.
     """
 
-    # What says no for a pair of file systems, and what may be so for one file of them: on btrfs
-    # EINVAL is for a file without checksums, anywhere ETXTBSY for a swap file.
+    # Errors for a pair of file systems, and errors that may be for one file only: btrfs gives
+    # EINVAL for a file without checksums, and any file system ETXTBSY for a swap file.
     NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
     NOT_THIS = frozenset({errno.EINVAL, errno.EPERM, errno.ETXTBSY})
-    PATIENCE = 8  # files in a row that are refused before a pair is that never took one
+    PATIENCE = 8  # files in a row that a pair refuses before it is not asked again
 
     def __init__(self, mode: str = "auto") -> None:
         check_words("link_mode", [mode], LINK_MODES)
@@ -1247,7 +1247,7 @@ class Ladder:
 
 
 def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) of what is no hole in a file."""
+    """Yield (offset, length) of the parts of a file that are not holes."""
     end = 0
     while end < size:
         try:
@@ -1264,7 +1264,7 @@ def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 class SignalsHeld:
-    """A context in which SIGINT, SIGTERM and SIGHUP wait, so that cleaning up is done whole."""
+    """A context in which SIGINT, SIGTERM and SIGHUP wait, so that nothing interrupts a clean-up."""
 
     def __enter__(self) -> SignalsHeld:
         self.before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -1450,7 +1450,7 @@ class NewFile(Transaction):
 
 
 def partial_name(target: bytes) -> bytes:
-    """Return a new name for what is to become ``target``."""
+    """Return a new temporary name for a file that will be ``target``."""
     return b".cstor-%s-%s.partial" % (target[:40], os.urandom(6).hex().encode())
 
 
@@ -1545,7 +1545,7 @@ def remove_failed(target: Target, directory: str) -> str:
 
 
 def remove_content(target: Target) -> None:
-    """Remove all that is in a directory, however deep and closed; no link is followed."""
+    """Empty a directory, however deep and whatever its modes; no link is followed."""
     folders = [b""]
     for folder in folders:
         parent, _, base = folder.rpartition(b"/")
@@ -7812,7 +7812,7 @@ def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterat
                     break
             answer = marshal.dumps((report(), None))
         except BaseException as error:
-            os.read(tokens, 4096)  # nobody is to begin another lot
+            os.read(tokens, 4096)  # so that no process begins another lot
             answer = marshal.dumps((None, pack_error(error)))
         write_all(write_fd, answer)
     finally:
@@ -7866,7 +7866,7 @@ def finish_worker(workers: dict[int, int], pid: int) -> Any:
 
 def wait_for(pid: int) -> int:
     """Wait for the end of a child; return its status as waitpid(2) does."""
-    with suppress(ChildProcessError):  # whoever ignores SIGCHLD has no children to wait for
+    with suppress(ChildProcessError):  # a process that ignores SIGCHLD cannot wait for children
         return os.waitpid(pid, 0)[1]
     return 0
 
@@ -7880,7 +7880,7 @@ def default_workers() -> int:
 
 
 class _LeftOut(Exception):
-    """A file that cannot be made here, or is not to be made: a device, mostly."""
+    """A file that this user cannot make, or that a plain copy skips: mostly a device."""
 
 
 class Extraction:
@@ -7902,7 +7902,7 @@ class Extraction:
         self._set_owners = not plain and (self._us[0] == 0 if owners is None else owners
                                           ) or bool(owner_map)
         self._insist = owners or bool(owner_map)
-        self._hardlinks, self._ladder = link_mode == "hardlink", Ladder(link_mode)
+        self._hardlinks, self._copier = link_mode == "hardlink", ContentCopier(link_mode)
         self._shared: set[tuple[int, int]] = set()  # inodes of the store that have a link in it
         self._device = os.fstat(self.target.fd).st_dev
         self._devices: dict[LayerTree, tuple[int, int]] = {}  # of a layer's files and the target
@@ -7947,8 +7947,8 @@ class Extraction:
     def _batches(self, items: Iterable[tuple[bytes, Node]]) -> Iterator[list[Any]]:
         """Make directories, and yield other files in batches: directory, name, node, and so on.
 
-        Two workers in one directory wait for each other in the kernel: none is split but one of
-        sixteen times a batch.  The lists are flat: a tuple for each of 500,000 files takes 30 MB.
+        Two workers in one directory wait for each other in the kernel: a directory is split only
+        above sixteen batches.  The lists are flat: a tuple for each of 500,000 files takes 30 MB.
         """
         batch: list[Any] = []
         room = BATCH
@@ -7984,7 +7984,7 @@ class Extraction:
         return tick
 
     def _is_first(self, path: bytes, node: Node) -> bool:
-        """Tell whether this name of several is to be made, and not to be a link to that one."""
+        """Tell whether this name of a file comes first; later names become hard links to it."""
         if (first := self._firsts.setdefault(node, path)) != path:
             self._links.append((path, first))
         return first == path
@@ -8087,7 +8087,7 @@ class Extraction:
         self.counts.count("made", node.type)
 
     def _create_regular(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
-        # Made as open as it will be only when it is ours to the end: then nothing is left to set.
+        # Create with the final mode only if we remain the owner; no chmod is needed then.
         ours = not node.extra and self._owner(node) == self._us
         new = -1
         try:
@@ -8110,7 +8110,7 @@ class Extraction:
     def _fill(self, new: int, node: Node, fd: int) -> None:
         if (devices := self._devices.get(node.tree)) is None:
             devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
-        self._account(node, self._ladder.fill(fd, node.size, new, devices, node.path,
+        self._account(node, self._copier.fill(fd, node.size, new, devices, node.path,
                                               node.tree.layer_id))
 
     def _account(self, node: Node, why: str) -> None:
@@ -8125,7 +8125,7 @@ class Extraction:
         self.counts.count("refused bytes", why, node.size)
 
     def _move(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
-        """Give a staged file its metadata and its place, where there is to be none.
+        """Give a staged file its metadata and its place, where no file must be.
 
         rename(2) would replace what another process puts there meanwhile, and follows no link.
         """
@@ -8152,10 +8152,10 @@ class Extraction:
         status = os.fstat(fd)
         check_copy(fd, status, node, self.verify)
         inode = status.st_dev, status.st_ino
-        why = "it is another file, too" if inode in self._shared else ""
+        why = "already hard-linked under another name" if inode in self._shared else ""
         if (stat.S_IMODE(status.st_mode), (status.st_uid, status.st_gid), status.st_mtime_ns,
                 read_xattrs(fd)) != (node.mode, self._owner(node), node.mtime_ns, node.xattrs):
-            why = "its mode, owner, time or xattrs in the store are others"
+            why = "mode, owner, time or xattrs in the store differ from the image's"
         try:
             if not why:
                 os.link(f"/proc/self/fd/{fd}", base, dst_dir_fd=dir_fd, follow_symlinks=True)
@@ -8331,13 +8331,13 @@ def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip
 
 
 class OutputDirectory(Transaction):
-    """A directory to be filled: it is made, or is empty, or any by ``force``.
+    """A directory to extract into: a new one, an empty one, or with ``force`` any.
 
-    After an error what was made in it is removed, if ``clean`` (None: if it is made here); the
-    error's hint says what stays.  Until it is filled it is closed to others, and ``staging``, a
-    directory for what is not in its place yet, marks it.  A mark that is not locked is of a run
-    that was killed, which force resumes.  With ``whole`` it has another name meanwhile; ``removed``
-    are the names of such that killed runs left.
+    After an error the files are removed again if ``clean`` (None: if the directory is new); the
+    error's hint says what stays.  Until the end other users cannot enter the directory, and
+    ``staging``, a directory for files that wait for their place, marks it as incomplete.  A mark
+    without a lock is from a killed run, which ``force`` resumes.  With ``whole`` the directory has
+    a temporary name until the end; ``removed`` are such names that killed runs left.
     """
 
     def __init__(self, directory: str, *, force: bool = False, clean: bool | None = None,
@@ -8391,7 +8391,7 @@ class OutputDirectory(Transaction):
                 self._mark = b""
 
     def finish(self, with_root: bool) -> None:
-        """Let the directory appear as it is to be; ``with_root``: it has its metadata already."""
+        """Give the directory its final mode and name; ``with_root``: it has its metadata."""
         self.unmark()
         if self._mode and not with_root:
             os.chmod(".", self._mode, dir_fd=self.target.fd)
@@ -8486,7 +8486,7 @@ def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
         return
     with Opened(tree.open(node)) as source:
         if node.size:
-            Ladder().fill(source, node.size, fd, (0, 0), node.path, node.tree.layer_id)
+            ContentCopier().fill(source, node.size, fd, (0, 0), node.path, node.tree.layer_id)
     check_copy(fd, os.fstat(fd), node, True, progress)
     os.fchmod(fd, node.mode & 0o777)
     os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
@@ -8888,7 +8888,7 @@ def copy_to_oci(image: Image, directory: str, tag: str = "", *,
 
     Of a manifest list, or with ``every`` the one that the image was pulled through, that is the
     instance for ``platform`` or this machine, or an index of every one that the storage has;
-    ``tell`` gets what is left out or replaced.  Raises CstorError, ValueError, OSError.
+    ``tell`` gets what is skipped or replaced.  Raises CstorError, ValueError, OSError.
     """
     check_tag(tag)
     how = parse_compression(compression)
@@ -8904,7 +8904,7 @@ def copy_to_oci(image: Image, directory: str, tag: str = "", *,
     for entry, instance in image.entries() if every else ():
         if not instance:
             kind = entry.get("artifactType") or platform_name(entry.get("platform"))
-            tell(display(f"not in the storage, so left out: {entry.get('digest')} ({kind})"))
+            tell(display(f"not in the storage, skipped: {entry.get('digest')} ({kind})"))
     for digest in replaced:
         tell(f"{tag} was the tag of {display(str(digest))}")
     return blob
@@ -8948,7 +8948,7 @@ def write_docker_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
                          progress: Progress | None = None) -> None:
     """Write what ``podman load`` and ``docker load`` read: images, each with the names to give it.
 
-    Names are ``repository:tag``.  Raises IntegrityError, after which the output is no good.
+    Names are ``repository:tag``.  Raises IntegrityError, after which the output is invalid.
     """
     archive = ArchiveWriter(fd, progress)
     rows = []
@@ -8993,7 +8993,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = No
     """Yield a tar of ``path`` and all below it, whose names begin with ``name``.
 
     Sorted, with owners, xattrs, hard links and times in nanoseconds; the same tree gives the same
-    bytes.  Whiteouts are seen of a raw tree only; sockets are left out, as tar does.
+    bytes.  Only a raw tree shows whiteouts; sockets are skipped, as tar does.
     """
     prefix = name + b"/" if name else b""
     flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
@@ -9177,7 +9177,7 @@ class FetchedImage(Closing):
             done.stdout, f"{self.reference}: manifest")
 
     def _check(self, entry: Any, what: str) -> None:
-        """Raise FormatError for what is no descriptor, Unsupported for other digests."""
+        """Check a descriptor.  Raises FormatError, Unsupported for a digest other than sha256."""
         size, digest = (entry.get("size"), entry.get("digest")) if isinstance(entry, dict) \
             else (None, None)
         if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
@@ -9646,7 +9646,7 @@ class Staging:
     def __init__(self, target: Target, *, link_mode: str = "auto", check: bool = True,
                  crc: bool = False, progress: Progress | None = None) -> None:
         self._target, self._device = target, os.fstat(target.fd).st_dev
-        self._ladder = Ladder("auto" if link_mode == "hardlink" else link_mode)
+        self._copier = ContentCopier("auto" if link_mode == "hardlink" else link_mode)
         self._check, self._crc, self._progress = check, crc, progress
         self._count = 0
 
@@ -9698,7 +9698,7 @@ class Staging:
             for piece in tree.expand(member, content):
                 if isinstance(piece, Extent):
                     devices = os.fstat(piece.fd).st_dev, self._device
-                    why = self._ladder.fill(piece.fd, piece.length, fd, devices, piece.member.name)
+                    why = self._copier.fill(piece.fd, piece.length, fd, devices, piece.member.name)
                     if why:  # of a copy ours is what counts
                         piece.fd = fd
                 elif member.sparse is not None and piece.count(0) == len(piece):
@@ -12811,7 +12811,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
         left_out = Extraction(output, plain=True, verify=True, progress=progress).run(
             select_nodes(tree, top=path))["left-out"]
     for place in left_out:
-        say(f"warning: left out, as it is a device, socket or whiteout: "
+        say(f"warning: skipped (device, socket or whiteout): "
             f"{display(b'/' + path if path else b'')}{display(unspell(place))}")
 
 
