@@ -11656,8 +11656,7 @@ def say_hello(roots: Sequence[str] = ()) -> Connection:
 def run_unshared(function: str, words: Sequence[str]) -> int:
     """Run a function of this module in a namespace; return the exit status that it returns.
 
-    It has our stdin, stdout and stderr, and gets SIGTERM when this process ends.  Raises
-    NeedsUnshare.
+    It has our stdin, stdout and stderr, and gets SIGTERM when we end.  Raises NeedsUnshare.
     """
     with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing, \
             Unshared(function, words, grace=60) as process:
@@ -11707,12 +11706,13 @@ class Helper(Unshared):
     helper has ended.
     """
 
+    _turn = -1  # a file locked by whose turn it is, of one byte until that has the whole answer
+
     def __init__(self, roots: Sequence[str]) -> None:
         import threading
 
         super().__init__("serve_contents", roots)
         self._lock, self._is_behind = threading.Lock(), False
-        # Locked by the process whose turn it is; one byte long until that has the whole answer.
         self._turn = os.memfd_create("cstor-turn", os.MFD_CLOEXEC)
 
     @property

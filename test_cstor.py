@@ -12362,6 +12362,15 @@ class Helpers(StoreTest):
                     with self.assertRaisesRegex(cstor.CstorError, "outside|clean"):
                         ask(directory, path)
 
+    def test_a_helper_that_does_not_start(self) -> None:
+        process = {**cstor.describe_process(), "podman": "/bin/false"}
+        before = open_fds()
+        with mock.patch("cstor.describe_process", return_value=process), \
+                mock.patch("cstor.unshare_ways", return_value=["podman"]), \
+                self.assertRaisesRegex(cstor.NeedsUnshare, "no user namespace: podman: "):
+            cstor.Helper([self.dir])
+        self.assertEqual(before, open_fds())
+
     def test_slow_newuidmap(self) -> None:
         path = os.path.join(self.dir, "newuidmap")
         put(path, b"#!/bin/sh\nexec sleep 60\n")
