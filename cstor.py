@@ -6893,9 +6893,9 @@ def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int
     return entry
 
 
-def layer_entries(layer: Layer) -> Iterator[tuple[bytes, Node]]:
-    """Yield (name as in the tar, node) of each member of a layer, as its header has it."""
-    tree = LayerTree(layer)
+def layer_entries(layer: Layer, tree: LayerTree | None = None) -> Iterator[tuple[bytes, Node]]:
+    """Yield (name as in the tar, node of ``tree``) of each member of a layer, as in its header."""
+    tree = tree or LayerTree(layer)
     for member in layer.members():
         if member.type != "global":
             node = Node(tree, None, clean_name(member.name), member.type)
@@ -6915,8 +6915,8 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
         if member.type == "hardlink":
             target = clean_name(member.linkname)
             links[target] = links.get(target, 1) + 1
-    items = ((name, node, None) for name, node in layer_entries(layer))
     with layer.own_tree() as tree:
+        items = ((name, node, None) for name, node in layer_entries(layer, tree))
         for name, node, _, digest in hash_contents(items, tree, digests, progress):
             yield toc_entry(name, node, links=links.get(node.name, 0), digest=digest)
 

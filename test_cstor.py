@@ -12271,6 +12271,22 @@ class Helpers(StoreTest):
             self.assertEqual([b"a", b"b"], asked)
         self.assertEqual(before, open_fds())
 
+    def test_contents_of_a_toc_are_opened_ahead(self) -> None:
+        """What the helper opened is read: here other bytes, which do not fit the checksums."""
+        other = os.path.join(self.dir, "other")
+        put(other, b"?" * 99999)
+
+        def lend(directory: str, names: Sequence[bytes]) -> list[int]:
+            os.truncate(other, os.path.getsize(os.path.join(os.fsencode(directory), names[0])))
+            return [os.open(other, os.O_RDONLY) for _ in names]
+
+        with self.proxied(mock.Mock(open=lend)) as storage:
+            layer = storage.image("sample").layers()[0]
+            with layer.tree() as tree:
+                self.assertRaisesRegex(cstor.IntegrityError, "checksum", list,
+                                       cstor.tree_toc(tree, digests=True))
+            self.assertRaisesRegex(cstor.IntegrityError, "checksum", layer.toc, digests=True)
+
     def test_few_open_files(self) -> None:
         asked: list[int] = []
 
