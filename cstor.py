@@ -13242,7 +13242,8 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 # -- arguments -----------------------------------------------------------------------------------
 
 EXTRACT_OPTIONS = ("DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
-                   "--same-owner --owner-map --force --clean-on-error --format")
+                   "--no-same-owner --same-owner --owner-map --force --no-clean-on-error "
+                   "--clean-on-error --format")
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
 COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
     ("image list", cmd_image_list, "-a -q --format --no-trunc"),
@@ -13285,89 +13286,102 @@ COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
     ("tar-diff", cmd_tar_diff, "A B --format"),
     ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
 ]
-ARGUMENTS = {"IMAGE": "name, digest, ID or the start of an ID",
-             "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path "
-                      "below overlay/",
-             "CONTAINER": "name, ID or the start of an ID",
-             "LINK": "26 characters, as in overlay/l",
-             "PATH": "path inside, with or without a leading slash",
-             "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z] and \\ before what is meant "
-                        "literally, as a path that exists is; without a slash it is about the "
-                        "last component",
-             "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
-             "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
-             "DIR": "directory to make or to fill; it must be empty, but for --force",
-             "STREAM": "file that holds a stream; - is stdin",
-             "A": "image, container, layer, directory or tar file; image: container: layer: dir: "
-                  "or tar: before it leaves no doubt",
-             "B": "like A",
-             "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
-             **{f"{word}:PATH": f"{word.lower()} and the path inside" for word in (
-                 "IMAGE", "LAYER", "CONTAINER")}}
-SHORTCUTS = {"-0": ["--null"], "-a": ["--all"], "-l": ["--long"], "-o": ["--output"],
-         "-q": ["--quiet"]}
-SWITCHES = {"-0": "names as they are, each ended by a NUL byte",
-            "-a": "also images without a name that another image was built on",
-            "-l": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
-            "--chain": "also the IDs of the layer and its parents, base first",
-            "--no-verify": "skip the checksums; sizes are still checked",
-            "--no-trunc": "full IDs and commands",
-            "--pretty": "indented JSON", "--digests": "add the sha256 of each file, checked",
-            "--follow": "follow a link at the end of a path",
-            "--no-follow": "refuse a link at the end of a path",
-            "--hidden": "list files that other layers hide, and the bytes that they waste",
-            "--all": "of a manifest list, all instances that are here",
-            "--no-reflinks": "the same as --link-mode copy",
-            "--verify": "first compare each layer's tar, headers and contents, with its DiffID; "
-                        "extract also reads back what it made",
-            "--force": "merge into a directory that is not empty: files are replaced, links "
-                       "are not followed",
-            "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers"}
-# Options that take a value, or can be negated.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "-q": {"action": "store_true", "dest": "ids", "help": "IDs alone, one a line, each once"},
-    "-o": {"metavar": "FILE", "help": "write to FILE, which appears when it is whole and verified; "
-                                      "default: stdout"},
-    "--format": {"choices": ("table", "json"), "default": "table"},
-    "inspect --format": {"choices": ("table", "json"), "default": "json"},
-    "--ignore": {"metavar": "WHAT", "action": "append", "default": [], "choices": DIFFERENCES,
-                 "help": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated"},
-    "--as": {"choices": ("rootfs", "docker-archive", "oci-archive"), "default": "rootfs",
-             "dest": "as_", "help": "what to write; archives take several images"},
-    "--via-skopeo": {"metavar": "REF",
-                     "help": "instead of IMAGE, one that skopeo fetches: oci:DIR:TAG, dir:DIR, "
-                             "docker-archive:FILE, docker://NAME ..."},
-    "--compress": {"metavar": "HOW",
-                   "help": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)"},
-    "--socket": {"metavar": "PATH",
-                 "help": "read from the server that listens there, and from no storage"},
-    "serve --socket": {"metavar": "PATH", "help": "where to listen; default: the socket that "
-                       "stdin is, or that systemd passes"},
-    "--platform": {"metavar": "OS/ARCH", "default": "",
-                   "help": "which instance of a manifest list; default: for this machine"},
-    "--codec": {"choices": CODECS, "help": "how the stream is spelled; default: splitfdstream"},
-    "--threshold": {"metavar": "N", "type": int, "default": INLINE_THRESHOLD,
-                    "help": "contents of up to N bytes stay inline; default: %(default)s"},
-    "--external": {"metavar": "LIST",
-                   "help": "contents stay in their files, which LIST names, as JSON lines"},
-    "--digest": {"metavar": "SHA256",
-                 "help": "what the tar must have; default: what the storage, LIST or server says"},
-    "--path": {"metavar": "PATTERN", "action": "append", "default": [],
-               "help": "only what fits, with all below and the directories above; may be repeated"},
-    "--exclude": {"metavar": "PATTERN", "action": "append", "default": [],
-                  "help": "not what fits, nor what is below; may be repeated"},
-    "--strip-components": {"metavar": "N", "type": int, "default": 0,
-                           "help": "take N leading components off the paths"},
-    "--link-mode": {"choices": LINK_MODES, "default": "auto",
-                    "help": "auto: reflink, else copy; reflink: nothing else; hardlink: share the "
-                            "store's own files where all their metadata are right; copy"},
-    "--owner-map": {"metavar": "[u:|g:]IN:OUT:COUNT", "action": "append", "default": [],
-                    "help": "shift owners: IDs from IN on become OUT and so on; may be repeated"},
-    "--same-owner": {"negated": "leave files to you", "default": None,
-                     "help": "set owners or fail; default: as root, as far as the kernel lets us"},
-    "--clean-on-error": {"negated": "leave what was made until then", "default": None,
-                         "help": "leave nothing in DIR after an error; default: when DIR is made"},
+# Arguments and options with their help, for add_argument(): the flags, then a value: METAVAR or
+# lower-case choices, "..." when it may be repeated, "=DEFAULT"; "?" is neither yes nor no unless
+# given.  A command's own form of an option has the verb before it.
+OPTIONS = {
+    "IMAGE": "name, digest, ID or the start of an ID",
+    "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path below overlay/",
+    "CONTAINER": "name, ID or the start of an ID",
+    "LINK": "26 characters, as in overlay/l",
+    "PATH": "path inside, with or without a leading slash",
+    "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z] and \\ before what is meant literally, as "
+               "a path that exists is; without a slash it is about the last component",
+    "IMAGE:PATH": "image and the path inside",
+    "LAYER:PATH": "layer and the path inside",
+    "CONTAINER:PATH": "container and the path inside",
+    "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
+    "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
+    "DIR": "directory to make or to fill; it must be empty, but for --force",
+    "STREAM": "file that holds a stream; - is stdin",
+    "A": "image, container, layer, directory or tar file; image: container: layer: dir: or tar: "
+         "before it leaves no doubt",
+    "B": "like A",
+    "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
+    "-0 --null": "names as they are, each ended by a NUL byte",
+    "-a --all": "also images without a name that another image was built on",
+    "-l --long": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
+    "-o --output FILE": "write to FILE, which appears when it is whole and verified; default: "
+                        "stdout",
+    "-q --quiet": "IDs alone, one a line, each once",
+    "--all": "of a manifest list, all instances that are here",
+    "--as rootfs|docker-archive|oci-archive=rootfs": "what to write; archives take several images",
+    "--chain": "also the IDs of the layer and its parents, base first",
+    "--no-clean-on-error ?": "leave what was made until then",
+    "--clean-on-error ?": "leave nothing in DIR after an error; default: when DIR is made",
+    f"--codec {'|'.join(CODECS)}": "how the stream is spelled; default: splitfdstream",
+    "--compress HOW": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)",
+    "--digest SHA256": "what the tar must have; default: what the storage, LIST or server says",
+    "--digests": "add the sha256 of each file, checked",
+    "--exclude PATTERN...": "not what fits, nor what is below; may be repeated",
+    "--external LIST": "contents stay in their files, which LIST names, as JSON lines",
+    "--follow": "follow a link at the end of a path",
+    "--no-follow": "refuse a link at the end of a path",
+    "--force": "merge into a directory that is not empty: files are replaced, links are not "
+               "followed",
+    "--format table|json=table": None,
+    "inspect --format table|json=json": None,
+    "--hidden": "list files that other layers hide, and the bytes that they waste",
+    "--ignore WHAT...": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated",
+    f"--link-mode {'|'.join(LINK_MODES)}=auto":
+        "auto: reflink, else copy; reflink: nothing else; hardlink: share the store's own files "
+        "where all their metadata are right; copy",
+    "--owner-map [u:|g:]IN:OUT:COUNT...": "shift owners: IDs from IN on become OUT and so on; may "
+                                          "be repeated",
+    "--path PATTERN...": "only what fits, with all below and the directories above; may be "
+                         "repeated",
+    "--platform OS/ARCH=": "which instance of a manifest list; default: for this machine",
+    "--pretty": "indented JSON",
+    "--no-reflinks": "the same as --link-mode copy",
+    "--no-same-owner ?": "leave files to you",
+    "--same-owner ?": "set owners or fail; default: as root, as far as the kernel lets us",
+    "--socket PATH": "read from the server that listens there, and from no storage",
+    "serve --socket PATH": "where to listen; default: the socket that stdin is, or that systemd "
+                           "passes",
+    "--strip-components N=0": "take N leading components off the paths",
+    f"--threshold N={INLINE_THRESHOLD}": "contents of up to N bytes stay inline; default: "
+                                         "%(default)s",
+    "--no-trunc": "full IDs and commands",
+    "--verify": "first compare each layer's tar, headers and contents, with its DiffID; extract "
+                "also reads back what it made",
+    "--no-verify": "skip the checksums; sizes are still checked",
+    "--via-skopeo REF": "instead of IMAGE, one that skopeo fetches: oci:DIR:TAG, dir:DIR, "
+                        "docker-archive:FILE, docker://NAME ...",
+    "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers",
 }
+# Options before or after any command; what is given later counts, but for --store.
+GLOBALS = {
+    "-r --root DIR": "graph root, instead of the configured one",
+    "--runroot DIR=": "run root, where volatile records can be",
+    "--imagestore DIR=": "where images are, when they are split off the graph root",
+    "--store DIR...": "additional image store; may be repeated",
+    "--owner-ids FILE=": "ranges of the store's owner on another machine: lines as in /etc/subuid, "
+                         "with his name or numeric ID, for users and groups; or a directory with "
+                         "subuid, subgid, passwd",
+    f"--timeout SECONDS={PEER_TIMEOUT:g}": "how long a server or client may send nothing; "
+                                           f"default: {PEER_TIMEOUT:g}",
+    "--no-helper": "never enter a user namespace",
+    "-q --quiet": "no progress, no warnings",
+    "-v --verbose +": "say more; twice: tracebacks",
+}
+# Values that are checked, and names that differ from the option's.
+VALUES: dict[str, dict[str, Any]] = {
+    "N": {"type": int}, "SECONDS": {"type": float}, "WHAT": {"choices": DIFFERENCES}}
+NAMES = {"--as": "as_", "DIR[:TAG]": "layout",
+         **dict.fromkeys(("IMAGE:PATH", "LAYER:PATH", "CONTAINER:PATH"), "source")}
+ACTIONS: dict[str, dict[str, Any]] = {
+    "": {"action": "store_true"}, "?": {"action": "store_const"},
+    "+": {"action": "count", "default": 0}}
 ALIASES = {"ls": "list", "copy": "copy-to-oci"}
 GROUPS = {"image": "images", "layer": "layers", "container": "containers",
           "store": "the storage as a whole"}
@@ -13378,19 +13392,42 @@ def make_parser(words: Sequence[str] = ()) -> Any:
 
     argparse takes half a millisecond for each parser and a third for each argument.
     """
-    import argparse
-
+    wants_help = {"-h", "--help"} & set(words)
     chosen = [row for row in COMMANDS if set(row[0].split()) <= {
         ALIASES.get(word, word) for word in words}]
-    if not chosen or {"-h", "--help"} & set(words):
-        chosen = COMMANDS
+    name = os.path.basename(sys.argv[0])
+    program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
+    parser = add_globals(parser_class(bool(wants_help))(
+        prog=program, epilog="Exit status: 0 done, 1 the answer is no, 2 usage, 3 not found or "
+        "ambiguous, 4 content fails its checksum, 5 permission, 6 malformed or unsupported data or "
+        "other failure, 130 interrupted, 141 stdout was closed.",
+        description="Read images of containers/storage: no podman, no root, no mount, no writes."),
+        0)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    below = {"": parser.add_subparsers(metavar="COMMAND", required=True, prog=program)}
+    for command, function, names in COMMANDS if wants_help or not chosen else chosen:
+        group, _, verb = command.rpartition(" ")
+        if group not in below:
+            below[group] = add_globals(
+                below[""].add_parser(group, help=GROUPS[group]), 1).add_subparsers(
+                    metavar="COMMAND", required=True, prog=f"{program} {group}")
+        sub = add_globals(below[group].add_parser(
+            verb, help=function.__doc__, description=function.__doc__,
+            aliases=[word for word in ALIASES if ALIASES[word] == verb]), 2)
+        sub.set_defaults(function=function, kind=group)
+        if "--via-skopeo" in names and any(
+                word.partition("=")[0] == "--via-skopeo" for word in words):
+            names = names.replace("IMAGE ", "", 1)
+        add_arguments(sub, names + " --platform" * (group == "image" and verb != "list"), verb)
+    return parser
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise _UsageError(f"{message} (see {self.prog} --help)")
+
+def parser_class(wants_help: bool) -> type[Any]:
+    """Return the class of argument parsers; the terminal is asked only when it shows help."""
+    import argparse
 
     width = 80
-    if {"-h", "--help"} & set(words):
+    if wants_help:
         import shutil
 
         width = shutil.get_terminal_size().columns or 80  # 0 before Python 3.11
@@ -13399,82 +13436,60 @@ def make_parser(words: Sequence[str] = ()) -> Any:
         return argparse.HelpFormatter(prog, width=max(40, min(width, 100)) - 2,
                                       max_help_position=28)
 
-    name = os.path.basename(sys.argv[0])
-    program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
-    parser = _add_globals(Parser(
-        prog=program, formatter_class=formatter, allow_abbrev=False,
-        description="Read images of containers/storage: no podman, no root, no mount, no writes.",
-        epilog="Exit status: 0 done, 1 the answer is no, 2 usage, 3 not found or ambiguous, "
-        "4 content fails its checksum, 5 permission, 6 malformed or unsupported data or other "
-        "failure, 130 interrupted, 141 stdout was closed."), 0)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=program)
-    groups: dict[str, Any] = {}
-    for command, function, arguments in chosen:
-        group, _, verb = command.rpartition(" ")
-        if group and group not in groups:
-            groups[group] = _add_globals(commands.add_parser(
-                group, help=GROUPS[group], formatter_class=formatter, allow_abbrev=False),
-                1).add_subparsers(
-                    metavar="COMMAND", required=True, prog=f"{program} {group}")
-        sub = (groups[group] if group else commands).add_parser(
-            verb, help=function.__doc__, description=function.__doc__, formatter_class=formatter,
-            allow_abbrev=False, aliases=[word for word in ALIASES if ALIASES[word] == verb],
-            conflict_handler="resolve")  # -q of lists
-        sub.set_defaults(function=function, kind=group)
-        _add_globals(sub, 2)
-        names = arguments.split() + ["--platform"] * (group == "image" and verb != "list")
-        if "--via-skopeo" in names and any(
-                word.partition("=")[0] == "--via-skopeo" for word in words):
-            names.remove("IMAGE")
-        _add_arguments(sub, names, verb)
-    return parser
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(formatter_class=formatter, allow_abbrev=False,
+                             conflict_handler="resolve", **options)  # -q of lists
+
+        def error(self, message: str) -> NoReturn:
+            raise _UsageError(f"{message} (see {self.prog} --help)")
+
+    return Parser
 
 
-def _add_globals(parser: Any, level: int) -> Any:
+def add_globals(parser: Any, level: int) -> Any:
     """Add the global options: at level 0 with their defaults, below (given later) without."""
     import argparse
 
-    def add(*names: str, default: Any = None, **kwargs: Any) -> None:
-        parser.add_argument(*names, default=argparse.SUPPRESS if level else default, **kwargs)
-
-    add("-r", "--root", metavar="DIR", help="graph root, instead of the configured one")
-    add("--runroot", metavar="DIR", default="", help="run root, where volatile records can be")
-    add("--imagestore", metavar="DIR", default="",
-        help="where images are, when they are split off the graph root")
-    add("--store", metavar="DIR", action="append", default=[], dest=f"store{level}",
-        help="additional image store; may be repeated")
-    add("--owner-ids", metavar="FILE", default="",
-        help="ranges of the store's owner on another machine: lines as in /etc/subuid, with his "
-             "name or numeric ID, for users and groups; or a directory with subuid, subgid, passwd")
-    add("--timeout", metavar="SECONDS", type=float, default=PEER_TIMEOUT,
-        help=f"how long a server or client may send nothing; default: {PEER_TIMEOUT:g}")
-    add("--no-helper", action="store_true", default=False, help="never enter a user namespace")
-    add("-q", "--quiet", action="store_true", default=False, help="no progress, no warnings")
-    add("-v", "--verbose", action="count", default=0, help="say more; twice: tracebacks")
+    for spec, text in GLOBALS.items():
+        add_argument(parser, spec, text, **{"default": argparse.SUPPRESS} if level else {},
+                     **{"dest": f"store{level}"} if "--store" in spec else {})
     return parser
 
 
-def _add_arguments(parser: Any, names: list[str], verb: str) -> None:
-    for name in names:
-        flags = [name, *SHORTCUTS.get(name, ())]
-        if name in OPTIONS:
-            options = dict(OPTIONS.get(f"{verb} {name}", OPTIONS[name]))
-            negated = options.pop("negated", "")
-            if negated:  # what BooleanOptionalAction does, with a help for each
-                word = name[2:].replace("-", "_")
-                parser.add_argument("--no-" + name[2:], action="store_false", dest=word,
-                                    default=None, help=negated)
-                options["action"] = "store_true"
-            parser.add_argument(*flags, **options)
-        elif name in SWITCHES:
-            parser.add_argument(*flags, action="store_true", help=SWITCHES[name])
-        else:
-            word = name.rstrip("+*")
-            parser.add_argument({"DIR[:TAG]": "layout"}.get(
-                word, "source" if ":" in word else word.lower()), metavar=word,
-                                help=ARGUMENTS.get(f"{verb} {word}") or ARGUMENTS[word],
-                                nargs=name[-1] if name[-1] in "+*" else None)
+def add_arguments(parser: Any, names: str, verb: str) -> None:
+    """Add what a command takes; "-q" of a list prints IDs."""
+    specs = {" ".join(spec.split()[:1 + spec[0].islower()]): spec for spec in OPTIONS}
+    for name in names.split():
+        word = name.rstrip("+*")
+        own = specs.get(f"{verb} {word}", "")
+        spec = own or specs[word]
+        more: Any = {"nargs": name[-1]} if word != name else {"dest": "ids"} if word == "-q" else {}
+        add_argument(parser, spec[len(verb) + 1:] if own else spec, OPTIONS[spec], **more)
+
+
+def add_argument(parser: Any, spec: str, text: str | None, **more: Any) -> None:
+    """Add the argument or option that ``spec`` describes, as in OPTIONS."""
+    words = spec.split()
+    flags = [word for word in words if word[0] == "-"]
+    value, equals, default = "".join(words[len(flags):]).partition("=")
+    metavar = value[:-3] if value.endswith("...") else value
+    options: dict[str, Any] = {"metavar": metavar, **VALUES.get(metavar, {})}
+    if value in ACTIONS:
+        options = dict(ACTIONS[value])
+    elif value == value.lower():
+        options = {"choices": value.split("|")}
+    if metavar != value:
+        options.update(action="append", default=[])
+    if equals:
+        options["default"] = options.get("type", str)(default)
+    if value == "?":
+        options.update(const=not spec.startswith("--no-"),
+                       dest=re.sub(r"\A--(no-)?", "", flags[0]).replace("-", "_"))
+    if flags and flags[0] in NAMES:
+        options["dest"] = NAMES[flags[0]]
+    parser.add_argument(*flags or [NAMES.get(value, value.lower())], help=text,
+                        **{**options, **more})
 
 
 def open_storage(args: Any) -> Storage:
