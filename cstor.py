@@ -12052,13 +12052,63 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns; columns that are empty in every row are left out."""
+def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
+                  indent: int | None = 2) -> None:
+    """Print JSON values inside ``head`` and ``tail`` as they come."""
+    encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
+    _, entries = peek(entries)
+    sys.stdout.write(head)
+    between = "\n"
+    for entry in entries:
+        text = encode(entry)
+        sys.stdout.write(between + ("  " + text.replace("\n", "\n  ") if indent else text))
+        between = ",\n"
+    sys.stdout.write(f"\n{tail}\n")
+
+
+def table_lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield aligned columns; columns that are empty in every row are left out."""
     kept = [i for i in range(len(headers)) if not rows or any(row[i] for row in rows)]
     lines = [[headers[i] for i in kept]] + [[display(row[i]) for i in kept] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+
+
+def show(args: Any, value: Any, text: Iterable[Any], headers: Sequence[str] = (),
+         records: Iterable[Record] = ()) -> None:
+    """Print ``value`` as JSON or ``text`` for people, as --format says; what is not asked for may
+    be lazy.
+
+    With ``headers`` the text is the rows of a table, in place of which -q prints the IDs of
+    ``records``; else it is lines, and values of an iterator are printed as they come.
+    """
+    if args.format == "json":
+        if headers or isinstance(value, dict):
+            print_json(value if isinstance(value, dict) else list(value))
+        else:
+            print_entries(value)
+        return
+    if getattr(args, "ids", False):
+        text = (display(short_id(name, args)) for name in dict.fromkeys(
+            record.id for record in records if record.id))
+    elif headers:
+        text = table_lines(headers, list(text))
+    for line in text:
+        if isinstance(line, bytes):
+            sys.stdout.buffer.write(line)
+        else:
+            print(line)
+
+
+def show_inspected(args: Any, entries: Iterable[dict[str, Any]]) -> None:
+    """Print objects as a JSON array, or as tables of keys and values; nothing if all failed."""
+    found = list(entries)
+    if args.format == "json" and found:
+        print_json(found)
+    for entry in found if args.format == "table" else ():
+        show(args, None, ([key, value if isinstance(value, str) else json.dumps(value)]
+                          for key, value in entry.items()), ["KEY", "VALUE"])
 
 
 def human_size(size: int) -> str:
@@ -12098,6 +12148,142 @@ def short_step(command: str, args: Any, width: int = 40) -> str:
 def shifted(progress: Progress | None, done: int) -> Progress | None:
     """Return what tells the progress of a second job, after ``done`` bytes of the first."""
     return progress and (lambda size, files: progress(done + size, files))
+
+
+def image_json(image: Image) -> dict[str, Any]:
+    """Return an image's record with what listings add: size, manifest-list, store, faults ..."""
+    instances = {"instances": [
+        {"platform": platform_name(entry.get("platform")), "digest": entry.get("digest"),
+         "id": instance and instance.id} for entry, instance in image.entries()]
+        } if image.is_list else {}
+    return {**image.record, "size": image.size, "manifest-list": image.is_list, **instances,
+            "store": image.root.path, "readonly": image.readonly, "faults": image.faults}
+
+
+def layer_json(layer: Layer) -> dict[str, Any]:
+    """Return a layer's record with what listings add: store, readonly, faults."""
+    return {**layer.record, "store": layer.root.path, "readonly": layer.readonly,
+            "faults": layer.faults}
+
+
+def container_json(container: Container) -> dict[str, Any]:
+    """Return a container's record with image-name, and state, pod and rootfs of podman's."""
+    details, state = container.details(), container.state
+    # As `podman ps --external` calls what its database does not know: buildah's, say.
+    unknown = "" if details and not container.storage.podman_containers() else "storage"
+    names = [name for image in container.storage.images() if image.id == container.image
+             for name in image.names]
+    return {**container.record,
+            "image-name": details.get("image-name") or state.get("image-name")
+            or (names[0] if names else ""),
+            "state": state.get("state", unknown),
+            "pod": state.get("pod") or details.get("pod-name", ""),
+            "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
+            "store": container.root.path, "faults": container.faults}
+
+
+def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, Any]:
+    """Return what is known of a file, as in a TOC, with its path and layer."""
+    entry = toc_entry(path, node, first=None if first is None else b"/" + first)
+    entry.pop("name")
+    return {"path": spell(path), **entry, "layer": node.tree.layer_id}
+
+
+def long_line(path: bytes, target: bytes, node: Node, hard: bool) -> bytes:
+    """Return a line like that of ``ls -l``; "+" after the mode says that there are xattrs."""
+    letters = stat.filemode(FILE_TYPES.get(node.type, 0) | node.mode)
+    hard = hard or node.type == "hardlink"
+    size = f"{node.device[0]}, {node.device[1]}" if node.type in ("char", "block") \
+        else str(node.size)
+    owner, group = (display(name) if name else str(number) for name, number in
+                    zip(node.owner[2:], node.owner[:2]))
+    moment = "-" if node.implicit else str(node.mtime_ns // 10**9) \
+        if not has_rfc3339(node.mtime_ns) else format_time(node.mtime_ns)[:19].replace("T", " ")
+    text = (f"{'h' + letters[1:] if hard else letters}"
+            f"{'+' if node.extra and node.xattrs else ' '} "
+            f"{owner:>8} {group:>8} {size:>12} {moment:19} ").encode()
+    return text + path + ((b" link to " if hard else b" -> ") + target if target else b"")
+
+
+def summary_lines(summary: dict[str, Any]) -> tuple[str, str]:
+    """Return the two lines that say what an extraction made."""
+    words = ("files", "directories", "symlinks", "hardlinks", "devices", "fifos", "sockets",
+             "whiteouts")
+    made = ", ".join(counted(summary[word], word[:-3] + "y" if word == words[1] else word[:-1])
+                     for word in words if summary[word] or word in words[:2])
+    parts = [f"{human_size(summary[key])} {gloss}" for key, gloss in (
+        ("bytes-reflinked", "shared by reflink"), ("bytes-hardlinked", "shared by hard link"),
+        ("bytes-copied", "copied")) if summary[key]]
+    why = [f"{row['why']}, {counted(row['files'], 'file')}" for row in summary["refused"]]
+    return made, (", ".join(parts) or "0 B") + (f" ({'; '.join(why)})" if why else "")
+
+
+def difference_lines(first: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines for differences of two tars."""
+    place = f'{display(unspell(first["entry"]))}: ' if first["entry"] is not None else ""
+    inside = f' at {first["contentOffset"]}' if "contentOffset" in first else ""
+    yield (f'first difference at offset {first["offset"]}: {place}{display(first["field"])}'
+           f'{inside}{" of " + first["ended"].upper() if "ended" in first else ""}')
+    yield from map(difference_line, rows)
+
+
+def difference_line(row: dict[str, Any]) -> str:
+    """Return the line for a difference of two tars."""
+    name = f' {display(unspell(row["entry"]))}' if row["entry"] is not None else ""
+    field = f' {display(row["field"])}' if "field" in row else ""
+    values = ["-" if value is None else f'{value["size"]} bytes, sha256:{value["sha256"]}'
+              if isinstance(value, dict) else display(unspell(value))
+              if isinstance(value, str) else str(value) for value in (row["a"], row["b"])]
+    word = "cannot be read further" if row["change"] == "unreadable" else row["change"]
+    return f"{word}{name}{field}: {values[0]} -> {values[1]}"
+
+
+def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
+               ) -> Iterator[dict[str, Any]]:
+    """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
+    for path, node, _ in tree.walk():
+        if path and fits(path):
+            row = layer_row(path, node, steps)
+            row["hides"] = [layer_row(path, older, steps)
+                            for older in older_nodes(tree, path, node)]
+            yield row
+
+
+def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
+    """Return the JSON of one file of one layer."""
+    layer = node.tree.layer_id
+    row: dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
+                           "created-by": steps.get(layer, "")}
+    if node.type == "reg":
+        row["size"] = node.size
+    return row
+
+
+def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
+                ) -> Iterator[dict[str, Any]]:
+    """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
+    for path, node, above, how, wasted in hidden_nodes(tree):
+        if fits(path):
+            yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
+                   "hidden-by": above.layer.id if above.layer else ""}
+
+
+def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
+    """Yield the lines for what blame_rows() or hidden_rows() yields."""
+    count = wasted = 0
+    yield f"{'LAYER':12}  {'WASTED' if args.hidden else 'SIZE':>9}  {'STEP':40}  PATH"
+    for row in rows:
+        count, wasted = count + 1, wasted + row.get("wasted", 0)
+        size = row.get("wasted" if args.hidden else "size")
+        gloss = f"{row['how']} in {short_id(row['hidden-by'], args)}" if args.hidden \
+            else ", ".join(f"hides {short_id(item['layer'], args)} "
+                           f"({human_size(item.get('size', 0))})" for item in row["hides"])
+        yield (f"{short_id(row['layer'], args):12}  {'' if size is None else human_size(size):>9}  "
+               f"{display(short_step(row['created-by'], args)):40}  "
+               f"{display(unspell(row['path']))}" + (f"  ({gloss})" if gloss else ""))
+    if args.hidden:
+        yield (f"{count} hidden, {human_size(wasted)} wasted; `layer cat LAYER PATH` still shows "
+               "them")
 
 
 class ProgressLine:
@@ -12160,6 +12346,10 @@ class ProgressLine:
             self.active = False
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+class _UsageError(Exception):
+    """Wrong use of the command line; exit status 2."""
 
 
 class Output:
@@ -12259,31 +12449,70 @@ def say(message: str) -> None:
         sys.stderr = None
 
 
+def note(args: Any, text: str) -> None:
+    """Print a note, unless -q is given."""
+    if not args.quiet:
+        say(f"note: {text}")
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status for an error."""
+    return EXIT_USAGE if isinstance(error, _UsageError) else error_row(error)[0]
+
+
+def describe(error: Exception) -> str:
+    """Spell an error on one line: what, where, and the next step."""
+    if isinstance(error, OSError) and error.strerror:
+        place = display(os.fsencode(error.filename)) + ": " \
+            if isinstance(error.filename, (str, bytes)) else ""
+        text = place + error.strerror
+        if place and error.errno == errno.ENOENT and not has_proc() and os.path.realpath(
+                os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
+            text += ": /proc is not mounted (mount -t proc proc /proc; - is stdin and stdout)"
+    elif isinstance(error, ImportError):
+        text = explain_import(error)
+    else:
+        text = display(str(error)) or type(error).__name__
+    if isinstance(error, Ambiguous):
+        text += ": " + "; ".join(error.candidates)
+    hint = getattr(error, "hint", "")
+    return f"{text} ({hint})" if hint else text
+
+
+def report_error(error: Exception, trace: bool) -> int:
+    """Say on one line of stderr what failed, after its traceback if asked; return the status."""
+    if trace:
+        import traceback
+
+        traceback.print_exception(type(error), error, error.__traceback__)
+    say(f"error: {describe(error)}")
+    return exit_status(error)
+
+
+def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Iterator[T]:
+    """Yield what ``action`` returns for each argument; report those that fail, and go on.
+
+    The highest status counts.  An error without a file name is one of the output, and ends all; so
+    does the same error once more, which is about all: a malformed file.
+    """
+    last: Exception | None = None
+    for word in words:
+        try:
+            yield action(word)
+        except (CstorError, OSError) as error:
+            if not isinstance(error, CstorError) and error.filename is None:
+                raise
+            if error is last:
+                return
+            last = error
+            args.status = max(args.status, report_error(error, args.verbose > 1))
+
+
 # ================================================================================================
 # 25. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
-
-
-
-class _UsageError(Exception):
-    """Wrong use of the command line; exit status 2."""
-
-
-# -- commands: each takes the open storage and the parsed arguments ------------------------------
-
-def print_list(args: Any, headers: Sequence[str], rows: Iterable[Sequence[str]],
-               entries: Iterable[Any], records: Iterable[Record] = ()) -> None:
-    """Print what a list holds: as JSON, with -q the IDs of ``records``, or as a table."""
-    if args.format == "json":
-        print_json(list(entries))
-    elif getattr(args, "ids", False):
-        for name in dict.fromkeys(record.id for record in records if record.id):
-            print(display(short_id(name, args)))
-    else:
-        print_table(headers, list(rows))
-
 
 def cmd_image_list(storage: Storage, args: Any) -> None:
     """list images"""
@@ -12293,14 +12522,15 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
     images = tuple(image for image in images if image.id not in hidden or image.faults)
     aged = sorted([(image.created_ns, image) for image in images],
                   key=lambda pair: -(pair[0] or 0))
-    print_list(args, ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"], (
+    show(args, map(image_json, images), (
         [repository, tag or ("<none>" if digest or not image.names else ""),
          short_id(image.id, args), human_age(created),
          "list" if image.is_list else human_size(image.size),
          "yes" if image.readonly else "", "; ".join(image.faults)]
         for created, image in aged for repository, tag, digest in map(
             split_reference, image.names or ["<none>"])),
-        map(image_json, images), (image for _, image in aged))
+        ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"],
+        (image for _, image in aged))
 
 
 def intermediate_images(storage: Storage) -> set[str]:
@@ -12328,35 +12558,6 @@ def intermediate_images(storage: Storage) -> set[str]:
         is_parent(image, other) for other in above[image.layer])}
 
 
-def image_json(image: Image) -> dict[str, Any]:
-    """Return an image's record with what listings add: size, manifest-list, store, faults ..."""
-    instances = {"instances": [
-        {"platform": platform_name(entry.get("platform")), "digest": entry.get("digest"),
-         "id": instance and instance.id} for entry, instance in image.entries()]
-        } if image.is_list else {}
-    return {**image.record, "size": image.size, "manifest-list": image.is_list, **instances,
-            "store": image.root.path, "readonly": image.readonly, "faults": image.faults}
-
-
-def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Iterator[T]:
-    """Yield what ``action`` returns for each argument; report those that fail, and go on.
-
-    The highest status counts.  An error without a file name is one of the output, and ends all; so
-    does the same error once more, which is about all: a malformed file.
-    """
-    last: Exception | None = None
-    for word in words:
-        try:
-            yield action(word)
-        except (CstorError, OSError) as error:
-            if not isinstance(error, CstorError) and error.filename is None:
-                raise
-            if error is last:
-                return
-            last = error
-            args.status = max(args.status, report_error(error, args.verbose > 1))
-
-
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
     """show the record, manifest and configuration of images"""
     def inspect(reference: str) -> dict[str, Any]:
@@ -12372,18 +12573,7 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
                 entry[key] = None
         return entry
 
-    print_inspected(for_each(args, args.image, inspect), args)
-
-
-def print_inspected(entries: Iterator[dict[str, Any]], args: Any) -> None:
-    """Print objects as a JSON array, or as tables of keys and values; nothing if all failed."""
-    found = list(entries)
-    for entry in found if args.format == "table" else ():
-        print_table(["KEY", "VALUE"], [
-            [key, value if isinstance(value, str) else json.dumps(value)]
-            for key, value in entry.items()])
-    if args.format == "json" and found:
-        print_json(found)
+    show_inspected(args, for_each(args, args.image, inspect))
 
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
@@ -12407,7 +12597,7 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
                      or ("<unknown>" if "size" in row else "<empty>"), age,
                      short_step(str(row.get("created_by") or ""), args, 60),
                      human_size(row.get("size", 0)), str(row.get("comment") or "")])
-    print_list(args, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"], rows, history)
+    show(args, history, rows, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"])
 
 
 def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
@@ -12426,16 +12616,11 @@ def cmd_layer_list(storage: Storage, args: Any) -> None:
 
 def print_layers(layers: Sequence[Layer], args: Any) -> None:
     """Print layers in the given order."""
-    print_list(args, ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"], (
+    show(args, map(layer_json, layers), (
         [short_id(layer.id, args), short_id(layer.parent, args), short_id(layer.diff_digest, args),
          human_age(layer.created_ns), human_size(layer.diff_size), ", ".join(layer.names),
-         "; ".join(layer.faults)] for layer in layers), map(layer_json, layers), layers)
-
-
-def layer_json(layer: Layer) -> dict[str, Any]:
-    """Return a layer's record with what listings add: store, readonly, faults."""
-    return {**layer.record, "store": layer.root.path, "readonly": layer.readonly,
-            "faults": layer.faults}
+         "; ".join(layer.faults)] for layer in layers),
+        ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"], layers)
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
@@ -12469,7 +12654,7 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
                 entry["faults"] = [*layer.faults, str(error)]
         return entry
 
-    print_inspected(for_each(args, args.layer, inspect), args)
+    show_inspected(args, for_each(args, args.layer, inspect))
 
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
@@ -12611,35 +12796,21 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
 def cmd_container_list(storage: Storage, args: Any) -> None:
     """list containers of podman, buildah and CRI-O"""
     entries = [container_json(container) for container in storage.containers()]
-    print_list(args, ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"], (
+    show(args, entries, (
         [short_id(container.id, args), ", ".join(container.names),
          str(entry["image-name"] or entry["rootfs"] or short_id(container.image, args)),
          human_age(container.created_ns), entry["state"], str(entry["pod"]),
          "; ".join(container.faults)]
-        for container, entry in zip(storage.containers(), entries)), entries, storage.containers())
-
-
-def container_json(container: Container) -> dict[str, Any]:
-    """Return a container's record with image-name, and state, pod and rootfs of podman's."""
-    details, state = container.details(), container.state
-    # As `podman ps --external` calls what its database does not know: buildah's, say.
-    unknown = "" if details and not container.storage.podman_containers() else "storage"
-    names = [name for image in container.storage.images() if image.id == container.image
-             for name in image.names]
-    return {**container.record,
-            "image-name": details.get("image-name") or state.get("image-name")
-            or (names[0] if names else ""),
-            "state": state.get("state", unknown),
-            "pod": state.get("pod") or details.get("pod-name", ""),
-            "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
-            "store": container.root.path, "faults": container.faults}
+        for container, entry in zip(storage.containers(), entries)),
+        ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"],
+        storage.containers())
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers and what podman's database says of them"""
-    print_inspected(({**container_json(container), "details": container.details(),
-                      "podman": container.state} for container in for_each(
-                          args, args.container, storage.container)), args)
+    show_inspected(args, ({**container_json(container), "details": container.details(),
+                           "podman": container.state} for container in for_each(
+                               args, args.container, storage.container)))
 
 
 # -- commands that look inside -------------------------------------------------------------------
@@ -12661,20 +12832,6 @@ def path_of(tree: Tree, text: str) -> bytes:
         except NotFound:
             return unspell(text)
     return path
-
-
-def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
-                  indent: int | None = 2) -> None:
-    """Print JSON values inside ``head`` and ``tail`` as they come."""
-    encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
-    _, entries = peek(entries)
-    sys.stdout.write(head)
-    between = "\n"
-    for entry in entries:
-        text = encode(entry)
-        sys.stdout.write(between + ("  " + text.replace("\n", "\n  ") if indent else text))
-        between = ",\n"
-    sys.stdout.write(f"\n{tail}\n")
 
 
 def cmd_toc(storage: Storage, args: Any) -> None:
@@ -12705,40 +12862,17 @@ def cmd_files(storage: Storage, args: Any) -> None:
         first_item, items = peek(items)
         if first_item is None:
             need_match(tree, args.pattern)
-        if args.format == "json":
-            print_entries(file_json(*item) for item in items)
-            return
         raw = args.null or not sys.stdout.isatty()
-        sys.stdout.flush()
-        for path, node, first in items:
-            name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
-                            (path, node.linkname if first is None else b"/" + first))
-            sys.stdout.buffer.write((long_line(name, target, node, first is not None)
-                                     if args.long else name) + (b"\0" if args.null else b"\n"))
-        sys.stdout.buffer.flush()
+        show(args, (file_json(*item) for item in items),
+             (file_line(*item, args, raw) for item in items))
 
 
-def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, Any]:
-    """Return what is known of a file, as in a TOC, with its path and layer."""
-    entry = toc_entry(path, node, first=None if first is None else b"/" + first)
-    entry.pop("name")
-    return {"path": spell(path), **entry, "layer": node.tree.layer_id}
-
-
-def long_line(path: bytes, target: bytes, node: Node, hard: bool) -> bytes:
-    """Return a line like that of ``ls -l``; "+" after the mode says that there are xattrs."""
-    letters = stat.filemode(FILE_TYPES.get(node.type, 0) | node.mode)
-    hard = hard or node.type == "hardlink"
-    size = f"{node.device[0]}, {node.device[1]}" if node.type in ("char", "block") \
-        else str(node.size)
-    owner, group = (display(name) if name else str(number) for name, number in
-                    zip(node.owner[2:], node.owner[:2]))
-    moment = "-" if node.implicit else str(node.mtime_ns // 10**9) \
-        if not has_rfc3339(node.mtime_ns) else format_time(node.mtime_ns)[:19].replace("T", " ")
-    text = (f"{'h' + letters[1:] if hard else letters}"
-            f"{'+' if node.extra and node.xattrs else ' '} "
-            f"{owner:>8} {group:>8} {size:>12} {moment:19} ").encode()
-    return text + path + ((b" link to " if hard else b" -> ") + target if target else b"")
+def file_line(path: bytes, node: Node, first: bytes | None, args: Any, raw: bool) -> bytes:
+    """Return a name, or with -l what ``ls -l`` shows; on a terminal not ``raw``."""
+    name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
+                    (path, node.linkname if first is None else b"/" + first))
+    return (long_line(name, target, node, first is not None)
+            if args.long else name) + (b"\0" if args.null else b"\n")
 
 
 def cmd_stat(storage: Storage, args: Any) -> None:
@@ -12757,7 +12891,7 @@ def cmd_stat(storage: Storage, args: Any) -> None:
                             sorted(node.xattrs.items()))}
                 entry.update((key, text[key]) for key in entry.keys() & text)
             found.append(entry)
-    print_inspected(iter(found), args)
+    show_inspected(args, found)
 
 
 def cmd_cat(storage: Storage, args: Any) -> None:
@@ -12849,10 +12983,8 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     for text in summary["notes"]:
         if not storage or text not in storage.notes:  # those are printed at the end
             note(args, display(text))
-    if args.format == "json":
-        print_json({"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary})
-    elif not args.quiet:
-        print_summary(summary)
+    show(args, {"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary},
+         () if args.quiet else summary_lines(summary))
     for word, noun, what in (("owner", "file", "kept your own owner"),
                              ("setuid", "program", "lost setuid or setgid with its owner"),
                              ("xattr", "extended attribute", "could not be set")):
@@ -12882,19 +13014,6 @@ def extract_from_server(args: Any, options: Any) -> dict[str, Any]:
     with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
         return extract_streams([stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
                                check=not args.no_verify, progress=progress, **options)
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    """Print what an extraction made, on two lines."""
-    words = ("files", "directories", "symlinks", "hardlinks", "devices", "fifos", "sockets",
-             "whiteouts")
-    print(", ".join(counted(summary[word], word[:-3] + "y" if word == words[1] else word[:-1])
-                    for word in words if summary[word] or word in words[:2]))
-    parts = [f"{human_size(summary[key])} {gloss}" for key, gloss in (
-        ("bytes-reflinked", "shared by reflink"), ("bytes-hardlinked", "shared by hard link"),
-        ("bytes-copied", "copied")) if summary[key]]
-    why = [f"{row['why']}, {counted(row['files'], 'file')}" for row in summary["refused"]]
-    print((", ".join(parts) or "0 B") + (f" ({'; '.join(why)})" if why else ""))
 
 
 def names_to_give(image: Image, reference: str) -> list[str]:
@@ -12940,11 +13059,8 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
         if isinstance(error, CstorError):
             raise
         raise _UsageError(str(error)) from None
-    if args.format == "json":
-        print_json({"directory": spell(os.fsencode(os.path.abspath(directory))), "tag": tag,
-                    **blob})
-    elif not args.quiet:
-        print(f"{blob['digest']}{' ' + tag if tag else ''}")
+    show(args, {"directory": spell(os.fsencode(os.path.abspath(directory))), "tag": tag, **blob},
+         () if args.quiet else [f"{blob['digest']}{' ' + tag if tag else ''}"])
 
 
 def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
@@ -13021,16 +13137,13 @@ def cmd_diff(storage: Storage, args: Any) -> int:
     with (sides[0] or open_path(args.a, raw)) as old, (sides[1] or open_path(args.b, raw)) as new:
         old.raw = new.raw = raw  # whiteouts count where layers are compared
         first, found = peek(diff_trees(old, new, args.ignore))
-        if args.format == "json":
-            print_entries({"path": spell(b"/" + path),
-                           "change": "changed" if a and b else "deleted" if a else "added",
-                           "what": what, "a": file_json(b"/" + path, a) if a else None,
-                           "b": file_json(b"/" + path, b) if b else None}
-                          for path, a, b, what in found)
-        else:
-            for path, a, b, what in found:
-                letter = "C" if a and b else "D" if a else "A"
-                print(f"{letter} /{display(path)}" + (f"  {','.join(what)}" if what else ""))
+        show(args, ({"path": spell(b"/" + path),
+                     "change": "changed" if a and b else "deleted" if a else "added",
+                     "what": what, "a": file_json(b"/" + path, a) if a else None,
+                     "b": file_json(b"/" + path, b) if b else None}
+                    for path, a, b, what in found),
+             (f"{'C' if a and b else 'D' if a else 'A'} /{display(path)}"
+              + (f"  {','.join(what)}" if what else "") for path, a, b, what in found))
         return 0 if first is None else EXIT_NO
 
 
@@ -13084,36 +13197,14 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
         first, rows = peek(diff_tars(args.a, args.b, progress))
         if first and sys.stdout.isatty():  # where the rows come soon
             progress.stop()
-        print_differences(first, rows, args)
+        next(rows, None)
+        if args.format == "json":
+            found = first and {key: value for key, value in first.items() if key != "change"}
+            head = json.dumps({"identical": not first, "first": found})[:-1]
+            print_entries(rows, head=head + ', "differences": [', tail="]}")
+        elif first:
+            show(args, None, difference_lines(first, rows))
     return EXIT_NO if first else 0
-
-
-def print_differences(first: dict[str, Any] | None, rows: Iterator[dict[str, Any]], args: Any
-                      ) -> None:
-    """Print what diff_tars() yields; ``first`` is the first of ``rows``."""
-    next(rows, None)
-    if args.format == "json":
-        found = first and {key: value for key, value in first.items() if key != "change"}
-        head = json.dumps({"identical": not first, "first": found})[:-1]
-        print_entries(rows, head=head + ', "differences": [', tail="]}")
-    elif first:
-        place = f'{display(unspell(first["entry"]))}: ' if first["entry"] is not None else ""
-        inside = f' at {first["contentOffset"]}' if "contentOffset" in first else ""
-        print(f'first difference at offset {first["offset"]}: {place}{display(first["field"])}'
-              f'{inside}{" of " + first["ended"].upper() if "ended" in first else ""}')
-        for row in rows:
-            print(difference_line(row))
-
-
-def difference_line(row: dict[str, Any]) -> str:
-    """Return the line for a difference of two tars."""
-    name = f' {display(unspell(row["entry"]))}' if row["entry"] is not None else ""
-    field = f' {display(row["field"])}' if "field" in row else ""
-    values = ["-" if value is None else f'{value["size"]} bytes, sha256:{value["sha256"]}'
-              if isinstance(value, dict) else display(unspell(value))
-              if isinstance(value, str) else str(value) for value in (row["a"], row["b"])]
-    word = "cannot be read further" if row["change"] == "unreadable" else row["change"]
-    return f"{word}{name}{field}: {values[0]} -> {values[1]}"
 
 
 WITHOUT_STORAGE = (cmd_tar_diff, cmd_stream_to_tar)  # commands that get None for it
@@ -13136,54 +13227,7 @@ def cmd_blame(storage: Storage, args: Any) -> None:
                 args.pattern, lambda: (path for view in views for path in view.paths()))))
         if first is None and not args.hidden:
             need_match(tree, args.pattern)
-        if args.format == "json":
-            print_entries(rows)
-            return
-        count = wasted = 0
-        print(f"{'LAYER':12}  {'WASTED' if args.hidden else 'SIZE':>9}  {'STEP':40}  PATH")
-        for row in rows:
-            count, wasted = count + 1, wasted + row.get("wasted", 0)
-            size = row.get("wasted" if args.hidden else "size")
-            gloss = f"{row['how']} in {short_id(row['hidden-by'], args)}" if args.hidden \
-                else ", ".join(f"hides {short_id(item['layer'], args)} "
-                               f"({human_size(item.get('size', 0))})" for item in row["hides"])
-            print(f"{short_id(row['layer'], args):12}  "
-                  f"{'' if size is None else human_size(size):>9}  "
-                  f"{display(short_step(row['created-by'], args)):40}  "
-                  f"{display(unspell(row['path']))}" + (f"  ({gloss})" if gloss else ""))
-    if args.hidden:
-        print(f"{count} hidden, {human_size(wasted)} wasted; `layer cat LAYER PATH` still shows "
-              "them")
-
-
-def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
-               ) -> Iterator[dict[str, Any]]:
-    """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
-    for path, node, _ in tree.walk():
-        if path and fits(path):
-            row = layer_row(path, node, steps)
-            row["hides"] = [layer_row(path, older, steps)
-                            for older in older_nodes(tree, path, node)]
-            yield row
-
-
-def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
-    """Return the JSON of one file of one layer."""
-    layer = node.tree.layer_id
-    row: dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
-                           "created-by": steps.get(layer, "")}
-    if node.type == "reg":
-        row["size"] = node.size
-    return row
-
-
-def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
-                ) -> Iterator[dict[str, Any]]:
-    """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
-    for path, node, above, how, wasted in hidden_nodes(tree):
-        if fits(path):
-            yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
-                   "hidden-by": above.layer.id if above.layer else ""}
+        show(args, rows, blame_lines(rows, args))
 
 
 def cmd_store_info(storage: Storage, args: Any) -> None:
@@ -13217,26 +13261,26 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
         "process": describe_process(),
         "faults": [*storage.faults, *damage],
     }
-    if args.format == "json":
-        print_json(info)
-        return
-    info["process"] = explain_process(info["process"])
-    faults = info.pop("faults")
-    print_table(["KEY", "VALUE"], [
-        [key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict)
-         else ", ".join(value) if isinstance(value, list) else "unknown" if value is None
-         else ("yes" if value else "no") if isinstance(value, bool) else str(value)]
-        for key, value in info.items()] + [["fault", fault] for fault in faults])
+    texts = [[key, info_text(value)] for key, value in {
+        **info, "process": explain_process(info["process"])}.items() if key != "faults"]
+    show(args, info, texts + [["fault", fault] for fault in info["faults"]], ["KEY", "VALUE"])
+
+
+def info_text(value: Any) -> str:
+    """Return a value of `store info` for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {text}" for key, text in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    return {None: "unknown", True: "yes", False: "no"}.get(value, str(value)) \
+        if value is None or isinstance(value, bool) else str(value)
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
     """show which layer a short link in overlay/l stands for"""
     layer_id = storage.resolve_link(args.link)
     layer = storage.layer_by_id(layer_id)
-    if args.format == "json":
-        print_json({"link": args.link, "layer": layer_id, "known": layer is not None})
-    else:
-        print(layer_id)
+    show(args, {"link": args.link, "layer": layer_id, "known": layer is not None}, [layer_id])
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -13509,46 +13553,6 @@ def open_storage(args: Any) -> Storage:
     options: Any = {"runroot": args.runroot, "imagestore": imagestore, "stores": stores,
                     "owner_ids": args.owner_ids}
     return kind.open(args.root, **options) if args.root else kind.discover(**options)
-
-
-def note(args: Any, text: str) -> None:
-    """Print a note, unless -q is given."""
-    if not args.quiet:
-        say(f"note: {text}")
-
-
-def exit_status(error: BaseException) -> int:
-    """Return the exit status for an error."""
-    return EXIT_USAGE if isinstance(error, _UsageError) else error_row(error)[0]
-
-
-def describe(error: Exception) -> str:
-    """Spell an error on one line: what, where, and the next step."""
-    if isinstance(error, OSError) and error.strerror:
-        place = display(os.fsencode(error.filename)) + ": " \
-            if isinstance(error.filename, (str, bytes)) else ""
-        text = place + error.strerror
-        if place and error.errno == errno.ENOENT and not has_proc() and os.path.realpath(
-                os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
-            text += ": /proc is not mounted (mount -t proc proc /proc; - is stdin and stdout)"
-    elif isinstance(error, ImportError):
-        text = explain_import(error)
-    else:
-        text = display(str(error)) or type(error).__name__
-    if isinstance(error, Ambiguous):
-        text += ": " + "; ".join(error.candidates)
-    hint = getattr(error, "hint", "")
-    return f"{text} ({hint})" if hint else text
-
-
-def report_error(error: Exception, trace: bool) -> int:
-    """Say on one line of stderr what failed, after its traceback if asked; return the status."""
-    if trace:
-        import traceback
-
-        traceback.print_exception(type(error), error, error.__traceback__)
-    say(f"error: {describe(error)}")
-    return exit_status(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
