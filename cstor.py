@@ -4340,6 +4340,46 @@ def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[
     return next(iter(by_id.values()))
 
 
+def intermediate_images(storage: Storage) -> set[str]:
+    """Return the IDs of images without a name that another was built on, as podman tells them.
+
+    The other has the same top layer or the next one, and one more line of history.
+    """
+    def is_parent(image: Image, other: Image) -> bool:
+        try:
+            (ids, steps), (other_ids, other_steps) = (
+                (config["rootfs"]["diff_ids"], config["history"])
+                for config in (image.config(), other.config()))
+            return image.id != other.id and bool(
+                ids == other_ids[:len(ids)] and steps == other_steps[:-1])
+        except (CstorError, OSError, KeyError, TypeError):
+            return False
+
+    nameless = [image for image in storage.images() if not image.names]
+    above: dict[str, list[Image]] = {}
+    for image in storage.images() if nameless else ():
+        layer = storage.layer_by_id(image.layer)
+        for top in {image.layer, layer.parent if layer else image.layer}:
+            above.setdefault(top, []).append(image)
+    return {image.id for image in nameless if any(
+        is_parent(image, other) for other in above[image.layer])}
+
+
+def names_to_give(image: Image, reference: str) -> list[str]:
+    """Return the names that an image takes along: the one it was asked for by, or else all.
+
+    Only names with a tag: a digest is no name that anybody can give.
+    """
+    tagged = [name for name in image.names if re.fullmatch(
+        r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}", name, re.ASCII)]
+    asked = reference.rpartition("@")[0] or reference
+    for wanted in (asked, asked + ":latest"):
+        found = [name for name in tagged if name == wanted or name.endswith("/" + wanted)]
+        if found:
+            return found[:1]
+    return tagged
+
+
 # ================================================================================================
 # 10. Layers
 #
@@ -7080,6 +7120,36 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
             return "whiteout" if child.type == "whiteout" else "replaced"
         node = child
     return "replaced"
+
+
+def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
+               ) -> Iterator[dict[str, Any]]:
+    """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
+    for path, node, _ in tree.walk():
+        if path and fits(path):
+            row = layer_row(path, node, steps)
+            row["hides"] = [layer_row(path, older, steps)
+                            for older in older_nodes(tree, path, node)]
+            yield row
+
+
+def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
+    """Return the JSON of one file of one layer."""
+    layer = node.tree.layer_id
+    row: dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
+                           "created-by": steps.get(layer, "")}
+    if node.type == "reg":
+        row["size"] = node.size
+    return row
+
+
+def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
+                ) -> Iterator[dict[str, Any]]:
+    """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
+    for path, node, above, how, wasted in hidden_nodes(tree):
+        if fits(path):
+            yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
+                   "hidden-by": above.layer.id if above.layer else ""}
 
 
 # ================================================================================================
@@ -12040,6 +12110,21 @@ class ContentServer(Dispatcher):
                 {spell(key): value.hex() for key, value in xattrs.items()}]
 
 
+def passed_socket() -> socket.socket:
+    """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
+    import socket
+
+    fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
+        and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            found = socket.socket(fileno=os.dup(fd))
+            if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
+                return found
+            found.close()
+    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH")
+
+
 # ================================================================================================
 # 24. Formats
 #
@@ -12236,36 +12321,6 @@ def difference_line(row: dict[str, Any]) -> str:
               if isinstance(value, str) else str(value) for value in (row["a"], row["b"])]
     word = "cannot be read further" if row["change"] == "unreadable" else row["change"]
     return f"{word}{name}{field}: {values[0]} -> {values[1]}"
-
-
-def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
-               ) -> Iterator[dict[str, Any]]:
-    """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
-    for path, node, _ in tree.walk():
-        if path and fits(path):
-            row = layer_row(path, node, steps)
-            row["hides"] = [layer_row(path, older, steps)
-                            for older in older_nodes(tree, path, node)]
-            yield row
-
-
-def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
-    """Return the JSON of one file of one layer."""
-    layer = node.tree.layer_id
-    row: dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
-                           "created-by": steps.get(layer, "")}
-    if node.type == "reg":
-        row["size"] = node.size
-    return row
-
-
-def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
-                ) -> Iterator[dict[str, Any]]:
-    """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
-    for path, node, above, how, wasted in hidden_nodes(tree):
-        if fits(path):
-            yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
-                   "hidden-by": above.layer.id if above.layer else ""}
 
 
 def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
@@ -12508,6 +12563,64 @@ def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Ite
             args.status = max(args.status, report_error(error, args.verbose > 1))
 
 
+def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
+    """Return the tree of the image, layer or container that the arguments name."""
+    options = {"platform": args.platform} if args.kind == "image" else {}
+    found = getattr(storage, args.kind)(reference or getattr(args, args.kind), **options)
+    tree: Tree = found.tree(**options)
+    return tree
+
+
+def path_of(tree: Tree, text: str) -> bytes:
+    """Return the path that an argument names: as it is, or else as JSON spells it."""
+    path = os.fsencode(text)
+    if unspell(text) != path:
+        try:
+            tree.lookup(path, follow=False)
+        except NotFound:
+            return unspell(text)
+    return path
+
+
+PATH_SIDE = r"(?:dir:|tar:(?=.)|(?=[/.])|(?=-\Z))(.*)"
+
+
+def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform: str
+              ) -> Tree | None:
+    """Return the tree of one side of a comparison, None for a path of the host.
+
+    An image, container or layer is looked for in this order, unless ``image:`` and the like leave
+    no doubt.
+    """
+    if re.fullmatch(PATH_SIDE, text, re.DOTALL):
+        return None
+    kind, _, rest = text.partition(":")
+    unknown: NotFound | None = None
+    for word in ("image", "container", "layer"):
+        for reference in [text] + [rest] * (word == kind and bool(rest)):
+            try:
+                options: Any = {"platform": platform} if word == "image" else {}
+                found = getattr(storage, word)(reference, **options)
+            except (ImageUnknown, ContainerUnknown, LayerUnknown) as error:
+                unknown = unknown or error
+                continue
+            tree: Tree = found.tree() if word == "layer" else found.tree(known, **options)
+            return tree
+    assert unknown
+    unknown.hint = "no container or layer has this name either; a path begins with / or ./"
+    raise unknown
+
+
+def open_path(text: str, raw: bool) -> Tree:
+    """Return the tree of a directory or tar file of the host; "-" is a tar on stdin."""
+    match = re.fullmatch(PATH_SIDE, text, re.DOTALL)
+    path = match[1] if match else text
+    if os.path.isdir(path):
+        return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
+    need_input(path)
+    return Tree([TarTree(path, whiteouts=raw)], path)
+
+
 # ================================================================================================
 # 25. Commands
 #
@@ -12531,31 +12644,6 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
             split_reference, image.names or ["<none>"])),
         ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"],
         (image for _, image in aged))
-
-
-def intermediate_images(storage: Storage) -> set[str]:
-    """Return the IDs of images without a name that another was built on, as podman tells them.
-
-    The other has the same top layer or the next one, and one more line of history.
-    """
-    def is_parent(image: Image, other: Image) -> bool:
-        try:
-            (ids, steps), (other_ids, other_steps) = (
-                (config["rootfs"]["diff_ids"], config["history"])
-                for config in (image.config(), other.config()))
-            return image.id != other.id and bool(
-                ids == other_ids[:len(ids)] and steps == other_steps[:-1])
-        except (CstorError, OSError, KeyError, TypeError):
-            return False
-
-    nameless = [image for image in storage.images() if not image.names]
-    above: dict[str, list[Image]] = {}
-    for image in storage.images() if nameless else ():
-        layer = storage.layer_by_id(image.layer)
-        for top in {image.layer, layer.parent if layer else image.layer}:
-            above.setdefault(top, []).append(image)
-    return {image.id for image in nameless if any(
-        is_parent(image, other) for other in above[image.layer])}
 
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
@@ -12659,7 +12747,6 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
     """write a layer's tar, bit for bit as it was pulled or built"""
-    check_verification(args)
     if args.socket is not None:
         with ask_server(args) as stream:
             label, digest = stream.label, export_to(args, stream, stream.size)
@@ -12668,19 +12755,6 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
         label, digest = layer.id, export_to(args, layer, layer.diff_size)
     if args.verbose:
         say(f"layer {label}: {digest or 'not verified'}")
-
-
-def check_verification(args: Any) -> None:
-    """Raise _UsageError for options about digests that are wrong or contradict one another."""
-    given = [name for name in ("verify", "digest", "no_verify") if getattr(args, name, None)]
-    if "digest" in given:
-        args.digest = "sha256:" + re.sub(r"\Asha256:", "", args.digest)
-        if not re.fullmatch(f"sha256:{HEX64}", args.digest):
-            raise _UsageError("--digest must be a SHA-256: 64 hexadecimal digits")
-    if "no_verify" in given[1:]:
-        raise _UsageError(f"--{given[0]} cannot be used with --no-verify")
-    if args.function is cmd_extract and given not in ([], ["verify"]) and args.socket is None:
-        raise _UsageError(f"--{given[-1].replace('_', '-')} is for layers from a --socket")
 
 
 def export_to(args: Any, layer: Any, size: int) -> str:
@@ -12728,25 +12802,8 @@ def cmd_serve(storage: Storage, args: Any) -> None:
         server.serve(listener)
 
 
-def passed_socket() -> socket.socket:
-    """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
-    import socket
-
-    fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
-        and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
-    with suppress(OSError):
-        if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            found = socket.socket(fileno=os.dup(fd))
-            if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
-                return found
-            found.close()
-    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH")
-
-
 def cmd_layer_stream(storage: Storage, args: Any) -> None:
     """write a layer as a stream, contents inline or, with --external, as references to files"""
-    if args.threshold < 0:
-        raise _UsageError("--threshold takes a number of at least 0")
     if args.external == "-" and args.output in (None, "-"):
         raise _UsageError("stream and list cannot both go to stdout")
     layer = storage.layer(args.layer)
@@ -12766,7 +12823,6 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
 
 def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
     """turn a stream of a layer back into its tar, bit for bit"""
-    check_verification(args)
     if args.stream == "-" and sys.stdin is None:
         raise CstorError("stdin is closed")
     label, source = ("stdin", 0) if args.stream == "-" else (args.stream, open_input(args.stream))
@@ -12813,27 +12869,6 @@ def cmd_container_inspect(storage: Storage, args: Any) -> None:
                                args, args.container, storage.container)))
 
 
-# -- commands that look inside -------------------------------------------------------------------
-
-def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
-    """Return the tree of the image, layer or container that the arguments name."""
-    options = {"platform": args.platform} if args.kind == "image" else {}
-    found = getattr(storage, args.kind)(reference or getattr(args, args.kind), **options)
-    tree: Tree = found.tree(**options)
-    return tree
-
-
-def path_of(tree: Tree, text: str) -> bytes:
-    """Return the path that an argument names: as it is, or else as JSON spells it."""
-    path = os.fsencode(text)
-    if unspell(text) != path:
-        try:
-            tree.lookup(path, follow=False)
-        except NotFound:
-            return unspell(text)
-    return path
-
-
 def cmd_toc(storage: Storage, args: Any) -> None:
     """print the table of contents as JSON, by the rules of eStargz"""
     with ProgressLine(0, args.quiet or not args.digests) as progress:
@@ -12864,11 +12899,12 @@ def cmd_files(storage: Storage, args: Any) -> None:
             need_match(tree, args.pattern)
         raw = args.null or not sys.stdout.isatty()
         show(args, (file_json(*item) for item in items),
-             (file_line(*item, args, raw) for item in items))
+             (file_line(item, args, raw) for item in items))
 
 
-def file_line(path: bytes, node: Node, first: bytes | None, args: Any, raw: bool) -> bytes:
+def file_line(item: tuple[bytes, Node, bytes | None], args: Any, raw: bool) -> bytes:
     """Return a name, or with -l what ``ls -l`` shows; on a terminal not ``raw``."""
+    path, node, first = item
     name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
                     (path, node.linkname if first is None else b"/" + first))
     return (long_line(name, target, node, first is not None)
@@ -12945,7 +12981,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
         left_out = Extraction(output, plain=True, verify=True, progress=progress).run(
             select_nodes(tree, top=path))["left-out"]
     for place in left_out:
-        say(f"warning: skipped (device, socket or whiteout): "
+        say("warning: skipped (device, socket or whiteout): "
             f"{display(b'/' + path if path else b'')}{display(unspell(place))}")
 
 
@@ -12953,17 +12989,6 @@ def cmd_extract(storage: Storage, args: Any) -> None:
     """put files into a directory: by reflinks where they can be had, with all metadata"""
     if not args.dir:
         raise _UsageError("no directory is named")
-    if args.strip_components < 0:
-        raise _UsageError("--strip-components takes a number of at least 0")
-    if args.force and args.clean_on_error:
-        raise _UsageError("--clean-on-error would remove what --force finds in the directory")
-    try:
-        OwnerMap(args.owner_map)
-    except ValueError as error:
-        raise _UsageError(f"--owner-map: {error}") from None
-    check_verification(args)
-    if args.owner_map and args.same_owner is False:
-        raise _UsageError("--owner-map needs owners to be set, which --no-same-owner forbids")
     unwind_on_signals()
     selection: Any = {"paths": args.path, "exclude": args.exclude,
                       "whiteouts": not getattr(args, "no_whiteouts", False)}
@@ -12985,11 +13010,14 @@ def cmd_extract(storage: Storage, args: Any) -> None:
             note(args, display(text))
     show(args, {"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary},
          () if args.quiet else summary_lines(summary))
-    for word, noun, what in (("owner", "file", "kept your own owner"),
-                             ("setuid", "program", "lost setuid or setgid with its owner"),
-                             ("xattr", "extended attribute", "could not be set")):
+    for word, noun, what in (
+            ("owner", "file", "{} owned by you: owners could not be set"),
+            ("setuid", "file", "lost setuid/setgid because {} owner could not be set"),
+            ("xattr", "extended attribute", "could not be set")):
         if word in summary["unset"] and not args.quiet:
-            say(f"warning: {counted(summary['unset'][word], noun)} {what}")
+            count = summary["unset"][word]
+            which = ("is", "its") if count == 1 else ("are", "their")
+            say(f"warning: {counted(count, noun)} {what.format(which[word == 'setuid'])}")
     if summary["left-out"] and not args.quiet:
         say(f"warning: {counted(len(summary['left-out']), 'device')} could not be made by you: "
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
@@ -12997,9 +13025,6 @@ def cmd_extract(storage: Storage, args: Any) -> None:
 
 def extract_via_skopeo(storage: Storage | None, args: Any, options: Any) -> dict[str, Any]:
     """Extract an image from elsewhere; return the summary."""
-    if args.link_mode in ("reflink", "hardlink"):
-        raise _UsageError(f"--link-mode {args.link_mode}: with --via-skopeo there is nothing to "
-                          "share contents with")
     reference = via_skopeo(args)
     refuse_storage(args.dir)
     with ProgressLine(0, args.quiet) as progress, FetchedImage(
@@ -13009,26 +13034,9 @@ def extract_via_skopeo(storage: Storage | None, args: Any, options: Any) -> dict
 
 def extract_from_server(args: Any, options: Any) -> dict[str, Any]:
     """Extract a layer that a server sends; return the summary."""
-    if args.link_mode == "hardlink":
-        raise _UsageError("--link-mode hardlink: a file that is passed gets no further name")
     with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
         return extract_streams([stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
                                check=not args.no_verify, progress=progress, **options)
-
-
-def names_to_give(image: Image, reference: str) -> list[str]:
-    """Return the names that an image takes along: the one it was asked for by, or else all.
-
-    Only names with a tag: a digest is no name that anybody can give.
-    """
-    tagged = [name for name in image.names if re.fullmatch(
-        r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}", name, re.ASCII)]
-    asked = reference.rpartition("@")[0] or reference
-    for wanted in (asked, asked + ":latest"):
-        found = [name for name in tagged if name == wanted or name.endswith("/" + wanted)]
-        if found:
-            return found[:1]
-    return tagged
 
 
 def via_skopeo(args: Any) -> str:
@@ -13048,8 +13056,6 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     directory, tag = next((pair for pair in pairs if os.path.isdir(pair[0])), pairs[0])
     if not directory or directory + ":" == args.layout:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
-    if args.all and args.platform:
-        raise _UsageError("--all cannot be used with --platform")
     unwind_on_signals()
     try:
         parse_compression("none" if args.compress is None else args.compress)
@@ -13081,11 +13087,6 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 def copy_via_skopeo(storage: Storage | None, args: Any, directory: str, tag: str
                     ) -> tuple[str, dict[str, Any]]:
     """Copy an image from elsewhere; return its tag and descriptor."""
-    if args.compress is not None:
-        raise _UsageError("--compress cannot be used with --via-skopeo: blobs are copied unchanged")
-    if args.all:
-        raise _UsageError("--all cannot be used with --via-skopeo; choose one image with "
-                          "--platform")
     reference = via_skopeo(args)
     check_tag(tag)
     refuse_storage(directory)
@@ -13145,45 +13146,6 @@ def cmd_diff(storage: Storage, args: Any) -> int:
              (f"{'C' if a and b else 'D' if a else 'A'} /{display(path)}"
               + (f"  {','.join(what)}" if what else "") for path, a, b, what in found))
         return 0 if first is None else EXIT_NO
-
-
-PATH_SIDE = r"(?:dir:|tar:(?=.)|(?=[/.])|(?=-\Z))(.*)"
-
-
-def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform: str
-              ) -> Tree | None:
-    """Return the tree of one side of a comparison, None for a path of the host.
-
-    An image, container or layer is looked for in this order, unless ``image:`` and the like leave
-    no doubt.
-    """
-    if re.fullmatch(PATH_SIDE, text, re.DOTALL):
-        return None
-    kind, _, rest = text.partition(":")
-    unknown: NotFound | None = None
-    for word in ("image", "container", "layer"):
-        for reference in [text] + [rest] * (word == kind and bool(rest)):
-            try:
-                options: Any = {"platform": platform} if word == "image" else {}
-                found = getattr(storage, word)(reference, **options)
-            except (ImageUnknown, ContainerUnknown, LayerUnknown) as error:
-                unknown = unknown or error
-                continue
-            tree: Tree = found.tree() if word == "layer" else found.tree(known, **options)
-            return tree
-    assert unknown
-    unknown.hint = "no container or layer has this name either; a path begins with / or ./"
-    raise unknown
-
-
-def open_path(text: str, raw: bool) -> Tree:
-    """Return the tree of a directory or tar file of the host; "-" is a tar on stdin."""
-    match = re.fullmatch(PATH_SIDE, text, re.DOTALL)
-    path = match[1] if match else text
-    if os.path.isdir(path):
-        return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
-    need_input(path)
-    return Tree([TarTree(path, whiteouts=raw)], path)
 
 
 def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
@@ -13285,9 +13247,20 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 # -- arguments -----------------------------------------------------------------------------------
 
-EXTRACT_OPTIONS = ("DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
-                   "--no-same-owner --same-owner --owner-map --force --no-clean-on-error "
-                   "--clean-on-error --format")
+def look_inside(kind: str, extract: str = ""
+                ) -> list[tuple[str, Callable[[Any, Any], int | None], str]]:
+    """Return the rows of COMMANDS that are alike for images, layers and containers."""
+    return [(f"{kind.lower()} {verb}", function, f"{kind}{options}") for verb, function, options in (
+        ("files", cmd_files, " PATTERN* -l -0 --format"),
+        ("stat", cmd_stat, " PATH+ --follow --format"),
+        ("cat", cmd_cat, " PATH+ -o --no-follow"),
+        ("cp", cmd_cp, ":PATH DEST"),
+        ("extract", cmd_extract,
+         " DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
+         "--no-same-owner --same-owner --owner-map --force --no-clean-on-error --clean-on-error "
+         "--format " + extract))]
+
+
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
 COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
     ("image list", cmd_image_list, "-a -q --format --no-trunc"),
@@ -13295,11 +13268,7 @@ COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
     ("image history", cmd_image_history, "IMAGE --format --no-trunc"),
     ("image toc", cmd_toc, "IMAGE --digests --pretty --verify"),
-    ("image files", cmd_files, "IMAGE PATTERN* -l -0 --format"),
-    ("image stat", cmd_stat, "IMAGE PATH+ --follow --format"),
-    ("image cat", cmd_cat, "IMAGE PATH+ -o --no-follow"),
-    ("image cp", cmd_cp, "IMAGE:PATH DEST"),
-    ("image extract", cmd_extract, f"IMAGE {EXTRACT_OPTIONS} --via-skopeo"),
+    *look_inside("IMAGE", "--via-skopeo"),
     ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
     ("image copy-to-oci", cmd_copy_to_oci,
      "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
@@ -13308,21 +13277,12 @@ COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
     ("layer list", cmd_layer_list, "-q --format --no-trunc"),
     ("layer inspect", cmd_layer_inspect, "LAYER+ --chain --format"),
     ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
-    ("layer files", cmd_files, "LAYER PATTERN* -l -0 --format"),
-    ("layer stat", cmd_stat, "LAYER PATH+ --follow --format"),
-    ("layer cat", cmd_cat, "LAYER PATH+ -o --no-follow"),
-    ("layer cp", cmd_cp, "LAYER:PATH DEST"),
-    ("layer extract", cmd_extract,
-     f"LAYER {EXTRACT_OPTIONS} --no-whiteouts --socket --digest --no-verify"),
+    *look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
     ("container list", cmd_container_list, "-q --format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
-    ("container files", cmd_files, "CONTAINER PATTERN* -l -0 --format"),
-    ("container stat", cmd_stat, "CONTAINER PATH+ --follow --format"),
-    ("container cat", cmd_cat, "CONTAINER PATH+ -o --no-follow"),
-    ("container cp", cmd_cp, "CONTAINER:PATH DEST"),
-    ("container extract", cmd_extract, f"CONTAINER {EXTRACT_OPTIONS}"),
+    *look_inside("CONTAINER"),
     ("container export", cmd_container_export, "CONTAINER -o --verify"),
     ("store info", cmd_store_info, "--format"),
     ("serve", cmd_serve, "--socket"),
@@ -13427,6 +13387,19 @@ ACTIONS: dict[str, dict[str, Any]] = {
     "": {"action": "store_true"}, "?": {"action": "store_const"},
     "+": {"action": "count", "default": 0}}
 ALIASES = {"ls": "list", "copy": "copy-to-oci"}
+# Options that exclude each other, and why, or what to do instead.
+CONFLICTS = (
+    ("--verify", "--no-verify", ""),
+    ("--digest", "--no-verify", ""),
+    ("--clean-on-error", "--force", ": it would remove what was in the directory before"),
+    ("--owner-map", "--no-same-owner", ": it needs owners to be set"),
+    ("--link-mode reflink", "--via-skopeo", ": its blobs share no contents with files"),
+    ("--link-mode hardlink", "--via-skopeo", ": its blobs share no contents with files"),
+    ("--link-mode hardlink", "--socket", ": a passed file cannot get another name"),
+    ("--compress", "--via-skopeo", ": blobs are copied unchanged"),
+    ("--all", "--via-skopeo", "; choose one image with --platform"),
+    ("--all", "--platform", ""),
+)
 GROUPS = {"image": "images", "layer": "layers", "container": "containers",
           "store": "the storage as a whole"}
 
@@ -13536,6 +13509,40 @@ def add_argument(parser: Any, spec: str, text: str | None, **more: Any) -> None:
                         **{**options, **more})
 
 
+def check_options(args: Any) -> None:
+    """Raise _UsageError for options that exclude each other, and numbers out of range."""
+    def given(option: str) -> bool:
+        name, _, value = option[2:].replace("-", "_").partition(" ")
+        found = getattr(args, name, None)
+        if name == "no_same_owner":
+            found = getattr(args, "same_owner", None) is False
+        return bool(found == value if value else found)
+
+    for one, other, why in CONFLICTS:
+        if given(one) and given(other):
+            raise _UsageError(f"{one} cannot be used with {other}{why}")
+    for option in ("strip_components", "threshold"):
+        if getattr(args, option, 0) < 0:
+            raise _UsageError(f"--{option.replace('_', '-')} must be at least 0")
+    for option in ("digest", "no_verify") * (args.function is cmd_extract):
+        if getattr(args, option, None) and args.socket is None:
+            raise _UsageError(f"--{option.replace('_', '-')} needs --socket")
+    if not 0 < args.timeout <= 1e6:
+        raise _UsageError("--timeout must be a number of seconds above 0")
+    if getattr(args, "digest", None):
+        args.digest = "sha256:" + re.sub(r"\Asha256:", "", args.digest)
+        if not re.fullmatch(f"sha256:{HEX64}", args.digest):
+            raise _UsageError("--digest must be a SHA-256: 64 hexadecimal digits")
+    try:
+        best_platform((), getattr(args, "platform", ""))
+    except ValueError as error:
+        raise _UsageError(f"--{error}") from None
+    try:
+        OwnerMap(getattr(args, "owner_map", ()))
+    except ValueError as error:
+        raise _UsageError(f"--owner-map: {error}") from None
+
+
 def open_storage(args: Any) -> Storage:
     """Open the storage that the global options ask for."""
     stores = [os.path.abspath(path) for level in range(3)
@@ -13623,12 +13630,7 @@ def _run(words: Sequence[str]) -> int:
     except SystemExit:  # argparse, after --help and --version
         return 0
     args.status = 0
-    if not 0 < args.timeout <= 1e6:
-        raise _UsageError("--timeout takes a number of seconds above 0")
-    try:
-        best_platform((), getattr(args, "platform", ""))
-    except ValueError as error:
-        raise _UsageError(f"--{error}") from None
+    check_options(args)
     if sys.stdout is None:
         raise CstorError("stdout is closed")
     if args.function is cmd_extract and args.same_owner and os.geteuid() and not (
