@@ -85,7 +85,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     D = TypeVar("D", bound="Directory")
     Ranges = list[tuple[int, int, int]]  # of IDs; see map_id()
     Item = tuple[bytes, "Member | None", Iterable["bytes | Extent"]]  # see LayerReader
+    Command = tuple[str, Callable[[Any, Any], int | None], str]  # see COMMANDS
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
 else:
     import _signal as signal
@@ -251,12 +252,17 @@ def add_hint(error: BaseException, text: str) -> None:
     vars(error)["hint"] = "; ".join(filter(None, [getattr(error, "hint", ""), text]))
 
 
+class _UsageError(Exception):
+    """Wrong use of the command line."""
+
+
 class _Silent(ProtocolError):
     """A peer did nothing in time."""
 
 
 # Class, exit status, code of JSON-RPC, name in org.composefs.Oci; the first row that fits counts.
 ERRORS: tuple[tuple[type[BaseException], int, int, str], ...] = (
+    (_UsageError, EXIT_USAGE, INTERNAL_ERROR, "InternalError"),
     (Ambiguous, EXIT_NOT_FOUND, BAD_PARAMS, "InternalError"),
     (LayerUnknown, EXIT_NOT_FOUND, NO_LAYER, "NoSuchLayer"),
     (ImageUnknown, EXIT_NOT_FOUND, NO_IMAGE, "RepoNotFound"),
@@ -7753,7 +7759,7 @@ class OwnerMap:
             match = re.fullmatch(r"(?:([ug]):)?(\d{1,10}):(\d{1,10}):(\d{1,10})", text)
             numbers = tuple(map(int, match.groups()[1:])) if match else ()
             if not match or not numbers[2] or max(numbers[0], numbers[1]) + numbers[2] > NO_ID:
-                raise ValueError(f'expected [u:|g:]INSIDE:OUTSIDE:COUNT, got "{text}"')
+                raise ValueError(f'owner-map must be [u:|g:]INSIDE:OUTSIDE:COUNT, not "{text}"')
             for letter, mappings in (("u", self.users), ("g", self.groups)):
                 if match[1] in (None, letter):
                     mappings.append((numbers[0], numbers[1], numbers[2]))
@@ -12403,10 +12409,6 @@ class ProgressLine:
             sys.stderr.flush()
 
 
-class _UsageError(Exception):
-    """Wrong use of the command line; exit status 2."""
-
-
 class Output:
     """A context whose ``fd`` takes a stream: stdout, a FIFO or device, or a NewFile."""
 
@@ -12510,11 +12512,6 @@ def note(args: Any, text: str) -> None:
         say(f"note: {text}")
 
 
-def exit_status(error: BaseException) -> int:
-    """Return the exit status for an error."""
-    return EXIT_USAGE if isinstance(error, _UsageError) else error_row(error)[0]
-
-
 def describe(error: Exception) -> str:
     """Spell an error on one line: what, where, and the next step."""
     if isinstance(error, OSError) and error.strerror:
@@ -12541,7 +12538,7 @@ def report_error(error: Exception, trace: bool) -> int:
 
         traceback.print_exception(type(error), error, error.__traceback__)
     say(f"error: {describe(error)}")
-    return exit_status(error)
+    return error_row(error)[0]
 
 
 def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Iterator[T]:
@@ -12997,9 +12994,13 @@ def cmd_extract(storage: Storage, args: Any) -> None:
                     "link_mode": "copy" if args.no_reflinks else args.link_mode,
                     "owner_map": args.owner_map, "verify": args.verify, **selection}
     if getattr(args, "via_skopeo", None) is not None:
-        summary = extract_via_skopeo(storage, args, options)
+        with fetched(args, args.dir) as (image, progress):
+            summary = image.extract(args.dir, progress=progress, **options)
     elif getattr(args, "socket", None) is not None:
-        summary = extract_from_server(args, options)
+        with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
+            summary = extract_streams(
+                [stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
+                check=not args.no_verify, progress=progress, **options)
     else:
         with open_tree(storage, args) as tree, ProgressLine(0, args.quiet) as progress:
             progress.expect((node for _, node in select_nodes(tree, **selection)),
@@ -13023,29 +13024,16 @@ def cmd_extract(storage: Storage, args: Any) -> None:
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
 
 
-def extract_via_skopeo(storage: Storage | None, args: Any, options: Any) -> dict[str, Any]:
-    """Extract an image from elsewhere; return the summary."""
-    reference = via_skopeo(args)
-    refuse_storage(args.dir)
-    with ProgressLine(0, args.quiet) as progress, FetchedImage(
-            reference, platform=args.platform, progress=progress) as image:
-        return image.extract(args.dir, progress=shifted(progress, image.size), **options)
-
-
-def extract_from_server(args: Any, options: Any) -> dict[str, Any]:
-    """Extract a layer that a server sends; return the summary."""
-    with ask_server(args) as stream, ProgressLine(stream.size, args.quiet) as progress:
-        return extract_streams([stream], args.dir, label=f"layer {stream.label[:12]}", raw=True,
-                               check=not args.no_verify, progress=progress, **options)
-
-
-def via_skopeo(args: Any) -> str:
-    """Return the image that --via-skopeo names."""
-    reference: str = args.via_skopeo
-    if reference.startswith("containers-storage:"):
+@contextmanager
+def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
+    """Have the image that --via-skopeo names, and the progress of what is made of it."""
+    if args.via_skopeo.startswith("containers-storage:"):
         raise _UsageError("skopeo would write to the storage and leave a mount there: name the "
                           "image itself, without --via-skopeo")
-    return reference
+    refuse_storage(target)
+    with ProgressLine(0, args.quiet) as progress, FetchedImage(
+            args.via_skopeo, platform=args.platform, progress=progress) as image:
+        yield image, shifted(progress, image.size)
 
 
 def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
@@ -13059,8 +13047,13 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     unwind_on_signals()
     try:
         parse_compression("none" if args.compress is None else args.compress)
-        tag, blob = (copy_from_storage if args.via_skopeo is None else copy_via_skopeo)(
-            storage, args, directory, tag)
+        check_tag(tag)
+        if args.via_skopeo is None:
+            tag, blob = copy_from_storage(storage, args, directory, tag)
+        else:
+            tag = tag or reference_tag(args.via_skopeo)
+            with fetched(args, directory) as (fetched_image, progress):
+                blob = fetched_image.copy_to_oci(directory, tag, progress=progress)
     except ValueError as error:
         if isinstance(error, CstorError):
             raise
@@ -13082,18 +13075,6 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
         return tag, image.copy_to_oci(directory, tag, compression=args.compress or "none",
                                       platform=args.platform, every=args.all, progress=progress,
                                       tell=lambda text: note(args, text))
-
-
-def copy_via_skopeo(storage: Storage | None, args: Any, directory: str, tag: str
-                    ) -> tuple[str, dict[str, Any]]:
-    """Copy an image from elsewhere; return its tag and descriptor."""
-    reference = via_skopeo(args)
-    check_tag(tag)
-    refuse_storage(directory)
-    tag = tag or reference_tag(reference)
-    with ProgressLine(0, args.quiet) as progress, FetchedImage(
-            reference, platform=args.platform, progress=progress) as image:
-        return tag, image.copy_to_oci(directory, tag, progress=shifted(progress, image.size))
 
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
@@ -13230,12 +13211,9 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
 
 def info_text(value: Any) -> str:
     """Return a value of `store info` for people."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {text}" for key, text in value.items())
-    if isinstance(value, list):
-        return ", ".join(value)
-    return {None: "unknown", True: "yes", False: "no"}.get(value, str(value)) \
-        if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, (dict, list)):
+        return ", ".join(value if isinstance(value, list) else map(" ".join, value.items()))
+    return {"None": "unknown", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
@@ -13247,10 +13225,9 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 # -- arguments -----------------------------------------------------------------------------------
 
-def look_inside(kind: str, extract: str = ""
-                ) -> list[tuple[str, Callable[[Any, Any], int | None], str]]:
+def look_inside(kind: str, extract: str = "") -> list[Command]:
     """Return the rows of COMMANDS that are alike for images, layers and containers."""
-    return [(f"{kind.lower()} {verb}", function, f"{kind}{options}") for verb, function, options in (
+    rows: tuple[Command, ...] = (
         ("files", cmd_files, " PATTERN* -l -0 --format"),
         ("stat", cmd_stat, " PATH+ --follow --format"),
         ("cat", cmd_cat, " PATH+ -o --no-follow"),
@@ -13258,11 +13235,12 @@ def look_inside(kind: str, extract: str = ""
         ("extract", cmd_extract,
          " DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
          "--no-same-owner --same-owner --owner-map --force --no-clean-on-error --clean-on-error "
-         "--format " + extract))]
+         "--format " + extract))
+    return [(f"{kind.lower()} {verb}", function, kind + more) for verb, function, more in rows]
 
 
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
-COMMANDS: list[tuple[str, Callable[[Any, Any], int | None], str]] = [
+COMMANDS: list[Command] = [
     ("image list", cmd_image_list, "-a -q --format --no-trunc"),
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
@@ -13535,12 +13513,9 @@ def check_options(args: Any) -> None:
             raise _UsageError("--digest must be a SHA-256: 64 hexadecimal digits")
     try:
         best_platform((), getattr(args, "platform", ""))
-    except ValueError as error:
-        raise _UsageError(f"--{error}") from None
-    try:
         OwnerMap(getattr(args, "owner_map", ()))
     except ValueError as error:
-        raise _UsageError(f"--owner-map: {error}") from None
+        raise _UsageError(f"--{error}") from None
 
 
 def open_storage(args: Any) -> Storage:
