@@ -53,7 +53,7 @@ Sections; classes and module-level code use what stands above, a method may call
     20 transport             JSON-RPC and varlink messages with file descriptors
     21 server                the layer service
     22 clients               of our server, of composefs, of proxies
-    23 rootless              the helper in a user namespace, for contents that are closed
+    23 rootless              the helper in a user namespace, for private contents
     24 formats               tables, JSON, sizes and ages, progress, outputs
     25 commands              one function per command, the table of options, main()
 """
