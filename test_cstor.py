@@ -1392,49 +1392,92 @@ class Discovery(StoreTest):
     def where(self, config: cstor.Config) -> str:
         return os.path.relpath(config.graphroot, self.dir)
 
-    def test_defaults(self) -> None:
-        config = self.system({})
-        self.assertEqual((self.dir + "/var/lib/containers/storage",
-                          self.dir + "/run/containers/storage", False, []),
-                         (config.graphroot, config.runroot, config.rootless, config.files))
-        config = self.system({}, {"XDG_RUNTIME_DIR": "@/run/me", "XDG_DATA_HOME": "@/data"}, 1000)
-        self.assertEqual((self.dir + "/data/containers/storage", self.dir + "/run/me/containers",
-                          True), (config.graphroot, config.runroot, config.rootless))
-        config = self.system({}, {"TMPDIR": "@/tmp"}, 1000)
-        self.assertEqual((self.dir + "/home/.local/share/containers/storage",
-                          self.dir + "/tmp/storage-run-1000/containers"),
-                         (config.graphroot, config.runroot))
+    def check(self, files: Mapping[str, str], uid: int = 0, env: Mapping[str, str] | None = None,
+              /, **wanted: Any) -> None:
+        """Compare fields of the configuration of a new system."""
+        shutil.rmtree(self.dir)
+        os.mkdir(self.dir)
+        config = self.system(files, env, uid)
+        found = {name: getattr(config, name) for name in wanted}
+        self.assertEqual(wanted, {name: value.replace(self.dir, "@") if isinstance(value, str)
+                                  else value for name, value in found.items()})
 
-    def test_podman_unshare(self) -> None:
-        config = self.system({}, {"_CONTAINERS_USERNS_CONFIGURED": "done",
-                                  "_CONTAINERS_ROOTLESS_UID": "1000"})
-        self.assertEqual((True, 1000, "home/.local/share/containers/storage"),
-                         (config.rootless, config.uid, self.where(config)))
-        config = self.system({}, {"CONTAINERS_GRAPHROOT": "@/g", "CONTAINERS_RUNROOT": "@/r"}, 5)
-        self.assertEqual((self.dir + "/g", self.dir + "/r"), (config.graphroot, config.runroot))
+    def test_environment(self) -> None:
+        own = "@/home/.local/share/containers/storage"
+        self.check({}, graphroot="@/var/lib/containers/storage", rootless=False, files=[],
+                   runroot="@/run/containers/storage")
+        self.check({}, 1000, {"XDG_RUNTIME_DIR": "@/run/me", "XDG_DATA_HOME": "@/data"},
+                   graphroot="@/data/containers/storage", runroot="@/run/me/containers",
+                   rootless=True)
+        self.check({}, 1000, {"TMPDIR": "@/tmp"}, graphroot=own,
+                   runroot="@/tmp/storage-run-1000/containers")
+        self.check({}, 5, {"CONTAINERS_GRAPHROOT": "@/g", "CONTAINERS_RUNROOT": "@/r"},
+                   graphroot="@/g", runroot="@/r")
+        self.check({}, 0, {"_CONTAINERS_USERNS_CONFIGURED": "done",  # podman unshare
+                           "_CONTAINERS_ROOTLESS_UID": "1000"},
+                   graphroot=own, rootless=True, uid=1000)
 
-    def test_first_main_file_counts(self) -> None:
-        files = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/etc-root"\n',
-                 "usr/share/containers/storage.conf": '[storage]\ngraphroot = "@/usr-root"\n'
-                                                      'runroot = "@/usr-run"\n'}
-        config = self.system(files)
-        self.assertEqual(("etc-root", self.dir + "/run/containers/storage"),
-                         (self.where(config), config.runroot))
-        os.unlink(self.dir + "/etc/containers/storage.conf")
-        self.assertEqual("usr-root", self.where(self.system({})))
+    def test_files(self) -> None:
+        etc, usr, mine = ("etc/containers/storage.conf", "usr/share/containers/storage.conf",
+                          "home/.config/containers/storage.conf")
 
-    def test_named_file_alone_counts(self) -> None:
-        files = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/etc-root"\n',
-                 "etc/containers/storage.conf.d/x.conf": '[storage]\ngraphroot = "@/drop-in"\n',
-                 "mine.conf": '[storage]\ngraphroot = "@/mine"\n',
-                 "over.conf": '[storage]\nrunroot = "@/over"\n'}
-        config = self.system(files, {"CONTAINERS_STORAGE_CONF": "@/mine.conf"})
-        self.assertEqual("mine", self.where(config))
-        config = self.system(files, {"CONTAINERS_STORAGE_CONF": "@/mine.conf",
-                                     "CONTAINERS_STORAGE_CONF_OVERRIDE": "@/over.conf"})
-        self.assertEqual(("mine", self.dir + "/over"), (self.where(config), config.runroot))
+        def conf(**values: str) -> str:
+            return "[storage]\n" + "".join(f'{key} = "@/{text}"\n' for key, text in values.items())
+
+        # The first main file counts, or the one that is named alone.
+        lower = {usr: conf(graphroot="usr", runroot="run")}
+        self.check({etc: conf(graphroot="etc"), **lower}, graphroot="@/etc",
+                   runroot="@/run/containers/storage")
+        self.check(lower, graphroot="@/usr", runroot="@/run")
+        named = {etc: conf(graphroot="etc"), etc + ".d/x.conf": conf(graphroot="drop-in"),
+                 "mine.conf": conf(graphroot="mine"), "over.conf": conf(runroot="over")}
+        env = {"CONTAINERS_STORAGE_CONF": "@/mine.conf"}
+        self.check(named, 0, env, graphroot="@/mine", runroot="@/run/containers/storage")
+        self.check(named, 0, {**env, "CONTAINERS_STORAGE_CONF_OVERRIDE": "@/over.conf"},
+                   graphroot="@/mine", runroot="@/over")
         with self.assertRaisesRegex(cstor.NotFound, "STORAGE_CONF names a file that does not"):
-            self.system(files, {"CONTAINERS_STORAGE_CONF": "@/missing"})
+            self.system(named, {"CONTAINERS_STORAGE_CONF": "@/missing"})
+        # The user's file replaces the system's in the old scheme.
+        self.check({etc: conf(graphroot="system") + 'driver = "vfs"\n', mine: conf(runroot="run"),
+                    self.OWN + "/overlay-images/x": ""}, 1000,
+                   graphroot="@/" + self.OWN, runroot="@/run", driver="")
+        # Drop-ins in their order, one of /etc in place of one of that name in /usr.
+        files = {etc: conf(graphroot="main") + 'driver = "overlay"\n',
+                 usr + ".d/10-a.conf": conf(graphroot="usr-10"),
+                 etc + ".d/10-a.conf": conf(runroot="etc-10"),
+                 etc + ".d/20-b.conf": conf(graphroot="etc-20"),
+                 etc + ".d/30-c.txt": conf(graphroot="no"), etc + ".d/30-d.conf/x": "",
+                 "usr/share/containers/storage.rootful.conf.d": "",
+                 "etc/containers/storage.rootful.conf.d/05.conf": conf(graphroot="rootful"),
+                 "etc/containers/storage.rootless.conf.d/30.conf": conf(graphroot="rootless"),
+                 "etc/containers/storage.rootless.conf.d/1000/40.conf": conf(graphroot="user")}
+        self.check(files, graphroot="@/etc-20", runroot="@/etc-10")
+        self.check(files, 1001, graphroot="@/rootless")
+        self.check(files, 1000, graphroot="@/user")
+        self.check({**files, mine + ".d/40.conf": conf(graphroot="home")}, 1000,
+                   graphroot="@/home")
+
+    def test_options(self) -> None:
+        """Podman 4 and 5 ignore root's additional stores for a user; podman 6 reads drop-ins."""
+        etc, options = "etc/containers/storage.conf", "[storage.options]\n"
+        shared = {etc: options + 'additionalimagestores = ["/shared"]\n'}
+        self.check(shared, stores=["/shared"])
+        self.check(shared, 1000, stores=[])
+        self.check({**shared, "etc/containers/storage.rootless.conf.d/1.conf": ""}, 1000,
+                   stores=["/shared"])
+        self.check({**shared, etc + ".d/1.conf": options
+                    + 'additionalimagestores = ["/b", {append=true}]\n'}, stores=["/shared", "/b"])
+        self.check({etc: options + 'additionallayerstores = ["/als:ref", "/b"]\n'},
+                   layer_stores=["/als:ref", "/b"])
+        self.check({}, 0, {"STORAGE_OPTS": "overlay.additionallayerstore=/x:ref,/y"},
+                   layer_stores=["/x:ref", "/y"], stores=[])
+        # The environment replaces the options of the driver.
+        files = {etc: '[storage]\ndriver="overlay"\nimagestore="/i"\n' + options
+                 + 'additionalimagestores=["/a"]\n'}
+        self.check(files, imagestore="/i", stores=["/a"])
+        self.check(files, 0, {"STORAGE_DRIVER": "overlay2", "STORAGE_OPTS":
+                              "overlay.additionalImageStore=/x,/y,overlay.mountopt=nodev"},
+                   driver="overlay", imagestore="/i", stores=["/x", "/y"])
 
     def test_an_error_in_a_file_that_is_not_looked_at(self) -> None:
         files = {"etc/containers/storage.conf": "[storage\n",
@@ -1446,35 +1489,6 @@ class Discovery(StoreTest):
                               "etc/containers/storage.conf": '[storage]\ngraphroot = "@/etc"\n'},
                              stores=["etc"])  # old: root's own file is not looked at
         self.assertEqual(("etc", "old"), (self.where(config), config.scheme))
-
-    def test_drop_ins(self) -> None:
-        def conf(key: str, value: str) -> str:
-            return f'[storage]\n{key} = "@/{value}"\n'
-
-        files = {"etc/containers/storage.conf": conf("graphroot", "main") + 'driver = "overlay"\n',
-                 "usr/share/containers/storage.conf.d/10-a.conf": conf("graphroot", "usr-10"),
-                 "etc/containers/storage.conf.d/10-a.conf": conf("runroot", "etc-10"),
-                 "etc/containers/storage.conf.d/20-b.conf": conf("graphroot", "etc-20"),
-                 "etc/containers/storage.conf.d/30-c.txt": conf("graphroot", "no"),
-                 "etc/containers/storage.conf.d/30-d.conf/x": "",
-                 "usr/share/containers/storage.rootful.conf.d": "",
-                 "etc/containers/storage.rootful.conf.d/05.conf": conf("graphroot", "rootful"),
-                 "etc/containers/storage.rootless.conf.d/30.conf": conf("graphroot", "rootless"),
-                 "etc/containers/storage.rootless.conf.d/1000/40.conf": conf("graphroot", "user")}
-        config = self.system(files)
-        self.assertEqual(("etc-20", self.dir + "/etc-10"), (self.where(config), config.runroot))
-        self.assertEqual("rootless", self.where(self.system(files, uid=1001)))
-        self.assertEqual("user", self.where(self.system(files, uid=1000)))
-        mine = {**files,
-                "home/.config/containers/storage.conf.d/40.conf": conf("graphroot", "home")}
-        self.assertEqual("home", self.where(self.system(mine, uid=1000)))
-
-    def test_drop_ins_append_to_arrays(self) -> None:
-        config = self.system({
-            "etc/containers/storage.conf": '[storage.options]\nadditionalimagestores = ["/a"]\n',
-            "etc/containers/storage.conf.d/1.conf":
-                '[storage.options]\nadditionalimagestores = ["/b", {append=true}]\n'})
-        self.assertEqual(["/a", "/b"], config.stores)
 
     OWN, SYSTEM, DATA = "home/.local/share/containers/storage", "system", "data"
     SYSTEM_FILE = {"etc/containers/storage.conf": '[storage]\ngraphroot = "@/system"\n'}
@@ -1595,20 +1609,6 @@ class Discovery(StoreTest):
         self.assertEqual("environment variable CONTAINERS_GRAPHROOT: holds a NUL byte",
                          self.whole_system({}, env={"CONTAINERS_GRAPHROOT": "a\0b"}))
 
-    def test_additional_stores_of_roots_files(self) -> None:
-        """Podman 4 and 5 ignore them for a rootless user, podman 6 does not: it reads drop-ins."""
-        line = '[storage.options]\nadditionalimagestores = ["/shared"]\n'
-        files = {"etc/containers/storage.conf": line}
-        self.assertEqual([], self.system(files, uid=1000).stores)
-        self.assertEqual(["/shared"], self.system(files).stores)
-        drop_in = {"etc/containers/storage.rootless.conf.d/1.conf": ""}
-        self.assertEqual(["/shared"], self.system(drop_in, uid=1000).stores)
-        config = self.system({"etc/containers/storage.conf": '[storage.options]\n'
-                              'additionallayerstores = ["/als:ref", "/b"]\n'})
-        self.assertEqual(["/als:ref", "/b"], config.layer_stores)
-        config = self.system({}, {"STORAGE_OPTS": "overlay.additionallayerstore=/x:ref,/y"})
-        self.assertEqual((["/x:ref", "/y"], []), (config.layer_stores, config.stores))
-
     def test_no_store_at_all(self) -> None:
         """The error names the place, and the hint where it was looked for."""
         env = {"HOME": self.dir, "XDG_CONFIG_HOME": "", "XDG_DATA_HOME": "",
@@ -1647,14 +1647,6 @@ class Discovery(StoreTest):
             self.assertEqual("the default; name a graph root with --root DIR",
                              self.system({}, {"SUDO_USER": "ann"}).hint)
 
-    def test_users_file_replaces_the_system_file_in_the_old_scheme(self) -> None:
-        config = self.system({
-            "etc/containers/storage.conf": '[storage]\ndriver = "vfs"\ngraphroot = "@/system"\n',
-            "home/.config/containers/storage.conf": '[storage]\nrunroot = "@/run"\n'},
-            uid=1000, stores=["home/.local/share/containers/storage"])
-        self.assertEqual(("home/.local/share/containers/storage", self.dir + "/run", ""),
-                         (self.where(config), config.runroot, config.driver))
-
     def test_expansion(self) -> None:
         os.makedirs(self.dir + "/real/1000-ann")
         os.symlink("real", self.dir + "/link")
@@ -1665,16 +1657,6 @@ class Discovery(StoreTest):
             """)}, {"USER": "ann"}, 1000)
         self.assertEqual(("real/1000-ann", self.dir + "/home//run"),
                          (self.where(config), config.runroot))
-
-    def test_environment_replaces_driver_options(self) -> None:
-        files = {"etc/containers/storage.conf": '[storage]\ndriver="overlay"\nimagestore="/i"\n'
-                                                '[storage.options]\nadditionalimagestores=["/a"]\n'}
-        config = self.system(files)
-        self.assertEqual(("/i", ["/a"]), (config.imagestore, config.stores))
-        config = self.system(files, {"STORAGE_DRIVER": "overlay2", "STORAGE_OPTS":
-                                     "overlay.additionalImageStore=/x,/y,overlay.mountopt=nodev"})
-        self.assertEqual(("overlay", "/i", ["/x", "/y"]),
-                         (config.driver, config.imagestore, config.stores))
 
     def test_command_line_uses_it(self) -> None:
         store = self.sample()
