@@ -4771,8 +4771,8 @@ def scan_header(header: bytes) -> tuple[bytes, bytes, dict[bytes, bytes], dict[b
     if len(header) == BLOCK and header[TYPE_AT:TYPE_AT + 1] not in SPECIALS:
         return header, b"", _NO_RECORDS, _NO_RECORDS
     pax, gnu, blocks = _NO_RECORDS, {}, io.BytesIO(header)
-    parts = list(header_parts(blocks.read))
-    for flag, _, data in parts:
+    parts, _ = header_parts(blocks.read)
+    for flag, _, data, _ in parts:
         if data is None:
             raise FormatError(f"malformed header size, or more than {MAX_SPECIAL} bytes")
         if flag in (b"x", PAX_GLOBAL):
@@ -4954,29 +4954,32 @@ def pax_records(pax: Mapping[bytes, bytes]) -> bytes:
 
 def header_parts(take: Callable[[int], bytes],
                  accept: Callable[[bytes], bool] = lambda block: len(block) == BLOCK
-                 ) -> Iterator[tuple[bytes, bytes, bytes | None]]:
-    """Yield (typeflag, header block, data) of special headers, and last of the member's own.
+                 ) -> tuple[list[tuple[bytes, bytes, bytes | None, bytes]], bytes]:
+    """Read special headers and the member's own; return them, and a block that is not a header.
 
-    ``take(n)`` returns n bytes, or fewer at the end.  A block that ``accept`` refuses ends it.  The
-    data are what a special header says (None: its size is malformed or too large), of GNU tar's old
-    sparse format the blocks that continue the map.  A global pax header is a member of its own.
+    ``take(n)`` returns n bytes, or fewer at the end.  A header is (typeflag, block, data, padding):
+    the data are what a special header says (None: its size is malformed or too large), of GNU tar's
+    old sparse format the blocks that continue the map.  A block that ``accept`` refuses ends them.
+    A global pax header is a member of its own.
     """
-    total = 0
+    parts, total = [], 0
     while accept(block := take(BLOCK)):
-        flag, data = block[TYPE_AT:TYPE_AT + 1], b""  # type: bytes, bytes | None
+        flag, data, padding = block[TYPE_AT:TYPE_AT + 1], b"", b""  # type: bytes, bytes | None, bytes
         if flag in SPECIALS or flag == PAX_GLOBAL:
             try:
                 length = parse_number(block[SIZE_AT])
             except FormatError:
                 length = -1
             total += BLOCK + length
-            data = take(length + -length % BLOCK)[:length] \
-                if 0 <= length <= MAX_SPECIAL and total <= MAX_HEADERS else None
+            data = None
+            if 0 <= length <= MAX_SPECIAL and total <= MAX_HEADERS:
+                data, padding = take(length), take(-length % BLOCK)
         elif flag == b"S" and block[482]:
             data = take_sparse_blocks(take)
-        yield flag, block, data
+        parts.append((flag, block, data, padding))
         if flag not in SPECIALS or data is None:
-            return
+            return parts, b""
+    return parts, block
 
 
 def take_sparse_blocks(take: Callable[[int], bytes]) -> bytes:
@@ -5386,7 +5389,7 @@ class TarSource:
         self.file, self.offset = file, 0
         self._chunks = iter(chunks)
         self._data, self._at = b"", 0
-        self._last: tuple[bytes, bytes, bytes | None]  # of header_parts()
+        self._last: bytes | None = b""  # data of the last header; see header_parts()
         self._cut = False  # whether the headers just read end before the member's own
         self._rest = b""  # blocks that were read and are not a header
         self._passed: PassedFile | None = None
@@ -5482,19 +5485,11 @@ class TarSource:
             yield data, None, ()
 
     def _read_header(self) -> bytes:
-        """Read the headers of one member; ``_rest`` is a block behind them that is not accepted."""
-        parts: list[bytes] = []
-
-        def take(count: int) -> bytes:
-            parts.append(self.up_to(count))
-            return parts[-1]
-
-        self._last = b"x", b"", b""
-        for part in header_parts(take, self._accept):
-            self._last = part
-        self._cut = self._last[0] in SPECIALS and self._last[2] is not None
-        self._rest = parts.pop() if self._cut else b""
-        return b"".join(parts)
+        """Read the headers of one member; ``_rest`` is a block behind them that is not one."""
+        parts, self._rest = header_parts(self.up_to, self._accept)
+        self._last = parts[-1][2] if parts else b""
+        self._cut = not parts or parts[-1][0] in SPECIALS and self._last is not None
+        return b"".join([piece for part in parts for piece in part[1:] if piece])
 
     def _accept(self, block: bytes) -> bool:
         """Tell whether a block begins a header; zeros and the end of the file do not."""
@@ -7263,7 +7258,7 @@ class TarSide(TarSource, Closing):
     def __init__(self, path: str) -> None:
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
-        super().__init__(iter(lambda: self._reader.read(CHUNK), b""), path)
+        super().__init__(iter(lambda: self._reader.read(2 * READ_SIZE), b""), path)
         self.why, self.count, self.over = "", 0, False
         self._items = self.items()
         self._next: Item | None = None
@@ -7308,7 +7303,7 @@ class TarSide(TarSource, Closing):
             return None
         entry = TarEntry(self.count, start, header)
         self.count += 1
-        if self._last[2] is None:
+        if self._last is None:
             self.why = "malformed header size"
         elif self._cut:
             self.why = self.why or f"no header at block {(start + len(header)) // BLOCK}"
@@ -7519,18 +7514,18 @@ def is_sound(header: bytes) -> bool:
         for _, kind, block, data in header_blocks(header):
             check_sum(block)
             if kind in ("pax", "global"):
-                parse_pax(data or b"")
+                parse_pax(data)
     except FormatError:
         return False
     return True
 
 
-def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes | None]]:
-    """Yield what header_parts() does, with the offset and a word for the kind, "" for the last."""
+def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
+    """Yield (offset, kind, block, data) of each header, the kind "" of the last."""
     at = 0
-    for flag, block, data in header_parts(io.BytesIO(header).read):
-        yield at, HEADER_KINDS.get(flag, ""), block, data
-        at += BLOCK + len(data or b"") + -len(data or b"") % BLOCK
+    for flag, block, data, padding in header_parts(io.BytesIO(header).read)[0]:
+        yield at, HEADER_KINDS.get(flag, ""), block, data or b""
+        at += BLOCK + len(data or b"") + len(padding)
 
 
 def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
@@ -7543,9 +7538,9 @@ def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
     for _, kind, head, data in header_blocks(header) if len(header) > BLOCK else ():
         block = head
         if kind == "pax":
-            pax.update((key, value) for _, _, key, value in pax_spans(data or b""))
+            pax.update((key, value) for _, _, key, value in pax_spans(data))
         elif kind == "long name":
-            name = text_field(data or b"")
+            name = text_field(data)
     flag = block[TYPE_AT:TYPE_AT + 1]
     if flag == PAX_GLOBAL:
         return text_field(block[:100]), b"g" + text_field(block[:100]), 0
@@ -7584,8 +7579,8 @@ def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, b
 
     A value of None is padding.  ``special`` fields replace others of the same name.
     """
-    for at, kind, block, content in header_blocks(header):
-        after, data = at + BLOCK, content or b""
+    for at, kind, block, data in header_blocks(header):
+        after = at + BLOCK
         end = after + len(data)
         if kind in ("pax", "global"):
             records = list(pax_spans(data))
