@@ -1681,7 +1681,6 @@ class Discovery(StoreTest):
         self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir)
 
     def test_a_root_beside_the_right_one(self) -> None:
-        """The message names the graph root."""
         store = make_sample(self.dir + "/disk/var/lib/containers/storage")
         home = self.dir + "/disk/home/ann"
         theirs = StoreBuilder(home + "/.local/share/containers/storage").save()
@@ -1966,7 +1965,6 @@ class Records(StoreTest):
             self.assertEqual(1, sum("layers.json" in call[0][1] for call in parse.call_args_list))
 
     def faults(self, store: StoreBuilder) -> tuple[list[str], list[str]]:
-        """Return what `image list` and `store info` say of damage."""
         listed, info = (json.loads(self.run_cstor(
             "--root", store.root, *words, "--format", "json").stdout)
             for words in (["image", "list", "-a"], ["store", "info"]))
@@ -2163,7 +2161,6 @@ class Records(StoreTest):
         self.assertRegex(listed, r"localhost/list +1 +e{12} .* list\n")
 
     def test_big_data_is_checked(self) -> None:
-        """By size and digest, whatever the content."""
         store, (layer,) = self.stack(make_tar(("f", b"x")))
         image = store.image(layer, "localhost/a:1", history=[{"signatures": "amd64"}])
         store.save()
@@ -3446,7 +3443,6 @@ class Files(StoreTest):
 
 class MemberTest(StoreTest):
     def members(self, tar: bytes) -> list[cstor.Member]:
-        """Return the members of the tar-split data of a tar."""
         store = StoreBuilder(tempfile.mkdtemp(dir=self.dir))
         layer = store.layer(None)
         store.tar_split(layer, tar)
@@ -3632,7 +3628,6 @@ class FieldsOfArchives(MemberTest):
 
     @staticmethod
     def row(member: cstor.Member) -> tuple[str, ...]:
-        """Spell a member as GNU tar does."""
         size = f"{member.devmajor},{member.devminor}" if member.type in ("char", "block") \
             else str(member.size)
         seconds, fraction = divmod(abs(member.mtime_ns), 10**9)
@@ -3834,7 +3829,6 @@ class FieldsOfArchives(MemberTest):
 
     @staticmethod
     def sealed(block: bytes | bytearray) -> bytes:
-        """Return a header block with its checksum put right."""
         whole = bytes(block).ljust(512, b"\0")
         whole = whole[:148] + b" " * 8 + whole[156:]
         return whole[:148] + b"%06o\0 " % sum(whole) + whole[156:]
@@ -5705,7 +5699,6 @@ class Copies(TreeTest):
                     entry(b"d/latin-\xe9", b"l"), device(b"d/null", b"3", 1, 3)))
 
     def copy(self, tree: cstor.Tree, path: bytes) -> list[bytes]:
-        """Copy a directory to a new one called "copy"."""
         with cstor.OutputDirectory(self.dir + "/copy") as output:
             made = cstor.Extraction(output, plain=True, verify=True).run(
                 cstor.select_nodes(tree, top=path))
@@ -5799,7 +5792,6 @@ class Ladders(StoreTest):
         self.source = self.file("source", self.data)
 
     def file(self, name: str, data: bytes) -> int:
-        """Make a file and return its descriptor."""
         path = os.path.join(self.dir, name)
         put(path, data)
         fd = os.open(path, os.O_RDONLY)
@@ -5985,7 +5977,6 @@ class Extracts(TreeTest):
         self.addCleanup(remove, self.out)
 
     def same(self, tree: cstor.Tree, *, owners: bool = True) -> None:
-        """Compare the whole target with the tree."""
         found = tree_differences(self.out, tree)
         self.assertEqual([], [row for row in found if owners or row[1] != "owner"])
 
@@ -6995,7 +6986,6 @@ class Outputs(StoreTest):
             self.layer = storage.image("sample").layers()[0].id
 
     def commands(self, place: str) -> list[list[str]]:
-        """Return every command that makes ``place``."""
         return [["layer", "export", self.layer, "-o", place],
                 ["image", "export", self.image, "-o", place],
                 ["image", "export", self.image, "--as=oci-archive", "-o", place],
@@ -7562,7 +7552,6 @@ class Disks(StoreTest):
         return path
 
     def store(self, root: str, tar: bytes = b"") -> StoreBuilder:
-        """Make a store with one image."""
         store = StoreBuilder(root)
         store.image(store.layer(tar or self.tar), "localhost/x:latest")
         store.save()
@@ -7579,7 +7568,6 @@ class Disks(StoreTest):
         return (status.f_blocks - status.f_bfree) * status.f_frsize
 
     def check_contents(self, out: str, count: int = -1) -> None:
-        """Compare the contents of all files that are there."""
         found = {}
         for folder, _, names in os.walk(out):
             for name in names:
@@ -8647,7 +8635,6 @@ class Fetching(StoreTest):
         return path
 
     def said(self) -> tuple[int, list[str]]:
-        """Return process ID and arguments of the last skopeo."""
         with open(self.layout + "/words", encoding="utf-8") as file:
             process, words = json.load(file)
         os.unlink(self.layout + "/words")
@@ -8929,7 +8916,6 @@ class Streams(StoreTest):
             + typed(1, self.B) + typed(0, end)}
 
     def file(self, name: str, data: bytes, flags: int = os.O_RDONLY) -> int:
-        """Make a file and open it until the end of the test."""
         path = os.path.join(self.dir, name)
         put(path, data)
         fd = os.open(path, flags)
@@ -8944,7 +8930,6 @@ class Streams(StoreTest):
 
     def tar_of(self, data: bytes, codec: str = CODECS[0], fds: list[int] | None = None,
                **options: Any) -> bytes:
-        """Return the tar that a stream holds."""
         out = io.BytesIO()
         with cstor.LayerStream(self.reader(data, codec, fds), label="test", **options) as stream:
             digest = stream.export(out)
@@ -9202,7 +9187,6 @@ class Streams(StoreTest):
 
     @staticmethod
     def chunks(data: bytes) -> list[int | bytes]:
-        """Return the chunks of a splitfdstream."""
         found: list[int | bytes] = []
         while data:
             number, = struct.unpack_from("<q", data)
