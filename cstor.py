@@ -1084,59 +1084,6 @@ def soft_limit() -> int:
     return soft if 0 <= soft < 1 << 20 else 1 << 20
 
 
-class Threads:
-    """Up to ``count`` threads; where the system or this Python has none for us, submit() works."""
-
-    def __init__(self, count: int) -> None:
-        self._threads: list[Any] = []
-        with suppress(ImportError, RuntimeError):  # RuntimeError: can't start new thread
-            import queue
-            import threading
-
-            self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-            for _ in range(count):
-                thread = threading.Thread(target=self._run, daemon=True)
-                thread.start()
-                self._threads.append(thread)
-
-    def _run(self) -> None:
-        for run in iter(self._jobs.get, None):
-            run()
-
-    def submit(self, call: Callable[[], object]) -> Callable[[], Any]:
-        """Have a call made; return what waits for its end, and returns or raises what it does."""
-        outcome: list[Any] = []  # value, error
-        running = allocate_lock()
-        running.acquire()
-
-        def run() -> None:
-            try:
-                outcome[:] = call(), None
-            except BaseException as error:  # handed over in result()
-                outcome[:] = None, error
-            running.release()
-
-        def result() -> Any:
-            with running:
-                value, error = outcome
-            if error:
-                raise error
-            return value
-
-        if self._threads:
-            self._jobs.put(run)
-        else:
-            run()
-        return result
-
-    def close(self, patience: float | None = None) -> None:
-        """Wait for the threads to do what was submitted, and end; harmless when repeated."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join(patience)
-
-
 class Copier:
     """Copies ranges of files by the fastest call that the kernel allows.
 
@@ -1955,6 +1902,59 @@ class ZstdProgram(Closing):
         self._program.wait()
         for file in (self._source, self._sink, self._program.stderr):
             file.close()
+
+
+class Threads:
+    """Up to ``count`` threads; where the system or this Python has none for us, submit() works."""
+
+    def __init__(self, count: int) -> None:
+        self._threads: list[Any] = []
+        with suppress(ImportError, RuntimeError):  # RuntimeError: can't start new thread
+            import queue
+            import threading
+
+            self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+            for _ in range(count):
+                thread = threading.Thread(target=self._run, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def _run(self) -> None:
+        for run in iter(self._jobs.get, None):
+            run()
+
+    def submit(self, call: Callable[[], object]) -> Callable[[], Any]:
+        """Have a call made; return what waits for its end, and returns or raises what it does."""
+        outcome: list[Any] = []  # value, error
+        running = allocate_lock()
+        running.acquire()
+
+        def run() -> None:
+            try:
+                outcome[:] = call(), None
+            except BaseException as error:  # handed over in result()
+                outcome[:] = None, error
+            running.release()
+
+        def result() -> Any:
+            with running:
+                value, error = outcome
+            if error:
+                raise error
+            return value
+
+        if self._threads:
+            self._jobs.put(run)
+        else:
+            run()
+        return result
+
+    def close(self, patience: float | None = None) -> None:
+        """Wait for the threads to do what was submitted, and end; harmless when repeated."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(patience)
 
 
 class GzipWriter(Closing):
