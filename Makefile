@@ -4,8 +4,9 @@ PREFIX = /usr/local
 prefix = $(PREFIX)
 DESTDIR =
 DEMO = .demo
+PYZ = cstor.pyz
 
-.PHONY: help demo test lab lint bench install
+.PHONY: help demo test lab lint bench dist install
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /\1	/p' Makefile | expand -t 12
@@ -57,6 +58,33 @@ lint: ## mypy --strict and ruff, from .lab or the PATH
 
 bench: ## measure against the peers (podman, root, some minutes)
 	$(PYTHON) test_cstor.py --bench
+
+# Byte code that names no time is not compared with the source; a Python of another version, which
+# cannot use it, compiles the source.  Dates and hashes are fixed, so each run makes the same bytes.
+define DIST
+import os, py_compile, sys, time, zipfile
+target = sys.argv[1]
+moment = time.gmtime(max(315532800, int(os.environ.get("SOURCE_DATE_EPOCH") or 0)))[:6]
+py_compile.compile("cstor.py", target + ".new", "cstor.py", doraise=True,
+                   invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+with open(target + ".new", "rb") as code, open("cstor.py", "rb") as source:
+    files = {"__main__.py": b"import sys\nimport cstor\nsys.exit(cstor.main())\n",
+             "cstor.pyc": code.read(), "cstor.py": source.read()}
+with open(target + ".new", "wb") as file:
+    file.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name, moment)
+            info.external_attr = 0o100644 << 16
+            info.compress_type = zipfile.ZIP_DEFLATED if name == "cstor.py" else zipfile.ZIP_STORED
+            archive.writestr(info, data)
+os.chmod(target + ".new", 0o755)
+os.rename(target + ".new", target)
+endef
+export DIST
+
+dist: ## make cstor.pyz: one file with its byte code, which starts like an import
+	PYTHONHASHSEED=0 $(PYTHON) -c "$$DIST" $(PYZ)
 
 install: ## leave a cstor command below $(DESTDIR)$(prefix), compiled once and for all
 	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(prefix)/lib/cstor

@@ -27,6 +27,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -12770,6 +12771,40 @@ class CommandLine(StoreTest):
         self.assertEqual(1, len(os.listdir(f"{self.dir}/usr/lib/cstor/__pycache__")))
         done = self.run_cstor("--version", command=[f"{self.dir}/usr/bin/cstor"])
         self.assertEqual(f"cstor {cstor.__version__}\n", done.stdout.decode())
+
+    def test_one_file_with_byte_code(self) -> None:
+        """The Python that made it compiles nothing; any other runs the source that is in it."""
+        need_tools("make")
+        made: list[bytes] = []
+        for moment in ("", "1000000000", "1000000000"):
+            path = f"{self.dir}/{len(made)}.pyz"
+            subprocess.run(["make", "-s", "-C", HERE, "dist", f"PYZ={path}",
+                            f"PYTHON={sys.executable}"], check=True,
+                           env={**IDLE, "SOURCE_DATE_EPOCH": moment})
+            made.append(read_bytes(path))
+        self.assertEqual(["0.pyz", "1.pyz", "2.pyz", "store"], sorted(os.listdir(self.dir)))
+        self.assertTrue(made[1] == made[2] != made[0])
+        arguments = ["--root", self.store.root, "image", "list", "--format", "json"]
+        expected = self.run_cstor(*arguments).stdout
+        magic = importlib.util.MAGIC_NUMBER.hex()
+        pythons = {magic: sys.executable}
+        for python in [*glob.glob("/usr/bin/python3.*[0-9]"), *glob.glob(
+                os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))]:
+            code = ("import sys, importlib.util as util\n"
+                    "print(util.MAGIC_NUMBER.hex() if sys.version_info >= (3, 9) else '')")
+            found = subprocess.run(
+                [python, "-c", code],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout.decode()
+            pythons.setdefault(found.strip(), python)
+        pythons.pop("", None)
+        for number, python in list(pythons.items())[:3]:
+            command = [python, f"{self.dir}/0.pyz"]
+            self.assertEqual(expected, self.run_cstor(*arguments, command=command).stdout)
+            done = subprocess.run(
+                [python, "-c", "import cstor; print(cstor.__file__)"], check=True,
+                env={**IDLE, "PYTHONPATH": command[1]}, stdout=subprocess.PIPE, cwd="/")
+            self.assertEqual(command[1] + ("/cstor.pyc" if number == magic else "/cstor.py"),
+                             done.stdout.decode().strip())
 
     def test_the_demo_where_nothing_can_be_written(self) -> None:
         need_tools("make")
