@@ -5280,8 +5280,7 @@ class LayerReader:
                 total += member.stored
                 if total > limit:
                     break
-                if pending:
-                    pending = []
+                pending.clear()
                 yield segment, member, self._content(member) if self._files and member.stored \
                     else ()
             if empty > MAX_EMPTY:
@@ -5297,7 +5296,8 @@ class LayerReader:
         assert self._files
         if member.sparse == "1.0" and self._convention is None and not self._whole:
             self._convention = self._find_convention(member.name)
-        with Opened(self._files.open(member.name, member.size)) as fd:
+        fd = self._files.open(member.name, member.size)
+        try:  # faster than Opened
             if member.sparse is None or self._whole:
                 yield Extent(fd, 0, member.size, member)
                 return
@@ -5310,6 +5310,8 @@ class LayerReader:
             yield table
             for offset, length in runs:
                 yield Extent(fd, offset, length, member)
+        finally:
+            os.close(fd)
 
     def _find_convention(self, name: bytes) -> tuple[int, bool, int, int]:
         """Return the convention for maps of sparse files (format 1.0) that gives the digest.
@@ -5391,7 +5393,7 @@ class TarSource:
         self._data, self._at = b"", 0
         self._last: bytes | None = b""  # data of the last header; see header_parts()
         self._cut = False  # whether the headers just read end before the member's own
-        self._rest = b""  # blocks that were read and are not a header
+        self.rest = b""  # blocks that were read and are not a header
         self._passed: PassedFile | None = None
         self._size = 0
 
@@ -5472,21 +5474,21 @@ class TarSource:
             for _ in content:  # what the caller did not read
                 pass
             padding = bytes(member.padding) if pairs else self.up_to(member.padding)
-            if self._rest:
+            if self.rest:
                 break
-        if pairs and not self._rest:
-            self._rest = bytes(2 * BLOCK)
+        if pairs and not self.rest:
+            self.rest = bytes(2 * BLOCK)
         else:
-            self._rest += self.up_to(BLOCK)
-        if need_end and self._rest != bytes(2 * BLOCK):
+            self.rest += self.up_to(BLOCK)
+        if need_end and self.rest != bytes(2 * BLOCK):
             raise self._error("the tar has no end: it was cut off")
-        yield padding + self._rest, None, ()
+        yield padding + self.rest, None, ()
         for data in iter(lambda: self._some(CHUNK), b""):
             yield data, None, ()
 
     def _read_header(self) -> bytes:
-        """Read the headers of one member; ``_rest`` is a block behind them that is not one."""
-        parts, self._rest = header_parts(self.up_to, self._accept)
+        """Read the headers of one member; ``rest`` is a block behind them that is not one."""
+        parts, self.rest = header_parts(self.up_to, self._accept)
         self._last = parts[-1][2] if parts else b""
         self._cut = not parts or parts[-1][0] in SPECIALS and self._last is not None
         return b"".join([piece for part in parts for piece in part[1:] if piece])
@@ -7277,10 +7279,6 @@ class TarSide(TarSource, Closing):
         entry.content = iter(content)
         return entry
 
-    def ahead(self, entry: TarEntry) -> bytes:
-        """Return an entry's header and the block behind it if that is not a header."""
-        return entry.header + self._rest
-
     def finish(self, entry: TarEntry) -> None:
         """Read the rest of an entry, and the header of the next one."""
         entry.finish()
@@ -7357,7 +7355,7 @@ class _TarDiff:
 
     def _compare(self, a: TarEntry, b: TarEntry) -> None:
         """Read two entries in step as long as they are equal."""
-        heads = [side.ahead(entry) for side, entry in zip(self.sides, (a, b))]
+        heads = [entry.header + side.rest for side, entry in zip(self.sides, (a, b))]
         if heads[0] != heads[1] and (a.header or b.header):  # trailers are contents
             self._note(a, b, heads)
             return
