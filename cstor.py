@@ -721,7 +721,7 @@ class Directory(Closing):
     """A directory that is the root of all lookups made through it; owns its descriptor.
 
     Names are bytes, relative, with "/" between components; nothing outside can be reached.  An
-    OSError names the path; NeedsUnshare is raised for what is closed to this user.  Threads can
+    OSError names the path; NeedsUnshare means that this user lacks the permission.  Threads can
     share a Directory, but for parent().
     """
 
@@ -1322,8 +1322,8 @@ class Transaction:
     def open_directory(self, path: str) -> tuple[Target, int, bool]:
         """Open a directory to make files in; return it, its final mode, and whether it was made.
 
-        One that is made is closed to others until then, and inherits no group and no ACL.  Raises
-        OSError, also when somebody else put another directory in its place.
+        A new one is private until then, and inherits no group and no ACL.  Raises OSError, also
+        when somebody else put another directory in its place.
         """
         if os.path.lexists(path):
             if not os.path.exists(path):
@@ -1464,7 +1464,7 @@ class Scratch(Target):
 
 
 def make_scratch(above: str) -> Scratch:
-    """Make a directory for what is read once, closed to others."""
+    """Make a private directory for what is read once."""
     remove_dead(AT_FDCWD, b"scratch", os.fsencode(above))
     with SignalsHeld():
         path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
@@ -1505,7 +1505,7 @@ def remove_content(target: Target) -> None:
         with ErrorsAs(target.explain, folder):
             with Opened(os.open(base or b".", OPEN_DIRECTORY | os.O_NOFOLLOW,
                                 dir_fd=target.parent(parent))) as fd:
-                if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # closed to its owner
+                if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # its owner lacks a permission
                     os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
                              dir_fd=target.parent(parent))
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
@@ -4374,7 +4374,7 @@ def intermediate_images(storage: Storage) -> set[str]:
 def names_to_give(image: Image, reference: str) -> list[str]:
     """Return the names that an image takes along: the one it was asked for by, or else all.
 
-    Only names with a tag: a digest is no name that anybody can give.
+    Only names with a tag: a digest is not a name to give.
     """
     tagged = [name for name in image.names if re.fullmatch(
         r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}", name, re.ASCII)]
@@ -4487,7 +4487,7 @@ class LayerFiles(Closing):
         LayerUnknown when the whole layer was removed meanwhile.
         """
         if size == 0 and self._objects is not None:
-            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # there is no empty object
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # no object is kept for it
         parent, _, base = name.rpartition(b"/")
         if parent != self._raw_parent:
             self._raw_parent, self._parent = parent, clean_name(parent)
@@ -4964,7 +4964,8 @@ def header_parts(take: Callable[[int], bytes],
     """
     parts, total = [], 0
     while accept(block := take(BLOCK)):
-        flag, data, padding = block[TYPE_AT:TYPE_AT + 1], b"", b""  # type: bytes, bytes | None, bytes
+        flag, padding = block[TYPE_AT:TYPE_AT + 1], b""
+        data: bytes | None = b""
         if flag in SPECIALS or flag == PAX_GLOBAL:
             try:
                 length = parse_number(block[SIZE_AT])
@@ -5122,7 +5123,6 @@ class Extent:
 def whole_chunks(piece: bytes | Extent) -> Iterator[bytes]:
     """Yield the bytes of a piece; see Extent.chunks()."""
     return piece.chunks() if isinstance(piece, Extent) else iter((piece,))
-
 
 
 class TarSplit(ObjectStream):
@@ -6127,7 +6127,7 @@ class LayerTree(Closing):
         if self._count > MAX_ENTRIES:
             raise FormatError(f"more than {MAX_ENTRIES} entries", file=self.label)
         if base in directory.children:
-            self._at = None  # a directory that is no more may be the last entry's
+            self._at = None  # it may be the last entry's directory, which is replaced
         directory.children[base] = node
         if self.whiteouts and base.startswith(b".wh..wh."):
             self._aufs.append((directory, base))
@@ -6829,7 +6829,7 @@ def literal_tops(patterns: Sequence[str]) -> list[list[bytes]]:
     tops: list[list[bytes]] = []
     for pattern in clean_patterns(patterns) or [""]:
         text = pattern.strip("/") if "/" in pattern.rstrip("/") else ""
-        # Other characters than ASCII can be spelled in two ways.
+        # Characters outside ASCII can be written in two ways.
         plain = re.match(r"(?:(?!\.\.?(?:/|\Z))[!-)+-.0->@-Z\]-~ ]+(?:/|\Z))*", text)
         tops.append(plain[0].strip("/").encode().split(b"/") if plain and plain[0] else [])
     return [top for number, top in enumerate(tops) if not any(
@@ -6904,7 +6904,7 @@ def merged_tree(layers: Sequence[Layer], label: str,
 
 def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int = 0,
               digest: str = "") -> dict[str, Any]:
-    """Return an entry of a TOC by the rules of eStargz; names are spelled by spell().
+    """Return an entry of a TOC by the rules of eStargz; names are made by spell().
 
     ``first`` makes it a hard link to that name; ``links`` is the number of names.  A time outside
     the years 1 to 9999 is left out: RFC 3339 has no word for it.
@@ -7186,7 +7186,7 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     """Yield how two tars differ, byte by byte and entry by entry; nothing when they are identical.
 
     ``a`` and ``b`` are paths, or "-" for stdin; compressed files are decompressed (see
-    Decompressed).  Names and values are spelled by spell().  ``change`` of a row is
+    Decompressed).  Names and values are made by spell().  ``change`` of a row is
 
     - "first", the first row: ``offset`` in the decompressed tar, ``index`` (from 0) and name of the
       ``entry`` there, both None in the trailer, and the ``field``; ``contentOffset`` when that is
@@ -7941,7 +7941,7 @@ def wait_for(pid: int) -> int:
 
 
 def default_workers() -> int:
-    """Return how many processes are to be used: one where fork(2) could harm running threads."""
+    """Return how many processes to use: one where fork(2) could harm running threads."""
     threading = sys.modules.get("threading")
     if threading and threading.active_count() > 1:
         return 1
@@ -7977,7 +7977,7 @@ class Extraction:
         self._devices: dict[LayerTree, tuple[int, int]] = {}  # of a layer's files and the target
         self._firsts: dict[Node, bytes] = {}  # of files with several names, the path made first
         self._links: list[tuple[bytes, bytes]] = []  # hard links to make: path, first path
-        self._folders: list[tuple[bytes, Node]] = []  # whose metadata are to be set
+        self._folders: list[tuple[bytes, Node]] = []  # whose metadata are set last
         self._directories = 0
         self.merge = output.merge
         self._no_acls = self.merge or has_default_acl(self.target)  # else nothing can be inherited
@@ -8719,7 +8719,7 @@ def kept_fields(stored: Mapping[str, Any], *own: str) -> dict[str, Any]:
 
 
 def choose_instances(image: Image, platform: str, every: bool) -> list[Image]:
-    """Return the images that stand for ``image``: see single(), or all of its list."""
+    """Return the images to copy for ``image``: see single(), or all of its list."""
     found = [instance for _, instance in image.instances()] if every else []
     if every and image.is_list and not found:
         raise NotFound(f"image {image.title} has no instance in the storage")
@@ -8788,7 +8788,7 @@ class OciLayout(Transaction):
     def _open(self) -> None:
         self.target, mode, made = self.open_directory(self.path)
         if made:
-            os.chmod(".", mode, dir_fd=self.target.fd)  # what is in it is no secret
+            os.chmod(".", mode, dir_fd=self.target.fd)  # an image is not a secret
 
     def _prepare(self) -> None:
         lock = self._own(Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
@@ -9705,7 +9705,7 @@ class StreamTree(LayerTree):
 
 
 class Staging:
-    """The directory ``target``, closed to others, where contents wait until all were read.
+    """The directory ``target``, private, where contents wait until all were read.
 
     ``link_mode`` is one of LINK_MODES (there is nothing to make hard links of: "hardlink" is
     "auto"; "reflink" asks it of what comes as an open file).  Without ``check`` no digest is taken.
@@ -9743,7 +9743,7 @@ class Staging:
                     content = _hashed(content, sink)
                 if node and member.type == "reg" and node.size:
                     self._store(tree, node, member, content)
-                for _ in content:  # of what is no file, as a whiteout with content
+                for _ in content:  # of a whiteout with content, say
                     pass
                 if self._progress:
                     self._progress(size, self._count)
@@ -10423,7 +10423,7 @@ class Dispatcher(Closing):
                                 code=INTERNAL_ERROR) from error
 
     def _param(self, params: dict[str, Any], name: str, default: T) -> T:
-        """Return a parameter of the type that its default has; "" is no default."""
+        """Return a parameter of the type of its default; one with the default "" is required."""
         if (value := params.get(name)) is None:
             value = default
         if type(value) is not type(default) or value == "" \
@@ -10629,8 +10629,8 @@ class RpcServer:
                  timeout: float = PEER_TIMEOUT, idle: float = 600.0) -> None:
         import threading
 
-        self.opener, self.timeout, self.idle = opener, timeout, idle
-        self._room, self._clients = clients, set()  # type: int, set[Connection]
+        self.opener, self.timeout, self.idle, self._room = opener, timeout, idle, clients
+        self._clients: set[Connection] = set()
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._stopping = False
@@ -13294,7 +13294,7 @@ OPTIONS = {
     "--chain": "also the IDs of the layer and its parents, base first",
     "--no-clean-on-error ?": "leave what was made until then",
     "--clean-on-error ?": "leave nothing in DIR after an error; default: when DIR is made",
-    f"--codec {'|'.join(CODECS)}": "how the stream is spelled; default: splitfdstream",
+    f"--codec {'|'.join(CODECS)}": "format of the stream; default: splitfdstream",
     "--compress HOW": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)",
     "--digest SHA256": "what the tar must have; default: what the storage, LIST or server says",
     "--digests": "add the sha256 of each file, checked",
