@@ -607,6 +607,7 @@ def fork_main(words: Sequence[str], env: Mapping[str, str]) -> Done:
         ready = select.select(left, (), (), 60)[0]
         if not ready:
             os.kill(pid, signal.SIGKILL)
+            break  # a child of it can hold the pipes
         for end in ready:
             part = os.read(end, 1 << 16)
             found[end] += part
@@ -6923,7 +6924,8 @@ class Extracts(TreeTest):
 
         def work(finalize: Callable[..., None], _: int) -> None:
             if os.getpid() == parent:
-                os.read(reader, 1)  # until the worker has begun
+                if select.select([reader], [], [], 30)[0]:  # the worker has begun
+                    os.read(reader, 1)
             else:
                 os.write(writer, b"x")
                 finalize(functools.partial(send, signal.SIGTERM))
