@@ -85,7 +85,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -12131,19 +12131,16 @@ def passed_socket() -> socket.socket:
 # terminal only; a result takes its name when it is whole.
 # ================================================================================================
 
-def print_json(value: Any) -> None:
-    """Print a JSON document; ASCII, so that no locale can spoil it."""
-    print(json.dumps(value, indent=2))
-
-
-def print_entries(entries: Iterator[Any], *, head: str = "[", tail: str = "]",
-                  indent: int | None = 2) -> None:
-    """Print JSON values inside ``head`` and ``tail`` as they come."""
+def print_json(value: Any, head: str = "[", tail: str = "]", indent: int | None = 2) -> None:
+    """Print JSON in ASCII: an object, a list, or an iterator's values as they come."""
     encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
-    _, entries = peek(entries)
+    if isinstance(value, (dict, list)):
+        print(encode(value))
+        return
+    _, value = peek(value)
     sys.stdout.write(head)
     between = "\n"
-    for entry in entries:
+    for entry in value:
         text = encode(entry)
         sys.stdout.write(between + ("  " + text.replace("\n", "\n  ") if indent else text))
         between = ",\n"
@@ -12160,22 +12157,17 @@ def table_lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterat
 
 
 def show(args: Any, value: Any, text: Iterable[Any], headers: Sequence[str] = (),
-         records: Iterable[Record] = ()) -> None:
-    """Print ``value`` as JSON or ``text`` for people, as --format says; what is not asked for may
-    be lazy.
+         ids: Iterable[str] = (), head: Callable[[], str] = lambda: "[", tail: str = "]") -> None:
+    """Print ``value`` as JSON or ``text`` for people, as --format says; both may be lazy.
 
-    With ``headers`` the text is the rows of a table, in place of which -q prints the IDs of
-    ``records``; else it is lines, and values of an iterator are printed as they come.
+    With ``headers`` the text is the rows of a table, in place of which -q prints ``ids``; else it
+    is lines, and values of an iterator are printed as they come.
     """
     if args.format == "json":
-        if headers or isinstance(value, dict):
-            print_json(value if isinstance(value, dict) else list(value))
-        else:
-            print_entries(value)
+        print_json(list(value) if headers and not isinstance(value, dict) else value, head(), tail)
         return
     if getattr(args, "ids", False):
-        text = (display(short_id(name, args)) for name in dict.fromkeys(
-            record.id for record in records if record.id))
+        text = (display(short_id(name, args)) for name in dict.fromkeys(ids) if name)
     elif headers:
         text = table_lines(headers, list(text))
     for line in text:
@@ -12273,20 +12265,26 @@ def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, 
     return {"path": spell(path), **entry, "layer": node.tree.layer_id}
 
 
-def long_line(path: bytes, target: bytes, node: Node, hard: bool) -> bytes:
-    """Return a line like that of ``ls -l``; "+" after the mode says that there are xattrs."""
+def file_line(item: tuple[bytes, Node, bytes | None], args: Any, raw: bool) -> bytes:
+    """Return a name, or with -l a line like that of ``ls -l``; on a terminal not ``raw``."""
+    path, node, first = item
+    end = b"\0" if args.null else b"\n"
+    name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
+                    (path, node.linkname if first is None else b"/" + first))
+    if not args.long:
+        return name + end
     letters = stat.filemode(FILE_TYPES.get(node.type, 0) | node.mode)
-    hard = hard or node.type == "hardlink"
+    hard = first is not None or node.type == "hardlink"
     size = f"{node.device[0]}, {node.device[1]}" if node.type in ("char", "block") \
         else str(node.size)
-    owner, group = (display(name) if name else str(number) for name, number in
+    owner, group = (display(word) if word else str(number) for word, number in
                     zip(node.owner[2:], node.owner[:2]))
     moment = "-" if node.implicit else str(node.mtime_ns // 10**9) \
         if not has_rfc3339(node.mtime_ns) else format_time(node.mtime_ns)[:19].replace("T", " ")
     text = (f"{'h' + letters[1:] if hard else letters}"
             f"{'+' if node.extra and node.xattrs else ' '} "
             f"{owner:>8} {group:>8} {size:>12} {moment:19} ").encode()
-    return text + path + ((b" link to " if hard else b" -> ") + target if target else b"")
+    return text + name + ((b" link to " if hard else b" -> ") + target if target else b"") + end
 
 
 def summary_lines(summary: dict[str, Any]) -> tuple[str, str]:
@@ -12405,7 +12403,7 @@ class ProgressLine:
 class Output:
     """A context whose ``fd`` takes a stream: stdout, a FIFO or device, or a NewFile."""
 
-    def __init__(self, path: str | None, *, text: bool = False) -> None:
+    def __init__(self, path: str | None, timeout: float, *, text: bool = False) -> None:
         self._target, self._name = "", b""
         self._file: NewFile | None = None
         if path in (None, "-"):
@@ -12428,7 +12426,7 @@ class Output:
                 self.fd, self._target = os.dup(int(opened[1])), path
                 return
             if os.path.exists(self._target) and not os.path.isfile(self._target):
-                self.fd = os.open(self._target, os.O_WRONLY | os.O_CLOEXEC)
+                self.fd = open_output(self._target, timeout)
                 return
             unwind_on_signals()
             parent = Directory("", os.open(folder, OPEN_DIRECTORY))
@@ -12457,6 +12455,32 @@ class Output:
                 self._file.__exit__(kind, error)
             elif self._target:
                 os.close(self.fd)
+
+
+def open_output(path: str, timeout: float) -> int:
+    """Open a device, or a FIFO, for which a reader is awaited."""
+    deadline = Deadline(timeout)
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK * stat.S_ISFIFO(os.stat(path).st_mode)
+    while True:
+        try:
+            fd = os.open(path, flags)
+            os.set_blocking(fd, True)
+            return fd
+        except OSError as error:
+            if error.errno != errno.ENXIO or not flags & os.O_NONBLOCK:
+                raise
+        if not deadline.pause():
+            raise CstorError(
+                f"{display(path)}: no program has opened this FIFO for reading for "
+                f"{counted(f'{timeout:g}', 'second')}", hint="--timeout SECONDS waits longer")
+
+
+@contextmanager
+def writing(args: Any, total: int) -> Iterator[tuple[int, ProgressLine]]:
+    """Have the descriptor of what -o names, or stdout, and the progress of ``total`` bytes."""
+    with Output(getattr(args, "output", None), args.timeout) as output, \
+            ProgressLine(total, args.quiet) as progress:
+        yield output.fd, progress
 
 
 def say_removed(folder: bytes, names: Iterable[bytes]) -> None:
@@ -12633,7 +12657,7 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
         for created, image in aged for repository, tag, digest in map(
             split_reference, image.names or ["<none>"])),
         ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"],
-        (image for _, image in aged))
+        (image.id for _, image in aged))
 
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
@@ -12675,7 +12699,8 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
                      or ("<unknown>" if "size" in row else "<empty>"), age,
                      short_step(str(row.get("created_by") or ""), args, 60),
                      human_size(row.get("size", 0)), str(row.get("comment") or "")])
-    show(args, history, rows, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"])
+    show(args, history, rows, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"],
+         (row.get("layer", "") for row in history))
 
 
 def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
@@ -12698,7 +12723,8 @@ def print_layers(layers: Sequence[Layer], args: Any) -> None:
         [short_id(layer.id, args), short_id(layer.parent, args), short_id(layer.diff_digest, args),
          human_age(layer.created_ns), human_size(layer.diff_size), ", ".join(layer.names),
          "; ".join(layer.faults)] for layer in layers),
-        ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"], layers)
+        ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"],
+        (layer.id for layer in layers))
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
@@ -12737,24 +12763,16 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
     """write a layer's tar, bit for bit as it was pulled or built"""
-    if args.socket is not None:
-        with ask_server(args) as stream:
-            label, digest = stream.label, export_to(args, stream, stream.size)
-    else:
-        layer = storage.layer(args.layer)
-        label, digest = layer.id, export_to(args, layer, layer.diff_size)
+    with ask_server(args) if args.socket is not None else nullcontext() as stream:
+        source: Any = stream or storage.layer(args.layer)
+        label, size = (stream.label, stream.size) if stream else (source.id, source.diff_size)
+        with writing(args, size) as (fd, progress):
+            digest = source.export(fd, verify=not args.no_verify, progress=progress)
+            if args.digest not in (None, digest):
+                raise IntegrityError("its tar has another digest than --digest says",
+                                     expected=args.digest, actual=digest)
     if args.verbose:
         say(f"layer {label}: {digest or 'not verified'}")
-
-
-def export_to(args: Any, layer: Any, size: int) -> str:
-    """Write a Layer or LayerStream as the options say; return the digest."""
-    with Output(args.output) as output, ProgressLine(size, args.quiet) as progress:
-        digest: str = layer.export(output.fd, verify=not args.no_verify, progress=progress)
-        if args.digest not in (None, digest):
-            raise IntegrityError("its tar has another digest than --digest says",
-                                 expected=args.digest, actual=digest)
-    return digest
 
 
 def ask_server(args: Any) -> LayerStream:
@@ -12797,14 +12815,14 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
     if args.external == "-" and args.output in (None, "-"):
         raise _UsageError("stream and list cannot both go to stdout")
     layer = storage.layer(args.layer)
-    with Output(args.output) as output, ProgressLine(layer.diff_size, args.quiet) as progress, \
-            open(output.fd, "wb", CHUNK, closefd=False) as out:
+    with writing(args, layer.diff_size) as (fd, progress), \
+            open(fd, "wb", CHUNK, closefd=False) as out:
         options = {"codec": args.codec or CODECS[0], "threshold": args.threshold,
                    "progress": progress}
         if args.external is None:
             digest = write_stream(layer, out, **options)
         else:
-            with Output(args.external, text=True) as listing, \
+            with Output(args.external, args.timeout, text=True) as listing, \
                     open(listing.fd, "wb", closefd=False) as rows:
                 digest = write_stream(layer, out, rows, **options)
     if args.verbose:
@@ -12832,8 +12850,8 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
             if codec == CODECS[1] else SplitfdstreamReader(read, external.open, label)
         stream = LayerStream(chunks, label=label, digest=args.digest or external.digest, size=size)
         total = max(external.size, 0) or input_size(args.stream)
-        with stream, Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
-            digest = stream.export(output.fd, progress=progress if external.size > 0 or not total
+        with stream, writing(args, total) as (fd, progress):
+            digest = stream.export(fd, progress=progress if external.size > 0 or not total
                                    else lambda _, files: progress(file.tell(), files))
     if args.verbose:
         say(f"{label}: {digest}")
@@ -12849,7 +12867,7 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
          "; ".join(container.faults)]
         for container, entry in zip(storage.containers(), entries)),
         ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"],
-        storage.containers())
+        (container.id for container in storage.containers()))
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
@@ -12870,8 +12888,7 @@ def cmd_toc(storage: Storage, args: Any) -> None:
             if args.verify:
                 tree.verify(progress)
             entries = layer_toc(layer, **options) if layer else tree_toc(tree, **options)
-            print_entries(entries, head='{"version":1,"entries":[', tail="]}",
-                          indent=2 if args.pretty else None)
+            print_json(entries, '{"version":1,"entries":[', "]}", 2 if args.pretty else None)
 
 
 def cmd_files(storage: Storage, args: Any) -> None:
@@ -12890,15 +12907,6 @@ def cmd_files(storage: Storage, args: Any) -> None:
         raw = args.null or not sys.stdout.isatty()
         show(args, (file_json(*item) for item in items),
              (file_line(item, args, raw) for item in items))
-
-
-def file_line(item: tuple[bytes, Node, bytes | None], args: Any, raw: bool) -> bytes:
-    """Return a name, or with -l what ``ls -l`` shows; on a terminal not ``raw``."""
-    path, node, first = item
-    name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
-                    (path, node.linkname if first is None else b"/" + first))
-    return (long_line(name, target, node, first is not None)
-            if args.long else name) + (b"\0" if args.null else b"\n")
 
 
 def cmd_stat(storage: Storage, args: Any) -> None:
@@ -12922,7 +12930,7 @@ def cmd_stat(storage: Storage, args: Any) -> None:
 
 def cmd_cat(storage: Storage, args: Any) -> None:
     """write the contents of files, checked, to stdout"""
-    with open_tree(storage, args) as tree, Output(args.output, text=True) as output:
+    with open_tree(storage, args) as tree, Output(args.output, args.timeout, text=True) as output:
         def copy(path: str) -> None:
             for data in tree.read(path_of(tree, path), follow=not args.no_follow):
                 write_all(output.fd, data)
@@ -12954,8 +12962,9 @@ def cmd_cp(storage: Storage, args: Any) -> None:
         if node.type == "dir":
             copy_directory(tree, path, dest, args)
         else:
-            with Output(dest) as output, ProgressLine(node.size, args.quiet) as progress:
-                copy_content(tree, node, output.fd, progress)
+            args.output = dest
+            with writing(args, node.size) as (fd, progress):
+                copy_content(tree, node, fd, progress)
 
 
 def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
@@ -13073,7 +13082,8 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 def cmd_image_export(storage: Storage, args: Any) -> None:
     """write images as one stream: the root file system as a tar, or an archive to be loaded"""
     images: list[Any] = [storage.image(reference, args.platform) for reference in args.image]
-    if args.as_ == "rootfs":
+    kind = vars(args)["as"]
+    if kind == "rootfs":
         if len(images) > 1:
             raise _UsageError("a root file system is of one image; --as docker-archive takes more")
         export_tree(images[0].tree(platform=args.platform), args)
@@ -13082,9 +13092,9 @@ def cmd_image_export(storage: Storage, args: Any) -> None:
              for image, reference in zip(images, args.image)]
     total = sum({layer.diff_digest: max(layer.diff_size, 0) for image, _ in named
                  for layer in storage.chain(image.layer)}.values())
-    write = write_docker_archive if args.as_ == "docker-archive" else write_oci_archive
-    with Output(args.output) as output, ProgressLine(total, args.quiet) as progress:
-        write(output.fd, named, progress)  # verified as it is written, layer by layer
+    write = write_docker_archive if kind == "docker-archive" else write_oci_archive
+    with writing(args, total) as (fd, progress):
+        write(fd, named, progress)  # verified as it is written, layer by layer
 
 
 def cmd_container_export(storage: Storage, args: Any) -> None:
@@ -13095,13 +13105,12 @@ def cmd_container_export(storage: Storage, args: Any) -> None:
 def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> None:
     """Write a tree, or ``path`` as ``name``, as a tar to stdout or a file."""
     verify = getattr(args, "verify", False)
-    with tree, Output(getattr(args, "output", None)) as output, \
-            ProgressLine(0, args.quiet) as progress:
+    with tree, writing(args, 0) as (fd, progress):
         progress.expect((node for _, node, _ in tree.walk(path)), tree.layers * verify)
         if verify:
             tree.verify(progress)
         for data in tar_out(tree, path, name, progress):
-            write_all(output.fd, data)
+            write_all(fd, data)
 
 
 def cmd_diff(storage: Storage, args: Any) -> int:
@@ -13134,16 +13143,11 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
         if first and sys.stdout.isatty():  # where the rows come soon
             progress.stop()
         next(rows, None)
-        if args.format == "json":
-            found = first and {key: value for key, value in first.items() if key != "change"}
-            head = json.dumps({"identical": not first, "first": found})[:-1]
-            print_entries(rows, head=head + ', "differences": [', tail="]}")
-        elif first:
-            show(args, None, difference_lines(first, rows))
+        found = first and {key: value for key, value in first.items() if key != "change"}
+        head = {"identical": not first, "first": found}
+        show(args, rows, difference_lines(first, rows) if first else (),
+             head=lambda: json.dumps(head)[:-1] + ', "differences": [', tail="]}")
     return EXIT_NO if first else 0
-
-
-WITHOUT_STORAGE = (cmd_tar_diff, cmd_stream_to_tar)  # commands that get None for it
 
 
 def cmd_blame(storage: Storage, args: Any) -> None:
@@ -13212,8 +13216,8 @@ def info_text(value: Any) -> str:
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
     """show which layer a short link in overlay/l stands for"""
     layer_id = storage.resolve_link(args.link)
-    layer = storage.layer_by_id(layer_id)
-    show(args, {"link": args.link, "layer": layer_id, "known": layer is not None}, [layer_id])
+    show(args, {"link": args.link, "layer": layer_id,
+                "known": storage.layer_by_id(layer_id) is not None}, [layer_id])
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -13237,7 +13241,7 @@ COMMANDS: list[Command] = [
     ("image list", cmd_image_list, "-a -q --format --no-trunc"),
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
-    ("image history", cmd_image_history, "IMAGE --format --no-trunc"),
+    ("image history", cmd_image_history, "IMAGE -q --format --no-trunc"),
     ("image toc", cmd_toc, "IMAGE --digests --pretty --verify"),
     *look_inside("IMAGE", "--via-skopeo"),
     ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
@@ -13272,9 +13276,8 @@ OPTIONS = {
     "PATH": "path inside, with or without a leading slash",
     "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z] and \\ before what is meant literally, as "
                "a path that exists is; without a slash it is about the last component",
-    "IMAGE:PATH": "image and the path inside",
-    "LAYER:PATH": "layer and the path inside",
-    "CONTAINER:PATH": "container and the path inside",
+    **{f"{word}:PATH": f"{word.lower()} and the path inside" for word in (
+        "IMAGE", "LAYER", "CONTAINER")},
     "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
     "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
     "DIR": "directory to make or to fill; it must be empty, but for --force",
@@ -13349,11 +13352,11 @@ GLOBALS = {
     "-q --quiet": "no progress, no warnings",
     "-v --verbose +": "say more; twice: tracebacks",
 }
-# Values that are checked, and names that differ from the option's.
+# Values that are checked, and names of arguments that differ from what is shown.
 VALUES: dict[str, dict[str, Any]] = {
     "N": {"type": int}, "SECONDS": {"type": float}, "WHAT": {"choices": DIFFERENCES}}
-NAMES = {"--as": "as_", "DIR[:TAG]": "layout",
-         **dict.fromkeys(("IMAGE:PATH", "LAYER:PATH", "CONTAINER:PATH"), "source")}
+NAMES = {"DIR[:TAG]": "layout", **dict.fromkeys(
+    ("IMAGE:PATH", "LAYER:PATH", "CONTAINER:PATH"), "source")}
 ACTIONS: dict[str, dict[str, Any]] = {
     "": {"action": "store_true"}, "?": {"action": "store_const"},
     "+": {"action": "count", "default": 0}}
@@ -13420,14 +13423,12 @@ def parser_class(wants_help: bool) -> type[Any]:
 
         width = shutil.get_terminal_size().columns or 80  # 0 before Python 3.11
 
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(prog, width=max(40, min(width, 100)) - 2,
-                                      max_help_position=28)
-
     class Parser(argparse.ArgumentParser):
         def __init__(self, **options: Any) -> None:
-            super().__init__(formatter_class=formatter, allow_abbrev=False,
-                             conflict_handler="resolve", **options)  # -q of lists
+            super().__init__(
+                allow_abbrev=False, conflict_handler="resolve",  # -q of lists
+                formatter_class=lambda prog: argparse.HelpFormatter(
+                    prog, width=max(40, min(width, 100)) - 2, max_help_position=28), **options)
 
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message} (see {self.prog} --help)")
@@ -13474,8 +13475,6 @@ def add_argument(parser: Any, spec: str, text: str | None, **more: Any) -> None:
     if value == "?":
         options.update(const=not spec.startswith("--no-"),
                        dest=re.sub(r"\A--(no-)?", "", flags[0]).replace("-", "_"))
-    if flags and flags[0] in NAMES:
-        options["dest"] = NAMES[flags[0]]
     parser.add_argument(*flags or [NAMES.get(value, value.lower())], help=text,
                         **{**options, **more})
 
@@ -13523,10 +13522,9 @@ def open_storage(args: Any) -> Storage:
         raise NotFound(f"no directory: {args.runroot}", hint="--runroot names the run root")
     if args.root == "":
         raise _UsageError("--root is empty")
-    imagestore = os.path.abspath(args.imagestore) if args.imagestore else ""
     kind = Storage if args.no_helper else ProxiedStorage
-    options: Any = {"runroot": args.runroot, "imagestore": imagestore, "stores": stores,
-                    "owner_ids": args.owner_ids}
+    options: Any = {"runroot": args.runroot, "stores": stores, "owner_ids": args.owner_ids,
+                    "imagestore": args.imagestore and os.path.abspath(args.imagestore)}
     return kind.open(args.root, **options) if args.root else kind.discover(**options)
 
 
@@ -13586,8 +13584,7 @@ def _run(words: Sequence[str]) -> int:
         parser = make_parser(words)
         try:
             args, more = parser.parse_known_args(words)
-        except _UsageError:
-            # It says what all the choices are.
+        except _UsageError:  # this one says what all the choices are
             args, more = make_parser([*words, "-h"]).parse_known_args(words)
         if "pattern" in args and not any(word.startswith("-") for word in more):
             args.pattern += more  # argparse takes none for all after an option
@@ -13608,7 +13605,7 @@ def _run(words: Sequence[str]) -> int:
     elsewhere = args.function is not cmd_serve and any(
         getattr(args, name, None) is not None for name in ("socket", "via_skopeo"))
     try:
-        opened = None if args.function in WITHOUT_STORAGE else open_storage(args)
+        opened = None if args.function in (cmd_tar_diff, cmd_stream_to_tar) else open_storage(args)
     except (CstorError, OSError):
         if not elsewhere or args.root:
             raise

@@ -723,7 +723,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_629
+    LINES = 13_626
     source: str
     tree: ast.Module
     banners: list[tuple[int, int, str]]  # first line, number, title
@@ -7001,6 +7001,21 @@ class Outputs(StoreTest):
                 ["layer", "stream", self.layer, "-o", "/dev/null", "--external", place],
                 ["serve", "--socket", place]]
 
+    def test_a_fifo_without_a_reader(self) -> None:
+        """A reader may come late, but not after the timeout."""
+        fifo = self.dir + "/fifo"
+        os.mkfifo(fifo)
+        command = ["--root", self.store.root, "--timeout", "0.3", "layer", "export", self.layer,
+                   "-o", fifo]
+        done = self.run_cstor(*command, status=6)
+        self.assertEqual(f"cstor: error: {fifo}: no program has opened this FIFO for reading for "
+                         "0.3 seconds (--timeout SECONDS waits longer)\n", done.stderr.decode())
+        command[3] = "60"
+        with subprocess.Popen([sys.executable, "-c", LAUNCH, *command], env=IDLE) as process:
+            time.sleep(0.2)
+            tar = read_bytes(fifo)
+        self.assertEqual((0, self.store.tars[self.layer]), (process.returncode, tar))
+
     def test_inside_a_storage(self) -> None:
         need_proc()
         other = StoreBuilder(self.dir + "/other")
@@ -7208,7 +7223,7 @@ sys.exit(cstor.main(sys.argv[1:]))
                 self.assertEqual([], self.names())
                 refused.filename = None
                 vars(refused).pop("hint", None)
-        with mock.patch.object(cstor, "print_table", side_effect=refused):
+        with mock.patch.object(cstor, "table_lines", side_effect=refused):
             self.assertEqual((6, "", "cstor: error: Input/output error\n"),
                              self.call(*ours, "image", "list"))
         with open("/dev/full", "wb") as full:
@@ -13032,7 +13047,8 @@ class CommandLine(StoreTest):
     def test_ids_alone(self) -> None:
         images, layers, containers = ([entry["id"] for entry in entries] for entries in (
             self.store.images, self.store.layers, self.store.containers))
-        for words, ids in ((["image", "list"], images), (["layer", "ls"], layers),
+        for words, ids in ((["image", "history", "sample"], layers[2::-1]),
+                           (["image", "list"], images), (["layer", "ls"], layers),
                            (["container", "list"], containers),
                            (["image", "layers", "sample"], layers[:3])):
             self.assertEqual([name[:12] for name in ids], self.cstor(
@@ -13040,8 +13056,9 @@ class CommandLine(StoreTest):
             self.assertEqual(ids, self.cstor(
                 *words, "--no-trunc", "--quiet").stdout.decode().splitlines())
             self.assertIn(b"CREATED", self.cstor("-q", *words).stdout)
-            self.assertEqual(ids, [entry["id"] for entry in json.loads(self.cstor(
-                *words, "-q", "--format", "json").stdout)])
+            key = "layer" if "history" in words else "id"
+            self.assertEqual(ids, [entry[key] for entry in json.loads(self.cstor(
+                *words, "-q", "--format", "json").stdout) if key in entry])
 
     def test_intermediate_images(self) -> None:
         self._root = ""
@@ -13371,7 +13388,7 @@ class LookingInside(StoreTest):
         done = self.run_cstor("--root", store.root, "layer", "cp", layer + ":/d",
                               os.path.join(self.dir, "d"))
         self.assertEqual(["/d/.wh..wh..opq", "/d/.wh.x"], [
-            line.rpartition("whiteout: ")[2] for line in done.stderr.decode().splitlines()])
+            line.rpartition("whiteout): ")[2] for line in done.stderr.decode().splitlines()])
 
     def test_names_are_taken_as_they_are_or_as_json_spells_them(self) -> None:
         store = StoreBuilder(os.path.join(self.dir, "names"))
