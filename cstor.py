@@ -12477,7 +12477,7 @@ def open_output(path: str, timeout: float) -> int:
 
 @contextmanager
 def writing(args: Any, total: int) -> Iterator[tuple[int, ProgressLine]]:
-    """Have the descriptor of what -o names, or stdout, and the progress of ``total`` bytes."""
+    """Open what -o names, or stdout; return its descriptor and the progress of ``total`` bytes."""
     with Output(getattr(args, "output", None), args.timeout) as output, \
             ProgressLine(total, args.quiet) as progress:
         yield output.fd, progress
@@ -12519,7 +12519,7 @@ def say(message: str) -> None:
     try:
         if sys.stderr is not None:
             print(f"cstor: {message}", file=sys.stderr)
-    except OSError:  # nobody can be told; at exit Python would try once more, and return 120
+    except OSError:  # stderr fails; at exit Python would try once more, and return 120
         sys.stderr = None
 
 
@@ -12586,7 +12586,7 @@ def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
 
 
 def path_of(tree: Tree, text: str) -> bytes:
-    """Return the path that an argument names: as it is, or else as JSON spells it."""
+    """Return the path that an argument names: as it is, or else as JSON writes it."""
     path = os.fsencode(text)
     if unspell(text) != path:
         try:
@@ -12985,7 +12985,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
 
 
 def cmd_extract(storage: Storage, args: Any) -> None:
-    """put files into a directory: by reflinks where they can be had, with all metadata"""
+    """put files into a directory: by reflinks where possible, with all metadata"""
     if not args.dir:
         raise _UsageError("no directory is named")
     unwind_on_signals()
@@ -13022,13 +13022,13 @@ def cmd_extract(storage: Storage, args: Any) -> None:
             which = ("is", "its") if count == 1 else ("are", "their")
             say(f"warning: {counted(count, noun)} {what.format(which[word == 'setuid'])}")
     if summary["left-out"] and not args.quiet:
-        say(f"warning: {counted(len(summary['left-out']), 'device')} could not be made by you: "
+        say(f"warning: {counted(len(summary['left-out']), 'device')} not made (only root can): "
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
 
 
 @contextmanager
 def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
-    """Have the image that --via-skopeo names, and the progress of what is made of it."""
+    """Fetch the image that --via-skopeo names; return it and the progress of what follows."""
     if args.via_skopeo.startswith("containers-storage:"):
         raise _UsageError("skopeo would write to the storage and leave a mount there: name the "
                           "image itself, without --via-skopeo")
@@ -13280,29 +13280,29 @@ OPTIONS = {
         "IMAGE", "LAYER", "CONTAINER")},
     "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
     "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
-    "DIR": "directory to make or to fill; it must be empty, but for --force",
+    "DIR": "directory to make or to fill; must be empty unless --force is given",
     "STREAM": "file that holds a stream; - is stdin",
     "A": "image, container, layer, directory or tar file; image: container: layer: dir: or tar: "
-         "before it leaves no doubt",
+         "before it says which",
     "B": "like A",
     "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
-    "-0 --null": "names as they are, each ended by a NUL byte",
+    "-0 --null": "names unchanged, each followed by a NUL byte",
     "-a --all": "also images without a name that another image was built on",
     "-l --long": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
     "-o --output FILE": "write to FILE, which appears when it is whole and verified; default: "
                         "stdout",
     "-q --quiet": "IDs alone, one a line, each once",
-    "--all": "of a manifest list, all instances that are here",
+    "--all": "all instances of a manifest list that are in the storage",
     "--as rootfs|docker-archive|oci-archive=rootfs": "what to write; archives take several images",
-    "--chain": "also the IDs of the layer and its parents, base first",
-    "--no-clean-on-error ?": "leave what was made until then",
+    "--chain": "add the IDs of the layer and its parents, base first",
+    "--no-clean-on-error ?": "after an error, leave what was made until then",
     "--clean-on-error ?": "leave nothing in DIR after an error; default: when DIR is made",
     f"--codec {'|'.join(CODECS)}": "format of the stream; default: splitfdstream",
     "--compress HOW": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)",
-    "--digest SHA256": "what the tar must have; default: what the storage, LIST or server says",
+    "--digest SHA256": "digest of the tar; default: that of the storage, LIST or server",
     "--digests": "add the sha256 of each file, checked",
-    "--exclude PATTERN...": "not what fits, nor what is below; may be repeated",
-    "--external LIST": "contents stay in their files, which LIST names, as JSON lines",
+    "--exclude PATTERN...": "leave out what matches and all below it; may be repeated",
+    "--external LIST": "leave contents in their files and name these in LIST, as JSON lines",
     "--follow": "follow a link at the end of a path",
     "--no-follow": "refuse a link at the end of a path",
     "--force": "merge into a directory that is not empty: files are replaced, links are not "
@@ -13316,8 +13316,8 @@ OPTIONS = {
         "where all their metadata are right; copy",
     "--owner-map [u:|g:]IN:OUT:COUNT...": "shift owners: IDs from IN on become OUT and so on; may "
                                           "be repeated",
-    "--path PATTERN...": "only what fits, with all below and the directories above; may be "
-                         "repeated",
+    "--path PATTERN...": "extract only what matches, with all below it and the directories "
+                         "above; may be repeated",
     "--platform OS/ARCH=": "which instance of a manifest list; default: for this machine",
     "--pretty": "indented JSON",
     "--no-reflinks": "the same as --link-mode copy",
@@ -13326,7 +13326,7 @@ OPTIONS = {
     "--socket PATH": "read from the server that listens there, and from no storage",
     "serve --socket PATH": "where to listen; default: the socket that stdin is, or that systemd "
                            "passes",
-    "--strip-components N=0": "take N leading components off the paths",
+    "--strip-components N=0": "remove N leading components from the paths",
     f"--threshold N={INLINE_THRESHOLD}": "contents of up to N bytes stay inline; default: "
                                          "%(default)s",
     "--no-trunc": "full IDs and commands",
@@ -13341,7 +13341,7 @@ OPTIONS = {
 GLOBALS = {
     "-r --root DIR": "graph root, instead of the configured one",
     "--runroot DIR=": "run root, where volatile records can be",
-    "--imagestore DIR=": "where images are, when they are split off the graph root",
+    "--imagestore DIR=": "where images are, if not in the graph root",
     "--store DIR...": "additional image store; may be repeated",
     "--owner-ids FILE=": "ranges of the store's owner on another machine: lines as in /etc/subuid, "
                          "with his name or numeric ID, for users and groups; or a directory with "
@@ -13569,7 +13569,7 @@ def main_inside(words: Sequence[str]) -> int:
     with take_over() as connection:
         sys.argv = list(words)
         status = main()
-        with suppress(ProtocolError):  # who would be told was killed
+        with suppress(ProtocolError):  # the process that asked was killed
             connection.send({"jsonrpc": "2.0", "method": "done", "status": status})
         return status
 
@@ -13609,7 +13609,7 @@ def _run(words: Sequence[str]) -> int:
     except (CstorError, OSError):
         if not elsewhere or args.root:
             raise
-        opened = None  # there is no storage that must not be written to
+        opened = None  # no storage to protect from writing
     if not opened:
         return args.function(None, args) or 0
     with opened as storage:
