@@ -10507,7 +10507,6 @@ class DumbClients(MessageTest):
                 self.assertEqual((self.big_tar, passed), (tar, sizes))
 
     def test_what_a_proxy_says(self) -> None:
-        """A time as text, by which nothing is lost; and how it ends."""
         layer = self.store.layer(members(
             "[mtime=1.000000007] a=123456789 [mtime=-1.5] b=123456789 [mtime=-99999999999999] "
             "c=123456789") + END)
@@ -10606,7 +10605,6 @@ class DumbClients(MessageTest):
     # -- broken ones -----------------------------------------------------------------------------
 
     def test_every_cut(self) -> None:
-        """A client that dies inside its request is told so, if it can be, and no more."""
         call = json.dumps(get_layer(diff_id=self.digest)) + "\0"
         for data in (json.dumps(self.good()).encode(), json.dumps(self.files()).encode(),
                      call.encode()):
@@ -10618,7 +10616,6 @@ class DumbClients(MessageTest):
         self.served_well()
 
     def test_clients_that_go(self) -> None:
-        """... at each step of an answer: after any number of bytes or descriptors of it."""
         with self.running(timeout=5.0):
             for request, count in itertools.product(
                     (self.request("StreamLayer", layer=self.big, threshold=10),
@@ -10786,7 +10783,6 @@ class DumbClients(MessageTest):
             self.assertEqual([self.digest] * count, done)
 
     def test_a_server_full_of_busy_clients(self) -> None:
-        """They stay, and who comes then is told."""
         with self.running(clients=2):
             held = [self.dumb() for _ in range(2)]
             for dumb in held:
@@ -10800,7 +10796,6 @@ class DumbClients(MessageTest):
                 dumb.close()
 
     def test_stop(self) -> None:
-        """An idle client is let go at once, one that is busy after its time; then all is over."""
         self.server.stop()  # before it runs, and again afterwards
         with cstor.ListeningSocket(self.path) as listener:
             self.server.serve(listener)
@@ -11127,7 +11122,6 @@ class Serving(StoreTest):
             thread.join()
 
     def test_messages_that_never_end(self) -> None:
-        """Neither blanks nor a half of a message keep anybody waiting for longer than once."""
         for piece in (b" ", b'{"a":"', b"x"):
             ours, theirs = socket.socketpair()
             with ours, cstor.Connection(theirs, timeout=0.3) as connection:
@@ -11181,7 +11175,6 @@ class Serving(StoreTest):
             self.assertFalse(thread.is_alive())
 
     def test_hangups(self) -> None:
-        """nohup keeps a server, and a server on stdin finishes what it does."""
         with self.served(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as server:
             server.send_signal(signal.SIGHUP)
             self.ask("export", self.layer)
@@ -11326,7 +11319,6 @@ class DumbServers(MessageTest):
                         self.assertEqual(self.tar, self.fetched(form, way))
 
     def test_slow_bytes(self) -> None:
-        """A message byte by byte, each read by itself, with descriptors that come late."""
         (value, fds), = self.response()
 
         def send(dumb: Dumb) -> None:
@@ -11581,6 +11573,8 @@ class DumbServers(MessageTest):
             refused("m", ({"error": "org.composefs.Oci.InternalError",
                            "parameters": {"message": "m", "kind": kind.__name__}}, ""), error=kind)
         for cut in range(len(self.named)):
+            if self.named[max(cut - 9, 0):cut + 9] == bytes(18) and cut % 50 and not FULL:
+                continue  # one of many zeros
             refused("cut off|no end", (reply(1), "data dir alive"), stream=self.named[:cut],
                     error=cstor.FormatError)
         for name, words in ((b"..", "file name"), (b"/a", "file name"), (b"fifo", "FIFO|fifo"),
@@ -11592,7 +11586,6 @@ class DumbServers(MessageTest):
     # -- faults ----------------------------------------------------------------------------------
 
     def test_every_cut(self) -> None:
-        """Whatever a server says, as long as it does not say all of it, is an error."""
         for form, said in self.conversations():
             data = b"".join(json.dumps(value, separators=(",", ":")).encode() for value, _ in said)
             at, starts = 0, {}
@@ -11827,7 +11820,6 @@ class DumbServers(MessageTest):
             self.assertLessEqual(Counted.looked, 2 * len(data) + 4096)
 
     def test_too_much(self) -> None:
-        """A message over the limit, and descriptors for nobody."""
         with self.pair() as (ours, dumb), cstor.Connection(ours, max_message=5000, timeout=5
                                                            ) as connection:
             dumb.send(b'{"a":"' + b"x" * 5000)
@@ -11866,7 +11858,6 @@ class DumbServers(MessageTest):
         self.assertRegex(done.stdout.decode(), r"-32050 .*lost on the way.*ulimit -n.*\n[3-5]\n")
 
     def test_random_damage(self) -> None:
-        """The client gives the tar, or one of its own errors."""
         rng = random.Random(16)
         known = list(self.conversations())
         outcomes = set()
@@ -12202,7 +12193,6 @@ class Helpers(StoreTest):
                         self.assertEqual([], message.fds)
 
     def test_pages_of_large_directories(self) -> None:
-        """Helper.scan() puts together what does not fit into one message."""
         top = os.path.join(self.dir, "root")
         os.makedirs(top + "/diff")
         names = [b"%05d" % number + b"x" * 200 for number in range(9000 if FULL else 5000)]
@@ -12314,7 +12304,6 @@ class Helpers(StoreTest):
             self.assertEqual(0, cstor.main_inside(["cstor", "--version"]))
 
     def test_large_directories_are_listed_once(self) -> None:
-        """The time of a scan is not the square of how many files there are."""
         top = os.path.join(self.dir, "root")
         os.mkdir(top)
         for number in range(30):
@@ -12337,7 +12326,6 @@ class Helpers(StoreTest):
         server._directory.close()  # type: ignore[union-attr]
 
     def test_looking_and_entering(self) -> None:
-        """What is closed is looked at and entered; links stop at the directory that is named."""
         top = os.path.join(self.dir, "root")
         os.makedirs(top + "/shut/diff")
         put(top + "/shut/diff/file", b"12345")
@@ -13099,7 +13087,6 @@ class CommandLine(StoreTest):
                 shown.decode("ascii")
 
     def test_terminal(self) -> None:
-        """Progress on a terminal, and no tar there."""
         master, slave = open_terminal()
         code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor\n"
                 "cstor.ProgressLine.INTERVAL = 0\n"
@@ -14152,7 +14139,6 @@ class RealExport(unittest.TestCase):
                 self.assertEqual([], list(cstor.diff_trees(old, new)))
 
     def test_layouts_by_skopeo(self) -> None:
-        """Every image of the store goes out and comes back into a new one."""
         need_tools("skopeo")
         store, layout = self.fresh("skopeo"), self.path("layout")
         self.addCleanup(shutil.rmtree, layout)
@@ -14232,7 +14218,6 @@ class RealExport(unittest.TestCase):
                              found[tag][0]["config"]["digest"][7:])
 
     def test_a_container_as_podman_exports_it(self) -> None:
-        """The files, types, modes, owners and contents of ``podman export``."""
         ours, theirs = self.path("ours.tar"), self.path("theirs.tar")
         self.command("container", "export", "second", "-o", ours)
         self.store.podman("export", "-o", theirs, "second")
@@ -15265,7 +15250,6 @@ class RealTree(unittest.TestCase):
                                      (done["bytes-reflinked"], done["unshared"]))
 
     def test_extracted_images_that_podman_shows_otherwise(self) -> None:
-        """They are as the tree is, which is compared with podman's mount elsewhere."""
         out = os.path.join(self.disks["ext4"], "out")
         for name in self.OTHERWISE:
             with self.subTest(image=name), self.image(f"other-{name}").tree() as tree:
@@ -16156,7 +16140,6 @@ class RealRootless(unittest.TestCase):
             shutil.rmtree(disk + "/made")
 
     def test_other_users(self) -> None:
-        """A user, with sub-uids or without, who may read what is not closed of another's store."""
         place = self.path("target/store")
         run("cp", "-a", self.root, place)
         for top in [place, *(entry.path for name in ("", "overlay") for entry in
@@ -16193,7 +16176,6 @@ class RealRootless(unittest.TestCase):
         self.assertIn("usermod --add-subuids", error)
 
     def test_copies_with_shifted_owners(self) -> None:
-        """A store that was unpacked inside of another user's namespace, or of no namespace."""
         other = self.add_user("shifted")
         (first, count), = cstor.sub_ids(self.user)
         starts = [cstor.sub_ids(other, file)[0][0] for file in ("/etc/subuid", "/etc/subgid")]
