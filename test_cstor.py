@@ -11173,6 +11173,7 @@ class Serving(StoreTest):
             server._stopping = True  # all that stop() does but to wake
             thread.join(20)
             self.assertFalse(thread.is_alive())
+        wait_for(lambda: threading.active_count() == 1)  # who serves the client closes it
 
     def test_hangups(self) -> None:
         with self.served(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as server:
