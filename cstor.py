@@ -5325,7 +5325,7 @@ class LayerReader:
         ways = [(*way, -1, 0) for way in SPARSE_CONVENTIONS]
         ways += [(1 << bit, end, -1, 0) for bit in range(13, 21) for end in (False, True)]
         ways += [(*way, gap, at << 12) for at in range(-1, 128) for gap in range(4)
-                 for way in SPARSE_CONVENTIONS]
+                 for way in SPARSE_CONVENTIONS if at < 1 or way[0] == 4096]
         for convention in ways[:52 + MAX_TRIED // max(layer.diff_size, 1)] \
                 if layer.diff_digest else ():
             sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
