@@ -13147,6 +13147,7 @@ class CommandLine(StoreTest):
 
     def test_progress_of_every_long_command_ends_at_100(self) -> None:
         """What it is of can be known before, but for what comes from a pipe or a registry."""
+        need_proc()  # streams name open files
         self.store = builder = StoreBuilder(os.path.join(self.dir, "long"))
         tar = b"".join([entry(b"d/", typeflag=b"5"), *(entry(b"d/f%d" % i, b"%d" % i * 40_000)
                                                        for i in range(9)),
