@@ -591,12 +591,12 @@ def compact_json(value: Any) -> bytes:
 # 3. File descriptors
 #
 # Everything below a store is opened through a Directory.  Lookups go component by component, and
-# give what openat2(2) does with RESOLVE_IN_ROOT: absolute links and ".." stop at the directory, as
+# find what openat2(2) finds with RESOLVE_IN_ROOT: absolute links and ".." stop at the directory, as
 # after chroot(2).  (openat2 itself would need ctypes, whose import costs as much as 1,000 walks.)
 # The last component is never followed, and only regular files are opened.
 # ================================================================================================
 
-# _IOW(0x94, 9, int): these architectures spell the direction of an ioctl otherwise.
+# _IOW(0x94, 9, int): these architectures encode the direction of an ioctl differently.
 FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
     else 0x40049409
 CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
@@ -604,7 +604,7 @@ F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 
 
 class Opened(int):
-    """A descriptor, or -1 for none, that is closed where its ``with`` ends."""
+    """A descriptor (-1: none) that its ``with`` block closes at the end."""
 
     def __enter__(self) -> int:
         return self
@@ -615,7 +615,7 @@ class Opened(int):
 
 
 class OnError:
-    """A context that makes a call when it is left by an exception."""
+    """A context that makes a call when an exception leaves it."""
 
     def __init__(self, call: Callable[..., Any], *args: Any) -> None:
         self._call, self._args = call, args
@@ -629,7 +629,7 @@ class OnError:
 
 
 class ErrorsAs(OnError):
-    """A context whose OSErrors are raised as the call returns them."""
+    """A context that raises the call's result in place of an OSError."""
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if isinstance(error[0], OSError):
@@ -654,7 +654,7 @@ def open_in_root(root_fd: int, name: bytes) -> int:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
             if (part := todo.pop()) in (b"", b"."):
                 continue
-            if part == b"..":  # start over: opening ".." itself could be raced out of the root
+            if part == b"..":  # start over: after a rename ".." could lead out of the root
                 todo += done[-2::-1]
                 above, fd, done = fd, root_fd, []
             elif isinstance(found := _open_or_read(fd, part), int):
@@ -702,7 +702,7 @@ def open_beneath(root_fd: int, name: bytes) -> int:
 
 
 class Closing:
-    """What owns descriptors: a context manager that calls close(), which may be repeated."""
+    """An owner of descriptors: a context manager that calls close(), which may be repeated."""
 
     __slots__ = ()
 
@@ -720,9 +720,9 @@ class Closing:
 class Directory(Closing):
     """A directory that is the root of all lookups made through it; owns its descriptor.
 
-    Names are bytes, relative, with "/" between components; nothing outside can be reached.  An
+    Names are bytes, relative, with "/" between components; nothing outside is reachable.  An
     OSError names the path; NeedsUnshare means that this user lacks the permission.  Threads can
-    share a Directory, but for parent().
+    share a Directory, except for parent().
     """
 
     __slots__ = ("path", "fd", "_parent", "_parent_fd", "_near", "_near_fd", "_flags")
@@ -793,7 +793,7 @@ class Directory(Closing):
                     os.close(old)
                 start, parts = fd, parts[-left:]
             return open_beneath(start, b"/".join(parts))
-        except (OSError, ValueError):  # a link is on the way, or an error to be told in full
+        except (OSError, ValueError):  # a link, or an error that must name the whole path
             return self._open_parent(name)
 
     def _open_parent(self, name: bytes) -> int:
@@ -818,11 +818,11 @@ class Directory(Closing):
                                                               follow_symlinks=False))
 
     def inspect(self, name: bytes) -> Any:
-        """Return what look_at() returns of ``name``."""
+        """Return what look_at() returns for ``name``."""
         return self._in_parent(name, look_at)
 
     def exists(self, name: bytes) -> bool:
-        """Tell whether ``name`` is there; errors other than its absence are raised."""
+        """Tell whether ``name`` exists; raises all errors but its absence."""
         try:
             self.lstat(name)
         except (FileNotFoundError, NotADirectoryError):
@@ -858,14 +858,14 @@ class Directory(Closing):
     def open_at(self, dir_fd: int, base: bytes) -> tuple[int, os.stat_result]:
         """Open ``base`` in a directory that parent() returned; return descriptor and status.
 
-        The descriptor is -1 for anything but a regular file.  The type is looked up before the file
-        is opened: opening a FIFO can block and opening a device can act.
+        The descriptor is -1 for anything but a regular file.  The type is checked before the
+        file is opened: opening a FIFO can block, and opening a device can trigger an action.
         """
         status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
         return self._open(dir_fd, base, 0) if stat.S_ISREG(status.st_mode) else -1, status
 
     def open_near(self, name: bytes) -> int:
-        """Open a regular file in the directory that parent() keeps; minus the type of another."""
+        """Open a regular file by parent(); for another type return the negative type."""
         parent, _, base = name.rpartition(b"/")
         fd, status = self.open_at(self.parent(parent), base)
         return fd if fd >= 0 else -stat.S_IFMT(status.st_mode)
@@ -874,7 +874,7 @@ class Directory(Closing):
         try:
             return os.open(base, self._flags | more, dir_fd=dir_fd)
         except PermissionError as error:
-            # O_NOATIME is for the owner and for CAP_FOWNER only.
+            # Only the owner and CAP_FOWNER may use O_NOATIME.
             if error.errno != errno.EPERM or not self._flags & os.O_NOATIME:
                 raise
             self._flags = OPEN_FILE
@@ -886,7 +886,7 @@ class Directory(Closing):
 
 
 class Target(Directory):
-    """A directory in which files are made: no link at all is followed below it."""
+    """A directory to make files in: no lookup follows a link below it."""
 
     __slots__ = ()
 
@@ -894,7 +894,7 @@ class Target(Directory):
         return open_beneath(self.fd, name)
 
     def explain(self, error: OSError, name: bytes) -> OSError:
-        """Return ``error`` again with the path in the target; errors of the store as they are."""
+        """Return ``error`` with the path in the target; errors of the store unchanged."""
         if isinstance(error, CstorError) or isinstance(error.filename, str) \
                 and not error.filename.startswith("/proc/self/fd/"):
             return error
@@ -908,7 +908,7 @@ class Target(Directory):
 
 
 def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes, bytes]] | None:
-    """Return lstat(2), the target of a symbolic link, and xattrs; None for what has vanished."""
+    """Return lstat(2), the target of a symbolic link, and xattrs; None if it has vanished."""
     try:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
@@ -923,7 +923,7 @@ def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes
 
 
 def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
-    """Return the xattrs of an open file, or of what is at a path and no link that is followed."""
+    """Return the xattrs of an open file, or of a path, whose last component is not followed."""
     follow = isinstance(place, int)
     try:
         return {os.fsencode(key): os.getxattr(place, key, follow_symlinks=follow)
@@ -936,7 +936,7 @@ def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
 
 
 def name_error(error: BaseException | None, path: str) -> None:
-    """Let an OSError without a file name be about ``path``: what fails elsewhere has a name."""
+    """Add ``path`` to an OSError without a file name; errors of other files have one."""
     if isinstance(error, OSError) and error.errno and error.filename is None:
         error.filename = path
 
@@ -973,7 +973,7 @@ def read_up_to(fd: int, count: int) -> bytes:
 def read_whole(fd: int, limit: int, path: str) -> bytes:
     """Return what an open file holds, and close it; FormatError when that is more than ``limit``.
 
-    Its size is asked first: a sparse file can say that it holds terabytes.
+    The size is checked first: a sparse file can claim to hold terabytes.
     """
     try:
         if os.fstat(fd).st_size <= limit:
@@ -988,7 +988,7 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
 
 
 def need_input(path: str) -> None:
-    """Raise NotFound when there is nothing at a path of the host; "-" is stdin."""
+    """Raise NotFound if a path of the host does not exist; "-" is stdin."""
     if path != "-" and not os.path.exists(path):
         if not has_proc() and os.path.realpath(path).startswith("/proc/"):
             os.stat(path)
@@ -1004,7 +1004,7 @@ def input_size(path: str) -> int:
 def open_input(path: str) -> int:
     """Open a regular file of the host, links followed; FormatError for anything else.
 
-    A pipe that is open already (/dev/fd/N) will do: only of a FIFO nobody knows if there is an end.
+    A pipe that is already open (/dev/fd/N) is accepted, but not a FIFO: it may never have a writer.
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and os.path.exists(os.path.realpath(path)):
@@ -1048,7 +1048,7 @@ def has_proc(need: str = "") -> bool:
 
 
 def in_directory(dir_fd: int, action: Callable[[], T]) -> T:
-    """Do what takes no descriptor with names in a directory; where /proc cannot name it."""
+    """Run ``action`` in a directory, for calls without dir_fd where /proc is not mounted."""
     with Directory("", os.open(".", OPEN_DIRECTORY)) as here:
         try:
             os.fchdir(dir_fd)
@@ -1058,7 +1058,7 @@ def in_directory(dir_fd: int, action: Callable[[], T]) -> T:
 
 
 def read_at(fd: int, count: int, offset: int) -> bytes:
-    """Return what pread(2) does; its errors name the file, as they are not of what is written."""
+    """Return what pread(2) does; errors name this file, not the one that is written."""
     try:
         return os.pread(fd, count, offset)
     except OSError as error:
@@ -1140,11 +1140,11 @@ class ContentCopier:
     (fail rather than copy), or copy.
     """
 
-    # Errors for a pair of file systems, and errors that may be for one file only: btrfs gives
+    # Errors of a pair of file systems, and errors that one file alone can cause: btrfs gives
     # EINVAL for a file without checksums, and any file system ETXTBSY for a swap file.
     NEVER = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS})
     NOT_THIS = frozenset({errno.EINVAL, errno.EPERM, errno.ETXTBSY})
-    PATIENCE = 8  # files in a row that a pair refuses before it is not asked again
+    PATIENCE = 8  # refusals in a row after which a pair of file systems is not tried again
 
     def __init__(self, mode: str = "auto") -> None:
         check_words("link_mode", [mode], LINK_MODES)
@@ -1157,9 +1157,9 @@ class ContentCopier:
              layer: str = "") -> str:
         """Give the new file ``out_fd`` the content of ``fd``; return why it was copied, "" if not.
 
-        ``devices`` are those where both are said to lie; ``name`` and ``layer`` are for errors.
-        Raises OSError, IntegrityError when ``fd`` is changed meanwhile, Unsupported when mode
-        "reflink" cannot be had.
+        ``devices`` are those where both are expected; ``name`` and ``layer`` are for errors.
+        Raises OSError, IntegrityError if ``fd`` changes meanwhile, Unsupported if mode
+        "reflink" is impossible.
         """
         why = "--link-mode copy" if self.mode == "copy" else self._refused.get(devices, "")
         if not why:
@@ -1174,7 +1174,7 @@ class ContentCopier:
                 if self.mode == "reflink":
                     place = "/" * bool(layer) + display(name)
                     raise Unsupported(f'"{place}" cannot be shared by reflink: {why}',
-                                      hint="--link-mode auto copies what cannot be") from None
+                                      hint="--link-mode auto copies such files") from None
                 devices = os.fstat(fd).st_dev, os.fstat(out_fd).st_dev
                 strikes = self._strikes.get(devices, 0)
                 if strikes >= 0:
@@ -1183,7 +1183,7 @@ class ContentCopier:
                         self._refused[devices] = why
         copier = self._copiers.setdefault(devices, Copier())
         before = os.fstat(fd)
-        if before.st_size != size:  # or a file that has become shorter would be filled up by a hole
+        if before.st_size != size:  # else a hole would replace what was cut off
             raise IntegrityError("changed while it was read", layer=layer, name=name,
                                  expected=counted(size, "byte"), actual=str(before.st_size))
         for offset, length in data_runs(fd, size) if before.st_blocks * 512 < size \
@@ -1207,11 +1207,11 @@ def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
             start = os.lseek(fd, end, os.SEEK_DATA)
             end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
+            if error.errno == errno.ENXIO:  # only a hole is left
                 return
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            start, end = end, size  # a file system that knows no holes
+            start, end = end, size  # a file system without holes
         if start < end:
             yield start, end - start
 
@@ -1233,7 +1233,7 @@ class _Stopped(BaseException):
 
 
 def raise_after_finalizer(ignored: Any) -> None:
-    """Serve as sys.unraisablehook: raise what a signal raised in a finalizer once more after it.
+    """Serve as sys.unraisablehook: raise again, after a finalizer, what a signal raised in it.
 
     Python drops what is raised in finalizers and weakref callbacks.  It drops what this hook
     raises, too, so the next call that the thread makes raises it: a profile function can do that.
@@ -1263,11 +1263,11 @@ def remove_acls(place: int | str | bytes) -> None:
 
 
 class Transaction:
-    """A context in which something is made at ``path``: all of it, or after an error nothing.
+    """A context that makes something at ``path``: all of it, or after an error nothing.
 
     on_error() takes the steps that remove what was made.  They run in reverse, with signals held;
-    the error's hint says what stays: where a step fails, or what one returns.  keep() forgets them.
-    on_exit() takes steps that end the context in either case, the last one first.
+    the error's hint says what stays: the path of a failed step, or a step's result.  keep() forgets
+    them.  on_exit() takes steps that end the context in either case, the last one first.
     """
 
     def __init__(self, path: str) -> None:
@@ -1276,7 +1276,7 @@ class Transaction:
         self._end: list[Callable[[], object]] = []
 
     def _open(self) -> None:
-        """Make what the context begins with; signals are held."""
+        """Make the first files of the context, while signals are held."""
         raise NotImplementedError
 
     def __enter__(self: X) -> X:
@@ -1295,11 +1295,11 @@ class Transaction:
         self._undo.append((path, step))
 
     def on_exit(self, step: Callable[[], object]) -> None:
-        """Let ``step`` close something in the end."""
+        """Let ``step`` close something at the end."""
         self._end.append(step)
 
     def keep(self) -> None:
-        """Let what was made so far stay, whatever happens."""
+        """Keep what was made so far, whatever happens."""
         self._undo.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -1313,7 +1313,7 @@ class Transaction:
                         add_hint(error, step() or "")
                     except FileNotFoundError:
                         pass
-                    except OSError as trouble:  # it must not hide why we are here
+                    except OSError as trouble:  # it must not hide the first error
                         add_hint(error, f"{path} stays: {trouble.strerror}")
             finally:
                 while self._end:
@@ -1323,11 +1323,11 @@ class Transaction:
         """Open a directory to make files in; return it, its final mode, and whether it was made.
 
         A new one is private until then, and inherits no group and no ACL.  Raises OSError, also
-        when somebody else put another directory in its place.
+        if another process put another directory in its place.
         """
         if os.path.lexists(path):
             if not os.path.exists(path):
-                raise OSError(errno.ENOENT, "is a symbolic link to nothing")
+                raise OSError(errno.ENOENT, "is a dangling symbolic link")
             return self._own(Target(path, os.open(path, OPEN_DIRECTORY))), 0, False
         above, name = os.path.split(path.rstrip("/"))
         with Directory("", os.open(above or ".", OPEN_DIRECTORY)) as folder:
@@ -1343,15 +1343,15 @@ class Transaction:
             if os.listdir(made):
                 raise OSError(errno.EBUSY, "another process put something else in its place")
             if status.st_uid != os.geteuid():
-                raise OSError(errno.EPERM, f"it belongs to user {status.st_uid} as soon as it is "
-                              "made: another process put it there, or its file system sets owners")
+                raise OSError(errno.EPERM, f"belongs to user {status.st_uid} right after mkdir: "
+                              "another process put it there, or its file system sets owners")
             remove_acls(made)
             os.fchmod(made, 0o700)
             target = Target(path, os.open(b".", OPEN_DIRECTORY, dir_fd=made))
         return self._own(target), stat.S_IMODE(status.st_mode), True
 
     def _own(self, directory: D) -> D:
-        """Close ``directory`` in the end."""
+        """Close ``directory`` at the end."""
         self.on_exit(directory.close)
         return directory
 
@@ -1359,9 +1359,9 @@ class Transaction:
 class NewFile(Transaction):
     """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
 
-    Until then it has none (O_TMPFILE), or where that cannot be, a name that tells the target's and
-    a lock: when we are killed nothing is left, or the next run for that target removes it
-    (``removed``: names of such).
+    Until then it has no name (O_TMPFILE), or where that is unsupported, a lock and a name made from
+    the target's.  So a kill leaves nothing, or the next run for that target removes it
+    (``removed``: names of such files).
     """
 
     def __init__(self, path: str, folder: Directory, target: bytes) -> None:
@@ -1383,7 +1383,7 @@ class NewFile(Transaction):
         try_lock(self.fd)
 
     def appear(self, name: bytes) -> None:
-        """Give the file its name, in place of what has it."""
+        """Give the file its name; a file that has it is replaced."""
         os.close(os.dup(self.fd))  # NFS and quotas report a failed write here
         if not self._name:
             source, folder = f"/proc/self/fd/{self.fd}", self._folder.fd
@@ -1408,14 +1408,14 @@ def partial_name(target: bytes) -> bytes:
 
 
 def partials(folder: Target, target: bytes = b"") -> list[bytes]:
-    """Return what is there by a name that partial_name() made for ``target``, or for any."""
+    """Return the names in ``folder`` that partial_name() made for ``target``, or for any."""
     which = re.escape(target[:40]) + b"-" if target else b"(?:.*-)?"
     return [name for name in map(os.fsencode, os.listdir(folder.fd))
             if re.fullmatch(rb"\.cstor-%s[0-9a-f]{12}\.partial" % which, name, re.DOTALL)]
 
 
 def try_lock(fd: int) -> bool:
-    """Lock an open file or directory while we live; False when it is locked, or cannot be."""
+    """Lock an open file or directory until we end; False if it is locked, or locking fails."""
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -1425,13 +1425,13 @@ def try_lock(fd: int) -> bool:
 def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[bytes]:
     """Remove what killed processes left of ``target`` in a directory, and return the names.
 
-    Without ``target`` we are alone at work there, and all that is left goes; else not what is
-    locked, or so new that it may be locked soon.  What cannot be removed is in nobody's way.
+    Without ``target`` no other run works there, and all leftovers go; else those stay that are
+    locked, or so new that they may be locked soon.  Failures do no harm and are ignored.
     """
     with suppress(OSError), Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
         return [name for name in partials(folder, target)
                 if _remove_dead(folder.fd, name, bool(target))]
-    return []  # we may not list it
+    return []  # no permission to list it
 
 
 def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
@@ -1440,7 +1440,7 @@ def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         is_dir, age = stat.S_ISDIR(status.st_mode), time.time() - status.st_ctime
         if not is_dir and (not others or stat.S_ISSOCK(status.st_mode) and age > 10):
-            os.unlink(name, dir_fd=dir_fd)  # a socket has this name for a moment only
+            os.unlink(name, dir_fd=dir_fd)  # a socket has this name only for a moment
             return True
         if (is_dir or stat.S_ISREG(status.st_mode)) and not (others and age < 0.02):
             with Target("", os.open(name, OPEN_FILE, dir_fd=dir_fd)) as found:
@@ -1453,7 +1453,7 @@ def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
 
 
 class Scratch(Target):
-    """A directory of ours that close() removes, or after a kill the next make_scratch()."""
+    """A temporary directory: close() removes it, or after a kill the next make_scratch()."""
 
     def close(self) -> None:
         """Remove the directory; harmless when repeated."""
@@ -1464,7 +1464,7 @@ class Scratch(Target):
 
 
 def make_scratch(above: str) -> Scratch:
-    """Make a private directory for what is read once."""
+    """Make a private directory for data that is read once."""
     remove_dead(AT_FDCWD, b"scratch", os.fsencode(above))
     with SignalsHeld():
         path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
@@ -1490,7 +1490,7 @@ def is_at(target: Target, directory: str) -> bool:
 def remove_failed(target: Target, directory: str) -> str:
     """Remove what a failed run made, and ``directory`` unless ""; return what stays if it moved."""
     if directory and not is_at(target, directory):
-        return f"{directory} was moved or removed, and what it holds stays"
+        return f"{directory} was moved or removed, and its contents stay"
     remove_content(target)
     if directory:
         os.rmdir(directory)
@@ -1524,7 +1524,7 @@ def remove_content(target: Target) -> None:
 
 
 class Deadline:
-    """A time allowance in seconds (None: no end), of all locks of a storage or of one peer."""
+    """A time limit in seconds (None: no limit), for all locks of a storage or for one peer."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
@@ -1541,7 +1541,7 @@ class Deadline:
         return left > 0
 
     def wait(self, peer: Any, event: str) -> None:
-        """Wait for a poll(2) event of a descriptor or socket.  Raises error() when it is late."""
+        """Wait for a poll(2) event of a descriptor or socket.  Raises error() at the deadline."""
         import select
 
         poll = select.poll()
@@ -7650,16 +7650,16 @@ def field_value(field: str, raw: bytes | None) -> Any:
 # ================================================================================================
 # 17. Extract
 #
-# Files out into a directory: first all directories, then files, directory by directory, shared out
-# to processes, then hard links, then the metadata of directories, deepest first, since what is made
-# in them changes their times.  Processes, as threads spend the gain on handing over the interpreter
-# at each system call (2 CPUs, 67,000 reflinks: one 2.8 s, two threads 2.3 s, two processes 1.5 s).
+# All directories are made first, then files, directory by directory, by several processes, then
+# hard links; last the metadata of directories, deepest first, since making files in them changes
+# their times.  Threads would lose the gain by handing over the interpreter at each system call
+# (2 CPUs, 67,000 reflinks: one 2.8 s, two threads 2.3 s, two processes 1.5 s).
 #
 # Nothing leaves the target: its directories are opened from its descriptor, no component may be a
-# link, and files are made where none is (O_EXCL).  What no open descriptor can be had of (links,
-# devices) is looked at again before its metadata are set.  Files are made closed, and set in the
-# order owner, xattrs, mode, time: chown(2) takes setuid and capabilities away, and user.* xattrs
-# need the write permission that a mode of 0444 has not.
+# link, and files are made only under new names (O_EXCL).  Links and devices have no open
+# descriptor: they are checked again before their metadata are set.  Files are made private, and set
+# in the order owner, xattrs, mode, time: chown(2) clears setuid and capabilities, and user.* xattrs
+# need write permission, which mode 0444 lacks.
 # ================================================================================================
 
 BATCH = 4 << 20  # bytes, or 64 files, that a process extracts at a time
@@ -7668,19 +7668,19 @@ MAX_WORKERS = 8  # processes that extract
 
 def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] = (), *,
                  top: bytes = b"", whiteouts: bool = True) -> Iterator[tuple[bytes, Node]]:
-    """Yield (path below ``top``, node) of what fits ``paths`` (all, without any) to be extracted.
+    """Yield (path below ``top``, node) of what matches ``paths`` (all, without any), to extract it.
 
-    A directory brings all that is in it, and comes after those that it lies in and before what it
-    holds.  ``exclude`` leaves out what fits, with all below.  The root comes first, but not when it
-    is only what the selected files lie in.  Of a raw tree whiteouts are files called .wh.NAME.
+    A directory brings all its contents; it comes after its parents and before its contents.
+    ``exclude`` skips what matches, with all below.  The root comes first, unless it is only a
+    parent of the selected files.  Whiteouts of a raw tree are files called .wh.NAME.
     """
     if not exclude:
         tree = tree.limited(paths)
     fits = compile_patterns(paths, tree.paths)
     omits = compile_patterns(exclude, tree.paths) if exclude else lambda path: False
-    inside: bytes | None = None  # what begins so is in a directory that was selected
+    inside: bytes | None = None  # prefix of all in a directory that was selected
     outside: bytes | None = None  # ... excluded
-    above: list[tuple[bytes, Node]] = []  # directories that nothing was taken from yet
+    above: list[tuple[bytes, Node]] = []  # parents of which no file was selected yet
     cut = len(top) + 1 if top else 0
     for place, node, _ in tree.walk(top):
         if outside is not None and place.startswith(outside):
@@ -7714,9 +7714,9 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
 
 def strip_components(items: Iterator[tuple[bytes, Node]], count: int
                      ) -> Iterator[tuple[bytes, Node]]:
-    """Take ``count`` components off the front of paths, and what has no more of them out.
+    """Remove ``count`` leading components from paths; skip paths that have no more.
 
-    Raises CstorError when two files come to the same path.
+    Raises CstorError when two files get the same path.
     """
     seen: dict[bytes, tuple[bytes, str]] = {}
     for path, node in items:
@@ -7724,14 +7724,14 @@ def strip_components(items: Iterator[tuple[bytes, Node]], count: int
             continue
         other, kind = seen.setdefault(rest, (path, node.type))
         if other != path and not kind == node.type == "dir":
-            raise CstorError(f'"/{display(other)}" and "/{display(path)}" both come to '
+            raise CstorError(f'"/{display(other)}" and "/{display(path)}" both become '
                              f'"{display(rest)}" without {count} components')
         if other == path:
             yield rest, node
 
 
 def source_date_epoch() -> int:
-    """Return SOURCE_DATE_EPOCH in nanoseconds, for times that are ours to choose; else 1970."""
+    """Return SOURCE_DATE_EPOCH in nanoseconds, for times that no record gives; else 1970."""
     text = os.environ.get("SOURCE_DATE_EPOCH", "") or "0"
     if not re.fullmatch(r"\d{1,11}", text):
         raise CstorError(f'SOURCE_DATE_EPOCH is not a number of seconds: "{display(text)}"')
@@ -7741,7 +7741,7 @@ def source_date_epoch() -> int:
 class OwnerMap:
     """Shifts owners: ranges (first ID inside, first ID outside, count), for users and groups.
 
-    ``ranges`` are texts INSIDE:OUTSIDE:COUNT, with u: or g: in front when they are not for both.
+    ``ranges`` are texts INSIDE:OUTSIDE:COUNT, with u: or g: in front to shift only users or groups.
     Raises ValueError.
     """
 
@@ -7759,7 +7759,7 @@ class OwnerMap:
 
     @staticmethod
     def shift(number: int, mappings: Ranges) -> int:
-        """Return the ID outside; without any mapping it is the same.  Raises ValueError."""
+        """Return the ID outside, unchanged without any mapping.  Raises ValueError."""
         if (found := map_id(number, mappings, -1)) < 0:
             raise ValueError(f"ID {number} is not covered by --owner-map")
         return found
@@ -7767,7 +7767,7 @@ class OwnerMap:
     def capability(self, value: bytes) -> bytes:
         """Return security.capability for the shifted root: capabilities(7), namespaced ones.
 
-        Version 2 has 20 bytes and is of the root that owns the machine; version 3 names its root.
+        Version 2 has 20 bytes and belongs to the machine's root; version 3 names its root.
         """
         root = self.shift(0, self.users) if any(inside == 0 for inside, _, _ in self.users) else 0
         if not root or len(value) != 20 or value[3] != 2:
@@ -7778,9 +7778,9 @@ class OwnerMap:
 class ExtractionCounts:
     """What was made and how; each process keeps its own.
 
-    ``numbers`` are by kind and word: "made" by type of file, "bytes" by the way they came, "refused
-    files" and "refused bytes" by why they are not shared, "unset" by what could not be set.
-    ``left_out`` are paths of what could not be made.
+    ``numbers`` are by kind and word: "made" by type of file, "bytes" by reflink, copy and so on,
+    "refused files" and "refused bytes" by why they are not shared, "unset" by what could not be
+    set.  ``left_out`` are the paths that could not be made.
     """
 
     def __init__(self) -> None:
@@ -7807,11 +7807,11 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
               tick: Callable[[int], None]) -> list[T]:
     """Call ``work`` for each number below ``jobs`` in several processes, of which this is one.
 
-    Return what ``report`` returns in the others at the end.  ``tick`` is told here how many jobs
-    were begun.  The first error of any is raised, and none goes on then.
+    Return what ``report`` returns in the others at the end.  ``tick`` is called here with the
+    number of jobs begun.  The first error of any is raised and stops all.
     """
-    # Numbers of lots lie in a pipe that all read from, four bytes at a time.  A page of them always
-    # fits.  (A memfd does not do: two reads at the same offset can meet.)
+    # The numbers of the jobs are in a pipe that all read from, four bytes at a time.  A page always
+    # fits.  (A memfd would not work: two processes can read at the same offset.)
     size = -(-jobs // 1024) or 1
     tokens, write_fd = os.pipe()
     workers: dict[int, int] = {}  # process ID, end of the pipe that its report comes through
@@ -7830,7 +7830,7 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
         with SignalsHeld() as held:
             for _ in range(processes - 1):
                 if not fork_worker(workers, held.before, tokens, map(do_lot, take_lots()), report):
-                    break  # the system has no more processes for us
+                    break  # the system allows no more processes
         for lot in take_lots():
             tick(lot * size)
             do_lot(lot)
@@ -7866,22 +7866,22 @@ def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterat
         workers[pid] = read_fd
         return True
     try:
-        for fd in (read_fd, *workers.values()):  # so that who writes to nobody gets EPIPE
+        for fd in (read_fd, *workers.values()):  # so that writing without a reader gives EPIPE
             os.close(fd)
-        # A terminal tells all of a group; we hear from the parent, by SIGTERM.
+        # A terminal signals the whole group; the parent stops us with SIGTERM.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _stop_worker)
         sys.unraisablehook = raise_after_finalizer
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-            gc.disable()  # it would touch, and so copy, all memory that we share
+            gc.disable()  # it would write to, and so copy, all shared memory
             for _ in work:
                 if os.getppid() != parent:
                     break
             answer = marshal.dumps((report(), None))
         except BaseException as error:
-            os.read(tokens, 4096)  # so that no process begins another lot
+            os.read(tokens, 4096)  # so that no process begins another job
             answer = marshal.dumps((None, pack_error(error)))
         write_all(write_fd, answer)
     finally:
@@ -7889,7 +7889,7 @@ def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterat
 
 
 def _stop_worker(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # one is enough: what is half is removed now
+    signal.signal(number, signal.SIG_IGN)  # one is enough: unfinished files are removed now
     raise KeyboardInterrupt
 
 
@@ -7904,7 +7904,7 @@ def pack_error(error: BaseException) -> tuple[Any, ...]:
 
 
 def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> BaseException:
-    """Return the exception that pack_error() was given, if it is one of ours or of Python's."""
+    """Return the exception that pack_error() got, if its class is in this file or Python's own."""
     import builtins
 
     kind = globals().get(name) or vars(builtins).get(name)
@@ -7917,7 +7917,7 @@ def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> Bas
 
 
 def finish_worker(workers: dict[int, int], pid: int) -> Any:
-    """Return the report of a process that has nothing more to do; raise its error."""
+    """Return the report of a process that has finished; raise its error."""
     import marshal
 
     data = b"".join(iter(lambda: os.read(workers[pid], CHUNK), b""))
@@ -7926,7 +7926,7 @@ def finish_worker(workers: dict[int, int], pid: int) -> Any:
     try:
         answer, error = marshal.loads(data)
     except (EOFError, ValueError, TypeError):
-        raise CstorError("a worker process ended before its time, with wait status "
+        raise CstorError("a worker process died with wait status "
                          f"{status}") from None
     if error:
         raise unpack_error(*error)
@@ -7949,16 +7949,16 @@ def default_workers() -> int:
 
 
 class _LeftOut(Exception):
-    """A file that this user cannot make, or that a plain copy skips: mostly a device."""
+    """A file that this user cannot make or that a plain copy skips, usually a device."""
 
 
 class Extraction:
-    """Makes the files of a tree in an OutputDirectory; run() tells what was done.
+    """Makes the files of a tree in an OutputDirectory; run() returns what was done.
 
     ``link_mode`` is one of LINK_MODES.  ``owners``: True sets them or fails, False leaves them,
     None sets them when we are root, as far as the kernel lets us.  ``owner_map``: see OwnerMap.
-    ``verify`` reads back what was made and compares its CRC-64.  ``plain`` is for copies of one's
-    own: no owners, setuid, xattrs, devices.
+    ``verify`` reads back what was made and compares its CRC-64.  ``plain`` is for a copy that
+    the user owns: no owners, setuid, xattrs, devices.
     """
 
     def __init__(self, output: OutputDirectory, *, link_mode: str = "auto",
@@ -7972,7 +7972,7 @@ class Extraction:
                                           ) or bool(owner_map)
         self._insist = owners or bool(owner_map)
         self._hardlinks, self._copier = link_mode == "hardlink", ContentCopier(link_mode)
-        self._shared: set[tuple[int, int]] = set()  # inodes of the store that have a link in it
+        self._shared: set[tuple[int, int]] = set()  # inodes of the store with a new link
         self._device = os.fstat(self.target.fd).st_dev
         self._devices: dict[LayerTree, tuple[int, int]] = {}  # of a layer's files and the target
         self._firsts: dict[Node, bytes] = {}  # of files with several names, the path made first
@@ -7981,24 +7981,24 @@ class Extraction:
         self._directories = 0
         self.merge = output.merge
         self._no_acls = self.merge or has_default_acl(self.target)  # else nothing can be inherited
-        self._stores = storage_inodes() if self.merge else {}  # where the merging stops
+        self._stores = storage_inodes() if self.merge else {}  # where merging must stop
         self._made = source_date_epoch()  # the time of directories without an entry
 
     # -- planning --------------------------------------------------------------------------------
 
     def run(self, items: Iterator[tuple[bytes, Node]]) -> dict[str, Any]:
-        """Make all ``items``, as select_nodes() yields them; return what summary() does.
+        """Make all ``items``, as select_nodes() yields them; return summary().
 
-        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; what was made until
-        then stays.
+        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; files made before
+        the error stay.
         """
         first, items = peek(items)
         batches = list(self._batches(items))
-        # Which of the store's files were shared by hard links is for one process to know.
+        # Only one process can track which of the store's files were hard-linked.
         workers = 1 if self._hardlinks else self._workers or default_workers()
         workers = min(workers, len(batches) // 2 or 1)
         if workers > 1:
-            # Permission can be denied only where the mode of a file or its directory says so.
+            # Permission is denied only if the mode of a file or its directory says so.
             batches[0][2].tree.opener.prepare(
                 node.place for batch in batches for node in batch[2::3]
                 if node.parent and not (node.mode & stat.S_IROTH
@@ -8038,7 +8038,7 @@ class Extraction:
         yield from [batch] * bool(batch)
 
     def _ticker(self, batches: Sequence[list[Any]]) -> Callable[[int], None]:
-        """Return what tells the progress, given how many batches were begun."""
+        """Return a function that shows the progress, given how many batches were begun."""
         begun = size = files = 0
 
         def tick(number: int) -> None:
@@ -8064,12 +8064,12 @@ class Extraction:
             parent, _, base = path.rpartition(b"/")
             with ErrorsAs(self.target.explain, path):
                 made = self._mkdir(self.target.parent(parent), base, path) or self.output.resume
-        if made or not node.implicit:  # what nobody wrote down is not to be put on what was there
+        if made or not node.implicit:  # an implicit entry must not change an existing directory
             self._folders.append((path, node))
         self._directories += 1
 
     def _mkdir(self, dir_fd: int, base: bytes, path: bytes) -> bool:
-        """Make the directory ``path``; return whether there was none."""
+        """Make the directory ``path``; return whether it was new."""
         try:
             os.mkdir(base, 0o700, dir_fd=dir_fd)
         except FileExistsError:
@@ -8125,7 +8125,7 @@ class Extraction:
                     self.counts.left_out.append(path)
 
     def _make(self, create: Callable[..., None], dir_fd: int, base: bytes, *args: Any) -> None:
-        """Let ``create`` make a file; where files may be, it takes its place when it is whole."""
+        """Let ``create`` make a file; a merge stages it, and moves it to its place when whole."""
         if not self.merge:
             create(dir_fd, base, *args)
             return
@@ -8137,7 +8137,7 @@ class Extraction:
             except IsADirectoryError:
                 os.rmdir(base, dir_fd=dir_fd)
                 os.rename(place, base, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-        finally:  # also where both are names of one file: rename(2) does nothing then
+        finally:  # also if both are names of one file: rename(2) does nothing then
             unlink_quietly(dir_fd, place)
 
     def _link(self, dir_fd: int, base: bytes, from_fd: int, name: bytes) -> None:
@@ -8169,7 +8169,7 @@ class Extraction:
             self._describe(new, status, node)
         except FileExistsError:
             raise
-        except BaseException:  # a signal can come before the descriptor is ours
+        except BaseException:  # a signal can come before the caller has the descriptor
             unlink_quietly(dir_fd, base)
             raise
         finally:
@@ -8194,9 +8194,9 @@ class Extraction:
         self.counts.count("refused bytes", why, node.size)
 
     def _move(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
-        """Give a staged file its metadata and its place, where no file must be.
+        """Give a staged file its metadata and its place, where no file may exist.
 
-        rename(2) would replace what another process puts there meanwhile, and follows no link.
+        rename(2) would replace a file that another process makes meanwhile, and follows no link.
         """
         if (staged := node.tree.staged(node)) is None:
             return False
@@ -8214,9 +8214,9 @@ class Extraction:
         return True
 
     def _share(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
-        """Give the store's own file one more name, if it has all metadata that are wanted.
+        """Give the store's own file one more name, if it has all the right metadata.
 
-        Nothing of its inode is set; the kernel counts the name and notes the time.
+        We set nothing in its inode; the kernel changes its link count and ctime.
         """
         status = os.fstat(fd)
         check_copy(fd, status, node, self.verify)
@@ -8283,7 +8283,7 @@ class Extraction:
     def _describe(self, place: int | str | bytes, status: os.stat_result, node: Node) -> None:
         """Set owner, xattrs, mode and time, by a descriptor, its path below /proc/self/fd, or name.
 
-        A name (bytes) is not followed, and in the working directory.
+        A name (bytes) is relative to the working directory, and is not followed.
         """
         found, wanted = (status.st_uid, status.st_gid), self._owner(node)
         if found != wanted and self._chown(place, wanted, node):
@@ -8298,16 +8298,16 @@ class Extraction:
             if node.type == "dir":
                 mode &= 0o1777 if self.plain else 0o7777
                 if node.implicit and node.parent is None and self._us[0]:
-                    mode |= stat.S_IWUSR  # 0555 is containers/storage's; a user has to remove it
+                    mode |= stat.S_IWUSR  # containers/storage's 0555 would prevent removal
             elif self.plain:
                 mode &= 0o777
-            elif found != wanted:  # a program that becomes another user than it was made for
+            elif found != wanted:  # a program that would become the wrong user
                 drop = stat.S_ISUID * (found[0] != wanted[0]) | stat.S_ISGID * (
                     found[1] != wanted[1])
                 if mode & drop:
                     self.counts.count("unset", "setuid")
                 mode &= ~drop
-            if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL among them sets it, too
+            if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL in them also sets it
                 os.chmod(place, mode)
         moment = self._made if node.implicit else node.mtime_ns
         os.utime(place, ns=(moment, moment), follow_symlinks=not isinstance(place, bytes))
@@ -8318,14 +8318,14 @@ class Extraction:
                 os.chown(place, *owner, follow_symlinks=not isinstance(place, bytes))
                 return True
             except OSError as error:
-                # EINVAL: an ID that the user namespace does not know.
+                # EINVAL: the user namespace does not map this ID.
                 if error.errno not in (errno.EPERM, errno.EINVAL):
                     raise
                 if self._insist:
                     raise NeedsUnshare(
                         f'"/{display(node.path)}" cannot be given to {owner[0]}:{owner[1]}: '
-                        f"{error.strerror}", hint="run it as root, or let --no-same-owner leave "
-                        "owners as they are") from None
+                        f"{error.strerror}", hint="run it as root, or use --no-same-owner to "
+                        "own all files yourself") from None
         self.counts.count("unset", "owner")
         return False
 
@@ -8341,10 +8341,10 @@ class Extraction:
             self.counts.count("unset", "xattr")
 
     def summary(self) -> dict[str, Any]:
-        """Return what was made and how, as numbers of files and bytes, to be shown as JSON.
+        """Return what was made and how, as numbers of files and bytes, for JSON.
 
         ``refused`` tells why files were not shared, ``unset`` how many files lack an owner, a
-        setuid bit or an xattr, ``left-out`` what could not be made at all.
+        setuid bit or an xattr, ``left-out`` the paths that could not be made.
         """
         made, size = self.counts.of("made").get, self.counts.of("bytes")
         refused = self.counts.of("refused bytes")
@@ -8365,14 +8365,14 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
                  force: bool = False, clean: bool | None = None, link_mode: str = "auto",
                  owners: bool | None = None, owner_map: Sequence[str] = (), verify: bool = False,
                  workers: int = 0, progress: Progress | None = None) -> dict[str, Any]:
-    """Put the files of a tree into ``directory``, which is made, or is empty, or ``force``.
+    """Put the files of a tree into ``directory``: a new one, an empty one, or with ``force`` any.
 
-    ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to take off.
-    With ``clean`` (None: if the directory is made here) nothing is left there after an error.
-    ``verify`` compares all layers with their DiffIDs before anything is made, and then what was
-    made with its CRC-64.  ``link_mode``, ``owners`` and ``owner_map`` are those of Extraction.
-    Return its summary() with the tree's ``notes``.  Raises as these do, and NotFound when nothing
-    fits.
+    ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to remove.
+    With ``clean`` (None: if the directory is new) an error leaves nothing there.
+    ``verify`` compares all layers with their DiffIDs before it makes anything, and then the
+    new files with their CRC-64.  Extraction explains ``link_mode``, ``owners``, ``owner_map``.
+    Return its summary() with the tree's ``notes``.  Raises as these do, and NotFound if nothing
+    matches.
     """
     output = OutputDirectory(directory, force=force, clean=clean)
     if verify:
@@ -8386,7 +8386,7 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
 
 def chosen_nodes(tree: Tree, paths: Sequence[str], exclude: Sequence[str], strip: int,
                  whiteouts: bool) -> Iterator[tuple[bytes, Node]]:
-    """Yield what select_nodes() and strip_components() do.  Raises NotFound now, not later."""
+    """Return what select_nodes() and strip_components() yield.  Raises NotFound now, not later."""
     check_type("strip", strip, int)
     if strip < 0:
         raise ValueError("strip is negative")
@@ -8404,16 +8404,16 @@ class OutputDirectory(Transaction):
 
     After an error the files are removed again if ``clean`` (None: if the directory is new); the
     error's hint says what stays.  Until the end other users cannot enter the directory, and
-    ``staging``, a directory for files that wait for their place, marks it as incomplete.  A mark
+    ``staging``, a directory for unfinished files, marks it as incomplete.  A mark
     without a lock is from a killed run, which ``force`` resumes.  With ``whole`` the directory has
-    a temporary name until the end; ``removed`` are such names that killed runs left.
+    a temporary name until the end; ``removed`` are such names left by killed runs.
     """
 
     def __init__(self, directory: str, *, force: bool = False, clean: bool | None = None,
                  whole: bool = False) -> None:
         if not directory or force and clean:
-            raise ValueError("clean would remove what force finds" if directory
-                             else "no directory is named")
+            raise ValueError("clean would remove files that were there before" if directory
+                             else "the name of the directory is empty")
         refuse_storage(directory)
         super().__init__(directory)
         self._place, self._force, self._clean = directory, force, clean
@@ -8422,7 +8422,7 @@ class OutputDirectory(Transaction):
             above, name = map(os.fsencode, os.path.split(directory))
             self.removed = remove_dead(AT_FDCWD, name, above or b".")
             self._place = os.fsdecode(os.path.join(above, partial_name(name)))
-        self.merge = self.resume = False  # files may be there, which are replaced; a run was killed
+        self.merge = self.resume = False  # files that exist are replaced; a killed run is resumed
 
     def _open(self) -> None:
         self.target, self._mode, self._made = self.open_directory(self._place)
@@ -8434,7 +8434,7 @@ class OutputDirectory(Transaction):
             self.keep()
             error = OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.path)
             add_hint(error, "--force merges into it" if not marks else "another run is filling it"
-                     if not alone else "left incomplete by a run that was killed: --force goes on")
+                     if not alone else "a killed run left it incomplete: --force resumes it")
             raise error
         if marks and alone:
             self.resume = True
@@ -8444,15 +8444,15 @@ class OutputDirectory(Transaction):
         os.mkdir(self._mark, 0o700, dir_fd=self.target.fd)
         self.staging = self._own(Target(self.target.host_path(self._mark), os.open(
             self._mark, OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
-        self.keep()  # the directory itself is for _clean_up()
-        if not self.resume:  # else the next run has to resume it as well; last: we can be killed
+        self.keep()  # _clean_up() removes the directory itself
+        if not self.resume:  # else the next run must also resume it; last: we can be killed
             self.on_error(self.staging.path, self.unmark)
         self.on_error(self.path, self._clean_up)
         os.fchmod(self.staging.fd, 0o700)  # without the setgid bit that it may have inherited
         remove_acls(self.staging.fd)
 
     def unmark(self) -> None:
-        """Remove the mark with what is in it; harmless when repeated."""
+        """Remove the mark with its contents; harmless when repeated."""
         if self._mark:
             with SignalsHeld():
                 remove_content(self.staging)
@@ -8460,7 +8460,7 @@ class OutputDirectory(Transaction):
                 self._mark = b""
 
     def finish(self, with_root: bool) -> None:
-        """Give the directory its final mode and name; ``with_root``: it has its metadata."""
+        """Give the directory its final mode and name; ``with_root``: its metadata are set."""
         self.unmark()
         if self._mode and not with_root:
             os.chmod(".", self._mode, dir_fd=self.target.fd)
@@ -8480,24 +8480,24 @@ class OutputDirectory(Transaction):
 def refuse_storage(path: str) -> None:
     """Raise CstorError when ``path`` is inside a storage that is open or configured.
 
-    All that is made asks this first.  Links and ".." are followed; bind mounts are recognized by
-    inode, those of what lies deep inside a storage by /proc, or else among all its directories.
+    Called before anything is made.  Links and ".." are followed; bind mounts are recognized by
+    inode, those from deep inside a storage by /proc, or else by a search of all its directories.
     """
     check_type("path", path, str)
     place, stores = os.path.realpath(path), storage_inodes()
     while True:
         if store := stores.get(place) or stores.get(inode_at(place)):
             raise CstorError(f"{path} is inside {store}",
-                             hint="nothing is written to a storage: choose another place")
+                             hint="cstor never writes to a storage: choose another place")
         if place == "/":
             return
         place = os.path.dirname(place)
 
 
 def storage_inodes() -> dict[Any, str]:
-    """Return where storages are that are open or configured: real paths, and device with inode.
+    """Return real paths, and device with inode, of the storages that are open or configured.
 
-    The values name them.  Also those directories count where a part of one is mounted.
+    The values name them.  Directories where a part of a storage is mounted count as well.
     """
     found = storage_places()
     mounts = [[re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word)
@@ -8521,7 +8521,7 @@ def storage_places() -> dict[str, str]:
     """Return directories of storages, in run roots containers/storage's own, and their names."""
     storages = [([root.path for root in storage.roots], storage.runroot) for storage in filter(
         None, [entry() for entry in list(OPEN_STORAGES)])]
-    with suppress(CstorError, OSError):  # a configuration that cannot be read names no storage
+    with suppress(CstorError, OSError):  # an unreadable configuration names no storage
         config = load_config()
         storages.append(([config.graphroot, config.imagestore, *config.stores], config.runroot))
     inside = [os.fsdecode(name) for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
@@ -8532,19 +8532,19 @@ def storage_places() -> dict[str, str]:
 
 
 def inode_at(path: str) -> tuple[int, int]:
-    """Return device and inode number of what is at a path, (0, 0) for nothing to be seen."""
-    with suppress(OSError):  # nothing can be made below it
+    """Return device and inode number of a path, (0, 0) if it cannot be looked up."""
+    with suppress(OSError):  # then nothing can be made below it
         return os.stat(path).st_dev, os.stat(path).st_ino
     return 0, 0
 
 
 def has_default_acl(target: Target) -> bool:
-    """Tell whether what is made in a directory gets an ACL; assume so where we may not look."""
+    """Tell whether new files in a directory inherit an ACL; True without permission to look."""
     try:
         with Directory("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=target.fd)) as found:
             return "system.posix_acl_default" in os.listxattr(found.fd)
     except OSError as error:
-        return error.errno == errno.EACCES  # else none are known there
+        return error.errno == errno.EACCES  # else ACLs are unsupported there
 
 
 def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
@@ -8563,7 +8563,7 @@ def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
 
 def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool,
                progress: Progress = lambda size, files: None) -> None:
-    """Compare what a file holds with what was promised."""
+    """Compare the content of a file with its metadata."""
     if status.st_size != node.size:
         raise IntegrityError("changed while it was read", layer=node.tree.layer_id, name=node.path,
                              expected=counted(node.size, "byte"), actual=str(status.st_size))
@@ -8576,12 +8576,12 @@ def check_copy(fd: int, status: os.stat_result, node: Node, verify: bool,
 # ================================================================================================
 # 18. Archives
 #
-# What leaves for other tools.  An OCI layout is a directory: "oci-layout", "index.json" with a
+# Formats for other tools.  An OCI layout is a directory: "oci-layout", "index.json" with a
 # descriptor (media type, digest, size) of each manifest, and blobs named by their sha256.  A
 # docker-archive is a tar of layers' tars, configurations and "manifest.json".  All is written as a
-# stream: what a tar needs to know beforehand, digests and sizes, stands in the layers' records, and
-# is checked when the layer has gone through.  A configuration is written as it is stored, so that
-# the image keeps its ID; a manifest, when it already describes just these blobs.
+# stream: a tar needs digests and sizes beforehand.  They come from the layers' records, and are
+# checked after the layer was written.  A configuration is written as it is stored, so the image
+# keeps its ID; so is a manifest that already describes exactly these blobs.
 # ================================================================================================
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -8593,7 +8593,7 @@ REF_NAME = "org.opencontainers.image.ref.name"
 ORIGINAL_DIGEST = "dev.cstor.original-manifest-digest"
 
 LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
-COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # the ends of layers' media types
+COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # suffixes of layers' media types
 
 
 # -- descriptions of images ----------------------------------------------------------------------
@@ -8604,7 +8604,7 @@ def descriptor(media_type: str, digest: str, size: int) -> dict[str, Any]:
 
 
 def layer_blob(layer: Layer) -> tuple[str, int]:
-    """Return (digest, size) of a layer's tar: as recorded, or by making it once into nothing."""
+    """Return (digest, size) of a layer's tar: as recorded, or from making it once."""
     if re.fullmatch("sha256:" + HEX64, layer.diff_digest) and (
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
         return layer.diff_digest, layer.diff_size
@@ -8615,7 +8615,7 @@ def layer_blob(layer: Layer) -> tuple[str, int]:
 def check_config(image: Image, digests: Sequence[str]) -> bytes:
     """Return an image's configuration, whose DiffIDs must be those of its layers' tars.
 
-    Raises IntegrityError when they are not, and as Image.config() does.
+    Raises IntegrityError if they differ, and as Image.config() does.
     """
     rootfs = image.config().get("rootfs")
     wanted = as_list(rootfs.get("diff_ids") if isinstance(rootfs, dict) else None)
@@ -8631,7 +8631,7 @@ def image_parts(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes]:
 
 
 def with_platform(blob: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the platform of a configuration to a descriptor, if it tells system and architecture."""
+    """Add the platform of a configuration to a descriptor, if it names system and architecture."""
     platform = platform_in(said)
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
@@ -8639,8 +8639,8 @@ def with_platform(blob: dict[str, Any], said: Mapping[str, Any]) -> dict[str, An
 def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) -> bytes:
     """Return the manifest of an image whose layers are the blobs ``layers``.
 
-    It is the stored one, byte for byte, if that is an OCI manifest of just these blobs; else one is
-    made, with the stored one's digest in an annotation.
+    It is the stored one, byte for byte, if that is an OCI manifest of exactly these blobs; else a
+    new one, with the stored one's digest in an annotation.
     """
     data = image.big_data("manifest")
     stored = image.manifest()
@@ -8664,7 +8664,7 @@ def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) 
 
 
 def is_strict(manifest: dict[str, Any]) -> bool:
-    """Tell whether a manifest is one that every reader takes: fields of the right types."""
+    """Tell whether every reader accepts a manifest: whether its fields have the right types."""
     kind, other = ("manifests", "layers") if "manifests" in manifest else ("layers", "manifests")
     entries = manifest.get(kind)
     if type(manifest.get("schemaVersion")) is not int or manifest["schemaVersion"] != 2 \
@@ -8684,7 +8684,7 @@ def is_strict(manifest: dict[str, Any]) -> bool:
                         values.get("os.features") or [], list):
                 return False
     try:
-        compact_json(manifest)  # Python's parser takes NaN, which JSON has not
+        compact_json(manifest)  # Python's parser accepts NaN, which is not JSON
         return True
     except FormatError:
         return False
@@ -8711,7 +8711,7 @@ def oci_index(image: Image, manifests: Sequence[dict[str, Any]]) -> bytes:
 
 
 def kept_fields(stored: Mapping[str, Any], *own: str) -> dict[str, Any]:
-    """Return the fields of a strict object but ``own``; Go takes names whatever their case."""
+    """Return the fields of a strict object except ``own``; Go ignores the case of names."""
     known = ("annotations", "artifactType", "platform", "subject")
     other = {key.lower() for key in known}.union(own)
     return {key: value for key, value in stored.items() if value is not None
@@ -8739,7 +8739,7 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
     fd = layout.open(name)
     with OnError(os.close, fd):
         actual = os.fstat(fd).st_size
-        if actual != size >= 0:  # before terabytes of a hole are hashed
+        if actual != size >= 0:  # else terabytes of a hole would be hashed
             raise IntegrityError(f"{layout.host_path(name)}: wrong size",
                                  expected=counted(size, "byte"), actual=counted(actual, "byte"))
         found = hashlib.sha256()
@@ -8762,8 +8762,8 @@ def read_index(layout: Directory, file: str) -> dict[str, Any]:
 class OciLayout(Transaction):
     """An OCI layout that images are added to.  A context manager.
 
-    While it is open it is locked (flock(2) on the directory) against others of its kind, and after
-    an error it is as it was before; a layout that was made is removed.
+    While it is open it is locked (flock(2) on the directory) against other writers, and after
+    an error it is as it was before; a new layout is removed.
     """
 
     def __init__(self, directory: str) -> None:
@@ -8801,7 +8801,7 @@ class OciLayout(Transaction):
             raise OSError(errno.ESTALE, "another writer removed it", self.path)
         remove_dead(self.target.fd)
         names = set(self.target.listdir(b"."))
-        if names:  # what another writer made there is not ours
+        if names:  # we do not own what another writer made there
             self.keep()
         names = {name for name in names if not name.startswith(b".cstor-")}
         if b"oci-layout" in names:
@@ -8821,13 +8821,13 @@ class OciLayout(Transaction):
         remove_dead(self.target.parent(b"blobs/sha256"))
 
     def _note(self, path: bytes, remove: Callable[..., None]) -> None:
-        """Let ``path`` be removed after an error: nothing names it."""
+        """Remove ``path`` after an error: the index does not name it."""
         parent, _, base = path.rpartition(b"/")
         self.on_error(self.target.host_path(path),
                       lambda: remove(base, dir_fd=self.target.parent(parent)))
 
     def has(self, digest: str, size: int = -1) -> bool:
-        """Tell whether a blob is there and whole: one of a power cut can have the right size."""
+        """Tell whether a blob exists and is whole: a power cut can damage it and leave its size."""
         if not re.fullmatch("sha256:" + HEX64, digest):
             return False
         with suppress(FileNotFoundError, FormatError, IntegrityError):
@@ -8836,7 +8836,7 @@ class OciLayout(Transaction):
         return False
 
     def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
-        """Make a file of what ``fill`` writes to its descriptor, under the name that it returns."""
+        """Make a file that ``fill`` writes to, under the name that it returns."""
         with ErrorsAs(self.target.explain, folder):
             parent = Directory("", os.dup(self.target.parent(folder)))
         with NewFile(self.target.host_path(folder), parent, b"blob") as new:
@@ -8846,7 +8846,7 @@ class OciLayout(Transaction):
                 if not self.target.exists(path):
                     self._note(path, os.unlink)
                 new.appear(name)
-                if path == b"index.json":  # it names all that was added
+                if path == b"index.json":  # now the index names all that was added
                     self.keep()
         return name
 
@@ -8903,7 +8903,7 @@ class OciLayout(Transaction):
     def tag(self, blob: dict[str, Any], tag: str) -> list[Any]:
         """Enter a manifest in the index, under ``tag`` if it is not ""; the last step.
 
-        What had the tag is not in the index any more; its blobs stay.  Returns its digest, if any.
+        The image that had the tag leaves the index; its blobs stay.  Returns its digest, if any.
         """
         index: dict[str, Any] = {"schemaVersion": 2, "manifests": []}
         with suppress(FileNotFoundError):
@@ -8944,7 +8944,7 @@ def compress_layer(layer: Layer, fd: int, kind: str, level: int,
 
 
 def check_tag(tag: str) -> None:
-    """Raise ValueError for what cannot be a tag in an OCI layout; "" is none."""
+    """Raise ValueError for an invalid tag of an OCI layout; "" is none."""
     if tag and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@+/-]*", tag):
         raise ValueError(f'malformed tag: "{display(tag)}"')
 
@@ -8955,8 +8955,8 @@ def copy_to_oci(image: Image, directory: str, tag: str = "", *,
                 tell: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
     """Add an image to the OCI layout ``directory``; return the descriptor in its index.
 
-    Of a manifest list, or with ``every`` the one that the image was pulled through, that is the
-    instance for ``platform`` or this machine, or an index of every one that the storage has;
+    Of a manifest list it adds the instance for ``platform`` or this machine; with ``every`` an
+    index of all instances in the storage, also of the list that the image was pulled through.
     ``tell`` gets what is skipped or replaced.  Raises CstorError, ValueError, OSError.
     """
     check_tag(tag)
@@ -8982,7 +8982,7 @@ def copy_to_oci(image: Image, directory: str, tag: str = "", *,
 # -- archives ------------------------------------------------------------------------------------
 
 class ArchiveWriter:
-    """Writes a tar of files without owners, all of one time, to a descriptor."""
+    """Writes a tar of files without owners, all with one time, to a descriptor."""
 
     def __init__(self, fd: int, progress: Progress | None = None) -> None:
         self._fd, self._progress = fd, progress
@@ -8998,7 +8998,7 @@ class ArchiveWriter:
             write_all(self._fd, header + data + bytes(-len(data) % BLOCK))
 
     def layer(self, name: str, layer: Layer, digest: str, size: int) -> None:
-        """Write a layer's tar, once.  Raises IntegrityError when it is not what was said."""
+        """Write a layer's tar, once.  Raises IntegrityError if it differs from its digest."""
         if name in self._names:
             return
         self._names.add(name)
@@ -9051,7 +9051,7 @@ def write_oci_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
             archive.layer("blobs/sha256/" + digest[7:], layer, digest, size)
         blob = with_platform(descriptor(OCI_MANIFEST, sha256_digest(manifest), len(manifest)),
                              image.config())
-        # One name only: two entries are two images to those who load it.
+        # Only one name: readers would load two entries as two images.
         entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
     archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
     archive.finish()
@@ -9067,7 +9067,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = No
     prefix = name + b"/" if name else b""
     flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
     size = files = 0
-    made = source_date_epoch()  # directories without an entry have no time of their own
+    made = source_date_epoch()  # the time of directories without an entry
     for place, node, first in tree.opener.ahead(
             tree.walk(path), lambda item: item[1].place):
         relative = place[len(path):].lstrip(b"/")
@@ -9105,7 +9105,7 @@ def true_type(media_type: str, start: bytes) -> str:
 
 
 def reference_tag(reference: str) -> str:
-    """Return the tag in a reference of skopeo's, "" if there is none."""
+    """Return the tag in a reference of skopeo, "" if it has none."""
     transport, _, rest = reference.partition(":")
     rest, at, _ = rest.partition("@")
     _, colon, tag = rest.rpartition("/")[2].rpartition(":")
@@ -9113,7 +9113,7 @@ def reference_tag(reference: str) -> str:
 
 
 def measure_files(directory: str) -> tuple[int, int]:
-    """Return bytes and number of the files below a directory in which another program works."""
+    """Return bytes and number of the files below a directory that another program writes to."""
     size = files = 0
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -9123,20 +9123,20 @@ def measure_files(directory: str) -> tuple[int, int]:
     return size, files
 
 
-# Manifests of docker come out of `skopeo copy` converted, blobs as they are; all layers of a
-# docker-archive are called compressed (1.9.3).  What it wrote is believed no more than other input.
+# `skopeo copy` converts docker manifests, and leaves blobs unchanged; it calls all layers of a
+# docker-archive compressed (1.9.3).  Its output is checked like any other input.
 class FetchedImage(Closing):
-    """An image of any transport, which skopeo copies to an OCI layout of ours.
+    """An image of any transport, which skopeo copies to a temporary OCI layout.
 
     ``reference`` is as for ``skopeo copy``, ``platform`` (os/arch[/variant]) says which instance of
-    a manifest list is meant.  A context manager: the layout lies in TMPDIR until close().  When
-    skopeo writes nothing for ``timeout`` seconds it is given up::
+    a manifest list is meant.  A context manager: the layout lies in TMPDIR until close().  If
+    skopeo writes nothing for ``timeout`` seconds, it is stopped::
 
         with FetchedImage("docker-archive:app.tar") as image:
             image.extract("/srv/root")
 
-    Raises Unsupported without skopeo, NotFound or CstorError in skopeo's words when it refuses,
-    FormatError and IntegrityError for what is not as the manifest says.
+    Raises Unsupported without skopeo, NotFound or CstorError in skopeo's words if it fails,
+    FormatError and IntegrityError for data that differ from the manifest.
     """
 
     def __init__(self, reference: str, *, platform: str = "", timeout: float = 300,
@@ -9148,7 +9148,7 @@ class FetchedImage(Closing):
         self._scratch = self._directory.path
         with OnError(self.close):
             if ":" in self._scratch:
-                raise CstorError(f"skopeo takes no directory with a colon: {self._scratch}",
+                raise CstorError(f"skopeo cannot use a directory with a colon: {self._scratch}",
                                  hint="set TMPDIR to another one")
             self._fetch(platform)
             self._layout = Directory.at(os.path.join(self._scratch, "oci"))
@@ -9186,7 +9186,7 @@ class FetchedImage(Closing):
                 self._refuse(process.returncode, said.read(MAX_SPECIAL).decode("utf-8", "replace"))
 
     def _await(self, process: Any) -> None:
-        """Wait for skopeo's end; raise ProtocolError when it writes nothing for a long time."""
+        """Wait until skopeo ends; raise ProtocolError if it writes nothing for a long time."""
         end = time.monotonic() + self._timeout
         while process.poll() is None:
             size, files = measure_files(self._scratch)
@@ -9200,7 +9200,7 @@ class FetchedImage(Closing):
             time.sleep(0.05)
 
     def _refuse(self, status: int, log: str) -> NoReturn:
-        """Raise what skopeo's end means, in its own last words."""
+        """Raise the error for skopeo's exit status, with the last line of its log."""
         last = next((line for line in reversed(log.split("\n")) if line.strip()), "")
         quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
         last = quoted[1].replace(r"\"", '"') if quoted else last
@@ -9220,7 +9220,7 @@ class FetchedImage(Closing):
         """Read manifest and configuration."""
         found = read_index(self._layout, f"{self.reference}: index")["manifests"]
         if len(found) != 1:
-            raise FormatError("not one manifest", file=f"{self.reference}: index")
+            raise FormatError("expected one manifest", file=f"{self.reference}: index")
         self.manifest = self._small(found[0], "index")
         manifest = parse_object(self.manifest, f"{self.reference}: manifest")
         if not isinstance(manifest.get("layers"), list):
@@ -9236,8 +9236,8 @@ class FetchedImage(Closing):
             raise NotFound(f"image {self.reference} is for {have}, not {platform}")
 
     def _is_of_list(self) -> bool:
-        """Tell whether skopeo chose the image from a list, whose word on platforms counts."""
-        import subprocess  # podman 4.3.1 builds configurations that name its own platform
+        """Tell whether skopeo chose the image from a list, which then decides on the platform."""
+        import subprocess  # podman 4.3.1 names its own platform in configurations
 
         done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -9273,7 +9273,7 @@ class FetchedImage(Closing):
         """Add the image to an OCI layout, blobs unchanged; return the descriptor in its index.
 
         The manifest is skopeo's, or if that gives layers wrong types, a new one with the digest of
-        the old in an annotation.
+        the old one in an annotation.
         """
         check_tag(tag)
         done = 0
@@ -9312,7 +9312,7 @@ class FetchedImage(Closing):
     def streams(self) -> Iterator[LayerStream]:
         """Yield the layers' tars, base first, each to be read before the next is asked for.
 
-        Raises IntegrityError when there are not as many layers as the configuration names.
+        Raises IntegrityError if the configuration names another number of layers.
         """
         rootfs = self.config.get("rootfs")
         diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
@@ -12127,8 +12127,8 @@ def passed_socket() -> socket.socket:
 # ================================================================================================
 # 24. Formats
 #
-# Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Progress goes to a
-# terminal only; a result takes its name when it is whole.
+# Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Only a terminal shows
+# progress.  A result gets its name when it is whole.
 # ================================================================================================
 
 def print_json(value: Any, head: str = "[", tail: str = "]", indent: int | None = 2) -> None:
@@ -12160,8 +12160,8 @@ def show(args: Any, value: Any, text: Iterable[Any], headers: Sequence[str] = ()
          ids: Iterable[str] = (), head: Callable[[], str] = lambda: "[", tail: str = "]") -> None:
     """Print ``value`` as JSON or ``text`` for people, as --format says; both may be lazy.
 
-    With ``headers`` the text is the rows of a table, in place of which -q prints ``ids``; else it
-    is lines, and values of an iterator are printed as they come.
+    With ``headers`` the text is the rows of a table; -q prints ``ids`` instead.  Without, it is
+    lines, and values of an iterator are printed as they come.
     """
     if args.format == "json":
         print_json(list(value) if headers and not isinstance(value, dict) else value, head(), tail)
@@ -12222,7 +12222,7 @@ def short_step(command: str, args: Any, width: int = 40) -> str:
 
 
 def shifted(progress: Progress | None, done: int) -> Progress | None:
-    """Return what tells the progress of a second job, after ``done`` bytes of the first."""
+    """Return the progress function of a second job, after ``done`` bytes of the first."""
     return progress and (lambda size, files: progress(done + size, files))
 
 
@@ -12243,9 +12243,9 @@ def layer_json(layer: Layer) -> dict[str, Any]:
 
 
 def container_json(container: Container) -> dict[str, Any]:
-    """Return a container's record with image-name, and state, pod and rootfs of podman's."""
+    """Return a container's record with image-name, and podman's state, pod and rootfs."""
     details, state = container.details(), container.state
-    # As `podman ps --external` calls what its database does not know: buildah's, say.
+    # `podman ps --external` says so of containers outside its database, such as buildah's.
     unknown = "" if details and not container.storage.podman_containers() else "storage"
     names = [name for image in container.storage.images() if image.id == container.image
              for name in image.names]
@@ -12266,7 +12266,7 @@ def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, 
 
 
 def file_line(item: tuple[bytes, Node, bytes | None], args: Any, raw: bool) -> bytes:
-    """Return a name, or with -l a line like that of ``ls -l``; on a terminal not ``raw``."""
+    """Return a name, or with -l a line like that of ``ls -l``; ``raw``: unescaped."""
     path, node, first = item
     end = b"\0" if args.null else b"\n"
     name, target = (text if raw else display(text).encode("utf-8", "replace") for text in
@@ -12339,7 +12339,7 @@ def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
 
 
 class ProgressLine:
-    """One line on a terminal's stderr that tells how far a long job is; silent elsewhere."""
+    """A line on stderr that shows the progress of a long job; only on a terminal."""
 
     INTERVAL = 0.2  # seconds
 
@@ -12358,7 +12358,7 @@ class ProgressLine:
             self._draw(size)
 
     def expect(self, nodes: Iterable[Node], verified: Sequence[LayerTree] = ()) -> None:
-        """Have a total, where it is shown: the sizes of files, each once, and of layers' tars."""
+        """Compute the total, if it is shown: the sizes of files, each once, and of layers' tars."""
         several: set[Node] = set()  # with more than one name
         if self.active:
             try:
@@ -12366,11 +12366,11 @@ class ProgressLine:
                     self.total += node.size if node not in several else 0
                     several.update([node] * (node in node.tree.linked))
                 self.total += sum(max(tree.layer.diff_size, 0) for tree in verified if tree.layer)
-            except (CstorError, OSError):  # the work itself will tell
+            except (CstorError, OSError):  # the work itself will report it
                 self.total = 0
 
     def _draw(self, size: int) -> None:
-        """Show as much as the terminal has room for; its last column would begin a new line."""
+        """Show as much as fits the terminal; text in its last column would begin a new line."""
         rate = size / (self.shown - self.start)
         text, percent = human_size(size), f"{min(100 * size // max(self.total, 1), 100)}%"
         if self.total > 0:
@@ -12413,7 +12413,7 @@ class Output:
             widen_pipe(self.fd)
             return
         if not path or path.endswith("/"):
-            raise _UsageError(f'no file name: "{path}"')
+            raise _UsageError(f'not a file name: "{path}"')
         opened = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", {
             "/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(path, path), re.ASCII)
         self._target = os.path.realpath(path) if os.path.isfile(path) \
@@ -12422,7 +12422,7 @@ class Output:
             refuse_storage(self._target)
         folder, self._name = os.path.split(os.fsencode(self._target))
         try:
-            if opened:  # a new file would take the place of what the shell appends to
+            if opened:  # a new file would replace the one that the shell appends to
                 self.fd, self._target = os.dup(int(opened[1])), path
                 return
             if os.path.exists(self._target) and not os.path.isfile(self._target):
@@ -12441,9 +12441,9 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  *_: object) -> None:
-        name_error(error, self._target or "stdout")  # errors of the source name a file
+        name_error(error, self._target or "stdout")  # errors of the source name their file
         try:
-            if self._target and isinstance(error, BrokenPipeError):  # a FIFO is not stdout
+            if self._target and isinstance(error, BrokenPipeError):  # else main() blames stdout
                 raise CstorError(f"{display(self._target)}: {error.strerror}")
             if self._file and error is None:
                 with SignalsHeld():
@@ -12458,7 +12458,7 @@ class Output:
 
 
 def open_output(path: str, timeout: float) -> int:
-    """Open a device, or a FIFO, for which a reader is awaited."""
+    """Open a device, or a FIFO; wait until it has a reader."""
     deadline = Deadline(timeout)
     flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK * stat.S_ISFIFO(os.stat(path).st_mode)
     while True:
@@ -12490,14 +12490,14 @@ def say_removed(folder: bytes, names: Iterable[bytes]) -> None:
 
 
 def unwind_on_signals() -> None:
-    """Let the first SIGINT, SIGTERM or SIGHUP raise, so that what was begun is cleaned up whole."""
+    """Let the first SIGINT, SIGTERM or SIGHUP raise, and ignore others, so that we clean up."""
 
     def stop(number: int, _: object) -> None:
         for other in _handlers:
             signal.signal(other, lambda *_: None)
         raise _Stopped(number)
 
-    with suppress(ValueError):  # not in the main thread: signals are not ours to handle
+    with suppress(ValueError):  # only the main thread can handle signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if (before := signal.getsignal(number)) in (signal.SIG_DFL, signal.default_int_handler):
                 _handlers[number] = before
@@ -12508,7 +12508,7 @@ _handlers: dict[int, Any] = {}  # that unwind_on_signals() replaced
 
 
 def restore_signals(ending: bool) -> None:
-    """Put back what unwind_on_signals() replaced; a process that ends has nothing to stop."""
+    """Restore what unwind_on_signals() replaced; a process that ends ignores signals."""
     while _handlers:
         number, before = _handlers.popitem()
         signal.signal(number, (lambda *_: None) if ending else before)
@@ -12519,7 +12519,7 @@ def say(message: str) -> None:
     try:
         if sys.stderr is not None:
             print(f"cstor: {message}", file=sys.stderr)
-    except OSError:  # stderr fails; at exit Python would try once more, and return 120
+    except OSError:  # stderr fails; at exit Python would try again, and return 120
         sys.stderr = None
 
 
@@ -12530,7 +12530,7 @@ def note(args: Any, text: str) -> None:
 
 
 def describe(error: Exception) -> str:
-    """Spell an error on one line: what, where, and the next step."""
+    """Return an error as one line: what, where, and the next step."""
     if isinstance(error, OSError) and error.strerror:
         place = display(os.fsencode(error.filename)) + ": " \
             if isinstance(error.filename, (str, bytes)) else ""
@@ -12561,8 +12561,8 @@ def report_error(error: Exception, trace: bool) -> int:
 def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Iterator[T]:
     """Yield what ``action`` returns for each argument; report those that fail, and go on.
 
-    The highest status counts.  An error without a file name is one of the output, and ends all; so
-    does the same error once more, which is about all: a malformed file.
+    The highest status counts.  An OSError without a file name comes from the output, and ends all;
+    so does an error object that comes twice, since all share its cause: a malformed file.
     """
     last: Exception | None = None
     for word in words:
@@ -12586,7 +12586,7 @@ def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
 
 
 def path_of(tree: Tree, text: str) -> bytes:
-    """Return the path that an argument names: as it is, or else as JSON writes it."""
+    """Return the path that an argument names: as given, or else in the spelling of JSON."""
     path = os.fsencode(text)
     if unspell(text) != path:
         try:
@@ -12603,8 +12603,8 @@ def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform
               ) -> Tree | None:
     """Return the tree of one side of a comparison, None for a path of the host.
 
-    An image, container or layer is looked for in this order, unless ``image:`` and the like leave
-    no doubt.
+    An image, container or layer is looked up in this order, unless a prefix such as ``image:``
+    tells the kind.
     """
     if re.fullmatch(PATH_SIDE, text, re.DOTALL):
         return None
@@ -12671,7 +12671,7 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
             try:
                 value: Any = get()
                 entry[key] = [layer.id for layer in value] if key == "layers" else value
-            except CstorError:  # its faults say why
+            except CstorError:  # image.faults say why
                 entry[key] = None
         return entry
 
@@ -12704,10 +12704,10 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
 
 
 def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
-    """Say on stderr which layers have no known step in a history."""
+    """Say on stderr that layers have no known step in a history."""
     bare = sum("layer" in row and len(row) == 2 for row in history)
     if any("size" in row and "layer" not in row for row in history):
-        note(args, "the history has more steps than layers: which step made which is not known")
+        note(args, "the history has more steps than layers: the step of each layer is unknown")
     elif bare:
         note(args, f"the history has no step for the {counted(bare, 'lowest layer')}")
 
@@ -12728,7 +12728,7 @@ def print_layers(layers: Sequence[Layer], args: Any) -> None:
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
-    """show the record of layers, and where their files are"""
+    """show the record of layers and where their files are"""
     def inspect(reference: str) -> dict[str, Any]:
         layer = storage.layer(reference)
         entry = layer_json(layer)
@@ -12736,7 +12736,7 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
         if args.chain:
             entry["chain"] = [below.id for below in storage.chain(layer.id)]
         above, size = {layer.id}, 0
-        while size < len(above):  # mostly twice, as parents come first
+        while size < len(above):  # usually two passes: parents come first
             size = len(above)
             for other in storage.layers():
                 above |= {other.id} if other.parent in above else set()
@@ -12769,14 +12769,14 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
         with writing(args, size) as (fd, progress):
             digest = source.export(fd, verify=not args.no_verify, progress=progress)
             if args.digest not in (None, digest):
-                raise IntegrityError("its tar has another digest than --digest says",
+                raise IntegrityError("the tar's digest differs from --digest",
                                      expected=args.digest, actual=digest)
     if args.verbose:
         say(f"layer {label}: {digest or 'not verified'}")
 
 
 def ask_server(args: Any) -> LayerStream:
-    """Return a layer of the server that --socket names."""
+    """Return a layer from the server that --socket names."""
     try:
         return fetch_layer(args.socket, args.layer, digest=args.digest or "",
                            verify=not args.no_verify, timeout=args.timeout)
@@ -12813,7 +12813,7 @@ def cmd_serve(storage: Storage, args: Any) -> None:
 def cmd_layer_stream(storage: Storage, args: Any) -> None:
     """write a layer as a stream, contents inline or, with --external, as references to files"""
     if args.external == "-" and args.output in (None, "-"):
-        raise _UsageError("stream and list cannot both go to stdout")
+        raise _UsageError("the stream and LIST cannot both go to stdout")
     layer = storage.layer(args.layer)
     with writing(args, layer.diff_size) as (fd, progress), \
             open(fd, "wb", CHUNK, closefd=False) as out:
@@ -12845,7 +12845,7 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
             return data + file.read(count - len(data))
 
         codec = args.codec or external.codec or tell_codec(head.getvalue(), label)
-        size = external.size if head.getvalue() else max(external.size, 0)  # an empty layer's
+        size = external.size if head.getvalue() else max(external.size, 0)  # of an empty layer
         chunks = SplitdirfdstreamReader(read, external.directories, label) \
             if codec == CODECS[1] else SplitfdstreamReader(read, external.open, label)
         stream = LayerStream(chunks, label=label, digest=args.digest or external.digest, size=size)
@@ -12871,7 +12871,7 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
-    """show the record of containers and what podman's database says of them"""
+    """show the record of containers and their entry in podman's database"""
     show_inspected(args, ({**container_json(container), "details": container.details(),
                            "podman": container.state} for container in for_each(
                                args, args.container, storage.container)))
@@ -12892,12 +12892,12 @@ def cmd_toc(storage: Storage, args: Any) -> None:
 
 
 def cmd_files(storage: Storage, args: Any) -> None:
-    """list files by name: all, or those that fit a pattern"""
+    """list files by name: all, or those that match a pattern"""
     with open_tree(storage, args) as tree:
         items: Iterator[Any] = ((b"/" + path, node, first)
                                 for path, node, first in tree.glob(args.pattern))
         if args.kind == "layer" and not isinstance(tree.layers[0], DiskTree):
-            layer = storage.layer(args.layer)  # names as in the tar, whiteouts among them
+            layer = storage.layer(args.layer)  # names as in the tar, with whiteouts
             fits = compile_patterns(args.pattern,
                                     lambda: (node.name for _, node in layer_entries(layer)))
             items = ((name, node, None) for name, node in layer_entries(layer) if fits(node.name))
@@ -12910,7 +12910,7 @@ def cmd_files(storage: Storage, args: Any) -> None:
 
 
 def cmd_stat(storage: Storage, args: Any) -> None:
-    """show all that is known of files"""
+    """show all metadata of files"""
     found = []
     with open_tree(storage, args) as tree:
         for path, node in for_each(args, args.path, lambda text: tree.lookup(
@@ -12935,13 +12935,13 @@ def cmd_cat(storage: Storage, args: Any) -> None:
             for data in tree.read(path_of(tree, path), follow=not args.no_follow):
                 write_all(output.fd, data)
 
-        # A file appears only when it is whole, so that the first failure ends it.
+        # -o FILE appears only when it is whole: the first failure ends the command.
         list(for_each(args, args.path, copy) if args.output in (None, "-")
              else map(copy, args.path))
 
 
 def cmd_cp(storage: Storage, args: Any) -> None:
-    """copy a file or directory out, "-" as a tar to stdout; owners become yours"""
+    """copy a file or directory out, or with - as a tar to stdout; you own the copies"""
     reference, colon, text = args.source.partition(":/") if ":/" in args.source \
         else args.source.rpartition(":")
     if not colon or not reference or not args.dest:
@@ -12968,7 +12968,7 @@ def cmd_cp(storage: Storage, args: Any) -> None:
 
 
 def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
-    """Copy a directory to a new name or in place of an empty directory, where it appears whole."""
+    """Copy a directory to a new name, or over an empty directory; it appears when it is whole."""
     if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest)
                                   or os.listdir(dest)):
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
@@ -12985,9 +12985,9 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
 
 
 def cmd_extract(storage: Storage, args: Any) -> None:
-    """put files into a directory: by reflinks where possible, with all metadata"""
+    """extract files into a directory with all metadata, by reflink where possible"""
     if not args.dir:
-        raise _UsageError("no directory is named")
+        raise _UsageError("the name of the directory is empty")
     unwind_on_signals()
     selection: Any = {"paths": args.path, "exclude": args.exclude,
                       "whiteouts": not getattr(args, "no_whiteouts", False)}
@@ -13009,7 +13009,7 @@ def cmd_extract(storage: Storage, args: Any) -> None:
                             tree.layers * args.verify)
             summary = extract_tree(tree, args.dir, progress=progress, **options)
     for text in summary["notes"]:
-        if not storage or text not in storage.notes:  # those are printed at the end
+        if not storage or text not in storage.notes:  # _run() prints those at the end
             note(args, display(text))
     show(args, {"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary},
          () if args.quiet else summary_lines(summary))
@@ -13039,8 +13039,8 @@ def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
 
 
 def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
-    """add an image to an OCI layout, which is made when it is not there"""
-    # At the first colon, as podman does, or after a directory that is there: a tag can hold more.
+    """add an image to an OCI layout, which is made if it does not exist"""
+    # Split at the first colon, as podman does, or after a directory that exists.
     parts = args.layout.split(":")
     pairs = [(":".join(parts[:i]), ":".join(parts[i:])) for i in range(1, len(parts) + 1)]
     directory, tag = next((pair for pair in pairs if os.path.isdir(pair[0])), pairs[0])
@@ -13080,12 +13080,12 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
-    """write images as one stream: the root file system as a tar, or an archive to be loaded"""
+    """write images as one stream: the root file system as a tar, or an archive to load"""
     images: list[Any] = [storage.image(reference, args.platform) for reference in args.image]
     kind = vars(args)["as"]
     if kind == "rootfs":
         if len(images) > 1:
-            raise _UsageError("a root file system is of one image; --as docker-archive takes more")
+            raise _UsageError("--as rootfs takes one image; --as docker-archive takes several")
         export_tree(images[0].tree(platform=args.platform), args)
         return
     named = [(image.single(args.platform), names_to_give(image, reference))
@@ -13094,7 +13094,7 @@ def cmd_image_export(storage: Storage, args: Any) -> None:
                  for layer in storage.chain(image.layer)}.values())
     write = write_docker_archive if kind == "docker-archive" else write_oci_archive
     with writing(args, total) as (fd, progress):
-        write(fd, named, progress)  # verified as it is written, layer by layer
+        write(fd, named, progress)  # verifies each layer as it writes it
 
 
 def cmd_container_export(storage: Storage, args: Any) -> None:
@@ -13119,7 +13119,7 @@ def cmd_diff(storage: Storage, args: Any) -> int:
     sides = [open_side(storage, text, known, args.platform) for text in (args.a, args.b)]
     raw = all(side is None or side.raw for side in sides) and any(sides)
     with (sides[0] or open_path(args.a, raw)) as old, (sides[1] or open_path(args.b, raw)) as new:
-        old.raw = new.raw = raw  # whiteouts count where layers are compared
+        old.raw = new.raw = raw  # comparing layers includes whiteouts
         first, found = peek(diff_trees(old, new, args.ignore))
         show(args, ({"path": spell(b"/" + path),
                      "change": "changed" if a and b else "deleted" if a else "added",
@@ -13140,7 +13140,7 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
     sizes = input_size(args.a), input_size(args.b)
     with ProgressLine(sum(sizes) if all(sizes) else 0, args.quiet) as progress:
         first, rows = peek(diff_tars(args.a, args.b, progress))
-        if first and sys.stdout.isatty():  # where the rows come soon
+        if first and sys.stdout.isatty():  # the rows follow soon
             progress.stop()
         next(rows, None)
         found = first and {key: value for key, value in first.items() if key != "change"}
@@ -13151,8 +13151,8 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
 
 
 def cmd_blame(storage: Storage, args: Any) -> None:
-    """show which layer and step brought each file and what it hides, or with --hidden what is
-    hidden"""
+    """show which layer and step added each file and what it hides; --hidden: list hidden files
+    instead"""
     image: Any = storage.image(args.image, args.platform).single(args.platform)
     try:
         history = image.history()
@@ -13207,14 +13207,14 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
 
 
 def info_text(value: Any) -> str:
-    """Return a value of `store info` for people."""
+    """Return a value of `store info` as text."""
     if isinstance(value, (dict, list)):
         return ", ".join(value if isinstance(value, list) else map(" ".join, value.items()))
     return {"None": "unknown", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
-    """show which layer a short link in overlay/l stands for"""
+    """show which layer a short link in overlay/l names"""
     layer_id = storage.resolve_link(args.link)
     show(args, {"link": args.link, "layer": layer_id,
                 "known": storage.layer_by_id(layer_id) is not None}, [layer_id])
@@ -13223,7 +13223,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 # -- arguments -----------------------------------------------------------------------------------
 
 def look_inside(kind: str, extract: str = "") -> list[Command]:
-    """Return the rows of COMMANDS that are alike for images, layers and containers."""
+    """Return the rows of COMMANDS that images, layers and containers have in common."""
     rows: tuple[Command, ...] = (
         ("files", cmd_files, " PATTERN* -l -0 --format"),
         ("stat", cmd_stat, " PATH+ --follow --format"),
@@ -13274,85 +13274,85 @@ OPTIONS = {
     "CONTAINER": "name, ID or the start of an ID",
     "LINK": "26 characters, as in overlay/l",
     "PATH": "path inside, with or without a leading slash",
-    "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z] and \\ before what is meant literally, as "
-               "a path that exists is; without a slash it is about the last component",
+    "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z]; \\ makes the next character literal; a "
+               "path that exists is literal; without a slash it must match the last component",
     **{f"{word}:PATH": f"{word.lower()} and the path inside" for word in (
         "IMAGE", "LAYER", "CONTAINER")},
     "DEST": "file or directory to make, directory to copy into, or - for a tar on stdout",
     "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
-    "DIR": "directory to make or to fill; must be empty unless --force is given",
+    "DIR": "directory to make or fill; must be empty unless --force is given",
     "STREAM": "file that holds a stream; - is stdin",
     "A": "image, container, layer, directory or tar file; image: container: layer: dir: or tar: "
-         "before it says which",
+         "before it tells its kind",
     "B": "like A",
     "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
-    "-0 --null": "names unchanged, each followed by a NUL byte",
-    "-a --all": "also images without a name that another image was built on",
+    "-0 --null": "print names unchanged, each followed by a NUL byte",
+    "-a --all": "also list images without a name that another image was built on",
     "-l --long": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
     "-o --output FILE": "write to FILE, which appears when it is whole and verified; default: "
                         "stdout",
-    "-q --quiet": "IDs alone, one a line, each once",
-    "--all": "all instances of a manifest list that are in the storage",
+    "-q --quiet": "print only IDs, one a line, each once",
+    "--all": "copy all instances of a manifest list that are in the storage",
     "--as rootfs|docker-archive|oci-archive=rootfs": "what to write; archives take several images",
     "--chain": "add the IDs of the layer and its parents, base first",
-    "--no-clean-on-error ?": "after an error, leave what was made until then",
-    "--clean-on-error ?": "leave nothing in DIR after an error; default: when DIR is made",
+    "--no-clean-on-error ?": "after an error, keep what was already made",
+    "--clean-on-error ?": "leave nothing in DIR after an error; default: if DIR is new",
     f"--codec {'|'.join(CODECS)}": "format of the stream; default: splitfdstream",
     "--compress HOW": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)",
     "--digest SHA256": "digest of the tar; default: that of the storage, LIST or server",
     "--digests": "add the sha256 of each file, checked",
-    "--exclude PATTERN...": "leave out what matches and all below it; may be repeated",
-    "--external LIST": "leave contents in their files and name these in LIST, as JSON lines",
+    "--exclude PATTERN...": "skip what matches and all below it; may be repeated",
+    "--external LIST": "leave contents in their files and list the files in LIST, as JSON lines",
     "--follow": "follow a link at the end of a path",
     "--no-follow": "refuse a link at the end of a path",
-    "--force": "merge into a directory that is not empty: files are replaced, links are not "
-               "followed",
+    "--force": "merge into a directory that is not empty: replace files, follow no "
+               "links",
     "--format table|json=table": None,
     "inspect --format table|json=json": None,
     "--hidden": "list files that other layers hide, and the bytes that they waste",
-    "--ignore WHAT...": f"what may differ: {', '.join(DIFFERENCES)}; may be repeated",
+    "--ignore WHAT...": f"ignore differences in: {', '.join(DIFFERENCES)}; may be repeated",
     f"--link-mode {'|'.join(LINK_MODES)}=auto":
-        "auto: reflink, else copy; reflink: nothing else; hardlink: share the store's own files "
-        "where all their metadata are right; copy",
+        "auto: reflink, else copy; reflink: fail rather than copy; hardlink: link the store's own "
+        "files where all their metadata are right; copy: share nothing",
     "--owner-map [u:|g:]IN:OUT:COUNT...": "shift owners: IDs from IN on become OUT and so on; may "
                                           "be repeated",
     "--path PATTERN...": "extract only what matches, with all below it and the directories "
                          "above; may be repeated",
     "--platform OS/ARCH=": "which instance of a manifest list; default: for this machine",
-    "--pretty": "indented JSON",
+    "--pretty": "indent the JSON",
     "--no-reflinks": "the same as --link-mode copy",
-    "--no-same-owner ?": "leave files to you",
-    "--same-owner ?": "set owners or fail; default: as root, as far as the kernel lets us",
-    "--socket PATH": "read from the server that listens there, and from no storage",
-    "serve --socket PATH": "where to listen; default: the socket that stdin is, or that systemd "
+    "--no-same-owner ?": "leave all files owned by you",
+    "--same-owner ?": "set owners or fail; default: root sets those that the kernel allows",
+    "--socket PATH": "read from the server at PATH instead of a storage",
+    "serve --socket PATH": "where to listen; default: the socket on stdin, or one that systemd "
                            "passes",
     "--strip-components N=0": "remove N leading components from the paths",
     f"--threshold N={INLINE_THRESHOLD}": "contents of up to N bytes stay inline; default: "
                                          "%(default)s",
-    "--no-trunc": "full IDs and commands",
+    "--no-trunc": "show full IDs and commands",
     "--verify": "first compare each layer's tar, headers and contents, with its DiffID; extract "
                 "also reads back what it made",
     "--no-verify": "skip the checksums; sizes are still checked",
     "--via-skopeo REF": "instead of IMAGE, one that skopeo fetches: oci:DIR:TAG, dir:DIR, "
                         "docker-archive:FILE, docker://NAME ...",
-    "--no-whiteouts": "leave out the .wh. files that hide what is in lower layers",
+    "--no-whiteouts": "skip the .wh. files that hide files of lower layers",
 }
-# Options before or after any command; what is given later counts, but for --store.
+# Options before or after any command; the last one counts, except for --store.
 GLOBALS = {
     "-r --root DIR": "graph root, instead of the configured one",
-    "--runroot DIR=": "run root, where volatile records can be",
+    "--runroot DIR=": "run root, which can hold volatile records",
     "--imagestore DIR=": "where images are, if not in the graph root",
     "--store DIR...": "additional image store; may be repeated",
     "--owner-ids FILE=": "ranges of the store's owner on another machine: lines as in /etc/subuid, "
-                         "with his name or numeric ID, for users and groups; or a directory with "
+                         "with the owner's name or ID, for users and groups; or a directory with "
                          "subuid, subgid, passwd",
-    f"--timeout SECONDS={PEER_TIMEOUT:g}": "how long a server or client may send nothing; "
+    f"--timeout SECONDS={PEER_TIMEOUT:g}": "how long to wait for a silent server or client; "
                                            f"default: {PEER_TIMEOUT:g}",
     "--no-helper": "never enter a user namespace",
     "-q --quiet": "no progress, no warnings",
-    "-v --verbose +": "say more; twice: tracebacks",
+    "-v --verbose +": "say more; twice: show tracebacks",
 }
-# Values that are checked, and names of arguments that differ from what is shown.
+# Types and choices of values, and names of arguments that differ from their METAVAR.
 VALUES: dict[str, dict[str, Any]] = {
     "N": {"type": int}, "SECONDS": {"type": float}, "WHAT": {"choices": DIFFERENCES}}
 NAMES = {"DIR[:TAG]": "layout", **dict.fromkeys(
@@ -13361,11 +13361,11 @@ ACTIONS: dict[str, dict[str, Any]] = {
     "": {"action": "store_true"}, "?": {"action": "store_const"},
     "+": {"action": "count", "default": 0}}
 ALIASES = {"ls": "list", "copy": "copy-to-oci"}
-# Options that exclude each other, and why, or what to do instead.
+# Options that exclude each other; why, or what to do instead.
 CONFLICTS = (
     ("--verify", "--no-verify", ""),
     ("--digest", "--no-verify", ""),
-    ("--clean-on-error", "--force", ": it would remove what was in the directory before"),
+    ("--clean-on-error", "--force", ": it would remove files that were there before"),
     ("--owner-map", "--no-same-owner", ": it needs owners to be set"),
     ("--link-mode reflink", "--via-skopeo", ": its blobs share no contents with files"),
     ("--link-mode hardlink", "--via-skopeo", ": its blobs share no contents with files"),
@@ -13379,7 +13379,7 @@ GROUPS = {"image": "images", "layer": "layers", "container": "containers",
 
 
 def make_parser(words: Sequence[str] = ()) -> Any:
-    """Return the argument parser; for the command in ``words`` alone, unless help is wanted.
+    """Return the argument parser, only for the command in ``words`` unless it asks for help.
 
     argparse takes half a millisecond for each parser and a third for each argument.
     """
@@ -13414,7 +13414,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
 
 
 def parser_class(wants_help: bool) -> type[Any]:
-    """Return the class of argument parsers; the terminal is asked only when it shows help."""
+    """Return the class of argument parsers; only help asks for the terminal's width."""
     import argparse
 
     width = 80
@@ -13437,7 +13437,7 @@ def parser_class(wants_help: bool) -> type[Any]:
 
 
 def add_globals(parser: Any, level: int) -> Any:
-    """Add the global options: at level 0 with their defaults, below (given later) without."""
+    """Add the global options: at level 0 with their defaults, below without."""
     import argparse
 
     for spec, text in GLOBALS.items():
@@ -13511,7 +13511,7 @@ def check_options(args: Any) -> None:
 
 
 def open_storage(args: Any) -> Storage:
-    """Open the storage that the global options ask for."""
+    """Open the storage that the global options name."""
     stores = [os.path.abspath(path) for level in range(3)
               for path in getattr(args, f"store{level}", [])]
     for option, path in (*(("--store", path) for path in stores),
@@ -13519,7 +13519,7 @@ def open_storage(args: Any) -> Storage:
         if path and not holds_store(path, ("overlay",)):
             raise no_store(path, option)
     if args.runroot and not os.path.isdir(args.runroot):
-        raise NotFound(f"no directory: {args.runroot}", hint="--runroot names the run root")
+        raise NotFound(f"not a directory: {args.runroot}", hint="--runroot names the run root")
     if args.root == "":
         raise _UsageError("--root is empty")
     kind = Storage if args.no_helper else ProxiedStorage
@@ -13540,7 +13540,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = EXIT_PIPE
     except (CstorError, ImportError, OSError, _UsageError, MemoryError) as error:
         try:
-            sys.stdout.flush()  # what it did not take before it does not take now
+            sys.stdout.flush()  # it may fail again
         except (AttributeError, OSError, ValueError) as again:
             if again.args[:1] == error.args[:1]:
                 name_error(error, "stdout")
@@ -13549,17 +13549,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             word.count("v") for word in verbose if word.startswith("-")) > 1)
     except (KeyboardInterrupt, _Stopped) as error:
         status = 128 + int(error.args[0]) if error.args else 130
-        if getattr(error, "hint", ""):  # what it leaves behind
+        if getattr(error, "hint", ""):  # says what is left behind
             say(f"interrupted: {display(vars(error)['hint'])}")
     while _handlers:
-        with suppress(KeyboardInterrupt, _Stopped):  # all was done already
+        with suppress(KeyboardInterrupt, _Stopped):  # all work is done
             restore_signals(ending=argv is None)
     sys.unraisablehook = before
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        # Python flushes stdout again at exit: let it do so into nothing.
+        # Python flushes stdout again at exit: let it flush to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
 
@@ -13577,20 +13577,20 @@ def main_inside(words: Sequence[str]) -> int:
 def _run(words: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names can be of any bytes
+            stream.reconfigure(errors="backslashreplace")  # names can hold any bytes
     if not all(map(can_be_path, words)):
         raise _UsageError("an argument holds a NUL byte or a lone surrogate")
     try:
         parser = make_parser(words)
         try:
             args, more = parser.parse_known_args(words)
-        except _UsageError:  # this one says what all the choices are
+        except _UsageError:  # the whole parser's error lists all choices
             args, more = make_parser([*words, "-h"]).parse_known_args(words)
         if "pattern" in args and not any(word.startswith("-") for word in more):
-            args.pattern += more  # argparse takes none for all after an option
+            args.pattern += more  # after an option argparse takes no more
         elif more:
             parser.error(f"unrecognized arguments: {' '.join(more)}" + (
-                "; --via-skopeo is given instead of IMAGE" if getattr(
+                "; --via-skopeo replaces IMAGE" if getattr(
                     args, "via_skopeo", None) else ""))
     except SystemExit:  # argparse, after --help and --version
         return 0
@@ -13609,7 +13609,7 @@ def _run(words: Sequence[str]) -> int:
     except (CstorError, OSError):
         if not elsewhere or args.root:
             raise
-        opened = None  # no storage to protect from writing
+        opened = None  # there is no storage to protect from writing
     if not opened:
         return args.function(None, args) or 0
     with opened as storage:

@@ -2120,7 +2120,7 @@ class Records(StoreTest):
               (None, "none")], "the history has no step for the 1 lowest layer"),
             ([made] * 3, [(layer, "made") for layer in layers], ""),
             ([made] * 4, [(None, "made")] * 4 + [(layer, None) for layer in layers],
-             "the history has more steps than layers: which step made which is not known"),
+             "the history has more steps than layers: the step of each layer is unknown"),
             ([empty], [*[(layer, None) for layer in layers], (None, "none")],
              "the history has no step for the 3 lowest layers")]
         for number, (history, _, _) in enumerate(steps):
@@ -6246,7 +6246,7 @@ class Extracts(TreeTest):
             if os.getpid() != parent and job > 50:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        with self.assertRaisesRegex(cstor.CstorError, "worker process ended before its time.* 9"):
+        with self.assertRaisesRegex(cstor.CstorError, "worker process died with wait status.* 9"):
             cstor.share_out(400, 2, work, lambda: None, lambda begun: None)
         with self.assertRaises(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
@@ -6346,7 +6346,7 @@ class Extracts(TreeTest):
                                 key=["empty", "fifo", "shadow", "sh", "su", "su2"].index))
         self.assertEqual([], self.selected(strip=9))
         with self.tree(self.BASE + entry(b"run/sh", b"other")) as tree, \
-                self.assertRaisesRegex(cstor.CstorError, "bin/sh.*run/sh.*both come to"):
+                self.assertRaisesRegex(cstor.CstorError, "bin/sh.*run/sh.*both become"):
             cstor.extract_tree(tree, self.out + "2", strip=1)
         self.assertFalse(os.path.lexists(self.out + "2"))
 
@@ -6502,7 +6502,7 @@ class Extracts(TreeTest):
                     self.assertRaises(OSError) as caught:
                 cstor.extract_tree(tree, self.out)
             self.assertIn(self.out, str(caught.exception))
-            self.assertEqual(f"{self.out} was moved or removed, and what it holds stays",
+            self.assertEqual(f"{self.out} was moved or removed, and its contents stay",
                              vars(caught.exception)["hint"])
             self.assertFalse(os.path.lexists(self.out))
             self.assertEqual(command[0] == "mv", os.path.exists(self.out + "-moved/bin/su"))
@@ -6772,7 +6772,7 @@ class Extracts(TreeTest):
             self.assertEqual({(65534, 65534)}, {row["owner"] for row in found.values()})
             remove(self.out)
             for more, words in (([], b"no subuid ranges"),
-                                (["--no-helper"], b"--no-same-owner leave owners as they are)")):
+                                (["--no-helper"], b"--no-same-owner to own all files yourself)")):
                 done = self.run_cstor("--same-owner", *more, command=command, status=5)
                 self.assertIn(words, done.stderr)
                 self.assertEqual([], os.listdir(self.dir + "/home"))
@@ -7047,7 +7047,7 @@ class Outputs(StoreTest):
                 said = done.err
                 self.assertRegex(said, "new is inside|l is inside")
                 self.assertTrue(said.endswith(
-                    f" is inside the storage at {root} (nothing is written to a storage: choose "
+                    f" is inside the storage at {root} (cstor never writes to a storage: choose "
                     "another place)\n"), said)
                 self.assertEqual(b"", done.stdout)
         self.assertEqual(before, snapshot(self.dir))
@@ -7175,8 +7175,8 @@ sys.exit(cstor.main(sys.argv[1:]))
                     self.assertEqual(f"cstor: error: {out}: Directory not empty (another run is "
                                      "filling it)\n", done.err)
                 done = self.run_cstor(*words, out, status=6)
-                self.assertEqual(f"cstor: error: {out}: Directory not empty (left incomplete by a "
-                                 "run that was killed: --force goes on)\n", done.err)
+                self.assertEqual(f"cstor: error: {out}: Directory not empty (a killed run left it "
+                                 "incomplete: --force resumes it)\n", done.err)
                 self.run_cstor(*words, out, "--force", *more)
                 wanted, found = (
                     {name[len(top):]: (status.st_mode, status.st_size, status.st_mtime_ns)
@@ -7193,7 +7193,7 @@ sys.exit(cstor.main(sys.argv[1:]))
             pass
         self.assertEqual(0, sum(len(files) for _, _, files in os.walk(out)))
         done = self.run_cstor(*words, out, status=6)
-        self.assertIn(b"left incomplete by a run that was killed: --force goes on", done.stderr)
+        self.assertIn(b"a killed run left it incomplete: --force resumes it", done.stderr)
         self.run_cstor(*words, out, "--force")
         self.assertEqual(*(sorted(name[len(top):] for name in snapshot(top))
                            for top in (self.dir + "/whole", out)))
@@ -7261,7 +7261,7 @@ sys.exit(cstor.main(sys.argv[1:]))
         os.symlink("nowhere", self.dir + "/link")
         for words in (["extract", self.image], ["copy-to-oci", self.image]):
             done = self.run_on(self.store, "image", *words, self.dir + "/link", status=6)
-            self.assertEqual(f"cstor: error: {self.dir}/link: is a symbolic link to nothing\n",
+            self.assertEqual(f"cstor: error: {self.dir}/link: is a dangling symbolic link\n",
                              done.err)
         real = os.mkdir
 
@@ -7274,7 +7274,7 @@ sys.exit(cstor.main(sys.argv[1:]))
 
         for make, number, message in (
                 (swapped, errno.EBUSY, "another process put something else in its place"),
-                (foreign, errno.EPERM, ("it belongs to user 1234 as soon as it is made: another "
+                (foreign, errno.EPERM, ("belongs to user 1234 right after mkdir: another "
                                         "process put it there, or its file system sets owners"))):
             if make is foreign and os.geteuid():
                 continue
@@ -8711,7 +8711,7 @@ class Fetching(StoreTest):
                 ("fifo", cstor.FormatError, "not a regular file|no regular file"),
                 ("lose=config", cstor.NotFound, "skopeo wrote no blob"),
                 ("index=[]", cstor.FormatError, "index: expected a JSON object"),
-                ('index={"manifests":[]}', cstor.FormatError, "not one manifest"),
+                ('index={"manifests":[]}', cstor.FormatError, "expected one manifest"),
                 ('index={"manifests":[{"size":1}]}', cstor.FormatError, "malformed descriptor"),
                 ('index={"manifests":[{"digest":"sha512:0","size":1}]}', cstor.Unsupported,
                  "not a sha256"),
@@ -8736,7 +8736,7 @@ class Fetching(StoreTest):
     def test_a_colon_in_tmpdir(self) -> None:
         with mock.patch("tempfile.tempdir", self.dir + "/tm:p"):
             os.mkdir(self.dir + "/tm:p")
-            with self.assertRaisesRegex(cstor.CstorError, "no directory with a colon"):
+            with self.assertRaisesRegex(cstor.CstorError, "cannot use a directory with a colon"):
                 cstor.FetchedImage("fake:none")
             self.assertEqual([], os.listdir(self.dir + "/tm:p"))
 
@@ -8791,7 +8791,7 @@ class Fetching(StoreTest):
     def test_wrong_use(self) -> None:
         for args, message in (
                 (["extract", "--via-skopeo", "fake:none", "sample", self.out],
-                 "--via-skopeo is given instead of IMAGE"),
+                 "--via-skopeo replaces IMAGE"),
                 (["extract", self.out], "arguments are required: DIR"),
                 (["extract", "--via-skopeo", "fake:none"], "arguments are required: DIR"),
                 (["extract", "--via-skopeo", "fake:none", self.out, "--link-mode=reflink"],
@@ -11012,7 +11012,7 @@ class Serving(StoreTest):
         digest = self.digests[self.layer]
         for status, words, said in (
                 (0, f"export -o {self.out} --digest {digest}", ""),
-                (4, f"export -o {self.out}2 --digest {sha256(END)}", "another digest than"),
+                (4, f"export -o {self.out}2 --digest {sha256(END)}", "differs from --digest"),
                 (2, f"export -o {self.out}2 --digest x", "--digest"),
                 (2, f"extract {self.out}2 --digest {digest}", "needs --socket"),
                 (2, f"extract {self.out}2 --no-verify", "needs --socket")):
@@ -16057,8 +16057,8 @@ class RealRootless(unittest.TestCase):
                                  b"user namespace ended early, with status 137\n", error)
                 for more in ([], ["--same-owner"]):
                     error = self.as_user(*words, *more, status=6)
-                    self.assertEqual(f"cstor: error: {made}: Directory not empty (left incomplete "
-                                     "by a run that was killed: --force goes on)\n", error.decode())
+                    self.assertEqual(f"cstor: error: {made}: Directory not empty (a killed run "
+                                     "left it incomplete: --force resumes it)\n", error.decode())
                 error = self.as_user(*words, "--force", status=5)  # it cannot, and spoils nothing
                 self.assertRegex(error.decode(), rf"\Acstor: error: {made}/d-\S+: Permission "
                                  r"denied \(--same-owner has access to what your sub-uids own; "
