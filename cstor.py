@@ -335,6 +335,7 @@ SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
 MAX_SYMLINKS = 40  # as the kernel's path walk
 MAX_WALK = 1 << 16  # components that one lookup on disk opens, each ".." from the root again
 MAX_LOWERS = 500  # layers below one another; maxDepth of the overlay driver
+MAX_DIFFS = 64  # directories of layers open at a time, each by up to three descriptors
 MAX_JSON = 256 << 20  # one metadata file
 MAX_BIG_DATA = 256 << 20  # one big data item (a TOC of a million files is about 200 MB)
 MAX_SPECIAL = 1 << 20  # one pax or GNU long header; Go's maxSpecialFileSize
@@ -4444,18 +4445,19 @@ def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
 class LayerFiles(Closing):
     """Opens the contents of one layer's files by their names in the tar.
 
-    A context manager; owns the directories that it searches.  Raises Unsupported from the
-    constructor when the layer's files are not kept as files.
+    A context manager; owns the directories that it searches.  ``opened`` lists those that are open
+    of all layers that share it: the oldest is closed when they are too many.  Raises Unsupported
+    from the constructor when the layer's files are not kept as files.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self._diffs: list[Contents] = []
-        self._lowers: list[str] | None = None  # IDs not opened yet
+    def __init__(self, layer: Layer, opened: list[tuple[LayerFiles, int]] | None = None) -> None:
+        self.layer, self._opened = layer, [] if opened is None else opened
+        self._diffs: dict[int, Contents] = {}  # the layer's own is 0, lowers follow
+        self._places: list[tuple[Contents | None, bytes]] = [(None, b"")]
         self._objects: dict[bytes, bytes] | None = None
         self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
         self._plain = not (layer.mapped or layer.overlay_file(b"diff1")[0])
-        self._diffs.append(layer.additional() or layer.diff())
+        self._diff(0)
         with OnError(self.close):
             if layer.overlay_file(b"composefs-data")[0] or self._flat_format():
                 self._read_toc()
@@ -4476,8 +4478,21 @@ class LayerFiles(Closing):
 
     def close(self) -> None:
         """Close all directories; harmless when repeated."""
-        for diff in self._diffs:
-            diff.close()
+        while self._diffs:
+            self._diffs.popitem()[1].close()
+
+    def _diff(self, number: int) -> Contents:
+        """Return the open directory of the layer, 0, or of a lower."""
+        if number not in self._diffs:
+            root, path = self._places[number]
+            self._diffs[number] = root.directory(path) if root else \
+                self.layer.additional() or self.layer.diff()
+            self._opened.append((self, number))
+            if len(self._opened) > max(1, min(MAX_DIFFS, soft_limit() // 8)):
+                files, oldest = self._opened.pop(0)
+                if diff := files._diffs.pop(oldest, None):
+                    diff.close()
+        return self._diffs[number]
 
     def open(self, name: bytes, size: int | None = None) -> int:
         """Open the content of the regular file ``name`` and return its descriptor.
@@ -4494,7 +4509,7 @@ class LayerFiles(Closing):
         parent = self._parent
         if base in (b"", b".", b"..") or b"\0" in base or self._objects is not None:
             parent, _, base = self._place(name).rpartition(b"/")
-        for diff in self._diffs if self._plain else self._search():
+        for diff in (self._diff(0),) if self._plain else self._search():
             try:
                 fd, status = diff.look(parent, base)
             except (FileNotFoundError, NotADirectoryError):
@@ -4520,7 +4535,7 @@ class LayerFiles(Closing):
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
         """Return where open() looks first, as (directory, name in it); None = nowhere."""
         try:
-            return self._diffs[0], self._place(name)
+            return self._diff(0), self._place(name)
         except CstorError:  # raised again when it is opened
             return None
 
@@ -4553,15 +4568,12 @@ class LayerFiles(Closing):
 
         Only a mapped layer or a stub leads to the lowers: they can hold another file of this name.
         """
-        yield from self._diffs
-        if self._lowers is None:
-            self._lowers = self.layer.lower_ids()
-        while self._lowers:
-            below = self.layer.storage.layer_by_id(self._lowers.pop(0))
-            root, path = below.overlay_file(b"diff") if below else (None, b"")
-            if root:
-                self._diffs.append(root.directory(path))
-                yield self._diffs[-1]
+        yield self._diff(0)
+        if len(self._places) == 1:
+            lowers = map(self.layer.storage.layer_by_id, self.layer.lower_ids())
+            places = [lower.overlay_file(b"diff") for lower in lowers if lower]
+            self._places += [place for place in places if place[0]]
+        yield from map(self._diff, range(1, len(self._places)))
 
     @staticmethod
     def _is_stub(fd: int) -> bool:
@@ -5954,6 +5966,7 @@ class LayerTree(Closing):
     whiteouts = True  # names beginning with .wh. have their meaning
     kernel_made = False  # whether the kernel itself wrote overlayfs's xattrs
     below: Tree | None = None  # the layers that it lies on, when they are merged
+    opened: list[tuple[LayerFiles, int]] | None = None  # what is open of all layers
     rootless = False  # whether overlayfs's xattrs begin with user.
 
     def __init__(self, layer: Layer | None) -> None:
@@ -6280,7 +6293,7 @@ class LayerTree(Closing):
         """What opens the contents."""
         assert self.layer
         if self._files is None:
-            self._files = LayerFiles(self.layer)
+            self._files = LayerFiles(self.layer, self.opened)
         return self._files
 
     @property
@@ -6893,9 +6906,11 @@ def merged_tree(layers: Sequence[Layer], label: str,
                 known: dict[str, LayerTree] | None = None) -> Tree:
     """Return the tree of layers given base first; ``known`` shares trees with other images."""
     known = {} if known is None else known
+    opened = next((tree.opened for tree in known.values()), [])
     for number, layer in enumerate(layers):
         if layer.id not in known:
             known[layer.id] = layer.own_tree()
+            known[layer.id].opened = opened
             known[layer.id].below = Tree([known[below.id] for below in layers[:number][::-1]])
     return Tree([known[layer.id] for layer in reversed(layers)], label)
 

@@ -4792,6 +4792,44 @@ class Contents(TreeTest):
                     resource.RLIMIT_NOFILE, (limit, limit)))
             self.assertEqual(300, done.stdout.count(sha256(b"x").encode()))
 
+    def test_many_layers_with_few_open_files(self) -> None:
+        store, top = self.builder(), ""
+        names = [f"{place}/b/c/d{number}/f" for number in range(200) for place in "xyz"]
+        for number in range(0, len(names), 3):
+            top = store.layer(make_tar(*(
+                (name, name.encode()) for name in names[number:number + 3])), top)
+        store.image(top, "t")
+        store.save()
+        target = os.path.join(self.dir, "target")
+        for limit, *args in ((256, "toc", "t", "--digests"), (64, "toc", "t", "--digests"),
+                             (256, "cat", "t", *names), (256, "extract", "t", target),
+                             (256, "export", "t")):
+            done = self.run_cstor(
+                "--root", store.root, "image", *args, preexec_fn=lambda limit=limit:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
+            for name in names if "toc" in args else ():
+                self.assertIn(sha256(name.encode()).encode(), done.stdout)
+            if "cat" in args:
+                self.assertEqual("".join(names), done.out)
+        for name in names:
+            self.assertEqual(name.encode(), read_bytes(os.path.join(target, name)))
+
+    def test_a_mapped_layer_with_many_lowers_and_few_open_files(self) -> None:
+        store, top = self.builder(), ""
+        names = [f"a/b/c{number}/f" for number in range(200)]
+        for name in names:
+            top = store.layer(make_tar((name, name.encode())), top)
+        tar = make_tar(*((name, name.encode()) for name in names))
+        mapped = store.layer(tar, top)
+        shutil.rmtree(store.path("overlay", mapped, "diff"))
+        os.makedirs(store.path("overlay", mapped, "diff"))
+        os.makedirs(store.path("overlay", mapped, "diff1"))
+        store.save()
+        done = self.run_cstor(
+            "--root", store.root, "layer", "export", mapped,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)))
+        self.assertEqual(tar, done.stdout)
+
     def test_digests_of_many_files_check_them(self) -> None:
         files = {f"f{i:03d}": bytes([i % 256]) * (i * 37) for i in range(300)}
         with self.opened(b"".join(entry(name.encode(), data) for name, data in files.items())
