@@ -86,6 +86,8 @@ import time
 from _thread import allocate_lock
 from _weakref import ref
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
+from itertools import zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -4733,9 +4735,9 @@ class Member:
         block, _, pax, gnu = scan_header(self.header)
         check_sum(block)
         self.pax = pax
-        self.mode = number_field(block[100:108]) & 0o7777
-        self.uid, self.gid = number_field(block[108:116]), number_field(block[116:124])
-        self.mtime_ns = number_field(block[136:148]) * 10**9
+        self.mode = parse_number(block[100:108]) & 0o7777
+        self.uid, self.gid = parse_number(block[108:116]), parse_number(block[116:124])
+        self.mtime_ns = parse_number(block[136:148]) * 10**9
         self.linkname = text_field(block[157:257]) if block[157] else b""
         self.uname = self.gname = b""
         self.devmajor = self.devminor = 0
@@ -4797,16 +4799,6 @@ def scan_header(header: bytes) -> tuple[bytes, bytes, dict[bytes, bytes], dict[b
 
 
 _NO_RECORDS: dict[bytes, bytes] = {}
-_numbers: dict[bytes, int] = {}
-
-
-def number_field(field: bytes) -> int:
-    """Do what parse_number() does, with a cache: the headers of a tar have few distinct numbers."""
-    if (value := _numbers.get(field)) is None:
-        if len(_numbers) > 4096:
-            _numbers.clear()
-        value = _numbers[field] = parse_number(field)
-    return value
 
 
 def text_field(field: bytes) -> bytes:
@@ -4828,7 +4820,7 @@ def check_sum(block: bytes) -> None:
 
     Old tars of Sun and NeXT are the sum of signed bytes.
     """
-    stored = number_field(block[148:156])
+    stored = parse_number(block[148:156])
     # The low half of adler32 is 1 + the sum of up to 256 bytes, and much faster than sum().
     unsigned = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2 \
         - sum(block[148:156]) + 8 * 32
@@ -5028,6 +5020,7 @@ def split_count(count: int) -> Iterator[int]:
         count -= CHUNK
 
 
+@lru_cache(4096)  # the headers of a tar have few distinct numbers
 def parse_number(field: bytes) -> int:
     """Read a numeric header field: octal with spaces and NULs around it, or GNU base-256.
 
@@ -5434,7 +5427,7 @@ class TarSource:
 
     def _some(self, most: int) -> bytes:
         """Return up to ``most`` bytes, b"" at the end."""
-        if not self._fill():
+        if self._at == len(self._data) and not self._fill():
             return b""
         if self._passed:
             raise self._error("unexpected file descriptor inside headers")
@@ -5481,7 +5474,7 @@ class TarSource:
             if not member:
                 padding += header
                 break
-            content = self._content(member)
+            content = self._content(member) if member.stored else ()
             yield padding + header, member, content
             for _ in content:  # what the caller did not read
                 pass
@@ -5528,7 +5521,8 @@ class TarSource:
 
     def _content(self, member: Member) -> Iterator[bytes | Extent]:
         """Yield what is stored of a member."""
-        if (left := member.stored) and self._fill() and self._passed and member.sparse is None:
+        left = member.stored
+        if self._at == len(self._data) and self._fill() and self._passed and member.sparse is None:
             fd, self._passed = self._passed.fd, None
             if self._size != left:
                 raise IntegrityError(f"{self.file}: the passed file has another size than the "
@@ -7213,10 +7207,9 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     - "unreadable": why no more entries of ``a`` or ``b`` can be read.
 
     ``progress`` gets what was read of both files, or if one is a pipe, of the first tar.  Raises
-    FormatError for what is not a tar or damaged
-    by its compression, Unsupported, OSError.
+    FormatError for what is not a tar or damaged by its compression, Unsupported, OSError.
     """
-    with TarSide(a) as left, TarSide(b) as right:
+    with TarSide(a) as left, TarSide(b, left) as right:
         yield from _TarDiff(left, right).rows(progress)
 
 
@@ -7224,16 +7217,16 @@ class TarEntry(Member):
     """One entry of a tar that is compared, or its trailer, which has no header.
 
     ``name`` is shown, ``key`` pairs entries.  ``start`` is the offset of the header, ``done`` the
-    length of the content that was found, ``digest`` its SHA-256, ``filler`` the bytes of the
-    padding.
+    length of the content that was found, ``digest`` its SHA-256, ``filler`` its padding.
     """
 
     __slots__ = ("index", "start", "key", "content", "done", "sha", "digest", "filler")
 
-    def __init__(self, index: int, start: int, header: bytes) -> None:
+    def __init__(self, index: int, start: int, header: bytes,
+                 outline: tuple[bytes, bytes, int] = (b"", b"", 0)) -> None:
         self.index, self.start, self.header = index, start, header
         self.sparse = None
-        self.name, self.key, self.stored = read_outline(header) if header else (b"", b"", 0)
+        self.name, self.key, self.stored = outline
         self.padding = -self.stored % BLOCK if self.stored > 0 else 0
         self.content: Iterator[Any] = iter(())
         self.done, self.digest, self.filler = 0, b"", b""
@@ -7248,14 +7241,6 @@ class TarEntry(Member):
         self.sha.update(data)
         self.done += len(data)
 
-    def finish(self) -> None:
-        """Read what is left of the content."""
-        for data in self.content:
-            self.feed(data)
-        if self.sha:
-            self.digest, self.sha = self.sha.digest(), None
-        self.content = iter(())
-
     @property
     def memory(self) -> int:
         """About how many bytes the entry takes while it waits for its counterpart."""
@@ -7269,16 +7254,19 @@ class TarEntry(Member):
 class TarSide(TarSource, Closing):
     """One of two tars that are compared, read once from start to end; a context manager.
 
-    ``over`` tells whether the trailer was reached, ``why`` why no more entries can be read, or "".
+    ``trailer`` is None until it was reached, ``why`` says why no more entries can be read, or "".
+    A header that equals the last one of ``other``, bytes that were parsed already, is taken whole.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, other: TarSide | None = None) -> None:
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
         super().__init__(iter(lambda: self._reader.read(2 * READ_SIZE), b""), path)
-        self.why, self.count, self.over = "", 0, False
+        self.why, self.count = "", 0
+        self.trailer: TarEntry | None = None
         self._items = self.items()
         self._next: Item | None = None
+        self._other, self._parsed = other, (b"", (b"", b"", 0))  # the last header, its outline
 
     def close(self) -> None:
         """Close the file."""
@@ -7288,19 +7276,22 @@ class TarSide(TarSource, Closing):
         """Return the next entry, its content unread; the last one is the trailer."""
         literal, entry, content = self._next or next(self._items)
         if not isinstance(entry, TarEntry):
-            self.over = True
-            entry = TarEntry(self.count, self.offset - len(literal), b"")
+            self.trailer = entry = TarEntry(self.count, self.offset - len(literal), b"")
             content = (data for items in ([(literal,)], self._items) for data, *_ in items if data)
         entry.content = iter(content)
         return entry
 
     def finish(self, entry: TarEntry) -> None:
         """Read the rest of an entry, and the header of the next one."""
-        entry.finish()
+        for data in entry.content:
+            entry.feed(data)
+        if entry.sha:
+            entry.digest, entry.sha = entry.sha.digest(), None
+        entry.content = iter(())
         if entry.header:
             literal, member, content = next(self._items)
             entry.filler = literal[:entry.padding]
-            self._next = literal[entry.padding:], member, content
+            self._next = literal if member else literal[entry.padding:], member, content
 
     def _accept(self, block: bytes) -> bool:
         if self.why or is_header(block):
@@ -7311,10 +7302,20 @@ class TarSide(TarSource, Closing):
             self.why = f"no header at block {(self.offset - len(block)) // BLOCK}"
         return False
 
+    def _read_header(self) -> bytes:
+        if self._other and (header := self._other._parsed[0]) and not self.why \
+                and self._data.startswith(header, self._at):
+            self._last, self._cut, self._parsed = b"", False, self._other._parsed
+            self.up_to(len(header))
+            return header
+        return super()._read_header()
+
     def _parse(self, header: bytes, start: int) -> TarEntry | None:
         if not header:
             return None
-        entry = TarEntry(self.count, start, header)
+        if header is not self._parsed[0]:
+            self._parsed = header, read_outline(header)
+        entry = TarEntry(self.count, start, header, self._parsed[1])
         self.count += 1
         if self._last is None:
             self.why = "malformed header size"
@@ -7324,6 +7325,7 @@ class TarSide(TarSource, Closing):
             self.why = f'the size of "{spell(entry.name)}" is malformed'
         if self.why:
             entry.stored = entry.padding = 0
+            self._parsed = b"", self._parsed[1]
         return entry
 
     def _cut_off(self, member: Member) -> None:
@@ -7339,14 +7341,13 @@ class _TarDiff:
         self.counts: dict[bytes, list[int]] = {}  # how often a key came on either side
         # For a counterpart, by key and how often that came before.
         self.waiting: tuple[dict[tuple[bytes, int], TarEntry], ...] = {}, {}
-        self.trailers: list[TarEntry] = []
         self.high = -1, -1  # indexes of the last pair that is in order
         self.room = MAX_UNPAIRED
 
     def rows(self, progress: Progress | None) -> Iterator[dict[str, Any]]:
         """Yield the rows of diff_tars()."""
-        while not all(side.over for side in self.sides):
-            a, b = pair = [None if side.over else side.next_entry() for side in self.sides]
+        while not all(side.trailer for side in self.sides):
+            a, b = pair = [None if side.trailer else side.next_entry() for side in self.sides]
             same = not self.first
             if a and b and same:
                 self._compare(a, b)
@@ -7358,7 +7359,7 @@ class _TarDiff:
                     side.finish(entry)
             if a and b and not self.first and a.filler != b.filler:
                 self._note(a, b, [a.filler, b.filler], "padding")
-            for entry in filter(None, pair):
+            for entry in filter(None, pair) if self.first else ():
                 entry.filler = entry.filler.rstrip(b"\0")
             if self.first and same:
                 yield self.first
@@ -7370,11 +7371,12 @@ class _TarDiff:
 
     def _compare(self, a: TarEntry, b: TarEntry) -> None:
         """Read two entries in step as long as they are equal."""
-        heads = [entry.header + side.rest for side, entry in zip(self.sides, (a, b))]
-        if heads[0] != heads[1] and (a.header or b.header):  # trailers are contents
-            self._note(a, b, heads)
-            return
-        for parts in iter(lambda: [next(entry.content, b"") for entry in (a, b)], [b"", b""]):
+        if a.header is not b.header:  # trailers are contents
+            heads = [entry.header + side.rest for side, entry in zip(self.sides, (a, b))]
+            if heads[0] != heads[1]:
+                self._note(a, b, heads)
+                return
+        for parts in zip_longest(a.content, b.content, fillvalue=b""):
             if parts[0] != parts[1]:
                 self._note(a, b, parts, "content" if a.header else "trailer")
                 if a.sha:
@@ -7383,7 +7385,9 @@ class _TarDiff:
                 b.feed(parts[1])
                 return
             a.feed(parts[0])
-        b.sha, b.done = a.sha, a.done
+        if a.sha:
+            a.digest, a.sha = a.sha.digest(), None
+        b.digest, b.done = a.digest, a.done
 
     def _note(self, a: TarEntry, b: TarEntry, parts: Sequence[bytes], field: str = "") -> None:
         """Note the first difference: in what follows the headers (``field``), or in the headers.
@@ -7391,13 +7395,14 @@ class _TarDiff:
         A sound header tells name and field: in the other one, a changed byte damages a checksum or
         a pax record.  Where only one tar has a header, that one tells.
         """
-        at = first_difference(*parts)
+        at = len(os.path.commonprefix(parts))
         ended = [len(part) <= at for part in parts]
         entry, start = a, a.start + (len(a.header) + a.done if field else 0)
         if not field:
             entry = (b if ended[0] else a) if any(ended) else max(
                 (a, b), key=lambda entry: 2 * is_sound(entry.header) + bool(entry.header))
-            field = header_field(entry.header, at)
+            field = next((name for start, end, name, *_ in header_spans(entry.header)
+                          if start <= at < end), "trailer")
         inside = field != "trailer"
         self.first = {"change": "first", "offset": start + at,
                       "index": entry.index if inside else None,
@@ -7413,14 +7418,16 @@ class _TarDiff:
     def _settle(self, a: TarEntry | None, b: TarEntry | None) -> Iterator[dict[str, Any]]:
         """Find the counterparts of the entries just read, and yield how they differ."""
         for place, entry in enumerate((a, b)):
-            if entry and not entry.header:
-                self.trailers.insert(place, entry)
-            elif entry:
+            if entry and entry.header:
                 if (counts := self.counts.get(entry.key)) is None:
                     counts = self.counts[entry.key] = [0, 0]
                     self._reserve(place, len(entry.key) + 250)
                 number = counts[place]
                 counts[place] += 1
+                if b and entry is a and entry.key == b.key and number == counts[1]:
+                    counts[1] += 1
+                    yield from self._match(a, b)
+                    return
                 if found := self.waiting[1 - place].pop((entry.key, number), None):
                     self.room += found.memory
                     yield from self._match(*((found, entry) if place else (entry, found)))
@@ -7451,7 +7458,7 @@ class _TarDiff:
 
     def _ends(self) -> Iterator[dict[str, Any]]:
         """Yield what differs at the end: trailers, and entries without a counterpart."""
-        a, b = self.trailers
+        a, b = [side.trailer or TarEntry(0, 0, b"") for side in self.sides]
         if (a.done, a.digest) != (b.done, b.digest):
             yield tar_row("changed", None, "trailer", a.summary(), b.summary())
         left, right = self.sides
@@ -7493,18 +7500,6 @@ def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
         told = True
     if not told:
         yield tar_row("changed", a, "header", sha256_digest(a.header), sha256_digest(b.header))
-
-
-def first_difference(a: bytes, b: bytes) -> int:
-    """Return where two strings first differ, or the length of the shorter one."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def is_header(block: bytes) -> bool:
@@ -7580,13 +7575,6 @@ def pax_spans(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
         at = end
 
 
-def pax_label(key: bytes) -> str:
-    """Name the field that a pax record is."""
-    if key.startswith(b"SCHILY.xattr."):
-        return f"xattr {spell(key[13:])}"
-    return f"pax {spell(key)}" if key else "pax records"
-
-
 def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, bool]]:
     """Yield (start, end, name, value, special) of all fields of an entry's header.
 
@@ -7598,7 +7586,10 @@ def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, b
         if kind in ("pax", "global"):
             records = list(pax_spans(data))
             for start, stop, key, value in records:
-                yield after + start, after + stop, pax_label(key), value, True
+                label = f"pax {spell(key)}" if key else "pax records"
+                if key.startswith(b"SCHILY.xattr."):
+                    label = f"xattr {spell(key[13:])}"
+                yield after + start, after + stop, label, value, True
             yield end, end, "pax order", b" ".join(key for _, _, key, _ in records), True
         elif data:
             for start in range(after, end, BLOCK) if not kind else ():
@@ -7614,12 +7605,6 @@ def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, b
             yield at + start, at + stop, name, \
                 checksum_words(block) if field == "chksum" else block[start:stop], \
                 field == "chksum"
-
-
-def header_field(header: bytes, offset: int) -> str:
-    """Name the field in which a byte of an entry's header lies; "trailer" for what follows it."""
-    return next((field for start, end, field, *_ in header_spans(header)
-                 if start <= offset < end), "trailer")
 
 
 def header_fields(header: bytes) -> dict[str, bytes]:
