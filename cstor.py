@@ -6883,10 +6883,10 @@ def translate_token(token: str) -> str:
 
 
 def need_match(tree: Tree, patterns: Sequence[str]) -> None:
-    """Raise NotFound when patterns were given, of which none fits."""
+    """Raise NotFound when patterns were given, and none matches."""
     if patterns:
-        raise NotFound(f"no file in {tree.label} fits " + ", ".join(map(display, patterns)),
-                       hint="a pattern with a slash must fit the whole path; ** crosses slashes"
+        raise NotFound(f"no file in {tree.label} matches " + ", ".join(map(display, patterns)),
+                       hint="a pattern with a slash must match the whole path; ** crosses slashes"
                        if any("/" in pattern for pattern in patterns) else "")
 
 
@@ -13389,7 +13389,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
     name = os.path.basename(sys.argv[0])
     program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
     parser = add_globals(parser_class(bool(wants_help))(
-        prog=program, epilog="Exit status: 0 done, 1 the answer is no, 2 usage, 3 not found or "
+        prog=program, epilog="Exit status: 0 done, 1 differences found, 2 usage, 3 not found or "
         "ambiguous, 4 content fails its checksum, 5 permission, 6 malformed or unsupported data or "
         "other failure, 130 interrupted, 141 stdout was closed.",
         description="Read images of containers/storage: no podman, no root, no mount, no writes."),
