@@ -1824,11 +1824,10 @@ class Decompressed(Closing):
             yield first
             yield from iter(lambda: self._raw.read(CHUNK), b"")
 
-    def read(self, count: int) -> bytes:
-        """Return ``count`` bytes, or fewer at the end."""
+    def pieces(self, size: int = CHUNK) -> Iterator[bytes]:
+        """Yield the content in pieces of ``size`` bytes; the last one can be shorter."""
         try:
-            data: bytes = self._reader.read(count)
-            return data
+            yield from iter(lambda: self._reader.read(size), b"")
         except self._damage as error:
             if isinstance(error, OSError) and error.errno:
                 raise
@@ -5395,7 +5394,7 @@ class TarSource:
     def __init__(self, chunks: Iterable[bytes | PassedFile], file: str) -> None:
         self.file, self.offset = file, 0
         self._chunks = iter(chunks)
-        self._data, self._at = b"", 0
+        self._data, self._at, self._missing = b"", 0, 0  # bytes that the end left out of headers
         self._last: bytes | None = b""  # data of the last header; see header_parts()
         self._cut = False  # whether the headers just read end before the member's own
         self.rest = b""  # blocks that were read and are not a header
@@ -5445,11 +5444,10 @@ class TarSource:
             self.offset += count
             return data
         parts = []
-        while count:
-            if not (part := self._some(count)):
-                break
+        while count and (part := self._some(count)):
             parts.append(part)
             count -= len(part)
+        self._missing += count
         return b"".join(parts)
 
     def take(self, count: int) -> bytes:
@@ -5493,6 +5491,7 @@ class TarSource:
 
     def _read_header(self) -> bytes:
         """Read the headers of one member; ``rest`` is a block behind them that is not one."""
+        self._missing = 0
         parts, self.rest = header_parts(self.up_to, self._accept)
         self._last = parts[-1][2] if parts else b""
         self._cut = not parts or parts[-1][0] in SPECIALS and self._last is not None
@@ -5507,6 +5506,8 @@ class TarSource:
 
     def _parse(self, header: bytes, start: int) -> Member | None:
         """Make a member of its headers; None at the end, as for Go if its own header is missing."""
+        if self._missing > (BLOCK - len(self.rest)) * self._cut or self._missing and any(self.rest):
+            raise self._error("the tar is cut off inside headers")
         if self._cut:
             return None
         member = Member.parse(header)
@@ -6519,8 +6520,7 @@ class TarTree(LayerTree):
 
     def _load(self) -> None:
         with Decompressed(self.file) as reader:
-            chunks = iter(lambda: reader.read(CHUNK), b"")
-            for _, member, content in read_stream(chunks, self.file):
+            for _, member, content in read_stream(reader.pieces(), self.file):
                 if member is None:
                     continue
                 crc = 0
@@ -7261,7 +7261,7 @@ class TarSide(TarSource, Closing):
     def __init__(self, path: str, other: TarSide | None = None) -> None:
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
-        super().__init__(iter(lambda: self._reader.read(2 * READ_SIZE), b""), path)
+        super().__init__(self._reader.pieces(2 * READ_SIZE), path)
         self.why, self.count = "", 0
         self.trailer: TarEntry | None = None
         self._items = self.items()
@@ -9331,7 +9331,7 @@ class FetchedImage(Closing):
     def _tar(self, entry: dict[str, Any]) -> Iterator[bytes]:
         with open(self._open(entry), "rb") as blob, \
                 Decompressed(f"{self.reference}: {entry['digest']}", blob.fileno()) as reader:
-            yield from iter(lambda: reader.read(CHUNK), b"")
+            yield from reader.pieces()
 
     def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
                 strip: int = 0, whiteouts: bool = True, force: bool = False,

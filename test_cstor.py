@@ -9635,10 +9635,27 @@ class StreamExtracts(TreeTest):
         put(path, gzip.compress(self.BASE + END))
         fd = os.open(path, os.O_RDONLY)
         with cstor.Decompressed("blob", fd) as reader:
-            chunks = iter(lambda: reader.read(1000), b"")
-            with cstor.LayerStream(chunks, label="t", digest=sha256(self.BASE + END)) as stream:
+            with cstor.LayerStream(reader.pieces(1000), label="t",
+                                   digest=sha256(self.BASE + END)) as stream:
                 self.assertEqual(sha256(self.BASE + END), stream.export(io.BytesIO()))
         os.close(fd)
+
+    def test_a_cut_inside_headers_is_an_error(self) -> None:
+        first, records = entry(b"a", b"hello"), pax({b"comment": b"c" * 1200})
+        tar, path = first + records + entry(b"b", b"x"), self.dir + "/t.tar"
+        starts = len(first), len(first + records)
+        for at in {*starts, starts[0] + BLOCK, starts[1] - 9, starts[1] - BLOCK,
+                   *range(BLOCK + 5, len(tar) - BLOCK, 1 if FULL else 41)}:
+            put(path, tar[:at])
+            with self.subTest(at=at), cstor.Tree([cstor.TarTree(path)]) as tree:
+                # A tar can end without its zero blocks, and records of no member are nothing.
+                if at <= starts[0] or at == starts[1]:
+                    self.assertEqual([b"a"], list(tree.root.children))
+                    continue
+                with self.assertRaises(cstor.FormatError):
+                    tree.lookup(b"a")
+                with self.assertRaises(cstor.FormatError):
+                    cstor.LayerStream([tar[:at]], label="t").export(io.BytesIO(), verify=False)
 
     def test_odd_tars(self) -> None:
         need(os.geteuid() == 0, "only root can make devices and set owners")
