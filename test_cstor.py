@@ -4801,9 +4801,10 @@ class Contents(TreeTest):
         store.image(top, "t")
         store.save()
         target = os.path.join(self.dir, "target")
-        for limit, *args in ((256, "toc", "t", "--digests"), (64, "toc", "t", "--digests"),
-                             (256, "cat", "t", *names), (256, "extract", "t", target),
-                             (256, "export", "t")):
+        commands: list[tuple[int, list[str]]] = [
+            (256, ["toc", "t", "--digests"]), (64, ["toc", "t", "--digests"]),
+            (256, ["cat", "t", *names]), (256, ["extract", "t", target]), (256, ["export", "t"])]
+        for limit, args in commands:
             done = self.run_cstor(
                 "--root", store.root, "image", *args, preexec_fn=lambda limit=limit:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
