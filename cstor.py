@@ -2918,6 +2918,7 @@ class Layer(Record):
 
     KIND = LAYERS
     WORD = "layer"
+    UNFINISHED = "its creation or removal has not finished"  # Go sets the flag before either
     _damage: list[str] | None = None
 
     def _read_fields(self) -> None:
@@ -2933,7 +2934,7 @@ class Layer(Record):
         self.gidmap: list[Any] = self._field("gidmap", [])
         self.incomplete = self.flags.get("incomplete") is True
         if self.incomplete:
-            self._faults.append("incomplete: its creation was interrupted")
+            self._faults.append(f"incomplete: {self.UNFINISHED}")
 
     def _look(self) -> None:
         self._faults += self.damage()
@@ -3009,8 +3010,8 @@ class Layer(Record):
         """Open the directory of its files.  Raises LayerUnknown, Unsupported when it is gone."""
         root, path = self.overlay_file(b"diff")
         if root is None:
-            raise self.removed() or Unsupported(f"layer {self.id}: its files are gone: no overlay/"
-                                                f"{self.id}/diff")
+            why = self.UNFINISHED if self.incomplete else f"no overlay/{self.id}/diff"
+            raise self.removed() or Unsupported(f"layer {self.id}: its files are gone: {why}")
         return root.directory(path)
 
     def additional(self) -> Contents | None:
@@ -3058,7 +3059,7 @@ class Layer(Record):
         if not additional and (gone := self.removed()):
             raise gone
         if self.incomplete:
-            why = "its creation was interrupted"
+            why = self.UNFINISHED
         elif additional:
             why = "it comes from an additional layer store"
         elif not (diff := self.overlay_file(b"diff")[0]) or self.diff_digest or self.toc_digest:
@@ -5009,10 +5010,8 @@ def read_sparse_map(take: Callable[[int], bytes]) -> tuple[list[tuple[int, int]]
 
 
 def split_count(count: int) -> Iterator[int]:
-    """Yield the sizes of chunks that make up ``count`` bytes."""
-    while count > 0:
-        yield min(count, CHUNK)
-        count -= CHUNK
+    """Return the sizes of chunks that make up ``count`` bytes."""
+    return (min(count - at, CHUNK) for at in range(0, count, CHUNK))
 
 
 @lru_cache(4096)  # the headers of a tar have few distinct numbers

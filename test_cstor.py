@@ -701,6 +701,22 @@ class StoreTest(unittest.TestCase):
             self.assertRegex(done.err, r"\Acstor: error: [^\n]+\n\Z")
         return done
 
+    @contextlib.contextmanager
+    def serve(self, root: str, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a server until the end of the block; SIGTERM must end it well."""
+        server = subprocess.Popen([*COMMAND, "--root", root, "serve", *args],
+                                  env=IDLE, stderr=subprocess.PIPE, **kwargs)
+        try:
+            assert server.stderr
+            self.assertIn(b"serving", server.stderr.readline())
+            yield server
+            server.terminate()
+            self.assertEqual(b"", server.communicate(timeout=30)[1])
+            self.assertEqual(0, server.returncode)
+        finally:
+            server.kill()
+            server.communicate()
+
     def run_on(self, store: StoreBuilder | cstor.Storage, words: str, *more: str, **options: Any
                ) -> Done:
         """Run a command on a store, which must not change; ``words`` are its first arguments."""
@@ -730,7 +746,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_626
+    LINES = 13_625
     source: str
     tree: ast.Module
     banners: list[tuple[int, int, str]]  # first line, number, title
@@ -1941,7 +1957,7 @@ class Records(StoreTest):
                               7: ['field "id" must be of type str', 'unusable ID ""'],
                               "1" * 64: [f"layer not known: {'2' * 64} (parent of {'1' * 64})"],
                               "3" * 64: [loop],
-                              "4" * 64: ["incomplete: its creation was interrupted"],
+                              "4" * 64: ["incomplete: its creation or removal has not finished"],
                               "5" * 64: [f"parent {'4' * 64} is incomplete"],
                               "6" * 64: ['field "names" must be of type list',
                                          'field "created" must be of type str'], "7" * 64: [loop],
@@ -3013,6 +3029,10 @@ class Library(StoreTest):
                 *[("TypeError: node must be Node, not bytes", lambda call=call: call(b"etc"))
                   for call in (tree.open, lambda node: list(tree.content(node)), tree.crc64)],
             ]
+            misspelled: Any = {"verfy": True}
+            for function in (image.extract, layer.extract, image.copy_to_oci):
+                with self.assertRaisesRegex(TypeError, "unexpected keyword argument 'verfy'"):
+                    function(out, **misspelled)
             for wanted, call in cases:
                 with self.subTest(wanted=wanted):
                     with self.assertRaises((TypeError, ValueError)) as caught:
@@ -3444,6 +3464,45 @@ class Files(StoreTest):
                 store.save()
                 with self.assertRaisesRegex(cstor.LayerUnknown, "removed while"):
                     list(pieces)
+
+    def removed_by(self, words: str, marked: bool) -> tuple[str, tuple[int, str, str]]:
+        """Run a command whose layer is removed when it opens its second file."""
+        shutil.rmtree(self.dir + "/store", ignore_errors=True)
+        store, (layer,) = self.stack(make_tar(
+            ("d/a", b"1" * 10), ("d/b", b"2" * 5000), ("d/c", b"3" * 10)))
+        store.image(layer, "localhost/t:latest")
+        store.save()
+        real, opened = cstor.LayerFiles.open, itertools.count(1)
+
+        def open_file(files: Any, *args: Any) -> int:
+            if next(opened) == 2:
+                shutil.rmtree(store.path("overlay", layer))
+                store.layers = [{**store.layers[0], "flags": {"incomplete": True}}] * marked
+                store.save()
+            return real(files, *args)
+
+        with mock.patch.object(cstor.LayerFiles, "open", open_file), \
+                mock.patch.object(cstor, "default_workers", lambda: 1):
+            return layer, self.call(*words.replace("LAYER", layer).split(), "--root", store.root)
+
+    def test_images_that_are_removed_meanwhile(self) -> None:
+        """podman marks a layer, removes its files, and then its record."""
+        out = self.dir + "/out"
+        for words in ("image extract t OUT", "image extract t OUT --verify", "image cp t:/d OUT",
+                      "image export t -o OUT", "image export t --as=docker-archive -o OUT",
+                      "image copy-to-oci t OUT:x", "image toc t --digests",
+                      "image cat t d/a d/b d/c -o OUT", "layer extract LAYER OUT",
+                      "layer export LAYER -o OUT", "layer stream LAYER -o OUT"):
+            for marked in (False, True):
+                with self.subTest(words, marked=marked):
+                    layer, (status, _, said) = self.removed_by(words.replace("OUT", out), marked)
+                    self.assertEqual(3, status, said)
+                    self.assertRegex(said, rf"error: .*layer not known: {layer}: it was removed "
+                                           r"while .*was read")
+                    self.assertFalse(os.path.lexists(out))
+        with cstor.Storage.open(self.dir + "/store") as storage, self.assertRaisesRegex(
+                cstor.Unsupported, "its files are gone: its creation or removal has not finished"):
+            storage.layer(layer).diff()
 
 
 # ================================================================================================
@@ -6498,6 +6557,7 @@ class Extracts(TreeTest):
             for path in snapshot(self.dir):
                 if not os.path.islink(path):
                     os.chmod(path, 0o755)
+            b"x".decode("utf-8-sig")  # of storage.conf: that user may not read modules
             for uid in {0, 65534} if os.geteuid() == 0 else {os.geteuid()}:
                 target = tempfile.mkdtemp(dir=self.dir)
                 os.chown(target, uid, -1)
@@ -10913,22 +10973,9 @@ class Serving(StoreTest):
         self.assertIn(said, done.err)
         return done
 
-    @contextlib.contextmanager
-    def served(self, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a server until the end of the block; SIGTERM must end it well."""
-        server = subprocess.Popen(
-            [*COMMAND, "--root", self.store.root, "serve", *(args or ("--socket", self.path))],
-            env=IDLE, stderr=subprocess.PIPE, **kwargs)
-        try:
-            assert server.stderr
-            self.assertIn(b"serving", server.stderr.readline())
-            yield server
-            server.terminate()
-            self.assertEqual(b"", server.communicate(timeout=30)[1])
-            self.assertEqual(0, server.returncode)
-        finally:
-            server.kill()
-            server.communicate()
+    def served(self, *args: str, **kwargs: Any
+               ) -> ContextManager[subprocess.Popen[bytes]]:
+        return self.serve(self.store.root, *(args or ("--socket", self.path)), **kwargs)
 
     def test_export_from_a_server(self) -> None:
         with self.served():
@@ -12010,19 +12057,9 @@ class ManyFiles(StoreTest):
         store.save()
         self.guard(store.root)
         path = os.path.join(self.dir, "socket")
-        server = subprocess.Popen([*COMMAND, "--root", store.root, "serve", "--socket", path],
-                                  env=IDLE, stderr=subprocess.PIPE)
-        try:
-            assert server.stderr
-            self.assertIn(b"serving", server.stderr.readline())
+        with self.serve(store.root, "--socket", path):
             for layer in layers:
                 self.transfer(path, layer, store.tars[layer])
-            server.terminate()
-            self.assertEqual(b"", server.communicate(timeout=30)[1])
-            self.assertEqual(0, server.returncode)
-        finally:
-            server.kill()
-            server.communicate()
 
     def transfer(self, path: str, layer: str, tar: bytes) -> None:
         for form in ("stream", "splitfdstream", "varlink"):
