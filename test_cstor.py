@@ -3423,7 +3423,7 @@ class Files(StoreTest):
         shutil.rmtree(store.path("overlay", gone))
         whiteout = store.layer(make_tar((".wh.x", b"content")), lost)
         store.save()
-        for layer, word in ((lost, "the file is lost"), (torn, "interrupted"),
+        for layer, word in ((lost, "the file is lost"), (torn, "has not finished"),
                             (writable, "writable layer"), (als, "additional layer store"),
                             (gone, "its files are gone"), (whiteout, "whiteout with content")):
             self.refusal(store, layer, cstor.Unsupported, word)
