@@ -746,7 +746,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 13_625
+    LINES = 13_875  # 250 more for the issue on speed
     source: str
     tree: ast.Module
     banners: list[tuple[int, int, str]]  # first line, number, title
