@@ -3129,7 +3129,7 @@ class Library(StoreTest):
         files = [os.path.join(directory, name) for directory, _, names in os.walk(store.root)
                  for name in names if not os.path.islink(os.path.join(directory, name))]
         self.assertEqual(18, len(files))
-        for path in files:
+        for path in sample(sorted(files)):
             data = read_bytes(path)
             places = rng.sample(range(len(data)), min(len(data), 12))
             damaged = [data[:i] for i in places] + [b"", data + data] + [
@@ -4057,7 +4057,7 @@ class TarSplitTests(StoreTest):
         right = 0
         with cstor.Storage.open(store.root) as storage:
             record = storage.layer(layer)
-            for content in damaged:
+            for content in sample(damaged):
                 put(path, content)
                 for verify in (True, False):
                     try:
@@ -4286,7 +4286,7 @@ class TarSplitTests(StoreTest):
         content = bytes(8192) + b"x" * 5000 + bytes(4096 * 3 - 5000) + b"y" * 1000
         place = self.dir + "/content"
         put(place, content)
-        for block, always in cstor.SPARSE_CONVENTIONS:
+        for block, always in sample(cstor.SPARSE_CONVENTIONS):
             with open(place, "rb") as file:
                 table, runs = cstor.sparse_table(file.fileno(), len(content), block, always)
             store, whole = self.sparse(f"{block}{always}", (b"f", content, runs), table=table)
@@ -9120,7 +9120,7 @@ class Streams(StoreTest):
 
     def test_every_cut_is_an_error(self) -> None:
         for codec, data in self.streams.items():
-            for cut in range(0, len(data), 1 if FULL else 3):
+            for cut in sample(range(len(data))):
                 for digest in ("", sha256(self.tar)):
                     self.refused(cstor.CstorError, "", data[:cut], codec, digest=digest)
         # A tar that never had an end is whole only by its digest, or its size.
@@ -9239,9 +9239,9 @@ class Streams(StoreTest):
                                                fds=[*self.fds, empty]))
 
     def test_mutations(self) -> None:
-        rng = random.Random(15)
+        rng = random.Random(15 + sys.version_info[1])
         out = self.dir + "/out"
-        for number in range(3000):
+        for number in range(3000 if FULL else 750):
             codec = CODECS[number % 2]
             data = bytearray(self.streams[codec])
             for _ in range(rng.choice((1, 1, 2, 5))):
@@ -14162,7 +14162,9 @@ class RealExport(unittest.TestCase):
         cls.store = Store(cls.path("store"))
         cls.addClassCleanup(cls.store.close)
         os.chmod(cls.folder.name, 0o755)
-        cls.tars = {**dict(odd_tars()), **gone_tars(), **overwritten_tars()}
+        odd = dict(odd_tars())
+        cls.tars = {**{name: odd[name] for name in (*sample(odd), "many", "devices")},
+                    **gone_tars(), **overwritten_tars()}
         cls.refused = {}
         for name, data in cls.tars.items():
             cls.import_tar(name, data)
@@ -14240,7 +14242,6 @@ class RealExport(unittest.TestCase):
             names.remove(name)
             with self.assertRaisesRegex(cstor.IntegrityError, "that its configuration names"):
                 self.storage.image(f"localhost/{name}:latest").copy_to_oci(layout, name)
-        names = sample(names)
         for name in names:
             with self.subTest(image=name):
                 image = self.storage.image(f"localhost/{name}:latest")
@@ -14336,7 +14337,7 @@ class RealExport(unittest.TestCase):
     # -- layers ----------------------------------------------------------------------------------
 
     def test_podman_refuses(self) -> None:
-        self.assertEqual(set(self.refused), REFUSED, self.refused)
+        self.assertEqual(REFUSED & set(self.tars), set(self.refused), self.refused)
 
     def test_export(self) -> None:
         for name, data, layer in self.exact():
@@ -14351,7 +14352,7 @@ class RealExport(unittest.TestCase):
 
     def test_export_command(self) -> None:
         target = self.path("exported.tar")
-        for name, data, layer in sample(self.exact()):
+        for name, data, layer in self.exact():
             with self.subTest(tar=name):
                 self.command("layer", "export", layer.id, "-o", target)
                 with open(target, "rb") as file:
@@ -14989,6 +14990,7 @@ class RealTree(unittest.TestCase):
     store: Store
     refused: dict[str, str]
     mounts: dict[str, str]
+    odd: dict[str, bytes]
     stores: list[Store]
 
     LARGE = (("debian", "usr/share/doc", "usr/bin"),
@@ -15027,8 +15029,8 @@ class RealTree(unittest.TestCase):
         cls.disks, cls.stores = {}, []
         cls.addClassCleanup(cls.close_stores)
         cls.store = cls.make_store("store")
-        images = {**dict(odd_tars()), **gone_tars()}
-        layers = {**{f"odd-{name}": [data] for name, data in images.items()},
+        cls.odd = dict(sample([*odd_tars(), *gone_tars().items()]))
+        layers = {**{f"odd-{name}": [data] for name, data in cls.odd.items()},
                   **{f"stack-{name}": [data + END for data in tars] for name, tars in stacks()},
                   **{f"other-{name}": [data + END for data in layers_of(text)]
                      for name, (text, _) in cls.OTHERWISE.items()},
@@ -15133,7 +15135,8 @@ class RealTree(unittest.TestCase):
     # -- images ----------------------------------------------------------------------------------
 
     def test_podman_refuses(self) -> None:
-        self.assertEqual({f"odd-{name}" for name in REFUSED}, set(self.refused), self.refused)
+        self.assertEqual({f"odd-{name}" for name in REFUSED & set(self.odd)}, set(self.refused),
+                         self.refused)
 
     def test_every_image_is_mounted(self) -> None:
         self.assertEqual({name.split("/")[1].split(":")[0] for image in self.storage.images()
