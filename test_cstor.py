@@ -3374,10 +3374,15 @@ class Files(StoreTest):
             ("big", os.urandom(cstor.CHUNK + 1))]
         store, layer, diff = self.one(*entries)
         path = diff + "/d/f"
+
+        def hole(path: str, size: int) -> None:
+            put(path, b"")
+            os.truncate(path, size)
+
         changes: dict[str, Callable[[], object]] = {
             "nothing": lambda: put(path, b"content"), "other bytes": lambda: put(path, b"CONTENT"),
             "shorter": lambda: put(path, b"c"), "longer": lambda: put(path, b"c" * 9000),
-            "hole": lambda: (put(path, b""), os.truncate(path, 7)), "nowhere": lambda: None,
+            "hole": lambda: hole(path, 7), "nowhere": lambda: None,
             "FIFO": lambda: os.mkfifo(path), "directory": lambda: os.mkdir(path),
             "link": lambda: os.symlink("a", path), "socket": lambda: os.mknod(path, 0o140600)}
 
@@ -3394,8 +3399,9 @@ class Files(StoreTest):
                 with mock.patch.object(cstor.LayerFiles, "open", autospec=True,
                                        side_effect=cstor.LayerFiles.open) as opened:
                     found = outcome(storage)
-                self.assertEqual({b"big"} if word in ("nothing", "other bytes") else {b"big", b"d/f"},
-                                 {call[0][1] for call in opened.call_args_list} | {b"big"})
+                names = {call[0][1] for call in opened.call_args_list}
+                self.assertEqual({b"d/f"} if word not in ("nothing", "other bytes") else set(),
+                                 names - {b"big"})
                 with mock.patch.object(cstor.LayerFiles, "read_into", lambda *_: False):
                     self.assertEqual(outcome(storage), found)
 
