@@ -2225,6 +2225,7 @@ class _ConfigSearch:
         self.user_file = os.path.join(environ.get("XDG_CONFIG_HOME") or os.path.join(
             self.home, ".config"), "containers/storage.conf")
         self._sources: dict[str, str] = {}  # of each key, the file that set it
+        self._files: dict[str, Toml] = {}  # what was read, mostly by both schemes
 
     def system(self, path: str) -> str:
         return os.path.join(self.system_root, path)
@@ -2351,9 +2352,11 @@ class _ConfigSearch:
         if named and not is_there(path):
             raise NotFound(f'{named[0]} names a file that does not exist: "{display(path)}"',
                            hint="unset it, or let it name a storage.conf")
-        data = b"" if path == os.devnull else read_whole(open_input(path), MAX_SPECIAL, path)
+        if path not in self._files:
+            data = b"" if path == os.devnull else read_whole(open_input(path), MAX_SPECIAL, path)
+            self._files[path] = Toml(data, path)
         config.files.append(path)
-        values = Toml(data, path).settings(before)
+        values = self._files[path].settings(before)
         self._sources.update(dict.fromkeys(values, path))
         return values
 
@@ -2502,8 +2505,9 @@ class Toml:
         self.at = 0
         self._places: dict[tuple[int, str], int] = {}  # of each key of a table, by its id()
         self._whole: set[int] = set()  # tables and arrays that a header or braces made, by id()
+        self._root: dict[str, Any] = {}
         try:
-            self.text = data.decode("utf-8-sig").replace("\r\n", "\n")
+            self.text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise FormatError("not UTF-8", file=file,
                               line=data.count(b"\n", 0, error.start) + 1) from None
@@ -2513,7 +2517,7 @@ class Toml:
 
         An array replaces that of ``before``, the files read earlier, or adds to it if it says so.
         """
-        root = self.parse()
+        self._root = root = self._root or self.parse()
         found: dict[str, Any] = {}
         for name, (kind, word) in self.SETTINGS.items():
             tables, parts = [root], name.split(".")
@@ -2637,12 +2641,13 @@ class Toml:
 
     def _string(self, patterns: Sequence[str], wanted: str) -> str:
         """Read a string, with escapes or without."""
-        basic, literal = (re.compile(pattern).match(self.text, self.at) for pattern in patterns)
-        match = basic or literal
+        literal = self.text.startswith("'", self.at)
+        match = re.compile(patterns[literal]).match(self.text, self.at)
         if not match:
             self._refuse(f"expected {wanted}")
         self.at = match.end()
-        return re.sub(self.ESCAPE, self._escape, match[1]) if basic else match[1]
+        escaped = not literal and "\\" in match[1]
+        return re.sub(self.ESCAPE, self._escape, match[1]) if escaped else match[1]
 
     def _escape(self, match: re.Match[str]) -> str:
         code = match[1]
