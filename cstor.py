@@ -13430,15 +13430,11 @@ GROUPS = {"image": "images", "layer": "layers", "container": "containers",
 
 
 def make_parser(words: Sequence[str] = ()) -> Any:
-    """Return the argument parser, only for the command in ``words`` unless it asks for help.
-
-    argparse takes half a millisecond for each parser and a third for each argument.
-    """
+    """Return the argument parser, only for the command in ``words`` unless it asks for help."""
     wants_help = {"-h", "--help"} & set(words)
     chosen = [row for row in COMMANDS if set(row[0].split()) <= {
         ALIASES.get(word, word) for word in words}]
-    name = os.path.basename(sys.argv[0])
-    program = "cstor" if name in ("-", "-c", "", "__main__.py") else name
+    program = program_name()
     parser = add_globals(parser_class(bool(wants_help))(
         prog=program, epilog="Exit status: 0 done, 1 differences found, 2 usage, 3 not found or "
         "ambiguous, 4 content fails its checksum, 5 permission, 6 malformed or unsupported data or "
@@ -13447,21 +13443,45 @@ def make_parser(words: Sequence[str] = ()) -> Any:
         0)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     below = {"": parser.add_subparsers(metavar="COMMAND", required=True, prog=program)}
-    for command, function, names in COMMANDS if wants_help or not chosen else chosen:
-        group, _, verb = command.rpartition(" ")
+    for row in COMMANDS if wants_help or not chosen else chosen:
+        group, _, verb = row[0].rpartition(" ")
         if group not in below:
             below[group] = add_globals(
                 below[""].add_parser(group, help=GROUPS[group]), 1).add_subparsers(
                     metavar="COMMAND", required=True, prog=f"{program} {group}")
-        sub = add_globals(below[group].add_parser(
-            verb, help=function.__doc__, description=function.__doc__,
-            aliases=[word for word in ALIASES if ALIASES[word] == verb]), 2)
-        sub.set_defaults(function=function, kind=group)
-        if "--via-skopeo" in names and any(
-                word.partition("=")[0] == "--via-skopeo" for word in words):
-            names = names.replace("IMAGE ", "", 1)
-        add_arguments(sub, names + " --platform" * (group == "image" and verb != "list"), verb)
+        add_command(below[group].add_parser(
+            verb, help=row[1].__doc__, description=row[1].__doc__,
+            aliases=[word for word in ALIASES if ALIASES[word] == verb]), row, words, 2)
     return parser
+
+
+def command_parser(words: Sequence[str]) -> tuple[Any, Sequence[str]]:
+    """Return the parser of one command and what it must parse, or make_parser() and ``words``.
+
+    argparse takes half a millisecond for each parser and a third for each argument.  Options with
+    values mean the same before the command and behind it.
+    """
+    specs = map(str.split, GLOBALS)
+    valued = {flag for *flags, value in specs if value[0] not in "-+" for flag in flags}
+    at = 0
+    while at < len(words) and words[at].partition("=")[0] in valued:
+        at += 1 if "=" in words[at] else 2
+    names = [ALIASES.get(word, word) for word in words[at:at + 2]]
+    for row in COMMANDS if {"-h", "--help", "--"}.isdisjoint(words) else ():
+        command = row[0].split()
+        if names[:len(command)] == command:
+            parser = parser_class(False)(prog=f"{program_name()} {row[0]}",
+                                         description=row[1].__doc__)
+            add_command(parser, row, words, 0)
+            parser.set_defaults(quiet=False)  # where -q means another option
+            return parser, [*words[:at], *words[at + len(command):]]
+    return make_parser(words), words
+
+
+def program_name() -> str:
+    """Return the name by which cstor.py was called."""
+    name = os.path.basename(sys.argv[0])
+    return "cstor" if name in ("-", "-c", "", "__main__.py") else name
 
 
 def parser_class(wants_help: bool) -> type[Any]:
@@ -13476,10 +13496,15 @@ def parser_class(wants_help: bool) -> type[Any]:
 
     class Parser(argparse.ArgumentParser):
         def __init__(self, **options: Any) -> None:
-            super().__init__(
-                allow_abbrev=False, conflict_handler="resolve",  # -q of lists
-                formatter_class=lambda prog: argparse.HelpFormatter(
-                    prog, width=max(40, min(width, 100)) - 2, max_help_position=28), **options)
+            names = vars(argparse)
+            translate, names["_"] = names["_"], names["_"] if wants_help else str  # no gettext
+            try:
+                super().__init__(
+                    allow_abbrev=False, conflict_handler="resolve",  # -q of lists
+                    formatter_class=lambda prog: argparse.HelpFormatter(
+                        prog, width=max(40, min(width, 100)) - 2, max_help_position=28), **options)
+            finally:
+                names["_"] = translate
 
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message} (see {self.prog} --help)")
@@ -13497,8 +13522,14 @@ def add_globals(parser: Any, level: int) -> Any:
     return parser
 
 
-def add_arguments(parser: Any, names: str, verb: str) -> None:
+def add_command(parser: Any, row: Command, words: Sequence[str], level: int) -> None:
     """Add what a command takes; "-q" of a list prints IDs."""
+    group, _, verb = row[0].rpartition(" ")
+    names = row[2] + " --platform" * (group == "image" and verb != "list")
+    if "--via-skopeo" in names and any(
+            word.partition("=")[0] == "--via-skopeo" for word in words):
+        names = names.replace("IMAGE ", "", 1)
+    add_globals(parser, level).set_defaults(function=row[1], kind=group)
     specs = {" ".join(spec.split()[:1 + spec[0].islower()]): spec for spec in OPTIONS}
     for name in names.split():
         word = name.rstrip("+*")
@@ -13555,7 +13586,8 @@ def check_options(args: Any) -> None:
         if not re.fullmatch(f"sha256:{HEX64}", args.digest):
             raise _UsageError("--digest must be a SHA-256: 64 hexadecimal digits")
     try:
-        best_platform((), getattr(args, "platform", ""))
+        if platform := getattr(args, "platform", ""):
+            best_platform((), platform)
         OwnerMap(getattr(args, "owner_map", ()))
     except ValueError as error:
         raise _UsageError(f"--{error}") from None
@@ -13632,15 +13664,15 @@ def _run(words: Sequence[str]) -> int:
     if not all(map(can_be_path, words)):
         raise _UsageError("an argument holds a NUL byte or a lone surrogate")
     try:
-        parser = make_parser(words)
         try:
-            args, more = parser.parse_known_args(words)
+            parser, rest = command_parser(words)
+            args, more = parser.parse_known_args(rest)
         except _UsageError:  # the whole parser's error lists all choices
             args, more = make_parser([*words, "-h"]).parse_known_args(words)
         if "pattern" in args and not any(word.startswith("-") for word in more):
             args.pattern += more  # after an option argparse takes no more
         elif more:
-            parser.error(f"unrecognized arguments: {' '.join(more)}" + (
+            make_parser(words).error(f"unrecognized arguments: {' '.join(more)}" + (
                 "; --via-skopeo replaces IMAGE" if getattr(
                     args, "via_skopeo", None) else ""))
     except SystemExit:  # argparse, after --help and --version
