@@ -59,6 +59,26 @@ lint: ## mypy --strict and ruff, from .lab or the PATH
 bench: ## measure against the peers (podman, root, some minutes)
 	$(PYTHON) test_cstor.py --bench
 
+# zipimport reads all the code for the name of its file, and once more to run it.  main() enables the
+# garbage collector.  This must parse in any Python, so that cstor.py says which ones it needs.
+define START
+import gc
+import sys
+import zipimport
+
+
+class Importer(zipimport.zipimporter):
+    def get_filename(self, name):
+        return self.archive + "/" + name + ".py"
+
+
+gc.disable()
+sys.path_importer_cache[sys.path[0]] = Importer(sys.path[0])
+import cstor
+sys.exit(cstor.main())
+endef
+export START
+
 # Byte code that names no time is not compared with the source; a Python of another version, which
 # cannot use it, compiles the source.  Dates and hashes are fixed, so each run makes the same bytes.
 define DIST
@@ -68,8 +88,8 @@ moment = time.gmtime(max(315532800, int(os.environ.get("SOURCE_DATE_EPOCH") or 0
 py_compile.compile("cstor.py", target + ".new", "cstor.py", doraise=True,
                    invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
 with open(target + ".new", "rb") as code, open("cstor.py", "rb") as source:
-    files = {"__main__.py": b"import sys\nimport cstor\nsys.exit(cstor.main())\n",
-             "cstor.pyc": code.read(), "cstor.py": source.read()}
+    files = {"__main__.py": os.environ["START"].encode(), "cstor.pyc": code.read(),
+             "cstor.py": source.read()}
 with open(target + ".new", "wb") as file:
     file.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(file, "w") as archive:
@@ -86,11 +106,12 @@ export DIST
 dist: ## make cstor.pyz: one file with its byte code, which starts like an import
 	PYTHONHASHSEED=0 $(PYTHON) -c "$$DIST" $(PYZ)
 
+# -S: nothing but the standard library is imported.
 install: ## leave a cstor command below $(DESTDIR)$(prefix), compiled once and for all
 	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(prefix)/lib/cstor
 	install -m 644 cstor.py $(DESTDIR)$(prefix)/lib/cstor/cstor.py
 	$(PYTHON) -m compileall -q -f $(DESTDIR)$(prefix)/lib/cstor
-	printf '#!%s\nimport sys\nsys.path.insert(0, "%s/lib/cstor")\nimport cstor\nsys.exit(cstor.main())\n' \
-	    "$(if $(findstring /,$(PYTHON)),$(PYTHON),/usr/bin/env $(PYTHON))" $(prefix) \
-	    > $(DESTDIR)$(prefix)/bin/cstor
+	printf '%s\n' '#!$(if $(findstring /,$(PYTHON)),$(PYTHON) -S,/usr/bin/env $(PYTHON))' \
+	    'import gc' 'import sys' 'gc.disable()' 'sys.path.insert(0, "$(prefix)/lib/cstor")' \
+	    'import cstor' 'sys.exit(cstor.main())' > $(DESTDIR)$(prefix)/bin/cstor
 	chmod 755 $(DESTDIR)$(prefix)/bin/cstor

@@ -78,6 +78,7 @@ Sections; classes and module-level code use what stands above, a method may call
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import stat
@@ -128,6 +129,9 @@ if TYPE_CHECKING:
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
 else:
     import _signal as signal
+
+if __name__ == "__main__":
+    gc.disable()  # main() enables it: nothing that is made until then is ever garbage
 
 for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-minimal lacks json
     try:
@@ -7896,7 +7900,6 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
 def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterator[object],
                 report: Callable[[], Any]) -> bool:
     """Start a process that consumes ``work``, and enter it in ``workers``; signals are held."""
-    import gc
     import marshal
 
     parent = os.getpid()
@@ -13614,6 +13617,9 @@ def open_storage(args: Any) -> Storage:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (sys.argv[1:] when None) and return the exit status."""
     words = sys.argv[1:] if argv is None else check_words("argv", argv)
+    if argv is None:
+        gc.freeze()  # what is there stays to the end: no collection looks at it, not even the last
+        gc.enable()
     before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer
     try:
         status = _run(words)

@@ -12914,6 +12914,44 @@ class CommandLine(StoreTest):
         done = self.run_cstor("--version", command=[f"{self.dir}/usr/bin/cstor"])
         self.assertEqual(f"cstor {cstor.__version__}\n", done.out)
 
+    def test_a_start_does_nothing_twice(self) -> None:
+        """One parser is made, and one file of configuration read once for both schemes."""
+        import argparse
+
+        make, files = argparse.ArgumentParser.__init__, []
+        conf = os.path.join(self.dir, "storage.conf")
+        put(conf, f'[storage]\ndriver = "overlay"\ngraphroot = "{self.store.root}"\n'
+                  f'runroot = "{self.dir}"\n')
+
+        def open_input(path: str) -> int:
+            files.append(path)
+            return real(path)
+
+        real = cstor.open_input
+        with mock.patch.object(cstor, "open_input", open_input), \
+                mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": conf}):
+            for words, count in (("image list", 1), ("--timeout 5 image ls -q --no-trunc", 1),
+                                 ("layer list --format=json", 1), ("-q image list", 3)):
+                files.clear()
+                with mock.patch.object(argparse.ArgumentParser, "__init__", autospec=True,
+                                       side_effect=make) as made, \
+                        contextlib.redirect_stdout(io.StringIO()) as out:
+                    self.assertEqual(0, cstor.main(words.split()))
+                self.assertTrue(out.getvalue())
+                self.assertEqual((count, [conf]), (made.call_count, files), words)
+
+    def test_garbage_is_not_looked_for_in_the_program_itself(self) -> None:
+        code = ("import cstor, gc, runpy, sys\n"
+                "cstor.main(['--version'])\n"
+                "print(gc.get_freeze_count(), gc.isenabled())\n"
+                "sys.argv = ['cstor.py', '--version']\n"
+                "try:\n    runpy.run_path(%r, run_name='__main__')\n"
+                "except SystemExit as end:\n"
+                "    print(end.code, gc.get_freeze_count() > 5000, gc.isenabled())\n" % SCRIPT)
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=IDLE, check=True,
+                              stdout=subprocess.PIPE).stdout.decode().splitlines()
+        self.assertEqual(["0 True", "0 True True"], done[1::2], done)
+
     def test_one_file_with_byte_code(self) -> None:
         """The Python that made it compiles nothing; any other runs the source that is in it."""
         need_tools("make")
@@ -12926,6 +12964,14 @@ class CommandLine(StoreTest):
             made.append(read_bytes(path))
         self.assertEqual(["0.pyz", "1.pyz", "2.pyz", "store"], sorted(os.listdir(self.dir)))
         self.assertTrue(made[1] == made[2] != made[0])
+        code = ("import runpy, sys, zipimport\n"
+                "load, found = zipimport._unmarshal_code, []\n"
+                "zipimport._unmarshal_code = lambda *a: (found.append(a[3]), load(*a))[1]\n"
+                "sys.argv = ['x.pyz', '--version']\n"
+                "try:\n    runpy.run_path(%r, run_name='__main__')\n"
+                "except SystemExit:\n    print(found)\n" % path)
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+        self.assertIn("['cstor']\n", done.stdout.decode())
         arguments = ["--root", self.store.root, "image", "list", "--format", "json"]
         expected = self.run_cstor(*arguments).stdout
         magic = importlib.util.MAGIC_NUMBER.hex()
