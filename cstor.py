@@ -88,7 +88,7 @@ from _thread import allocate_lock
 from _weakref import ref
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -602,6 +602,8 @@ def compact_json(value: Any) -> bytes:
 # _IOW(0x94, 9, int): these architectures encode the direction of an ioctl differently.
 FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
     else 0x40049409
+FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap): the extents of a file, here only their number
+FIEMAP_SYNC = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
 CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 
@@ -870,7 +872,10 @@ class Directory(Closing):
     def open_near(self, name: bytes) -> int:
         """Open a regular file by parent(); for another type return the negative type."""
         parent, _, base = name.rpartition(b"/")
-        fd, status = self.open_at(self.parent(parent), base)
+        try:
+            fd, status = self.open_at(self.parent(parent), base)
+        except OSError as error:
+            raise with_path(error, self.host_path(name)) from None
         return fd if fd >= 0 else -stat.S_IFMT(status.st_mode)
 
     def _open(self, dir_fd: int, base: bytes, more: int) -> int:
@@ -1200,6 +1205,23 @@ class ContentCopier:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise IntegrityError("changed while it was read", layer=layer, name=name)
         return why
+
+
+def identify(fd: int) -> bytes:
+    """Return 48 bytes that are others for another file, or after a change."""
+    status = os.fstat(fd)
+    return b"%016x%016x%016x" % (status.st_dev, status.st_ino, status.st_ctime_ns)
+
+
+def settle(fd: int) -> bytes:
+    """Return identify(), which every later change will alter; b"" if the file system cannot.
+
+    Who has mapped the file can change it without a new ctime until its pages are written to disk.
+    """
+    with suppress(OSError):
+        fcntl.ioctl(fd, FIEMAP, FIEMAP_SYNC)
+        return identify(fd)
+    return b""
 
 
 def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -5138,13 +5160,16 @@ SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
 class Extent:
     """``length`` bytes at ``offset`` of the open file ``fd``: content of ``member``.
 
-    Valid until the next piece is read: the descriptor is closed then.
+    Valid until the next piece is read: the descriptor is closed then.  ``origin`` is as that of a
+    PassedFile.
     """
 
-    __slots__ = ("fd", "offset", "length", "member")
+    __slots__ = ("fd", "offset", "length", "member", "origin")
 
-    def __init__(self, fd: int, offset: int, length: int, member: Member) -> None:
+    def __init__(self, fd: int, offset: int, length: int, member: Member,
+                 origin: tuple[Directory, bytes] | None = None) -> None:
         self.fd, self.offset, self.length, self.member = fd, offset, length, member
+        self.origin = origin
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes.  Raises IntegrityError when the file has become shorter."""
@@ -5405,14 +5430,16 @@ def join_pieces(items: Generator[Item, None, None]) -> Generator[bytes | Extent,
 class PassedFile:
     """The whole content of the open file ``fd``, from offset 0.
 
-    ``length`` is the size that the sender told, or -1.  Valid until the next chunk is read: its
-    maker closes the descriptor then.
+    ``length`` is the size that the sender told, or -1; ``origin`` is (directory, name in it) where
+    the file can be opened again.  Valid until the next chunk is read: its maker closes the
+    descriptor then.
     """
 
-    __slots__ = ("fd", "length")
+    __slots__ = ("fd", "length", "origin")
 
-    def __init__(self, fd: int, length: int = -1) -> None:
-        self.fd, self.length = fd, length
+    def __init__(self, fd: int, length: int = -1,
+                 origin: tuple[Directory, bytes] | None = None) -> None:
+        self.fd, self.length, self.origin = fd, length, origin
 
 
 def check_passed(fd: int) -> int:
@@ -5565,13 +5592,13 @@ class TarSource:
         """Yield what is stored of a member."""
         left = member.stored
         if self._at == len(self._data) and self._fill() and self._passed and member.sparse is None:
-            fd, self._passed = self._passed.fd, None
+            passed, self._passed = self._passed, None
             if self._size != left:
                 raise IntegrityError(f"{self.file}: the passed file has another size than the "
                                      "tar's header says", name=member.name, expected=str(left),
                                      actual=str(self._size))
             self.offset += left
-            yield Extent(fd, 0, left, member)
+            yield Extent(passed.fd, 0, left, member, passed.origin)
             return
         while left:
             if not (data := self._some(min(left, CHUNK))):
@@ -6375,6 +6402,9 @@ class LayerTree(Closing):
         That is (directory, name in it, why it is a copy or "").
         """
         return None
+
+    def recheck(self, node: Node, fd: int) -> None:
+        """Check again, after a content was copied, that ``fd`` is what was read and verified."""
 
 
 class DiskTree(LayerTree):
@@ -8235,6 +8265,7 @@ class Extraction:
             devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
         self._account(node, self._copier.fill(fd, node.size, new, devices, node.path,
                                               node.tree.layer_id))
+        node.tree.recheck(node, fd)
 
     def _account(self, node: Node, why: str) -> None:
         """Count a content, and why it is a copy."""
@@ -8473,7 +8504,7 @@ class OutputDirectory(Transaction):
         self._place, self._force, self._clean = directory, force, clean
         self.removed: list[bytes] = []
         if whole:
-            above, name = map(os.fsencode, os.path.split(directory))
+            above, name = map(os.fsencode, os.path.split(directory.rstrip("/")))
             self.removed = remove_dead(AT_FDCWD, name, above or b".")
             self._place = os.fsdecode(os.path.join(above, partial_name(name)))
         self.merge = self.resume = False  # files that exist are replaced; a killed run is resumed
@@ -9485,27 +9516,25 @@ class SplitdirfdstreamReader(_ChunkReader):
         self._fds, self._threshold = directories, threshold
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
-        opened: dict[int, Directory] = {}
-        try:
-            while kind := self._take(1, end=True):
-                if kind in b"\0\1":
-                    yield from self._inline(self._number(4))
-                    continue
-                if kind != b"\2":
-                    raise self._error(f"a chunk of unknown type {kind[0]}")
-                length, fd = self._open(opened)
-                with Opened(fd):
-                    if length <= self._threshold and check_passed(fd) == length:
-                        yield from read_checked(fd, length)
-                    else:
-                        yield PassedFile(fd, length)
-        finally:
-            for directory in opened.values():
-                directory.close()
+        opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
+        while kind := self._take(1, end=True):
+            if kind in b"\0\1":
+                yield from self._inline(self._number(4))
+                continue
+            if kind != b"\2":
+                raise self._error(f"a chunk of unknown type {kind[0]}")
+            length, fd, origin = self._open(opened)
+            with Opened(fd):
+                if length <= self._threshold and check_passed(fd) == length:
+                    yield from read_checked(fd, length)
+                else:
+                    yield PassedFile(fd, length, origin)
 
-    def _open(self, opened: dict[int, Directory]) -> tuple[int, int]:
-        """Return (length, descriptor) of the file that is named next."""
-        length, index, count = self._number(8), self._number(4), self._number(4)
+    def _open(self, opened: dict[int, Directory]) -> tuple[int, int, tuple[Directory, bytes]]:
+        """Return length, descriptor and origin of the file that is named next."""
+        head = self._take(16)
+        length, index, count = (int.from_bytes(head[at:end], "little")
+                                for at, end in ((0, 8), (8, 12), (12, 16)))
         if not 0 < count <= MAX_FILE_NAME:
             raise self._error(f"a file name of {count} bytes")
         name = self._take(count)
@@ -9521,11 +9550,9 @@ class SplitdirfdstreamReader(_ChunkReader):
                                     "a directory", code=FD_ERROR)
             directory = opened[index] = Directory(f"{self.file}: directory {index}",
                                                   os.dup(self._fds[index]))
-        with ErrorsAs(with_path, directory.host_path(name)):
-            fd = directory.open_near(name)
-        if fd < 0:
+        if (fd := directory.open_near(name)) < 0:
             raise self._error(f'"{display(name)}" is a {file_type(-fd)}, not a regular file')
-        return length, fd
+        return length, fd, (directory, name)
 
 
 class _ChunkWriter:
@@ -9717,7 +9744,10 @@ class LayerStream(Closing):
 
 
 class StreamTree(LayerTree):
-    """The tree of a layer that came as a stream, whose contents are in a Staging."""
+    """The tree of a layer that came as a stream, whose contents are in a Staging or where it says.
+
+    Owns the directories of those that it only names.
+    """
 
     kept = False  # whether contents stay in the Staging, since other names may need them
 
@@ -9727,6 +9757,13 @@ class StreamTree(LayerTree):
         self._label, self._staging = label, staging
         self._numbers: dict[Node, int] = {}
         self._copied: dict[Node, str] = {}  # why, of those that are not shared
+        self._places: dict[Node, tuple[Directory, bytes]] = {}  # what settle() returned, and name
+        self._directories: set[Directory] = set()
+
+    def close(self) -> None:
+        """Close the directories; harmless when repeated."""
+        for directory in self._directories:
+            directory.close()
 
     @property
     def label(self) -> str:
@@ -9749,27 +9786,45 @@ class StreamTree(LayerTree):
         if why:
             self._copied[node] = why
 
+    def locate(self, node: Node, piece: bytes | Extent) -> bool:
+        """Note where a node's content can be opened once all is verified, if it is a named file."""
+        if not isinstance(piece, Extent) or not piece.origin or not (found := settle(piece.fd)):
+            return False
+        directory, name = piece.origin
+        self._directories.add(directory)
+        self._places[node] = directory, found + name
+        return True
+
     def staged(self, node: Node) -> tuple[int, bytes, str] | None:
-        if self.kept or "data" in node.extra:
+        if self.kept or "data" in node.extra or node in self._places:
             return None
         return self._staging, b"%d" % self._numbers[node], self._copied.get(node, "")
 
     def _open(self, node: Node) -> int:
-        return os.open(b"%d" % self._numbers[node], OPEN_FILE, dir_fd=self._staging)
+        if node not in self._places:
+            return os.open(b"%d" % self._numbers[node], OPEN_FILE, dir_fd=self._staging)
+        directory, place = self._places[node]
+        if (fd := directory.open_near(place[48:])) < 0:
+            raise IntegrityError("another file has replaced it", name=node.path)
+        return fd
+
+    def recheck(self, node: Node, fd: int) -> None:
+        if node in self._places and identify(fd) != self._places[node][1][:48]:
+            raise IntegrityError("changed after it was verified", name=node.path)
 
 
 class Staging:
-    """The directory ``target``, private, where contents wait until all were read.
+    """The private directory of ``output``, where contents wait until all were read.
 
-    ``link_mode`` is one of LINK_MODES (there is nothing to make hard links of: "hardlink" is
-    "auto"; "reflink" asks it of what comes as an open file).  Without ``check`` no digest is taken.
+    Those stay where they are that can be opened again by name.  ``link_mode`` is "auto", "copy" or
+    "reflink", which is asked of what comes as an open file.  Without ``check`` no digest is taken.
     ``crc`` keeps the CRC-64 of contents.
     """
 
-    def __init__(self, target: Target, *, link_mode: str = "auto", check: bool = True,
+    def __init__(self, output: OutputDirectory, *, link_mode: str = "auto", check: bool = True,
                  crc: bool = False, progress: Progress | None = None) -> None:
-        self._target, self._device = target, os.fstat(target.fd).st_dev
-        self._copier = ContentCopier("auto" if link_mode == "hardlink" else link_mode)
+        self._target, self._own = output.staging, output.on_exit
+        self._device, self._copier = os.fstat(self._target.fd).st_dev, ContentCopier(link_mode)
         self._check, self._crc, self._progress = check, crc, progress
         self._count = 0
 
@@ -9783,6 +9838,7 @@ class Staging:
         """
         tree, size, digest = StreamTree(self._target.fd, stream.label), 0, ""
         tree.below = below
+        self._own(tree.close)
         sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) if self._check else None
         try:
             for literal, member, content in stream.items(self._check):
@@ -9815,10 +9871,16 @@ class Staging:
         number, why = self._count, ""
         crc = 0 if self._crc else None
         self._count += 1
+        pieces = tree.expand(member, content)
+        first = next(pieces, b"")
+        if tree.locate(node, first):
+            for data in whole_chunks(first) if crc is not None else ():
+                node._checksum = crc = crc64(data, crc or 0)
+            return
         # With the file's own mode, so that none is left to set: nobody else enters the directory.
         with Opened(os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
                      node.mode & 0o777 | 0o600, dir_fd=self._target.fd)) as fd:
-            for piece in tree.expand(member, content):
+            for piece in chain((first,), pieces):
                 if isinstance(piece, Extent):
                     devices = os.fstat(piece.fd).st_dev, self._device
                     why = self._copier.fill(piece.fd, piece.length, fd, devices, piece.member.name)
@@ -9869,19 +9931,25 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
     ``streams`` come base first and are read one after another; they are merged, or with ``raw``
     whiteouts are files.  Nothing is put in its place before all digests and sizes were found right;
     without ``check`` no digest is taken, and with ``verify`` what was made is compared with what
-    came by CRC-64.  Return the summary.  Raises as Staging.read() and extract_tree() do.
+    came by CRC-64.  ``link_mode`` is one of LINK_MODES; there is nothing to make hard links of, so
+    "hardlink" is "auto".  A new directory has a temporary name until all is done, unless ``clean``
+    is False.  Return the summary.  Raises as Staging.read() and extract_tree() do.
     """
-    with OutputDirectory(directory, force=force, clean=clean) as output:
-        staging = Staging(output.staging, link_mode=link_mode, check=check, crc=verify,
-                          progress=progress)
+    link_mode = "auto" if link_mode == "hardlink" else link_mode
+    whole = clean is not False and not os.path.lexists(directory)
+    output = OutputDirectory(directory, force=force, clean=clean, whole=whole)
+    removed = [f"removed what a killed run left beside it: {os.fsdecode(name)}"
+               for name in output.removed]
+    with output:
+        staging = Staging(output, link_mode=link_mode, check=check, crc=verify, progress=progress)
         trees: list[LayerTree] = []
         for stream in streams:
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
         tree = Tree(trees[::-1], label, raw=raw)
         items = chosen_nodes(tree, paths, exclude, strip, whiteouts)
-        extraction = Extraction(output, owners=owners, owner_map=owner_map, verify=verify,
-                                workers=workers)
-        return {**extraction.run(items), "notes": tree.notes()}
+        extraction = Extraction(output, link_mode=link_mode, owners=owners, owner_map=owner_map,
+                                verify=verify, workers=workers)
+        return {**extraction.run(items), "notes": removed + tree.notes()}
 
 
 # -- streams in files ----------------------------------------------------------------------------

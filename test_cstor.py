@@ -9808,8 +9808,14 @@ class StreamExtracts(TreeTest):
         def chunks() -> Iterator[bytes]:
             for start in range(0, len(good), 4096):
                 yield good[start:start + 4096]
-                seen.append([(name, stat.S_IMODE(os.lstat(os.path.join(self.out, name)).st_mode))
-                             for name in os.listdir(self.out)])
+                there = os.path.exists(self.out)
+                hidden = glob.glob(self.dir + "/.cstor-out-*.partial")
+                self.assertEqual(there, not hidden)
+                for name in hidden:
+                    self.assertEqual(0o700, stat.S_IMODE(os.lstat(name).st_mode))
+                inside = self.out if there else hidden[0]
+                seen.append([(name, stat.S_IMODE(os.lstat(os.path.join(inside, name)).st_mode))
+                             for name in os.listdir(inside)])
 
         for options, error in (({"digest": sha256(b"")}, cstor.IntegrityError),
                                ({"size": 5}, cstor.IntegrityError), ({}, None),
@@ -9942,14 +9948,165 @@ class StreamExtracts(TreeTest):
                                       stderr=subprocess.DEVNULL) as process:
                     assert process.stdout
                     self.assertEqual(b"ready\n", process.stdout.readline())
-                    inside = os.listdir(self.out)
-                    self.assertRegex(" ".join(inside), r"\A\.cstor-\w+-\w+\.partial\Z")
+                    self.assertEqual(there, os.path.lexists(self.out))
+                    [inside] = glob.glob(self.dir + ("/out" if there else "/.cstor-out-*.partial"))
+                    [staging] = os.listdir(inside)
+                    self.assertRegex(staging, r"\A\.cstor-\w+-\w+\.partial\Z")
                     self.assertEqual(["0", "1"],
-                                     sorted(os.listdir(os.path.join(self.out, inside[0]))))
+                                     sorted(os.listdir(os.path.join(inside, staging))))
                     process.send_signal(number)
                     process.communicate(timeout=30)
                 self.assertEqual(there, os.path.lexists(self.out))
                 self.assertEqual([], os.listdir(self.out) if there else [])
+                self.assertEqual([], glob.glob(self.dir + "/.cstor-*"))
+
+    def test_what_a_killed_run_left_goes_with_the_next(self) -> None:
+        code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import cstor\n"
+                "def chunks():\n"
+                "    yield bytes.fromhex(sys.argv[3])\n"
+                "    print('ready', flush=True)\n"
+                "    time.sleep(60)\n"
+                "cstor.extract_streams([cstor.LayerStream(chunks(), label='t')], sys.argv[2], "
+                "owners=False)\n")
+        tar = entry(b"a", b"1" * 600) + entry(b"b", b"2")
+        with subprocess.Popen([sys.executable, "-c", code, HERE, self.out, tar.hex()],
+                              stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            self.assertEqual(b"ready\n", process.stdout.readline())
+            # Another run at the same time neither removes nor fills it.
+            done = self.extract_tar(tar, self.out + "/")
+            self.assertEqual([], done["notes"])
+            remove(self.out)
+            process.kill()
+            process.communicate(timeout=30)
+        [left] = glob.glob(self.dir + "/.cstor-out-*.partial")
+        self.assertFalse(os.path.lexists(self.out))
+        done = self.extract_tar(tar, self.out)
+        self.assertEqual(["removed what a killed run left beside it: " + os.path.basename(left)],
+                         done["notes"])
+        self.assertEqual(["a", "b"], sorted(os.listdir(self.out)))
+        self.assertEqual([], glob.glob(self.dir + "/.cstor-*"))
+
+    def extract_tar(self, tar: bytes, out: str) -> dict[str, Any]:
+        return cstor.extract_streams([cstor.LayerStream([tar + END], label="t")], out,
+                                     owners=False)
+
+    def test_a_directory_that_appears_meanwhile_stays(self) -> None:
+        def chunks() -> Iterator[bytes]:
+            yield self.BASE + END
+            os.mkdir(self.out)
+            put(self.out + "/mine", b"x")
+
+        with self.assertRaisesRegex(OSError, "Directory not empty.*/out'"):
+            cstor.extract_streams([cstor.LayerStream(chunks(), label="t")], self.out, owners=False)
+        self.assertEqual(["mine"], os.listdir(self.out))
+        self.assertEqual([], glob.glob(self.dir + "/.cstor-*"))
+
+    # -- contents that are opened again by name ---------------------------------------------------
+
+    def test_named_contents_are_made_once(self) -> None:
+        real, staged = cstor.Extraction.run, []
+
+        def run(extraction: cstor.Extraction, items: Any) -> dict[str, Any]:
+            staged.append(sorted(os.listdir(extraction.output.staging.fd)))
+            return real(extraction, items)
+
+        with self.opened(self.BASE, self.TOP) as storage, storage.image("t").tree() as tree, \
+                mock.patch.object(cstor.Extraction, "run", run):
+            image, made = storage.image("t"), []
+            names = [str(number) for number in range(5)]
+            for codec, force, settle, expected in (
+                    (CODECS[0], False, cstor.settle, names), (CODECS[1], False, cstor.settle, []),
+                    (CODECS[1], True, cstor.settle, []),
+                    (CODECS[1], False, lambda fd: b"", names)):  # as on tmpfs
+                if force:
+                    os.mkdir(self.out)
+                    put(self.out + "/bin", b"in the way")
+                with self.subTest(codec=codec, force=force), \
+                        mock.patch.object(cstor, "settle", settle):
+                    made.append(self.extract(image, codec, force=force, verify=True, workers=2))
+                self.assertEqual(expected, staged.pop())
+                self.assertEqual([], self.differences(tree))
+                self.assertEqual(made[0], made[-1])
+                remove(self.out)
+
+    def named(self, tamper: Callable[[str, bytes], None], data: bytes, **options: Any) -> None:
+        """Extract a file of the same data, which is changed after it was verified."""
+        path, tar = self.dir + "/files/f", entry(b"f", data) + END
+        os.makedirs(self.dir + "/files", exist_ok=True)
+        if not os.path.exists(path) or read_bytes(path) != data:
+            put(path, data)
+        real = cstor.Extraction.run
+
+        def run(extraction: cstor.Extraction, items: Any) -> dict[str, Any]:
+            tamper(path, data)
+            return real(extraction, items)
+
+        out = io.BytesIO()
+        writer = cstor.SplitdirfdstreamWriter(out.write)
+        writer.add(tar[:BLOCK])
+        out.write(b"\2" + struct.pack("<QII", len(data), 0, 1) + b"f")
+        writer.add(tar[BLOCK + len(data):])
+        out.seek(0)
+        with cstor.Directory.at(self.dir + "/files") as folder, \
+                mock.patch.object(cstor.Extraction, "run", run):
+            chunks = cstor.SplitdirfdstreamReader(out.read, [folder.fd])
+            cstor.extract_streams([cstor.LayerStream(chunks, label="t", digest=sha256(tar))],
+                                  self.out, owners=False, **options)
+
+    def test_named_contents_that_change_after_verification(self) -> None:
+        def rewrite(path: str, data: bytes) -> None:
+            overwrite(path, b"evil")
+
+        def replace(path: str, data: bytes) -> None:
+            put(path + "2", data)
+            os.rename(path + "2", path)
+
+        def to_directory(path: str, data: bytes) -> None:
+            os.unlink(path)
+            os.mkdir(path)
+
+        def to_link(path: str, data: bytes) -> None:
+            os.rename(path, path + "2")
+            os.symlink("f2", path)
+
+        self.named(lambda path, data: None, b"good" * 2000)
+        self.assertEqual(b"good" * 2000, read_bytes(self.out + "/f"))
+        remove(self.out)
+        for tamper, words, link_mode in (
+                (rewrite, "changed after it was verified", "auto"),
+                (rewrite, "changed after it was verified", "copy"),
+                (replace, "changed after it was verified", "auto"),
+                (to_directory, "another file has replaced it", "auto"),
+                (to_link, "another file has replaced it", "auto")):
+            with self.subTest(tamper=tamper.__name__, link_mode=link_mode):
+                with self.assertRaisesRegex(cstor.IntegrityError, f'"f": {words}'):
+                    self.named(tamper, b"good" * 2000, link_mode=link_mode)
+                self.assertFalse(os.path.lexists(self.out))
+                remove(self.dir + "/files")
+        with self.assertRaisesRegex(OSError, "No such file or directory: '.*directory 0/f'"):
+            self.named(lambda path, data: os.unlink(path), b"good" * 2000)
+        self.assertFalse(os.path.lexists(self.out))
+
+    def test_named_contents_that_change_through_a_mapping(self) -> None:
+        """Until the kernel writes a page to disk, it gives no new time for a change in memory."""
+        import mmap
+
+        data = b"good" * 2000
+        os.mkdir(self.dir + "/files")
+        for settle in (cstor.settle, cstor.identify):
+            put(self.dir + "/files/f", data)
+            with open(self.dir + "/files/f", "r+b") as file, \
+                    mmap.mmap(file.fileno(), len(data)) as mapped, \
+                    mock.patch.object(cstor, "settle", settle), contextlib.ExitStack() as stack:
+                need(cstor.settle(file.fileno()) != b"", "this file system has no FIEMAP")
+                mapped[:4] = b"good"  # from now on the page differs from that on disk
+                time.sleep(0.05)
+                if settle is not cstor.identify:
+                    stack.enter_context(self.assertRaisesRegex(
+                        cstor.IntegrityError, '"f": changed after it was verified'))
+                self.named(lambda path, data: mapped.__setitem__(slice(4), b"evil"), data)
+        self.assertEqual(b"evil", read_bytes(self.out + "/f")[:4])  # so this test can fail
 
     def test_an_ordinary_user(self) -> None:
         need(os.geteuid() == 0, "only root can become another user")
