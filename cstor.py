@@ -1846,12 +1846,23 @@ class Decompressed(Closing):
             yield first
             yield from iter(lambda: self._raw.read(CHUNK), b"")
 
-    def pieces(self, size: int = CHUNK) -> Iterator[bytes]:
-        """Yield the content in pieces of ``size`` bytes; the last one can be shorter."""
+    def pieces(self, size: int = CHUNK, step: int = CHUNK) -> Iterator[bytes]:
+        """Yield the content in pieces of ``size`` bytes; the last one can be shorter.
+
+        That can be the one before damage, which takes up to ``step`` decompressed bytes with it.
+        """
+        parts, left = [], size
         try:
-            yield from iter(lambda: self._reader.read(size), b"")
-        except self._damage as error:
-            if isinstance(error, OSError) and error.errno:
+            while part := self._reader.read1(min(left, step) if self._damage else left):
+                parts.append(part)
+                left -= len(part)
+                if not left:
+                    yield b"".join(parts)
+                    parts, left = [], size
+            yield b"".join(parts)
+        except Exception as error:
+            yield b"".join(parts)
+            if not isinstance(error, self._damage) or isinstance(error, OSError) and error.errno:
                 raise
             raise FormatError(f"damaged: {error}", file=self.path) from None
 
@@ -7342,7 +7353,7 @@ class TarSide(TarSource, Closing):
     def __init__(self, path: str, other: TarSide | None = None) -> None:
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
-        super().__init__(self._reader.pieces(2 * READ_SIZE), path)
+        super().__init__(self._reader.pieces(2 * READ_SIZE, READ_SIZE // 4), path)
         self.why, self.count = "", 0
         self.trailer: TarEntry | None = None
         self._items = self.items()

@@ -60,6 +60,7 @@ import unittest
 import warnings
 import weakref
 import zipfile
+import zlib
 from typing import (Any, Callable, ContextManager, Iterable, Iterator, Mapping, Sequence, TypeVar)
 from unittest import mock
 
@@ -5762,6 +5763,39 @@ class TarDiffs(StoreTest):
                 self.assertRegex(self.run_cstor("tar-diff", plain, cut, status=6).stderr,
                                  b"damaged|not a tar")  # bzip2 checks at the end of a block
                 self.assertRaises(cstor.FormatError, list, cstor.diff_tars(cut, plain))
+
+    def test_differences_before_damage(self) -> None:
+        """All rows come before the error but for those of bytes that were not decompressed."""
+        words = [random.Random(number).randbytes(768) for number in range(1201)]
+        a, b = [b"".join(entry(b"%d" % number, base64.b64encode(words[number + more]))
+                         for number in range(1200)) + END for more in (0, 1)]
+        plain, other = self.put("plain", a), self.put("other", b)
+        packed: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+            "gz": (gzip.compress(b), lambda data: zlib.decompressobj(31).decompress(data)),
+            "bz2": (bz2.compress(b), lambda data: bz2.BZ2Decompressor().decompress(data)),
+            "xz": (lzma.compress(b), lambda data: lzma.LZMADecompressor().decompress(data))}
+        if shutil.which("zstd"):
+            packed["zst"] = subprocess.run(
+                ["zstd", "-c", other], stdout=subprocess.PIPE, check=True).stdout, \
+                lambda data: subprocess.run(["zstd", "-dc"], input=data, stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL, check=False).stdout
+        for kind, (data, unpack) in packed.items():
+            at = len(data) * 4 // 5
+            known = len(unpack(data[:at])) - BLOCK  # the header of the next entry is read first
+            with self.subTest(kind=kind):
+                self.cut_short(plain, data[:at], known // (3 * BLOCK))
+                if kind == "gz":  # what one step decompressed is lost
+                    self.cut_short(plain, data[:at] + bytes(99) + data[at + 99:],
+                                   (known - 8192) // (3 * BLOCK))
+
+    def cut_short(self, plain: str, damaged: bytes, least: int) -> None:
+        """Check that so many entries are told as changed before the error."""
+        done = self.run_cstor("tar-diff", plain, self.put("cut", damaged), status=6)
+        self.assertIn(b"damaged: ", done.stderr)
+        told = [line.split()[1] for line in done.out.splitlines() if line.startswith("changed")]
+        self.assertEqual([str(number) for number in range(len(told))], told)
+        self.assertGreaterEqual(len(told), least)
+        self.assertGreater(least, 500)
 
     def test_zstd_by_module_or_not_at_all(self) -> None:
         path = self.put("t.zst", b"\x28\xb5\x2f\xfd" + entry(b"f") + END)
