@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: MIT
 """Read podman's, buildah's and CRI-O's images without podman: no root, no mount, no writes.
 
-cstor.py reads containers/storage (overlay driver) straight from disk and rebuilds every layer's
-tar bit for bit from its tar-split metadata.  It is one file for Python 3.9 and later, uses the
-standard library alone, and can be run, piped to ``python3 -`` over ssh, zipped or vendored.
+cstor.py reads containers/storage (drivers overlay and vfs) straight from disk and rebuilds every
+layer's tar bit for bit from its tar-split metadata.  It is one file for Python 3.9 and later, uses
+the standard library alone, and can be run, piped to ``python3 -`` over ssh, zipped or vendored.
 
 As a library::
 
@@ -306,12 +306,10 @@ def error_of(code: int, message: str, kind: object = None) -> CstorError:
 # Times are nanoseconds since 1970.
 # ================================================================================================
 
-# containers/storage: the names of all metadata directories begin with that of the driver.
-OVERLAY = b"overlay"
-LAYERS = b"overlay-layers"
-IMAGES = b"overlay-images"
-CONTAINERS = b"overlay-containers"
-OTHER_DRIVERS = ("vfs", "btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
+# containers/storage: drivers, the first before others, and where they keep the layers' files.  The
+# names of all directories of records begin with that of the driver.
+DRIVERS = {"overlay": b"overlay", "vfs": b"vfs/dir"}
+OTHER_DRIVERS = ("btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
 LINK_ID = r"[A-Z2-7]{26}"  # overlay/<id>/link: standard base32, no padding
 HEX64 = r"[0-9a-f]{64}"
 
@@ -2175,7 +2173,7 @@ def load_config(environ: Mapping[str, str] | None = None, *, euid: int | None = 
     return config
 
 
-def holds_store(root: str, drivers: Sequence[str] = ("overlay", *OTHER_DRIVERS)) -> bool:
+def holds_store(root: str, drivers: Iterable[str] = (*DRIVERS, *OTHER_DRIVERS)) -> bool:
     """Tell whether containers/storage keeps images of one of the drivers in ``root``.
 
     Raises PermissionError where that cannot be seen.
@@ -2426,7 +2424,7 @@ class _ConfigSearch:
     def _stores(self, values: dict[str, Any], *keys: str) -> list[str]:
         """Return the additional stores of one kind: STORAGE_OPTS replaces all driver options.
 
-        The overlay driver takes its options imagestore and additionalimagestore for the same.
+        The drivers take their options imagestore and additionalimagestore for the same.
         """
         if not (given := self.environ.get("STORAGE_OPTS")):
             return list(values.get(f"storage.options.{keys[0]}s", []))
@@ -2434,7 +2432,7 @@ class _ConfigSearch:
         for item in given.split(","):  # a value can hold commas itself
             if "=" in item:
                 key, _, item = item.partition("=")
-                key = re.sub(r"^(overlay2?)?\.", "", key.strip().lower())
+                key = re.sub(r"^(overlay2?|vfs)?\.", "", key.strip().lower())
             if key in keys and item:
                 stores.append(item)
         return stores
@@ -2716,9 +2714,10 @@ class Toml:
 # ================================================================================================
 # 7. Records
 #
-# Each kind of object is one JSON array per root of a storage.  Unknown fields are kept; a field of
-# the wrong type or a reference to nothing becomes a named fault of that record and hides no other.
-# Large or binary items ("big data": manifests, configurations, TOCs) are files of their own.
+# Each kind of object is one JSON array per driver (overlay or vfs) and root of a storage.  Unknown
+# fields are kept; a field of the wrong type or a reference to nothing becomes a named fault of that
+# record and hides no other.  Large or binary items ("big data": manifests, configurations, TOCs)
+# are files of their own.
 # ================================================================================================
 
 COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
@@ -2815,7 +2814,6 @@ class Record:
     ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store).
     """
 
-    KIND = b""
     WORD = ""
 
     def __init__(self, metadata: Storage, root: Contents, record: Any, *, volatile: bool = False,
@@ -2912,11 +2910,11 @@ class Record:
             self._faults.append(f'field "{key}" holds more than strings')
         return [value for value in values if isinstance(value, str)]
 
-    def path(self, name: bytes = b"", kind: bytes = b"") -> bytes:
+    def path(self, name: bytes = b"", home: bytes = b"") -> bytes:
         """Return the name below the root of a file in this object's own directory."""
         if not is_safe_id(self.id):
             raise FormatError(f'unusable {self.WORD} ID "{display(self.id)}"')
-        return b"/".join((kind or self.KIND, self.id.encode(), name))
+        return b"/".join((home or self.storage.home(self.WORD), self.id.encode(), name))
 
     @property
     def created_ns(self) -> int | None:
@@ -2958,7 +2956,6 @@ class Layer(Record):
     pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.
     """
 
-    KIND = LAYERS
     WORD = "layer"
     UNFINISHED = "its creation or removal has not finished"  # Go sets the flag before either
     _damage: list[str] | None = None
@@ -3004,13 +3001,14 @@ class Layer(Record):
         """Return which of its files are missing or empty, as far as lstat(2) tells."""
         if self._damage is None:
             name = self.id.encode("utf-8", "replace")
-            files = [(OVERLAY, name + b"/diff"), (OVERLAY, name + b"/link")] + [
-                (LAYERS, name + TAR_SPLIT)] * bool(self.diff_digest)
+            files = [(self.storage.home(), name + part) for part in (
+                (b"",) if self.storage.driver == "vfs" else (b"/diff", b"/link"))] + [
+                (self.storage.home(self.WORD), name + TAR_SPLIT)] * bool(self.diff_digest)
             self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
-                f"{(kind + b'/' + place).decode()} is {word}" for kind, place in files
-                for word in [self.storage.state(self.root, kind, place)] if word and not (
-                    self.overlay_file(b"additionallayer")[0] if kind is LAYERS else
-                    place.endswith(b"/diff") and word == "empty" and not self._has_files())]
+                f"{(home + b'/' + place).decode()} is {word}" for home, place in files
+                for word in [self.storage.state(self.root, home, place)] if word and not (
+                    self.overlay_file(b"additionallayer")[0] if place.endswith(TAR_SPLIT) else
+                    place[-5:] != b"/link" and word == "empty" and not self._has_files())]
         return self._damage
 
     def _has_files(self) -> bool:
@@ -3023,9 +3021,13 @@ class Layer(Record):
             return False  # what cannot be read is another fault
 
     def overlay_file(self, name: bytes) -> tuple[Contents | None, bytes]:
-        """Return (root that has overlay/<id>/name or None, that name below it)."""
-        path = self.path(name, OVERLAY)
-        return self.storage.find(path, self.root), path
+        """Return (root that has overlay/<id>/name or None, that name below it).
+
+        Of vfs, "diff" is the whole tree vfs/dir/<id>, and nothing else is there.
+        """
+        path, whole = self.path(name, self.storage.home()), self.storage.driver == "vfs"
+        path = os.path.dirname(path) if whole else path
+        return None if whole and name != b"diff" else self.storage.find(path, self.root), path
 
     def read_overlay_file(self, name: bytes) -> str:
         """Return a small text file of overlay/<id>, "" when it is missing."""
@@ -3052,7 +3054,7 @@ class Layer(Record):
         """Open the directory of its files.  Raises LayerUnknown, Unsupported when it is gone."""
         root, path = self.overlay_file(b"diff")
         if root is None:
-            why = self.UNFINISHED if self.incomplete else f"no overlay/{self.id}/diff"
+            why = self.UNFINISHED if self.incomplete else f"no {path.decode()}"
             raise self.removed() or Unsupported(f"layer {self.id}: its files are gone: {why}")
         return root.directory(path)
 
@@ -3180,7 +3182,8 @@ class Layer(Record):
             return tree
         if self.diff_digest or self.toc_digest or self.incomplete:
             return LayerTree(self)
-        return DiskTree(self.diff(), self)
+        kind = WholeTree if self.storage.driver == "vfs" else DiskTree
+        return kind(self.diff(), self)
 
     def toc(self, *, digests: bool = False) -> dict[str, Any]:
         """Return the table of contents: members in the order of the tar, whiteouts among them."""
@@ -3194,7 +3197,6 @@ class Image(Record):
     ""; ``mapped_layers`` are its copies for other user IDs; ``names_history`` newest first.
     """
 
-    KIND = IMAGES
     WORD = "image"
 
     def _read_fields(self) -> None:
@@ -3412,7 +3414,6 @@ class Container(Record):
     ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs.
     """
 
-    KIND = CONTAINERS
     WORD = "container"
 
     def _read_fields(self) -> None:
@@ -3734,7 +3735,10 @@ class Storage(Closing):
     layer_stores: Sequence[str] = ()  # additional layer stores
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
-                 stores: Sequence[str] = (), owner_ids: str = "") -> None:
+                 stores: Sequence[str] = (), owner_ids: str = "", driver: str = "",
+                 configured: str = "") -> None:
+        if driver not in ("", *DRIVERS):
+            raise ValueError(f"driver must be {' or '.join(DRIVERS)}, not {display(driver)}")
         self.graphroot, self.runroot, self.imagestore = (
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
@@ -3761,6 +3765,7 @@ class Storage(Closing):
                 if not self.roots:
                     raise
                 self.faults.append(str(error))
+            self.driver = self._choose_driver(driver, configured)
             if runroot and os.path.isdir(runroot):
                 self._run = Contents(self, Directory.at(self.runroot))
             if owner_ids and self.owner[0]:
@@ -3775,16 +3780,53 @@ class Storage(Closing):
             root = Directory.at(self.graphroot)
         except (FileNotFoundError, NotADirectoryError):
             raise no_store(self.graphroot) from None
-        if not any(map(root.exists, (OVERLAY, LAYERS, IMAGES))) or (
-                is_docker(self.graphroot) and not root.exists(LAYERS)):
-            others = [name for name in OTHER_DRIVERS if root.exists(name.encode())
-                      or root.exists(f"{name}-layers".encode())]
+        ends = ("-layers",) if is_docker(self.graphroot) else ("", "-layers", "-images")
+        drivers = [name for name in (*DRIVERS, *OTHER_DRIVERS) for end in ends
+                   if root.exists(os.fsencode(name + end))]
+        if not any(name in DRIVERS for name in drivers):
             root.close()
-            if others and not is_docker(self.graphroot):
-                raise Unsupported(f"{self.graphroot}: storage driver {others[0]} is not supported: "
-                                  "only overlay is read")
+            if drivers:
+                raise Unsupported(f"{self.graphroot}: storage driver {drivers[0]} is not "
+                                  f"supported: only {' and '.join(DRIVERS)} are read")
             raise no_store(self.graphroot)
         return root
+
+    def _choose_driver(self, driver: str, configured: str) -> str:
+        """Return the driver whose records are read: the one asked for, or else as podman chooses.
+
+        Where both have records, that is what podman's database or the configuration names.
+        """
+        top = self.roots[0]
+        has = {name: [top.exists(os.fsencode(name + end)) for end in (
+            "-layers/layers.json", "-images/images.json", "-layers", "-images", "")]
+            for name in DRIVERS}
+        there = [name for name in DRIVERS if any(has[name][:2])] or \
+            [name for name in DRIVERS if any(has[name])] or [configured or driver or "overlay"]
+        if driver:
+            if not any(has[driver]) and there != [driver]:
+                raise NotFound(f"no {driver} store at {top.path}: it holds {' and '.join(there)}",
+                               hint=f"use --driver {there[0]}, or leave --driver out")
+            return driver
+        if there == [configured or there[0]]:
+            return there[0]
+        named = self.recorded_roots().get("GraphDriver", "")
+        if len(there) == 1:
+            if named != there[0]:
+                self.faults.append(f"{top.path} holds no {configured} store, which the "
+                                   f"configuration names: {there[0]} is read")
+            return there[0]
+        source = "podman's database" if named in there else "the configuration"
+        if (chosen := named if named in there else configured) not in there:
+            raise Ambiguous(f"{top.path} contains several valid graphdrivers: {', '.join(there)}",
+                            hint="choose one: --driver " + " or --driver ".join(there))
+        other = there[chosen == there[0]]
+        self.faults.append(f"{top.path} holds {' and '.join(there)} stores: {chosen} is read, as "
+                           f"{source} names it (--driver {other} reads the other)")
+        return chosen
+
+    def home(self, word: str = "") -> bytes:
+        """Return the directory of all layers' files, or of records: ``word`` is their WORD."""
+        return f"{self.driver}-{word}s".encode() if word else DRIVERS[self.driver]
 
     def _open_other(self, path: str, roots: list[Contents], word: str) -> None:
         try:
@@ -3878,7 +3920,7 @@ class Storage(Closing):
         """User and group ID of the user who writes the records."""
         root = self._graph or self.roots[0]
         try:
-            status = Directory.lstat(root, LAYERS + b"/layers.json")  # the helper asks for it, too
+            status = Directory.lstat(root, self.home("layer") + b"/layers.json")  # the helper, too
         except OSError:
             status = os.fstat(root.fd)
         return status.st_uid, status.st_gid
@@ -3910,13 +3952,13 @@ class Storage(Closing):
 
     # -- records -------------------------------------------------------------------------------
 
-    def strays(self, kind: bytes, known: Iterable[Record]) -> list[str]:
+    def strays(self, word: str, known: Iterable[Record]) -> list[str]:
         """Name directories without a record; c/storage 1.58 makes none for additional layers."""
-        ids = {record.id for record in known}
-        return [f"{root.host_path(kind + b'/' + name)} has no record"
-                for root in self.roots if root.exists(kind) for name in root.listdir(kind)
+        ids, home = {record.id for record in known}, self.home(word)
+        return [f"{root.host_path(home + b'/' + name)} has no record"
+                for root in self.roots if root.exists(home) for name in root.listdir(home)
                 if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids
-                and not root.exists(b"/".join((kind, name, b"additionallayer")))]
+                and not root.exists(b"/".join((home, name, b"additionallayer")))]
 
     def layers(self) -> tuple[Layer, ...]:
         """Return all layers as stored, parents mostly first, damaged ones with their ``faults``."""
@@ -3938,12 +3980,13 @@ class Storage(Closing):
     def _look_for_imagestore(self, graph: Directory) -> None:
         """Say so when layers have their tar-split data here and their files elsewhere."""
         try:
-            split = {name[:-len(TAR_SPLIT)] for name in graph.listdir(LAYERS)
+            split = {name[:-len(TAR_SPLIT)] for name in graph.listdir(self.home(Layer.WORD))
                      if name.endswith(TAR_SPLIT)}
-            lost = sorted(split - set(graph.listdir(OVERLAY)) if split else ())
+            lost = sorted(split - set(graph.listdir(self.home())) if split else ())
         except OSError:  # said where it is needed
             return
-        near = stores_near(self.graphroot, f"overlay/{display(lost[0])}") if lost else []
+        near = stores_near(self.graphroot, f"{os.fsdecode(self.home())}/{display(lost[0])}") \
+            if lost else []
         if near or lost and not self._images:
             self.elsewhere = "images may be in an imagestore: use --imagestore " \
                 + (near[0] if near else "DIR")
@@ -3960,8 +4003,8 @@ class Storage(Closing):
         """Return the layer of exactly this ID, or None; see strays()."""
         self.layers()
         found = self._layer_by_id.get(layer_id)
-        if not found and is_safe_id(layer_id):
-            if root := self.find(b"/".join((OVERLAY, layer_id.encode(), b"additionallayer"))):
+        if not found and is_safe_id(layer_id) and self.driver == "overlay":
+            if root := self.find(b"/".join((self.home(), layer_id.encode(), b"additionallayer"))):
                 found = self._layer_by_id[layer_id] = Layer(self, root, {"id": layer_id})
                 found.parent = "".join(found.lower_ids()[:1])
         return found
@@ -3973,29 +4016,28 @@ class Storage(Closing):
 
     def _load(self, new: type[R], own: Sequence[Contents]) -> tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
-        kind = new.KIND
-        if kind in self._malformed:  # said once more, not read for each image
-            raise self._malformed[kind].with_traceback(None)
-        word = kind.partition(b"-")[2]
-        plain, volatile = (kind + b"/" + name + word + b".json" for name in (b"", b"volatile-"))
+        home, word = self.home(new.WORD), new.WORD.encode() + b"s"
+        if home in self._malformed:  # said once more, not read for each image
+            raise self._malformed[home].with_traceback(None)
+        plain, volatile = (home + b"/" + name + word + b".json" for name in (b"", b"volatile-"))
         if self._patience is None:
             self._patience = Deadline(LOCK_PATIENCE)
         found: list[R] = []
         seen: set[str] = set()
-        both = [plain, volatile] if kind != IMAGES else [plain]
+        both = [plain, volatile] if new is not Image else [plain]
         sources = [(root, both if root is self._graph else [plain]) for root in own]
-        sources += [(self._run, [volatile])] if self._run and kind != IMAGES else []
-        sources += [(root, [plain]) for root in self._additional if kind != CONTAINERS]
+        sources += [(self._run, [volatile])] if self._run and new is not Image else []
+        sources += [(root, [plain]) for root in self._additional if new is not Container]
         for root, names in sources:
             readonly = root in self._additional
-            for path, data in zip(names, read_consistently(root, kind + b"/" + word + b".lock",
+            for path, data in zip(names, read_consistently(root, home + b"/" + word + b".lock",
                                                            names, self._patience)):
                 try:
                     items = parse_json(data, root.host_path(path)) if data.strip() else None
                     if not isinstance(items, (list, type(None))):
                         raise FormatError("expected a JSON array", file=root.host_path(path))
                 except FormatError as error:
-                    self._malformed[kind] = error
+                    self._malformed[home] = error
                     raise
                 for item in items or ():  # Go writes null for an empty list
                     record = new(self, self._graph or root if root is self._run else root, item,
@@ -4031,15 +4073,15 @@ class Storage(Closing):
         A link that was lost (in a crash, say) is found in the layers' own ``link`` files.  Raises
         LayerUnknown.
         """
-        if re.fullmatch(LINK_ID, link):
+        if re.fullmatch(LINK_ID, link) and self.driver == "overlay":
             for root in self.roots:
                 try:
-                    target = root.readlink(OVERLAY + b"/l/" + link.encode())
+                    target = root.readlink(self.home() + b"/l/" + link.encode())
                 except OSError:
                     continue
                 # ../<id>/diff; absolute with some imagestore builds of 1.47 to 1.55
                 layer_id = os.path.basename(os.path.dirname(target)).decode("utf-8", "replace")
-                if is_safe_id(layer_id) and root.exists(OVERLAY + b"/" + layer_id.encode()):
+                if is_safe_id(layer_id) and root.exists(self.home() + b"/" + layer_id.encode()):
                     return layer_id
             if found := self._all_links().get(link):
                 return found
@@ -4050,9 +4092,9 @@ class Storage(Closing):
         if self._links is None:
             self._links = {}
             for root in self.roots:
-                for name in root.listdir(OVERLAY) if root.exists(OVERLAY) else []:
+                for name in root.listdir(home := self.home()) if root.exists(self.home()) else []:
                     with suppress(OSError, ValueError):  # not a layer's directory, or damaged
-                        link = root.read(OVERLAY + b"/" + name + b"/link", 4096).decode("ascii")
+                        link = root.read(home + b"/" + name + b"/link", 4096).decode("ascii")
                         self._links.setdefault(link, name.decode("utf-8", "replace"))
         return self._links
 
@@ -4121,25 +4163,25 @@ class Storage(Closing):
 
     @classmethod
     def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
-                 owner_ids: str = "") -> Storage:
+                 owner_ids: str = "", driver: str = "") -> Storage:
         """Open the storage that podman would use for this user: see load_config().
 
         ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
-        additional image stores; ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported,
-        FormatError.
+        additional image stores; ``owner_ids``: see owner_ranges(); ``driver``: see open().  Raises
+        NotFound, Unsupported, FormatError.
         """
         config = load_config()
-        if config.driver not in ("", "overlay"):
-            raise Unsupported(f"storage driver {config.driver} is not supported: only overlay is "
-                              "read",
-                              hint="it is set by STORAGE_DRIVER or storage.conf; --root DIR reads "
-                                   "a store of the overlay driver anyway")
+        if not driver and config.driver not in ("", *DRIVERS):
+            raise Unsupported(f"storage driver {config.driver} is not supported: only "
+                              f"{' and '.join(DRIVERS)} are read",
+                              hint="it is set by STORAGE_DRIVER or storage.conf; --driver overlay "
+                                   "or --driver vfs reads such a store anyway")
         imagestore = imagestore or config.imagestore
         try:
             storage = cls(config.graphroot, runroot or config.runroot, imagestore,
-                          [*config.stores, *stores], owner_ids)
+                          [*config.stores, *stores], owner_ids, driver, config.driver)
         except NotFound as error:
-            error.hint = config.hint
+            error.hint = error.hint if isinstance(error, Ambiguous) else config.hint
             raise
         storage.config = config
         if not runroot and not os.path.isdir(config.runroot):
@@ -4154,12 +4196,13 @@ class Storage(Closing):
 
     @classmethod
     def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
-             stores: Sequence[str] = (), owner_ids: str = "") -> Storage:
+             stores: Sequence[str] = (), owner_ids: str = "", driver: str = "") -> Storage:
         """Open the storage with graph root ``root``, whatever is configured.
 
-        ``owner_ids``: see owner_ranges().  Raises NotFound, Unsupported, OSError.
+        ``owner_ids``: see owner_ranges(); ``driver`` is overlay or vfs, which must be there, "" =
+        the one that is.  Raises NotFound, Ambiguous for both, Unsupported, OSError.
         """
-        return cls(root, runroot, imagestore, stores, owner_ids)
+        return cls(root, runroot, imagestore, stores, owner_ids, driver)
 
     def layer(self, reference: str) -> Layer:
         """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
@@ -4167,7 +4210,7 @@ class Storage(Closing):
         Raises LayerUnknown, Ambiguous.
         """
         check_type("reference", reference, str)
-        places = re.findall("/overlay/(?:l/)?([^/]+)", os.path.abspath(reference))
+        places = re.findall("/(?:overlay/(?:l/)?|vfs/dir/)([^/]+)", os.path.abspath(reference))
         reference = next((name for name in places if "/" in reference and (
             self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
         return find_layer(self, reference)
@@ -5371,7 +5414,7 @@ class LayerReader:
                     "its tar has the wrong size", layer=layer.id, expected=str(limit),
                     actual=str(total) if total < limit else "more",
                     hint=f"its record's diff-size and {path} disagree, one is damaged; its files "
-                         f"are in overlay/{layer.id}/diff")
+                         f"are in {layer.overlay_file(b'diff')[1].decode()}")
 
     def _content(self, member: Member) -> Iterator[bytes | Extent]:
         assert self._files
@@ -6037,6 +6080,12 @@ class Node:
         return node
 
 
+def copy_fields(old: Node, new: Node) -> None:
+    """Give a directory the metadata of another one."""
+    for field in ("mode", "owner", "mtime_ns", "extra", "implicit"):
+        setattr(new, field, getattr(old, field))
+
+
 _NO_CHILDREN: dict[bytes, Node] = {}
 _NO_EXTRA: dict[str, Any] = {}
 
@@ -6052,16 +6101,19 @@ class LayerTree(Closing):
     below: Tree | None = None  # the layers that it lies on, when they are merged
     opened: list[tuple[LayerFiles, int]] | None = None  # what is open of all layers
     rootless = False  # whether overlayfs's xattrs begin with user.
+    whole = False  # whether it was unpacked into a copy of the layers below, by the driver vfs
 
     def __init__(self, layer: Layer | None) -> None:
         if layer:
-            self.rootless = layer.storage.rootless
+            self.rootless, self.whole = layer.storage.rootless, layer.storage.driver == "vfs"
         self.layer = layer
         self.heeded: tuple[bytes, ...] = (
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
         self.hidden: tuple[bytes, ...] = (
             b"trusted.", b"user.overlay.") if self.rootless else (b"trusted.overlay.",)
+        if self.whole:  # overlayfs never sees it
+            self.heeded, self.hidden = (), (b"trusted.",) * self.rootless
         self.linked: dict[Node, list[tuple[Node, bytes]]] = {}  # by node, its further names
         self._root: Node | None = None
         self._files: LayerFiles | None = None
@@ -6097,6 +6149,8 @@ class LayerTree(Closing):
             self._root = Node(self, None, b"", "dir")
             self._root.implicit, self._root.mode = True, 0o555  # as containers/storage makes it
             try:
+                for tree in self.below.layers[::-1] if self.whole and self.below else ():
+                    assert tree.root  # not one from within the other, of hundreds
                 self._load()
                 self._heed()
             except BaseException:
@@ -6199,7 +6253,7 @@ class LayerTree(Closing):
         elif kind in ("char", "block"):
             device = member.devmajor & 0xFFF, member.devminor & 0xFFFFF
             node.extra = {**node.extra, "device": device}
-            if kind == "char" and self.whiteouts and device == (0, 0):
+            if kind == "char" and self.whiteouts and device == (0, 0) and not self.whole:
                 node.type = "whiteout"
         if self.whiteouts and node.parent and xattrs:
             self._marked[node] = None
@@ -6234,7 +6288,7 @@ class LayerTree(Closing):
         parent, _, last = clean_name(member.linkname).rpartition(b"/")
         above = self._make_directory(parent, "look")
         node: Node | None = above.children.get(last) if above else None
-        if self.below and not self.layer and node is None:
+        if self.below and (self.whole or not self.layer) and node is None:
             node = self.below.file_below(self, clean_name(member.linkname))
         if node is None or node.type == "dir":
             raise FormatError(f'"{display(member.name)}" is a hard link to '
@@ -6309,8 +6363,7 @@ class LayerTree(Closing):
                     continue
                 if child is None:
                     child = self._add_node(directory, name, "dir")
-                    for field in ("mode", "owner", "mtime_ns", "extra", "implicit"):
-                        setattr(child, field, getattr(found[0], field))
+                    copy_fields(found[0], child)
                 elif child.type != "dir" or child.opaque or "redirect" in child.extra \
                         or found[0].type != "dir":
                     continue
@@ -6344,6 +6397,9 @@ class LayerTree(Closing):
                 node = node.parent or node
                 continue
             child: Node | None = node.children.get(part)
+            old = self._covered(node, part) if self.whole and child is None else None
+            if child is None and old and old.type == "symlink":
+                child = old
             if child is not None and child.type == "symlink":
                 links += 1
                 todo += child.linkname.split(b"/")[::-1]
@@ -6355,17 +6411,29 @@ class LayerTree(Closing):
                     node = self.root
                 continue
             if child is None or child.type != "dir":
-                if how == "look" or child is not None and how == "skip":
+                if how == "look" or child is not None and how == "skip" and not (
+                        self.whole and child.type == "whiteout"):
                     return None
                 if child is not None and child.type != "whiteout":
                     raise FormatError(f'"{display(path)}" is not a directory, but has entries',
                                       file=self.label)
                 child = self._add_node(node, part, "dir")
+                if old:
+                    copy_fields(old, child)
                 child.implicit = True
             node = child
         if links and len(node.path) > MAX_PATH:
             raise FormatError(f'name too long: "{display(node.path[:80])}..."', file=self.label)
         return node
+
+    def _covered(self, directory: Node, name: bytes) -> Node | None:
+        """Return the link or directory that the layers below have in a directory, if any."""
+        at: Node | None = directory
+        while at and not at.opaque:
+            at = at.parent
+        found = self.below._find([*directory.path.split(b"/"), name] if directory.parent else [name]
+                                 ) if self.below and not at else []
+        return found[0] if found and found[0].type in ("symlink", "dir") else None
 
     @property
     def storage(self) -> Storage | None:
@@ -6594,6 +6662,52 @@ class DiskTree(LayerTree):
             os.close(fd)
             raise IntegrityError(f'{self.directory.host_path(path)}: changed while it was read')
         return fd
+
+
+class WholeTree(DiskTree):
+    """What a layer of the driver vfs changes, by its whole tree and that of its parent."""
+
+    def __init__(self, directory: Directory, layer: Layer) -> None:
+        super().__init__(directory, layer, overlay=False)
+
+    def _part(self, tops: Sequence[Sequence[bytes]], below: bool) -> DiskTree:
+        return self
+
+    def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
+        assert self.layer
+        self._fill(self.root, *self.directory.inspect(b"."))
+        parents = self.layer.storage.chain(self.layer.id)[-2:-1]
+        with parents[0].diff() if parents else nullcontext() as old:
+            todo = [(self.root, b"", old)]
+            same: list[Node] = []  # directories
+            while todo:
+                above, path, parent = todo.pop()
+                known = {row[0]: row[1:] for row in parent.scan(path)} if parent else {}
+                for name, *found in self.directory.scan(path):
+                    before = known.pop(name, ())
+                    both = bool(before) and stat.S_ISDIR(before[0].st_mode & found[0].st_mode)
+                    equal = bool(before) and is_same_file(before, found)
+                    if equal and not both:
+                        continue
+                    node = self._enter(above, name, *found)
+                    assert node
+                    same += [node] * equal
+                    if node.type == "dir":
+                        todo.append((node, path + b"/" + name if path else name,
+                                     parent if both else None))
+                for name in known:
+                    self._add_node(above, name, "whiteout")
+        for node in reversed(same):
+            if not node.children and node.parent:
+                del node.parent.children[node.name]
+
+
+def is_same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Tell from what look_at() returns whether a file is the unchanged copy of another."""
+    keys = [(status.st_mode, status.st_uid, status.st_gid, status.st_rdev, status.st_mtime_ns,
+             0 if stat.S_ISDIR(status.st_mode) else (status.st_size, status.st_nlink),
+             link, xattrs) for status, link, xattrs in (a, b)]
+    return keys[0] == keys[1]
 
 
 class TarTree(LayerTree):
@@ -8620,7 +8734,8 @@ def storage_places() -> dict[str, str]:
     with suppress(CstorError, OSError):  # an unreadable configuration names no storage
         config = load_config()
         storages.append(([config.graphroot, config.imagestore, *config.stores], config.runroot))
-    inside = [os.fsdecode(name) for name in (OVERLAY, LAYERS, IMAGES, CONTAINERS)]
+    inside = [driver + end for driver in DRIVERS for end in (
+        "", *(f"-{kind.WORD}s" for kind in (Layer, Image, Container)))]
     return {os.path.realpath(os.path.join(root, name)): "the storage at " + (
                 root if root != run else f"{roots[0]}, in its run root {run}")
             for roots, run in storages for root in filter(None, [run, *roots])
@@ -11044,7 +11159,7 @@ class _Session(Dispatcher):
     def open_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the number that names an image from now on."""
         reference = self._param(params, "image_ref", "")
-        match = re.fullmatch(r"containers-storage:(?:\[(?:overlay@)?([^\]]+)\])?(.*)", reference)
+        match = re.fullmatch(r"containers-storage:(?:\[(?:\w+@)?([^\]]+)\])?(.*)", reference)
         if match and match[1]:
             if not can_be_path(match[1]):
                 raise ImageUnknown(f"image not known: {display(reference)}: not a path")
@@ -12675,7 +12790,7 @@ def describe(error: Exception) -> str:
         text = explain_import(error)
     else:
         text = display(str(error)) or type(error).__name__
-    if isinstance(error, Ambiguous):
+    if isinstance(error, Ambiguous) and error.candidates:
         text += ": " + "; ".join(error.candidates)
     hint = getattr(error, "hint", "")
     return f"{text} ({hint})" if hint else text
@@ -12777,7 +12892,7 @@ def open_path(text: str, raw: bool) -> Tree:
 def cmd_image_list(storage: Storage, args: Any) -> None:
     """list images"""
     images = storage.images()
-    storage.faults += storage.strays(IMAGES, images)
+    storage.faults += storage.strays(Image.WORD, images)
     hidden = set() if args.all else intermediate_images(storage)
     images = tuple(image for image in images if image.id not in hidden or image.faults)
     aged = sorted([(image.created_ns, image) for image in images],
@@ -13308,19 +13423,19 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
     config = storage.config
     counts: dict[str, int | None] = {}
     damage: dict[str, None] = {}  # in order, each once
-    for kind, get in ((OVERLAY, storage.layers), (IMAGES, storage.images),
-                      (CONTAINERS, storage.containers)):
+    for word, get in (("", storage.layers), (Image.WORD, storage.images),
+                      (Container.WORD, storage.containers)):
         counts[get.__name__] = None
         try:
             records: Sequence[Record] = get()
             counts[get.__name__] = len(records)
             damage.update((f"{record.WORD} {record.id}: {fault}", None) for record in records
                           for fault in record.faults if fault not in damage)
-            damage.update((fault, None) for fault in storage.strays(kind, records))
+            damage.update((fault, None) for fault in storage.strays(word, records))
         except (CstorError, OSError) as error:
             damage[describe(error)] = None
     info: dict[str, Any] = {
-        "driver": "overlay",
+        "driver": storage.driver,
         "graph-root": storage.graphroot, "run-root": storage.runroot,
         "imagestore": storage.imagestore,
         "additional-image-stores": storage.additional_stores,
@@ -13403,7 +13518,7 @@ COMMANDS: list[Command] = [
 # given.  A command's own form of an option has the verb before it.
 OPTIONS = {
     "IMAGE": "name, digest, ID or the start of an ID",
-    "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path below overlay/",
+    "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path of its files",
     "CONTAINER": "name, ID or the start of an ID",
     "LINK": "26 characters, as in overlay/l",
     "PATH": "path inside, with or without a leading slash",
@@ -13481,6 +13596,7 @@ GLOBALS = {
                          "subuid, subgid, passwd",
     f"--timeout SECONDS={PEER_TIMEOUT:g}": "how long to wait for a silent server or client; "
                                            f"default: {PEER_TIMEOUT:g}",
+    "--driver overlay|vfs=": "storage driver, where a graph root holds stores of both",
     "--no-helper": "never enter a user namespace",
     "-q --quiet": "no progress, no warnings",
     "-v --verbose +": "say more; twice: show tracebacks",
@@ -13681,7 +13797,7 @@ def open_storage(args: Any) -> Storage:
               for path in getattr(args, f"store{level}", [])]
     for option, path in (*(("--store", path) for path in stores),
                          ("--imagestore", args.imagestore)):
-        if path and not holds_store(path, ("overlay",)):
+        if path and not holds_store(path, [args.driver] if args.driver else DRIVERS):
             raise no_store(path, option)
     if args.runroot and not os.path.isdir(args.runroot):
         raise NotFound(f"not a directory: {args.runroot}", hint="--runroot names the run root")
@@ -13689,6 +13805,7 @@ def open_storage(args: Any) -> Storage:
         raise _UsageError("--root is empty")
     kind = Storage if args.no_helper else ProxiedStorage
     options: Any = {"runroot": args.runroot, "stores": stores, "owner_ids": args.owner_ids,
+                    "driver": args.driver,
                     "imagestore": args.imagestore and os.path.abspath(args.imagestore)}
     return kind.open(args.root, **options) if args.root else kind.discover(**options)
 

@@ -379,22 +379,23 @@ KINDS = "layers", "images", "containers"
 
 
 class StoreBuilder:
-    """Makes a synthetic overlay store below ``root``, without root and without podman.
+    """Makes a synthetic store below ``root``, without root and without podman.
 
-    layer(), image() and container() return IDs; save() writes the records, which stand in
-    ``layers``, ``images`` and ``containers`` until then, to be changed at will.
+    ``driver`` is overlay or vfs.  layer(), image() and container() return IDs; save() writes the
+    records, which stand in ``layers``, ``images`` and ``containers`` until then, to be changed at
+    will.
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, root: str, driver: str = "overlay") -> None:
+        self.root, self.driver = root, driver
         self.layers: list[dict[str, Any]] = []
         self.images: list[dict[str, Any]] = []
         self.containers: list[dict[str, Any]] = []
         self.tars: dict[str, bytes] = {}
         for kind in KINDS:
-            os.makedirs(self.path(f"overlay-{kind}"), exist_ok=True)
-            self.write(f"overlay-{kind}/{kind}.lock", os.urandom(64))
-        os.makedirs(self.path("overlay/l"), exist_ok=True)
+            os.makedirs(self.path(f"{driver}-{kind}"), exist_ok=True)
+            self.write(f"{driver}-{kind}/{kind}.lock", os.urandom(64))
+        os.makedirs(self.path("vfs/dir" if driver == "vfs" else "overlay/l"), exist_ok=True)
 
     def path(self, *names: str) -> str:
         return os.path.join(self.root, *names)
@@ -410,26 +411,39 @@ class StoreBuilder:
         digest = sha256(tar) if tar is not None else ""
         layer_id = str(record.pop("id", "")) or hashlib.sha256(
             f"{parent}+{digest or os.urandom(8).hex()}".encode()).hexdigest()
-        link = base64.b32encode(hashlib.sha256(layer_id.encode()).digest())[:26].decode()
-        home = f"overlay/{layer_id}"
-        os.makedirs(self.path(home, "diff"))
-        self.write(f"{home}/link", link)
-        os.symlink(f"../{layer_id}/diff", self.path("overlay/l", link))
-        if parent:
-            below = self.read(f"overlay/{parent}/link")
-            lower = [f"l/{below}", self.read(f"overlay/{parent}/lower")]
-            self.write(f"{home}/lower", ":".join(filter(None, lower)))
+        self.make_home(layer_id, parent)
         entry: dict[str, Any] = {"id": layer_id, "created": "2026-01-02T03:04:05.678901234Z"}
         if parent:
             entry["parent"] = parent
         if tar is not None:
-            self.unpack(tar, self.path(home, "diff"))
+            self.unpack(tar, self.files(layer_id))
             self.tar_split(layer_id, tar)
             entry.update({"diff-digest": digest, "diff-size": len(tar)} if tar else
                          {"diff-digest": digest})
             self.tars[layer_id] = tar
         self.layers.append({**entry, **record})
         return layer_id
+
+    def make_home(self, layer_id: str, parent: str) -> None:
+        """Make the place of a layer's files: of vfs a copy of all that its parent has."""
+        if self.driver == "vfs":
+            if parent:
+                subprocess.run(["cp", "-a", self.files(parent), self.files(layer_id)], check=True)
+            os.makedirs(self.files(layer_id), exist_ok=True)
+            return
+        link = base64.b32encode(hashlib.sha256(layer_id.encode()).digest())[:26].decode()
+        os.makedirs(self.files(layer_id))
+        self.write(f"overlay/{layer_id}/link", link)
+        os.symlink(f"../{layer_id}/diff", self.path("overlay/l", link))
+        if parent:
+            below = self.read(f"overlay/{parent}/link")
+            lower = [f"l/{below}", self.read(f"overlay/{parent}/lower")]
+            self.write(f"overlay/{layer_id}/lower", ":".join(filter(None, lower)))
+
+    def files(self, layer_id: str) -> str:
+        """Return the directory of a layer's files."""
+        return self.path(*(("vfs/dir", layer_id) if self.driver == "vfs" else
+                           ("overlay", layer_id, "diff")))
 
     def read(self, name: str) -> str:
         try:
@@ -444,11 +458,10 @@ class StoreBuilder:
     def rows(self, layer_id: str, rows: Iterable[Mapping[str, Any]]) -> str:
         """Write the tar-split data of a layer."""
         text = "".join(map(go_json, rows))
-        return self.write(f"overlay-layers/{layer_id}.tar-split.gz",
+        return self.write(f"{self.driver}-layers/{layer_id}.tar-split.gz",
                           gzip.compress(text.encode(), 1, mtime=0))
 
-    @staticmethod
-    def unpack(tar: bytes, directory: str) -> None:
+    def unpack(self, tar: bytes, directory: str) -> None:
         """Put the files where containers/storage puts them; special files are left out."""
         if not tar:
             return
@@ -456,6 +469,8 @@ class StoreBuilder:
             for info in members:
                 path = os.path.join(directory, os.path.normpath("/" + info.name).lstrip("/"))
                 os.makedirs(os.path.dirname(path), exist_ok=True)
+                if self.driver == "vfs":
+                    self.clear(path, info.isdir())
                 if info.isdir():
                     os.makedirs(path, exist_ok=True)
                 elif info.issym():
@@ -468,6 +483,23 @@ class StoreBuilder:
                         content = members.extractfile(info)
                         assert content
                         shutil.copyfileobj(content, file)
+
+    @staticmethod
+    def clear(path: str, keep: bool) -> None:
+        """Remove what lies at a path from a copy of the parent's files, or what a whiteout names.
+
+        ``keep`` says whether a directory may stay.  Opaque markers must come first.
+        """
+        folder, base = os.path.split(path)
+        if base == ".wh..wh..opq":
+            shutil.rmtree(folder)
+            os.mkdir(folder)
+        else:
+            path = os.path.join(folder, base[4 * base.startswith(".wh."):])
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path) if not keep else None
+            elif os.path.lexists(path):
+                os.unlink(path)
 
     def image(self, layer: str, *names: str, history: Sequence[dict[str, Any]] = (),
               **record: Any) -> str:
@@ -498,7 +530,7 @@ class StoreBuilder:
 
     def big_data(self, record: dict[str, Any], key: str, data: bytes, kind: str = "images") -> None:
         name = os.fsdecode(cstor.big_data_file(key))
-        self.write(f"overlay-{kind}/{record['id']}/{name}", data)
+        self.write(f"{self.driver}-{kind}/{record['id']}/{name}", data)
         record.setdefault("big-data-names", []).append(key)
         if kind != "layers":
             record.setdefault("big-data-sizes", {})[key] = len(data)
@@ -514,13 +546,13 @@ class StoreBuilder:
 
     def save(self) -> StoreBuilder:
         for kind in KINDS:
-            self.write(f"overlay-{kind}/{kind}.json", json.dumps(getattr(self, kind)))
+            self.write(f"{self.driver}-{kind}/{kind}.json", json.dumps(getattr(self, kind)))
         return self
 
 
-def make_sample(root: str) -> StoreBuilder:
+def make_sample(root: str, driver: str = "overlay") -> StoreBuilder:
     """Make the store of ``make demo``: two images on three layers, and a container."""
-    store = StoreBuilder(root)
+    store = StoreBuilder(root, driver)
     rng = random.Random(7)
     base = store.layer(make_tar(
         ("bin/", None), ("bin/hello", b"#!/bin/sh\necho hello world\n"), ("bin/sh", "hello"),
@@ -1693,16 +1725,76 @@ class Discovery(StoreTest):
         info = done.json
         self.assertEqual((store.root, [conf], 2), (info["graph-root"], info["configuration"],
                                                    info["images"]))
-        done = self.run_cstor("image", "list", status=6, env={"CONTAINERS_STORAGE_CONF": conf,
-                                                              "STORAGE_DRIVER": "vfs"})
-        self.assertIn(b"storage driver vfs is not supported: only overlay is read", done.stderr)
+        env = {"CONTAINERS_STORAGE_CONF": conf, "STORAGE_DRIVER": "zfs"}
+        done = self.run_cstor("image", "list", status=6, env=env)
+        self.assertIn("storage driver zfs is not supported: only overlay and vfs are read",
+                      done.err)
+        self.assertEqual("", self.run_cstor("--driver=overlay", "image", "list", env=env).err)
 
     def test_other_drivers_and_nothing(self) -> None:
-        for name in ("vfs", "btrfs-layers"):
+        for name in ("zfs", "btrfs-layers"):
             root = os.path.join(self.dir, name + "-store")
             os.makedirs(os.path.join(root, name))
             with self.assertRaisesRegex(cstor.Unsupported, name.partition("-")[0]):
                 cstor.Storage.open(root)
+        os.makedirs(self.dir + "/new/vfs")
+        with cstor.Storage.open(self.dir + "/new") as storage:
+            self.assertEqual(("vfs", ()), (storage.driver, storage.images()))
+        with self.assertRaisesRegex(ValueError, "driver must be overlay or vfs, not zfs"):
+            cstor.Storage.open(self.dir, driver="zfs")
+
+    def test_stores_of_two_drivers(self) -> None:
+        """podman's database says which one is read, or else the configuration, or --driver."""
+        store = self.sample()
+        second = StoreBuilder(store.root, "vfs")
+        conf = {"CONTAINERS_STORAGE_CONF": self.dir + "/storage.conf"}
+        put(conf["CONTAINERS_STORAGE_CONF"], f'[storage]\ngraphroot = "{store.root}"\n')
+
+        def names(*words: str, status: int = 0, **env: str) -> tuple[list[str], str]:
+            done = self.run_cstor(*words, "image", "list", "--format=json", status=status,
+                                  env={**conf, **env})
+            return [] if status else [image["names"][0] for image in done.json], done.err
+
+        own, others = ["localhost/of-vfs:latest"], [image["names"][0] for image in store.images]
+        root = ("--root", store.root)
+        # A driver that has no records does not count, unless it is asked for.
+        self.assertEqual((others, ""), names(*root))
+        self.assertEqual((others, ""), names(STORAGE_DRIVER="overlay"))
+        self.assertEqual(([], ""), names("--driver=vfs", *root))
+        second.image(second.layer(make_tar(("f", b"1"))), "localhost/of-vfs:latest")
+        second.save()
+        both = (f"cstor: error: {store.root} contains several valid graphdrivers: overlay, vfs "
+                "(choose one: --driver overlay or --driver vfs)\n")
+        self.assertEqual(([], both), names(*root, status=3))
+        self.assertEqual(([], both), names(status=3))
+        read = (f"cstor: warning: {store.root} holds overlay and vfs stores: %s is read, as %s "
+                "names it (--driver %s reads the other)\n")
+        self.assertEqual((own, read % ("vfs", "the configuration", "overlay")),
+                         names(STORAGE_DRIVER="vfs"))
+        self.assertEqual((own, ""), names("--driver", "vfs", *root))
+        self.assertEqual((others, ""), names("--driver=overlay", STORAGE_DRIVER="vfs"))
+        with contextlib.closing(make_database(store.root)):
+            self.assertEqual((others, read % ("overlay", "podman's database", "vfs")),
+                             names(STORAGE_DRIVER="vfs"))
+            self.assertEqual((others, read % ("overlay", "podman's database", "vfs")), names(*root))
+            self.assertEqual((own, ""), names("--driver=vfs", STORAGE_DRIVER="overlay"))
+        for driver in (None, "overlay", "vfs"):
+            with self.open(store, driver=driver or "overlay") as storage:
+                self.assertEqual(driver or "overlay", storage.driver)
+
+    def test_another_driver_than_the_configured_one(self) -> None:
+        store = make_sample(self.dir + "/store", "vfs")
+        conf = self.dir + "/storage.conf"
+        put(conf, f'[storage]\ndriver = "overlay"\ngraphroot = "{store.root}"\n')
+        info = self.run_cstor("store", "info", "--format=json",
+                              env={"CONTAINERS_STORAGE_CONF": conf}).json
+        self.assertEqual(("vfs", 2), (info["driver"], info["images"]))
+        self.assertIn(f"{store.root} holds no overlay store, which the configuration names: vfs is "
+                      "read", info["faults"])
+        missing = f"no overlay store at {store.root}: it holds vfs"
+        self.assertIn(missing, self.run_on(store, "--driver overlay image list", status=3).err)
+        with self.assertRaisesRegex(cstor.NotFound, missing):
+            cstor.Storage.open(store.root, driver="overlay")
         self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir + "/missing")
         self.assertRaises(cstor.NotFound, cstor.Storage.open, self.dir)
 
@@ -3001,9 +3093,9 @@ class Library(StoreTest):
                  lambda: list(cstor.diff_trees(tree, tree, "time"))),
                 (f"TypeError: {patterns}", lambda: tree.glob("etc")),
                 ("TypeError: patterns must be a list of str, not bytes",
-                 lambda: tree.glob(anything.OVERLAY)),
+                 lambda: tree.glob(anything.OPAQUE_MARKER)),
                 ("TypeError: each of patterns must be str, not bytes",
-                 lambda: tree.glob([anything.OVERLAY])),
+                 lambda: tree.glob([anything.OPAQUE_MARKER])),
                 (f"TypeError: {patterns}", lambda: image.extract(out, paths="etc")),
                 (f"TypeError: {patterns}", lambda: layer.extract(out, exclude="etc")),
                 ("TypeError: owner_map must be a list of str, not str",
@@ -3015,11 +3107,12 @@ class Library(StoreTest):
                 (f"TypeError: {path}", lambda: list(tree.walk(anything.REF_NAME))),
                 (f"TypeError: {path}", lambda: list(tree.read(anything.REF_NAME))),
                 (f"TypeError: {path}", lambda: layer.open_file(anything.REF_NAME)),
-                ("TypeError: path must be str, not bytes", lambda: image.extract(anything.OVERLAY)),
                 ("TypeError: path must be str, not bytes",
-                 lambda: image.copy_to_oci(anything.OVERLAY)),
+                 lambda: image.extract(anything.OPAQUE_MARKER)),
+                ("TypeError: path must be str, not bytes",
+                 lambda: image.copy_to_oci(anything.OPAQUE_MARKER)),
                 *[("TypeError: reference must be str, not bytes",
-                   functools.partial(find, anything.OVERLAY))
+                   functools.partial(find, anything.OPAQUE_MARKER))
                   for find in (storage.image, storage.layer, storage.container)],
                 ("TypeError: name must be bytes, not str",
                  lambda: cstor.spell(anything.REF_NAME)),
@@ -5069,6 +5162,180 @@ class Contents(TreeTest):
                  (b"e/x", 0, 2, "opaque directory", 3)},
                 {(path, number[node.tree], number[above], how, wasted)
                  for path, node, above, how, wasted in cstor.hidden_nodes(tree)})
+
+
+class Vfs(TreeTest):
+    """Stores of the driver vfs: each layer has the whole tree, as it is with the layers below."""
+
+    STACK = (b"".join((directory(b"d"), entry(b"d/a", b"a1"), entry(b"d/b", b"b1"),
+                       directory(b"e", mode=b"0001777", uid=b"0000004"), entry(b"e/x", b"x1"),
+                       entry(b"f", b"f1"), hardlink(b"g", b"f"), symlink(b"l", b"d"))),
+             b"".join((directory(b"d"), entry(b"d/.wh.a"), entry(b"d/c", b"c2"), entry(b"f", b"f2"),
+                       directory(b"e"), entry(b"e/.wh..wh..opq"), entry(b"e/y", b"y2"))),
+             b"".join((entry(b"f", b"f3"), entry(b".wh.e"), entry(b"n", b"n3"))))
+
+    def stores(self, *tars: bytes) -> list[StoreBuilder]:
+        """Return stores of both drivers with one image and an empty container."""
+        stores = []
+        for driver in cstor.DRIVERS:
+            store, layer = StoreBuilder(tempfile.mkdtemp(dir=self.dir), driver), ""
+            for tar in tars:
+                layer = store.layer(tar + END, layer)
+            image = store.image(layer, "localhost/t:latest")
+            store.container(image, store.layer(None, layer, names=["c-layer"]), "c")
+            stores.append(store.save())
+        return stores
+
+    def test_an_image_is_the_same_by_both_drivers(self) -> None:
+        found = []
+        for store in self.stores(*self.STACK):
+            out = f"{self.dir}/{store.driver}"
+            with self.open(store) as storage:
+                image = storage.image("t")
+                self.assertEqual([], image.faults)
+                tars = [self.export(layer) for layer in image.layers()]
+                self.assertEqual([tar + END for tar in self.STACK], tars)
+                with image.tree() as tree:
+                    tree.verify()
+                    listed = self.listing(tree)
+                    image.extract(out, verify=True, owners=False)
+                    self.assertEqual(0, sum(row[1] not in ("owner", "mode") for row in
+                                            tree_differences(out, tree)))
+                layout = image.copy_to_oci(out + "-oci", "t")
+                found.append((listed, layout, image.toc(digests=True), [
+                    layer.toc(digests=True) for layer in image.layers()]))
+                self.assertEqual((3, 0), (len(image.layers()), len(storage.faults)))
+        self.assertEqual(*found)
+        self.assertEqual({"d": "dir", "d/b": "b1", "d/c": "c2", "f": "f3", "g": "f1", "l": "-> d",
+                          "n": "n3"}, found[1][0])
+
+    def test_commands(self) -> None:
+        _, store = self.stores(*self.STACK)
+        base, _, top, own = (layer["id"] for layer in store.layers)
+        self.assertEqual("f3", self.run_on(store, "image cat t f").out)
+        self.assertEqual("/d/b\n", self.run_on(store, "image files t /d/b").out)
+        self.assertEqual("f1", self.run_on(store, f"layer cat {store.files(base)}/f f").out)
+        self.assertEqual("f\n.wh.e\nn\n", self.run_on(store, f"layer files {top}").out)
+        self.assertEqual("b1", self.run_on(store, "container cat c l/b").out)
+        self.assertEqual("", self.run_on(store, "image diff t container:c").out)
+        self.assertEqual("/\n", self.run_on(store, f"layer files {own}").out)
+        info, = self.run_on(store, f"layer inspect {top}").json
+        self.assertEqual((store.files(top), [], "", []), (
+            info["diff"], info["lower"], info["link"], info["faults"]))
+        self.assertEqual("vfs", self.run_on(store, "store info --format json").json["driver"])
+        self.assertIn("layer not known: no layer has the link",
+                      self.run_on(store, "resolve-link", "A" * 26, status=3).err)
+
+    def test_files_that_mean_something_in_overlay(self) -> None:
+        """Names of containers/storage, and xattrs and devices of overlayfs, are just files here."""
+        marks = xattrs({"trusted.overlay.opaque": b"y"})
+        tars = b"".join((directory(b"d"), entry(b"d/a", b"1"), entry(b"link", b"A" * 26),
+                         entry(b"additionallayer", b"/x"), entry(b"lower", b"l/x"))), \
+            b"".join((marks, directory(b"d"), device(b"w", b"3", 0, 0), entry(b"diff1", b"2")))
+        _, store = self.stores(*tars)
+        with self.open(store) as storage, storage.image("t").tree() as tree:
+            self.assertEqual({"d": "dir", "d/a": "1", "w": "char", "link": "A" * 26, "lower": "l/x",
+                              "additionallayer": "/x", "diff1": "2"}, self.listing(tree))
+            self.assertEqual({b"trusted.overlay.opaque": b"y"}, tree.lookup(b"d")[1].xattrs)
+            self.assertEqual([], storage.notes)
+            top = storage.image("t").layers()[-1]
+            self.assertEqual(("", []), (top.link_id, top.lower_ids()))
+            self.assertIsNone(storage.layer_by_id("0" * 64))
+
+    def test_what_vfs_unpacks_otherwise(self) -> None:
+        """The layers below are there: their links are followed, and directories keep their mode."""
+        for driver, wanted in (("vfs", {"d": "dir", "d/a": "1", "d/b": "2", "e": "dir", "e/x": "3",
+                                        "l": "-> d", "m": "= d/a", "no": "dir"}),
+                               ("overlay", {"d": "dir", "d/a": "1", "e": "dir", "e/x": "3",
+                                            "l": "dir", "l/b": "2"})):
+            store = StoreBuilder(self.dir + "/" + driver, driver)
+            base = store.layer(directory(b"d") + entry(b"d/a", b"1") + symlink(b"l", b"d")
+                               + directory(b"e", mode=b"0001777", uid=b"0000004") + END)
+            tar = entry(b"l/b", b"2") + entry(b"e/x", b"3")
+            if driver == "vfs":
+                tar += hardlink(b"m", b"d/a") + entry(b".wh.no") + entry(b"no/.wh.where")
+            store.image(store.layer(tar + END, base), "t")
+            with self.open(store.save()) as storage, storage.image("t").tree() as tree:
+                self.assertEqual(wanted, self.listing(tree))
+                node = tree.lookup(b"e")[1]
+                self.assertEqual((0o1777, 4) if driver == "vfs" else (0o755, 0),
+                                 (node.mode, node.uid))
+                self.assertEqual(tar + END, self.export(storage.image("t").layers()[-1]))
+
+    def test_hundreds_of_layers(self) -> None:
+        with self.open(self.stores(directory(b"d"), *[
+                entry(b"d/%d" % number) for number in range(200)])[1]) as storage:
+            with storage.image("t").tree() as tree:
+                self.assertEqual(202, sum(1 for _ in tree.walk()))
+
+    def test_a_container_differs_from_its_image(self) -> None:
+        _, store = self.stores(*self.STACK)
+        layer = store.layers[-1]["id"]
+        place = store.files(layer)
+        for name in ("d/b", "d/c"):
+            os.unlink(f"{place}/{name}")
+        os.rmdir(place + "/d")
+        put(place + "/d", b"now a file")
+        os.unlink(place + "/l")
+        os.makedirs(place + "/l/new")
+        put(place + "/l/new/.wh.real", b"no whiteout")
+        os.chmod(place + "/g", 0o600)
+        os.link(place + "/n", place + "/n2")
+        with self.open(store) as storage:
+            container = storage.container("c")
+            self.assertEqual([], container.faults)
+            with container.tree() as tree:
+                self.assertEqual({"d": "now a file", "f": "f3", "g": "f1", "l": "dir",
+                                  "l/new": "dir", "l/new/.wh.real": "no whiteout", "n": "n3",
+                                  "n2": "= n"}, self.listing(tree))
+                self.assertEqual([], [row for row in tree_differences(place, tree) if row[0]
+                                      and row[1] not in ("owner", "mtime")])
+            with storage.layer(layer).tree() as tree:
+                found = {path: node.type for path, node, _ in tree.walk()}
+                self.assertEqual({b"": "dir", b"d": "reg", b"g": "reg", b"l": "dir",
+                                  b"l/new": "dir", b"l/new/.wh.real": "reg", b"n": "reg",
+                                  b"n2": "reg"}, found)
+        os.unlink(place + "/f")
+        with self.open(store) as storage, storage.layer(layer).tree() as tree:
+            self.assertIn((b"f", "whiteout"), [(path, node.type) for path, node, _ in tree.walk()])
+        out = self.run_on(store, "image diff t c --ignore time", status=1).out
+        self.assertEqual("C /d  type\nD /d/b\nD /d/c\nD /f\nC /g  mode\nC /l  type\nA /l/new\n"
+                         "A /l/new/.wh.real\nA /n2\n", out)
+        self.run_on(store, "container export c -o", self.dir + "/c.tar")
+        with tarfile.open(self.dir + "/c.tar") as tar:
+            self.assertEqual(["d", "g", "l", "l/new", "l/new/.wh.real", "n", "n2"],
+                             [name for name in tar.getnames() if name != "."])
+
+    def test_damage(self) -> None:
+        _, store = self.stores(*self.STACK)
+        base, middle, top, _ = (layer["id"] for layer in store.layers)
+        shutil.rmtree(store.files(base))
+        overwrite(store.files(middle) + "/d/c", b"c!")
+        os.unlink(store.files(top) + "/n")
+        os.unlink(store.path(f"vfs-layers/{top}.tar-split.gz"))
+        os.mkdir(store.path("vfs/dir", "0" * 64))
+        with self.open(store) as storage:
+            self.assertEqual([[f"vfs/dir/{base} is missing"], [],
+                              [f"vfs-layers/{top}.tar-split.gz is missing"]],
+                             [storage.layer(layer).damage() for layer in (base, middle, top)])
+            for layer, kind, text in (
+                    (base, cstor.Unsupported, f"its files are gone: no vfs/dir/{base}"),
+                    (middle, cstor.IntegrityError, '"d/c": file integrity checksum failed'),
+                    (top, cstor.Unsupported, "has no tar-split data")):
+                with self.assertRaisesRegex(kind, text):
+                    self.export(storage.layer(layer))
+        faults = self.run_on(store, "store info --format json").json["faults"]
+        self.assertIn(f"{store.root}/vfs/dir/{'0' * 64} has no record", faults)
+
+    def test_additional_stores(self) -> None:
+        other, store = self.stores(*self.STACK)[1], StoreBuilder(self.dir + "/mine", "vfs").save()
+        with self.open(store, stores=[other.root]) as storage:
+            self.assertEqual(3, len(storage.image("t").layers()))
+        listed = self.run_on(store, "image list -q --store", other.root).out
+        self.assertEqual(13, len(listed))
+        os.makedirs(self.dir + "/none/overlay-images")
+        self.assertIn(f"no containers/storage store at {self.dir}/none", self.run_on(
+            store, "--driver vfs image list --store", self.dir + "/none", status=3).err)
 
 
 class HostileStores(StoreTest):
