@@ -3146,8 +3146,7 @@ class Layer(Record):
         FormatError, NeedsUnshare.
         """
         sink = TarSink(out, hashing=verify, layer=self.id, progress=progress)
-        reader = LayerReader(self)
-        digest = sink.take_all(reader.items(), also, reader.read_into)
+        digest = sink.take_all(self.items(), also)
         if verify and digest != self.diff_digest:
             self.verify()
             if self.diff_digest:
@@ -3691,22 +3690,6 @@ class Contents(Directory):
         if fd < 0:
             return -1, os.stat_result((-fd, *bytes(9)))
         return fd, os.fstat(fd)
-
-    def read_into(self, parent: bytes, base: bytes, view: memoryview) -> bool:
-        """Fill ``view`` with a regular file of its size; False where look() must see what it is."""
-        try:
-            dir_fd = self.parent(parent)
-            status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode) \
-                    and len(view) == status.st_size <= status.st_blocks * 512:
-                fd = os.open(base, self._flags, dir_fd=dir_fd)
-                try:  # faster than Opened
-                    return os.preadv(fd, [view], 0) == len(view)
-                finally:
-                    os.close(fd)
-        except (OSError, ValueError):  # look() and those that read will say which
-            pass
-        return False
 
     def is_closed(self, name: bytes) -> bool:
         """Tell whether this user probably may not read a file, which need not exist."""
@@ -4603,7 +4586,10 @@ class LayerFiles(Closing):
         """
         if size == 0 and self._objects is not None:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # no object is kept for it
-        parent, base = self._split(name)
+        parent, _, base = name.rpartition(b"/")
+        if parent != self._raw_parent:
+            self._raw_parent, self._parent = parent, clean_name(parent)
+        parent = self._parent
         if base in (b"", b".", b"..") or b"\0" in base or self._objects is not None:
             parent, _, base = self._place(name).rpartition(b"/")
         for diff in (self._diff(0),) if self._plain else self._search():
@@ -4628,21 +4614,6 @@ class LayerFiles(Closing):
                     os.close(fd)
                 raise self._objection(name, base, size, status)
         raise self._missing(name, size)
-
-    def _split(self, name: bytes) -> tuple[bytes, bytes]:
-        """Return the cleaned name of the parent, and the last component as it is."""
-        parent, _, base = name.rpartition(b"/")
-        if parent != self._raw_parent:
-            self._raw_parent, self._parent = parent, clean_name(parent)
-        return self._parent, base
-
-    def read_into(self, name: bytes, view: memoryview) -> bool:
-        """Read a file of the size of ``view`` into it; False where open() must look closer.
-
-        That reads a small file with the fewest calls and the checks of open().
-        """
-        return self._plain and self._objects is None \
-            and self._diff(0).read_into(*self._split(name), view)
 
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
         """Return where open() looks first, as (directory, name in it); None = nowhere."""
@@ -5365,14 +5336,6 @@ class LayerReader:
                 lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
                 lambda item: 1 + len(item[0]) // (8 << 10))
 
-    def read_into(self, member: Member, view: memoryview) -> bool:
-        """Fill ``view`` with all that is stored of the member that was yielded last.
-
-        Returns False where its content must be read by pieces.
-        """
-        return member.sparse is None and self._files is not None \
-            and self._files.read_into(member.name, view)
-
     def headers(self) -> Iterator[Item]:
         """Yield all items without contents: no file is opened."""
         layer, (fd, path) = self.layer, self.layer.open_tar_split()
@@ -5863,24 +5826,14 @@ class TarSink:
             left -= n
 
     def take_all(self, items: Generator[Item, None, None],
-                 also: Callable[[bytes | Extent], object] | None = None,
-                 read_into: Callable[[Member, memoryview], bool] | None = None) -> str:
-        """Take a whole tar, each piece after ``also`` has had it; return as finish() does.
-
-        Without ``also`` contents that fit into the buffer come from ``read_into``, where it can.
-        """
+                 also: Callable[[bytes | Extent], object] | None = None) -> str:
+        """Take a whole tar, each piece after ``also`` has had it; return as finish() does."""
         try:
-            for literal, member, content in items:
+            for literal, _, content in items:
                 if literal:
                     if also:
                         also(literal)
                     self.literal(literal)
-                if read_into and not also and member and member.stored \
-                        and (end := self._fill + member.stored) <= CHUNK \
-                        and read_into(member, self._view[self._fill:end]):
-                    self._fill = end
-                    self.files += 1
-                    continue
                 for piece in content:
                     if also:
                         also(piece)
