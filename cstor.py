@@ -4586,10 +4586,7 @@ class LayerFiles(Closing):
         """
         if size == 0 and self._objects is not None:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # no object is kept for it
-        parent, _, base = name.rpartition(b"/")
-        if parent != self._raw_parent:
-            self._raw_parent, self._parent = parent, clean_name(parent)
-        parent = self._parent
+        parent, base = self._split(name)
         if base in (b"", b".", b"..") or b"\0" in base or self._objects is not None:
             parent, _, base = self._place(name).rpartition(b"/")
         for diff in (self._diff(0),) if self._plain else self._search():
@@ -4614,6 +4611,29 @@ class LayerFiles(Closing):
                     os.close(fd)
                 raise self._objection(name, base, size, status)
         raise self._missing(name, size)
+
+    def _split(self, name: bytes) -> tuple[bytes, bytes]:
+        """Return the cleaned name of the parent, and the last component as it is."""
+        parent, _, base = name.rpartition(b"/")
+        if parent != self._raw_parent:
+            self._raw_parent, self._parent = parent, clean_name(parent)
+        return self._parent, base
+
+    def find(self, name: bytes, size: int) -> tuple[int, bytes, bytes, os.stat_result] | None:
+        """Return a plain file unopened, as (directory, its name, name in it, status).
+
+        None where open() must look closer: a file of another type or size, or perhaps a stub.
+        """
+        if self._plain and self._objects is None:
+            parent, base = self._split(name)
+            try:
+                dir_fd = self._diff(0).parent(parent)
+                status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
+            except (OSError, ValueError):
+                return None
+            if stat.S_ISREG(status.st_mode) and size == status.st_size <= status.st_blocks * 512:
+                return dir_fd, parent, base, status
+        return None
 
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
         """Return where open() looks first, as (directory, name in it); None = nowhere."""
@@ -5335,6 +5355,11 @@ class LayerReader:
                 self.headers(),
                 lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
                 lambda item: 1 + len(item[0]) // (8 << 10))
+
+    def find(self, member: Member) -> tuple[int, bytes, bytes, os.stat_result] | None:
+        """Return what LayerFiles.find() does of the last member."""
+        return self._files.find(member.name, member.size) \
+            if member.sparse is None and self._files else None
 
     def headers(self) -> Iterator[Item]:
         """Yield all items without contents: no file is opened."""
@@ -9644,6 +9669,9 @@ class _ChunkWriter:
     def _inline(self, head: Callable[[int], bytes], piece: bytes | Extent) -> None:
         """Write a piece as chunks, each behind ``head(length)``, nothing for an empty one."""
         left = piece.length if isinstance(piece, Extent) else len(piece)
+        if isinstance(piece, bytes) and 0 < left <= min(CHUNK, MAX_INLINE):
+            self._write(head(left) + piece)
+            return
         for data in whole_chunks(piece):
             view = memoryview(data)
             while view:
@@ -9701,13 +9729,19 @@ class SplitdirfdstreamWriter(_ChunkWriter):
     def add(self, piece: bytes | Extent) -> None:
         """Write one piece.  Raises IntegrityError when its file is shorter than it was."""
         kind = b"\1" if isinstance(piece, Extent) else b"\0"
-        if isinstance(piece, Extent) and piece.length and self._external and piece.is_whole_file:
-            index, name = self._external(piece) or (0, b"")
-            if name and name.decode("utf-8", "replace").encode() == name:
-                self._write(b"\2" + piece.length.to_bytes(8, "little") + index.to_bytes(
-                    4, "little") + len(name).to_bytes(4, "little") + name)
-                return
+        if isinstance(piece, Extent) and piece.length and self._external and piece.is_whole_file \
+                and self.refer(piece.length, self._external(piece)):
+            return
         self._inline(lambda count: kind + count.to_bytes(4, "little"), piece)
+
+    def refer(self, length: int, place: tuple[int, bytes] | None) -> bool:
+        """Write that a whole file lies at ``place``; return False where that cannot be said."""
+        index, name = place or (0, b"")
+        if name and is_utf8(name):
+            self._write(b"\2" + length.to_bytes(8, "little") + index.to_bytes(4, "little")
+                        + len(name).to_bytes(4, "little") + name)
+            return True
+        return False
 
 
 class LayerStream(Closing):
@@ -11198,7 +11232,7 @@ class _Session(Dispatcher):
             pipe = _PipeWriter(sink.fileno(), self.server.timeout)
             writer = SplitdirfdstreamWriter(pipe.write, place.find)
             try:
-                write_pieces(layer, writer.add)
+                place.write(LayerReader(layer), writer)
                 pipe.flush()
             except (CstorError, OSError) as error:
                 # The answer is sent: a client that reads on learns why, others see the damage.
@@ -11220,7 +11254,7 @@ class _PipeWriter:
     def write(self, data: bytes | memoryview) -> None:
         """Write bytes, perhaps later."""
         self._buffer += data
-        if len(self._buffer) >= CHUNK:
+        if len(self._buffer) >= SEGMENT_SIZE:
             self.flush(1)
 
     def flush(self, kept: int = 0) -> None:
@@ -11248,13 +11282,35 @@ class _Place:
         self._root = os.readlink(b"/proc/self/fd/%d" % diff.fd) + b"/"
         self._open: dict[bytes, bool] = {b"": True}  # by directory, if all may search it
 
+    def write(self, reader: LayerReader, writer: SplitdirfdstreamWriter) -> None:
+        """Write a layer's tar; plain files are not opened, and paths read once for a directory."""
+        parent: bytes | None = None
+        folder = b""
+        items = reader.items()
+        try:
+            for literal, member, content in items:
+                if literal:
+                    writer.add(literal)
+                if member and member.stored and (found := reader.find(member)):
+                    dir_fd, name, base, status = found
+                    if name != parent:
+                        parent, folder = name, os.readlink(b"/proc/self/fd/%d" % dir_fd) + b"/"
+                    if writer.refer(member.size, self._entry(folder + base, status.st_mode)):
+                        continue
+                for piece in content:
+                    writer.add(piece)
+        finally:
+            items.close()
+
     def find(self, piece: Extent) -> tuple[int, bytes] | None:
         """Return (0, name) of a piece's file; None when the client cannot open it by name."""
-        path = os.readlink(b"/proc/self/fd/%d" % piece.fd)
+        return self._entry(os.readlink(b"/proc/self/fd/%d" % piece.fd), os.fstat(piece.fd).st_mode)
+
+    def _entry(self, path: bytes, mode: int) -> tuple[int, bytes] | None:
         name = path[len(self._root):]
         if not path.startswith(self._root) or len(name) > MAX_FILE_NAME:
             return None  # of a layer below, or removed meanwhile
-        if not self._all and not (os.fstat(piece.fd).st_mode & stat.S_IROTH
+        if not self._all and not (mode & stat.S_IROTH
                                   and self._searchable(name.rpartition(b"/")[0])):
             return None
         return 0, name

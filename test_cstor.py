@@ -11167,6 +11167,28 @@ class DumbClients(MessageTest):
         self.assertEqual(self.big_tar, self.run_cstor(
             "stream-to-tar", out, "--external", rows).stdout)
 
+    def test_plain_files_are_named_unopened(self) -> None:
+        """The same names as those of open files: links to directories are followed."""
+        layer = self.add(make_tar(("d/", None), ("d/a", b"1" * 9), ("top", b"2" * 9), ("lnk", "/d"),
+                                  ("d/b", b"3" * 9), ("closed/", None), ("closed/c", b"4" * 9)))
+        tar = make_tar(("d/", None), ("d/a", b"1" * 9), ("./top", b"2" * 9), ("lnk", "/d"),
+                       ("lnk/b", b"3" * 9), ("closed/", None), ("closed//c", b"4" * 9))
+        self.store.tar_split(layer, tar)
+        self.store.layers[-1].update({"diff-digest": sha256(tar), "diff-size": len(tar)})
+        self.store.save()
+        self.big_tar = tar
+        os.chmod(self.store.path("overlay", layer, "diff/closed"), 0o700)
+        for dac, missing in ((True, b""), (False, b"closed/c")):
+            with mock.patch.object(cstor.LayerFiles, "open", autospec=True,
+                                   side_effect=cstor.LayerFiles.open) as opened:
+                stream, later = self.read_pipe(dac)
+            self.assertEqual(([], 0 if dac else 1), (later, opened.call_count))
+            for name in (b"d/a", b"top", b"d/b", b"closed/c"):
+                self.assertEqual(name != missing, in_directory(9, 0, name) in stream, name)
+            with mock.patch.object(cstor.LayerFiles, "find", lambda *_: None):
+                self.assertEqual((stream, []), self.read_pipe(dac))
+            self.assertEqual(tar, Dumb.tar_of_names(stream, [self.folder_of(layer)]))
+
     def test_every_layer_by_every_client(self) -> None:
         with self.opener() as storage:
             self.assertEqual(14 if FULL else 8, fetch_by_all(self, storage))
