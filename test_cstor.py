@@ -14637,11 +14637,11 @@ def command(*words: str) -> str:
 class Store:
     """A graph root of its own that podman, buildah and containers-storage write."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, driver: str = "overlay") -> None:
         self.root, self.runroot = os.path.join(folder, "root"), os.path.join(folder, "run")
+        self.driver = driver
         os.makedirs(folder, exist_ok=True)
-        self.globals = ["--root", self.root, "--runroot", self.runroot,
-                        "--storage-driver", "overlay"]
+        self.globals = ["--root", self.root, "--runroot", self.runroot, "--storage-driver", driver]
 
     def podman(self, *arguments: str, **options: Any) -> str:
         return run("podman", *self.globals, *arguments, **options)
@@ -14651,7 +14651,7 @@ class Store:
 
     def place(self, name: str) -> str:
         """Return where skopeo finds or puts an image."""
-        return f"containers-storage:[overlay@{self.root}+{self.runroot}]localhost/{name}"
+        return f"containers-storage:[{self.driver}@{self.root}+{self.runroot}]localhost/{name}"
 
     def close(self) -> None:
         """Undo the mount of overlay/ on itself that the tools can leave behind."""
@@ -16147,6 +16147,148 @@ def read_text(path: str) -> str:
     return read_bytes(path).decode("utf-8", "replace")
 
 
+class RealVfs(unittest.TestCase):
+    """A store of podman's driver vfs, with images of many layers and changed containers."""
+
+    # Images that podman refuses, or unpacks so that contents of their tars are gone.
+    REFUSED = {"whiteout-linked", "types-3", "types-nested"}
+    GONE = {"alias", "alias-dir", "alias-linked"}
+    # An opaque marker behind a link has no effect; copies lose xattrs of links and special files.
+    OTHERWISE = {"opaque-by-link": [(b"a/s/h", "missing")],
+                 "xattrs": [(b"p", "xattrs"), (b"s", "xattrs")]}
+    CHANGES = """set -e; cd $1; rm -r d; mkdir -m 700 d; echo new > d/new; ln d/new hard; rm c
+        mkdir c; mknod c/null c 0 0; echo literal > .wh.a; ln -s /x link; chmod 600 a; chown 7 a
+        setfattr -n user.x -v 1 b; touch -d 2001-01-01 kept"""
+
+    folder: tempfile.TemporaryDirectory[str]
+    store: Store
+    names: list[str]
+    listed: dict[str, set[str]]  # by container, what podman says that it changed
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need(os.geteuid() == 0, "only root can run podman on a store of its own")
+        need_tools("podman", "buildah", "skopeo", "setfattr")
+        cls.folder = tempfile.TemporaryDirectory(prefix="cstor-vfs-")
+        cls.addClassCleanup(cls.folder.cleanup)
+        cls.store = Store(cls.path("store"), "vfs")
+        chosen = dict(sample(stacks()))
+        write_layout(cls.path("layout"), chosen)
+        cls.names = []
+        for name in chosen:
+            with contextlib.nullcontext() if name not in cls.REFUSED else \
+                    unittest.TestCase().assertRaises(AssertionError):
+                run("skopeo", "copy", "-q", f"oci:{cls.path('layout')}:{name}",
+                    cls.store.place(name))
+                cls.names.append(name)
+        os.mkdir(cls.path("context"))
+        for each in "abc":
+            put(f"{cls.path('context')}/{each}", each * 1000)
+        put(cls.path("context") + "/Dockerfile",
+            "FROM scratch\nCOPY a b c /\nCOPY a b c /d/\nCOPY c /kept\nCMD /a\n")
+        cls.store.buildah("bud", "--layers", "-q", "-t", "localhost/built", cls.path("context"))
+        for name, *options in (("same",), ("changed",), ("mapped", "--uidmap=0:100000:65536")):
+            cls.store.podman("create", "--network=none", "--name", name, *options, "built", "/a")
+        place = cls.store.podman("mount", "changed").strip()
+        run("sh", "-c", cls.CHANGES, "sh", place)
+        cls.store.podman("umount", "changed")
+        cls.listed = {name: set(cls.store.podman("diff", name).splitlines())
+                      for name in ("same", "changed")}
+
+    @classmethod
+    def path(cls, name: str) -> str:
+        return os.path.join(cls.folder.name, name)
+
+    def setUp(self) -> None:
+        self.storage = cstor.Storage.open(self.store.root, runroot=self.store.runroot)
+        self.addCleanup(self.storage.close)
+        before = snapshot(self.store.root)
+        self.addCleanup(lambda: self.assertEqual(before, snapshot(self.store.root)))
+
+    def place(self, layer: str) -> str:
+        return os.path.join(self.store.root, "vfs/dir", layer)
+
+    def compare(self, layer: str, tree: cstor.Tree) -> list[tuple[bytes, str]]:
+        """Return where a tree differs from a layer's directory, which podman mounts as it is."""
+        with tree:
+            found = tree_differences(self.place(layer), tree)
+        return [row[:2] for row in found if row[1] != "mtime" or row[3] >= -(1 << 31) * 10**9]
+
+    def test_layers(self) -> None:
+        lost = {layer.id for name in self.GONE & set(self.names)
+                for layer in self.storage.image(f"localhost/{name}").layers()[:1]}
+        count = 0
+        for layer in self.storage.layers():
+            self.assertEqual([], layer.faults)
+            if not layer.diff_digest:
+                with self.assertRaisesRegex(cstor.Unsupported, "writable layer of a container"):
+                    layer.export(io.BytesIO())
+            elif layer.id in lost:
+                with self.assertRaises(cstor.IntegrityError):
+                    layer.export(io.BytesIO())
+            else:
+                out = io.BytesIO()
+                self.assertEqual(layer.diff_digest, layer.export(out))
+                self.assertEqual(layer.diff_digest, sha256(out.getvalue()))
+                count += 1
+        self.assertGreater(count, len(self.names))
+
+    def test_images(self) -> None:
+        for image in self.storage.images():
+            name = image.names[0][10:-7] if image.names else ""  # one of the build's steps
+            with self.subTest(image=name):
+                self.assertEqual([], image.faults)
+                self.assertEqual(self.OTHERWISE.get(name, []),
+                                 self.compare(image.layer, image.tree()))
+
+    def test_containers(self) -> None:
+        for name in ("same", "changed"):
+            container = self.storage.container(name)
+            self.assertEqual([], container.faults)
+            self.assertEqual([], self.compare(container.layer, container.tree()))
+            with self.storage.image("built").tree() as old, container.tree() as new:
+                found = {f"{'A' if a is None else 'D' if b is None else 'C'} /{path.decode()}"
+                         for path, a, b, _ in cstor.diff_trees(old, new) if path}
+            self.assertEqual(self.listed[name], found)
+            self.assertEqual(13 if name == "changed" else 0, len(found))
+        with self.storage.container("mapped").tree() as tree:
+            self.assertEqual({0}, {node.uid for _, node, _ in tree.walk()})
+
+    def test_out_and_back(self) -> None:
+        layout = self.path("out")
+        image = self.storage.image("built")
+        image.copy_to_oci(layout, "built")
+        other = Store(self.path("other"))
+        self.addCleanup(other.close)
+        run("skopeo", "copy", "-q", f"oci:{layout}:built", other.place("built"))
+        with cstor.Storage.open(other.root) as storage:
+            found = storage.image("built")
+            self.assertEqual((image.id, "overlay"), (found.id, storage.driver))
+            with image.tree() as old, found.tree() as new:
+                self.assertEqual([], list(cstor.diff_trees(old, new)))
+            self.assertEqual(image.toc(digests=True), found.toc(digests=True))
+
+    def test_extracted(self) -> None:
+        for name, thing in (("image", self.storage.image("built")),
+                            ("container", self.storage.container("changed"))):
+            thing.extract(self.path(name), verify=True)
+            self.assertEqual([], self.compare_with(name, thing))
+
+    def compare_with(self, name: str, thing: Any) -> list[Any]:
+        with thing.tree() as tree:
+            return tree_differences(self.path(name), tree)
+
+    def test_served(self) -> None:
+        need_proc()
+        self.assertEqual(3 * (7 if FULL else 4), fetch_by_all(self, self.only("built")))
+
+    def only(self, name: str) -> cstor.Storage:
+        """Return the storage with the layers of one image."""
+        storage, image = self.storage, self.storage.image(name)
+        storage._layers, storage._images = image.layers(), (image,)
+        return storage
+
+
 class RealRootless(unittest.TestCase):
     """Stores of a real user, made by his own podman, seen by him, by root and by others."""
 
@@ -16214,6 +16356,7 @@ class RealRootless(unittest.TestCase):
         cls.make_store("native")
         cls.make_store("fuse", fuse)
         cls.make_store("masked", fuse, "overlay.force_mask=0700")
+        cls.make_store("vfs")
         cls.root = cls.stores["native"]
         cls.script = [cls.python, cls.path("cstor.py"), "--root", cls.root]
         with cstor.Storage.open(cls.root) as storage:
@@ -16254,7 +16397,8 @@ class RealRootless(unittest.TestCase):
         """Let the user import an image, and make and change a container."""
         root = os.path.join(cls.home, name)
         podman = ["podman", "--root", root, "--runroot", cls.path("run/" + name),
-                  "--storage-driver", "overlay", *(f"--storage-opt={item}" for item in options)]
+                  "--storage-driver", "vfs" if name == "vfs" else "overlay",
+                  *(f"--storage-opt={item}" for item in options)]
         cls.as_user(*podman, "import", "-q", cls.path("image.tar"), "localhost/image")
         cls.as_user(*podman, "create", "--name", "c", "localhost/image", "/x")
         cls.as_user("podman", "unshare", "sh", "-c",
@@ -16350,7 +16494,9 @@ class RealRootless(unittest.TestCase):
     # -- the tests ---------------------------------------------------------------------------------
 
     def test_same_answers_as_root_gets(self) -> None:
-        for name, root in self.stores.items() if FULL else [("native", self.stores["native"])]:
+        for name, root in self.stores.items():
+            if not FULL and name not in ("native", "vfs"):
+                continue
             for words in self.METADATA + self.CONTENTS:
                 with self.subTest(store=name, words=words):
                     found = [(who("-q " + words, root), self.made())
@@ -16365,8 +16511,13 @@ class RealRootless(unittest.TestCase):
 
     def test_copies_for_other_ids(self) -> None:
         """Layers of keep-id and --uidmap containers, whose directories are of sub-uids and 0700."""
-        root, podman = os.path.join(self.home, "mapped"), ["podman", "--storage-driver", "overlay"]
-        podman += ["--root", root, "--runroot", self.path("run/mapped")]
+        for driver in cstor.DRIVERS:
+            with self.subTest(driver=driver):
+                self.check_copies(driver, os.path.join(self.home, "mapped-" + driver))
+
+    def check_copies(self, driver: str, root: str) -> None:
+        podman = ["podman", "--storage-driver", driver, "--root", root, "--runroot",
+                  self.path("run/mapped-" + driver)]
         tar = b"".join([entry(b"./", typeflag=b"5"), entry(b"f", b"open"),
                         entry(b"closed", b"secret", mode=b"0000600"),
                         entry(b"of-7", b"seven", mode=b"0000600", uid=b"0000007"),
