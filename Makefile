@@ -56,8 +56,8 @@ lint: ## mypy --strict and ruff, from .lab or the PATH
 	PATH="$(CURDIR)/.lab/bin:$$PATH" ruff check --no-cache --target-version py39 --line-length 100 \
 	    --select E,F,W,B,C4,ISC,PIE,PLE,RET,RUF100 cstor.py test_cstor.py
 
-bench: ## measure against the peers (podman, root, some minutes)
-	$(PYTHON) test_cstor.py --bench
+bench: ## measure against the peers (podman, root, half an hour); BENCH='--row cat --json'
+	$(PYTHON) test_cstor.py --bench $(BENCH)
 
 # zipimport reads all the code for the name of its file, and once more to run it.  main() enables the
 # garbage collector.  This must parse in any Python, so that cstor.py says which ones it needs.

@@ -4,7 +4,8 @@
 
     python3 test_cstor.py [NAME ...]          run all tests, or those whose names contain NAME
     python3 test_cstor.py --make-store DIR    make a sample store, with neither root nor podman
-    python3 test_cstor.py --bench [DIR]       measure against the peers (root and podman needed)
+    python3 test_cstor.py --bench [DIR] [--row TEXT] [--json]
+                                              measure against the peers (root and podman needed)
     python3 test_cstor.py --build-peer        build a server of composefs, with cargo
 
 Tests that need podman, root or another part that is missing are skipped with the reason; with
@@ -15,6 +16,7 @@ images of 50,000 files where a fifth would do.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import bz2
@@ -61,7 +63,8 @@ import warnings
 import weakref
 import zipfile
 import zlib
-from typing import (Any, Callable, ContextManager, Iterable, Iterator, Mapping, Sequence, TypeVar)
+from typing import (Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple,
+                    Sequence, TypeVar)
 from unittest import mock
 
 T = TypeVar("T")
@@ -17018,6 +17021,90 @@ class RealRootless(unittest.TestCase):
 
 
 # ================================================================================================
+# Measuring
+# ================================================================================================
+
+class Benchmarks(StoreTest):
+    """What ``make bench`` prints, from commands that take no time."""
+
+    def test_rows(self) -> None:
+        self.assertEqual(len(ROWS), len({row.name for row in ROWS}))
+        place = Place("none", self.dir + "/place", lambda: "")
+        self.addCleanup(place.close)
+        for row in ROWS:
+            with self.subTest(row=row.name):
+                self.assertTrue(row.peer or row.cpu)
+                self.assertEqual(row.share != 1, bool(row.note) and "crc64" not in row.name)
+                words = set(re.findall(r"\{(\w+)\}", row.ours + row.peer))
+                self.assertEqual(set(), {word for word in words - set(vars(place))
+                                         if not hasattr(Place, word)})
+                command = re.search(r"(\{(?:cstor|plain|pyz|script)\} )([^;']*)", row.ours)
+                if command:
+                    chosen = shlex.split(re.sub(r"\{\w+\}", "x", command[2]))
+                    self.assertTrue(cstor.make_parser(chosen).parse_args(chosen))
+
+    def test_words_of_a_place(self) -> None:
+        place = Place("none", self.dir + "/place", lambda: "ARCHIVE")
+        self.addCleanup(place.close)
+        self.assertEqual([sys.executable, "-m", "cstor", "--root", place.root, "image", "list"],
+                         place.command("{cstor} image list"))
+        self.assertEqual(["sh", "-c", "cat ARCHIVE | wc"], place.command("cat {archive} | wc"))
+        self.assertEqual(["sh", "-c", "a | b"], place.command("sh -c 'a | b'"))
+
+    def test_a_million_entries(self) -> None:
+        root = self.dir + "/million"
+        path = make_million(root, 3, 4)
+        with cstor.Storage.open(root) as storage, storage.image("million").tree() as tree:
+            self.assertEqual(16, len(list(tree.walk())))
+            self.assertEqual([b"here"], list(tree.content(tree.lookup(path.encode())[1])))
+            layer, = storage.layers()
+            self.assertEqual(layer.diff_digest, layer.export(io.BytesIO()))
+
+    def test_table_and_results(self) -> None:
+        python = shlex.quote(sys.executable)
+        rows = [Row("equal", "none", "sleep 0.05", "sleep 0.05", 3, 2),
+                Row("slower", "none", "sleep 0.2", "sleep 0.05", 1, 2),
+                Row("a share", "none", "sleep 0.2", "sleep 0.2", 1, 1, share=.1, note="a tenth"),
+                Row("no figure", "none", "true", "true"),
+                Row("memory", "none", f"{python} -Sc 'bytearray(60 << 20)'", memory=50),
+                Row("processors", "none", "true", cpu=5),
+                Row("into a pipe", "none", "sh -c '[ -p /dev/stdout ] && touch {out}'",
+                    "sh -c '[ -p /dev/stdout ]; [ ! -e {out} ]'", 9, pipe=True),
+                Row("it fails", "none", "sh -c 'echo gone >&2; exit 3'", "true", 1),
+                Row("no such program", "none", "/nonexistent/program", "true", 1)]
+        out = io.StringIO()
+        bench = Bench(self.dir, runs=0, out=out)
+        bench.run(rows)
+        found = {result["name"]: result for result in json.loads(json.dumps(bench.results))}
+        self.assertEqual([row.name for row in rows], list(found))
+        self.assertEqual({"equal": True, "slower": False, "a share": False, "no figure": None,
+                          "memory": False, "processors": True, "into a pipe": True},
+                         {name: result["met"] for name, result in found.items()
+                          if "skipped" not in result})
+        self.assertIn("gone", found["it fails"]["skipped"])
+        self.assertIn("/nonexistent/program", found["no such program"]["skipped"])
+        for name, low, high in (("slower", 1.5, 4.5), ("a share", 5, 20)):
+            self.assertTrue(low < found[name]["ratio"]["median"] < high, found[name])
+        ours = found["memory"]["ours"]
+        self.assertTrue(60 <= ours["memory"] < 120 and ours["min"] <= ours["median"] <= ours["max"])
+        lines = out.getvalue().splitlines()[1:]
+        self.assertEqual(Bench.HEAD, lines[0])
+        self.assertRegex(lines[1], r"\Aequal +0\.\d{3} +\d+ +0\.\d{3} +\d+ +[0-2]\.\d\d +3 +"
+                         r"0\.\d\d +\d+/\d+ met\Z")
+        self.assertIn("    a tenth", lines)
+        self.assertTrue(any(re.search(r"MISSED \(at most 50 MiB\)\Z", line) for line in lines))
+        self.assertFalse(os.path.exists(self.dir + "/none"))
+
+    def test_rows_are_chosen_by_name(self) -> None:
+        done = subprocess.run([sys.executable, __file__, "--bench", "--list", "--row", "million",
+                               "--row", "crc64"], stdout=subprocess.PIPE, check=True)
+        names = done.stdout.decode().splitlines()
+        self.assertEqual([row.name for row in ROWS if "million" in row.name or "crc64" in row.name],
+                         names)
+        self.assertTrue(names)
+
+
+# ================================================================================================
 # Running
 # ================================================================================================
 
@@ -17077,16 +17164,140 @@ def main() -> int:
             print(f"not built: {reason}")
         return 0
     if sys.argv[1:2] == ["--bench"]:
-        return bench(*sys.argv[2:3])
+        return bench(sys.argv[2:])
     return run_tests(sys.argv[1:])
 
 
 # ================================================================================================
 # Benchmarks
+#
+# Two commands run in turn, and the median of the ratios of each pair counts: so a machine that is
+# busy for a while slows both.  A row that is not chosen costs nothing: places are made when a row
+# needs them.
 # ================================================================================================
 
-def make_bench_tar(path: str) -> None:
-    """Write a tar of 67,000 files and 640 MB in directories as of a system with Python packages."""
+class Row(NamedTuple):
+    """Two commands to compare; words in braces are attributes of the Place that ``where`` names.
+
+    ``wanted`` is the ratio of the times, 0 for none.  Of the peer's time ``share`` counts, as
+    ``note`` says.  ``pipe``: both write into a pipe.  ``cpu`` (seconds) and ``memory`` (MiB) limit
+    our command.
+    """
+
+    name: str
+    where: str
+    ours: str
+    peer: str = ""
+    wanted: float = 0
+    runs: int = 5
+    pipe: bool = False
+    share: float = 1.0
+    note: str = ""
+    cpu: float = 0
+    memory: int = 0
+
+
+# cstor-rs is in no registry: it was measured once beside a tool that everybody has.
+RS_PIPE = "cstor-rs: 0.39 of containers-storage diff into a pipe"
+RS_FILE = "cstor-rs: 0.40 of containers-storage diff into a file"
+RS_TOC = "cstor-rs image toc: 0.10 of podman save | tar -tv"
+COMPOSEFS = "composefs's own service: 0.38 of containers-storage diff into a pipe"
+MOUNT = "sh -c 'm=$({podman} image mount three) && %s && {podman} image unmount three'"
+DIFF = "containers-storage --graph {root} --run {run} diff -u {layer}"
+SAVE_TAR = "{podman} save -q localhost/bench | tar -xO --wildcards '*.tar' | tar -x -C {out}"
+LIST_TAR = "{podman} save -q localhost/three | tar -tv"
+ROWS = (
+    Row("image list as a script / podman images", "one", "{script} image list", "{podman} images",
+        0, 15),
+    Row("image list as cstor.pyz / podman images", "one", "{pyz} image list", "{podman} images",
+        1.5, 15),
+    Row("image list, installed / podman images", "one", "{cstor} image list", "{podman} images",
+        1.0, 15),
+
+    Row("image cat, base layer / podman image mount, cat", "three", "{cstor} image cat three {low}",
+        MOUNT % "cat $m{low}", 1.8, 9),
+    Row("image cat, top layer / podman image mount, cat", "three", "{cstor} image cat three {high}",
+        MOUNT % "cat $m{high}", 0.8, 9),
+    Row("image stat, base layer / podman image mount, stat", "three",
+        "{cstor} image stat three {low}", MOUNT % "stat $m{low}", 1.8, 9),
+    Row("image cp, base layer / podman image mount, cp", "three",
+        "{cstor} image cp three:{low} {out}", MOUNT % "cp -a $m{low} {out}", 1.8, 9),
+    Row("image cat, base layer / podman run --rm cat", "three", "{cstor} image cat three {low}",
+        "{run_in_three} cat {low}", 1.0, 9),
+    Row("image cat of a million entries", "million", "{cstor} image cat million {low}", cpu=1.5,
+        memory=40),
+    Row("image stat of a million entries", "million", "{cstor} image stat million {low}", cpu=1.5,
+        memory=40),
+    Row("image cp from a million entries", "million", "{cstor} image cp million:{low} {out}",
+        cpu=1.5, memory=40),
+
+    Row("image files of a directory / podman image mount, find", "three",
+        "{cstor} image files three {low_dir}/*", MOUNT % "find $m{low_dir}"),
+    Row("image cp of a directory / podman image mount, cp", "three",
+        "{cstor} image cp three:{low_dir} {out}", MOUNT % "cp -a $m{low_dir} {out}"),
+    Row("image extract --path / podman image mount, cp", "three",
+        "{cstor} image extract three {out} --path {low_dir}", MOUNT % "cp -a $m{low_dir} {out}"),
+
+    Row("image toc / cstor-rs", "three", "{cstor} image toc three", LIST_TAR, 1.3, share=.1,
+        note=RS_TOC),
+    Row("image files -l / cstor-rs image toc", "three", "{cstor} image files -l three", LIST_TAR,
+        1.3, share=.1, note=RS_TOC),
+    Row("image diff / cstor-rs image toc", "three", "sh -c '{cstor} image diff base three; exit 0'",
+        LIST_TAR, 1.3, share=.1, note=RS_TOC),
+    Row("image blame / cstor-rs image toc", "three", "{cstor} image blame three", LIST_TAR, 1.3,
+        share=.1, note=RS_TOC),
+    Row("image toc / podman save | tar -tv", "three", "{cstor} image toc three", LIST_TAR, 1.0),
+
+    Row("layer export into a pipe / cstor-rs", "one", "{cstor} layer export {layer}", DIFF, 1.0,
+        pipe=True, share=.39, note=RS_PIPE, memory=64),
+    Row("layer export into a file / cstor-rs", "one", "{cstor} layer export {layer} -o {out}",
+        DIFF + " -o {out}", 1.1, share=.40, note=RS_FILE, memory=64),
+    Row("layer export / containers-storage diff -u", "one", "{cstor} layer export {layer}", DIFF,
+        0.45, memory=64),
+    Row("layer export --no-verify | / tar -c |", "one", "{cstor} layer export --no-verify {layer}",
+        "tar -c -C {diff} .", 1.5, pipe=True, memory=64),
+    Row("layer export from a server / layer export", "one",
+        "{plain} layer export {layer} --socket {socket}", "{cstor} layer export {layer}", 3.0,
+        memory=64),
+    Row("varlink client of serve / composefs's own service", "one", "{drain}", DIFF, 1.0, pipe=True,
+        share=.38, note=COMPOSEFS),
+
+    Row("layer extract from a server, xfs / podman save | tar x", "xfs",
+        "{plain} layer extract {layer} {out} --socket {socket}",
+        "sh -c 'mkdir {out}; " + SAVE_TAR.replace("'", '"') + "'", 0.7),
+    Row("layer extract from a server, xfs / skopeo, umoci", "xfs",
+        "{plain} layer extract {layer} {out} --socket {socket}", "{unpack}", 1.0, 3),
+    Row("image extract on xfs / cp -a --reflink=always", "xfs", "{cstor} image extract bench {out}",
+        "cp -a --reflink=always {diff} {out}", 1.0),
+    Row("image extract on btrfs / cp -a --reflink=always", "btrfs",
+        "{cstor} image extract bench {out}", "cp -a --reflink=always {diff} {out}", 1.0),
+    Row("image extract on ext4 / cp -a --reflink=auto", "ext4",
+        "{cstor} image extract bench {out}", "cp -a --reflink=auto {diff} {out}", 1.0),
+    Row("image extract on xfs / skopeo copy, umoci unpack", "xfs",
+        "{cstor} image extract bench {out}", "{unpack}", 0.15, 3),
+
+    Row("image copy-to-oci / skopeo copy (which compresses)", "one",
+        "{cstor} image copy-to-oci bench {out}:b", "skopeo copy -q {image} oci:{out}:b", 0.3),
+    Row("image copy-to-oci / skopeo copy, uncompressed", "one",
+        "{cstor} image copy-to-oci bench {out}:b",
+        "skopeo copy --dest-oci-accept-uncompressed-layers -q {image} oci:{out}:b", 1.0),
+    Row("image copy-to-oci --compress gzip / skopeo copy", "one",
+        "{cstor} image copy-to-oci bench {out}:b --compress=gzip",
+        "skopeo copy -q {image} oci:{out}:b", 1.5, 3),
+    Row("image copy-to-oci --compress gzip / pigz -6", "one",
+        "{cstor} image copy-to-oci bench {out}:b --compress=gzip",
+        "sh -c 'pigz -6 -n -c {archive} > {out}'", 1.5, 3),
+    Row("crc64() of 256 MiB / of 1 MiB by a bytewise table", "none", "{crc64} 4", "{crc64} 0",
+        8.5, 3, note="8.5: 30 times as fast; 1 s: 300 MB/s beside a start", cpu=1.0),
+)
+
+
+def make_bench_tar(path: str, count: int = 67_000, top: str = "usr/lib/python3/dist-packages",
+                   large: int = 0) -> None:
+    """Write a tar of files in directories as of a system with Python packages; 67,000: 640 MB.
+
+    ``large`` is the size of one more file.
+    """
     rng = random.Random(42)
     blob = rng.getrandbits(8 << 20).to_bytes(1 << 20, "big")
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -17094,9 +17305,9 @@ def make_bench_tar(path: str) -> None:
         if busybox:  # something to run in it
             info = tar.gettarinfo(busybox, "busybox")
             tar.addfile(info, io.BytesIO(read_bytes(busybox)))
-        count = 0
-        while count < 67_000:
-            directory = f"usr/lib/python3/dist-packages/p{count % 37:02d}/module{count:05d}"
+        made = 0
+        while made < count:
+            directory = f"{top}/p{made % 37:02d}/module{made:05d}"
             info = tarfile.TarInfo(directory + "/")
             info.type, info.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(info)
@@ -17110,214 +17321,366 @@ def make_bench_tar(path: str) -> None:
                 start = rng.randint(0, 1 << 19)
                 tar.addfile(info, io.BytesIO((blob[start:] + blob * (size >> 20) + blob)[:size]
                                              if size > 1 << 19 else blob[start:start + size]))
-                count += 1
+                made += 1
+        if large:
+            info = tarfile.TarInfo(f"{top}/large")
+            info.size = large
+            tar.addfile(info, io.BytesIO(blob * (large >> 20)))
 
 
-def timed(command: Sequence[str], pipe: bool, made: Sequence[str]) -> float:
-    """Run a command into /dev/null, or through a pipe; return the seconds it takes.
+def make_million(root: str, directories: int = 1000, files: int = 999) -> str:
+    """Make a store with an image of a million entries; return the path of a file in the middle.
 
-    What it makes is removed before.
+    All files but one are empty, and only that one is on disk.
     """
-    if made:
-        subprocess.run(["rm", "-rf", *made], check=True)
+    digest, where = hashlib.sha256(), f"d{directories // 2:04d}/f{files // 2:04d}"
+    layer = hashlib.sha256(root.encode()).hexdigest()
+    size = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal size
+        rest = b""
+        for number in range(directories):
+            for name in (f"d{number:04d}/", *(f"d{number:04d}/f{i:04d}" for i in range(files))):
+                data = b"here" * (name == where)
+                head = entry(name.encode(), data, b"5" if name.endswith("/") else b"0")
+                tar = rest + head[:BLOCK]
+                digest.update(tar + data)
+                size += len(tar + data)
+                yield segment(tar)
+                yield content_row(name.encode(), data)
+                rest = head[BLOCK + len(data):]
+        digest.update(rest + END)
+        size += len(rest + END)
+        yield segment(rest + END)
+
+    store = StoreBuilder(root)
+    store.layer(None, id=layer)
+    store.rows(layer, ({**row, "position": number} for number, row in enumerate(rows())))
+    store.layers[-1].update({"diff-digest": "sha256:" + digest.hexdigest(), "diff-size": size})
+    for number in range(directories):
+        os.mkdir(store.path("overlay", layer, "diff", f"d{number:04d}"))
+    store.write(f"overlay/{layer}/diff/{where}", "here")
+    store.image(layer, "localhost/million:latest")
+    store.save()
+    return where
+
+
+class Place:
+    """A store to measure on; its attributes are the words that rows put in braces.
+
+    ``kind``: "one" layer of 67,000 files, which also "xfs", "btrfs" and "ext4" hold on a disk of
+    their own; "three" layers of 57,600 entries on XFS; a "million" entries without podman; or none.
+    """
+
+    def __init__(self, kind: str, folder: str, archive: Callable[[], str]) -> None:
+        self.kind, self._archive = kind, archive
+        self._stop: list[Callable[[], object]] = []
+        self.dir = folder
+        disk = {"three": "xfs"}.get(kind, kind)
+        if disk in ("xfs", "btrfs", "ext4"):
+            os.mkdir(folder)
+            self.dir = make_disk(folder, disk, 8 << 30)
+            self._stop.append(lambda: unmount(self.dir))
+        store = Store(self.dir)
+        self.root, self.run, self.podman = store.root, store.runroot, "podman " + shlex.join(
+            store.globals)
+        self.out, self.image = os.path.join(self.dir, "out"), store.place("bench")
+        self.plain, self.script = f"{sys.executable} -m cstor", f"{sys.executable} {SCRIPT}"
+        self.script += f" --root {self.root}"
+        self.cstor = f"{self.plain} --root {self.root}"
+        self.low = ""
+        self._fill(store)
+
+    def _fill(self, store: Store) -> None:
+        if self.kind == "million":
+            self.low = "/" + make_million(self.root)
+        elif self.kind == "three":
+            self._stop.append(store.close)
+            self._build(store)
+        elif self.kind != "none":
+            self._stop.append(store.close)
+            store.podman("import", "-q", self._archive(), "localhost/bench")
+
+    def _build(self, store: Store) -> None:
+        context = os.path.join(self.dir, "context")
+        os.mkdir(context)
+        for name, count, large, below in (("base", 48_000, 128 << 20, "scratch"),
+                                          ("middle", 6_000, 64 << 20, "localhost/base"),
+                                          ("three", 1_200, 16 << 20, "localhost/middle")):
+            make_bench_tar(f"{context}/{name}.tar", count, f"usr/lib/{name}", large)
+            put(context + "/Dockerfile", f"FROM {below}\nADD {name}.tar /\n")
+            store.buildah("bud", "--pull=never", "-q", "-t", "localhost/" + name, context)
+            os.unlink(f"{context}/{name}.tar")
+        with cstor.Storage.open(self.root) as storage:
+            self.low, self.high = (next(
+                "/" + member.name.decode() for count, member in enumerate(layer.members())
+                if count > at and member.type == "reg" and 0 < member.size < 4000)
+                for at, layer in zip((24_000, 600), storage.image("three").layers()[::2]))
+
+    high = ""
+
+    @property
+    def low_dir(self) -> str:
+        """A directory of the base layer."""
+        return os.path.dirname(self.low)
+
+    @property
+    def archive(self) -> str:
+        """The tar of the store's one layer."""
+        return self._archive()
+
+    @property
+    def layer(self) -> str:
+        """The ID of the base layer."""
+        with cstor.Storage.open(self.root) as storage:
+            return next(layer.id for layer in storage.layers() if not layer.parent)
+
+    @property
+    def diff(self) -> str:
+        """The base layer's files."""
+        return os.path.join(self.root, "overlay", self.layer, "diff")
+
+    @functools.cached_property
+    def pyz(self) -> str:
+        """The command line of cstor.pyz."""
+        target = os.path.join(self.dir, "cstor.pyz")
+        subprocess.run(["make", "-s", "-C", HERE, "dist", f"PYZ={target}",
+                        f"PYTHON={sys.executable}"], check=True)
+        return f"{sys.executable} {target} --root {self.root}"
+
+    @functools.cached_property
+    def socket(self) -> str:
+        """The path of a server's socket."""
+        path = os.path.join(self.dir, "socket")
+        server = subprocess.Popen([*shlex.split(self.cstor), "serve", "-q", "--socket", path])
+        self._stop += [server.wait, server.terminate]  # the last first
+        wait_for(lambda: os.path.exists(path))
+        return path
+
+    @property
+    def drain(self) -> str:
+        """A client that takes a layer by varlink, and leaves named files alone."""
+        code = ("import os, sys, cstor; fds = []; client = cstor.VarlinkClient(sys.argv[1])\n"
+                "client._get_layer(sys.argv[2], sys.argv[3], 0, fds)\n"
+                "while os.read(fds[0], 1 << 20): pass")
+        return shlex.join([sys.executable, "-c", code, self.socket, self.root, self.layer])
+
+    @property
+    def unpack(self) -> str:
+        """What takes an image out of podman's store by way of an OCI layout."""
+        return (f"sh -c 'skopeo copy -q {self.image} oci:{self.out}:b && "
+                f"umoci unpack --image {self.out}:b {self.out}2'")
+
+    @property
+    def run_in_three(self) -> str:
+        """The command line of a container; with what it needs to start in many a sandbox."""
+        options = ("run --rm --privileged --network=host --pid=host --ulimit=nofile=1024:1024 "
+                   "--ulimit=nproc=1000:1000 three /busybox")
+        for runtime in ("crun", "runc"):
+            command = self.podman.replace("podman", f"podman --runtime {runtime}", 1)
+            if not subprocess.call([*shlex.split(f"{command} {options}"), "true"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+                return f"{command} {options}"
+        raise unittest.SkipTest("podman cannot start a container here")
+
+    @property
+    def crc64(self) -> str:
+        """Take the CRC-64 of so many times 64 MiB, or for 0 of one MiB by a loop in Python."""
+        code = ("import sys, cstor; times = int(sys.argv[1]); crc = 0\n"
+                "data = bytes(range(256)) * (1 << 18 if times else 4096)\n"
+                "for _ in range(times): crc = cstor.crc64(data, crc)\n"
+                "for byte in b'' if times else data:\n"
+                "    crc = cstor._TABLE[(crc ^ byte) & 255] ^ crc >> 8")
+        return shlex.join([sys.executable, "-c", code])
+
+    def command(self, text: str) -> list[str]:
+        """Return a row's command with this place's words."""
+        words = {name: getattr(self, name) for name in re.findall(r"\{(\w+)\}", text)}
+        text = text.format_map(words)
+        return ["sh", "-c", text] if re.match(r"[^']* \| ", text) else shlex.split(text)
+
+    def close(self) -> None:
+        """Stop what runs, and unmount what is mounted."""
+        while self._stop:
+            self._stop.pop()()
+
+
+# A process of its own starts each command: the peak memory of a child includes what its parent has.
+MEASURE = """import os, sys, time
+pipe, *command = sys.argv[1:]
+null = os.open("/dev/null", os.O_RDWR)
+out, reader = null, 0
+start = time.monotonic()
+if pipe == "pipe":
+    source, out = os.pipe()
+    reader = os.posix_spawnp("cat", ["cat"], os.environ, file_actions=[
+        (os.POSIX_SPAWN_DUP2, source, 0), (os.POSIX_SPAWN_DUP2, null, 1)])
+child = os.posix_spawnp(command[0], command, os.environ, file_actions=[
+    (os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, out, 1)])
+if reader:
+    os.close(out)
+status, usage = os.wait4(child, 0)[1:]
+if reader:
+    os.close(source)
+    os.waitpid(reader, 0)
+print(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, status)
+"""
+
+
+class Sample(NamedTuple):
+    """One run: seconds, seconds of all processors, and MiB of the largest process."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+def measure(command: Sequence[str], pipe: bool = False, made: str = "") -> Sample:
+    """Run a command into /dev/null, or through a pipe; what it makes is removed before."""
+    if made and glob.glob(made + "*"):
+        subprocess.run(["rm", "-rf", *glob.glob(made + "*")], check=True)
         os.sync()
-    start = time.monotonic()
-    reader = None
-    if pipe:
-        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    out = reader.stdin if reader else subprocess.DEVNULL
-    if subprocess.call(command, stdout=out, stderr=subprocess.DEVNULL):
-        raise SystemExit(f"failed: {' '.join(command)}")
-    if reader:
-        reader.communicate()
-    return time.monotonic() - start
+    done = subprocess.run([sys.executable, "-ISc", MEASURE, "pipe" if pipe else "", *command],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    wall, cpu, memory, status = map(float, done.stdout.split() or (0, 0, 0, 1))
+    if status:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        raise unittest.SkipTest(f"{shlex.join(command)[:200]} failed: {' '.join(last)}")
+    return Sample(wall, cpu, memory / 1024)
 
 
-def compare(title: str, ours: Sequence[str], peer: Sequence[str], target: float, *,
-            pipe: bool = False, runs: int = 7, made: Sequence[str] = ()) -> None:
-    """Run two commands in turn and print the medians, and the median of the ratios."""
-    for command in (ours, peer):
-        timed(command, pipe, made)
-    pairs = [(timed(ours, pipe, made), timed(peer, pipe, made)) for _ in range(runs)]
-    mine, theirs, ratio = (statistics.median(values) for values in (
-        (a for a, _ in pairs), (b for _, b in pairs), (a / b for a, b in pairs)))
-    print(f"{title:44} {mine:8.3f} s {theirs:8.3f} s {ratio:6.2f}  wanted {target:4.2f}  "
-          f"{'met' if ratio <= target else 'MISSED'}", flush=True)
+def summary(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return what is said of the runs of one command."""
+    walls = [sample.wall for sample in samples]
+    return {"median": statistics.median(walls), "min": min(walls), "max": max(walls),
+            "cpu": statistics.median(sample.cpu for sample in samples),
+            "memory": max(sample.memory for sample in samples)}
 
 
-def shell(steps: str) -> list[str]:
-    return ["sh", "-c", steps]
+class Bench:
+    """Measures rows, in ``folder``, and prints a line for each."""
+
+    HEAD = (f"{'':56} {'cstor':>8}   ±% {'peer':>8}   ±%  ratio wanted   CPU s   peak MiB")
+
+    def __init__(self, folder: str, *, runs: int = 0, out: Any = None) -> None:
+        self._folder, self._runs, self._out = folder, runs, out or sys.stdout
+        self._places: dict[str, Place] = {}
+        self.results: list[dict[str, Any]] = []
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+    @functools.cached_property
+    def archive(self) -> str:
+        """The tar of the layer of 67,000 files."""
+        path = os.path.join(self._folder, "layer.tar")
+        make_bench_tar(path)
+        return path
+
+    def _place(self, kind: str) -> Place:
+        if kind not in self._places:
+            self._places[kind] = Place(kind, os.path.join(self._folder, kind),
+                                       lambda: self.archive)
+        return self._places[kind]
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Measure rows; those of one place follow each other, and it is removed after them."""
+        self._say(f"Python {sys.version.split()[0]}, {os.cpu_count()} CPUs, Linux "
+                  f"{os.uname().release}; medians of runs in turn\n{self.HEAD}")
+        try:
+            for number, row in enumerate(rows):
+                try:
+                    self._add(row, self._row(row, self._place(row.where)))
+                except (unittest.SkipTest, AssertionError, subprocess.CalledProcessError,
+                        FileNotFoundError) as error:
+                    self.results.append({"name": row.name, "skipped": str(error)})
+                    self._say(f"{row.name:56} skipped: {error}")
+                if row.where not in (later.where for later in rows[number + 1:]):
+                    self._end(row.where)
+        finally:
+            for kind in list(self._places):
+                self._end(kind)
+
+    def _end(self, kind: str) -> None:
+        place = self._places.pop(kind, None)
+        if place:
+            place.close()
+        shutil.rmtree(os.path.join(self._folder, kind), ignore_errors=True)
+
+    def _row(self, row: Row, place: Place) -> dict[str, Any]:
+        """Return the result of a row."""
+        commands = [place.command(text) for text in filter(None, (row.ours, row.peer))]
+        for command in commands:
+            measure(command, row.pipe, place.out)
+        pairs = [[measure(command, row.pipe, place.out) for command in commands]
+                 for _ in range(self._runs or row.runs)]
+        result: dict[str, Any] = {"name": row.name, "ours": summary([pair[0] for pair in pairs]),
+                                  "commands": [shlex.join(command) for command in commands]}
+        met = [result["ours"][key] <= limit for key, limit in (
+            ("cpu", row.cpu), ("memory", row.memory)) if limit]
+        if row.peer:
+            ratios = [pair[0].wall / pair[1].wall / row.share for pair in pairs]
+            result["peer"] = summary([pair[1] for pair in pairs])
+            result["ratio"] = {"median": statistics.median(ratios), "min": min(ratios),
+                               "max": max(ratios)}
+            met += [result["ratio"]["median"] <= row.wanted] * bool(row.wanted)
+        return {**result, "wanted": {"ratio": row.wanted or None, "cpu": row.cpu or None,
+                                     "memory": row.memory or None}, "share": row.share,
+                "note": row.note, "met": all(met) if met else None}
+
+    def _add(self, row: Row, result: dict[str, Any]) -> None:
+        """Keep and print a result."""
+        self.results.append(result)
+        cells = [f"{row.name:56}"]
+        for found in (result["ours"], result.get("peer")):
+            cells.append(f"{found['median']:8.3f} {spread(found):4.0f}" if found else " " * 13)
+        cells.append(f"{result['ratio']['median']:6.2f} {row.wanted or '-':>6}" if row.peer
+                     else " " * 13)
+        cells.append(f"{result['ours']['cpu']:7.2f}")
+        cells.append("/".join(f"{found['memory']:.0f}" for found in (
+            result["ours"], result.get("peer")) if found).rjust(10))
+        limits = [f"CPU {row.cpu} s"] * bool(row.cpu) + [f"{row.memory} MiB"] * bool(row.memory)
+        cells.append({True: "met", False: "MISSED", None: ""}[result["met"]]
+                     + f" (at most {', '.join(limits)})" * bool(limits))
+        self._say(" ".join(cells).rstrip() + f"\n    {row.note}" * bool(row.note))
 
 
-def bench(where: str = "") -> int:
-    """Print the rows of the speed table side by side with the peers."""
-    missing = [tool for tool in ("podman", "containers-storage", "tar", "skopeo", "umoci", "pigz")
-               if not shutil.which(tool)]
+def spread(found: Mapping[str, float]) -> float:
+    """Return half of the range of the runs, in percent of the median."""
+    return 50 * (found["max"] - found["min"]) / found["median"]
+
+
+def bench(words: Sequence[str]) -> int:
+    """Measure the rows that are chosen, and print them as a table or JSON."""
+    parser = argparse.ArgumentParser(prog="test_cstor.py --bench", description="Measure cstor.py "
+                                     "beside its peers; root, podman and its sister tools needed.")
+    parser.add_argument("directory", nargs="?", default="/var/tmp", help="where stores are made")
+    parser.add_argument("--row", action="append", default=[], metavar="TEXT",
+                        help="measure only rows with this in their name; may be repeated")
+    parser.add_argument("--runs", type=int, default=0, help="how often each command runs")
+    parser.add_argument("--list", action="store_true", help="only print the names of the rows")
+    parser.add_argument("--json", action="store_true", help="print JSON, and the table to stderr")
+    args = parser.parse_args(words)
+    rows = [row for row in ROWS if not args.row or any(text in row.name for text in args.row)]
+    if args.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    missing = [tool for tool in ("podman", "buildah", "containers-storage", "tar", "skopeo",
+                                 "umoci", "pigz") if not shutil.which(tool)]
     if missing or os.geteuid():
         print(f"skipped: {missing[0]} is not installed (make lab installs it)" if missing
               else "skipped: the peers need root")
         return 0
-    with tempfile.TemporaryDirectory(prefix="cstor-bench-", dir=where or "/var/tmp") as directory:
-        store, archive = Store(directory), os.path.join(directory, "layer.tar")
-        print("making a store of 67,000 files ...", flush=True)
-        make_bench_tar(archive)
-        try:
-            store.podman("import", "-q", archive, "localhost/bench")
-            bench_rows(store)
-            bench_oci(store, directory, archive)
-            for kind in ("xfs", "btrfs", "ext4"):
-                bench_extract(directory, kind, archive)
-        finally:
-            store.close()
-    return 0
-
-
-def bench_oci(store: Store, directory: str, archive: str) -> None:
-    """Write an OCI layout beside skopeo, and compress beside pigz."""
-    layout, packed = (os.path.join(directory, name) for name in ("layout", "packed"))
-    ours = [sys.executable, SCRIPT, "--root", store.root, "image", "copy-to-oci", "bench",
-            layout + ":b"]
-    skopeo = ["skopeo", "copy", "-q", store.place("bench"), f"oci:{layout}:b"]
-    plain = [*skopeo[:2], "--dest-oci-accept-uncompressed-layers", *skopeo[2:]]
-    packing = [*ours, "--compress=gzip"]
-    pigz = shell(f"exec pigz -6 -n -c {archive} > {packed}")
-    for title, command, peer, target, runs in (
-            ("copy-to-oci / skopeo copy (which compresses)", ours, skopeo, 0.3, 5),
-            ("copy-to-oci / skopeo copy, uncompressed", ours, plain, 1.0, 5),
-            ("copy-to-oci --compress gzip / skopeo copy", packing, skopeo, 1.5, 3),
-            ("copy-to-oci --compress gzip / pigz -6 of the tar", packing, pigz, 1.5, 3)):
-        compare(title, command, peer, target, runs=runs, made=[layout, packed])
-
-
-def bench_extract(directory: str, kind: str, archive: str) -> None:
-    """Extract the image on a file system of its own, beside cp and the tools for OCI images."""
-    try:
-        place = make_disk(directory, kind, 8 << 30)
-    except (unittest.SkipTest, AssertionError, FileNotFoundError) as error:
-        print(f"no extraction on {kind}: {error}")
-        return
-    store = Store(place)
-    made = out, layout, bundle = [os.path.join(place, name) for name in ("out", "layout", "bundle")]
-    unpack = shell(f"skopeo copy -q '{store.place('bench')}' oci:{layout}:b && "
-                   f"umoci unpack --image {layout}:b {bundle}")
-    try:
-        store.podman("import", "-q", archive, "localhost/bench")
-        with cstor.Storage.open(store.root) as storage:
-            layer = storage.layers()[0].id
-        diff = os.path.join(store.root, "overlay", layer, "diff")
-        ours = [sys.executable, SCRIPT, "--root", store.root, "image", "extract", "bench", out]
-        how = "--reflink=auto" if kind == "ext4" else "--reflink=always"
-        compare(f"image extract on {kind} / cp -a {how}", ours, ["cp", "-a", how, diff, out], 1.0,
-                made=[out])
-        if kind == "xfs":
-            compare("image extract on xfs / skopeo copy, umoci unpack", ours, unpack, 0.15, runs=3,
-                    made=made)
-            bench_socket(store, place, layer, unpack, made)
-    finally:
-        store.close()
-        unmount(place)
-
-
-def bench_socket(store: Store, place: str, layer: str, unpack: list[str], made: list[str]) -> None:
-    """Fetch the layer from a server and extract it, beside what takes it out of podman."""
-    path, out = os.path.join(place, "socket"), made[0]
-    command = [sys.executable, SCRIPT, "--root", store.root]
-    server = subprocess.Popen([*command, "serve", "-q", "--socket", path])
-    untar = shell(f"mkdir {out}; podman {' '.join(store.globals)} save -q localhost/bench | "
-                  f"tar -xO --wildcards '*.tar' | tar -x -C {out}")
-    extract = [*command[:2], "layer", "extract", layer, out, "--socket", path]
-    try:
-        wait_for(lambda: os.path.exists(path))
-        for title, ours, peer, target, runs in (
-                ("layer extract from a server / skopeo, umoci", extract, unpack, 1.0, 3),
-                ("layer extract from a server / podman save, tar x", extract, untar, 1.0, 5),
-                ("layer export from a server / layer export",
-                 [*command[:2], "layer", "export", layer, "--socket", path],
-                 [*command, "layer", "export", layer], 3.0, 5)):
-            compare(title, ours, peer, target, runs=runs, made=made if runs == 3 else [out])
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def bench_rows(store: Store) -> None:
-    """Print one row for each comparison."""
-    root, podman = store.root, ["podman", *store.globals]
-    with cstor.Storage.open(root) as storage:
-        layer = storage.layers()[0]
-        size, count = layer.diff_size, sum(1 for member in layer.members())
-    ours = [sys.executable, SCRIPT, "--root", root]
-    print(f"{size >> 20} MiB in {count} members, Python {sys.version.split()[0]}, "
-          f"{os.cpu_count()} CPUs; medians of runs in turn\n"
-          f"{'':44} {'cstor':>10} {'peer':>10} {'ratio':>6}")
-    compare("layer export / containers-storage diff -u", [*ours, "layer", "export", layer.id],
-            ["containers-storage", "--graph", root, "--run", store.runroot, "diff", "-u",
-             layer.id], 0.6)
-    compare("layer export --no-verify | / tar -c |",
-            [*ours, "layer", "export", "--no-verify", layer.id],
-            ["tar", "-c", "-C", os.path.join(root, "overlay", layer.id, "diff"), "."], 1.5,
-            pipe=True)
-    peak = peak_memory(*ours[2:], "layer", "export", layer.id)
-    print(f"peak memory of layer export: {peak >> 10} MiB, wanted 64 MiB")
-    compare("image list / podman images", [*ours, "image", "list"], [*podman, "images"], 1.5,
-            runs=15)
-    module = [sys.executable, "-m", "cstor", *ours[2:]]
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(
-            os.environ, {"PYTHONPATH": HERE, "PYTHONPYCACHEPREFIX": cache}):
+    with tempfile.TemporaryDirectory(prefix="cstor-bench-", dir=args.directory) as directory:
+        os.environ.update(PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=directory + "/pycache")
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        compare("image list as -m cstor / podman images", [*module, "image", "list"],
-                [*podman, "images"], 1.0, runs=15)
-        bench_inside(ours, module, podman)
-    bench_crc64()
-
-
-def bench_inside(ours: Sequence[str], module: Sequence[str], podman: Sequence[str]) -> None:
-    """Look at one file in the middle of the layer, and at the list of all, as podman users do."""
-    with cstor.Storage.open(ours[3]) as storage:
-        names = [member.name for member in storage.layers()[0].members()
-                 if member.type == "reg" and 0 < member.size < 4000]
-    path = "/" + names[len(names) // 2].decode()
-    line = " ".join(podman)
-    mount = shell(f'm=$({line} image mount bench) && cat "$m{path}" && {line} image unmount bench')
-    # What a container needs to start in many a sandbox.
-    options = ["run", "--rm", "--privileged", "--network=host", "--pid=host",
-               "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000", "bench", "/busybox", "cat"]
-    starts = [["podman", "--runtime", runtime, *podman[1:], *options, path]
-              for runtime in ("crun", "runc")]
-    start = next((command for command in starts if not subprocess.call(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)), None)
-    if not start:
-        print("podman cannot start a container here: no comparison with podman run")
-    for title, program in (("as a script", ours), ("as -m cstor", module)):
-        look = [*program, "image", "cat", "bench", path]
-        compare(f"image cat {title} / mount, cat, unmount", look, mount, 1.0, runs=11)
-        if start:
-            compare(f"image cat {title} / podman run --rm cat", look, start, 1.0, runs=11)
-    compare("image toc / podman save | tar -tv", [*ours, "image", "toc", "bench"],
-            shell(f"{line} save bench | tar -tv"), 1.0, runs=5)
-
-
-def bench_crc64() -> None:
-    """Compare crc64() with a loop over its table."""
-    data = random.Random(1).getrandbits(8 << 26).to_bytes(1 << 26, "big")
-
-    def rate(function: Callable[[bytes], object], sample: bytes) -> float:
-        best = 0.0
-        for _ in range(5):
-            start = time.perf_counter()
-            function(sample)
-            best = max(best, len(sample) / 1e6 / (time.perf_counter() - start))
-        return best
-
-    def table(sample: bytes) -> int:
-        crc = cstor._ONES
-        for byte in sample:
-            crc = cstor._TABLE[(crc ^ byte) & 255] ^ crc >> 8
-        return crc ^ cstor._ONES
-
-    fast, slow = rate(cstor.crc64, data), rate(table, data[:1 << 21])
-    print(f"{'CRC-64 / bytewise table':44} {fast:5.0f} MB/s {slow:5.1f} MB/s {fast / slow:6.1f}  "
-          f"wanted 30 times, 300 MB/s  {'met' if fast >= max(300, 30 * slow) else 'MISSED'}")
+        measured = Bench(directory, runs=args.runs, out=sys.stderr if args.json else sys.stdout)
+        measured.run(rows)
+    if args.json:
+        print(json.dumps({"python": sys.version.split()[0], "cpus": os.cpu_count(),
+                          "kernel": os.uname().release, "rows": measured.results}, indent=2))
+    return 0 if rows else 1
 
 
 if __name__ == "__main__":
