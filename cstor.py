@@ -54,8 +54,9 @@ Sections; classes and module-level code use what stands above, a method may call
     21 server                the layer service
     22 clients               of our server, of composefs, of proxies
     23 rootless              the helper in a user namespace, for private contents
-    24 formats               tables, JSON, sizes and ages, progress, outputs
-    25 commands              one function per command, the table of options, main()
+    24 check                 what is damaged: findings with stable codes
+    25 formats               tables, JSON, sizes and ages, progress, outputs
+    26 commands              one function per command, the table of options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -143,8 +144,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FetchedImage",
-    "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream", "LayerTree",
-    "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "PassedFile", "ProtocolError",
+    "Finding", "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream",
+    "LayerTree", "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "PassedFile",
+    "ProtocolError",
     "ProxiedStorage", "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader",
     "SplitdirfdstreamWriter", "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree",
     "Unsupported", "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree",
@@ -3148,14 +3150,24 @@ class Layer(Record):
         sink = TarSink(out, hashing=verify, layer=self.id, progress=progress)
         digest = sink.take_all(self.items(), also)
         if verify and digest != self.diff_digest:
-            self.verify()
+            self.check_files()
             if self.diff_digest:
                 raise IntegrityError("its tar has the wrong digest, though all files match their "
                                      "checksums: tar-split data or layers.json was changed",
                                      layer=self.id, expected=self.diff_digest, actual=digest)
         return digest
 
-    def verify(self) -> int:
+    def verify(self, *, quick: bool = False, workers: int = 0, progress: Progress | None = None
+               ) -> list[Finding]:
+        """Return all that is damaged, [] for a sound layer.
+
+        The digest of its tar, each file's type, size and CRC-64, and each header's checksum are
+        compared with the records; with ``quick`` no content is read.  Raises NeedsUnshare, and
+        LayerUnknown when it is removed meanwhile.
+        """
+        return verify_layers([self], quick=quick, workers=workers, progress=progress)
+
+    def check_files(self) -> int:
         """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
         count = 0
         for _, member, content in LayerReader(self, whole=True).items():
@@ -4624,7 +4636,7 @@ class LayerFiles(Closing):
 
         None where open() must look closer: a file of another type or size, or perhaps a stub.
         """
-        if self._plain and self._objects is None:
+        if self.is_plain:
             parent, base = self._split(name)
             try:
                 dir_fd = self._diff(0).parent(parent)
@@ -4634,6 +4646,23 @@ class LayerFiles(Closing):
             if stat.S_ISREG(status.st_mode) and size == status.st_size <= status.st_blocks * 512:
                 return dir_fd, parent, base, status
         return None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that the layer has is below "diff", by its own name."""
+        return self._plain and self._objects is None
+
+    def status(self, name: bytes) -> os.stat_result | None:
+        """Return lstat(2) of what open() looks at first; None when it is missing."""
+        diff, (parent, base) = self._diff(0), self._split(name)
+        if base in (b"", b".", b"..") or self._objects is not None:
+            parent, _, base = self._place(name).rpartition(b"/")
+        try:
+            return os.stat(base, dir_fd=diff.parent(parent), follow_symlinks=False)
+        except PermissionError:
+            return diff.lstat(os.path.join(parent, base))
+        except (OSError, ValueError):
+            return None
 
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
         """Return where open() looks first, as (directory, name in it); None = nowhere."""
@@ -5447,7 +5476,7 @@ class LayerReader:
             except Unsupported as error:
                 if (sink.size, sink.files) > reached:
                     found, reached = error, (sink.size, sink.files)
-        layer.verify()
+        layer.check_files()
         raise found
 
     def _lost_map(self, name: bytes) -> Unsupported:
@@ -12382,7 +12411,360 @@ def passed_socket() -> socket.socket:
 
 
 # ================================================================================================
-# 24. Formats
+# 24. Check
+#
+# verify reads all that layers and images hold.  One damage is one finding: what follows from it is
+# not reported again.
+# ================================================================================================
+
+FINDING = ("code", "severity", "kind", "object", "path", "message", "expected", "actual", "affects",
+           "mend")
+# By code: severity, what finds it (v: verify, q: verify --quick, c: store check), kind, meaning.
+CODES = {
+    "file-missing": ("damage", "vq", "missing", "a file of the layer is missing"),
+    "file-truncated": ("damage", "vq", "truncated", "a file is shorter than recorded"),
+    "file-longer": ("damage", "vq", "longer", "a file is longer than recorded"),
+    "file-changed": ("damage", "v", "changed", "a file's content is not as recorded"),
+    "file-type": ("damage", "vq", "wrong type", "something else is in place of a file"),
+    "file-unreadable": ("damage", "v", "changed", "a file cannot be read"),
+    "header-damaged": ("damage", "vq", "metadata", "a tar header in the tar-split data is damaged"),
+    "tar-split-missing": ("damage", "vqc", "missing", "the layer's tar-split data are missing"),
+    "tar-split-empty": ("damage", "vqc", "truncated", "the layer's tar-split data are empty"),
+    "tar-split-damaged": ("damage", "vq", "changed", "the tar-split data cannot be read"),
+    "tar-split-wrong": ("damage", "vq", "metadata",
+                        "the tar-split data and the layer's record disagree"),
+    "layer-incomplete": ("waste", "vqc", "truncated", "a layer's creation or removal was cut off"),
+    "layer-dir-missing": ("damage", "vqc", "missing", "the layer's directory is missing"),
+    "layer-dir-empty": ("damage", "vqc", "missing", "the layer's directory is empty"),
+    "diff-missing": ("damage", "vqc", "missing", "the directory of the layer's files is missing"),
+    "diff-empty": ("damage", "vqc", "missing", "the directory of the layer's files is empty"),
+    "not-verified": ("note", "vq", "metadata", "the storage does not keep what would prove it"),
+}
+SUMMED = 1024  # small files whose CRC-64s are compared at once, each times another power of x
+
+
+class Finding:
+    """What verify() and check() find; as_json() returns all of it.
+
+    ``code`` is one of CODES.  ``severity`` is damage, waste (bytes that nothing uses) or note;
+    ``kind`` is missing, truncated, longer, changed, wrong type, metadata or unused.  ``object``
+    names a layer, image or container by its ID, ``path`` a file in it or of the storage.
+    ``expected`` and ``actual`` are in words, ``affects`` lists objects that need this one, ``mend``
+    is a command for podman.  ``layer`` and ``images`` are IDs, ``offset`` is a place in the layer's
+    tar, ``bytes`` what is wasted.  All are None where they do not apply.
+    """
+
+    __slots__ = (*FINDING, "layer", "images", "offset", "bytes")
+
+    def __init__(self, code: str, what: str, path: str | None = None, expected: Any = None,
+                 actual: Any = None, message: str = "", offset: int | None = None,
+                 size: int | None = None) -> None:
+        self.code, self.object, self.path, self.offset, self.bytes = code, what, path, offset, size
+        self.severity, _, self.kind, meaning = CODES[code]
+        self.message, self.expected, self.actual = message or meaning, expected, actual
+        self.layer: str | None = what[6:] if what.startswith("layer ") else None
+        self.affects: list[str] | None = None
+        self.images: list[str] | None = None
+        self.mend: str | None = None
+
+    def row(self) -> tuple[Any, ...]:
+        """Return the arguments that make it again, in another process."""
+        return (self.code, self.object, self.path, self.expected, self.actual, self.message,
+                self.offset, self.bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--format json` prints."""
+        found = {key: getattr(self, key) for key in self.__slots__}
+        return {key: found[key] for key in found if key in FINDING or found[key] is not None}
+
+    def concern(self, users: Mapping[str, Sequence[Record]]) -> Finding:
+        """Say what needs a layer, and how podman mends its damage; see layer_users()."""
+        records = [record for record in users.get(self.layer or "", ())
+                   if not isinstance(record, Layer)]
+        images = {record.id: record for record in records if isinstance(record, Image)}
+        self.affects = [f"{record.WORD} {record.id}" for record in records] or self.affects
+        self.images = list(images) if self.layer else None
+        if images and self.severity == "damage":
+            pulls = [f"podman pull {name}" for image in images.values() for name in image.names]
+            self.mend = " && ".join([f"podman rmi -f {' '.join(images)}", *pulls])
+        return self
+
+
+def layer_users(storage: Storage) -> dict[str, list[Record]]:
+    """Return, by the ID of a layer, the layers, images and containers that are built on it."""
+    found: dict[str, list[Record]] = {}
+    records: list[Record] = []
+    for get in (storage.layers, storage.images, storage.containers):
+        with suppress(CstorError):  # said where the file is read
+            records += get()
+    parents = {record.id: record.parent for record in records if isinstance(record, Layer)}
+    for record in records:
+        tops = [getattr(record, "parent" if isinstance(record, Layer) else "layer")]
+        for layer_id in tops + getattr(record, "mapped_layers", []):
+            seen = {""}
+            while layer_id not in seen:
+                found.setdefault(layer_id, []).append(record)
+                seen.add(layer_id)
+                layer_id = parents.get(layer_id, "")
+    return found
+
+
+def layer_files(layer: Layer) -> Iterator[Finding]:
+    """Yield what lstat(2) finds missing of a layer: its directories and tar-split data."""
+    if not is_safe_id(layer.id):
+        yield Finding("not-verified", f"layer {layer.id}", message="unusable ID")
+    elif layer.incomplete:
+        yield Finding("layer-incomplete", f"layer {layer.id}", message=layer.UNFINISHED)
+    elif layer.overlay_file(b"additionallayer")[0] is None:
+        storage, name = layer.storage, layer.id.encode()
+        files, vfs = storage.home(), storage.driver == "vfs"
+        for home, place, code in ((files, name, "layer-dir"), (files, name + b"/diff", "diff"))[
+                :2 - vfs] + ((storage.home(layer.WORD), name + TAR_SPLIT, "tar-split"),) * bool(
+                    layer.diff_digest):
+            word = storage.state(layer.root, home, place)
+            if word and (word == "missing" or code == "tar-split" or code == "layer-dir" and not vfs
+                         or layer._has_files()):
+                yield Finding(f"{code}-{word}", f"layer {layer.id}",
+                              layer.root.host_path(home + b"/" + place))
+                if home is files:  # what is missing in it follows
+                    break
+
+
+class LayerCheck:
+    """Finds all damages of one layer's files and tar-split data; run() yields them.
+
+    One reading compares types, sizes, headers and the digest of the tar, and sums of CRC-64s for
+    many small files at once; where those are wrong, a second one looks at each file by itself.
+    ``quick`` reads no content.  Two processes can share the work: ``part`` 0 computes the digest,
+    1 most of the sums.
+    """
+
+    def __init__(self, layer: Layer, quick: bool = False, progress: Progress | None = None,
+                 part: int = -1) -> None:
+        self.layer, self.quick, self._progress, self._part = layer, quick, progress, part
+        self.label = f"layer {layer.id}"
+        self._sums: dict[int, int] | None = None  # by the number of bits of a file's size
+        self._digest = ""  # of the tar; "" when none could be made
+        self._count = self._contents = 0
+        self._tree: Tree | None = None
+
+    def run(self, *, summing: bool = True) -> Iterator[Finding]:
+        """Yield all findings.  Raises NeedsUnshare, and LayerUnknown when the layer is removed."""
+        found, size = list(layer_files(self.layer)), None
+        if found:
+            yield from found
+            return
+        self._sums = {} if summing else None
+        try:
+            for finding in self._read(self.layer):
+                found.append(finding)
+            if self._part < 1 and not (found or self.quick or self._digest):  # sparse files
+                self._digest = self._hash(self.layer.items())
+        except IntegrityError as error:  # not of a file, but of a sum or the tar's size
+            if not error.expected and summing:
+                yield from self.run(summing=False)
+                return
+            size = error
+        except (Unsupported, FormatError) as error:
+            yield Finding("tar-split-damaged" if isinstance(error, FormatError) else "not-verified",
+                          self.label, message=str(error).replace(f"{self.label} ", ""))
+            return
+        yield from self._judge(found, size)
+
+    def _read(self, place: Layer) -> Iterator[Finding]:
+        """Yield the findings of each member by itself, with the files of ``place``."""
+        lost: tuple[bytes, ...] = ()
+        offset = self._contents = 0
+        sink = None if self.quick or self._part > 0 else TarSink(
+            _Nowhere(), hashing=True, layer=self.layer.id, progress=self._progress)
+        items = LayerReader(self.layer).headers()
+        with LayerFiles(place) as files, OnError(lambda: sink.abort() if sink else None):
+            for literal, member, _ in items if self.quick else place.storage.opener.ahead(
+                    items, lambda item: files.where(item[1].name)
+                    if item[1] and item[1].stored else None):
+                offset += len(literal)
+                if sink:
+                    sink.literal(literal)
+                if not member or member.name.startswith(lost):
+                    continue
+                found = self._header(member) or (self._content(files, member, sink) if member.stored
+                                                 else self._look(files, member))
+                if found:
+                    found.path = spell(member.name)
+                    found.offset = offset - len(member.header) * (found.code == "header-damaged")
+                    lost += (member.name.rstrip(b"/") + b"/",) * (member.type == "dir")
+                    yield found
+                if sink and (found or member.sparse is not None):
+                    sink.abort()
+                    sink = None
+                offset += member.stored
+            self._settle()
+            self._digest = sink.finish() if sink else ""
+
+    def _header(self, member: Member) -> Finding | None:
+        try:
+            check_sum(member.header[:BLOCK])
+            for _, _, block, _ in header_blocks(member.header) if len(member.header) > BLOCK \
+                    else ():
+                check_sum(block)
+        except FormatError as error:
+            return Finding("header-damaged", self.label, message=str(error))
+        return None
+
+    def _content(self, files: LayerFiles, member: Member, sink: TarSink | None) -> Finding | None:
+        """Compare a file's type and size, and unless ``quick`` its CRC-64."""
+        self._contents += 1
+        if self._part >= 0 and (self._part > 0) != (self._contents % 4 > 0) and not sink \
+                or self.quick and files.find(member.name, member.size):
+            return None
+        try:
+            with Opened(files.open(member.name, member.size)) as fd:
+                for data in () if self.quick else self._chunks(fd, member):
+                    if sink:
+                        sink.literal(data)
+        except IntegrityError as error:
+            if not error.expected and not error.name:
+                raise
+            code = "changed" if error.expected.startswith("CRC") else "type" \
+                if error.expected == "regular file" else "missing" if not error.expected else \
+                "longer" if int(error.actual) > member.size else "truncated"
+            return Finding(f"file-{code}", self.label, None, error.expected or None,
+                           error.actual or None)
+        except (NeedsUnshare, LayerUnknown):
+            raise
+        except Unsupported as error:
+            return Finding("not-verified", self.label, message=str(error))
+        except OSError as error:
+            return Finding("file-unreadable", self.label, message=str(error.strerror))
+        return None
+
+    def _chunks(self, fd: int, member: Member) -> Iterator[bytes]:
+        """Yield a content; IntegrityError for a wrong CRC-64, or after many files for a wrong sum.
+
+        The CRC-64 of n bits M is M·x^64 + ones·x^n modulo P, plus ones: the sum of that and the
+        recorded one is zero, also times x.  Files of a size class end at the same bit.
+        """
+        size, mine = member.size, self._part < 0 or (self._part > 0) == (self._contents % 4 > 0)
+        if size > CHUNK or self._sums is None or not mine:
+            yield from read_checked(fd, size, checksum=member.checksum if mine else None,
+                                    name=member.name)
+            return
+        if len(data := os.pread(fd, size, 0)) != size:
+            raise IntegrityError("")
+        bits, checksum = size.bit_length(), member.checksum or 0
+        at = (8 << bits) + SUMMED - self._count
+        self._sums[bits] = self._sums.get(bits, 0) ^ (
+            int.from_bytes(data, "little") ^ _ONES) << at - 8 * size ^ (checksum ^ _ONES) << at
+        self._count += 1
+        if self._count == SUMMED:
+            self._settle()
+        yield data
+
+    def _settle(self) -> None:
+        """Raise IntegrityError unless all sums are zero modulo P."""
+        for bits, rest in (self._sums or {}).items():
+            used = (8 << bits) + SUMMED + 64
+            width = 1 << (used - 1).bit_length()
+            rest <<= width - used
+            while width > 64:
+                width //= 2
+                rest = _fold(rest & (1 << width) - 1, width) ^ rest >> width
+            if rest:
+                raise IntegrityError("")
+        self._sums, self._count = self._sums and {}, 0
+
+    def _look(self, files: LayerFiles, member: Member) -> Finding | None:
+        """Compare type and size of what has no content in the tar; rootless stores lack devices."""
+        name, kind = member.name.rstrip(b"/"), member.type
+        if self._part > 0 or kind not in ("reg", "dir", "symlink", "hardlink") \
+                or b".wh." in name or not files.is_plain or not clean_name(name):
+            return None
+        status = files.status(name)
+
+        def fits(kind: str, size: int) -> bool:
+            return status is not None and FILE_TYPES.get(kind) == stat.S_IFMT(status.st_mode) \
+                and size in (status.st_size, -1)
+
+        if fits(kind, -1 if kind == "dir" else len(member.linkname)) \
+                or kind == "hardlink" and fits("reg", -1):
+            return None
+        with suppress(NotFound):  # another member, or a link on the way, can have changed it
+            self._tree = self._tree or self.layer.tree()
+            node = self._tree.lookup(clean_name(name), follow=False)[1]
+            size = {"reg": node.size, "symlink": len(node.linkname)}.get(node.type, -1)
+            if node.type in ("reg", "dir", "symlink") and not fits(node.type, size):
+                code = "missing" if not status else "type" if not fits(node.type, -1) else \
+                    "longer" if status.st_size > size else "truncated"
+                return Finding(f"file-{code}", self.label, None, file_type(FILE_TYPES[node.type])
+                               if code in ("missing", "type") else str(size), status and (
+                                   file_type(status.st_mode) if code == "type"
+                                   else str(status.st_size)))
+        return None
+
+    def _hash(self, items: Generator[Item, None, None]) -> str:
+        return TarSink(_Nowhere(), hashing=True, layer=self.layer.id,
+                       progress=self._progress).take_all(items)
+
+    def _judge(self, found: list[Finding], size: IntegrityError | None) -> Iterator[Finding]:
+        """Yield the findings of files, or the one that they follow from."""
+        layer = self.layer
+        bad = sum(finding.code.startswith("file-") for finding in found)
+        owner = self._owner() if bad and bad == self._contents else ""
+        expected, actual = (size.expected, size.actual) if size else (
+            layer.diff_digest, f"the files of layer {owner}" if owner else self._digest)
+        if size or owner or not found and actual and expected not in (actual, ""):
+            yield Finding("tar-split-wrong", self.label, layer.root.host_path(layer.tar_split),
+                          expected, actual)
+        if not owner and (not size or 2 * bad < self._contents):
+            yield from found
+
+    def _owner(self) -> str:
+        """Return the ID of another layer whose files are those that the tar-split data tell of."""
+        layer, self._sums = self.layer, None
+        for other in layer.storage.layers():
+            if other.diff_size == layer.diff_size and other.diff_digest not in (
+                    layer.diff_digest, "") and not any(layer_files(other)) \
+                    and not any(self._read(other)):
+                return other.id
+        return ""
+
+
+def shifted(progress: Progress | None, done: int) -> Progress | None:
+    """Return the progress function of a second job, after ``done`` bytes of the first."""
+    return progress and (lambda size, files: progress(done + size, files))
+
+
+def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int = 0,
+                  progress: Progress | None = None) -> list[Finding]:
+    """Return the damages of layers, which several processes share out; see LayerCheck."""
+    workers = workers or default_workers()
+    jobs: list[tuple[int, int]] = []
+    for number in sorted(range(len(layers)), key=lambda number: -layers[number].diff_size):
+        shared = workers > 1 and not quick and layers[number].diff_size > 16 * CHUNK
+        jobs += [(number, 0), (number, 1)] if shared else [(number, -1)]
+    rows: list[tuple[Any, ...]] = []
+    done = [0]
+
+    def work(job: int) -> None:
+        number, part = jobs[job]
+        found = LayerCheck(layers[number], quick, shifted(progress, sum(done)), part).run()
+        if part < 0:
+            rows.extend((number, *finding.row()) for finding in found)
+        elif next(found, None):
+            rows.append((number,))  # to be looked at as a whole
+        done.append(max(layers[number].diff_size, 0) * (part < 1))
+
+    reports = share_out(len(jobs), min(workers, len(jobs)), work, lambda: rows, lambda job: None)
+    rows += [row for report in reports for row in report]
+    rows += [(number, *finding.row()) for number in {row[0] for row in rows if len(row) == 1}
+             for finding in LayerCheck(layers[number]).run()]
+    users = layer_users(layers[0].storage) if rows else {}
+    return [Finding(*row[1:]).concern(users) for row in sorted(rows, key=lambda row: row[0])
+            if len(row) > 1]
+
+
+# ================================================================================================
+# 25. Formats
 #
 # Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Only a terminal shows
 # progress.  A result gets its name when it is whole.
@@ -12476,11 +12858,6 @@ def short_id(text: str, args: Any) -> str:
 def short_step(command: str, args: Any, width: int = 40) -> str:
     """Cut a history line unless --no-trunc is given."""
     return command if args.no_trunc or len(command) <= width else command[:width - 3] + "..."
-
-
-def shifted(progress: Progress | None, done: int) -> Progress | None:
-    """Return the progress function of a second job, after ``done`` bytes of the first."""
-    return progress and (lambda size, files: progress(done + size, files))
 
 
 def image_json(image: Image) -> dict[str, Any]:
@@ -12893,7 +13270,7 @@ def open_path(text: str, raw: bool) -> Tree:
 
 
 # ================================================================================================
-# 25. Commands
+# 26. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
@@ -13030,6 +13407,29 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
                                      expected=args.digest, actual=digest)
     if args.verbose:
         say(f"layer {label}: {digest or 'not verified'}")
+
+
+def cmd_layer_verify(storage: Storage, args: Any) -> int:
+    """find all that is damaged in layers: headers, contents, sizes"""
+    return show_verified(args, list(for_each(args, args.layer, storage.layer)), [])
+
+
+def show_verified(args: Any, layers: Sequence[Layer], found: list[Finding]) -> int:
+    """Verify layers, print what was ``found`` and their damages; return the status."""
+    with ProgressLine(sum(max(layer.diff_size, 0) for layer in layers), args.quiet) as progress:
+        found += verify_layers(layers, quick=args.quick, progress=progress) if layers else []
+    return EXIT_CHECKSUM * show_findings(args, found, f"{counted(len(layers), 'layer')} verified")
+
+
+def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
+    """Print findings, ``sound`` for none; tell whether there is more than notes."""
+    rows = [[each.severity, each.code, " ".join(short_id(word, args) for word in
+                                                each.object.split(" ")), each.path or "",
+             each.message + f": expected {each.expected}" * bool(each.expected)
+             + f", got {each.actual}" * bool(each.actual)] for each in found]
+    show(args, [each.as_json() for each in found], rows if rows else [sound],
+         ["SEVERITY", "CODE", "OBJECT", "PATH", "MESSAGE"] * bool(rows))
+    return any(each.severity != "note" for each in found)
 
 
 def ask_server(args: Any) -> LayerStream:
@@ -13511,6 +13911,7 @@ COMMANDS: list[Command] = [
     ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
     *look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
+    ("layer verify", cmd_layer_verify, "LAYER+ --quick --format --no-trunc"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
     ("container list", cmd_container_list, "-q --format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
@@ -13577,6 +13978,7 @@ OPTIONS = {
                          "above; may be repeated",
     "--platform OS/ARCH=": "which instance of a manifest list; default: for this machine",
     "--pretty": "indent the JSON",
+    "--quick": "compare sizes, types and headers alone; read no content",
     "--no-reflinks": "the same as --link-mode copy",
     "--no-same-owner ?": "leave all files owned by you",
     "--same-owner ?": "set owners or fail; default: root sets those that the kernel allows",

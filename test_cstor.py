@@ -4244,7 +4244,7 @@ class TarSplitTests(StoreTest):
         store.save()
         with self.open(store) as storage:
             self.assertEqual(store.tars[layer["id"]], self.export(storage.layer(layer["id"])))
-            self.assertEqual(4, storage.layer(layer["id"]).verify())
+            self.assertEqual(4, storage.layer(layer["id"]).check_files())
         overwrite(store.path("overlay", layer["id"], "diff/srv/app.py"), b"P")
         with self.open(store) as storage, \
                 self.assertRaisesRegex(cstor.IntegrityError, "srv/app.py"):
@@ -13153,7 +13153,264 @@ class Helpers(StoreTest):
 
 
 # ================================================================================================
-# 25. Commands
+# 24. Check
+# ================================================================================================
+
+def flip(path: str, at: int = -1) -> None:
+    """Change one byte of a file, by default in its middle."""
+    data = bytearray(read_bytes(path))
+    data[at if at >= 0 else len(data) // 2] ^= 0x10
+    with open(path, "r+b") as file:
+        file.write(data)
+
+
+def cut(path: str) -> None:
+    os.truncate(path, os.path.getsize(path) - 1)
+
+
+def grow(path: str) -> None:
+    with open(path, "ab") as file:
+        file.write(b"x")
+
+
+def put_instead(make: Callable[[str], object]) -> Callable[[str], None]:
+    """Return a function that replaces a file by what ``make`` makes."""
+    def replace(path: str) -> None:
+        os.unlink(path)
+        make(path)
+    return replace
+
+
+def change_rows(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[str], None]:
+    """Return a function that changes the objects of tar-split data, which stay a sound gzip."""
+    def edit(path: str) -> None:
+        rows = [json.loads(line) for line in gzip.decompress(read_bytes(path)).splitlines()]
+        change(rows)
+        put(path, gzip.compress("".join(map(go_json, rows)).encode(), mtime=0))
+    return edit
+
+
+def change_header(at: int, with_checksum: bool = False) -> Callable[[list[dict[str, Any]]], None]:
+    """Return a function that changes a byte of the last header that a content follows."""
+    def edit(rows: list[dict[str, Any]]) -> None:
+        number = max(i for i, row in enumerate(rows) if row["type"] == 1 and row.get("size"))
+        data = bytearray(base64.b64decode(rows[number - 1]["payload"]))
+        data[at - BLOCK] ^= 1
+        if with_checksum:
+            data[148 - BLOCK:156 - BLOCK] = b" " * 8
+            data[148 - BLOCK:156 - BLOCK] = b"%06o\0 " % sum(data[-BLOCK:])
+        rows[number - 1]["payload"] = base64.b64encode(data).decode()
+    return edit
+
+
+SLOW, QUICK = ("full",), ("full", "quick")
+# What is done to a regular file of a layer, the code, and the modes of verify that find it.
+FILE_DAMAGES: tuple[tuple[str, Callable[[str], object], str, tuple[str, ...]], ...] = (
+    ("byte flipped", flip, "file-changed", SLOW), ("cut", cut, "file-truncated", QUICK),
+    ("grown", grow, "file-longer", QUICK), ("deleted", os.unlink, "file-missing", QUICK),
+    ("directory", put_instead(os.mkdir), "file-type", QUICK),
+    ("link", put_instead(lambda path: os.symlink("/etc/passwd", path)), "file-type", QUICK),
+    ("FIFO", put_instead(os.mkfifo), "file-type", QUICK))
+SPLIT_DAMAGES: tuple[tuple[str, Callable[[str], object], str, tuple[str, ...]], ...] = (
+    ("byte flipped", flip, "tar-split-damaged", QUICK),
+    ("last byte flipped", lambda path: flip(path, os.path.getsize(path) - 6), "tar-split-damaged",
+     QUICK),
+    ("cut", cut, "tar-split-damaged", QUICK), ("missing", os.unlink, "tar-split-missing", QUICK),
+    ("empty", lambda path: os.truncate(path, 0), "tar-split-empty", QUICK),
+    ("not gzip", lambda path: put(path, b"x" * 99), "tar-split-damaged", QUICK),
+    ("mode changed", change_rows(change_header(105)), "header-damaged", QUICK),
+    ("mode changed and summed", change_rows(change_header(105, True)), "tar-split-wrong", SLOW),
+    ("rows lost", change_rows(lambda rows: rows.__delitem__(slice(-3, -1))), "tar-split-wrong",
+     QUICK),
+    ("wrong checksum", change_rows(lambda rows: next(
+        row for row in rows if row.get("size")).update(payload="AAAAAAAAAAA=")), "file-changed",
+     SLOW))
+
+
+class Kept:
+    """A context that restores a file or directory, which is moved to ``kept`` and copied back."""
+
+    def __init__(self, path: str, kept: str) -> None:
+        self.path, self.kept = path, kept
+
+    def __enter__(self) -> None:
+        os.rename(self.path, self.kept)
+        subprocess.run(["cp", "-a", self.kept, self.path], check=True)
+
+    def __exit__(self, *_: object) -> None:
+        if os.path.isdir(self.path) and not os.path.islink(self.path):
+            shutil.rmtree(self.path)
+        elif os.path.lexists(self.path):
+            os.unlink(self.path)
+        os.rename(self.kept, self.path)
+
+
+def found_by(storage: cstor.Storage, layer_id: str, mode: str) -> list[tuple[str, str, str | None]]:
+    """Return (code, object, path) of what verify finds in a layer."""
+    found = storage.layer(layer_id).verify(quick=mode == "quick")
+    return [(finding.code, finding.object, finding.path) for finding in found]
+
+
+class Verifying(StoreTest):
+    """Each damage of a layer is one finding, and nothing else is found."""
+
+    def damaged(self, store: StoreBuilder, layer_id: str, mode: str) -> Any:
+        with cstor.Storage.open(store.root) as storage:
+            return found_by(storage, layer_id, mode)
+
+    def test_sound_layers(self) -> None:
+        store = self.sample()
+        with self.open(store) as storage:
+            for layer in storage.layers():
+                for quick in (False, True):
+                    self.assertEqual(["not-verified"] if not layer.diff_digest else [], [
+                        finding.code for finding in layer.verify(quick=quick)])
+        done = self.run_on(store, "layer verify", *(layer["id"] for layer in store.layers[:3]))
+        self.assertEqual("3 layers verified\n", done.out)
+
+    def test_files(self) -> None:
+        store = self.sample()
+        layer = store.layers[1]["id"]
+        for name in ("srv/app.py", "srv/caf\u00e9 <&>", "srv/latin1-\udce9", "srv/" + "long-" * 30):
+            path = store.path("overlay", layer, "diff", name)
+            for title, damage, code, modes in FILE_DAMAGES:
+                with self.subTest(title, name=ascii(name)), Kept(path, self.dir + "/kept"):
+                    damage(path)
+                    for mode in QUICK:
+                        self.assertEqual([(code, f"layer {layer}", cstor.spell(os.fsencode(name)))]
+                                         if mode in modes else [],
+                                         self.damaged(store, layer, mode), mode)
+
+    def test_tar_split(self) -> None:
+        store = self.sample()
+        layer = store.layers[1]["id"]
+        path = store.path(f"overlay-layers/{layer}.tar-split.gz")
+        for title, damage, code, modes in SPLIT_DAMAGES:
+            with self.subTest(title), Kept(path, self.dir + "/kept"):
+                damage(path)
+                name = "srv/" + "long-" * 30 if code == "header-damaged" else "srv/app.py" \
+                    if code == "file-changed" else None if code == "tar-split-damaged" else path
+                for mode in QUICK:
+                    self.assertEqual([(code, f"layer {layer}", name)] if mode in modes else [],
+                                     self.damaged(store, layer, mode), mode)
+
+    def test_what_has_no_content(self) -> None:
+        """Links, directories and empty files are compared too."""
+        store, (layer,) = self.stack(make_tar(
+            ("d/", None), ("d/one", b"1"), ("d/two", b"2"), ("link", "d/one"), ("empty", b""),
+            (".wh.gone", b""), ("far/x", b"")))
+        top = store.path("overlay", layer, "diff")
+        for name, damage, code in (
+                ("link", os.unlink, "file-missing"), ("empty", os.unlink, "file-missing"),
+                ("empty", grow, "file-longer"), ("d", shutil.rmtree, "file-missing"),
+                ("link", put_instead(os.mkdir), "file-type"),
+                ("link", put_instead(lambda path: os.symlink("longer-one", path)), "file-longer"),
+                ("d", lambda path: (shutil.rmtree(path), put(path)), "file-type")):
+            with self.subTest(name, code=code), Kept(f"{top}/{name}", self.dir + "/kept"):
+                damage(f"{top}/{name}")
+                for mode in QUICK:
+                    self.assertEqual([(code, f"layer {layer}", name + "/" * (name == "d"))],
+                                     self.damaged(store, layer, mode), mode)
+        self.assertEqual([], self.damaged(store, layer, "full"))
+
+    def test_all_damages_are_found(self) -> None:
+        files = [(f"f{number:04}", b"%d" % number * (number % 90)) for number in range(2500)]
+        store, (layer,) = self.stack(make_tar(*files))
+        top = store.path("overlay", layer, "diff")
+        for number in (7, 1023, 1024, 2499):
+            flip(f"{top}/f{number:04}", 0)
+        cut(f"{top}/f0050")
+        with self.open(store) as storage:
+            found = storage.layer(layer).verify()
+            self.assertEqual([("file-changed", "f0007"), ("file-truncated", "f0050"),
+                              ("file-changed", "f1023"), ("file-changed", "f1024"),
+                              ("file-changed", "f2499")],
+                             [(finding.code, finding.path) for finding in found])
+            tar = store.tars[layer]
+            for finding in found:
+                with tarfile.open(fileobj=io.BytesIO(tar)) as members:
+                    self.assertEqual(members.getmember(str(finding.path)).offset_data,
+                                     finding.offset)
+
+    def test_the_same_change_of_two_files(self) -> None:
+        """Sums of checksums differ even when the same bits of two files have changed."""
+        store, (layer,) = self.stack(make_tar(("a", b"same"), ("b", b"same")))
+        for name in "ab":
+            flip(store.path("overlay", layer, "diff", name), 1)
+        self.assertEqual(["a", "b"], [row[2] for row in self.damaged(store, layer, "full")])
+
+    def test_swapped_tar_split(self) -> None:
+        store, layers = self.stack(make_tar(("a", b"one")), make_tar(("b", b"two")),
+                                   make_tar(("c", b"three" * 9999)))
+        for one, other in ((0, 1), (1, 2)):
+            paths = [store.path(f"overlay-layers/{layers[i]}.tar-split.gz") for i in (one, other)]
+            data = [read_bytes(path) for path in paths]
+            for path, content in zip(paths, data[::-1]):
+                put(path, content)
+            for i, path in zip((one, other), paths):
+                for mode in QUICK:
+                    self.assertEqual([("tar-split-wrong", f"layer {layers[i]}", path)],
+                                     self.damaged(store, layers[i], mode))
+            for path, content in zip(paths, data):
+                put(path, content)
+
+    def test_missing_directories(self) -> None:
+        store = self.sample()
+        layer = store.layers[0]["id"]
+        home = store.path("overlay", layer)
+
+        def empty(path: str) -> None:
+            shutil.rmtree(path)
+            os.mkdir(path)
+
+        for path, damage, code in ((home, shutil.rmtree, "layer-dir-missing"),
+                                   (home, empty, "layer-dir-empty"),
+                                   (home + "/diff", shutil.rmtree, "diff-missing"),
+                                   (home + "/diff", empty, "diff-empty")):
+            with self.subTest(code), Kept(path, self.dir + "/kept"):
+                damage(path)
+                for mode in QUICK:
+                    self.assertEqual([(code, f"layer {layer}", path)],
+                                     self.damaged(store, layer, mode))
+
+    def test_processes_share_a_layer(self) -> None:
+        """Two processes read one large layer; what either doubts is looked at as a whole."""
+        files = [(f"f{number}", bytes([number]) * 500_000) for number in range(40)]
+        store, (layer,) = self.stack(make_tar(*files))
+        for number in (None, 0, 3):
+            if number is not None:
+                flip(store.path("overlay", layer, "diff", f"f{number}"))
+            with self.open(store) as storage:
+                found = storage.layer(layer).verify(workers=2)
+                self.assertEqual([] if number is None else [f"f{i}" for i in {0, number}],
+                                 [finding.path for finding in found])
+
+    def test_output(self) -> None:
+        store = self.sample()
+        layer = store.layers[1]["id"]
+        images = [image["id"] for image in store.images]
+        flip(store.path("overlay", layer, "diff/srv/app.py"))
+        done = self.run_cstor("--root", store.root, "layer", "verify", layer, "--format", "json",
+                              status=4)
+        (found,) = done.json
+        self.assertEqual({
+            "code": "file-changed", "severity": "damage", "kind": "changed",
+            "object": f"layer {layer}", "path": "srv/app.py",
+            "message": "a file's content is not as recorded", "expected": mock.ANY,
+            "actual": mock.ANY, "layer": layer, "images": images, "offset": mock.ANY,
+            "affects": [*(f"image {image}" for image in images),
+                        f"container {store.containers[0]['id']}"],
+            "mend": f"podman rmi -f {' '.join(images)} && podman pull localhost/app:1 && "
+                    "podman pull localhost/app:latest && "
+                    "podman pull docker.io/library/sample:latest"}, found)
+        self.assertRegex(found["expected"] + found["actual"], "CRC-64 [0-9a-f]{16}")
+        done = self.run_cstor("--root", store.root, "layer", "verify", layer, status=4)
+        self.assertRegex(done.out, rf"(?m)^damage +file-changed +layer {layer[:12]} +srv/app.py +a")
+        self.run_cstor("--root", store.root, "layer", "verify", "--quick", layer)
+
+
+# ================================================================================================
+# 26. Commands
 # ================================================================================================
 
 class CommandLine(StoreTest):
@@ -16721,7 +16978,7 @@ class RealRootless(unittest.TestCase):
                     layer = image.layers()[-1]
                     assert layer.export(io.BytesIO()) == layer.diff_digest
                     assert storage.is_proxied
-                    assert layer.verify() == 348, layer.verify()
+                    assert layer.check_files() == 348, layer.check_files()
                     with image.tree() as tree:
                         assert b"".join(tree.read(b"d-1-0/closed")) == b"d-1-0/"
                     with layer.open_file(b"f-1-0") as file:
@@ -16743,7 +17000,7 @@ class RealRootless(unittest.TestCase):
                 assert len(os.listdir("/proc/self/fd")) == len(fds)
             with cstor.Storage.open({self.root!r}) as storage:
                 try:
-                    storage.image("image").layers()[-1].verify()
+                    storage.image("image").layers()[-1].check_files()
                 except cstor.NeedsUnshare:
                     sys.exit(7)"""
         self.as_user(self.python, "-c", code, status=7)
