@@ -6252,7 +6252,8 @@ class LayerTree(Closing):
         if node.extra is extra and not extra:
             return
         xattrs = star_xattrs(member.pax)
-        if kind == "hardlink":  # its xattrs are added; a change of owner takes capabilities
+        if kind == "hardlink" or kind == "dir" and self.whole:
+            # Its xattrs are added; a change of owner takes capabilities.
             before = dict(extra.get("xattrs", {}))
             if owner[:2] != node.owner[:2]:
                 before.pop(b"security.capability", None)
@@ -6276,6 +6277,8 @@ class LayerTree(Closing):
         node = Node(self, directory, base, kind)
         if old is not None:
             node.opaque = kind == "dir" and (old.type == "whiteout" or old.opaque)
+        elif kind == "dir" and (old := self._covered(directory, base, "dir")):
+            copy_fields(old, node)
         self._put(directory, base, node)
         return node
 
@@ -6383,7 +6386,7 @@ class LayerTree(Closing):
         target = base[4:]
         if target in (b"", b".", b".."):
             raise FormatError(f'malformed whiteout: "{display(base)}"', file=self.label)
-        if (old := directory.children.get(target)) is None:
+        if (old := directory.children.get(target)) is None or self.whole:
             self._add_node(directory, target, "whiteout")
         else:
             old.opaque = old.type == "dir"
@@ -6403,10 +6406,7 @@ class LayerTree(Closing):
             if part == b"..":
                 node = node.parent or node
                 continue
-            child: Node | None = node.children.get(part)
-            old = self._covered(node, part) if self.whole and child is None else None
-            if child is None and old and old.type == "symlink":
-                child = old
+            child: Node | None = node.children.get(part) or self._covered(node, part, "symlink")
             if child is not None and child.type == "symlink":
                 links += 1
                 todo += child.linkname.split(b"/")[::-1]
@@ -6425,22 +6425,20 @@ class LayerTree(Closing):
                     raise FormatError(f'"{display(path)}" is not a directory, but has entries',
                                       file=self.label)
                 child = self._add_node(node, part, "dir")
-                if old:
-                    copy_fields(old, child)
                 child.implicit = True
             node = child
         if links and len(node.path) > MAX_PATH:
             raise FormatError(f'name too long: "{display(node.path[:80])}..."', file=self.label)
         return node
 
-    def _covered(self, directory: Node, name: bytes) -> Node | None:
-        """Return the link or directory that the layers below have in a directory, if any."""
-        at: Node | None = directory
-        while at and not at.opaque:
+    def _covered(self, directory: Node, name: bytes, kind: str) -> Node | None:
+        """Return the link or directory of the layers below that vfs unpacks this layer into."""
+        at = directory if self.whole else None
+        while at and at.parent and not at.opaque:
             at = at.parent
         found = self.below._find([*directory.path.split(b"/"), name] if directory.parent else [name]
-                                 ) if self.below and not at else []
-        return found[0] if found and found[0].type in ("symlink", "dir") else None
+                                 ) if self.below and at and not at.opaque else []
+        return found[0] if found and found[0].type == kind else None
 
     @property
     def storage(self) -> Storage | None:
@@ -6543,8 +6541,8 @@ class DiskTree(LayerTree):
         """Return the tree of some paths: a directory of the host can be "/"."""
         if self._root or self.whiteouts or below and not all(tops):
             return self
-        part = DiskTree(self.directory, overlay=False)  # with hard links of its own
-        part._strangers = self._strangers
+        part = type(self)(self.directory, self.layer)  # with hard links of its own
+        part.whiteouts, part.maps, part._strangers = False, self.maps, self._strangers
         part._root = Node(part, None, b"", "dir")
         for parts in tops:
             part._load(parts, below)
@@ -6677,36 +6675,45 @@ class WholeTree(DiskTree):
     def __init__(self, directory: Directory, layer: Layer) -> None:
         super().__init__(directory, layer, overlay=False)
 
-    def _part(self, tops: Sequence[Sequence[bytes]], below: bool) -> DiskTree:
-        return self
-
     def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
         assert self.layer
         self._fill(self.root, *self.directory.inspect(b"."))
         parents = self.layer.storage.chain(self.layer.id)[-2:-1]
         with parents[0].diff() if parents else nullcontext() as old:
-            todo = [(self.root, b"", old)]
+            todo = [(self.root, b"", old, parts)] if parts or below else []
             same: list[Node] = []  # directories
             while todo:
-                above, path, parent = todo.pop()
-                known = {row[0]: row[1:] for row in parent.scan(path)} if parent else {}
-                for name, *found in self.directory.scan(path):
+                above, path, parent, rest = todo.pop()
+                known = {row[0]: row[1:] for row in self._rows(parent, path, rest)}
+                for name, *found in self._rows(self.directory, path, rest):
                     before = known.pop(name, ())
                     both = bool(before) and stat.S_ISDIR(before[0].st_mode & found[0].st_mode)
                     equal = bool(before) and is_same_file(before, found)
                     if equal and not both:
                         continue
-                    node = self._enter(above, name, *found)
+                    node = above.children.get(name) or self._enter(above, name, *found)
                     assert node
                     same += [node] * equal
-                    if node.type == "dir":
+                    if node.type == "dir" and (below or rest[1:]):
                         todo.append((node, path + b"/" + name if path else name,
-                                     parent if both else None))
+                                     parent if both else None, rest[1:]))
                 for name in known:
                     self._add_node(above, name, "whiteout")
         for node in reversed(same):
             if not node.children and node.parent:
                 del node.parent.children[node.name]
+
+    @staticmethod
+    def _rows(directory: Contents | None, path: bytes, parts: Sequence[bytes]
+              ) -> Iterator[tuple[Any, ...]]:
+        """Yield what scan() yields of a directory, or of the first of ``parts`` alone."""
+        if directory and not parts:
+            yield from directory.scan(path)
+        elif directory and len(parts[0]) < 256:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                name = path + b"/" + parts[0] if path else parts[0]
+                if found := directory.inspect(name):
+                    yield (parts[0], *found)
 
 
 def is_same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -11174,8 +11181,8 @@ class _Session(Dispatcher):
 
     def open_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the number that names an image from now on."""
-        reference = self._param(params, "image_ref", "")
-        match = re.fullmatch(r"containers-storage:(?:\[(?:\w+@)?([^\]]+)\])?(.*)", reference)
+        reference, driver = self._param(params, "image_ref", ""), self.storage.driver
+        match = re.fullmatch(rf"containers-storage:(?:\[(?:{driver}@)?([^\]]+)\])?(.*)", reference)
         if match and match[1]:
             if not can_be_path(match[1]):
                 raise ImageUnknown(f"image not known: {display(reference)}: not a path")

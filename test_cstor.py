@@ -5205,28 +5205,37 @@ class Vfs(TreeTest):
     def test_what_vfs_unpacks_otherwise(self) -> None:
         """The layers below are there: their links are followed, and directories keep their mode."""
         for driver, wanted in (("vfs", {"d": "dir", "d/a": "1", "d/b": "2", "e": "dir", "e/x": "3",
-                                        "l": "-> d", "m": "= d/a", "no": "dir"}),
+                                        "l": "-> d", "m": "= d/a", "no": "dir", "x": "dir"}),
                                ("overlay", {"d": "dir", "d/a": "1", "e": "dir", "e/x": "3",
-                                            "l": "dir", "l/b": "2"})):
+                                            "l": "dir", "l/b": "2", "x": "dir"})):
             store = StoreBuilder(self.dir + "/" + driver, driver)
             base = store.layer(directory(b"d") + entry(b"d/a", b"1") + symlink(b"l", b"d")
-                               + directory(b"e", mode=b"0001777", uid=b"0000004") + END)
+                               + directory(b"e", mode=b"0001777", uid=b"0000004")
+                               + xattrs({"user.a": b"1"}) + directory(b"x") + END)
             tar = entry(b"l/b", b"2") + entry(b"e/x", b"3")
+            tar += xattrs({"user.b": b"2"}) + directory(b"x")
             if driver == "vfs":
                 tar += hardlink(b"m", b"d/a") + entry(b".wh.no") + entry(b"no/.wh.where")
+                tar += entry(b"y") + entry(b".wh.y")
             store.image(store.layer(tar + END, base), "t")
             with self.open(store.save()) as storage, storage.image("t").tree() as tree:
                 self.assertEqual(wanted, self.listing(tree))
                 node = tree.lookup(b"e")[1]
                 self.assertEqual((0o1777, 4) if driver == "vfs" else (0o755, 0),
                                  (node.mode, node.uid))
+                self.assertEqual([b"user.b", b"user.a"][:1 + (driver == "vfs")],
+                                 list(tree.lookup(b"x")[1].xattrs)[::-1])
                 self.assertEqual(tar + END, self.export(storage.image("t").layers()[-1]))
 
     def test_hundreds_of_layers(self) -> None:
-        with self.open(self.stores(directory(b"d"), *[
-                entry(b"d/%d" % number) for number in range(200)])[1]) as storage:
-            with storage.image("t").tree() as tree:
-                self.assertEqual(202, sum(1 for _ in tree.walk()))
+        """A directory without an entry takes its metadata from below, from all of them in turn."""
+        with mock.patch.object(StoreBuilder, "make_home", lambda store, layer, _: os.makedirs(
+                store.files(layer))):
+            _, store = self.stores(directory(b"d", mode=b"0000711"), *[
+                entry(b"d/%d" % number) for number in range(200)])
+        with self.open(store) as storage, storage.image("t").tree() as tree:
+            self.assertEqual(0o711, tree.lookup(b"d")[1].mode)
+            self.assertEqual(202, sum(1 for _ in tree.walk()))
 
     def test_a_container_differs_from_its_image(self) -> None:
         _, store = self.stores(*self.STACK)
@@ -5250,6 +5259,19 @@ class Vfs(TreeTest):
                                   "n2": "= n"}, self.listing(tree))
                 self.assertEqual([], [row for row in tree_differences(place, tree) if row[0]
                                       and row[1] not in ("owner", "mtime")])
+                whole = {path: (node.type, node.tree) for path, node, _ in tree.walk()}
+            # One path is looked up without all the others.
+            for path in (*whole, b"d/b", b"d/b/c", b"no", b"l/new/no", b"n" * 300, b"g/x"):
+                with container.tree() as tree, mock.patch.object(cstor.Contents, "scan", None):
+                    if path in whole:
+                        node = tree.lookup(path, follow=False)[1]
+                        self.assertEqual(whole[path][0], node.type, path)
+                        self.assertEqual(whole[path][1].layer_id, node.tree.layer_id, path)
+                    else:
+                        self.assertRaises(cstor.NotFound, tree.lookup, path)
+            with container.tree() as tree:
+                self.assertEqual([b"n", b"n2"], [row[0] for row in tree.glob(["/n"])]
+                                 + [row[0] for row in tree.glob(["/n2"])])
             with storage.layer(layer).tree() as tree:
                 found = {path: node.type for path, node, _ in tree.walk()}
                 self.assertEqual({b"": "dir", b"d": "reg", b"g": "reg", b"l": "dir",
