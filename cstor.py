@@ -3399,6 +3399,11 @@ class Image(Record):
         """Return the layers, base first.  Raises LayerUnknown, FormatError."""
         return self.storage.chain(self.layer)
 
+    def verify(self, *, quick: bool = False, workers: int = 0, progress: Progress | None = None
+               ) -> list[Finding]:
+        """Return all that is damaged in it and its layers; see Layer.verify()."""
+        return verify_images([self], quick=quick, workers=workers, progress=progress)[1]
+
     def tree(self, known: dict[str, LayerTree] | None = None, platform: str = "") -> Tree:
         """Return the merged tree, of a manifest list that of an instance: see single().
 
@@ -12445,6 +12450,14 @@ CODES = {
     "layer-dir-empty": ("damage", "vqc", "missing", "the layer's directory is empty"),
     "diff-missing": ("damage", "vqc", "missing", "the directory of the layer's files is missing"),
     "diff-empty": ("damage", "vqc", "missing", "the directory of the layer's files is empty"),
+    "big-data-missing": ("damage", "vqc", "missing", "an image's manifest, say, is missing"),
+    "big-data-truncated": ("damage", "vqc", "truncated", "an image's manifest, say, is shorter"),
+    "big-data-longer": ("damage", "vqc", "longer", "an image's manifest, say, is longer"),
+    "big-data-changed": ("damage", "vqc", "changed", "an image's manifest, say, has changed"),
+    "name-digest-wrong": ("damage", "vqc", "metadata", "an image's name has another's digest"),
+    "image-layers-wrong": ("damage", "vqc", "metadata",
+                           "an image's layers are not those that its configuration names"),
+    "layer-unknown": ("damage", "vqc", "missing", "a record names a layer that has none"),
     "not-verified": ("note", "vq", "metadata", "the storage does not keep what would prove it"),
 }
 SUMMED = 1024  # small files whose CRC-64s are compared at once, each times another power of x
@@ -12485,11 +12498,12 @@ class Finding:
         return {key: found[key] for key in found if key in FINDING or found[key] is not None}
 
     def concern(self, users: Mapping[str, Sequence[Record]]) -> Finding:
-        """Say what needs a layer, and how podman mends its damage; see layer_users()."""
-        records = [record for record in users.get(self.layer or "", ())
-                   if not isinstance(record, Layer)]
+        """Say what needs the object, and how podman mends its damage; see users_of()."""
+        records = users.get(self.object, ())
         images = {record.id: record for record in records if isinstance(record, Image)}
-        self.affects = [f"{record.WORD} {record.id}" for record in records] or self.affects
+        self.affects = [name for name in (f"{record.WORD} {record.id}" for record in records
+                                          if not isinstance(record, Layer)) if name != self.object
+                        ] or self.affects
         self.images = list(images) if self.layer else None
         if images and self.severity == "damage":
             pulls = [f"podman pull {name}" for image in images.values() for name in image.names]
@@ -12497,23 +12511,72 @@ class Finding:
         return self
 
 
-def layer_users(storage: Storage) -> dict[str, list[Record]]:
-    """Return, by the ID of a layer, the layers, images and containers that are built on it."""
+def users_of(storage: Storage) -> dict[str, list[Record]]:
+    """Return, by "layer ID" and "image ID", the objects that need each, an image itself first."""
     found: dict[str, list[Record]] = {}
-    records: list[Record] = []
+    records: list[Any] = []
     for get in (storage.layers, storage.images, storage.containers):
         with suppress(CstorError):  # said where the file is read
             records += get()
     parents = {record.id: record.parent for record in records if isinstance(record, Layer)}
     for record in records:
-        tops = [getattr(record, "parent" if isinstance(record, Layer) else "layer")]
-        for layer_id in tops + getattr(record, "mapped_layers", []):
+        if not isinstance(record, Layer):
+            found.setdefault(f"image {getattr(record, 'image', record.id)}", []).append(record)
+        for layer_id in [parents.get(record.id, "") if isinstance(record, Layer) else record.layer,
+                         *getattr(record, "mapped_layers", ())]:
             seen = {""}
             while layer_id not in seen:
-                found.setdefault(layer_id, []).append(record)
+                found.setdefault(f"layer {layer_id}", []).append(record)
                 seen.add(layer_id)
                 layer_id = parents.get(layer_id, "")
     return found
+
+
+def check_image(image: Image) -> Iterator[Finding]:
+    """Compare an image's big data, names and chain of layers with its record."""
+    what, damaged = f"image {image.id}", set()
+    for key in image.big_data_names if is_safe_id(image.id) else ():
+        name, digest = image.path(big_data_file(key)), re.sub("^manifest-", "", key)
+        try:
+            data = image.big_data(key)
+            if re.fullmatch("sha256:" + HEX64, digest) and not is_schema1(data) \
+                    and (actual := sha256_digest(data)) != digest:
+                raise IntegrityError("wrong digest", expected=digest, actual=actual)
+            continue
+        except IntegrityError as error:
+            code = "changed" if not error.expected.isdigit() else "longer" if int(error.expected) \
+                < int(error.actual) else "truncated"
+            expected, actual, message = error.expected, error.actual, ""
+        except FormatError as error:
+            code, expected, actual = "changed" if image.root.exists(name) else "missing", "", ""
+            message = str(error)
+        damaged.add(key)
+        yield Finding(f"big-data-{code}", what, image.root.host_path(name), expected, actual,
+                      message)
+    for title in image.names:
+        if "@" in title and title.rpartition("@")[2] not in image.digests:
+            yield Finding("name-digest-wrong", what, None, actual=title)
+    if not any(re.match("manifest$|sha256:", key) for key in damaged):
+        yield from check_chain(image)
+
+
+def check_chain(image: Image) -> Iterator[Finding]:
+    """Compare an image's layers with its configuration."""
+    what = f"image {image.id}"
+    try:
+        if image.layer and "manifest" in image.big_data_names:
+            image.config()
+        image._chain()
+    except LayerUnknown as error:
+        yield Finding("layer-unknown", what, message=str(error))
+    except IntegrityError as error:
+        yield Finding("image-layers-wrong", what, None, error.expected, error.actual)
+    except FormatError as error:
+        yield Finding("image-layers-wrong", what, message=str(error))
+    except NotFound as error:
+        yield Finding("big-data-missing", what, message=str(error))
+    except Unsupported:  # it was made with no configuration
+        pass
 
 
 def layer_files(layer: Layer) -> Iterator[Finding]:
@@ -12765,9 +12828,21 @@ def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int 
     rows += [row for report in reports for row in report]
     rows += [(number, *finding.row()) for number in {row[0] for row in rows if len(row) == 1}
              for finding in LayerCheck(layers[number]).run()]
-    users = layer_users(layers[0].storage) if rows else {}
+    users = users_of(layers[0].storage) if rows else {}
     return [Finding(*row[1:]).concern(users) for row in sorted(rows, key=lambda row: row[0])
             if len(row) > 1]
+
+
+def verify_images(images: Sequence[Image], **options: Any) -> tuple[list[Layer], list[Finding]]:
+    """Return the layers of images, and the damages of both; see verify_layers()."""
+    users = users_of(images[0].storage) if images else {}
+    layers: dict[str, Layer] = {}
+    found = []
+    for image in images:
+        found += [finding.concern(users) for finding in check_image(image)]
+        with suppress(LayerUnknown, FormatError):  # one of the findings
+            layers.update((layer.id, layer) for layer in image.layers())
+    return list(layers.values()), found + verify_layers(list(layers.values()), **options)
 
 
 # ================================================================================================
@@ -13418,14 +13493,26 @@ def cmd_layer_export(storage: Storage, args: Any) -> None:
 
 def cmd_layer_verify(storage: Storage, args: Any) -> int:
     """find all that is damaged in layers: headers, contents, sizes"""
-    return show_verified(args, list(for_each(args, args.layer, storage.layer)), [])
-
-
-def show_verified(args: Any, layers: Sequence[Layer], found: list[Finding]) -> int:
-    """Verify layers, print what was ``found`` and their damages; return the status."""
+    layers = list(for_each(args, args.layer, storage.layer))
     with ProgressLine(sum(max(layer.diff_size, 0) for layer in layers), args.quiet) as progress:
-        found += verify_layers(layers, quick=args.quick, progress=progress) if layers else []
+        found = verify_layers(layers, quick=args.quick, progress=progress)
     return EXIT_CHECKSUM * show_findings(args, found, f"{counted(len(layers), 'layer')} verified")
+
+
+def cmd_image_verify(storage: Storage, args: Any) -> int:
+    """find all that is damaged in images and their layers: records, headers, contents"""
+    if bool(args.image) == args.all:
+        raise _UsageError("name images, or use --all")
+    found: dict[Image, None] = {}
+    for image in storage.images() if args.all else for_each(
+            args, args.image, lambda name: storage.image(name, args.platform)):
+        found.update(dict.fromkeys([image, *(each for _, each in (
+            image.instances() if image.is_list and not args.platform else ()))]))
+    size = sum(max(layer.diff_size, 0) for layer in storage.layers())
+    with ProgressLine(size, args.quiet) as progress:
+        layers, damages = verify_images(list(found), quick=args.quick, progress=progress)
+    sound = f"{counted(len(found), 'image')} of {counted(len(layers), 'layer')} verified"
+    return EXIT_CHECKSUM * show_findings(args, damages, sound)
 
 
 def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
@@ -13911,6 +13998,7 @@ COMMANDS: list[Command] = [
     ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
     ("image copy-to-oci", cmd_copy_to_oci,
      "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
+    ("image verify", cmd_image_verify, "IMAGE* --all --quick --format --no-trunc"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "-q --format --no-trunc"),
@@ -13958,6 +14046,7 @@ OPTIONS = {
                         "stdout",
     "-q --quiet": "print only IDs, one a line, each once",
     "--all": "copy all instances of a manifest list that are in the storage",
+    "verify --all": "verify all images, each layer once",
     "--as rootfs|docker-archive|oci-archive=rootfs": "what to write; archives take several images",
     "--chain": "add the IDs of the layer and its parents, base first",
     "--no-clean-on-error ?": "after an error, keep what was already made",

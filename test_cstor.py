@@ -13322,12 +13322,13 @@ class Verifying(StoreTest):
             ("d/", None), ("d/one", b"1"), ("d/two", b"2"), ("link", "d/one"), ("empty", b""),
             (".wh.gone", b""), ("far/x", b"")))
         top = store.path("overlay", layer, "diff")
-        for name, damage, code in (
+        damages: tuple[tuple[str, Callable[[str], object], str], ...] = (
                 ("link", os.unlink, "file-missing"), ("empty", os.unlink, "file-missing"),
                 ("empty", grow, "file-longer"), ("d", shutil.rmtree, "file-missing"),
                 ("link", put_instead(os.mkdir), "file-type"),
                 ("link", put_instead(lambda path: os.symlink("longer-one", path)), "file-longer"),
-                ("d", lambda path: (shutil.rmtree(path), put(path)), "file-type")):
+                ("d", lambda path: [shutil.rmtree(path), put(path)], "file-type"))  # type: ignore
+        for name, damage, code in damages:
             with self.subTest(name, code=code), Kept(f"{top}/{name}", self.dir + "/kept"):
                 damage(f"{top}/{name}")
                 for mode in QUICK:
@@ -13406,6 +13407,59 @@ class Verifying(StoreTest):
                 found = storage.layer(layer).verify(workers=2)
                 self.assertEqual([] if number is None else [f"f{i}" for i in {0, number}],
                                  [finding.path for finding in found])
+
+    def test_images(self) -> None:
+        """Manifests, configurations, chains; a layer's damage is found once for all images."""
+        store = self.sample()
+        one, two = store.images
+        config = next(key for key in one["big-data-names"] if key.startswith("sha256:"))
+        files = {key: store.path("overlay-images", one["id"], os.fsdecode(cstor.big_data_file(key)))
+                 for key in one["big-data-names"]}
+        mend = (f"podman rmi -f {one['id']} && podman pull localhost/app:1 && "
+                "podman pull localhost/app:latest")
+        damages: tuple[tuple[Callable[[str], object], str], ...] = (
+            (flip, "changed"), (cut, "truncated"), (grow, "longer"), (os.unlink, "missing"),
+            (lambda path: os.truncate(path, 0), "truncated"),
+            (put_instead(os.mkfifo), "changed"), (put_instead(os.mkdir), "changed"))
+        for key, path in files.items():
+            for damage, code in damages:
+                with self.subTest(key=key, code=code), Kept(path, self.dir + "/kept"):
+                    damage(path)
+                    for quick in (False, True):
+                        with cstor.Storage.open(store.root) as storage:
+                            found = storage.image(one["id"]).verify(quick=quick)
+                            self.assertEqual(
+                                [(f"big-data-{code}", f"image {one['id']}", path, mend)],
+                                [(finding.code, finding.object, finding.path, finding.mend)
+                                 for finding in found])
+                            self.assertEqual([], storage.image(two["id"]).verify(quick=quick))
+        for change, code, actual in (
+                ({"layer": two["layer"]}, "image-layers-wrong", mock.ANY),
+                ({"layer": "0" * 64}, "layer-unknown", None),
+                ({"layer": ""}, "image-layers-wrong", mock.ANY),
+                ({"names": ["localhost/x@sha256:" + "1" * 64]}, "name-digest-wrong",
+                 "localhost/x@sha256:" + "1" * 64),
+                ({"big-data-names": [key for key in files if key != config]}, "big-data-missing",
+                 None)):
+            with self.subTest(code=code, change=change), Kept(files[config], self.dir + "/kept"):
+                store.images[0] = {**one, **change}
+                store.save()
+                if code == "big-data-missing":  # nor is it recorded
+                    os.unlink(files[config])
+                with self.open(store) as storage:
+                    self.assertEqual([(code, f"image {one['id']}", actual)],
+                                     [(finding.code, finding.object, finding.actual)
+                                      for finding in storage.image(one["id"]).verify()])
+        store.images[0] = one
+        store.save()
+        flip(store.path("overlay", store.layers[0]["id"], "diff/etc/os-release"))
+        self.run_cstor("--root", store.root, "image", "verify", "--all", "--quick")
+        found = self.run_cstor("--root", store.root, "image", "verify", "sample", "app:1",
+                               "--format", "json", status=4).json
+        self.assertEqual([("file-changed", [one["id"], two["id"]])],
+                         [(row["code"], row["images"]) for row in found])
+        self.run_cstor("--root", store.root, "image", "verify", status=2)
+        self.run_cstor("--root", store.root, "image", "verify", "--all", "sample", status=2)
 
     def test_output(self) -> None:
         store = self.sample()
