@@ -6134,6 +6134,7 @@ class LayerTree(Closing):
         self._directory: Any = None
         self._count = self._steps = self._xattrs = self._holes = 0  # against MAX_ENTRIES etc.
         self._aufs: list[tuple[Node, bytes]] = []
+        self._under: dict[Node, list[Node]] = {}  # see _covered()
         self._marked: dict[Node, None] = {}  # what has xattrs that overlayfs heeds
         self._moved: list[Node] = []  # renamed directories and stubs
         self.note = ""  # what a reader should know of it
@@ -6165,6 +6166,7 @@ class LayerTree(Closing):
                     assert tree.root  # not one from within the other, of hundreds
                 self._load()
                 self._heed()
+                self._under.clear()
             except BaseException:
                 self._root = None
                 raise
@@ -6280,10 +6282,11 @@ class LayerTree(Closing):
         if old is not None and old.type == kind == "dir":
             return old
         node = Node(self, directory, base, kind)
+        covered = self._covered(directory, base) if kind == "dir" and self.whole else []
         if old is not None:
             node.opaque = kind == "dir" and (old.type == "whiteout" or old.opaque)
-        elif kind == "dir" and (old := self._covered(directory, base, "dir")):
-            copy_fields(old, node)
+        elif covered and covered[0].type == "dir":
+            copy_fields(covered[0], node)
         self._put(directory, base, node)
         return node
 
@@ -6411,7 +6414,10 @@ class LayerTree(Closing):
             if part == b"..":
                 node = node.parent or node
                 continue
-            child: Node | None = node.children.get(part) or self._covered(node, part, "symlink")
+            child: Node | None = node.children.get(part)
+            if child is None and self.whole:
+                child = next((old for old in self._covered(node, part) if old.type == "symlink"),
+                             None)
             if child is not None and child.type == "symlink":
                 links += 1
                 todo += child.linkname.split(b"/")[::-1]
@@ -6436,14 +6442,26 @@ class LayerTree(Closing):
             raise FormatError(f'name too long: "{display(node.path[:80])}..."', file=self.label)
         return node
 
-    def _covered(self, directory: Node, name: bytes, kind: str) -> Node | None:
-        """Return the link or directory of the layers below that vfs unpacks this layer into."""
-        at = directory if self.whole else None
-        while at and at.parent and not at.opaque:
-            at = at.parent
-        found = self.below._find([*directory.path.split(b"/"), name] if directory.parent else [name]
-                                 ) if self.below and at and not at.opaque else []
-        return found[0] if found and found[0].type == kind else None
+    def _covered(self, directory: Node, name: bytes) -> list[Node]:
+        """Return what the layers below, which vfs unpacks this one into, have at a name.
+
+        As of Tree._find(): one node, or the directories that are merged there.
+        """
+        if not self.whole or self.below is None or directory.opaque:
+            return []
+        if (nodes := self._under.get(directory)) is None:
+            nodes = self._under[directory] = self._covered(directory.parent, directory.name) \
+                if directory.parent else self.below._find([], top=False)
+        self._steps += len(nodes)
+        if self._steps > MAX_STEPS:
+            raise FormatError("too many directories in too many layers", file=self.label)
+        found: list[Node] = []
+        for child in filter(None, [node.children.get(name) for node in nodes]):
+            if child.type == "dir" or not found:
+                found.append(child)
+            if child.type != "dir" or child.opaque:
+                break
+        return found
 
     @property
     def storage(self) -> Storage | None:

@@ -5237,6 +5237,34 @@ class Vfs(TreeTest):
             self.assertEqual(0o711, tree.lookup(b"d")[1].mode)
             self.assertEqual(202, sum(1 for _ in tree.walk()))
 
+    def test_links_that_lead_outside_or_nowhere(self) -> None:
+        canary = self.dir + "/canary"
+        os.mkdir(canary)
+        put(canary + "/secret", "CANARY")
+        lower = entry(b"secret", b"CANARY") + symlink(b"l", os.fsencode(canary)) \
+            + symlink(b"a", b"b") + symlink(b"b", b"a")
+        store = StoreBuilder(self.dir + "/hostile", "vfs")
+        base = store.layer(lower + END)
+        with mock.patch.object(store, "unpack"):
+            layers = [store.layer(tar + END, base) for tar in (entry(b"l/x", b"1"), entry(b"a/x"))]
+        for number, layer in enumerate(layers):
+            store.image(layer, f"localhost/i{number}:latest")
+        with self.open(store.save()) as storage, storage.image("i0").tree() as tree:
+            self.assertIn(canary[1:] + "/x", self.shown(tree))
+            self.assertRaises(cstor.IntegrityError, self.export, storage.image("i0").layers()[-1])
+            self.assertRaises(cstor.NotFound, tree.lookup, b"l/secret")
+        self.assertIn("behind a loop of symbolic links",
+                      self.run_on(store, "image files i1", status=6).err)
+        shutil.rmtree(store.files(base))
+        os.symlink(canary, store.files(base))
+        self.assertIn(f"{base}: No such file or directory", self.run_on(
+            store, f"--no-helper layer cat {base} secret", status=6).err)
+        self.run_on(store, "image cat i0 secret", status=6)
+
+    @staticmethod
+    def shown(tree: cstor.Tree) -> list[str]:
+        return [os.fsdecode(path) for path, _, _ in tree.walk()]
+
     def test_a_container_differs_from_its_image(self) -> None:
         _, store = self.stores(*self.STACK)
         layer = store.layers[-1]["id"]
