@@ -10868,6 +10868,21 @@ class ListeningSocket(Transaction):
         return self.socket
 
 
+def passed_socket() -> socket.socket:
+    """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
+    import socket
+
+    fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
+        and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            found = socket.socket(fileno=os.dup(fd))
+            if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
+                return found
+            found.close()
+    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH")
+
+
 # ================================================================================================
 # 21. Server
 #
@@ -12423,21 +12438,6 @@ class ContentServer(Dispatcher):
                    status.st_size, status.st_rdev, status.st_mtime_ns]
         return [spell(name), numbers, spell(link),
                 {spell(key): value.hex() for key, value in xattrs.items()}]
-
-
-def passed_socket() -> socket.socket:
-    """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
-    import socket
-
-    fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
-        and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
-    with suppress(OSError):
-        if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            found = socket.socket(fileno=os.dup(fd))
-            if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
-                return found
-            found.close()
-    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH")
 
 
 # ================================================================================================
