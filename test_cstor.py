@@ -740,6 +740,7 @@ class StoreTest(unittest.TestCase):
     @contextlib.contextmanager
     def serve(self, root: str, *args: str, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
         """Run a server until the end of the block; SIGTERM must end it well."""
+        need_proc()  # the server passes files through it
         server = subprocess.Popen([*COMMAND, "--root", root, "serve", *args],
                                   env=IDLE, stderr=subprocess.PIPE, **kwargs)
         try:
@@ -10986,7 +10987,6 @@ class DumbClients(MessageTest):
     """Our server and clients from WIRE.md alone: good ones, broken ones, and many."""
 
     def setUp(self) -> None:
-        need_proc()  # the server passes files through it
         super().setUp()
         self.store = self.builder()
         self.layer = self.store.layer(self.tar)
@@ -11074,6 +11074,7 @@ class DumbClients(MessageTest):
                 self.assertLess(time.monotonic() - begin, 3)
 
     def test_every_form(self) -> None:
+        need_proc()
         with self.running():
             for layer in (self.layer, self.big):
                 tar, dumb = self.store.tars[layer], self.dumb()
@@ -11117,6 +11118,7 @@ class DumbClients(MessageTest):
 
     def test_no_more_files_than_a_message_takes(self) -> None:
         """The largest are passed where not all can be; of one size as many as can be."""
+        need_proc()
         layer = self.add(make_tar(*((f"f{i}", b"%d" % i) for i in range(300))))
         for options, count in (({}, 252), ({"maxFds": 300}, 300), ({"maxFds": 3}, 3)):
             with self.handled(self.files(layer, threshold=0, **options)) as dumb:
@@ -11178,6 +11180,7 @@ class DumbClients(MessageTest):
 
     def test_a_layer_that_fails_looks_broken(self) -> None:
         """A stream has no mark of its end, so that one without the rest would be whole."""
+        need_proc()
         self._root = ""
         folder = self.folder_of(self.big)
         for name, dac in (("big0", True), ("big4", False), ("small", True)):
@@ -11206,6 +11209,7 @@ class DumbClients(MessageTest):
 
     def test_names_that_are_not_utf_8_go_inline(self) -> None:
         """composefs opens no file by such a name."""
+        need_proc()
         layer = self.add(make_tar(("caf\u00e9", b"1" * 9), ("caf\udce9", b"2" * 9),
                                   ("d\udcff/f", b"3" * 9)))
         stream, _ = self.read_pipe()
@@ -11222,6 +11226,7 @@ class DumbClients(MessageTest):
 
     def test_plain_files_are_named_unopened(self) -> None:
         """The same names as those of open files: links to directories are followed."""
+        need_proc()
         layer = self.add(make_tar(("d/", None), ("d/a", b"1" * 9), ("top", b"2" * 9), ("lnk", "/d"),
                                   ("d/b", b"3" * 9), ("closed/", None), ("closed/c", b"4" * 9)))
         tar = make_tar(("d/", None), ("d/a", b"1" * 9), ("./top", b"2" * 9), ("lnk", "/d"),
@@ -11243,6 +11248,7 @@ class DumbClients(MessageTest):
             self.assertEqual(tar, Dumb.tar_of_names(stream, [self.folder_of(layer)]))
 
     def test_every_layer_by_every_client(self) -> None:
+        need_proc()
         with self.opener() as storage:
             self.assertEqual(14 if FULL else 8, fetch_by_all(self, storage))
         sample = make_sample(os.path.join(self.dir, "sample"))
@@ -11263,6 +11269,7 @@ class DumbClients(MessageTest):
         self.served_well()
 
     def test_clients_that_go(self) -> None:
+        need_proc()
         with self.running(timeout=5.0):
             for request, count in itertools.product(
                     (self.request("StreamLayer", layer=self.big, threshold=10),
@@ -11487,7 +11494,6 @@ class Serving(StoreTest):
     """The server as a program, and the commands that read from it."""
 
     def setUp(self) -> None:
-        need_proc()  # the server passes files through it
         super().setUp()
         self.store = self.sample()
         self.guard(self.store.root)
@@ -11717,6 +11723,7 @@ class Serving(StoreTest):
             self.assertIn("without --via-skopeo", done.err)
 
     def test_the_reason_of_a_failure_comes_through(self) -> None:
+        need_proc()
         self._root = ""  # this test changes the store itself
         with self.opener() as storage:
             layer = storage.image("app:1").layers()[0].id
@@ -11823,6 +11830,7 @@ class Serving(StoreTest):
     @contextlib.contextmanager
     def on_stdin(self) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
         """Give a socket whose other end is the stdin of a server, which ends well."""
+        need_proc()
         ours, theirs = socket.socketpair()
         with ours, theirs:
             server = subprocess.Popen([*COMMAND, "--root", self.store.root, "serve"],
@@ -11832,6 +11840,7 @@ class Serving(StoreTest):
         self.assertEqual(0, server.wait(30))
 
     def test_no_server(self) -> None:
+        need_proc()
         self.ask("export", "x", status=3, said="no server listens at")
         self.ask("export", "x", status=3, said="serve --socket")
         put(self.path)
@@ -11843,6 +11852,7 @@ class Serving(StoreTest):
             self.assertIn(said, done.err)
 
     def test_a_killed_server_is_replaced_and_a_living_one_is_not(self) -> None:
+        need_proc()
         with contextlib.suppress(AssertionError), self.served() as server:
             server.kill()
             server.wait()
@@ -11858,6 +11868,7 @@ class Serving(StoreTest):
             self.assertEqual(self.digests[self.layer], stream.export(io.BytesIO()))
 
     def test_a_socket_of_systemd(self) -> None:
+        need_proc()
         with cstor.ListeningSocket(self.path) as listener:
             script = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True); "
                       "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); "
