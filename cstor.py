@@ -5192,14 +5192,8 @@ def parse_pax(data: bytes) -> dict[bytes, bytes]:
     """
     records: dict[bytes, bytes] = {}
     runs: list[bytes] = []
-    at = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 20)
-        length = parse_decimal(data[at:space]) if space > at else 0
-        record = data[space + 1:at + length]
-        key, equals, value = record[:-1].partition(b"=")
-        if not equals or not key or record[-1:] != b"\n" or not 0 < length <= len(data) - at \
-                or b"\0" in (record if key in PAX_NAMES else key):
+    for _, _, key, value in pax_spans(data):
+        if not key or b"\0" in key or key in PAX_NAMES and b"\0" in value:
             raise FormatError("malformed pax record")
         if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
             if (key == b"GNU.sparse.numbytes") != len(runs) % 2:
@@ -5207,10 +5201,26 @@ def parse_pax(data: bytes) -> dict[bytes, bytes]:
             runs.append(value)
         else:
             records[key] = value
-        at += length
     if runs:
         records[b"GNU.sparse.map"] = b",".join(runs)
     return records
+
+
+def pax_spans(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
+    """Yield (start, end, key, value) of each record of a pax header; what is malformed has no key.
+
+    Go reads a sign before the length, too.
+    """
+    at, size = 0, len(data)
+    while at < size:
+        space = data.find(b" ", at, at + 20)
+        digits = data[at:space].removeprefix(b"+")
+        end = at + int(digits) if space > at and digits.isdigit() else -1
+        key, equals, value = data[space + 1:end - 1].partition(b"=")
+        if not space < end <= size or not key or not equals or data[end - 1] != 10:
+            key, value, end = b"", data[at:], size
+        yield at, end, key, value
+        at = end
 
 
 # ================================================================================================
@@ -7802,20 +7812,6 @@ def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
     except FormatError:
         size = -1
     return name, b" " + name, size
-
-
-def pax_spans(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """Yield (start, end, key, value) of each record of a pax header; malformed ones have no key."""
-    at = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 20)
-        digits = data[at:space] if space > at else b""
-        end = at + int(digits) if digits.isdigit() else 0
-        key, equals, value = data[space + 1:end - 1].partition(b"=")
-        if not at < space < end <= len(data) or not key or not equals or data[end - 1:end] != b"\n":
-            key, value, end = b"", data[at:], len(data)
-        yield at, end, key, value
-        at = end
 
 
 def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, bool]]:

@@ -3716,6 +3716,8 @@ class Headers(unittest.TestCase):
             self.assertRaises(cstor.FormatError, cstor.parse_number, field)
 
     def test_pax_records(self) -> None:
+        self.assertEqual([(0, 11, b"path", b"a"), (11, 15, b"", b"a=b\n")],
+                         list(cstor.pax_spans(b"+11 path=a\na=b\n")))
         self.assertEqual({b"path": b"b", b"k": b"v=w\n"},
                          cstor.parse_pax(b"9 path=a\n9 path=b\n9 k=v=w\n\n"))
         self.assertEqual({b"GNU.sparse.map": b"0,5,9,1"}, cstor.parse_pax(b"".join(
