@@ -3780,9 +3780,10 @@ class Storage(Closing):
             root = Directory.at(self.graphroot)
         except (FileNotFoundError, NotADirectoryError):
             raise no_store(self.graphroot) from None
-        ends = ("-layers",) if is_docker(self.graphroot) else ("", "-layers", "-images")
-        drivers = [name for name in (*DRIVERS, *OTHER_DRIVERS) for end in ends
-                   if root.exists(os.fsencode(name + end))]
+        drivers = [name for name in (*DRIVERS, *OTHER_DRIVERS) if any(
+            root.exists(os.fsencode(name + end)) for end in ("", "-layers", "-images"))]
+        if is_docker(self.graphroot):
+            drivers = [name for name in drivers if root.exists(os.fsencode(name + "-layers"))]
         if not any(name in DRIVERS for name in drivers):
             root.close()
             if drivers:
@@ -4490,7 +4491,8 @@ def names_to_give(image: Image, reference: str) -> list[str]:
 # ================================================================================================
 # 10. Layers
 #
-# A layer's tar is rebuilt from headers in tar-split and from file contents below overlay/<id>/diff.
+# A layer's tar is rebuilt from headers in tar-split and from file contents below overlay/<id>/diff,
+# or below vfs/dir/<id>, which also has all that the layers below have.
 # Contents lie elsewhere in three cases:
 #   mapped layers     a copy for other user IDs: "diff" is new and empty, and "diff1" holds stubs or
 #                     shifted copies.  The bytes are in the template, next in the lower chain
@@ -4712,10 +4714,10 @@ class LayerFiles(Closing):
             self._places += [place for place in places if place[0]]
         yield from map(self._diff, range(1, len(self._places)))
 
-    @staticmethod
-    def _is_stub(fd: int) -> bool:
+    def _is_stub(self, fd: int) -> bool:
         try:
-            return any(name in METACOPY_XATTRS for name in os.listxattr(fd))
+            return self.layer.storage.driver == "overlay" and any(
+                name in METACOPY_XATTRS for name in os.listxattr(fd))
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(fd)
@@ -5960,6 +5962,8 @@ class _Nowhere(io.BytesIO):
 #   a parent         without an entry is made: root's, mode 0755; one that is a link is followed
 #   char device 0,0  is a whiteout: to overlayfs there is no difference
 #   times            before 1970 or after 2262 become 1970, but for symbolic links (Go's Chtimes)
+# The driver vfs unpacks a layer into a copy of those below: parents without an entry stay as they
+# are, links lead on, whiteouts remove, and no xattr or device means anything to overlayfs.
 # A writable layer has no tar-split and is read from disk, where whiteouts, opaque directories,
 # renamed directories (redirect) and stubs (metacopy) are devices and xattrs.
 # ================================================================================================

@@ -1540,6 +1540,8 @@ class Discovery(StoreTest):
         self.check(files, 0, {"STORAGE_DRIVER": "overlay2", "STORAGE_OPTS":
                               "overlay.additionalImageStore=/x,/y,overlay.mountopt=nodev"},
                    driver="overlay", imagestore="/i", stores=["/x", "/y"])
+        self.check(files, 0, {"STORAGE_DRIVER": "vfs", "STORAGE_OPTS": "vfs.imagestore=/x"},
+                   driver="vfs", imagestore="/i", stores=["/x"])
 
     def test_an_error_in_a_file_that_is_not_looked_at(self) -> None:
         files = {"etc/containers/storage.conf": "[storage\n",
@@ -5204,6 +5206,10 @@ class Vfs(TreeTest):
             top = storage.image("t").layers()[-1]
             self.assertEqual(("", []), (top.link_id, top.lower_ids()))
             self.assertIsNone(storage.layer_by_id("0" * 64))
+        store.layers[0]["uidmap"] = [{"container_id": 0, "host_id": 0, "size": 65536}]
+        with self.open(store.save()) as storage, mock.patch(
+                "os.listxattr", return_value=["user.overlay.metacopy"]):
+            self.assertEqual(tars[0] + END, self.export(storage.image("t").layers()[0]))
 
     def test_what_vfs_unpacks_otherwise(self) -> None:
         """The layers below are there: their links are followed, and directories keep their mode."""
