@@ -17774,7 +17774,7 @@ class Place:
         if disk in ("xfs", "btrfs", "ext4"):
             os.mkdir(folder)
             self.dir = make_disk(folder, disk, 8 << 30)
-            self._stop.append(lambda: unmount(self.dir))
+            self._stop.append(self._release)
         store = Store(self.dir)
         self.root, self.run, self.podman = store.root, store.runroot, "podman " + shlex.join(
             store.globals)
@@ -17897,6 +17897,21 @@ class Place:
         """Stop what runs, and unmount what is mounted."""
         while self._stop:
             self._stop.pop()()
+
+    def _release(self) -> None:
+        """Unmount the disk once podman, which cleans up behind a container's end, is gone."""
+
+        def released() -> bool:
+            for line in read_bytes("/proc/self/mountinfo").decode().splitlines()[::-1]:
+                point = line.split()[4]
+                if point.startswith(self.dir + "/"):
+                    subprocess.run(["umount", "-l", point], check=False)
+            return not subprocess.run(["umount", self.dir], stderr=subprocess.DEVNULL,
+                                      check=False).returncode
+
+        wait_for(released, 60)
+        os.unlink(self.dir + ".img")
+        os.rmdir(self.dir)
 
 
 # A process of its own starts each command: the peak memory of a child includes what its parent has.
