@@ -3725,9 +3725,9 @@ class Storage(Closing):
     """A containers/storage storage, read-only: the joined records of all its roots.
 
     A context manager; owns descriptors of its roots.  Records are read once, when first asked for;
-    reload() forgets them.  ``faults`` names what of the storage as a whole cannot be used,
-    ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
-    over.
+    reload() forgets them.  ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a
+    whole cannot be used, ``notes`` what a reader should know of its layers, and ``unverified`` what
+    Tree.verify() passed over.
     """
 
     OPENER: type[Opener] = Opener

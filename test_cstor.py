@@ -5193,7 +5193,7 @@ class Vfs(TreeTest):
 
     def test_files_that_mean_something_in_overlay(self) -> None:
         """Names of containers/storage, and xattrs and devices of overlayfs, are just files here."""
-        marks = xattrs({"trusted.overlay.opaque": b"y"})
+        marks = xattrs({"trusted.overlay.opaque": b"y", "user.overlay.opaque": b"y"})
         tars = b"".join((directory(b"d"), entry(b"d/a", b"1"), entry(b"link", b"A" * 26),
                          entry(b"additionallayer", b"/x"), entry(b"lower", b"l/x"))), \
             b"".join((marks, directory(b"d"), device(b"w", b"3", 0, 0), entry(b"diff1", b"2")))
@@ -5201,7 +5201,9 @@ class Vfs(TreeTest):
         with self.open(store) as storage, storage.image("t").tree() as tree:
             self.assertEqual({"d": "dir", "d/a": "1", "w": "char", "link": "A" * 26, "lower": "l/x",
                               "additionallayer": "/x", "diff1": "2"}, self.listing(tree))
-            self.assertEqual({b"trusted.overlay.opaque": b"y"}, tree.lookup(b"d")[1].xattrs)
+            self.assertEqual({b"user.overlay.opaque", b"trusted.overlay.opaque"} - (
+                {b"trusted.overlay.opaque"} if storage.rootless else set()),
+                set(tree.lookup(b"d")[1].xattrs))
             self.assertEqual([], storage.notes)
             top = storage.image("t").layers()[-1]
             self.assertEqual(("", []), (top.link_id, top.lower_ids()))
