@@ -87,9 +87,9 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -125,6 +125,7 @@ if TYPE_CHECKING:
     X = TypeVar("X", bound="Transaction")
     D = TypeVar("D", bound="Directory")
     Ranges = list[tuple[int, int, int]]  # of IDs; see map_id()
+    Entry = tuple[bytes, "bytes | None", int, bytes]  # see TarSplit
     Item = tuple[bytes, "Member | None", Iterable["bytes | Extent"]]  # see LayerReader
     Command = tuple[str, Callable[[Any, Any], int | None], str]  # see COMMANDS
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
@@ -1592,6 +1593,13 @@ def end_process(process: Any) -> None:
         process.wait()
 
 
+def wait_for(pid: int) -> int:
+    """Wait for the end of a child; return its status as waitpid(2) does."""
+    with suppress(ChildProcessError):  # a process that ignores SIGCHLD cannot wait for children
+        return os.waitpid(pid, 0)[1]
+    return 0
+
+
 # ================================================================================================
 # 4. Checksums
 #
@@ -1944,6 +1952,10 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self._threads: list[Any] = []
+        self._missing = count  # they start with the first job
+
+    def _start(self) -> None:
+        count, self._missing = self._missing, 0
         with suppress(ImportError, RuntimeError):  # RuntimeError: can't start new thread
             import queue
             import threading
@@ -1978,6 +1990,8 @@ class Threads:
                 raise error
             return value
 
+        if self._missing:
+            self._start()
         if self._threads:
             self._jobs.put(run)
         else:
@@ -5293,7 +5307,7 @@ class TarSplit(ObjectStream):
             rb'"payload":(?:null|"([A-Za-z0-9+/]{11}=)")(?:,"position":\d+)?\}\n')
     END = rb'"(?:,"position":\d+)?\}'
 
-    def __iter__(self) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
+    def __iter__(self) -> Generator[Entry, None, None]:
         decode, pair = binascii.a2b_base64, re.compile(self.PAIR)
         while True:
             buffer, at = self._buffer, self._at
@@ -5316,7 +5330,7 @@ class TarSplit(ObjectStream):
                 return
             yield from self._other()
 
-    def _other(self) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
+    def _other(self) -> Iterator[Entry]:
         """Yield one object that PAIR does not match."""
         if self._buffer.startswith(self.SEGMENT, self._at):
             self.fill(2 * MAX_SPECIAL)
@@ -5331,7 +5345,7 @@ class TarSplit(ObjectStream):
                 return
         yield self._entry(self.object())
 
-    def _long_segment(self, start: int) -> Iterator[tuple[bytes, bytes | None, int, bytes]]:
+    def _long_segment(self, start: int) -> Iterator[Entry]:
         """Yield a segment of any size in parts of whole base64 quanta."""
         self._at = start
         while True:
@@ -5351,7 +5365,7 @@ class TarSplit(ObjectStream):
                 raise self.error("malformed segment")
         self._at = self._buffer.index(b"}", self._at) + 1
 
-    def _entry(self, value: dict[str, Any]) -> tuple[bytes, bytes | None, int, bytes]:
+    def _entry(self, value: dict[str, Any]) -> Entry:
         value = {**{key.lower(): item for key, item in value.items()}, **value}
         kind, size, payload = value.get("type"), value.get("size") or 0, value.get("payload") or ""
         name, raw = value.get("name") or "", value.get("name_raw") or ""
@@ -5377,6 +5391,53 @@ class TarSplit(ObjectStream):
             raise self.error(f"malformed base64: {error}") from None
 
 
+def parse_ahead(fd: int, path: str) -> Generator[Entry, None, None]:
+    """Yield what TarSplit does of an open file, parsed by another process while this one works.
+
+    It sends lists of entries through a pipe, the last one empty, and ends with the pipe.  Whatever
+    fails there is done again here, and raises what it raises.
+    """
+    import marshal
+
+    def send(pipe_fd: int) -> NoReturn:
+        try:
+            gc.disable()  # it would write to, and so copy, all shared memory
+            entries, batch = iter(TarSplit(gunzip(fd, path), path)), [None]  # type: Any, Any
+            while batch:
+                batch = list(islice(entries, 16))  # of up to 1 MiB
+                data = marshal.dumps(batch)
+                write_all(pipe_fd, len(data).to_bytes(4, "little") + data)
+        finally:
+            os._exit(0)
+
+    batch: list[Entry] | None = None
+    done, pid = 0, -1
+    try:
+        read_fd, write_fd = os.pipe()
+        widen_pipe(write_fd)
+        with open(read_fd, "rb") as pipe:
+            with suppress(OSError), Opened(write_fd), SignalsHeld():  # it holds them to its end
+                pid = os.fork()
+                if not pid:
+                    os.close(read_fd)  # so that writing without a reader gives EPIPE
+                    send(write_fd)
+            while (size := int.from_bytes(pipe.read(4), "little")) \
+                    and len(data := pipe.read(size)) == size and (batch := marshal.loads(data)):
+                yield from batch
+                done += len(batch)
+                batch = None
+    finally:
+        if pid > 0:
+            with suppress(ProcessLookupError):
+                if batch != []:
+                    os.kill(pid, signal.SIGKILL)
+            wait_for(pid)
+    if batch is None:
+        with ErrorsAs(with_path, path):
+            os.lseek(fd, 0, os.SEEK_SET)
+        yield from islice(TarSplit(gunzip(fd, path), path), done, None)
+
+
 class LayerReader:
     """Reads the tar of a layer: headers from tar-split, contents from the layer's files.
 
@@ -5388,34 +5449,33 @@ class LayerReader:
     reconstructed by ``convention``, or by the one that gives the digest of the layer.
     """
 
+    PARSE_AHEAD = 256 << 10  # bytes of tar-split, of some 4,000 members; less saves no time
+
     def __init__(self, layer: Layer, convention: tuple[int, bool, int, int] | None = None, *,
                  whole: bool = False) -> None:
         self.layer, self._convention, self._whole = layer, convention, whole
-        self._files: LayerFiles | None = None
+        self.files: LayerFiles | None = None
 
     def items(self) -> Generator[Item, None, None]:
         """Yield all items; the opener learns which files are opened next."""
         with LayerFiles(self.layer) as files:
-            self._files = files
+            self.files = files
             yield from self.layer.storage.opener.ahead(
                 self.headers(),
                 lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
                 lambda item: 1 + len(item[0]) // (8 << 10))
 
-    def find(self, member: Member) -> tuple[int, bytes, bytes, os.stat_result] | None:
-        """Return what LayerFiles.find() does of the last member."""
-        return self._files.find(member.name, member.size) \
-            if member.sparse is None and self._files else None
-
     def headers(self) -> Iterator[Item]:
         """Yield all items without contents: no file is opened."""
         layer, (fd, path) = self.layer, self.layer.open_tar_split()
-        with Opened(fd):
+        ahead = self.files and default_workers() > 1 and os.fstat(fd).st_size > self.PARSE_AHEAD
+        with Opened(fd), closing(parse_ahead(fd, path) if ahead else iter(
+                TarSplit(gunzip(fd, path), path))) as entries:
             pending: list[bytes] = []
             # Go writes no size of 0: the layer is empty, or older than the sizes in records.
             limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
             length = padding = total = empty = 0
-            for segment, name, size, checksum in TarSplit(gunzip(fd, path), path):
+            for segment, name, size, checksum in entries:
                 length += len(segment)
                 total += len(segment)
                 empty += not segment and name is None
@@ -5439,7 +5499,7 @@ class LayerReader:
                 if total > limit:
                     break
                 pending.clear()
-                yield segment, member, self._content(member) if self._files and member.stored \
+                yield segment, member, self._content(member) if self.files and member.stored \
                     else ()
             if empty > MAX_EMPTY:
                 raise FormatError(f"more than {MAX_EMPTY} empty segments", file=path)
@@ -5451,10 +5511,10 @@ class LayerReader:
                          f"are in {layer.overlay_file(b'diff')[1].decode()}")
 
     def _content(self, member: Member) -> Iterator[bytes | Extent]:
-        assert self._files
+        assert self.files
         if member.sparse == "1.0" and self._convention is None and not self._whole:
             self._convention = self._find_convention(member.name)
-        fd = self._files.open(member.name, member.size)
+        fd = self.files.open(member.name, member.size)
         try:  # faster than Opened
             if member.sparse is None or self._whole:
                 yield Extent(fd, 0, member.size, member)
@@ -5506,13 +5566,11 @@ class LayerReader:
 
 def join_pieces(items: Generator[Item, None, None]) -> Generator[bytes | Extent, None, None]:
     """Yield a tar as bytes and Extents; an Extent is valid until the next piece is read."""
-    try:
+    with closing(items):
         for literal, _, content in items:
             if literal:
                 yield literal
             yield from content
-    finally:
-        items.close()
 
 
 class PassedFile:
@@ -5899,7 +5957,7 @@ class TarSink:
     def take_all(self, items: Generator[Item, None, None],
                  also: Callable[[bytes | Extent], object] | None = None) -> str:
         """Take a whole tar, each piece after ``also`` has had it; return as finish() does."""
-        try:
+        with closing(items), OnError(self.abort):
             for literal, _, content in items:
                 if literal:
                     if also:
@@ -5913,11 +5971,6 @@ class TarSink:
                     else:
                         self.literal(piece)
             return self.finish()
-        except BaseException:
-            self.abort()
-            raise
-        finally:
-            items.close()
 
     def finish(self) -> str:
         """Write what is left; return the digest, "" without ``hashing``."""
@@ -8173,13 +8226,6 @@ def finish_worker(workers: dict[int, int], pid: int) -> Any:
     if error:
         raise unpack_error(*error)
     return answer
-
-
-def wait_for(pid: int) -> int:
-    """Wait for the end of a child; return its status as waitpid(2) does."""
-    with suppress(ChildProcessError):  # a process that ignores SIGCHLD cannot wait for children
-        return os.waitpid(pid, 0)[1]
-    return 0
 
 
 def default_workers() -> int:
@@ -11358,14 +11404,12 @@ class _Place:
 
     def write(self, reader: LayerReader, writer: SplitdirfdstreamWriter) -> None:
         """Write a layer's tar; plain files are not opened, and paths read once for a directory."""
-        parent: bytes | None = None
-        folder = b""
-        items = reader.items()
-        try:
+        parent, folder = b"/", b""
+        with closing(reader.items()) as items:
             for literal, member, content in items:
-                if literal:
-                    writer.add(literal)
-                if member and member.stored and (found := reader.find(member)):
+                writer.add(literal)
+                if member and member.stored and member.sparse is None and reader.files \
+                        and (found := reader.files.find(member.name, member.size)):
                     dir_fd, name, base, status = found
                     if name != parent:
                         parent, folder = name, os.readlink(b"/proc/self/fd/%d" % dir_fd) + b"/"
@@ -11373,8 +11417,6 @@ class _Place:
                         continue
                 for piece in content:
                     writer.add(piece)
-        finally:
-            items.close()
 
     def find(self, piece: Extent) -> tuple[int, bytes] | None:
         """Return (0, name) of a piece's file; None when the client cannot open it by name."""
@@ -11384,10 +11426,8 @@ class _Place:
         name = path[len(self._root):]
         if not path.startswith(self._root) or len(name) > MAX_FILE_NAME:
             return None  # of a layer below, or removed meanwhile
-        if not self._all and not (mode & stat.S_IROTH
-                                  and self._searchable(name.rpartition(b"/")[0])):
-            return None
-        return 0, name
+        may = self._all or mode & stat.S_IROTH and self._searchable(name.rpartition(b"/")[0])
+        return (0, name) if may else None
 
     def _searchable(self, folder: bytes) -> bool:
         if folder not in self._open:
@@ -11438,12 +11478,9 @@ def seal_spool(spool: BinaryIO) -> int:
 
 def write_pieces(layer: Layer, add: Callable[[bytes | Extent], None]) -> None:
     """Call ``add`` with all pieces of a layer."""
-    pieces = layer.pieces()
-    try:
+    with closing(layer.pieces()) as pieces:
         for piece in pieces:
             add(piece)
-    finally:
-        pieces.close()
 
 
 # ================================================================================================

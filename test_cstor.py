@@ -4421,6 +4421,90 @@ class TarSplitTests(StoreTest):
         self.assertLess(peak_memory("--root", store.root, "layer", "export", layer), 64 << 10)
 
 
+class ParsingAhead(StoreTest):
+    """tar-split that another process parses gives what it gives without one."""
+
+    def outcome(self, store: StoreBuilder, layer: str, *, ahead: bool, **patches: Any) -> object:
+        """Export a layer; no process may be left."""
+        with mock.patch.object(cstor.LayerReader, "PARSE_AHEAD", 0), \
+                mock.patch.object(cstor, "default_workers", lambda: 1 + ahead), \
+                mock.patch.multiple(os, **patches) if patches else contextlib.nullcontext(), \
+                self.open(store) as storage:
+            try:
+                return self.export(storage.layer(layer))
+            except cstor.CstorError as error:
+                return type(error), str(error)
+            finally:
+                self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+
+    def many(self) -> tuple[StoreBuilder, str]:
+        """Return a store with a layer whose headers do not fit into a pipe."""
+        store, (layer,) = self.stack(make_tar(*((f"d/{i}", b"%d" % i) for i in range(400))))
+        return store, layer
+
+    def test_the_same_with_any_damage(self) -> None:
+        store, layer = self.many()
+        self.assertEqual(store.tars[layer], self.outcome(store, layer, ahead=True))
+        path = store.path(f"overlay-layers/{layer}.tar-split.gz")
+        whole = gzip.decompress(read_bytes(path))
+        lines = whole.splitlines(keepends=True)
+        cut = read_bytes(path)[:-300]
+        for data in (cut, b"", b"garbage", gzip.compress(whole[:-3]),
+                     *(gzip.compress(b"".join([*lines[:at], line, *lines[at + 1:]]))
+                       for at in (0, 700, len(lines) - 1)
+                       for line in (b"", b"x\n", lines[at][:-2], lines[at][:40] + lines[at][44:],
+                                    lines[at] * 2))):
+            put(path, data)
+            with self.subTest(data[:20]):
+                self.assertEqual(self.outcome(store, layer, ahead=False),
+                                 self.outcome(store, layer, ahead=True))
+
+    def test_a_process_that_dies_or_cannot_be_made(self) -> None:
+        store, layer = self.many()
+        fork, forked = os.fork, []
+
+        def dies() -> int:
+            forked.append(pid := fork())
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+            return pid
+
+        def dies_later() -> int:
+            forked.append(pid := fork())
+            if pid:
+                time.sleep(0.3)  # the pipe is full
+                os.kill(pid, signal.SIGKILL)
+            return pid
+
+        def fails() -> int:
+            forked.append(-1)
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        for call in (dies, dies_later, fails):
+            self.assertEqual(store.tars[layer], self.outcome(store, layer, ahead=True, fork=call))
+        self.assertEqual(3, len(forked))
+
+    def test_it_ends_when_nobody_reads_on(self) -> None:
+        store, layer = self.many()
+        read, write = os.pipe()
+        with mock.patch.object(cstor.LayerReader, "PARSE_AHEAD", 0), \
+                mock.patch.object(cstor, "default_workers", lambda: 2), self.open(store) as storage:
+            pieces = storage.layer(layer).pieces()
+            next(pieces)
+            self.assertEqual((0, 0), os.waitpid(-1, os.WNOHANG))
+            pieces.close()
+            self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+            if not (pid := os.fork()):
+                pieces = storage.layer(layer).pieces()
+                next(pieces)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.close(write)
+            os.waitpid(pid, 0)
+            with open(read, "rb") as pipe:  # the process of the killed one had it open, too
+                self.assertTrue(select.select([pipe], [], [], 20)[0])
+                self.assertEqual(b"", pipe.read())
+
+
 # ================================================================================================
 # 13. Layer trees
 # ================================================================================================
