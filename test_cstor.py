@@ -17755,7 +17755,7 @@ ROWS = (
     Row("layer export into a pipe / cstor-rs", "one", "{cstor} layer export {layer}", DIFF, 1.0,
         pipe=True, share=.39, note=RS_PIPE, memory=64),
     Row("layer export into a file / cstor-rs", "one", "{cstor} layer export {layer} -o {out}",
-        DIFF + " -o {out}", 1.1, share=.40, note=RS_FILE, memory=64),
+        "sh -c '" + DIFF + " > {out}'", 1.1, share=.40, note=RS_FILE, memory=64),
     Row("layer export / containers-storage diff -u", "one", "{cstor} layer export {layer}", DIFF,
         0.45, memory=64),
     Row("layer export --no-verify | / tar -c |", "one", "{cstor} layer export --no-verify {layer}",
