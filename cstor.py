@@ -549,6 +549,7 @@ def has_rfc3339(moment: int) -> bool:
     return -62135596800 * 10**9 <= moment < 253402300800 * 10**9
 
 
+@lru_cache(4096)  # the files of an image have few distinct times
 def format_time(moment: int) -> str:
     """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does."""
     seconds, nanoseconds = divmod(moment, 10**9)
@@ -7237,8 +7238,8 @@ def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int
         entry["modtime"] = format_time(node.mtime_ns)
     if kind in ("symlink", "hardlink"):
         entry["linkName"] = spell(node.linkname if first is None else first)
-    uid, gid, uname, gname = node.owner
-    entry.update(mode=node.mode, uid=uid, gid=gid)
+    entry["mode"] = node.mode
+    entry["uid"], entry["gid"], uname, gname = node.owner
     if uname:
         entry["userName"] = spell(uname)
     if gname:
@@ -7286,15 +7287,14 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
 def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = None
              ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a merged tree's TOC, sorted; the root only if a layer has it."""
-    links: dict[Node, int] = {}
+    seen: dict[Node, int] = {}
     if any(layer.root and layer.linked for layer in tree.layers):
         for _, node, _ in tree.walk():
             if node in node.tree.linked:
-                links[node] = links.get(node, 0) + 1
+                seen[node] = seen.get(node, 0) + 1
     for name, node, first, digest in hash_contents(tree.walk(), tree, digests, progress):
         if (name or not node.implicit) and node.type != "socket":  # eStargz has no word for it
-            yield toc_entry(name or b".", node, first=first, links=links.get(node, 0),
-                            digest=digest)
+            yield toc_entry(name or b".", node, first=first, links=seen.get(node, 0), digest=digest)
 
 
 def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
@@ -12909,16 +12909,18 @@ def verify_images(images: Sequence[Image], **options: Any) -> tuple[list[Layer],
 
 def print_json(value: Any, head: str = "[", tail: str = "]", indent: int | None = 2) -> None:
     """Print JSON in ASCII: an object, a list, or an iterator's values as they come."""
-    encode = json.JSONEncoder(indent=indent, separators=None if indent else (",", ":")).encode
+    # Without indent, a newline behind each comma; only between an iterator's objects one remains.
+    encode = json.JSONEncoder(indent=indent, separators=None if indent else (",\n", ":")).encode
     if isinstance(value, (dict, list)):
         print(encode(value))
         return
     _, value = peek(value)
     sys.stdout.write(head)
     between = "\n"
-    for entry in value:
+    for entry in value if indent else iter(lambda: list(islice(value, 100)), []):
         text = encode(entry)
-        sys.stdout.write(between + ("  " + text.replace("\n", "\n  ") if indent else text))
+        text = "  " + text.replace("\n", "\n  ") if indent else text[1:-1].replace(',\n"', ',"')
+        sys.stdout.write(between + text)
         between = ",\n"
     sys.stdout.write(f"\n{tail}\n")
 

@@ -7573,6 +7573,17 @@ class Outputs(StoreTest):
                 ["layer", "stream", self.layer, "-o", "/dev/null", "--external", place],
                 ["serve", "--socket", place]]
 
+    def test_compact_json_has_one_line_for_each_entry(self) -> None:
+        texts = [',\n"', '},\n{"a":1', ",\\n", '"', "\u00e9"]
+        entries = [{"name": text * (number % 3), "x": {text: "", "y": text}, "n": number}
+                   for number in range(70) for text in texts]
+        for count in (0, 1, 99, 100, 101, 350):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                cstor.print_json(iter(entries[:count]), "[", "]", None)
+            lines = [json.dumps(entry, separators=(",", ":")) for entry in entries[:count]]
+            self.assertEqual("[" + ",".join("\n" + line for line in lines) + "\n]\n",
+                             out.getvalue())
+
     def test_a_fifo_without_a_reader(self) -> None:
         """A reader may come late, but not after the timeout."""
         fifo = self.dir + "/fifo"
