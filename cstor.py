@@ -2606,7 +2606,7 @@ class Toml:
             self.at = stray.start()
             self._refuse(f'control character "{display(stray[0])}"')
         root: dict[str, Any] = {}
-        table = root
+        table, self.at = root, 0  # also after a parse that failed
         try:
             while self._match(self.GAP) is not None and self.at < len(self.text):
                 if self.text.startswith("[", self.at):
