@@ -13372,6 +13372,15 @@ def put_instead(make: Callable[[str], object]) -> Callable[[str], None]:
     return replace
 
 
+def replace_by_fifo(path: str) -> None:
+    """Replace a file or directory by a FIFO."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+    os.mkfifo(path)
+
+
 def change_rows(change: Callable[[list[dict[str, Any]]], object]) -> Callable[[str], None]:
     """Return a function that changes the objects of tar-split data, which stay a sound gzip."""
     def edit(path: str) -> None:
@@ -13652,6 +13661,351 @@ class Verifying(StoreTest):
         done = self.run_cstor("--root", store.root, "layer", "verify", layer, status=4)
         self.assertRegex(done.out, rf"(?m)^damage +file-changed +layer {layer[:12]} +srv/app.py +a")
         self.run_cstor("--root", store.root, "layer", "verify", "--quick", layer)
+
+
+Damage = tuple[str, list[str], Callable[[], object], list[tuple[str, str, str | None]]]
+
+
+class DamagedStore:
+    """Makes the damages of a store, one at a time; ``root`` is a graph root of podman's."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.layers, self.images, self.containers = (
+            json.loads(read_bytes(self.json(word))) if os.path.exists(self.json(word)) else []
+            for word in KINDS)
+        by_id = {layer["id"]: layer for layer in self.layers}
+        self.image = next(image for image in self.images if image.get("layer") and by_id.get(
+            by_id[image["layer"]].get("parent")))  # of two layers or more
+        self.top = by_id[self.image["layer"]]
+        self.base = by_id[self.top["parent"]]
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.root, *names)
+
+    def json(self, word: str) -> str:
+        return self.path(f"overlay-{word}", f"{word}.json")
+
+    def link(self, layer: Mapping[str, Any]) -> str:
+        name = read_bytes(self.path("overlay", layer["id"], "link")).decode()
+        return self.path("overlay/l", name)
+
+    def records(self, word: str, edit: Callable[[list[dict[str, Any]]], object]) -> Any:
+        """Return a function that edits records."""
+        def change() -> None:
+            found = json.loads(read_bytes(self.json(word)))
+            edit(found)
+            put(self.json(word), json.dumps(found).encode())
+        return change
+
+    @staticmethod
+    def swap(one: str, other: str) -> None:
+        os.rename(one, one + ".x")
+        os.rename(other, one)
+        os.rename(one + ".x", other)
+
+    def of_records(self) -> Iterator[Damage]:
+        """Yield (title, files that change, what changes them, findings)."""
+        top, base, image = self.top["id"], self.base["id"], self.image["id"]
+
+        def change(word: str, record_id: str, **fields: Any) -> Any:
+            return self.records(word, lambda rows: next(
+                row for row in rows if row["id"] == record_id).update(fields))
+
+        def drop(word: str, record_id: str) -> Any:
+            return self.records(word, lambda rows: rows.remove(next(
+                row for row in rows if row["id"] == record_id)))
+
+        for word in KINDS:
+            path = self.json(word)
+            rows = getattr(self, word)
+            if not rows:
+                continue
+            yield f"{word} cut", [path], functools.partial(cut, path), [
+                ("json-damaged", word, path)]
+            yield f"{word} emptied", [path], functools.partial(put, path), [
+                ("records-lost", word, None)] if os.path.exists(self.path(
+                    "overlay" if word == "layers" else f"overlay-{word}", rows[0]["id"])) else []
+            twice = self.records(word, lambda rows: rows.append(rows[0]))
+            yield f"{word} doubled", [path], twice, [
+                ("id-twice", f"{word[:-1]} {rows[0]['id']}", path)]
+        path = self.json("layers")
+        yield "layer lost", [path], drop("layers", base), [
+            ("layer-record-lost", f"layer {base}", self.path("overlay", base))]
+        yield "parent unknown", [path], change("layers", top, parent="0" * 64), [
+            ("layer-unknown", f"layer {top}", None)]
+        yield "own parent", [path], change("layers", top, parent=top), [
+            ("parent-cycle", f"layer {top}", None)]
+        yield "no parent", [path], change("layers", top, parent=""), [
+            ("parent-wrong", f"layer {top}", None)]
+        path = self.json("images")
+        yield "wrong layer", [path], change("images", image, layer=base), [
+            ("image-layers-wrong", f"image {image}", None)]
+        yield "unknown layer", [path], change("images", image, layer="0" * 64), [
+            ("layer-unknown", f"image {image}", None)]
+        used = [row for row in self.containers if row["image"] == image]
+        yield "image lost", [path], drop("images", image), [
+            ("image-record-lost" if used else "image-orphan", f"image {image}",
+             self.path("overlay-images", image))]
+        path = self.json("containers")
+        for row in used[:1]:
+            container = row["id"]
+            yield "container's wrong layer", [path], change("containers", container, layer=top), [
+                ("container-layer-wrong", f"container {container}", None)]
+            yield "container's unknown layer", [path], change(
+                "containers", container, layer="0" * 64), [
+                ("layer-unknown", f"container {container}", None)]
+            yield "container's unknown image", [path], change(
+                "containers", container, image="0" * 64), [
+                ("image-unknown", f"container {container}", None)]
+
+    def of_files(self) -> Iterator[Damage]:
+        top, base, image = self.top["id"], self.base["id"], self.image["id"]
+        split = self.path("overlay-layers", top + ".tar-split.gz")
+        for title, act, code in (("missing", os.unlink, "missing"), ("empty", put, "empty"),
+                                 ("no gzip", lambda path: put(path, b"x" * 99), "damaged")):
+            yield f"tar-split {title}", [split], functools.partial(act, split), [
+                (f"tar-split-{code}", f"layer {top}", split)]
+        for key in self.image["big-data-names"]:
+            path = self.path("overlay-images", image, os.fsdecode(cstor.big_data_file(key)))
+            if not os.path.getsize(path):
+                continue
+            for act, code in ((flip, "changed"), (put, "truncated"), (os.unlink, "missing")):
+                yield f"{key[:9]} {code}", [path], functools.partial(act, path), [
+                    (f"big-data-{code}", f"image {image}", path)]
+        home = self.path("overlay", top)
+        yield "directory removed", [home], functools.partial(shutil.rmtree, home), [
+            ("layer-dir-missing", f"layer {top}", home)]
+        yield "directory emptied", [home], lambda: [
+            shutil.rmtree(home), os.mkdir(home)], [  # type: ignore[func-returns-value]
+            ("layer-dir-empty", f"layer {top}", home)]
+        if not os.path.exists(home + "/composefs-data"):
+            yield "diff removed", [home], functools.partial(shutil.rmtree, home + "/diff"), [
+                ("diff-missing", f"layer {top}", home + "/diff")]
+        links = self.path("overlay/l")
+        one, other = self.link(self.top), self.link(self.base)
+        paths = [self.path("overlay", layer, "link") for layer in (top, base)]
+        yield "link removed", paths[:1], functools.partial(os.unlink, paths[0]), [
+            ("link-missing", f"layer {top}", paths[0])]
+        yield "links crossed", paths, lambda: self.swap(*paths), [
+            ("link-wrong", f"layer {layer}", path) for layer, path in zip((top, base), paths)]
+        yield "l removed", [links], functools.partial(os.unlink, one), [
+            ("l-missing", f"layer {top}", one)]
+        yield "l crossed", [links], lambda: self.swap(one, other), [
+            ("l-wrong", f"layer {top}", one), ("l-wrong", f"layer {base}", other)]
+        yield "l to nothing", [links], lambda: os.symlink("../" + "0" * 64 + "/diff",
+                                                          links + "/" + "A" * 26), [
+            ("l-orphan", "layer " + "0" * 64, links + "/" + "A" * 26)]
+        for name, code, path in (("link", "link-missing", paths[0]),
+                                 ("lower", "lower-wrong", home + "/lower"),
+                                 ("diff", "diff-missing", home + "/diff")):
+            if name != "diff" or not os.path.exists(home + "/composefs-data"):
+                yield f"{name} is a FIFO", [path], functools.partial(replace_by_fifo, path), [
+                    (code, f"layer {top}", path)]
+        yield "tar-split is a FIFO", [split], functools.partial(put_instead(os.mkfifo), split), [
+            ("tar-split-empty", f"layer {top}", split)]
+        lower = home + "/lower"
+        yield "lower removed", [lower], functools.partial(os.unlink, lower), [
+            ("lower-missing", f"layer {top}", lower)]
+        yield "lower its own", [lower], lambda: put(lower, f"l/{os.path.basename(one)}"), [
+            ("lower-wrong", f"layer {top}", lower)]
+        if os.path.exists(home + "/lower-layers"):
+            yield "lower-layers", [home], lambda: put(home + "/lower-layers", top), [
+                ("lower-wrong", f"layer {top}", home + "/lower-layers")]
+
+    def left_over(self) -> Iterator[tuple[str, str, str, str]]:
+        """Yield (path of a file to make, code, object, path of the finding)."""
+        stray = "5" * 64
+        for home, word in (("overlay", "layer"), ("overlay-layers", "layer"),
+                           ("overlay-images", "image"), ("overlay-containers", "container")):
+            path = self.path(home, stray)
+            if os.path.exists(self.json(word + "s")):  # else there were no records
+                yield path + "/diff/file", f"{word}-orphan", f"{word} {stray}", path
+        path = self.path("overlay-layers", stray + ".tar-split.gz")
+        yield path, "layer-orphan", f"layer {stray}", path
+        path = self.path("overlay-images", self.image["id"], "=eA==")
+        yield path, "big-data-orphan", f"image {self.image['id']}", path
+        for path in ("overlay/staging/1", "overlay/tempdirs/temp-dir-1",
+                     "overlay-layers/tmp/temp-dir-1"):
+            yield self.path(path, "0-addition", "file"), "temporary", "store", self.path(path)
+        for path in ("overlay-images/.tmp-images.json1",
+                     f"overlay-images/{self.image['id']}/.tmp-1"):
+            yield self.path(path), "temporary", "store", self.path(path)
+
+    def check(self, runroot: str = "") -> list[tuple[str, str, str | None]]:
+        with cstor.Storage.open(self.root, runroot=runroot) as storage:
+            return [(finding.code, finding.object, finding.path) for finding in storage.check()
+                    if finding.severity != "note"]
+
+    def try_all(self, test: unittest.TestCase, kept: str, runroot: str = "") -> int:
+        """Make all damages one after the other, and compare what is found."""
+        number = 0
+        test.assertEqual([], self.check(runroot))
+        for title, paths, damage, expected in [*self.of_records(), *self.of_files()]:
+            with test.subTest(title, root=self.root), contextlib.ExitStack() as stack:
+                for i, path in enumerate(paths):
+                    stack.enter_context(Kept(path, f"{kept}{i}"))
+                damage()
+                test.assertEqual(sorted(expected, key=str), sorted(self.check(runroot), key=str))
+            number += 1
+        for path, code, what, place in self.left_over():
+            with test.subTest(path), contextlib.ExitStack() as stack:
+                above = path
+                while not os.path.exists(os.path.dirname(above)):
+                    above = os.path.dirname(above)
+                stack.callback(shutil.rmtree if above != path else os.unlink, above)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                put(path, b"x" * 10_000)
+                young = self.check(runroot)
+                os.utime(place, (0, 0))
+                test.assertEqual([(code, what, place)], self.check(runroot))
+                test.assertEqual([] if code == "temporary" else [(code, what, place)], young)
+                with cstor.Storage.open(self.root, runroot=runroot) as storage:
+                    (found,) = (each for each in storage.check() if each.severity != "note")
+                    assert found.bytes
+                    test.assertLessEqual(10_000, found.bytes)
+                    test.assertGreaterEqual(40_000, found.bytes)
+            number += 1
+        test.assertEqual([], self.check(runroot))
+        return number
+
+
+class Checking(StoreTest):
+    """Each damage of a store is one finding, and nothing else is found."""
+
+    def codes(self, store: StoreBuilder) -> list[str]:
+        """Return the codes of what is found, but for notes."""
+        with self.open(store) as storage:
+            return [found.code for found in storage.check() if found.severity != "note"]
+
+    def test_every_damage(self) -> None:
+        self.assertLess(40, DamagedStore(self.sample().root).try_all(self, self.dir + "/kept"))
+
+    def test_nothing_but_layers_is_left(self) -> None:
+        store = self.sample()
+        for kind in KINDS:
+            shutil.rmtree(store.path(f"overlay-{kind}"))
+        with self.open(store) as storage:
+            self.assertEqual([("records-lost", "layers", "4 layers")], [
+                (found.code, found.object, found.actual) for found in storage.check()])
+
+    def test_names_and_fields(self) -> None:
+        store = self.sample()
+        store.images[0]["names"] = store.images[1]["names"]
+        store.layers[3]["parent"] = 5
+        store.save()
+        self.assertEqual(["name-twice", "record-malformed"], sorted(self.codes(store)))
+        with self.open(store) as storage:
+            self.assertEqual([f"layer {store.layers[3]['id']}"], [
+                found.object for found in storage.check() if found.code == "record-malformed"])
+
+    def test_an_image_of_an_additional_store_is_tagged(self) -> None:
+        """podman then copies the record alone: the items are not left over."""
+        other = make_sample(self.dir + "/other")
+        store = self.builder()
+        store.images = [{**other.images[1], "names": ["localhost/new:1"], "big-data-names": []}]
+        with self.open(store.save(), stores=[other.root]) as storage:
+            self.assertEqual([], storage.check())
+
+    def test_modes_and_owners(self) -> None:
+        store = self.sample()
+        path = store.path("overlay-images")
+        os.chmod(path, 0o500)
+        with cstor.Storage.open(store.root) as storage:
+            found = [(each.code, each.path, each.actual) for each in storage.check()]
+        os.chmod(path, 0o755)
+        self.assertEqual([("mode-wrong", path, "0500")], found)
+        need(os.geteuid() == 0, "only root can give files away")
+        os.chown(path, 5, 5)
+        self.assertEqual(["owner-wrong"], self.codes(store))
+
+    def test_an_incomplete_layer(self) -> None:
+        """It is waste, damage where an image needs it, and a note while it is being made."""
+        store = self.sample()
+        new = store.layer(make_tar(("x", b"1")))
+        for number, severity in ((4, "waste"), (1, "damage")):
+            store.layers[number]["flags"] = {"incomplete": True}
+            store.save()
+            for locked in (False, True):
+                with held(*[store.path("overlay-layers/layers.lock")] * locked), \
+                        self.open(store) as storage:
+                    (found,) = storage.check()
+                    self.assertEqual(("layer-incomplete", "note" if locked else severity),
+                                     (found.code, found.severity))
+            del store.layers[number]["flags"]
+        self.assertTrue(new)
+
+    def test_temporary_files_in_use(self) -> None:
+        store = self.sample()
+        path = store.write("overlay/staging/1/dir/file", "x")
+        locks = [store.write(name, "") for name in ("overlay/staging/1/staging.lock",
+                                                    "overlay/tempdirs/lock-2")]
+        store.write("overlay/tempdirs/temp-dir-2/0-x", "y")
+        for name in ("overlay/staging/1", "overlay/tempdirs/temp-dir-2"):
+            os.utime(store.path(name), (0, 0))
+        self.assertEqual(["temporary"] * 2, self.codes(store))
+        with held(*locks):
+            self.assertEqual([], self.codes(store))
+        with held(locks[1]):
+            self.assertEqual(["temporary"], self.codes(store))
+        self.assertTrue(path)
+
+    def test_what_is_changed_meanwhile(self) -> None:
+        """What was so for a moment, while the records were written, is not reported."""
+        store = self.sample()
+        lock, records = (store.path("overlay-layers", name) for name in ("layers.lock",
+                                                                         "layers.json"))
+        data, real = read_bytes(records), cstor.StoreCheck.run
+        put(records, json.dumps(store.layers[:1]).encode())
+
+        def run(check: cstor.StoreCheck) -> list[cstor.Finding]:
+            found = real(check)
+            put(records, data)
+            put(lock, os.urandom(64))
+            return found
+
+        with mock.patch.object(cstor.StoreCheck, "run", run), \
+                cstor.Storage.open(store.root) as storage:
+            self.assertEqual([], storage.check())
+
+    def test_no_content_is_read(self) -> None:
+        """Damage inside of files and of tar-split data is found by verify alone."""
+        store = self.sample()
+        layer = store.layers[1]["id"]
+        flip(store.path("overlay", layer, "diff/srv/app.py"))
+        split = store.path(f"overlay-layers/{layer}.tar-split.gz")
+        cut(split)
+        self.assertEqual([], self.codes(store))
+
+    def test_output(self) -> None:
+        store = self.sample()
+        done = self.run_on(store, "store check")
+        self.assertEqual("sound: records and disk agree\n", done.out)
+        self.assertEqual([], self.run_on(store, "store check --format json").json)
+        os.makedirs(store.path("overlay", "5" * 64, "diff"))
+        put(store.path("overlay", "5" * 64, "diff/file"), b"x" * 5000)
+        (found,) = self.run_on(store, "store check --format json").json
+        self.assertLess(5000, found["bytes"])
+        self.assertEqual(("layer-orphan", "waste", "unused"),
+                         (found["code"], found["severity"], found["kind"]))
+        self.assertLessEqual(set(cstor.FINDING), found.keys())
+        store.layers[1]["parent"] = "0" * 64
+        store.save()
+        found = self.run_on(store, "store check --format json", status=1).json
+        self.assertEqual(["layer-unknown", "layer-orphan"], [row["code"] for row in found])
+        self.assertEqual([*(f"image {image['id']}" for image in store.images),
+                          f"container {store.containers[0]['id']}"], found[0]["affects"])
+
+    def test_readme_lists_the_codes(self) -> None:
+        with open(HERE + "/README.md", encoding="utf-8") as file:
+            rows = [line.strip("| \n").split(" | ") for line in file if re.match(r"\| [a-z]", line)]
+        names = {"v": "`verify`", "q": "`verify --quick`", "c": "`store check`"}
+        self.assertEqual([[row[3], f"`{code}`", row[0], ", ".join(names[by] for by in row[1])]
+                          for code, row in cstor.CODES.items()],
+                         [row for row in rows if len(row) == 4 and row[1] != "code"])
+        listed = self.run_cstor("--root", self.sample().root, "store", "check", "--codes",
+                                "--format", "json").json
+        self.assertEqual(list(cstor.CODES), [row["code"] for row in listed])
 
 
 # ================================================================================================
@@ -14634,6 +14988,48 @@ class RealStores(unittest.TestCase):
             for container in storage.containers():
                 self.assertEqual("created", container.state["state"])
 
+    def damage_files(self, store: DamagedStore) -> None:
+        """Damage one file of the upper layer, and its tar-split data."""
+        layer = store.top["id"]
+        with cstor.Storage.open(store.root) as storage:
+            found = storage.layer(layer)
+            with cstor.LayerFiles(found) as files:
+                name = next(member.name for member in found.members()
+                            if member.stored and member.sparse is None)
+                place = files.where(name)
+                assert place
+                path = place[0].host_path(place[1])
+        split = store.path("overlay-layers", layer + ".tar-split.gz")
+        devices = (("device", put_instead(lambda path: os.mknod(
+            path, stat.S_IFCHR | 0o644, os.makedev(1, 3))), "file-type", QUICK),)
+        for title, damage, code, modes in (*FILE_DAMAGES, *devices, *SPLIT_DAMAGES):
+            is_file = code.startswith("file-") and title != "wrong checksum"
+            with self.subTest(title, root=store.root), Kept(path if is_file else split,
+                                                            self.dir + "/kept"):
+                damage(path if is_file else split)
+                for mode in QUICK:
+                    with cstor.Storage.open(store.root) as storage:
+                        rows = found_by(storage, layer, mode)
+                    self.assertEqual([(code, f"layer {layer}")] if mode in modes else [],
+                                     [row[:2] for row in rows], mode)
+                    if is_file and rows:
+                        self.assertEqual(cstor.spell(name), rows[0][2])
+
+    def test_every_damage(self) -> None:
+        """Of layers and of the store; those of two layers or more are damaged."""
+        for name in ("podman5.4", "podman5.8", "rootless", "composefs") if FULL else (
+                "podman5.8", "rootless"):
+            store = DamagedStore(self.roots[name] + "/st")
+            number = store.try_all(self, f"{self.dir}/kept-", self.roots[name] + "/run")
+            self.assertLess(40, number, name)
+            self.damage_files(store)
+        for name, storage in self.storages():
+            codes = {finding.code for finding in storage.check() if finding.severity == "note"}
+            self.assertEqual({"id-unusable"} if name == "schema1" else set(), codes)
+            found = [finding for image in storage.images() for finding in image.verify()]
+            self.assertEqual({"not-verified"} if name == "schema1" else set(),
+                             {finding.code for finding in found})
+
     def test_every_layer_by_every_client(self) -> None:
         need_proc()
         for name, storage in self.storages():
@@ -15114,6 +15510,13 @@ for file in files:
 print("held", flush=True)
 sys.stdin.read()
 """
+BUSY = """
+end=$((SECONDS + 6))
+while [ $SECONDS -lt $end ]; do
+    "$@" import -q "$FILE" localhost/churn && "$@" create -q --network none --name c churn /a \\
+        && "$@" rm c && "$@" rmi -f localhost/churn
+done >/dev/null
+"""
 CHURN = """
 end=$((SECONDS + 5))
 while [ $SECONDS -lt $end ]; do
@@ -15584,6 +15987,33 @@ class RealExport(unittest.TestCase):
                         gone += 1
         self.assertEqual(churn.returncode, 0)
         self.assertTrue(exported and gone, (exported, gone))
+
+
+    def test_no_false_alarm_while_podman_works(self) -> None:
+        store = Store(self.path("busy"))
+        self.addCleanup(store.close)
+        with open(self.path("churn.tar"), "wb") as file:
+            file.write(self.tars["many"])
+        store.podman("import", "-q", self.path("churn.tar"), "localhost/stays")
+        number = 0
+        with subprocess.Popen(["bash", "-c", BUSY, "busy", "podman", *store.globals],
+                              env={**os.environ, "FILE": self.path("churn.tar")}) as busy:
+            while busy.poll() is None:
+                with cstor.Storage.open(store.root, runroot=store.runroot) as storage:
+                    self.assertEqual([], [finding.as_json() for finding in storage.check()
+                                          if finding.severity != "note"])
+                number += 1
+        self.assertEqual(busy.returncode, 0)
+        self.assertLess(5, number)
+
+    def test_every_damage(self) -> None:
+        store = Store(self.path("damaged"))
+        self.addCleanup(store.close)
+        build_image(store, self.path("context-2"), "three")
+        store.podman("create", "--network", "none", "--name", "first", "localhost/three", "/a")
+        store.close()
+        damaged = DamagedStore(store.root)
+        self.assertLess(40, damaged.try_all(self, self.path("kept-"), store.runroot))
 
 
 CAPABILITY = b"\1\0\0\2\0\4\0\0" + bytes(12)  # cap_net_bind_service+ep
@@ -17777,6 +18207,15 @@ ROWS = (
     Row("varlink client of serve / composefs's own service", "one", "{drain}", DIFF, 1.0, pipe=True,
         share=.38, note=COMPOSEFS),
 
+    Row("image verify, one layer / podman save", "one", "{cstor} image verify bench",
+        "{podman} save -q localhost/bench", 0.5),
+    Row("image verify, three layers / podman save", "three", "{cstor} image verify three",
+        "{podman} save -q localhost/three", 0.5),
+    Row("image verify --quick / podman save", "three", "{cstor} image verify --quick three",
+        "{podman} save -q localhost/three", 0.05),
+    Row("store check of 10,000 layers, 2,000 images", "images", "{cstor} store check", cpu=5,
+        memory=300),
+
     Row("layer extract from a server, xfs / podman save | tar x", "xfs",
         "{plain} layer extract {layer} {out} --socket {socket}",
         "sh -c 'mkdir {out}; " + SAVE_TAR.replace("'", '"') + "'", 0.7),
@@ -17881,11 +18320,23 @@ def make_million(root: str, directories: int = 1000, files: int = 999) -> str:
     return where
 
 
+def make_images(root: str) -> None:
+    """Make a store of 2,000 images of five layers each."""
+    store = StoreBuilder(root)
+    for number in range(2000):
+        layer = ""
+        for name in "abcde":
+            layer = store.layer(make_tar((f"{name}{number}", b"x")), layer)
+        store.image(layer, f"localhost/image{number}:latest")
+    store.save()
+
+
 class Place:
     """A store to measure on; its attributes are the words that rows put in braces.
 
     ``kind``: "one" layer of 67,000 files, which also "xfs", "btrfs" and "ext4" hold on a disk of
-    their own; "three" layers of 57,600 entries on XFS; a "million" entries without podman; or none.
+    their own; "three" layers of 57,600 entries on XFS; a "million" entries or 2,000 "images"
+    without podman; or none.
     """
 
     def __init__(self, kind: str, folder: str, archive: Callable[[], str]) -> None:
@@ -17910,6 +18361,8 @@ class Place:
     def _fill(self, store: Store) -> None:
         if self.kind == "million":
             self.low = "/" + make_million(self.root)
+        elif self.kind == "images":
+            make_images(self.root)
         elif self.kind == "three":
             self._stop.append(store.close)
             self._build(store)
