@@ -4978,6 +4978,104 @@ class Trees(TreeTest):
                     self.assertEqual(content, b"".join(tree.read(path)))
 
 
+class PlainEntries(TreeTest):
+    """Entries of the usual form are read without a Member, with the same result."""
+
+    USUAL = b"".join((
+        directory(b"d"), entry(b"d/a", b"1" * 700), entry(b"d/b", b"2" * 511, magic=b"ustar  \0"),
+        symlink(b"d/l", b"a"), entry(b"d/c", b"3" * 513, uname=b"root", gname=b"w\xe9"),
+        directory(b"./e"), entry(b"e/f", uid=b"0001750", mtime=b"00000000000"),
+        entry(b"./e/" + b"n" * 90, b"4" * 30), entry(b"e/", typeflag=b"5", mode=b"0001777"),
+        symlink(b"x/l", b"../" * 33), entry(b"d/.wh.q"), entry(b"d/.wh..wh..opq")))
+    ODD = b"".join((
+        hardlink(b"d/h", b"d/a"), device(b"d/n", b"3", 1, 3), entry(b"d/a", b"5" * 100),
+        pax({b"path": b"d/" + b"p" * 120}) + entry(b"d/p", b"6" * 50), entry(b"v7", magic=b""),
+        pax({b"SCHILY.xattr.user.a": b"b"}) + directory(b"d"), entry(b"d/t", b"7", b"\0"),
+        entry(b"d/s", b"8" * 9, size=b"         11 "), entry(b"d/m", mtime=b"\xff" * 12),
+        entry(b"d/u", uid=base256(1 << 33, 8)), entry(b"e/g", b"9" * 1000)))
+
+    def nodes(self, layer: cstor.Layer) -> list[Any]:
+        """Return all that a layer's nodes hold, or the error."""
+        try:
+            todo = [layer.own_tree().root]
+        except cstor.CstorError as error:
+            return [type(error), str(error)]
+        found = []
+        for node in todo:
+            found.append([node.path, node.type, node.mode, node.owner, node.mtime_ns, node.size,
+                          node.linkname, node.opaque, node.implicit, node.extra, node.checksum,
+                          sorted(node.children)])
+            todo += node.children.values()
+        return found
+
+    def compare(self, layer: cstor.Layer) -> list[Any]:
+        mine = self.nodes(layer)
+        with mock.patch("cstor.PlainHeaders.read", lambda plain, buffer, at: ([], at)):
+            self.assertEqual(self.nodes(layer), mine)
+        return mine
+
+    def layers(self, size: int) -> Iterator[cstor.Layer]:
+        """Yield a layer whose record has no size, and one with a size."""
+        store = StoreBuilder(self.dir)
+        ids = [store.layer(b"", id=str(number) * 64) for number in range(2)]
+        store.layers[1]["diff-size"] = size
+        with cstor.Storage.open(store.save().root) as storage:
+            yield from map(storage.layer, ids)
+
+    def test_usual_entries_need_no_member(self) -> None:
+        tar = self.USUAL * 3 + END
+        for layer in self.layers(len(tar)):
+            self.write_rows(layer, split_tar(tar))
+            with mock.patch("cstor.Member", side_effect=AssertionError):
+                self.assertEqual(12, len(self.nodes(layer)))
+            self.compare(layer)
+
+    def write_rows(self, layer: cstor.Layer, rows: Iterable[Mapping[str, Any]]) -> None:
+        put(f"{self.dir}/overlay-layers/{layer.id}.tar-split.gz",
+            gzip.compress("".join(map(go_json, rows)).encode(), 1))
+
+    def test_both_roads_agree(self) -> None:
+        tar, rng, refused = self.USUAL + self.ODD + self.USUAL + END, random.Random(15), set()
+        rows = split_tar(tar)
+        for layer in self.layers(len(tar)):
+            self.write_rows(layer, rows)
+            self.assertEqual(21, len(self.compare(layer)))
+            for _ in range(400):
+                changed = [dict(row) for row in rows]
+                for _ in range(rng.randint(1, 2)):
+                    self.change(rng, changed)
+                self.write_rows(layer, changed)
+                refused.add(str(self.compare(layer)[1])[:90])
+        self.assertLess(40, len(refused))
+
+    @staticmethod
+    def change(rng: random.Random, rows: list[dict[str, Any]]) -> None:
+        """Damage one entry: a byte of a header, a character of base64, a name, a size, an order."""
+        number = rng.randrange(len(rows) - 1)
+        row, kind = rows[number], rng.randrange(8)
+        if kind < 4 and row["type"] == 2:
+            data = bytearray(base64.b64decode(row["payload"]))
+            at = len(data) - rng.choice((BLOCK, BLOCK, rng.randint(1, len(data))))
+            at += rng.choice((*range(100, 157), 157, 257, 262, 265, 300, 511)) % (len(data) - at)
+            data[at] = rng.choice((0, 32, 48, 55, 57, 128, 255, rng.randrange(256)))
+            if kind < 3:
+                data[-364:-356] = b"%06o\0 " % (sum(data[-BLOCK:-364] + data[-356:]) + 256)
+            row["payload"] = base64.b64encode(data).decode()
+        elif kind < 5 and row["payload"]:
+            at, char = rng.randrange(len(row["payload"])), rng.choice("=!AQ")
+            row["payload"] = row["payload"][:at] + char + row["payload"][at + rng.randrange(2):]
+        elif kind < 6 and row["type"] == 1:
+            row["size"] = rng.choice((0, 1, 511, 512, 700, -1, 8 << 33))
+        elif kind < 7 and row["type"] == 1:
+            row["name"] = rng.choice((
+                "", ".", "d/", "d/..", "d//a", "/d/b", "d/a/b", "d/.wh.", "e/\0", "./d/\\", "x/l/y",
+                "d/a", "x" * 300, "d/" + "x" * 4094))
+        elif rng.randrange(2):
+            rows.insert(rng.randrange(len(rows)), rows.pop(number))
+        else:
+            rows.insert(number + 1, segment(b"") if rng.randrange(2) else row)
+
+
 class Contents(TreeTest):
     """Tables of contents, patterns, comparisons."""
 
