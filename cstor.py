@@ -569,6 +569,12 @@ def as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def is_plain(name: bytes) -> bool:
+    """Tell whether JSON holds a path as it is, whatever wrote it, and a pattern can match it."""
+    return name.count(b"/") < 64 and is_utf8(name) and not re.search(
+        rb"""[\0-\x1f"\\<>&\x7f]|\xe2\x80[\xa8\xa9]""", name)
+
+
 def is_utf8(text: bytes) -> bool:
     """Tell whether bytes are valid UTF-8."""
     return text.decode("utf-8", "replace").encode() == text
@@ -4564,6 +4570,13 @@ def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
     return found
 
 
+def keeps_objects(layer: Layer) -> bool:
+    """Tell whether a layer's files are kept by digest."""
+    key = "zstd-chunked-layer-data"
+    return layer.overlay_file(b"composefs-data")[0] is not None or key in layer.big_data_names \
+        and as_dict(parse_json(layer.big_data(key), key)).get("format") == 1
+
+
 class LayerFiles(Closing):
     """Opens the contents of one layer's files by their names in the tar.
 
@@ -4581,13 +4594,8 @@ class LayerFiles(Closing):
         self._plain = not (layer.mapped or layer.overlay_file(b"diff1")[0])
         self._diff(0)
         with OnError(self.close):
-            if layer.overlay_file(b"composefs-data")[0] or self._flat_format():
+            if keeps_objects(layer):
                 self._read_toc()
-
-    def _flat_format(self) -> bool:
-        key = "zstd-chunked-layer-data"
-        return key in self.layer.big_data_names and as_dict(
-            parse_json(self.layer.big_data(key), key)).get("format") == 1
 
     def _read_toc(self) -> None:
         name = self.layer.path(big_data_file("zstd-chunked-manifest"))
@@ -6148,6 +6156,7 @@ REDIRECT = rb"(?:/(?!\.{1,2}(?:/|\Z))[^/]+)+|(?!\.{1,2}\Z)[^/]+"
 MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
+UNPROVEN = "not proven without reading the layer"
 
 
 def linux_keeps(name: bytes, value: bytes, kind: str) -> bool:
@@ -6311,6 +6320,7 @@ class LayerTree(Closing):
         self._count = self._steps = self._xattrs = self._holes = 0  # against MAX_ENTRIES etc.
         self._aufs: list[tuple[Node, bytes]] = []
         self._under: dict[Node, list[Node]] = {}  # see _covered()
+        self._parts: dict[tuple[tuple[bytes, ...], ...], LayerTree] = {}  # see limited()
         self._marked: dict[Node, None] = {}  # what has xattrs that overlayfs heeds
         self._moved: list[Node] = []  # renamed directories and stubs
         self.note = ""  # what a reader should know of it
@@ -6352,9 +6362,20 @@ class LayerTree(Closing):
         """Return a root that has at least what is at a path, and with ``below`` all below it."""
         return self.root
 
+    @property
+    def unread(self) -> bool:
+        """Whether it is a layer's whole tree, and was not read yet."""
+        return type(self) is LayerTree and self.layer is not None and self._root is None \
+            and not self.whole
+
     def limited(self, tops: Sequence[Sequence[bytes]]) -> LayerTree:
         """Return a tree that has at least what is below some paths, with the same hard links."""
-        return self
+        key = tuple(map(tuple, tops))
+        if key not in self._parts and self.unread and len(self._parts) < Lookups.TRIES \
+                and all(parts and is_plain(b"/".join(parts)) for parts in tops):
+            part = PartTree(self, tops, below=True)
+            self._parts[key] = part if part.proven() else self
+        return self._parts.get(key, self)
 
     def _load(self) -> None:
         items: Any = LayerReader(self.layer).headers(PlainHeaders()) if self.layer else ()
@@ -6781,12 +6802,13 @@ class DiskTree(LayerTree):
         if any(name.startswith(b"user.overlay.") for name in top.extra.get("xattrs", ())):
             self.hidden += (b"user.overlay.",)  # root has a copy of a rootless store
         for depth, name in enumerate(parts, 1):
+            child = top.children.get(name)
             try:
                 path = b"/".join(parts[:depth])
-                found = self.directory.inspect(path) if len(name) < 256 else None
+                found = self.directory.inspect(path) if not child and len(name) < 256 else None
             except (FileNotFoundError, NotADirectoryError):
                 return
-            child = top.children.get(name) or (self._enter(top, name, *found) if found else None)
+            child = child or (self._enter(top, name, *found) if found else None)
             if child is None or child.type != "dir":
                 return
             top = child
@@ -6950,6 +6972,152 @@ def is_same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return keys[0] == keys[1]
 
 
+class DiskPart(DiskTree):
+    """What an image layer's "diff" has at some paths; Unsupported where that proves nothing.
+
+    No helper reads what this user may not.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        root, path = layer.overlay_file(b"diff")
+        if root is None or layer.incomplete or layer.mapped or keeps_objects(layer) \
+                or any(layer.overlay_file(name)[0] for name in (b"diff1", b"additionallayer")):
+            raise Unsupported(UNPROVEN)
+        super().__init__(Directory.directory(root, path), layer)
+        self.maps = [layer.storage.id_maps]
+        self._root = Node(self, None, b"", "dir")
+
+    def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
+        self._load(parts, below and bool(parts))
+        for node in self._marked:
+            self._interpret(node)
+        self._marked.clear()
+        if self._moved or any(part.startswith(b".wh.") for part in parts):
+            raise Unsupported(UNPROVEN)
+        return self.root
+
+
+class PartTree(LayerTree):
+    """What a layer has at some paths, from those entries of its tar that name them.
+
+    The text of the tar-split data is searched for ``paths`` and what could hide them, and for all
+    below those in ``deep``; or, four times as fast, only for the names in ``exact``.  With
+    ``below`` it is to have all below its paths.  Raises Unsupported where Go writes another text.
+
+    Entries that come by another name ("..", or through a link of their own layer) are not found,
+    nor what changes a file by a hard link: a part that differs from its DiskPart proves nothing.
+    """
+
+    MOST = 4096  # entries, or a seventh of all: to read them all takes no longer than more
+    FILE = b'{"type":1,'
+
+    def __init__(self, whole: LayerTree, paths: Sequence[Sequence[bytes]], *,
+                 exact: Sequence[bytes] = (), deep: Sequence[Sequence[bytes]] = (),
+                 below: bool = False) -> None:
+        super().__init__(whole.layer)
+        self.below, self._whole, self._below = whole.below, whole, below
+        self._paths, self._exact = [tuple(parts) for parts in paths], exact
+        self._deep = self._paths if below else deep
+
+    @property
+    def files(self) -> LayerFiles:
+        return self._whole.files
+
+    def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
+        if not self._below and all(tuple(parts) != path[:len(parts)] for path in self._paths):
+            raise Unsupported(UNPROVEN)
+        return self.root
+
+    def proven(self) -> bool:
+        """Tell whether "diff" has the same files below the paths."""
+        assert self.layer
+        with suppress(CstorError, OSError), DiskPart(self.layer) as disk:
+            for number, parts in enumerate(self._paths):
+                root = disk.reach(parts, below=True)
+                there = [depth for depth in range(len(parts)) if root.find(parts[:depth])]
+                self._paths[number] = parts[:len(there)]  # below what is missing there is nothing
+            views = Tree([self], raw=True), Tree([disk], raw=True)
+            return not (any(node.implicit and path for path, node, _ in views[0].walk())
+                        or any(disk._unseen.values()) or any(diff_trees(*views, ["content"])))
+        return False
+
+    def _load(self) -> None:
+        members = list(self._members())
+        targets = {clean_name(member.linkname) for member in members if member.type == "hardlink"}
+        if not self._below and (targets := targets - {clean_name(item.name) for item in members}):
+            self._exact, self._paths = (), [*self._paths, *(
+                tuple(name.split(b"/")) for name in targets)]
+            members = list(self._members())
+        for member in members:
+            if self._deep and not self._below and member.type in ("char", "block", "fifo"):
+                raise Unsupported(UNPROVEN)  # it can be elsewhere, and not on disk
+            self.add(member)
+
+    def _heed(self) -> None:
+        for directory, base in self._aufs:
+            directory.children.pop(base, None)
+        if any(map(self._interpret, self._marked)):
+            raise Unsupported(UNPROVEN)
+
+    def _members(self) -> Iterator[Member]:
+        """Yield the members that a search finds in windows of the text."""
+        assert self.layer
+        fd, path = self.layer.open_tar_split()
+        find, buffer, done, total, count = self._search(), b"", 0, 0, 0
+        with Opened(fd):
+            for chunk in gunzip(fd, path):
+                segment = max(buffer.rfind(TarSplit.SEGMENT, 0, done), 0)  # its file may come now
+                keep = max(buffer.rfind(self.FILE, 0, segment), 0)
+                buffer, done, total = buffer[keep:] + chunk, done - keep, total + len(chunk)
+                end = buffer.rfind(b"\n", done) + 1 or done
+                for place in find(buffer, done, end):
+                    yield self._member_at(buffer, place)
+                    count += 1
+                if len(buffer) > 2 * MAX_HEADERS or count > max(self.MOST, total >> 13):
+                    raise Unsupported(UNPROVEN)
+                done = end
+        if buffer[done:].strip():
+            raise Unsupported(UNPROVEN)
+
+    def _member_at(self, buffer: bytes, place: int) -> Member:
+        """Return the member whose entry is at a place: one segment, and a file; before it, one."""
+        first = max(buffer.rfind(TarSplit.SEGMENT, 0, place), 0)
+        pair = re.compile(TarSplit.PAIR).match(buffer, first)
+        before = buffer.rfind(b"\n", 0, first - 1) + 1 if first else 0
+        if pair and pair.end() > place and (not first or buffer.startswith(self.FILE, before)):
+            text, name, raw, size, checksum = pair.groups(b"")
+            if not raw and (size == b"") == (checksum == b""):
+                with suppress(ValueError):
+                    header = decode_base64(text)
+                    # In front is the padding of the content before: headers are whole blocks.
+                    return Member(header[len(header) % BLOCK:], name, int(size or 0), checksum)
+        raise Unsupported(UNPROVEN)
+
+    def _search(self) -> Callable[[bytes, int, int], Iterable[int]]:
+        """Return what finds the places of names in a buffer, from a start to an end."""
+        if self._exact:
+            return self._find_exact
+        tails = []
+        for parts in self._paths:
+            tail = rb'[^"]*' if parts in self._deep else rb"\.wh\.\.wh\.\.opq"
+            for name in map(re.escape, reversed(parts)):
+                tail = rb"(?:%s(?:/(?:%s)?)?|\.wh\.(?:%s|\.wh\.\.opq))" % (name, tail, name)
+            tails.append(tail)
+        pattern = rb"(?:\.?/)?(?:%s)" % b"|".join(tails)
+        if last := {re.escape(name) for parts in self._deep for name in parts if not self._below}:
+            pattern += rb'|[^"]*/(?:\.wh\.)?(?:%s)' % b"|".join(last)
+        search = re.compile(rb'"name":"(?:%s)/?"' % pattern).finditer
+        return lambda buffer, start, end: (found.start() for found in search(buffer, start, end))
+
+    def _find_exact(self, buffer: bytes, start: int, end: int) -> list[int]:
+        found = []
+        for name in self._exact:
+            at = start - 1
+            while (at := buffer.find(name, at + 1, end)) >= 0:
+                found.append(at)
+        return sorted(found)
+
+
 class TarTree(LayerTree):
     """The tree of a tar file, plain or compressed by gzip, bzip2, xz or zstd.
 
@@ -7018,6 +7186,7 @@ class Tree(Closing):
     def __init__(self, layers: Sequence[LayerTree], label: str = "", *, raw: bool = False) -> None:
         self.layers = list(layers) or [LayerTree(None)]
         self.label, self.raw = label, raw
+        self._lookups = Lookups(self.layers)
 
     def close(self) -> None:
         """Close all layers; harmless when repeated."""
@@ -7052,13 +7221,32 @@ class Tree(Closing):
                 break
         return found
 
+    def seek(self, paths: Iterable[bytes], *, follow: bool = True) -> None:
+        """Prepare lookup() of several paths: layers that were not read are searched only once."""
+        self._lookups.seek(list(paths), follow)
+
     def lookup(self, path: bytes, *, follow: bool = True) -> tuple[bytes, Node]:
         """Return (path without links, node); ``follow`` tells whether to follow a last link.
 
-        Symbolic links never leave the image: "/" and ".." stop at its root.  Raises NotFound,
-        FormatError for a loop.
+        Symbolic links never leave the image: "/" and ".." stop at its root.  Layers are read only
+        where their files on disk and a search in their headers do not give the answer; see Lookups.
+        Raises NotFound, FormatError for a loop.
         """
         check_type("path", path, bytes)
+        self.seek([path], follow=follow)
+        if found := self._lookups.found.get((path, follow)):
+            return found
+        try:
+            found = self.look_up(path, follow)
+        except NotFound as error:
+            add_hint(error, self._lookups.damage((path, follow), None))
+            raise
+        self._lookups.damage((path, follow), found[1])
+        return found
+
+    def look_up(self, path: bytes, follow: bool,
+                passed: dict[tuple[bytes, ...], Node] | None = None) -> tuple[bytes, Node]:
+        """Do what lookup() does, in the trees of the layers; ``passed`` gets what is on the way."""
         done: list[bytes] = []
         todo = path.split(b"/")[::-1]
         links = steps = 0
@@ -7075,6 +7263,8 @@ class Tree(Closing):
                 raise NotFound(f'no such file in {self.label}: "{display(path)}"{where}' + (
                     f': "{display(place)}" is not a directory' if nodes else ""))
             node = nodes[0]
+            if passed is not None:
+                passed[(*done, part)] = node
             if node.type == "symlink" and (follow or todo):
                 links += 1
                 if links > MAX_SYMLINKS or steps > MAX_STEPS // 16:
@@ -7089,7 +7279,7 @@ class Tree(Closing):
     def file_below(self, layer: LayerTree, path: bytes) -> Node | None:
         """Return what is at a path below ``layer``, which was read in part; None for nothing."""
         try:
-            return Tree([layer, *self.layers]).lookup(path, follow=False)[1]
+            return Tree([layer, *self.layers]).look_up(path, False)[1]
         except NotFound:
             return None
 
@@ -7163,8 +7353,16 @@ class Tree(Closing):
 
     def limited(self, patterns: Sequence[str]) -> Tree:
         """Return a tree that has at least what can fit patterns; it need not be closed."""
-        tops = literal_tops(patterns)
-        return Tree([layer.limited(tops) for layer in self.layers], self.label, raw=self.raw)
+        return self.part(literal_tops(patterns))
+
+    def part(self, tops: Sequence[Sequence[bytes]]) -> Tree:
+        """Return a tree that has at least what is below some paths; it need not be closed."""
+        part = Tree([layer.limited(tops) for layer in self.layers], self.label, raw=self.raw)
+        if any(isinstance(layer, PartTree) for layer in part.layers) and (
+                any(layer.reach(()) and layer._moved for layer in part.layers)
+                or not all(map(part._find, tops))):
+            return self  # what is nowhere could have another name, and not be on disk
+        return part
 
     # -- contents ------------------------------------------------------------------------------
 
@@ -7219,6 +7417,112 @@ class Tree(Closing):
     def read(self, path: bytes, *, follow: bool = True) -> Iterator[bytes]:
         """Yield the content of the regular file ``path``, checked; see lookup() and content()."""
         yield from self.content(self.lookup(path, follow=follow)[1])
+
+
+class Lookups:
+    """Finds files in a tree without reading its layers: the disk chooses, the text confirms.
+
+    A path is looked up in the directories "diff", and then in trees of those entries that a search
+    in the text of the tar-split data finds: of the layer that has the file, its own; of those
+    above, what could hide it.  The same file in both, with the same metadata and content, is the
+    answer.  Neither would do alone: rootless and partial layers lack devices, a file can be lost,
+    and entries can go through links of their layer or change others by a hard link.  All else is
+    left to reading the layers, errors and what is not there too.
+    """
+
+    TRIES = 8  # after which layers are read: each try takes a tenth of that
+    PATHS = 48  # at a time
+    EXACT = 4  # names that are found faster one by one
+    CHECKED = 64 << 20  # the size up to which contents are compared
+
+    def __init__(self, layers: Sequence[LayerTree]) -> None:
+        self._layers, self._left = layers, self.TRIES
+        self.found: dict[tuple[bytes, bool], tuple[bytes, Node] | None] = {}
+        self._doubts: dict[tuple[bytes, bool], Node] = {}  # on disk, and not confirmed
+
+    def seek(self, paths: Sequence[bytes], follow: bool) -> None:
+        """Look for paths that were not looked for before; ``found`` then has them, or None."""
+        keys = [(path, follow) for path in paths if (path, follow) not in self.found]
+        if len(keys) > self.PATHS or len(self._layers) > soft_limit() // 8:
+            self._left = 0
+        if not keys or not self._left or not any(layer.unread for layer in self._layers):
+            return
+        self._left -= 1
+        disk = Tree(list(map(self._on_disk, self._layers)))
+        passed: dict[tuple[bytes, ...], Node] = {}
+        try:
+            for key in keys:
+                self.found[key] = None
+                with suppress(CstorError, OSError):
+                    self.found[key] = disk.look_up(*key, passed)
+            self._confirm(disk, passed, keys)
+        finally:
+            for layer in disk.layers:
+                if isinstance(layer, DiskPart):
+                    layer.close()
+
+    @staticmethod
+    def _on_disk(layer: LayerTree) -> LayerTree:
+        """Return what a layer has on disk, or where that proves nothing the layer's own tree."""
+        if layer.layer and layer.unread:
+            with suppress(CstorError, OSError):
+                return DiskPart(layer.layer)
+        return layer
+
+    def _confirm(self, disk: Tree, passed: dict[tuple[bytes, ...], Node],
+                 keys: Sequence[tuple[bytes, bool]]) -> None:
+        """Replace what the disk has by what the text has, if that is the same."""
+        ends = {pair[1] for key in keys if (pair := self.found[key])}
+        depths = {parts: disk.layers.index(node.tree) for parts, node in passed.items()
+                  if (node.type != "dir" or node in ends) and is_plain(b"/".join(parts))
+                  and node.tree in disk.layers}
+        text = Tree([self._in_text(number, passed, depths) if isinstance(layer, DiskPart)
+                     else layer for number, layer in enumerate(disk.layers)])
+        for key in keys:
+            pair, self.found[key] = self.found[key], None
+            with suppress(CstorError, OSError):
+                if pair and pair[0]:
+                    self._doubts[key] = pair[1]
+                    place, node = text.look_up(*key)
+                    if place == pair[0] and (node is pair[1] or (
+                            (node.tree, pair[1].tree) in zip(text.layers, disk.layers)
+                            and not node.implicit and node.size <= self.CHECKED
+                            and not compare_nodes(disk, pair[1], text, node, []))):
+                        self.found[key] = place, node
+
+    def _in_text(self, number: int, passed: dict[tuple[bytes, ...], Node],
+                 depths: dict[tuple[bytes, ...], int]) -> LayerTree:
+        """Return what the text of a layer has of the paths that no layer above it has."""
+        wanted = [parts for parts, depth in depths.items() if depth >= number]
+        deep = [parts for parts in wanted if depths[parts] > number]  # to be hidden by an entry
+        exact = [] if deep or len(wanted) > self.EXACT or any(len(parts) < 2 for parts in wanted) \
+            else [b"/".join(parts) + b"/" * (passed[parts].type == "dir") + b'"'
+                  for parts in wanted]
+        return PartTree(self._layers[number], wanted, exact=exact, deep=deep)
+
+    def damage(self, key: tuple[bytes, bool], node: Node | None) -> str:
+        """Return, and note in the storage, how "diff" contradicts the headers where seek() failed.
+
+        ``node`` is what was found by reading the layers.
+        """
+        pairs: list[tuple[Node, Node | None]] = []
+        if doubt := self._doubts.get(key):
+            pairs += [(doubt, layer.root.find(doubt.path.split(b"/"))) for layer in self._layers
+                      if layer.layer is doubt.tree.layer and not layer.unread]
+        if key in self.found and node and node.tree.layer and type(node.tree) is LayerTree:
+            with suppress(CstorError, OSError), DiskPart(node.tree.layer) as disk:
+                parts = node.path.split(b"/")
+                pairs.append((node, disk.reach(parts).find(parts)))
+        for one, other in pairs:
+            if one.type in ("reg", "dir", "symlink") and not one.extra.keys() - {"xattrs"} and (
+                    not other or any(getattr(one, field) != getattr(other, field)
+                                     for field in ("type", "size", "linkname"))):
+                name, layer = display(one.path), one.tree.layer
+                assert layer
+                text = f'layer {layer.id}: "diff" and headers differ at "/{name}"'
+                layer.storage.faults.append(text)
+                return text
+        return ""
 
 
 def lower_path(node: Node) -> list[bytes]:
@@ -14229,6 +14533,7 @@ def cmd_stat(storage: Storage, args: Any) -> None:
     """show all metadata of files"""
     found = []
     with open_tree(storage, args) as tree:
+        tree.seek(map(os.fsencode, args.path), follow=args.follow)
         for path, node in for_each(args, args.path, lambda text: tree.lookup(
                 path_of(tree, text), follow=args.follow)):
             entry = file_json(b"/" + path, node)
@@ -14251,6 +14556,7 @@ def cmd_cat(storage: Storage, args: Any) -> None:
             for data in tree.read(path_of(tree, path), follow=not args.no_follow):
                 write_all(output.fd, data)
 
+        tree.seek(map(os.fsencode, args.path), follow=not args.no_follow)
         # -o FILE appears only when it is whole: the first failure ends the command.
         list(for_each(args, args.path, copy) if args.output in (None, "-")
              else map(copy, args.path))
@@ -14289,6 +14595,7 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
                                   or os.listdir(dest)):
         raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
     unwind_on_signals()
+    tree = tree.part([path.split(b"/")]) if path else tree
     output = OutputDirectory(dest, whole=True)
     say_removed(os.fsencode(os.path.dirname(dest)), output.removed)
     with output, ProgressLine(0, args.quiet) as progress:
@@ -14422,10 +14729,11 @@ def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> 
     """Write a tree, or ``path`` as ``name``, as a tar to stdout or a file."""
     verify = getattr(args, "verify", False)
     with tree, writing(args, 0) as (fd, progress):
-        progress.expect((node for _, node, _ in tree.walk(path)), tree.layers * verify)
+        part = tree.part([path.split(b"/")]) if path else tree
+        progress.expect((node for _, node, _ in part.walk(path)), tree.layers * verify)
         if verify:
             tree.verify(progress)
-        for data in tar_out(tree, path, name, progress):
+        for data in tar_out(part, path, name, progress):
             write_all(fd, data)
 
 
@@ -14477,9 +14785,10 @@ def cmd_blame(storage: Storage, args: Any) -> None:
     steps = {row["layer"]: str(row.get("created_by") or "") for row in history if "layer" in row}
     with image.tree() as tree:
         note_open_steps(history, args)
-        views = [Tree([layer]) for layer in tree.layers] if args.hidden else [tree]
+        part = tree if args.hidden else tree.limited(args.pattern)
+        views = [Tree([layer]) for layer in tree.layers] if args.hidden else [part]
         first, rows = peek((hidden_rows if args.hidden else blame_rows)(
-            tree, steps, compile_patterns(
+            part, steps, compile_patterns(
                 args.pattern, lambda: (path for view in views for path in view.paths()))))
         if first is None and not args.hidden:
             need_match(tree, args.pattern)

@@ -20,6 +20,7 @@ import argparse
 import ast
 import base64
 import bz2
+import collections
 import contextlib
 import datetime
 import errno
@@ -57,6 +58,7 @@ import termios
 import textwrap
 import threading
 import time
+import tracemalloc
 import traceback
 import unittest
 import warnings
@@ -5074,6 +5076,159 @@ class PlainEntries(TreeTest):
             rows.insert(rng.randrange(len(rows)), rows.pop(number))
         else:
             rows.insert(number + 1, segment(b"") if rng.randrange(2) else row)
+
+
+def settle(store: StoreBuilder) -> None:
+    """Give the files in "diff" the metadata of their headers, as containers/storage does."""
+    for layer, tar in store.tars.items():
+        with tarfile.open(fileobj=io.BytesIO(tar)) as file:
+            for info in reversed(file.getmembers()):
+                path = store.path("overlay", layer, "diff", info.name)
+                above, base = os.path.split(path)
+                if base.startswith(".wh."):
+                    os.mknod(os.path.join(above, base[4:]), stat.S_IFCHR, 0)  # only root can
+                    continue
+                if os.geteuid() == 0:
+                    os.lchown(path, info.uid, info.gid)
+                if not info.issym():
+                    os.chmod(path, info.mode)
+                os.utime(path, (info.mtime, info.mtime), follow_symlinks=False)
+
+
+class SingleFiles(TreeTest):
+    """Files that are found without reading the layers."""
+
+    TARS = (b"".join((directory(b"d"), entry(b"d/a", b"a1"), entry(b"d/b", b"b1"), directory(b"e"),
+                      symlink(b"e/s", b"/d/a"), entry(b"e/g", b"b1"), hardlink(b"e/h", b"e/g"),
+                      entry(b"top", b"t"))),
+            b"".join((directory(b"d"), entry(b"d/c", b"c2"), entry(b"g/c<", b"c2"))),
+            b"".join((directory(b"f"), entry(b"f/x", b"x3"))))
+
+    def settled(self) -> StoreBuilder:
+        store, layers = self.stack(*(tar + END for tar in self.TARS))
+        store.image(layers[-1], "localhost/t:latest")
+        settle(store.save())
+        return store
+
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[list[str]]:
+        """No layer may be read meanwhile; yield the tar-split files that are searched."""
+        searched: list[str] = []
+        gunzip = cstor.gunzip
+
+        def note(fd: int, file: str) -> Iterator[bytes]:
+            searched.append(file)
+            return gunzip(fd, file)
+
+        with mock.patch.object(cstor, "gunzip", note), mock.patch.object(
+                cstor.LayerTree, "_load", side_effect=AssertionError("a layer was read")):
+            yield searched
+
+    def test_no_layer_is_read(self) -> None:
+        with self.open(self.settled()) as storage, self.unread() as searched:
+            for path, content, count in ((b"f/x", b"x3", 1), (b"d/c", b"c2", 2), (b"d/a", b"a1", 3),
+                                         (b"/e/../e/s", b"a1", 3), (b"top", b"t", 3)):
+                searched.clear()
+                with storage.image("t").tree() as tree:
+                    self.assertEqual(content, b"".join(tree.read(path)), path)
+                self.assertEqual(count, len(searched), path)
+            with storage.image("t").tree() as tree:
+                self.assertEqual(("dir", b"d"), (tree.lookup(b"d")[1].type, tree.lookup(b"d")[0]))
+                self.assertEqual(b"/d/a", tree.lookup(b"e/s", follow=False)[1].linkname)
+            with storage.image("t").tree() as tree:  # a second search finds its target
+                self.assertEqual(b"b1", b"".join(tree.read(b"e/h")))
+
+    def test_several_paths_share_one_search(self) -> None:
+        with self.open(self.settled()) as storage, self.unread() as searched, \
+                storage.image("t").tree() as tree:
+            tree.seek([b"f/x", b"d/a", b"d/c", b"e/s", b"top"])
+            found = [b"".join(tree.read(path)) for path in (b"f/x", b"d/a", b"d/c", b"e/s", b"top")]
+            self.assertEqual([b"x3", b"a1", b"c2", b"a1", b"t"], found)
+            self.assertEqual(3, len(searched))
+
+    def test_commands_read_no_layer(self) -> None:
+        store = self.settled()
+        with self.unread() as searched:
+            for words, expected in (
+                    ("image stat t /d/a /f/x /d/c", " /d/a\n"), ("image blame t /d/a", "/d/a"),
+                    ("image stat --follow t /e/s", " /d/a\n"),
+                    ("image files t /e", "/e\n/e/g\n/e/h\n/e/s\n"),
+                    ("image files t /d/*", "/d/a\n/d/b\n/d/c\n"), ("image files -l t /f/x", "/f/x"),
+                    ("image cp t:/d/a " + self.out, ""), ("image cp t:/f " + self.out + "2", ""),
+                    ("image extract --path /d t " + self.out + "3", "")):
+                searched.clear()
+                status, out, err = self.call("--root", store.root, "-q", *words.split())
+                self.assertEqual((0, ""), (status, err), words)
+                self.assertIn(expected, out, words)
+                self.assertLessEqual(len(searched), 6 if " cp " in words else 3, words)
+        self.assertEqual(["a", "b", "c"], sorted(os.listdir(self.out + "3/d")))
+        self.assertEqual([b"a1", b"x3"], list(map(read_bytes, (self.out, self.out + "2/x"))))
+
+    def test_names_that_json_spells_in_several_ways(self) -> None:
+        with self.open(self.settled()) as storage, storage.image("t").tree() as tree:
+            self.assertEqual(b"c2", b"".join(tree.read(b"g/c<")))
+
+    def test_a_deep_path(self) -> None:
+        path = b"/".join([b"n"] * 500)
+        deep = pax({b"path": path}) + entry(b"x", b"1")
+        store, layers = self.stack(deep + END, entry(b"x") + END)
+        store.image(layers[-1], "localhost/t:latest")
+        settle(store.save())
+        with self.open(store) as storage, storage.image("t").tree() as tree:
+            self.assertEqual(b"1", b"".join(tree.read(path)))
+
+    def test_no_step_for_each_entry(self) -> None:
+        store, number = self.builder(), 10_000
+        layer = store.layer(make_tar(*((f"d/{at:05}", b"1") for at in range(number))))
+        store.image(layer, "localhost/t:latest")
+        settle(store.save())
+        steps = 0
+
+        def step(*_: Any) -> None:
+            nonlocal steps
+            steps += 1
+
+        for path in (b"d/09999", b"d/00000"):
+            with self.open(store) as storage, storage.image("t").tree() as tree:
+                steps = 0
+                tracemalloc.start()
+                sys.setprofile(step)
+                try:
+                    self.assertEqual(1, tree.lookup(path)[1].size)
+                finally:
+                    sys.setprofile(None)
+                    peak = tracemalloc.get_traced_memory()[1]
+                    tracemalloc.stop()
+                self.assertLess(steps, number // 2)
+                self.assertLess(peak, 3 << 20)  # of 12 MB of text
+
+    def test_a_writable_layer_is_on_top(self) -> None:
+        store = self.settled()
+        layer = store.layer(None, store.layers[-1]["id"])
+        put(store.path("overlay", layer, "diff/new"), b"n")
+        store.container(store.images[0]["id"], layer, "c")
+        with self.open(store.save()) as storage, self.unread(), \
+                storage.container("c").tree() as tree:
+            self.assertEqual([b"n", b"a1"],
+                             [b"".join(tree.read(path)) for path in (b"new", b"d/a")])
+
+    def test_damage_is_said(self) -> None:
+        store = self.settled()
+        layers = [record["id"] for record in store.layers]
+        top, base = (store.path("overlay", layers[at], "diff") for at in (2, 0))
+        os.unlink(top + "/f/x")
+        put(top + "/d", b"a file where the layer has nothing")
+        os.rename(base + "/top", base + "/gone")
+        for words, status, expected in (
+                ("image stat t /f/x", 0, f'layer {layers[2]}: "diff" and headers differ at "/f/x"'),
+                ("image stat t /top", 0, f'layer {layers[0]}: "diff" and headers differ at "/top'),
+                ("image stat t /d", 0, f'layer {layers[2]}: "diff" and headers differ at "/d"'),
+                ("image stat t /gone", 3, f'layer {layers[0]}: "diff" and headers differ at "/go'),
+                ("image stat t /d/c", 0, ""), ("image cat t /f/x", 4, "missing from the layer")):
+            with self.subTest(words=words):
+                done = self.run_on(store, words, status=status)
+                self.assertIn(expected, done.err)
+                self.assertEqual(bool(expected), bool(done.err))
 
 
 class Contents(TreeTest):
@@ -17149,6 +17304,215 @@ class RealTree(unittest.TestCase):
             change()
             with self.assertRaisesRegex(cstor.CstorError, message):
                 cstor.FetchedImage(f"oci:{damaged}:big")
+
+
+def node_facts(found: tuple[bytes, cstor.Node]) -> tuple[Any, ...]:
+    """Return all that a lookup tells."""
+    place, node = found
+    return (place, node.tree.layer_id, node.type, node.mode, node.owner, node.mtime_ns,
+            node.size, node.linkname, node.device, node.xattrs, node.checksum, node.implicit)
+
+
+def asked_paths(tree: cstor.Tree) -> list[bytes]:
+    """Return every path of a tree and of its layers, and made-up ones."""
+    paths = {path for path, _, _ in tree.walk()}
+    for layer in tree.layers:
+        paths.update(path for path, _, _ in cstor.Tree([layer], raw=True).walk())
+    more = set(paths)
+    for path in paths:
+        above, slash, last = path.rpartition(b"/")
+        more |= {path + b"x", path + b"/x", path + b"/..", b"/" + path + b"/", b"./" + path,
+                 above + slash + b".wh." + last}
+        with contextlib.suppress(cstor.CstorError):
+            node = tree.look_up(path, True)[1]
+            more.update(path + b"/" + name for name in node.children)
+    return sorted(more)
+
+
+def compare_lookups(make: Callable[[], cstor.Tree], found: collections.Counter[str],
+                    singly: bool = True) -> list[Any]:
+    """Compare lookups that read no layer with those that read all; return what differs.
+
+    ``found`` counts the paths with an answer, by the way that gave it.
+    """
+    wrong = []
+    with make() as whole:
+        paths = asked_paths(whole)
+        batches = [paths[at::len(paths) // 40 + 1] for at in range(len(paths) // 40 + 1)]
+        for follow in (True, False):
+            for batch in [[path] for path, _, _ in whole.walk() if singly] + batches:
+                with make() as tree:
+                    tree.seek(batch, follow=follow)
+                    for path in batch:
+                        quick = tree._lookups.found.get((path, follow))
+                        try:
+                            facts = node_facts(whole.look_up(path, follow))
+                        except cstor.CstorError:
+                            facts = ()
+                        found["quick" if quick else "whole" if facts else "none"] += 1
+                        if quick and node_facts(quick) != facts:
+                            wrong.append((path, follow, node_facts(quick), facts))
+    return wrong
+
+
+def compare_parts(make: Callable[[], cstor.Tree], found: collections.Counter[str]) -> list[Any]:
+    """Compare what is below paths, as read in part and in the whole; return what differs."""
+    wrong = []
+    with make() as whole:
+        for top, node, _ in [*whole.walk()]:
+            if node.type != "dir" and found["part"] % 5 or not top:
+                continue
+            with make() as tree:
+                part = tree.part([top.split(b"/")])
+                parts = {isinstance(layer, cstor.PartTree) for layer in part.layers}
+                found["part" if parts == {True} else "mixed" if True in parts else "whole"] += 1
+                wanted, seen = ([(path, first, *node_facts((path, node))) for path, node, first
+                                 in view.walk(top)] for view in (whole, part))
+                if above := top.rpartition(b"/")[0]:
+                    wanted, seen = ([*rows, node_facts(view.look_up(above, False))]
+                                    for rows, view in ((wanted, whole), (seen, part)))
+                if wanted != seen:
+                    wrong.append((top, wanted, seen))
+    return wrong
+
+
+def random_layer(rng: random.Random, plain: bool) -> str:
+    """Return the words of a layer that uses every way to name, link, replace and hide a file.
+
+    With ``plain`` each file has its own name, and is not linked.
+    """
+    names = ["a", "b", "a/b", "a/c", "b/c", "a/b/c", "a/b/d", "d", "d/a", "d/a/b", "l", "m", "d/l"]
+    seen: set[str] = set()
+    files: list[str] = []
+    words = []
+    for _ in range(rng.randint(2, 9)):
+        name = rng.choice(names)
+        if name in seen:  # tar-split refuses a second one
+            continue
+        seen.add(name)
+        fields = rng.choice(["", ";mode=600", ";mode=4755;uid=7", ";mtime=13000000000"])
+        odd = rng.choice([name] * 6 + ["./" + name, "/" + name, "x/../" + name, "l/" + name,
+                                       "m/" + name, name.replace("/", "//")][:2 if plain else 6])
+        kind = rng.randint(0, 10)
+        above, slash, last = name.rpartition("/")
+        if kind < 4:
+            files.append(odd)
+            words.append(f"{odd}={rng.randint(0, 99)}{fields}")
+        elif kind < 6:
+            words.append(f"{odd}/{fields}")
+        elif kind == 6:
+            words.append(f"{odd}->{rng.choice(['a', '/d', '..', '../a/b', 'b/c', 'no', '/a/b/d'])}")
+        elif kind == 7 and files and not plain:
+            words.append(f"{odd}=>{rng.choice(files)}{fields}")
+        elif kind == 8:
+            words.append(f"{above}{slash}.wh.{last}")
+        elif kind == 9 and above:
+            words.append(f"{above}/.wh..wh..opq")
+        else:
+            words.append(f"{odd}{rng.choice(['|', '%1,3', '%%8,1', '%0,0'])}")
+    return " ".join(words) or "z=1"
+
+
+class RealLookups(unittest.TestCase):
+    """Single files are found without reading layers, or not at all: never another answer."""
+
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need(os.geteuid() == 0, "only root can run podman on a store of its own")
+        need_tools("podman", "skopeo", "mount", "umount")
+        cls.folder = tempfile.TemporaryDirectory(prefix="cstor-lookups-",
+                                                 dir=RealTree.fast_folder())
+        cls.addClassCleanup(cls.folder.cleanup)
+        cls.store = Store(os.path.join(cls.folder.name, "store"))
+        cls.addClassCleanup(RealTree.close_stores.__func__, cls)  # type: ignore[attr-defined]
+        cls.stores = [cls.store]
+        rng, layout = random.Random(15), os.path.join(cls.folder.name, "layout")
+        images = {f"{'plain' if number % 3 == 0 else 'odd'}-{number}": [
+            members(random_layer(rng, number % 3 == 0)) + END for _ in range(rng.randint(2, 3))]
+            for number in range(200)}
+        images.update((f"stack-{name}", [data + END for data in tars]) for name, tars in stacks())
+        images.update((f"odd-{name}", [data]) for name, data in odd_tars())
+        images.update((f"other-{name}", [data + END for data in layers_of(text)])
+                      for name, (text, _) in RealTree.OTHERWISE.items())
+        images = {**dict(sample(images.items())), "container": container_layers()}
+        write_layout(layout, images)
+        for name in images:  # podman refuses some
+            subprocess.run(["skopeo", "copy", "-q", f"oci:{layout}:{name}", cls.store.place(name)],
+                           stderr=subprocess.DEVNULL, check=False)
+        cls.copy = os.path.join(cls.folder.name, "copy")
+        cls.store.close()
+        subprocess.run(["cp", "-a", cls.store.root, cls.copy], check=True)
+
+    folder: tempfile.TemporaryDirectory[str]
+    store: Store
+    stores: list[Store]
+    copy: str
+
+    def same(self, root: str, counts: collections.Counter[str], names: str = "") -> None:
+        with cstor.Storage.open(root) as storage:
+            for image in filter(lambda image: re.search(names, image.title), storage.images()):
+                with self.subTest(image=image.title):
+                    self.assertEqual([], compare_lookups(image.tree, counts))
+                    self.assertEqual([], compare_parts(image.tree, counts))
+
+    def test_lookups(self) -> None:
+        counts: collections.Counter[str] = collections.Counter()
+        self.same(self.store.root, counts)
+        self.assertGreater(counts["quick"], 1000, counts)
+
+    def test_lookups_and_podman(self) -> None:
+        lines = json.loads(self.store.podman("image", "mount", "-a", "--format", "json"))
+        count = 0
+        with cstor.Storage.open(self.store.root) as storage:
+            for line in lines:
+                image, mount = storage.image(line["id"]), line["mountpoint"]
+                for path, row in seen_on_disk(mount)[0].items():
+                    with image.tree() as tree:
+                        tree.seek([path], follow=False)
+                        if quick := tree._lookups.found.get((path, False)):
+                            count += 1
+                            self.assertEqual(
+                                (row["type"], row["mode"], row["owner"], row["mtime"], row["link"],
+                                 row["device"], row["xattrs"]),
+                                (quick[1].type, quick[1].mode, quick[1].owner[:2],
+                                 quick[1].mtime_ns, quick[1].linkname, quick[1].device,
+                                 quick[1].xattrs), (image.title, path))
+        self.assertGreater(count, 200)
+
+    def test_lookups_where_files_were_changed(self) -> None:
+        rng = random.Random(8)
+        for layer in sorted(os.listdir(self.copy + "/overlay")):
+            top = f"{self.copy}/overlay/{layer}/diff"
+            paths = [os.path.join(folder, name) for folder, folders, files in os.walk(top)
+                     for name in sorted((*folders, *files))]
+            for path in rng.sample(paths, min(len(paths), 2)):
+                with contextlib.suppress(OSError):
+                    self.change(path, rng)
+        counts: collections.Counter[str] = collections.Counter()
+        self.same(self.copy, counts, "/(plain|container)")
+        self.assertGreater(counts["quick"], 40, counts)
+
+    @staticmethod
+    def change(path: str, rng: random.Random) -> None:
+        """Do something to a file that makes the store a damaged one."""
+        kind = rng.randint(0, 6)
+        if kind == 0:
+            os.chmod(path, 0o711)
+        elif kind == 1:
+            os.mknod(path + "x", stat.S_IFCHR, 0)
+        elif kind == 2:
+            put(path + "x", b"new")
+        elif kind == 3:
+            os.rename(path, path + "x")
+        else:
+            shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) \
+                else os.unlink(path)
+            if kind == 4:
+                os.mkdir(path)
+            elif kind == 5:
+                os.symlink("a", path)
 
 
 # Runs a command where seccomp refuses unshare(2), setns(2), clone3(2), and clone(2) into a user
