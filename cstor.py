@@ -12901,7 +12901,7 @@ class ContentServer(Dispatcher):
             os.close(fd)  # another file has just taken its place
             return -errno.EAGAIN
         except OSError as error:
-            return -(error.errno or errno.EIO)
+            return -(error.errno or errno.EACCES)  # NeedsUnshare has no number
         except FormatError:
             return -errno.EINVAL
 

@@ -13916,7 +13916,7 @@ class Verifying(StoreTest):
         self.run_cstor("--root", store.root, "layer", "verify", "--quick", layer)
 
 
-Damage = tuple[str, list[str], Callable[[], object], list[tuple[str, str, str | None]]]
+Damage = tuple[str, list[str], Callable[[], object], list[tuple[str, str, Any]]]
 
 
 class DamagedStore:
