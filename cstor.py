@@ -611,8 +611,6 @@ def compact_json(value: Any) -> bytes:
 # _IOW(0x94, 9, int): these architectures encode the direction of an ioctl differently.
 FICLONE = 0x80049409 if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")) \
     else 0x40049409
-FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap): the extents of a file, here only their number
-FIEMAP_SYNC = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
 CAPABILITIES = {0: "CAP_CHOWN", 1: "CAP_DAC_OVERRIDE", 2: "CAP_DAC_READ_SEARCH"}  # that matter here
 F_SETPIPE_SZ = 1031  # fcntl(2); the fcntl module has it since Python 3.10
 
@@ -1214,23 +1212,6 @@ class ContentCopier:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise IntegrityError("changed while it was read", layer=layer, name=name)
         return why
-
-
-def identify(fd: int) -> bytes:
-    """Return 48 bytes that are others for another file, or after a change."""
-    status = os.fstat(fd)
-    return b"%016x%016x%016x" % (status.st_dev, status.st_ino, status.st_ctime_ns)
-
-
-def settle(fd: int) -> bytes:
-    """Return identify(), which every later change will alter; b"" if the file system cannot.
-
-    Who has mapped the file can change it without a new ctime until its pages are written to disk.
-    """
-    with suppress(OSError):
-        fcntl.ioctl(fd, FIEMAP, FIEMAP_SYNC)
-        return identify(fd)
-    return b""
 
 
 def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -6997,6 +6978,64 @@ class DiskPart(DiskTree):
         return self.root
 
 
+class TarTree(LayerTree):
+    """The tree of a tar file, plain or compressed by gzip, bzip2, xz or zstd.
+
+    ``whiteouts`` says whether they have their meaning, as in the tar of a layer.
+    """
+
+    def __init__(self, path: str, *, whiteouts: bool = False) -> None:
+        super().__init__(None)
+        self.file, self.whiteouts = path, whiteouts
+
+    @property
+    def label(self) -> str:
+        return self.file
+
+    def _load(self) -> None:
+        with Decompressed(self.file) as reader:
+            for _, member, content in read_stream(reader.pieces(), self.file):
+                if member is None:
+                    continue
+                crc = 0
+                for data in self.expand(member, content):
+                    crc = crc64(data, crc)
+                member.base64 = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False) \
+                    if member.size else b""
+                self.add(member)
+
+    def open(self, node: Node) -> int:
+        raise Unsupported(f"{self.file}: only what is in its headers is known")
+
+
+def map_id(number: int, ranges: Sequence[Sequence[int]], unknown: int) -> int:
+    """Return the ID for another one by ``ranges``: first ID, first ID that it becomes, count.
+
+    What no range covers is ``unknown``; without any range all stay the same.
+    """
+    for first, other, count in ranges:
+        if first <= number < first + count:
+            return other + number - first
+    return unknown if ranges else number
+
+
+def id_ranges(mappings: Sequence[Any]) -> Ranges:
+    """Return the map of a record as ranges from IDs on disk; a malformed entry covers none."""
+    found: list[list[Any]] = [
+        [entry.get(key) if isinstance(entry, dict) else None
+         for key in ("host_id", "container_id", "size")] for entry in mappings]
+    return [(row[0], row[1], row[2]) if all(isinstance(each, int) for each in row) else (0, 0, 0)
+            for row in found]
+
+
+# ================================================================================================
+# 14. Tree
+#
+# What a container sees: the layers of an image merged as overlayfs merges them.  The highest layer
+# that has a path hides it in the others, but for directories, which are merged unless one is
+# opaque.  Names are compared and sorted as bytes.
+# ================================================================================================
+
 class PartTree(LayerTree):
     """What a layer has at some paths, from those entries of its tar that name them.
 
@@ -7117,64 +7156,6 @@ class PartTree(LayerTree):
                 found.append(at)
         return sorted(found)
 
-
-class TarTree(LayerTree):
-    """The tree of a tar file, plain or compressed by gzip, bzip2, xz or zstd.
-
-    ``whiteouts`` says whether they have their meaning, as in the tar of a layer.
-    """
-
-    def __init__(self, path: str, *, whiteouts: bool = False) -> None:
-        super().__init__(None)
-        self.file, self.whiteouts = path, whiteouts
-
-    @property
-    def label(self) -> str:
-        return self.file
-
-    def _load(self) -> None:
-        with Decompressed(self.file) as reader:
-            for _, member, content in read_stream(reader.pieces(), self.file):
-                if member is None:
-                    continue
-                crc = 0
-                for data in self.expand(member, content):
-                    crc = crc64(data, crc)
-                member.base64 = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False) \
-                    if member.size else b""
-                self.add(member)
-
-    def open(self, node: Node) -> int:
-        raise Unsupported(f"{self.file}: only what is in its headers is known")
-
-
-def map_id(number: int, ranges: Sequence[Sequence[int]], unknown: int) -> int:
-    """Return the ID for another one by ``ranges``: first ID, first ID that it becomes, count.
-
-    What no range covers is ``unknown``; without any range all stay the same.
-    """
-    for first, other, count in ranges:
-        if first <= number < first + count:
-            return other + number - first
-    return unknown if ranges else number
-
-
-def id_ranges(mappings: Sequence[Any]) -> Ranges:
-    """Return the map of a record as ranges from IDs on disk; a malformed entry covers none."""
-    found: list[list[Any]] = [
-        [entry.get(key) if isinstance(entry, dict) else None
-         for key in ("host_id", "container_id", "size")] for entry in mappings]
-    return [(row[0], row[1], row[2]) if all(isinstance(each, int) for each in row) else (0, 0, 0)
-            for row in found]
-
-
-# ================================================================================================
-# 14. Tree
-#
-# What a container sees: the layers of an image merged as overlayfs merges them.  The highest layer
-# that has a path hides it in the others, but for directories, which are merged unless one is
-# opaque.  Names are compared and sorted as bytes.
-# ================================================================================================
 
 class Tree(Closing):
     """The merged view of several LayerTrees, the top one first.
@@ -10092,6 +10073,27 @@ class FetchedImage(Closing):
 # the tar's headers in them, which bound each content; LayerStream checks the whole.  No memory is
 # taken for a length that a peer announces before its bytes are there.
 # ================================================================================================
+
+FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap): the extents of a file, here only their number
+FIEMAP_SYNC = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
+
+
+def identify(fd: int) -> bytes:
+    """Return 48 bytes that are others for another file, or after a change."""
+    status = os.fstat(fd)
+    return b"%016x%016x%016x" % (status.st_dev, status.st_ino, status.st_ctime_ns)
+
+
+def settle(fd: int) -> bytes:
+    """Return identify(), which every later change will alter; b"" if the file system cannot.
+
+    Who has mapped the file can change it without a new ctime until its pages are written to disk.
+    """
+    with suppress(OSError):
+        fcntl.ioctl(fd, FIEMAP, FIEMAP_SYNC)
+        return identify(fd)
+    return b""
+
 
 MAX_INLINE = 256 << 20  # one chunk of a stream
 
@@ -14220,6 +14222,100 @@ def open_path(text: str, raw: bool) -> Tree:
     return Tree([TarTree(path, whiteouts=raw)], path)
 
 
+def print_layers(layers: Sequence[Layer], args: Any) -> None:
+    """Print layers in the given order."""
+    show(args, map(layer_json, layers), (
+        [short_id(layer.id, args), short_id(layer.parent, args), short_id(layer.diff_digest, args),
+         human_age(layer.created_ns), human_size(layer.diff_size), ", ".join(layer.names),
+         "; ".join(layer.faults)] for layer in layers),
+        ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"],
+        (layer.id for layer in layers))
+
+
+def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
+    """Say on stderr that layers have no known step in a history."""
+    bare = sum("layer" in row and len(row) == 2 for row in history)
+    if any("size" in row and "layer" not in row for row in history):
+        note(args, "the history has more steps than layers: the step of each layer is unknown")
+    elif bare:
+        note(args, f"the history has no step for the {counted(bare, 'lowest layer')}")
+
+
+def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
+    """Print findings, ``sound`` for none; tell whether there is more than notes."""
+    rows = [[each.severity, each.code, " ".join(short_id(word, args) for word in
+                                                each.object.split(" ")), each.path or "",
+             each.message + f": expected {each.expected}" * bool(each.expected)
+             + f", got {each.actual}" * bool(each.actual)] for each in found]
+    show(args, [each.as_json() for each in found], rows if rows else [sound],
+         ["SEVERITY", "CODE", "OBJECT", "PATH", "MESSAGE"] * bool(rows))
+    return any(each.severity != "note" for each in found)
+
+
+def info_text(value: Any) -> str:
+    """Return a value of `store info` as text."""
+    if isinstance(value, (dict, list)):
+        return ", ".join(value if isinstance(value, list) else map(" ".join, value.items()))
+    return {"None": "unknown", "True": "yes", "False": "no"}.get(str(value), str(value))
+
+
+def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> None:
+    """Write a tree, or ``path`` as ``name``, as a tar to stdout or a file."""
+    verify = getattr(args, "verify", False)
+    with tree, writing(args, 0) as (fd, progress):
+        part = tree.part([path.split(b"/")]) if path else tree
+        progress.expect((node for _, node, _ in part.walk(path)), tree.layers * verify)
+        if verify:
+            tree.verify(progress)
+        for data in tar_out(part, path, name, progress):
+            write_all(fd, data)
+
+
+def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
+    """Copy a directory to a new name, or over an empty directory; it appears when it is whole."""
+    if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest)
+                                  or os.listdir(dest)):
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
+    unwind_on_signals()
+    tree = tree.part([path.split(b"/")]) if path else tree
+    output = OutputDirectory(dest, whole=True)
+    say_removed(os.fsencode(os.path.dirname(dest)), output.removed)
+    with output, ProgressLine(0, args.quiet) as progress:
+        progress.expect(node for _, node in select_nodes(tree, top=path))
+        left_out = Extraction(output, plain=True, verify=True, progress=progress).run(
+            select_nodes(tree, top=path))["left-out"]
+    for place in left_out:
+        say("warning: skipped (device, socket or whiteout): "
+            f"{display(b'/' + path if path else b'')}{display(unspell(place))}")
+
+
+@contextmanager
+def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
+    """Fetch the image that --via-skopeo names; return it and the progress of what follows."""
+    if args.via_skopeo.startswith("containers-storage:"):
+        raise _UsageError("skopeo would write to the storage and leave a mount there: name the "
+                          "image itself, without --via-skopeo")
+    refuse_storage(target)
+    with ProgressLine(0, args.quiet) as progress, FetchedImage(
+            args.via_skopeo, platform=args.platform, progress=progress) as image:
+        yield image, shifted(progress, image.size)
+
+
+def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
+                      ) -> tuple[str, dict[str, Any]]:
+    """Copy an image that is in the storage; return its tag and descriptor."""
+    image = storage.image(args.image, args.platform)
+    names = names_to_give(image, args.image)
+    if not tag and names:
+        tag = split_reference(names[0])[1]
+    total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
+        image, args.platform, args.all) for layer in storage.chain(chosen.layer))
+    with ProgressLine(total, args.quiet) as progress:
+        return tag, image.copy_to_oci(directory, tag, compression=args.compress or "none",
+                                      platform=args.platform, every=args.all, progress=progress,
+                                      tell=lambda text: note(args, text))
+
+
 # ================================================================================================
 # 26. Commands
 #
@@ -14288,28 +14384,9 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
          (row.get("layer", "") for row in history))
 
 
-def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
-    """Say on stderr that layers have no known step in a history."""
-    bare = sum("layer" in row and len(row) == 2 for row in history)
-    if any("size" in row and "layer" not in row for row in history):
-        note(args, "the history has more steps than layers: the step of each layer is unknown")
-    elif bare:
-        note(args, f"the history has no step for the {counted(bare, 'lowest layer')}")
-
-
 def cmd_layer_list(storage: Storage, args: Any) -> None:
     """list layers"""
     print_layers(storage.layers(), args)
-
-
-def print_layers(layers: Sequence[Layer], args: Any) -> None:
-    """Print layers in the given order."""
-    show(args, map(layer_json, layers), (
-        [short_id(layer.id, args), short_id(layer.parent, args), short_id(layer.diff_digest, args),
-         human_age(layer.created_ns), human_size(layer.diff_size), ", ".join(layer.names),
-         "; ".join(layer.faults)] for layer in layers),
-        ["LAYER ID", "PARENT", "DIFF DIGEST", "CREATED", "SIZE", "NAMES", "FAULTS"],
-        (layer.id for layer in layers))
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
@@ -14382,17 +14459,6 @@ def cmd_image_verify(storage: Storage, args: Any) -> int:
         layers, damages = verify_images(list(found), quick=args.quick, progress=progress)
     sound = f"{counted(len(found), 'image')} of {counted(len(layers), 'layer')} verified"
     return EXIT_CHECKSUM * show_findings(args, damages, sound)
-
-
-def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
-    """Print findings, ``sound`` for none; tell whether there is more than notes."""
-    rows = [[each.severity, each.code, " ".join(short_id(word, args) for word in
-                                                each.object.split(" ")), each.path or "",
-             each.message + f": expected {each.expected}" * bool(each.expected)
-             + f", got {each.actual}" * bool(each.actual)] for each in found]
-    show(args, [each.as_json() for each in found], rows if rows else [sound],
-         ["SEVERITY", "CODE", "OBJECT", "PATH", "MESSAGE"] * bool(rows))
-    return any(each.severity != "note" for each in found)
 
 
 def ask_server(args: Any) -> LayerStream:
@@ -14589,24 +14655,6 @@ def cmd_cp(storage: Storage, args: Any) -> None:
                 copy_content(tree, node, fd, progress)
 
 
-def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
-    """Copy a directory to a new name, or over an empty directory; it appears when it is whole."""
-    if os.path.lexists(dest) and (os.path.islink(dest) or not os.path.isdir(dest)
-                                  or os.listdir(dest)):
-        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), dest)
-    unwind_on_signals()
-    tree = tree.part([path.split(b"/")]) if path else tree
-    output = OutputDirectory(dest, whole=True)
-    say_removed(os.fsencode(os.path.dirname(dest)), output.removed)
-    with output, ProgressLine(0, args.quiet) as progress:
-        progress.expect(node for _, node in select_nodes(tree, top=path))
-        left_out = Extraction(output, plain=True, verify=True, progress=progress).run(
-            select_nodes(tree, top=path))["left-out"]
-    for place in left_out:
-        say("warning: skipped (device, socket or whiteout): "
-            f"{display(b'/' + path if path else b'')}{display(unspell(place))}")
-
-
 def cmd_extract(storage: Storage, args: Any) -> None:
     """extract files into a directory with all metadata, by reflink where possible"""
     if not args.dir:
@@ -14649,18 +14697,6 @@ def cmd_extract(storage: Storage, args: Any) -> None:
             + ", ".join(summary["left-out"][:3]) + ", ..." * (len(summary["left-out"]) > 3))
 
 
-@contextmanager
-def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
-    """Fetch the image that --via-skopeo names; return it and the progress of what follows."""
-    if args.via_skopeo.startswith("containers-storage:"):
-        raise _UsageError("skopeo would write to the storage and leave a mount there: name the "
-                          "image itself, without --via-skopeo")
-    refuse_storage(target)
-    with ProgressLine(0, args.quiet) as progress, FetchedImage(
-            args.via_skopeo, platform=args.platform, progress=progress) as image:
-        yield image, shifted(progress, image.size)
-
-
 def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     """add an image to an OCI layout, which is made if it does not exist"""
     # Split at the first colon, as podman does, or after a directory that exists.
@@ -14687,21 +14723,6 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
          () if args.quiet else [f"{blob['digest']}{' ' + tag if tag else ''}"])
 
 
-def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
-                      ) -> tuple[str, dict[str, Any]]:
-    """Copy an image that is in the storage; return its tag and descriptor."""
-    image = storage.image(args.image, args.platform)
-    names = names_to_give(image, args.image)
-    if not tag and names:
-        tag = split_reference(names[0])[1]
-    total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
-        image, args.platform, args.all) for layer in storage.chain(chosen.layer))
-    with ProgressLine(total, args.quiet) as progress:
-        return tag, image.copy_to_oci(directory, tag, compression=args.compress or "none",
-                                      platform=args.platform, every=args.all, progress=progress,
-                                      tell=lambda text: note(args, text))
-
-
 def cmd_image_export(storage: Storage, args: Any) -> None:
     """write images as one stream: the root file system as a tar, or an archive to load"""
     images: list[Any] = [storage.image(reference, args.platform) for reference in args.image]
@@ -14723,18 +14744,6 @@ def cmd_image_export(storage: Storage, args: Any) -> None:
 def cmd_container_export(storage: Storage, args: Any) -> None:
     """write the root file system of a container, with its writable layer, as a tar"""
     export_tree(storage.container(args.container).tree(), args)
-
-
-def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> None:
-    """Write a tree, or ``path`` as ``name``, as a tar to stdout or a file."""
-    verify = getattr(args, "verify", False)
-    with tree, writing(args, 0) as (fd, progress):
-        part = tree.part([path.split(b"/")]) if path else tree
-        progress.expect((node for _, node, _ in part.walk(path)), tree.layers * verify)
-        if verify:
-            tree.verify(progress)
-        for data in tar_out(part, path, name, progress):
-            write_all(fd, data)
 
 
 def cmd_diff(storage: Storage, args: Any) -> int:
@@ -14844,13 +14853,6 @@ def cmd_store_check(storage: Storage, args: Any) -> int:
     found = storage.check()
     show_findings(args, found, "sound: records and disk agree")
     return EXIT_NO * any(finding.severity == "damage" for finding in found)
-
-
-def info_text(value: Any) -> str:
-    """Return a value of `store info` as text."""
-    if isinstance(value, (dict, list)):
-        return ", ".join(value if isinstance(value, list) else map(" ".join, value.items()))
-    return {"None": "unknown", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
