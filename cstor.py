@@ -841,6 +841,12 @@ class Directory(Closing):
             return False
         return True
 
+    def names(self, name: bytes) -> list[bytes]:
+        """Return the names in the directory ``name``, none where there is no directory."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return self.listdir(name)
+        return []
+
     def readlink(self, name: bytes) -> bytes:
         """Return the target of the symbolic link ``name``."""
         return self._in_parent(name, lambda fd, base: os.readlink(base, dir_fd=fd))
@@ -3960,7 +3966,7 @@ class Storage(Closing):
         """Name directories without a record; c/storage 1.58 makes none for additional layers."""
         ids, home = {record.id for record in known}, self.home(word)
         return [f"{root.host_path(home + b'/' + name)} has no record"
-                for root in self.roots if root.exists(home) for name in root.listdir(home)
+                for root in self.roots for name in root.names(home)
                 if re.fullmatch(HEX64, os.fsdecode(name)) and name.decode() not in ids
                 and not root.exists(b"/".join((home, name, b"additionallayer")))]
 
@@ -4096,7 +4102,7 @@ class Storage(Closing):
         if self._links is None:
             self._links = {}
             for root in self.roots:
-                for name in root.listdir(home := self.home()) if root.exists(self.home()) else []:
+                for name in root.names(home := self.home()):
                     with suppress(OSError, ValueError):  # not a layer's directory, or damaged
                         link = root.read(home + b"/" + name + b"/link", 4096).decode("ascii")
                         self._links.setdefault(link, name.decode("utf-8", "replace"))
@@ -13452,15 +13458,11 @@ class StoreCheck:
                             self.add("name-twice" if is_new else "id-twice", f"{word} {keys[0]}",
                                      root.host_path(home + b"/" + name.encode()), actual=key)
                         seen.add(key)
-        known, place = {record.id for record in records}, storage.home(word * (new is not Layer))
-        there = {name for root in storage.roots if is_blank and root.exists(place)
-                 for name in map(os.fsdecode, root.listdir(place)) if re.fullmatch(HEX64, name)
-                 and name not in known and not root.exists(os.fsencode(
-                     f"{os.fsdecode(place)}/{name}/additionallayer"))}
+        there = storage.strays(word * (new is not Layer), records) if is_blank else ()
         if there:
             self.add("records-lost", f"{word}s", actual=counted(len(there), word))
         else:
-            self.known[word] = known
+            self.known[word] = {record.id for record in records}
         for record in records:
             for fault in record._faults:
                 if not is_safe_id(record.id) or fault.startswith(("field", "the record")):
@@ -13480,9 +13482,8 @@ class StoreCheck:
             self.explained.update(self.users[f"layer {layer_id}"])
             if not self._is_lost("layer", layer_id):
                 self.add("layer-unknown", f"{needing[0].WORD} {needing[0].id}", actual=layer_id)
-                self.found[-1].affects = [f"{record.WORD} {record.id}" for record
-                                          in self.users[f"layer {layer_id}"]
-                                          if record is not needing[0]]
+                self.found[-1].affects = [f"{each.WORD} {each.id}" for each in self.users[
+                    f"layer {layer_id}"] if each is not needing[0]]
 
     def _is_lost(self, word: str, record_id: str) -> bool:
         """Tell whether there are files of an object that is needed and has no record."""
@@ -13516,7 +13517,7 @@ class StoreCheck:
         """Look at the directories, tar-split data and links of layers, parents first."""
         storage, home = self.storage, self.storage.home() + b"/l"
         for root in storage.roots if storage.driver == "overlay" else ():
-            for name in root.listdir(home) if root.exists(home) else ():
+            for name in root.names(home):
                 with suppress(OSError):
                     above = os.path.dirname(root.readlink(home + b"/" + name))
                     self.named[os.fsdecode(name)] = os.fsdecode(os.path.basename(above))
@@ -13580,9 +13581,8 @@ class StoreCheck:
         elif link not in mine:
             head, other = heads.get(layer.id), heads.get(self.named.get(link, ""))
             is_link = bool(mine) and head != link and (head is not None or other in (None, link))
-            self.add("link-wrong" if is_link else "l-wrong", what, file if is_link else place,
-                     mine[0] if is_link else layer.id,
-                     link if is_link else self.named.get(link))
+            self.add(*(("link-wrong", what, file, mine[0], link) if is_link else
+                       ("l-wrong", what, place, layer.id, self.named.get(link))))
 
     def _lower(self, layer: Layer, chain: list[str]) -> None:
         """Compare a layer's chain on disk with its parents; its images tell which is wrong."""
@@ -13617,49 +13617,46 @@ class StoreCheck:
         """Look for files that no record names."""
         storage = self.storage
         strays: dict[str, list[tuple[Contents, bytes]]] = {}
-        for root in storage.roots:
+        for root in storage._own:  # the containers of other stores are not known here
             for word in ("", "layer", "image", "container"):
                 home, kind = storage.home(word), word or "layer"
                 self._modes(root, home)
-                for name in root.listdir(home) if kind in self.known and root.exists(home) else ():
-                    stray, path = os.fsdecode(name).replace(os.fsdecode(TAR_SPLIT), ""), \
-                        home + b"/" + name
+                for name in root.names(home) if kind in self.known else ():
+                    stray, path = os.fsdecode(name.replace(TAR_SPLIT, b"")), home + b"/" + name
                     if name.startswith(b".tmp-"):
                         self._temporary(root, path)
                     elif stray in self.known[kind]:
-                        if word == "image":
-                            self._items(root, path, stray)
+                        self._items(root, path, f"{kind} {stray}")
                     elif re.fullmatch(HEX64, stray) and not root.exists(path + b"/additionallayer"):
                         strays.setdefault(f"{kind} {stray}", []).append((root, path))
                 for below in (b"staging", b"tempdirs", b"tmp") if kind == "layer" else ():
-                    for name in root.listdir(home + b"/" + below) \
-                            if root.exists(home + b"/" + below) else ():
+                    for name in root.names(home + b"/" + below):
                         if not name.startswith(b"lock-"):
                             self._temporary(root, b"/".join((home, below, name)))
         for what, places in strays.items():
             self.add(f"{what.split()[0]}-orphan", what, places[0][0].host_path(places[0][1]),
                      size=sum(disk_size(*place) for place in places))
-        for link, layer_id in self.named.items():
-            if layer_id not in self.known.get("layer", layer_id) \
-                    and f"layer {layer_id}" not in strays:
-                self.add("l-orphan", f"layer {layer_id}",
-                         storage.roots[0].host_path(b"overlay/l/" + os.fsencode(link)))
+        for link, layer_id in self.named.items():  # none where records of layers are lost
+            what, place = f"layer {layer_id}", b"overlay/l/" + os.fsencode(link)
+            top = storage.find(place) or storage.roots[0]
+            if layer_id not in self.known["layer"] and top in storage._own and what not in strays:
+                self.add("l-orphan", what, top.host_path(place))
 
-    def _items(self, root: Contents, path: bytes, image_id: str) -> None:
+    def _items(self, root: Contents, path: bytes, what: str) -> None:
         """Look for items of big data that the image's record in this root does not name."""
-        for image in self.users.get(f"image {image_id}", ()):
-            for name in root.listdir(path) if image.id == image_id and image.root is root else ():
+        for image in self.users.get(what, ()):
+            is_it = image.root is root and f"image {image.id}" == what
+            for name in root.names(path) if is_it else ():
                 place = path + b"/" + name
                 if name.startswith(b".tmp-"):
                     self._temporary(root, place)
                 elif name not in (b"userdata", *map(big_data_file, image.big_data_names)):
-                    self.add("big-data-orphan", f"image {image_id}", root.host_path(place),
+                    self.add("big-data-orphan", what, root.host_path(place),
                              size=disk_size(root, place))
 
     def _temporary(self, root: Contents, path: bytes) -> None:
         """Take what is older than an hour, and that nobody has locked."""
-        above, name = os.path.split(path)
-        locks = path + b"/staging.lock", above + name.replace(b"temp-dir-", b"/lock-")
+        locks = path + b"/staging.lock", path.replace(b"/temp-dir-", b"/lock-")
         if time.time() - root.lstat(path).st_mtime > 3600 and not any(
                 is_locked(root, lock) for lock in locks):
             self.add("temporary", "store", root.host_path(path), size=disk_size(root, path))
@@ -13671,16 +13668,20 @@ class StoreCheck:
             if status.st_mode & 0o700 != 0o700:
                 self.add("mode-wrong", "store", root.host_path(home), "0700",
                          f"{stat.S_IMODE(status.st_mode):04o}")
-            if root in self.storage._own and status.st_uid != owner:
+            if status.st_uid != owner:
                 self.add("owner-wrong", "store", root.host_path(home), owner, status.st_uid)
 
 
 def disk_size(root: Contents, path: bytes) -> int:
-    """Return the bytes of disk that a file, or a directory with all below, takes."""
-    status = root.lstat(path)
-    below = root.listdir(path) if stat.S_ISDIR(status.st_mode) else ()
-    return status.st_blocks * 512 // max(status.st_nlink * (not below), 1) + sum(
-        disk_size(root, path + b"/" + name) for name in below)
+    """Return the bytes of disk that a file, or a directory with all this user sees, takes."""
+    total, paths = 0, [path]
+    while paths:
+        with suppress(NeedsUnshare, PermissionError):
+            status = root.lstat(path := paths.pop())
+            below = root.names(path) if stat.S_ISDIR(status.st_mode) else ()
+            total += status.st_blocks * 512 // max(status.st_nlink * (not below), 1)
+            paths += [path + b"/" + name for name in below]
+    return total
 
 
 def is_locked(root: Contents, name: bytes) -> bool:
@@ -14249,7 +14250,7 @@ def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
     """Print findings, ``sound`` for none; tell whether there is more than notes."""
     rows = [[each.severity, each.code, " ".join(short_id(word, args) for word in
                                                 each.object.split(" ")), each.path or "",
-             each.message + f": expected {each.expected}" * bool(each.expected)
+             each.message + f": expected {each.expected}" * (each.expected not in (None, ""))
              + f", got {each.actual}" * bool(each.actual)] for each in found]
     show(args, [each.as_json() for each in found], rows if rows else [sound],
          ["SEVERITY", "CODE", "OBJECT", "PATH", "MESSAGE"] * bool(rows))

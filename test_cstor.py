@@ -14175,6 +14175,48 @@ class Checking(StoreTest):
         os.chown(path, 5, 5)
         self.assertEqual(["owner-wrong"], self.codes(store))
 
+    def test_other_types_in_place_of_directories(self) -> None:
+        """What is in them is missing, and all the rest is still looked at."""
+        for name, codes in (("overlay/l", {"l-missing"}), ("overlay/staging", set()),
+                            ("overlay-images/IMAGE", {"big-data-missing"})):
+            store = make_sample(f"{self.dir}/{name.replace('/', '_')}")
+            path = store.path(name.replace("IMAGE", store.images[0]["id"]))
+            if os.path.exists(path):
+                shutil.rmtree(path)
+            put(path, b"")
+            with self.subTest(name):
+                self.assertEqual(codes, set(self.codes(store)))
+
+    def test_a_deep_directory_is_left_over(self) -> None:
+        store = self.sample()
+        store.write(f"overlay/{'e' * 64}/diff/x", "")
+        with cstor.Opened(os.open(store.path("overlay", "e" * 64), os.O_RDONLY)) as top:
+            fd = os.dup(top)
+            for _ in range(1200):
+                os.mkdir("d", dir_fd=fd)
+                below = os.open("d", os.O_RDONLY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            os.close(fd)
+        self.addCleanup(subprocess.run, ["rm", "-rf", store.path("overlay", "e" * 64)], check=True)
+        with cstor.Storage.open(store.root) as storage:
+            (found,) = storage.check()
+        self.assertEqual("layer-orphan", found.code)
+        self.assertLessEqual(0, found.bytes or -1)
+
+    def test_containers_of_an_additional_store(self) -> None:
+        """Its owner's containers are not in its shared records, and nobody writes to it."""
+        store = self.sample()
+        other = make_sample(self.dir + "/other")
+        link = "L" * 26
+        other.write(f"overlay-containers/{'c' * 64}/userdata/x", "")
+        other.write(f"overlay/{'e' * 64}/link", link)
+        os.symlink(f"../{'e' * 64}/diff", other.path("overlay/l", link))
+        os.chmod(other.path("overlay-images"), 0o555)
+        with self.open(store, stores=[other.root]) as storage:
+            self.assertEqual([], [found.as_json() for found in storage.check()
+                                  if found.severity != "note"])
+
     def test_an_incomplete_layer(self) -> None:
         """It is waste, damage where an image needs it, and a note while it is being made."""
         store = self.sample()
