@@ -10178,6 +10178,14 @@ class SplitdirfdstreamReader(_ChunkReader):
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
         opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
+        try:
+            yield from self._named(opened)
+        except Exception:  # whose traceback refers to them
+            for directory in opened.values():
+                directory.close()
+            raise
+
+    def _named(self, opened: dict[int, Directory]) -> Iterator[bytes | PassedFile]:
         while kind := self._take(1, end=True):
             if kind in b"\0\1":
                 yield from self._inline(self._number(4))
