@@ -4019,10 +4019,10 @@ class Storage(Closing):
                 found.parent = "".join(found.lower_ids()[:1])
         return found
 
-    def is_current(self, layer: Layer) -> bool:
-        """Tell whether a layer is still recorded, and whole, by reading the records once more."""
-        return any(other.id == layer.id and other.incomplete == layer.incomplete
-                   for other in self._load(Layer, self._own))
+    def is_current(self, record: Layer | Image) -> bool:
+        """Tell whether a record is still there, and whole, by reading the records once more."""
+        return any(other.id == record.id and other.flags == record.flags
+                   for other in self._load(type(record), self._own))
 
     def _load(self, new: type[R], own: Sequence[Contents]) -> tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
@@ -13381,6 +13381,9 @@ def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int 
     rows += [row for report in reports for row in report]
     rows += [(number, *finding.row()) for number in {row[0] for row in rows if len(row) == 1}
              for finding in LayerCheck(layers[number]).run()]
+    for number in {row[0] for row in rows}:
+        if gone := layers[number].removed():
+            raise gone
     users = users_of(layers[0].storage) if rows else {}
     return [Finding(*row[1:]).concern(users) for row in sorted(rows, key=lambda row: row[0])
             if len(row) > 1]
@@ -13392,7 +13395,10 @@ def verify_images(images: Sequence[Image], **options: Any) -> tuple[list[Layer],
     layers: dict[str, Layer] = {}
     found = []
     for image in images:
-        found += [finding.concern(users) for finding in check_image(image)]
+        damages = [finding.concern(users) for finding in check_image(image)]
+        if damages and not image.storage.is_current(image):
+            raise ImageUnknown(f"image not known: {image.id}: it was removed while it was read")
+        found += damages
         with suppress(LayerUnknown, FormatError):  # one of the findings
             layers.update((layer.id, layer) for layer in image.layers())
     return list(layers.values()), found + verify_layers(list(layers.values()), **options)
