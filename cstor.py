@@ -13465,6 +13465,8 @@ class StoreCheck:
                 data = _read_json(root, home + b"/" + name.encode())
                 is_blank &= not data.strip() or name[0] == "v"
                 for item in map(as_dict, as_list(parse_json(data.strip() or b"[]", name))):
+                    if not isinstance(item.get("id"), str):  # said of the record itself
+                        continue
                     keys = [str(item.get("id")), *map(str, as_list(item.get("names")))]
                     is_new = keys[0] not in seen
                     for key in keys if is_new else keys[:1]:

@@ -785,7 +785,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 15_326  # 13,625 with one of each, then speed, vfs and finding damage
+    LINES = 15_327  # 13,625 with one of each, then speed, vfs and finding damage
     source: str
     tree: ast.Module
     banners: list[tuple[int, int, str]]  # first line, number, title
@@ -14172,6 +14172,14 @@ class Checking(StoreTest):
         with self.open(store) as storage:
             self.assertEqual([f"layer {store.layers[3]['id']}"], [
                 found.object for found in storage.check() if found.code == "record-malformed"])
+
+    def test_records_that_are_none(self) -> None:
+        store = self.sample()
+        path = store.path("overlay-images/images.json")
+        put(path, json.dumps([*json.loads(read_bytes(path)), 1, 2, None, {}, {"id": 3}]))
+        with self.open(store) as storage:
+            self.assertEqual({("id-unusable", "image ")}, {
+                (found.code, found.object) for found in storage.check()})
 
     def test_an_image_of_an_additional_store_is_tagged(self) -> None:
         """podman then copies the record alone: the items are not left over."""
