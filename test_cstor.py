@@ -11,7 +11,8 @@
 Tests that need podman, root or another part that is missing are skipped with the reason; with
 CSTOR_TEST_REQUIRE=all a skip is a failure, but for ALLOWED_SKIPS.  CSTOR_TEST_STORES names a
 directory of real stores, NAME.tar.xz each with NAME/st and NAME/run.  CSTOR_TEST_FULL=1 makes real
-images of 50,000 files where a fifth would do.
+images of 50,000 files where a fifth would do, and leaves none of many like cases out, of which each
+Python runs a quarter otherwise; so does it with CSTOR_TEST_SHARED=1, when the others run theirs.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ COMMAND = sys.executable, "-c", LAUNCH
 UMASK = 0o22
 os.umask(UMASK)  # whatever is that of who runs them
 FULL = bool(os.environ.get("CSTOR_TEST_FULL"))  # real trees of 50,000 files
+SHARED = bool(os.environ.get("CSTOR_TEST_SHARED"))  # other Pythons run the other quarters
 IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
 
 
@@ -161,8 +163,8 @@ def copy_script(path: str) -> None:
 
 
 def sample(items: Iterable[T]) -> list[T]:
-    """Return all items in the run of full size, else the quarter that falls to this Python."""
-    return list(items) if FULL else list(items)[sys.version_info[1] % 4::4]
+    """Return all items in the run of full size, or the quarter that falls to this Python."""
+    return list(items) if FULL and not SHARED else list(items)[sys.version_info[1] % 4::4]
 
 
 def need_tools(*tools: str) -> None:
@@ -17532,7 +17534,7 @@ class RealLookups(unittest.TestCase):
     def test_lookups(self) -> None:
         counts: collections.Counter[str] = collections.Counter()
         self.same(self.store.root, counts)
-        self.assertGreater(counts["quick"], 1000, counts)
+        self.assertGreater(counts["quick"], 600, counts)
 
     def test_lookups_and_podman(self) -> None:
         lines = json.loads(self.store.podman("image", "mount", "-a", "--format", "json"))
@@ -17551,7 +17553,7 @@ class RealLookups(unittest.TestCase):
                                 (quick[1].type, quick[1].mode, quick[1].owner[:2],
                                  quick[1].mtime_ns, quick[1].linkname, quick[1].device,
                                  quick[1].xattrs), (image.title, path))
-        self.assertGreater(count, 200)
+        self.assertGreater(count, 100)
 
     def test_lookups_where_files_were_changed(self) -> None:
         rng = random.Random(8)
@@ -17966,7 +17968,7 @@ class RealRootless(unittest.TestCase):
         for name, root in self.stores.items():
             if not FULL and name not in ("native", "vfs"):
                 continue
-            for words in self.METADATA + self.CONTENTS:
+            for words in sample(self.METADATA + self.CONTENTS):
                 with self.subTest(store=name, words=words):
                     found = [(who("-q " + words, root), self.made())
                              for who in (self.cstor, self.by_root)]
