@@ -11,8 +11,8 @@
 Tests that need podman, root or another part that is missing are skipped with the reason; with
 CSTOR_TEST_REQUIRE=all a skip is a failure, but for ALLOWED_SKIPS.  CSTOR_TEST_STORES names a
 directory of real stores, NAME.tar.xz each with NAME/st and NAME/run.  CSTOR_TEST_FULL=1 makes real
-images of 50,000 files where a fifth would do, and leaves none of many like cases out, of which each
-Python runs a quarter otherwise; so does it with CSTOR_TEST_SHARED=1, when the others run theirs.
+images of 50,000 files where a fifth would do, and leaves none of many like cases out; otherwise
+each Python runs a quarter of these.  CSTOR_TEST_SHARED=1 says that others run the other quarters.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import glob
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -903,6 +904,13 @@ class House(unittest.TestCase):
                 self.assertLessEqual(node.end_lineno - node.lineno + 1, 60, node.name)
         for name in cstor.__all__:
             self.assertTrue(getattr(cstor, name).__doc__, name)
+
+    def test_slow_tests_are_shared_out_once(self) -> None:
+        for name in REPEATED:
+            group, _, test = name.partition(".")
+            source = inspect.getsource(getattr(globals()[group], test))
+            self.assertNotIn("sample(", source.replace("make_sample(", "").replace(
+                "self.sample(", ""), name)
 
     def test_size_is_kept(self) -> None:
         """The ratchet: what needs more lines makes room first; the number only goes down."""
@@ -5193,7 +5201,7 @@ class SingleFiles(TreeTest):
             nonlocal steps
             steps += 1
 
-        for path in (b"d/09999", b"d/00000"):
+        for path in (b"d/05000", b"d/09999", b"d/00000"):  # the first imports and compiles
             with self.open(store) as storage, storage.image("t").tree() as tree:
                 steps = 0
                 tracemalloc.start()
@@ -5204,8 +5212,9 @@ class SingleFiles(TreeTest):
                     sys.setprofile(None)
                     peak = tracemalloc.get_traced_memory()[1]
                     tracemalloc.stop()
-                self.assertLess(steps, number // 2)
-                self.assertLess(peak, 3 << 20)  # of 12 MB of text
+                if path != b"d/05000":
+                    self.assertLess(steps, number // 2)
+                    self.assertLess(peak, 3 << 20)  # of 12 MB of text
 
     def test_a_writable_layer_is_on_top(self) -> None:
         store = self.settled()
@@ -10681,6 +10690,7 @@ class StreamExtracts(TreeTest):
             process.communicate(timeout=30)
         [left] = glob.glob(self.dir + "/.cstor-out-*.partial")
         self.assertFalse(os.path.lexists(self.out))
+        time.sleep(0.05)  # one that is younger than 20 ms may be locked soon
         done = self.extract_tar(tar, self.out)
         self.assertEqual(["removed what a killed run left beside it: " + os.path.basename(left)],
                          done["notes"])
@@ -18609,14 +18619,39 @@ class Result(unittest.TextTestResult):
                 super().addSkip(each, reason)
 
 
+# The slowest tests that do not ask anything of the interpreter: with CSTOR_TEST_SHARED the run of
+# full size has them all, and each other Python a quarter.
+REPEATED = """
+Checking.test_a_deep_directory_is_left_over Checking.test_an_incomplete_layer
+Database.test_hostile_databases HostileTrees.test_memory_of_many_entries
+HostileTrees.test_sigterm_leaves_nothing_behind
+HostileTrees.test_ten_thousand_directories_inside_one_another ManyFiles.test_many_external_files
+Outputs.test_inside_a_storage RealExport.test_archives_by_podman
+RealExport.test_compressed_layouts_by_podman_skopeo_and_umoci RealExport.test_while_podman_writes
+RealRootless.test_code_from_anywhere RealRootless.test_copies_for_other_ids
+RealRootless.test_copies_with_shifted_owners RealRootless.test_killed_setting_owners
+RealRootless.test_server RealStores.test_every_damage
+RealStores.test_every_image_goes_out_and_comes_back RealStores.test_every_layer_as_a_stream
+RealStores.test_every_layer_by_every_client RealStores.test_every_layer_from_composefs
+RealStores.test_everything_is_extracted RealTree.test_containers_of_large_images
+RealTree.test_fetched_layouts RealTree.test_fetched_transports
+SingleFiles.test_no_step_for_each_entry Streams.test_commands TarDiffs.test_every_byte
+TarSplitTests.test_a_sparse_map_that_cannot_be_found_names_the_file_and_what_works
+TarSplitTests.test_memory_does_not_grow_with_the_layer
+TarSplitTests.test_no_more_than_the_size_that_is_known""".split()
+
+
 def run_tests(names: Sequence[str]) -> int:
     """Run the tests whose names contain one of ``names``, or all; return the exit status."""
+    others = {*REPEATED} - {*REPEATED[sys.version_info[1] % 4::4]} if SHARED and not FULL else set()
     suite = unittest.TestSuite()
     for group in unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]):
         assert isinstance(group, unittest.TestSuite)
         chosen = unittest.TestSuite()
         for test in group:
             assert isinstance(test, unittest.TestCase)
+            if ".".join(test.id().split(".")[-2:]) in others:
+                continue
             if not names or any(name in test.id() for name in names):
                 chosen.addTest(test)
                 Result.classes.setdefault(type(test).__name__, []).append(test)
