@@ -3411,7 +3411,7 @@ class Image(Record):
     def verify(self, *, quick: bool = False, workers: int = 0, progress: Progress | None = None
                ) -> list[Finding]:
         """Return all that is damaged in it and its layers; see Layer.verify()."""
-        return verify_images([self], quick=quick, workers=workers, progress=progress)[1]
+        return verify_images([self], quick=quick, workers=workers, progress=progress)
 
     def tree(self, known: dict[str, LayerTree] | None = None, platform: str = "") -> Tree:
         """Return the merged tree, of a manifest list that of an instance: see single().
@@ -5346,6 +5346,7 @@ class PlainHeaders:
             except ValueError:
                 break
             kind = self.KINDS.get(head[156:157])
+            # The low half of an Adler-32 is the sum of so few bytes, plus one.
             if total + (adler32(head) & 0xFFFF) != wanted or not kind \
                     or head[124:136] != b"%011o\0" % size or size and kind != "reg" or raw \
                     or len(target) != 98 + shift or not 0 <= mtime_ns < 1 << 63 \
@@ -13351,33 +13352,42 @@ class LayerCheck:
         return ""
 
 
-def shifted(progress: Progress | None, done: int) -> Progress | None:
-    """Return the progress function of a second job, after ``done`` bytes of the first."""
-    return progress and (lambda size, files: progress(done + size, files))
-
-
 def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int = 0,
                   progress: Progress | None = None) -> list[Finding]:
-    """Return the damages of layers, which several processes share out; see LayerCheck."""
-    workers = workers or default_workers()
+    """Return the damages of layers, which several processes share out; see LayerCheck.
+
+    ``progress`` is called in this process alone, with the sums of all.
+    """
+    import mmap
+
+    workers, here = workers or default_workers(), os.getpid()
     jobs: list[tuple[int, int]] = []
     large = max(16 * CHUNK, sum(layer.diff_size for layer in layers) // workers)
     for number in sorted(range(len(layers)), key=lambda number: -layers[number].diff_size):
         shared = workers > 1 and not quick and layers[number].diff_size > large
         jobs += [(number, 0), (number, 1)] if shared else [(number, -1)]
     rows: list[tuple[Any, ...]] = []
-    done = [0]
+    done = memoryview(mmap.mmap(-1, 16 * len(jobs) or 16)).cast("q")  # bytes and files of each job
+
+    def tell_all() -> None:
+        if progress and os.getpid() == here:
+            progress(sum(done[::2]), sum(done[1::2]))
 
     def work(job: int) -> None:
+        def tell(size: int, files: int) -> None:
+            if size > done[2 * job]:  # less when a layer is read again
+                done[2 * job], done[2 * job + 1] = size, files
+            tell_all()
+
         number, part = jobs[job]
-        found = LayerCheck(layers[number], quick, shifted(progress, sum(done)), part).run()
+        found = LayerCheck(layers[number], quick, tell if progress else None, part).run()
         if part < 0:
             rows.extend((number, *finding.row()) for finding in found)
         elif next(found, None):
             rows.append((number,))  # to be looked at as a whole
-        done.append(max(layers[number].diff_size, 0) * (part < 1))
 
     reports = share_out(len(jobs), min(workers, len(jobs)), work, lambda: rows, lambda job: None)
+    tell_all()
     rows += [row for report in reports for row in report]
     rows += [(number, *finding.row()) for number in {row[0] for row in rows if len(row) == 1}
              for finding in LayerCheck(layers[number]).run()]
@@ -13389,19 +13399,26 @@ def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int 
             if len(row) > 1]
 
 
-def verify_images(images: Sequence[Image], **options: Any) -> tuple[list[Layer], list[Finding]]:
-    """Return the layers of images, and the damages of both; see verify_layers()."""
-    users = users_of(images[0].storage) if images else {}
+def layers_of(images: Sequence[Image]) -> list[Layer]:
+    """Return the layers of images, each once; those of a broken chain are left out."""
     layers: dict[str, Layer] = {}
+    for image in images:
+        with suppress(LayerUnknown, FormatError):  # check_image() finds it
+            layers.update((layer.id, layer) for layer in image.layers())
+    return list(layers.values())
+
+
+def verify_images(images: Sequence[Image], *, quick: bool = False, workers: int = 0,
+                  progress: Progress | None = None) -> list[Finding]:
+    """Return the damages of images and their layers; see verify_layers()."""
+    users = users_of(images[0].storage) if images else {}
     found = []
     for image in images:
         damages = [finding.concern(users) for finding in check_image(image)]
         if damages and not image.storage.is_current(image):
             raise ImageUnknown(f"image not known: {image.id}: it was removed while it was read")
         found += damages
-        with suppress(LayerUnknown, FormatError):  # one of the findings
-            layers.update((layer.id, layer) for layer in image.layers())
-    return list(layers.values()), found + verify_layers(list(layers.values()), **options)
+    return found + verify_layers(layers_of(images), quick=quick, workers=workers, progress=progress)
 
 
 class StoreCheck:
@@ -13946,6 +13963,11 @@ def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
                "them")
 
 
+def shifted(progress: Progress | None, done: int) -> Progress | None:
+    """Return the progress function of a second job, after ``done`` bytes of the first."""
+    return progress and (lambda size, files: progress(done + size, files))
+
+
 class ProgressLine:
     """A line on stderr that shows the progress of a long job; only on a terminal."""
 
@@ -14471,9 +14493,9 @@ def cmd_image_verify(storage: Storage, args: Any) -> int:
             args, args.image, lambda name: storage.image(name, args.platform)):
         found.update(dict.fromkeys([image, *(each for _, each in (
             image.instances() if image.is_list and not args.platform else ()))]))
-    size = sum(max(layer.diff_size, 0) for layer in storage.layers())
-    with ProgressLine(size, args.quiet) as progress:
-        layers, damages = verify_images(list(found), quick=args.quick, progress=progress)
+    layers = layers_of(list(found))
+    with ProgressLine(sum(max(layer.diff_size, 0) for layer in layers), args.quiet) as progress:
+        damages = verify_images(list(found), quick=args.quick, progress=progress)
     sound = f"{counted(len(found), 'image')} of {counted(len(layers), 'layer')} verified"
     return EXIT_CHECKSUM * show_findings(args, damages, sound)
 
