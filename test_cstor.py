@@ -845,9 +845,9 @@ class House(unittest.TestCase):
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
                    "builtins", "bz2", "contextlib", "ctypes", "errno", "fcntl", "functools", "gc",
                    "gzip", "hashlib", "heapq", "importlib", "io", "itertools", "json", "lzma",
-                   "marshal", "mmap", "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket",
-                   "sqlite3", "stat", "struct", "subprocess", "sys", "tempfile", "threading",
-                   "time", "traceback", "typing", "zlib"}
+                   "marshal", "mmap", "os", "pwd", "queue", "re", "select", "shutil", "signal",
+                   "socket", "sqlite3", "stat", "struct", "subprocess", "sys", "tempfile",
+                   "threading", "time", "traceback", "typing", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
