@@ -56,7 +56,8 @@ Sections; classes and module-level code use what stands above, a method may call
     23 rootless              the helper in a user namespace, for private contents
     24 check                 what is damaged: findings with stable codes
     25 formats               tables, JSON, sizes and ages, progress, outputs
-    26 commands              one function per command, the table of options, main()
+    26 commands              one function per command
+    27 command line          the tables of commands and options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -14365,6 +14366,25 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
 
+def open_storage(args: Any) -> Storage:
+    """Open the storage that the global options name."""
+    stores = [os.path.abspath(path) for level in range(3)
+              for path in getattr(args, f"store{level}", [])]
+    for option, path in (*(("--store", path) for path in stores),
+                         ("--imagestore", args.imagestore)):
+        if path and not holds_store(path, [args.driver] if args.driver else DRIVERS):
+            raise no_store(path, option)
+    if args.runroot and not os.path.isdir(args.runroot):
+        raise NotFound(f"not a directory: {args.runroot}", hint="--runroot names the run root")
+    if args.root == "":
+        raise _UsageError("--root is empty")
+    kind = Storage if args.no_helper else ProxiedStorage
+    options: Any = {"runroot": args.runroot, "stores": stores, "owner_ids": args.owner_ids,
+                    "driver": args.driver,
+                    "imagestore": args.imagestore and os.path.abspath(args.imagestore)}
+    return kind.open(args.root, **options) if args.root else kind.discover(**options)
+
+
 def cmd_image_list(storage: Storage, args: Any) -> None:
     """list images"""
     images = storage.images()
@@ -14900,7 +14920,12 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
                 "known": storage.layer_by_id(layer_id) is not None}, [layer_id])
 
 
-# -- arguments -----------------------------------------------------------------------------------
+# ================================================================================================
+# 27. Command line
+#
+# One table of commands and one of options make the parser.  Options with values mean the same
+# before the command and behind it.
+# ================================================================================================
 
 def look_inside(kind: str, extract: str = "") -> list[Command]:
     """Return the rows of COMMANDS that images, layers and containers have in common."""
@@ -15094,8 +15119,7 @@ def make_parser(words: Sequence[str] = ()) -> Any:
 def command_parser(words: Sequence[str]) -> tuple[Any, Sequence[str]]:
     """Return the parser of one command and what it must parse, or make_parser() and ``words``.
 
-    argparse takes half a millisecond for each parser and a third for each argument.  Options with
-    values mean the same before the command and behind it.
+    argparse takes half a millisecond for each parser and a third for each argument.
     """
     specs = map(str.split, GLOBALS)
     valued = {flag for *flags, value in specs if value[0] not in "-+" for flag in flags}
@@ -15227,25 +15251,6 @@ def check_options(args: Any) -> None:
         OwnerMap(getattr(args, "owner_map", ()))
     except ValueError as error:
         raise _UsageError(f"--{error}") from None
-
-
-def open_storage(args: Any) -> Storage:
-    """Open the storage that the global options name."""
-    stores = [os.path.abspath(path) for level in range(3)
-              for path in getattr(args, f"store{level}", [])]
-    for option, path in (*(("--store", path) for path in stores),
-                         ("--imagestore", args.imagestore)):
-        if path and not holds_store(path, [args.driver] if args.driver else DRIVERS):
-            raise no_store(path, option)
-    if args.runroot and not os.path.isdir(args.runroot):
-        raise NotFound(f"not a directory: {args.runroot}", hint="--runroot names the run root")
-    if args.root == "":
-        raise _UsageError("--root is empty")
-    kind = Storage if args.no_helper else ProxiedStorage
-    options: Any = {"runroot": args.runroot, "stores": stores, "owner_ids": args.owner_ids,
-                    "driver": args.driver,
-                    "imagestore": args.imagestore and os.path.abspath(args.imagestore)}
-    return kind.open(args.root, **options) if args.root else kind.discover(**options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
