@@ -5279,7 +5279,7 @@ class Extent:
     __slots__ = ("fd", "offset", "length", "member", "origin")
 
     def __init__(self, fd: int, offset: int, length: int, member: Member,
-                 origin: tuple[Directory, bytes] | None = None) -> None:
+                 origin: tuple[Directory, bytes, bytes] | None = None) -> None:
         self.fd, self.offset, self.length, self.member = fd, offset, length, member
         self.origin = origin
 
@@ -5489,53 +5489,6 @@ class TarSplit(ObjectStream):
             raise self.error(f"malformed base64: {error}") from None
 
 
-def parse_ahead(fd: int, path: str) -> Generator[Entry, None, None]:
-    """Yield what TarSplit does of an open file, parsed by another process while this one works.
-
-    It sends lists of entries through a pipe, the last one empty, and ends with the pipe.  Whatever
-    fails there is done again here, and raises what it raises.
-    """
-    import marshal
-
-    def send(pipe_fd: int) -> NoReturn:
-        try:
-            gc.disable()  # it would write to, and so copy, all shared memory
-            entries, batch = iter(TarSplit(gunzip(fd, path), path)), [None]  # type: Any, Any
-            while batch:
-                batch = list(islice(entries, 16))  # of up to 1 MiB
-                data = marshal.dumps(batch)
-                write_all(pipe_fd, len(data).to_bytes(4, "little") + data)
-        finally:
-            os._exit(0)
-
-    batch: list[Entry] | None = None
-    done, pid = 0, -1
-    try:
-        read_fd, write_fd = os.pipe()
-        widen_pipe(write_fd)
-        with open(read_fd, "rb") as pipe:
-            with suppress(OSError), Opened(write_fd), SignalsHeld():  # it holds them to its end
-                pid = os.fork()
-                if not pid:
-                    os.close(read_fd)  # so that writing without a reader gives EPIPE
-                    send(write_fd)
-            while (size := int.from_bytes(pipe.read(4), "little")) \
-                    and len(data := pipe.read(size)) == size and (batch := marshal.loads(data)):
-                yield from batch
-                done += len(batch)
-                batch = None
-    finally:
-        if pid > 0:
-            with suppress(ProcessLookupError):
-                if batch != []:
-                    os.kill(pid, signal.SIGKILL)
-            wait_for(pid)
-    if batch is None:
-        with ErrorsAs(with_path, path):
-            os.lseek(fd, 0, os.SEEK_SET)
-        yield from islice(TarSplit(gunzip(fd, path), path), done, None)
-
-
 class LayerReader:
     """Reads the tar of a layer: headers from tar-split, contents from the layer's files.
 
@@ -5563,13 +5516,22 @@ class LayerReader:
                 lambda item: files.where(item[1].name) if item[1] and item[1].stored else None,
                 lambda item: 1 + len(item[0]) // (8 << 10))
 
+    def _entries(self, fd: int, path: str, plain: PlainHeaders | None
+                 ) -> Generator[Entry, None, None]:
+        """Return what yields the entries of the open tar-split file."""
+        def parse() -> Generator[Entry, None, None]:
+            with ErrorsAs(with_path, path):
+                os.lseek(fd, 0, os.SEEK_SET)
+            return iter(TarSplit(gunzip(fd, path), path, plain))
+
+        ahead = self.files and default_workers() > 1 and os.fstat(fd).st_size > self.PARSE_AHEAD
+        return work_ahead(parse, again=True) if ahead else parse()
+
     def headers(self, plain: PlainHeaders | None = None
                 ) -> Generator[Item, None, None]:
         """Yield all items without contents; with ``plain`` most are lists (b"", None, rows)."""
         layer, (fd, path) = self.layer, self.layer.open_tar_split()
-        ahead = self.files and default_workers() > 1 and os.fstat(fd).st_size > self.PARSE_AHEAD
-        with Opened(fd), closing(parse_ahead(fd, path) if ahead else iter(
-                TarSplit(gunzip(fd, path), path, plain))) as entries:
+        with Opened(fd), closing(self._entries(fd, path, plain)) as entries:
             pending: list[bytes] = []
             # Go writes no size of 0: the layer is empty, or older than the sizes in records.
             limit = layer.diff_size if layer.diff_digest and layer.diff_size > 0 else float("inf")
@@ -5687,16 +5649,25 @@ def join_pieces(items: Generator[Item, None, None]) -> Generator[bytes | Extent,
 class PassedFile:
     """The whole content of the open file ``fd``, from offset 0.
 
-    ``length`` is the size that the sender told, or -1; ``origin`` is (directory, name in it) where
-    the file can be opened again.  Valid until the next chunk is read: its maker closes the
+    ``length`` is the size that the sender told, or -1; ``origin`` is (directory, name in it, what
+    settle() returned before it was read or b"") where the file can be opened again.  ``fd`` is -1
+    if another process has read it.  Valid until the next chunk is read: its maker closes the
     descriptor then.
     """
 
     __slots__ = ("fd", "length", "origin")
 
     def __init__(self, fd: int, length: int = -1,
-                 origin: tuple[Directory, bytes] | None = None) -> None:
+                 origin: tuple[Directory, bytes, bytes] | None = None) -> None:
         self.fd, self.length, self.origin = fd, length, origin
+
+    def measure(self, file: str) -> int:
+        """Return its size; ``file`` names the stream.  Raises as check_passed(), IntegrityError."""
+        size = check_passed(self.fd) if self.fd >= 0 else self.length
+        if self.length not in (-1, size):
+            raise IntegrityError(f"{file}: a passed file has another size than its sender says",
+                                 expected=str(self.length), actual=str(size))
+        return size
 
 
 def check_passed(fd: int) -> int:
@@ -5739,11 +5710,7 @@ class TarSource:
                 raise self._error(f"more than {MAX_EMPTY} empty chunks")
             empty += 1
             if isinstance(chunk, PassedFile):
-                self._size = check_passed(chunk.fd)
-                if chunk.length not in (-1, self._size):
-                    raise IntegrityError(f"{self.file}: a passed file has another size than its "
-                                         "sender says", expected=str(chunk.length),
-                                         actual=str(self._size))
+                self._size = chunk.measure(self.file)
                 self._passed = chunk if self._size else None
             else:
                 self._data, self._at = chunk, 0
@@ -8543,7 +8510,7 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     # fits.  (A memfd would not work: two processes can read at the same offset.)
     size = -(-jobs // 1024) or 1
     tokens, write_fd = os.pipe()
-    workers: dict[int, int] = {}  # process ID, end of the pipe that its report comes through
+    workers: dict[int, BinaryIO] = {}
 
     def take_lots() -> Iterator[int]:
         for token in iter(lambda: os.read(tokens, 4), b""):
@@ -8553,12 +8520,16 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
         for job in range(number * size, min(number * size + size, jobs)):
             work(job)
 
+    def do_lots(_: int) -> Iterator[None]:
+        with OnError(os.read, tokens, 4096):  # so that no process begins another job
+            yield from map(do_lot, take_lots())
+
     try:
         with open(write_fd, "wb") as pipe:
             pipe.write(b"".join(lot.to_bytes(4, "big") for lot in range(-(-jobs // size))))
         with SignalsHeld() as held:
             for _ in range(processes - 1):
-                if not fork_worker(workers, held.before, tokens, map(do_lot, take_lots()), report):
+                if not fork_worker(workers, held.before, do_lots, report):
                     break  # the system allows no more processes
         for lot in take_lots():
             tick(lot * size)
@@ -8567,17 +8538,16 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     finally:
         with SignalsHeld():
             os.close(tokens)
-            for pid, fd in workers.items():  # after an error
-                os.close(fd)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-            for pid in workers:
-                wait_for(pid)
+            stop_workers(workers, signal.SIGTERM)  # after an error
 
 
-def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterator[object],
+def fork_worker(workers: dict[int, BinaryIO], signals: Any, work: Callable[[int], Iterator[object]],
                 report: Callable[[], Any]) -> bool:
-    """Start a process that consumes ``work``, and enter it in ``workers``; signals are held."""
+    """Start a process that consumes what ``work`` returns, while signals are held.
+
+    ``workers`` gets its ID, and the end of a pipe; ``work`` gets the other end, where its report
+    comes last.  Return False if the system allows no more processes.
+    """
     import marshal
 
     parent = os.getpid()
@@ -8591,11 +8561,12 @@ def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterat
         return False
     if pid:
         os.close(write_fd)
-        workers[pid] = read_fd
+        workers[pid] = open(read_fd, "rb")
         return True
     try:
-        for fd in (read_fd, *workers.values()):  # so that writing without a reader gives EPIPE
-            os.close(fd)
+        os.close(read_fd)  # so that writing without a reader gives EPIPE
+        for pipe in workers.values():
+            pipe.close()
         # A terminal signals the whole group; the parent stops us with SIGTERM.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -8604,12 +8575,11 @@ def fork_worker(workers: dict[int, int], signals: Any, tokens: int, work: Iterat
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             gc.disable()  # it would write to, and so copy, all shared memory
-            for _ in work:
+            for _ in work(write_fd):
                 if os.getppid() != parent:
                     break
             answer = marshal.dumps((report(), None))
         except BaseException as error:
-            os.read(tokens, 4096)  # so that no process begins another job
             answer = marshal.dumps((None, pack_error(error)))
         write_all(write_fd, answer)
     finally:
@@ -8644,12 +8614,12 @@ def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> Bas
     return error
 
 
-def finish_worker(workers: dict[int, int], pid: int) -> Any:
+def finish_worker(workers: dict[int, BinaryIO], pid: int) -> Any:
     """Return the report of a process that has finished; raise its error."""
     import marshal
 
-    data = b"".join(iter(lambda: os.read(workers[pid], CHUNK), b""))
-    os.close(workers.pop(pid))
+    data = workers[pid].read()
+    workers.pop(pid).close()
     status = wait_for(pid)
     try:
         answer, error = marshal.loads(data)
@@ -8659,6 +8629,69 @@ def finish_worker(workers: dict[int, int], pid: int) -> Any:
     if error:
         raise unpack_error(*error)
     return answer
+
+
+def stop_workers(workers: dict[int, BinaryIO], number: int) -> None:
+    """Send a signal to all processes, and wait for them."""
+    for pid, pipe in workers.items():
+        pipe.close()
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    for pid in workers:
+        wait_for(pid)
+
+
+def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False
+               ) -> Generator[Any, None, None]:
+    """Yield what ``work`` returns, made by another process while this one uses it.
+
+    Items are tuples of plain data, bytes first.  Errors are raised here, also when the process is
+    killed; with ``again`` this process does the work again to find them.
+    """
+    import marshal
+
+    def send(fd: int) -> Iterator[None]:
+        """Send lists of items, each behind its length, until a length of 0."""
+        batch: list[Any] = []
+        room = CHUNK
+        widen_pipe(fd)
+        try:
+            for item in work():
+                batch.append(item)
+                room -= len(item[0]) + (4 << 10)
+                if room < 0:
+                    flush(fd, batch)
+                    room = CHUNK
+                    yield
+        finally:
+            flush(fd, batch)
+            write_all(fd, bytes(4))
+
+    def flush(fd: int, batch: list[Any]) -> None:
+        data = marshal.dumps(batch)
+        batch.clear()
+        write_all(fd, len(data).to_bytes(4, "little") + data)
+
+    workers: dict[int, BinaryIO] = {}
+    done = 0
+    try:
+        with SignalsHeld() as held:
+            again = not fork_worker(workers, held.before, send, lambda: None) or again
+        for pid, pipe in list(workers.items()):
+            while size := int.from_bytes(pipe.read(4), "little"):
+                if len(data := pipe.read(size)) < size:
+                    break  # it was killed, as finish_worker() says
+                batch = marshal.loads(data)
+                yield from batch
+                done += len(batch)
+            finish_worker(workers, pid)
+            return
+    except Exception:
+        if not again:
+            raise
+    finally:
+        stop_workers(workers, signal.SIGKILL)
+    yield from islice(work(), done, None)
 
 
 def default_workers() -> int:
@@ -10177,31 +10210,31 @@ class SplitdirfdstreamReader(_ChunkReader):
                  file: str = "splitdirfdstream", *, threshold: int = 0) -> None:
         super().__init__(read, file)
         self._fds, self._threshold = directories, threshold
+        self.opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
-        opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
         try:
-            yield from self._named(opened)
+            yield from self._named()
         except Exception:  # whose traceback refers to them
-            for directory in opened.values():
+            for directory in self.opened.values():
                 directory.close()
             raise
 
-    def _named(self, opened: dict[int, Directory]) -> Iterator[bytes | PassedFile]:
+    def _named(self) -> Iterator[bytes | PassedFile]:
         while kind := self._take(1, end=True):
             if kind in b"\0\1":
                 yield from self._inline(self._number(4))
                 continue
             if kind != b"\2":
                 raise self._error(f"a chunk of unknown type {kind[0]}")
-            length, fd, origin = self._open(opened)
+            length, fd, origin = self._open()
             with Opened(fd):
                 if length <= self._threshold and check_passed(fd) == length:
                     yield from read_checked(fd, length)
                 else:
                     yield PassedFile(fd, length, origin)
 
-    def _open(self, opened: dict[int, Directory]) -> tuple[int, int, tuple[Directory, bytes]]:
+    def _open(self) -> tuple[int, int, tuple[Directory, bytes, bytes]]:
         """Return length, descriptor and origin of the file that is named next."""
         head = self._take(16)
         length, index, count = (int.from_bytes(head[at:end], "little")
@@ -10211,19 +10244,23 @@ class SplitdirfdstreamReader(_ChunkReader):
         name = self._take(count)
         if b"\0" in name or name.startswith(b"/") or b".." in name.split(b"/"):
             raise self._error(f'not a file name: "{display(name)}"')
-        if index >= len(self._fds):
-            raise self._error(f"there is no directory {index}")
-        directory = opened.get(index)
-        if directory is None:  # composefs puts /dev/null and the like where it names nothing
-            mode = os.fstat(self._fds[index]).st_mode
-            if not stat.S_ISDIR(mode):
-                raise ProtocolError(f"{self.file}: descriptor {index} is a {file_type(mode)}, not "
-                                    "a directory", code=FD_ERROR)
-            directory = opened[index] = Directory(f"{self.file}: directory {index}",
-                                                  os.dup(self._fds[index]))
+        directory = self.directory(index)
         if (fd := directory.open_near(name)) < 0:
             raise self._error(f'"{display(name)}" is a {file_type(-fd)}, not a regular file')
-        return length, fd, (directory, name)
+        return length, fd, (directory, name, b"")
+
+    def directory(self, index: int) -> Directory:
+        """Open a directory by its number.  Raises FormatError, ProtocolError."""
+        if index in self.opened:
+            return self.opened[index]
+        if index >= len(self._fds):
+            raise self._error(f"there is no directory {index}")
+        mode = os.fstat(self._fds[index]).st_mode
+        if not stat.S_ISDIR(mode):  # composefs puts /dev/null and the like where it names nothing
+            raise ProtocolError(f"{self.file}: descriptor {index} is a {file_type(mode)}, not "
+                                "a directory", code=FD_ERROR)
+        self.opened[index] = Directory(f"{self.file}: directory {index}", os.dup(self._fds[index]))
+        return self.opened[index]
 
 
 class _ChunkWriter:
@@ -10315,15 +10352,18 @@ class LayerStream(Closing):
     """A layer whose tar comes as chunks, from a peer or a file; it can be read once.
 
     ``label`` is the layer's ID, or names the stream in errors.  ``digest`` is the sha256 of the
-    tar, "" when it is not known, ``size`` its length or -1; ``pairs`` as for read_stream().  A
-    context manager: ``close`` is called at its end.
+    tar, "" when it is not known, ``size`` its length or -1; ``pairs`` as for read_stream().
+    ``reader`` is where the chunks come from.  A context manager: ``close`` is called at its end.
     """
 
     def __init__(self, chunks: Iterable[bytes | PassedFile], *, label: str, digest: str = "",
                  size: int = -1, pairs: bool = False,
+                 reader: SplitdirfdstreamReader | None = None,
                  close: Callable[[], object] | None = None) -> None:
         self.label, self.digest, self.size = label, digest, size
+        self.hashed = ""  # see hash_apart()
         self._chunks, self._pairs = iter(chunks), pairs
+        self._reader = chunks if isinstance(chunks, SplitdirfdstreamReader) else reader
         self._close = [close] if close else []
 
     def also_close(self, close: Callable[[], object]) -> None:
@@ -10348,8 +10388,55 @@ class LayerStream(Closing):
         """Close what the chunks come from; harmless when repeated."""
         if hasattr(self._chunks, "close"):  # a generator, which may hold the last file
             self._chunks.close()
+        self._reader = None  # with it go the directories that nobody else uses
         while self._close:
             self._close.pop(0)()
+
+    def hash_apart(self) -> Callable[[], None] | None:
+        """Let another process read and hash the chunks and the files that they name, if they can.
+
+        Return what ends it.  ``hashed`` is the digest, once all items were read.
+        """
+        if not self._reader:
+            return None
+        self._chunks = found = self._from_process(self._chunks, self._reader)
+        return found.close
+
+    def _from_process(self, chunks: Iterator[bytes | PassedFile], reader: SplitdirfdstreamReader
+                      ) -> Generator[bytes | PassedFile, None, None]:
+        with closing(work_ahead(lambda: self._hash(chunks, reader))) as parts:
+            for data, index, size in parts:
+                if index >= 0:
+                    yield PassedFile(-1, size, (reader.directory(index), data[48:], data[:48]))
+                elif size:
+                    yield data
+                else:
+                    self.hashed = data.decode()
+
+    def _hash(self, chunks: Iterator[bytes | PassedFile], reader: SplitdirfdstreamReader
+              ) -> Iterator[tuple[bytes, int, int]]:
+        """Hash all; yield what settle() returned before a file was read, with its name, or bytes.
+
+        With them come the number of the file's directory or -1, and its size; a 0 is the digest's.
+        """
+        sink = TarSink(_Nowhere(), hashing=True, layer=self.label)
+        with OnError(sink.abort):
+            for chunk in chunks:
+                if isinstance(chunk, bytes):
+                    sink.literal(chunk)
+                    yield chunk, -1, 1
+                    continue
+                size, origin = chunk.measure(self.label), chunk.origin
+                assert origin
+                found = settle(chunk.fd)
+                for data in read_checked(chunk.fd, size, name=origin[1]):
+                    sink.literal(data)
+                    if not found:
+                        yield data, -1, 1
+                if found:
+                    yield found + origin[1], next(index for index, place in reader.opened.items()
+                                                  if place is origin[0]), size
+            yield sink.finish().encode(), -1, 0
 
     def items(self, verify: bool = True) -> Generator[Item, None, None]:
         """Yield what read_stream() does; call check() afterwards, with a digest if ``verify``.
@@ -10468,9 +10555,11 @@ class StreamTree(LayerTree):
 
     def locate(self, node: Node, piece: bytes | Extent) -> bool:
         """Note where a node's content can be opened once all is verified, if it is a named file."""
-        if not isinstance(piece, Extent) or not piece.origin or not (found := settle(piece.fd)):
+        if not isinstance(piece, Extent) or not piece.origin:
             return False
-        directory, name = piece.origin
+        directory, name, found = piece.origin
+        if not (found := found or settle(piece.fd)):
+            return False
         self._directories.add(directory)
         self._places[node] = directory, found + name
         return True
@@ -10498,14 +10587,16 @@ class Staging:
 
     Those stay where they are that can be opened again by name.  ``link_mode`` is "auto", "copy" or
     "reflink", which is asked of what comes as an open file.  Without ``check`` no digest is taken.
-    ``crc`` keeps the CRC-64 of contents.
+    ``crc`` keeps the CRC-64 of contents.  With several ``workers`` one of them can take the digest.
     """
 
     def __init__(self, output: OutputDirectory, *, link_mode: str = "auto", check: bool = True,
-                 crc: bool = False, progress: Progress | None = None) -> None:
+                 crc: bool = False, workers: int = 1, progress: Progress | None = None) -> None:
         self._target, self._own = output.staging, output.on_exit
         self._device, self._copier = os.fstat(self._target.fd).st_dev, ContentCopier(link_mode)
         self._check, self._crc, self._progress = check, crc, progress
+        # Of what another process has read there is nothing to copy here.
+        self._apart = check and not crc and workers > 1 and link_mode != "reflink"
         self._count = 0
 
     def read(self, stream: LayerStream, below: Tree | None = None) -> StreamTree:
@@ -10519,7 +10610,10 @@ class Staging:
         tree, size, digest = StreamTree(self._target.fd, stream.label), 0, ""
         tree.below = below
         self._own(tree.close)
-        sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) if self._check else None
+        if end := stream.hash_apart() if self._apart else None:
+            self._own(end)
+        sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) \
+            if self._check and not end else None
         try:
             for literal, member, content in stream.items(self._check):
                 size += len(literal)
@@ -10537,7 +10631,7 @@ class Staging:
                     pass
                 if self._progress:
                     self._progress(size, self._count)
-            digest = sink.finish() if sink else ""
+            digest = sink.finish() if sink else stream.hashed
         except BaseException:
             if sink:
                 sink.abort()
@@ -10621,7 +10715,8 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
     removed = [f"removed what a killed run left beside it: {os.fsdecode(name)}"
                for name in output.removed]
     with output:
-        staging = Staging(output, link_mode=link_mode, check=check, crc=verify, progress=progress)
+        staging = Staging(output, link_mode=link_mode, check=check, crc=verify,
+                          workers=workers or default_workers(), progress=progress)
         trees: list[LayerTree] = []
         for stream in streams:
             trees.append(staging.read(stream, None if raw else Tree(trees[::-1])))
@@ -12041,10 +12136,12 @@ class RpcClient(Caller):
 
     @staticmethod
     def _received(reference: str, chunks: Iterable[bytes | PassedFile], said: dict[str, Any],
-                  close: Callable[[], object] | None = None) -> LayerStream:
+                  close: Callable[[], object] | None = None,
+                  reader: SplitdirfdstreamReader | None = None) -> LayerStream:
         """Return the layer that a server sends, with the digest and size that it has ``said``."""
         digest, size = said.get("digest"), said.get("size")
         return LayerStream(chunks, label=str(said.get("layer") or reference), close=close,
+                           reader=reader,
                            digest=digest if isinstance(digest, str) else "",
                            size=size if type(size) is int else -1).expect(reference)
 
@@ -12181,7 +12278,7 @@ class VarlinkClient(RpcClient):
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(ChunkFile(read_pipe(fds[0], self.connection.timeout)), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
-            return self._received(name, self._until_failure(chunks), reply, passed.close)
+            return self._received(name, self._until_failure(chunks), reply, passed.close, chunks)
 
     def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
         """Yield chunks; when the stream is damaged, raise the reason that our own server sends."""

@@ -10741,6 +10741,91 @@ class StreamExtracts(TreeTest):
                 self.assertEqual(made[0], made[-1])
                 remove(self.out)
 
+    def test_another_process_hashes_named_contents(self) -> None:
+        with self.opened(self.BASE, self.TOP) as storage, storage.image("t").tree() as tree:
+            image = storage.image("t")
+            cases: list[tuple[str, bool, dict[str, Any]]] = [
+                (CODECS[0], False, {}), (CODECS[1], True, {}),
+                (CODECS[1], True, {"link_mode": "copy"}), (CODECS[1], False, {"verify": True}),
+                (CODECS[1], False, {"workers": 1})]
+            for codec, apart, options in cases:
+                with self.subTest(codec=codec, **options), mock.patch.object(
+                        cstor, "work_ahead", wraps=cstor.work_ahead) as made:
+                    self.extract(image, codec, **{"workers": 2, **options})
+                    self.assertEqual(2 * apart, made.call_count)
+                    self.assertEqual([], self.differences(tree))
+                    remove(self.out)
+            with mock.patch.object(cstor, "fork_worker", return_value=False):
+                self.extract(image, CODECS[1], workers=2)
+            self.assertEqual([], self.differences(tree))
+
+    def test_it_finds_what_one_process_finds(self) -> None:
+        """All errors are the same, and leave neither files nor processes."""
+        need_proc()
+        data, folder = b"data" * 500, self.dir + "/files"
+        os.makedirs(folder + "/d")
+        for name in ("f", "g"):
+            put(f"{folder}/{name}", data if name == "f" else data[:-1])
+        os.mkfifo(folder + "/p")
+        tar = entry(b"f", data) + END
+        head, tail = tar[:BLOCK], tar[BLOCK + len(data):]
+
+        def inline(part: bytes) -> bytes:
+            return b"\0" + struct.pack("<I", len(part)) + part
+
+        def file(name: bytes, index: int = 0, size: int = len(data)) -> bytes:
+            return b"\2" + struct.pack("<QII", size, index, len(name)) + name
+
+        good = inline(head) + file(b"f") + inline(tail)
+        for words, stream, about in (
+                ("", good, {}), ("wrong digest", good, {"digest": sha256(b"")}),
+                ("wrong size", good, {"size": len(tar) + 1}), ("size", good, {"size": 5}),
+                ("cut off", good[:-1], {}), ("cut off", good[:-len(inline(tail)) - 1], {}),
+                ("unknown type", inline(head) + b"x", {}), ("No such file", inline(head) + file(
+                    b"none") + inline(tail), {}),
+                ("is a directory, not", inline(head) + file(b"d") + inline(tail), {}),
+                ("is a FIFO, not", inline(head) + file(b"p") + inline(tail), {}),
+                ("no directory 1", inline(head) + file(b"f", 1) + inline(tail), {}),
+                ("another size than its sender", inline(head) + file(b"g") + inline(tail), {}),
+                ("another size than the tar", inline(head) + file(b"g", 0, len(data) - 1)
+                 + inline(tail), {}), ("not a tar", inline(b"x" * BLOCK), {})):
+            found = []
+            for workers in (1, 2):
+                with cstor.Directory.at(folder) as place, self.subTest(words, workers=workers):
+                    chunks = cstor.SplitdirfdstreamReader(io.BytesIO(stream).read, [place.fd])
+                    layer = cstor.LayerStream(chunks, label="t", **{
+                        "digest": sha256(tar), **about})  # type: ignore[arg-type]
+                    try:
+                        found.append(str(cstor.extract_streams([layer], self.out, owners=False,
+                                                               workers=workers)))
+                        self.assertEqual(data, read_bytes(self.out + "/f"))
+                        self.assertEqual("", words)
+                        remove(self.out)
+                    except (cstor.CstorError, OSError) as error:
+                        found.append(f"{type(error)} {error} {vars(error)}")
+                        self.assertIn(words or "no error", str(error))
+                    self.assertEqual([], glob.glob(self.dir + "/.cstor-*") + glob.glob(self.out))
+                    with self.assertRaises(ChildProcessError):
+                        os.waitpid(-1, os.WNOHANG)
+            self.assertEqual(*found)
+
+    def test_the_process_that_hashes_is_killed(self) -> None:
+        def hash_it(_: cstor.PassedFile, file: str) -> int:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return len(file)
+
+        def write_some(fd: int, data: bytes) -> None:
+            os.write(fd, data[:len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        for name, place, function in (("measure", cstor.PassedFile, hash_it),
+                                      ("write_all", cstor, write_some)):
+            with self.subTest(name), self.opened(self.BASE) as storage, \
+                    mock.patch.object(place, name, function), \
+                    self.assertRaisesRegex(cstor.CstorError, "a worker process died"):
+                self.extract(storage.image("t"), CODECS[1], workers=2)
+            self.assertEqual([], glob.glob(self.dir + "/.cstor-*") + glob.glob(self.out))
+
     def named(self, tamper: Callable[[str, bytes], None], data: bytes, **options: Any) -> None:
         """Extract a file of the same data, which is changed after it was verified."""
         path, tar = self.dir + "/files/f", entry(b"f", data) + END
