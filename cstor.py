@@ -55,9 +55,10 @@ Sections; classes and module-level code use what stands above, a method may call
     22 clients               of our server, of composefs, of proxies
     23 rootless              the helper in a user namespace, for private contents
     24 check                 what is damaged: findings with stable codes
-    25 formats               tables, JSON, sizes and ages, progress, outputs
-    26 commands              one function per command
-    27 command line          the tables of commands and options, main()
+    25 disk usage            what images cost, and what removing them frees
+    26 formats               tables, JSON, sizes and ages, progress, outputs
+    27 commands              one function per command
+    28 command line          the tables of commands and options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -146,7 +147,8 @@ for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-mi
 __version__ = "0.1.0"
 
 __all__ = [
-    "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "Extent", "FetchedImage",
+    "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "DiskUsage", "Extent",
+    "FetchedImage",
     "Finding", "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream",
     "LayerTree", "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "PassedFile",
     "ProtocolError",
@@ -940,6 +942,14 @@ def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes
             if has_proc():
                 raise
             return status, link, in_directory(dir_fd, lambda: read_xattrs(name))
+    except FileNotFoundError:
+        return None
+
+
+def status_at(dir_fd: int, name: bytes) -> tuple[os.stat_result] | None:
+    """Return lstat(2) alone; None if the file has vanished."""
+    try:
+        return (os.stat(name, dir_fd=dir_fd, follow_symlinks=False),)
     except FileNotFoundError:
         return None
 
@@ -3676,13 +3686,14 @@ class Contents(Directory):
         return self._ask(super().listdir, name, lambda helper: [
             row[0] for row in helper.scan(self.path, name, b"")])
 
-    def scan(self, path: bytes) -> Iterator[tuple[Any, ...]]:
-        """Yield the name of each file in a directory, and what look_at() returns; sorted."""
+    def scan(self, path: bytes, look: Callable[[int, bytes], Any] = look_at
+             ) -> Iterator[tuple[Any, ...]]:
+        """Yield the name of each file in a directory, and what ``look`` returns; sorted."""
         last = b""
         try:
             fd = self.parent(path)
             for name in self.list_at(fd):
-                if found := look_at(fd, name):
+                if found := look(fd, name):
                     yield (name, *found)
                 last = name
         except OSError as error:
@@ -4218,6 +4229,10 @@ class Storage(Closing):
     def check(self) -> list[Finding]:
         """Return how records and disk disagree, and what is left over; opens no content."""
         return check_storage(self)
+
+    def disk_usage(self) -> DiskUsage:
+        """Measure what its images, layers and containers take on disk."""
+        return DiskUsage(self)
 
     def layer(self, reference: str) -> Layer:
         """Return one layer by ID, name, link, digest, the start of one, or a path of its files.
@@ -10120,7 +10135,7 @@ class FetchedImage(Closing):
 # taken for a length that a peer announces before its bytes are there.
 # ================================================================================================
 
-FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap): the extents of a file, here only their number
+FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap): the extents of a file; see shared_extents()
 FIEMAP_SYNC = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
 
 
@@ -12812,8 +12827,8 @@ class Helper(Unshared):
     @staticmethod
     def _read_row(row: Sequence[Any]) -> tuple[Any, ...]:
         base, numbers, link, xattrs = row
-        times = {"st_rdev": numbers[7], "st_mtime_ns": numbers[8]}
-        return (unspell(base), os.stat_result((*numbers[:7], 0, 0, 0), times), unspell(link),
+        more = dict(zip(("st_rdev", "st_mtime_ns", "st_blocks"), numbers[7:]))
+        return (unspell(base), os.stat_result((*numbers[:7], 0, 0, 0), more), unspell(link),
                 {unspell(key): bytes.fromhex(value) for key, value in xattrs.items()})
 
 
@@ -13031,7 +13046,7 @@ class ContentServer(Dispatcher):
         numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
                    *[map_id(number, ranges, number) for number, ranges in zip(
                        (status.st_uid, status.st_gid), self._maps)],
-                   status.st_size, status.st_rdev, status.st_mtime_ns]
+                   status.st_size, status.st_rdev, status.st_mtime_ns, status.st_blocks]
         return [spell(name), numbers, spell(link),
                 {spell(key): value.hex() for key, value in xattrs.items()}]
 
@@ -13803,18 +13818,6 @@ class StoreCheck:
                 self.add("owner-wrong", "store", root.host_path(home), owner, status.st_uid)
 
 
-def disk_size(root: Contents, path: bytes) -> int:
-    """Return the bytes of disk that a file, or a directory with all this user sees, takes."""
-    total, paths = 0, [path]
-    while paths:
-        with suppress(NeedsUnshare, PermissionError):
-            status = root.lstat(path := paths.pop())
-            below = root.names(path) if stat.S_ISDIR(status.st_mode) else ()
-            total += status.st_blocks * 512 // max(status.st_nlink * (not below), 1)
-            paths += [path + b"/" + name for name in below]
-    return total
-
-
 def is_locked(root: Contents, name: bytes) -> bool:
     """Tell whether another process holds a lock on a file; F_GETLK takes none."""
     import struct
@@ -13851,7 +13854,265 @@ def check_storage(storage: Storage) -> list[Finding]:
 
 
 # ================================================================================================
-# 25. Formats
+# 25. Disk usage
+#
+# What lies on disk belongs to units: layers, images and containers by word and ID, with the path of
+# an additional store behind them.  A block counts once, whichever hard links and reflinks lead to
+# it, and is freed with the last unit that holds it.  The unit "" holds what also has a name, or
+# shares an extent, elsewhere; it never goes away.
+# ================================================================================================
+
+FIEMAP_LAST, FIEMAP_ENCODED, FIEMAP_SHARED = 0x1, 0x8, 0x2000
+NO_REFLINKS = ("ext2", "ext3", "ext4", "tmpfs")  # file systems without shared extents
+MOUNTS = (b"merged", b"mapped", b"composefs-layers")  # in a layer's directory
+
+
+def walk_disk(root: Contents, top: bytes, denied: list[str]
+              ) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Yield ``top`` and all below it, with lstat(2), but nothing that is mounted there.
+
+    Directories that cannot be read are added to ``denied``; what is removed meanwhile is left out.
+    """
+    found, mounts = [(top, root.lstat(top))], {top + b"/" + name for name in MOUNTS}
+    device = found[0][1].st_dev
+    todo: list[bytes] = []
+    while found or todo:
+        for path, status in found:
+            if status.st_dev == device:
+                yield path, status
+                todo += [path] * (stat.S_ISDIR(status.st_mode) and path not in mounts)
+        found, path = [], todo.pop() if todo else b""
+        try:
+            found = [(path + b"/" + row[0], row[1]) for row in root.scan(path, status_at)] \
+                if path else []
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except NeedsUnshare:
+            denied.append(root.host_path(path))
+
+
+def disk_size(root: Contents, path: bytes) -> int:
+    """Return the bytes of disk that a file, or a directory with all this user sees, takes."""
+    found = {(status.st_dev, status.st_ino): status.st_blocks
+             for _, status in walk_disk(root, path, [])}
+    return 512 * sum(found.values())
+
+
+def files_size(layer: Layer, below: Layer | None = None) -> int:
+    """Return the bytes of a layer's files, each inode once, as Go's directory.Size() counts.
+
+    Of vfs, those that differ from ``below``.  -1 when a directory cannot be read.
+    """
+    def facts(layer: Layer) -> Iterator[tuple[Any, ...]]:
+        root, path = layer.overlay_file(b"diff")
+        for name, found in walk_disk(root, path, denied) if root else ():
+            if not stat.S_ISDIR(found.st_mode):
+                yield (found.st_ino, found.st_size, name[len(path):], found.st_mode, found.st_uid,
+                       found.st_gid, found.st_mtime_ns)
+
+    denied: list[str] = []
+    if layer.overlay_file(b"additionallayer")[0]:
+        return layer.diff_size
+    known = {row[1:] for row in facts(below)} if below and layer.storage.driver == "vfs" else ()
+    sizes = {row[0]: row[1] for row in facts(layer) if row[1:] not in known}
+    return -1 if denied else sum(sizes.values())
+
+
+def shared_extents(fd: int) -> list[tuple[tuple[int, int], int, int]]:
+    """Return (key, place, bytes) of the extents that a file shares with others.
+
+    Only the first 8,192 extents are looked at.  Raises OSError where the file system cannot tell.
+    """
+    import struct
+
+    rows: list[tuple[int, ...]] = []
+    buffer = bytearray(32 + 56 * 128)
+    for _ in range(64):
+        start = rows[-1][0] + rows[-1][2] if rows else 0
+        struct.pack_into("=QQLLLL", buffer, 0, start, (1 << 64) - 1 - start, 0, 0, 128, 0)
+        fcntl.ioctl(fd, FIEMAP, buffer)
+        count = struct.unpack_from("=L", buffer, 20)[0]
+        rows += struct.iter_unpack("=QQQ16xL12x", buffer[32:32 + 56 * count])
+        if not count or rows[-1][3] & FIEMAP_LAST:
+            break
+    # btrfs counts compressed extents, also in st_blocks, by what they hold: their places overlap.
+    return [((1, place), 0, length) if flags & FIEMAP_ENCODED else ((0, 0), place, length)
+            for _, place, length, flags in rows if flags & FIEMAP_SHARED]
+
+
+class DiskUsage:
+    """What a storage takes on disk, in bytes; as_json() returns all that `store df` shows.
+
+    ``orphans`` are findings of what no record names, ``unused_layers`` those that no image and no
+    container needs, ``dangling`` images without a name that nothing needs.  ``unreadable`` names
+    directories that could not be read: what is in them is not counted.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.orphans = [finding for finding in storage.check() if finding.bytes is not None]
+        self.unreadable: list[str] = []
+        self.units: dict[Any, set[str]] = {}  # that a record needs
+        self._files: dict[str, int] = {}  # bytes of files, by unit
+        self._held: dict[frozenset[str], int] = {}  # bytes of disk, by all units that hold them
+        self._ends: list[tuple[Any, ...]] = []  # of what is shared: see _share()
+        self._plain = {os.makedev(*map(int, line.split()[2].split(":")))
+                       for line in read_proc("self/mountinfo").splitlines()
+                       if line.partition(" - ")[2].split()[0] in NO_REFLINKS}
+        self._find_units([*storage.images(), *storage.containers(), *storage.layers()])
+        named = set().union(*(units for record, units in self.units.items() if isinstance(
+            record, Container) or isinstance(record, Image) and record.names))
+        used, below = set(named), intermediate_images(storage)
+        self.dangling: list[Image] = []
+        for image in storage.images():
+            used |= self.units[image]
+            self.dangling += [image] * (not image.names and f"image {image.id}" not in named and (
+                image.id not in below or f"layer {image.layer}" not in named))
+        self.unused_layers = [layer for layer in storage.layers()
+                              if not layer.readonly and f"layer {layer.id}" not in used]
+        self._measure()
+
+    def _find_units(self, records: Sequence[Any]) -> None:
+        """Find what each record needs; what an additional store has it finds there."""
+        keys = [f"{record.WORD} {record.id}" for record in records]
+        users = [(key, [record]) for key, record in zip(keys, records)]
+        own = {key for key, record in zip(keys, records) if not record.readonly}
+        fixed = {key: self._unit(key, record.root)
+                 for key, record in zip(keys, records) if record.readonly}
+        self._fixed = set(fixed.values())
+        for key, needing in chain(users, users_of(self.storage).items()):
+            for record in needing:
+                self.units.setdefault(record, set()).add(
+                    key if key in own and not record.readonly else fixed.get(key, key))
+
+    def _unit(self, key: str, root: Directory) -> str:
+        return f"{key} of {root.path}" if root in self.storage._additional else key
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """Look at all that the storage has, and join what several units hold."""
+        for root in self.storage.roots:
+            for word in ("", "layer", "image", "container"):
+                home = self.storage.home(word)
+                try:
+                    for name in root.names(home):
+                        record_id = os.fsdecode(name.replace(TAR_SPLIT, b""))
+                        with suppress(FileNotFoundError, NotADirectoryError):  # just removed
+                            self._take(self._unit(f"{word or 'layer'} {record_id}", root), root,
+                                       home + b"/" + name, not word)
+                except NeedsUnshare:
+                    self.unreadable.append(root.host_path(home))
+        counts: dict[str, int] = {}
+        before = 0
+        for _, place, step, unit, holders in sorted(self._ends):
+            if counts and place > before:
+                self._hold([*counts, *[""] * (sum(counts.values()) < holders)], place - before)
+            before, counts[unit] = place, counts.get(unit, 0) + step
+            if not counts[unit]:
+                del counts[unit]
+
+    def _hold(self, units: Iterable[str], size: int) -> None:
+        key = frozenset(units)
+        self._held[key] = self._held.get(key, 0) + size
+
+    def _take(self, unit: str, root: Contents, top: bytes, is_layer: bool) -> None:
+        """Count what is at and below ``top``."""
+        files = own = 0
+        linked: dict[tuple[int, int], int] = {}  # bytes of files with several names
+        content = top + b"/diff" * (self.storage.driver == "overlay")
+        for path, status in walk_disk(root, top, self.unreadable):
+            is_file, file = not stat.S_ISDIR(status.st_mode), (status.st_dev, status.st_ino)
+            if file not in linked:
+                size = status.st_blocks * 512 - self._reflinked(unit, root, path, status)
+                files += status.st_size * (is_file and is_layer and path.startswith(content))
+            if is_file and status.st_nlink > 1:
+                self._share((status.st_dev, 2, status.st_ino), 0, linked.setdefault(file, size),
+                            unit, status.st_nlink)
+            else:
+                own += size
+        self._hold([unit], own)
+        self._files[unit] = self._files.get(unit, 0) + files
+
+    def _share(self, device: tuple[int, ...], place: int, size: int, *more: Any) -> None:
+        self._ends += [(device, place, 1, *more), (device, place + size, -1, *more)]
+
+    def _reflinked(self, unit: str, root: Contents, path: bytes, status: os.stat_result) -> int:
+        """Take the extents that a file shares with others; return their bytes."""
+        size, (folder, _, base) = status.st_blocks * 512, path.rpartition(b"/")
+        if not stat.S_ISREG(status.st_mode) or not size or status.st_dev in self._plain:
+            return 0
+        try:
+            with Opened(root.open_at(root.parent(folder), base)[0]) as fd:
+                found = shared_extents(fd)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                self._plain.add(status.st_dev)
+            return 0
+        for key, place, length in found:
+            self._share((status.st_dev, *key), place, length, unit, 2)
+        return min(sum(length for *_, length in found), size)
+
+    # -- telling -------------------------------------------------------------------------------
+
+    def disk_size(self, units: set[str], *, alone: bool = False) -> int:
+        """Return the bytes of disk that units take; ``alone``: that nothing else holds."""
+        return sum(size for holders, size in self._held.items()
+                   if (holders <= units if alone else not holders.isdisjoint(units)))
+
+    def if_removed(self, records: Iterable[Record]) -> dict[str, Any]:
+        """Return what removing all these records would free.
+
+        Keys: ``freed`` and ``kept``, bytes of disk, and ``kept-by``, the objects that need these.
+        """
+        removed = set(records)
+        parts = {unit for record in removed for unit in self.units[record] if not isinstance(
+            record, Container) or unit in (f"container {record.id}", f"layer {record.layer}")}
+        keepers = {record: units for record, units in self.units.items() if record not in removed
+                   and (record in self.unused_layers or not isinstance(record, Layer))}
+        freed = self.disk_size(parts.difference(self._fixed, *keepers.values()), alone=True)
+        return {"freed": freed, "kept": self.disk_size(parts) - freed, "kept-by": [
+            f"{record.WORD} {record.id}" for record, units in keepers.items()
+            if not parts.isdisjoint(units)]}
+
+    def _row(self, record: Any, units: set[str], **more: Any) -> dict[str, Any]:
+        return {"id": record.id, "names": record.names, "created": record.created,
+                "apparent-size": sum(self._files.get(unit, 0) for unit in units),
+                "disk-size": self.disk_size(units), **more, "store": record.root.path}
+
+    def images(self) -> Iterator[dict[str, Any]]:
+        """Yield a row for each image; ``unique-size``: of ``disk-size``, what no other needs."""
+        images, containers = self.storage.images(), self.storage.containers()
+        users = sorted(chain(*(self.units[image] for image in images)))
+        several = {unit for unit, other in zip(users, users[1:]) if unit == other}
+        for image in images:
+            row = self._row(image, self.units[image], dangling=image in self.dangling,
+                            readonly=image.readonly, containers=[
+                                each.id for each in containers if each.image == image.id])
+            unique = self.disk_size(self.units[image] - several, alone=True)
+            yield {**row, "shared-size": row["disk-size"] - unique, "unique-size": unique}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `store df` shows: rows, the sum of all, and of what can be freed."""
+        lost = {finding.object for finding in self.orphans
+                if finding.code == finding.object.split()[0] + "-orphan"}
+        freed = {"dangling-images": self.if_removed(self.dangling)["freed"],
+                 "unused-layers": self.if_removed(self.unused_layers)["freed"],
+                 "orphans": self.disk_size(lost, alone=True) + sum(
+                     finding.bytes or 0 for finding in self.orphans if finding.object not in lost)}
+        return {"images": list(self.images()), "containers": [self._row(
+            container, {f"container {container.id}", f"layer {container.layer}"},
+            image=container.image) for container in self.storage.containers()],
+            "unused-layers": [self._row(layer, {f"layer {layer.id}"})
+                              for layer in self.unused_layers],
+            "orphans": [finding.as_json() for finding in self.orphans],
+            "disk-size": sum(self._held.values()),
+            "can-be-freed": {**freed, "total": sum(freed.values())},
+            "unreadable": self.unreadable}
+
+
+# ================================================================================================
+# 26. Formats
 #
 # Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Only a terminal shows
 # progress.  A result gets its name when it is whole.
@@ -13937,6 +14198,14 @@ def human_age(moment: int | None) -> str:
         if (count := seconds // length) >= (2 if unit in ("month", "week") else 1):
             return f"{counted(count, unit)} ago"
     return ""
+
+
+def age_of(text: Any) -> str:
+    """Spell how long ago an RFC 3339 time was; other text as it is."""
+    try:
+        return human_age(parse_time(text)) if isinstance(text, str) and text else ""
+    except FormatError:
+        return str(text)
 
 
 def short_id(text: str, args: Any) -> str:
@@ -14393,6 +14662,30 @@ def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
     return any(each.severity != "note" for each in found)
 
 
+def usage_lines(found: Mapping[str, Any], args: Any) -> Iterator[str]:
+    """Yield the lines of `store df`, tables as those of `podman system df -v`."""
+    def row(entry: dict[str, Any], front: list[str], *keys: str) -> list[str]:
+        return [*front, short_id(entry["id"], args), age_of(entry["created"]), *(
+            human_size(entry[key]) for key in ("apparent-size", "disk-size", *keys))]
+
+    sizes = ["CREATED", "SIZE", "ON DISK"]
+    yield "Images space usage:\n"
+    yield from table_lines(
+        ["REPOSITORY", "TAG", "IMAGE ID", *sizes, "SHARED SIZE", "UNIQUE SIZE", "CONTAINERS"],
+        [[*row(entry, [repository, tag or "<none>"], "shared-size", "unique-size"),
+          str(len(entry["containers"]))] for entry in found["images"] for repository, tag, _ in
+         map(split_reference, entry["names"] or ["<none>"])])
+    for key, title in (("containers", "Containers"), ("unused-layers", "Unused layers")):
+        if found[key]:
+            yield f"\n{title} space usage:\n"
+            yield from table_lines(["NAMES", "ID", *sizes], [
+                row(entry, [", ".join(entry["names"])]) for entry in found[key]])
+    yield f"\n{human_size(found['disk-size'])} on disk"
+    parts = ", ".join(f"{key.replace('-', ' ')} {human_size(size)}"
+                      for key, size in found["can-be-freed"].items() if key != "total")
+    yield f"{human_size(found['can-be-freed']['total'])} can be freed: {parts}"
+
+
 def info_text(value: Any) -> str:
     """Return a value of `store info` as text."""
     if isinstance(value, (dict, list)):
@@ -14458,7 +14751,7 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 
 
 # ================================================================================================
-# 26. Commands
+# 27. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
@@ -14531,13 +14824,8 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
     note_open_steps(history, args)
     rows = []
     for row in history:
-        created = row.get("created")
-        try:
-            age = human_age(parse_time(created)) if isinstance(created, str) else ""
-        except FormatError:
-            age = str(created)
-        rows.append([short_id(row.get("layer", ""), args)
-                     or ("<unknown>" if "size" in row else "<empty>"), age,
+        rows.append([short_id(row.get("layer", ""), args) or (
+            "<unknown>" if "size" in row else "<empty>"), age_of(row.get("created")),
                      short_step(str(row.get("created_by") or ""), args, 60),
                      human_size(row.get("size", 0)), str(row.get("comment") or "")])
     show(args, history, rows, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"],
@@ -15010,6 +15298,33 @@ def cmd_store_check(storage: Storage, args: Any) -> int:
     return EXIT_NO * any(finding.severity == "damage" for finding in found)
 
 
+def cmd_store_df(storage: Storage, args: Any) -> None:
+    """show what images, containers and layers take on disk, and what can be freed"""
+    def find(reference: str) -> Record:
+        try:
+            return storage.image(reference)
+        except ImageUnknown as error:
+            with suppress(ContainerUnknown):
+                return storage.container(reference)
+            error.hint = "no container has this name either"
+            raise
+
+    usage = storage.disk_usage()
+    found, lines = usage.as_json(), None
+    if args.if_removed:
+        found["if-removed"] = result = usage.if_removed(map(find, args.if_removed))
+        keepers = ", ".join([" ".join(short_id(word, args) for word in name.split(" "))
+                             for name in result["kept-by"]][:9]) + ", ..." * (
+                                 len(result["kept-by"]) > 9)
+        lines = [f"{human_size(result['freed'])} would be freed"] + [
+            f"{human_size(result['kept'])} would stay" + f", needed by {keepers}" * bool(keepers)
+            ] * bool(result["kept"])
+    show(args, found, lines or usage_lines(found, args))
+    if usage.unreadable:
+        say(f"warning: sizes are too small: permission denied in {display(usage.unreadable[0])}" + (
+            f" and {len(usage.unreadable) - 1} more" if len(usage.unreadable) > 1 else ""))
+
+
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
     """show which layer a short link in overlay/l names"""
     layer_id = storage.resolve_link(args.link)
@@ -15018,7 +15333,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 
 # ================================================================================================
-# 27. Command line
+# 28. Command line
 #
 # One table of commands and one of options make the parser.  Options with values mean the same
 # before the command and behind it.
@@ -15064,6 +15379,7 @@ COMMANDS: list[Command] = [
     *look_inside("CONTAINER"),
     ("container export", cmd_container_export, "CONTAINER -o --verify"),
     ("store info", cmd_store_info, "--format"),
+    ("store df", cmd_store_df, "--if-removed* --format --no-trunc"),
     ("store check", cmd_store_check, "--codes --format --no-trunc"),
     ("serve", cmd_serve, "--socket"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
@@ -15117,6 +15433,7 @@ OPTIONS = {
     "--format table|json=table": None,
     "inspect --format table|json=json": None,
     "--hidden": "list files that other layers hide, and the bytes that they waste",
+    "--if-removed NAME": "images and containers: what removing all of them would free",
     "--ignore WHAT...": f"ignore differences in: {', '.join(DIFFERENCES)}; may be repeated",
     f"--link-mode {'|'.join(LINK_MODES)}=auto":
         "auto: reflink, else copy; reflink: fail rather than copy; hardlink: link the store's own "

@@ -8414,6 +8414,44 @@ class Disks(StoreTest):
                       for i, size in enumerate([5000, 70_000, 1 << 20] * 12 + [1, 100, 3000])}
         self.tar = make_tar(*self.files.items())
 
+    def test_usage_of_reflinks(self) -> None:
+        """vfs copies each parent by reflink: such blocks count once, compressed or not."""
+        for kind in ("xfs", "btrfs"):
+            store = StoreBuilder(self.place(kind, "usage"), "vfs")
+            if kind == "btrfs":
+                subprocess.run(["chattr", "+c", store.path("vfs/dir")], check=True)
+            base = store.layer(make_tar(("noise", random.Random(1).randbytes(1 << 20)),
+                                        ("text", b"text" * (1 << 18))))
+            tops = [store.layer(make_tar((f"own{i}", os.urandom(1 << 19))), base) for i in range(2)]
+            for number, layer in enumerate((base, *tops)):
+                store.image(layer, f"localhost/x:{number}")
+            copy = self.place(kind, "copy")
+            with self.open(store.save()) as storage:
+                subprocess.run(["sync", "-f", store.root], check=True)
+                usage = storage.disk_usage()
+                rows, images = list(usage.images()), storage.images()
+                done = subprocess.run(["filefrag", "-v", store.files(base) + "/text"], check=True,
+                                      stdout=subprocess.PIPE)
+                self.assertEqual(kind == "btrfs", b"encoded,shared" in done.stdout)
+                more = usage.as_json()["disk-size"] - measured(store.files(base)) - (1 << 20)
+                self.assertTrue(0 <= more < 1 << 18, more)
+                self.assertEqual(2 << 20, rows[0]["apparent-size"])
+                for row in rows[1:]:
+                    self.assertLess((1 << 19) - 1, row["unique-size"])
+                    self.assertLess(row["unique-size"], (1 << 19) + (1 << 17))
+                alone = usage.if_removed(images[:1])["freed"]
+                both = usage.if_removed(images[1:])["freed"]
+                self.assertLess(alone, 1 << 17)
+                self.assertLess(both, (1 << 20) + (1 << 18))
+                everything = usage.if_removed(images)["freed"]
+                self.assertLess(alone + both + (1 << 20), everything)
+                # What a file outside of the storage shares is not freed.
+                subprocess.run(["cp", "--reflink=always", store.files(tops[0]) + "/own0", copy],
+                               check=True)
+                subprocess.run(["sync", "-f", store.root], check=True)
+                self.assertEqual(everything - (1 << 19),
+                                 storage.disk_usage().if_removed(images)["freed"])
+
     def place(self, kind: str, name: str) -> str:
         """Return a path on a disk, which is removed at the end."""
         path = os.path.join(self.disks[kind], name)
@@ -13206,7 +13244,8 @@ class Helpers(StoreTest):
                              [".", *(cstor.unspell(row[0]) for row in rows[1:])])
             status = os.lstat(diff + "/f")
             self.assertIn(["f", [status.st_mode, status.st_ino, status.st_dev, 1, status.st_uid,
-                                 status.st_gid, 4, 0, status.st_mtime_ns], "", {}], rows)
+                                 status.st_gid, 4, 0, status.st_mtime_ns, status.st_blocks],
+                           "", {}], rows)
             for directory in (top + "/overlay/y/diff", diff + "/up/overlay/x/diff"):  # as we look
                 self.assertEqual(([0], [b"data"]), self.ask(
                     connection, "open", {"directory": directory, "names": ["f"]}))
@@ -14431,7 +14470,223 @@ class Checking(StoreTest):
 
 
 # ================================================================================================
-# 26. Commands
+# 25. Disk usage
+# ================================================================================================
+
+def measured(*paths: str) -> int:
+    """Return the bytes of disk that du(1) counts."""
+    done = subprocess.run(["du", "-s", "-B1", "-c", *paths], check=True, stdout=subprocess.PIPE)
+    return int(done.stdout.split()[-2])
+
+
+class Usage(StoreTest):
+    """What images cost on disk, against du(1)."""
+
+    def homes(self, root: str, driver: str = "overlay") -> list[str]:
+        places = ["overlay" if driver == "overlay" else "vfs/dir", *(
+            f"{driver}-{kind}" for kind in KINDS)]
+        return [path for place in places for path in glob.glob(f"{root}/{place}/*")]
+
+    def of(self, store: StoreBuilder, layer: str) -> int:
+        """Return what a layer takes."""
+        return measured(*glob.glob(store.path(f"*-layers/{layer}.tar-split.gz")), os.path.dirname(
+            store.files(layer)) if store.driver == "overlay" else store.files(layer))
+
+    def test_shared_and_unique(self) -> None:
+        for driver in cstor.DRIVERS:
+            store = make_sample(f"{self.dir}/{driver}", driver)
+            base, app, top, rw = (layer["id"] for layer in store.layers)
+            with self.open(store) as storage:
+                found = storage.disk_usage().as_json()
+            self.assertEqual(measured(*self.homes(store.root, driver)), found["disk-size"])
+            below = self.of(store, base) + self.of(store, app)
+            for row, image, layers, names in zip(
+                    found["images"], store.images, ([], [top]), (2, 1)):
+                data = measured(store.path(f"{driver}-images", image["id"]))
+                unique = sum(self.of(store, layer) for layer in layers) + data
+                self.assertEqual((image["id"], below + unique, below, unique, names), (
+                    row["id"], row["disk-size"], row["shared-size"], row["unique-size"],
+                    len(row["names"])))
+            sizes = {layer: sum(os.lstat(path).st_size for path in glob.glob(
+                store.files(layer) + "/**", recursive=True) if not os.path.isdir(path) or
+                os.path.islink(path)) for layer in (base, app, top, rw)}
+            self.assertEqual(sizes[base] + sizes[app], found["images"][0]["apparent-size"])
+            self.assertEqual([sizes[rw]], [row["apparent-size"] for row in found["containers"]])
+            self.assertEqual(([], [], 0, []), (found["unused-layers"], found["orphans"],
+                                               found["can-be-freed"]["total"], found["unreadable"]))
+
+    def test_if_removed(self) -> None:
+        store = self.sample()
+        base, app, top, rw = (layer["id"] for layer in store.layers)
+        extra = store.layer(make_tar(("extra", b"e" * 9000)), base)
+        store.image(extra, "localhost/extra:1")
+        data = [measured(store.path("overlay-images", image["id"])) for image in store.images]
+        store.save()
+        with self.open(store) as storage:
+            usage = storage.disk_usage()
+            sample, web = storage.image("sample"), storage.container("web")
+            first, second = storage.image("app:1"), storage.image("extra:1")
+            all_ = sum(self.of(store, layer["id"]) for layer in store.layers) + sum(data)
+            for records, freed, keepers in (
+                    ([], 0, []), ([first], data[0], [sample, second, web]),
+                    ([second], self.of(store, extra) + data[2], [first, sample, web]),
+                    ([first, second], self.of(store, extra) + data[0] + data[2], [sample, web]),
+                    ([sample], 0, [first, second, web]),
+                    ([web], self.of(store, rw), []),
+                    ([sample, web], self.of(store, rw) + self.of(store, top) + data[1],
+                     [first, second]),
+                    ([first, second, sample, web], all_, [])):
+                found = usage.if_removed(records)
+                self.assertEqual(freed, found["freed"])
+                self.assertEqual({f"{record.WORD} {record.id}" for record in keepers},
+                                 set(found["kept-by"]))
+                self.assertEqual(bool(keepers), found["kept"] > 0)
+        done = self.run_on(store, "store df --if-removed app:1 extra:1")
+        self.assertRegex(done.stdout.decode(), r"\A[0-9.]+ kB would be freed\n3.* MB would stay, "
+                         r"needed by image \w{12}, container \w{12}\n\Z")
+        found = json.loads(self.run_on(
+            store, "store df --format json --if-removed extra:1").stdout)
+        self.assertEqual(self.of(store, extra) + data[2], found["if-removed"]["freed"])
+        self.assertIn("image not known: nothing (no container has this name",
+                      self.run_on(store, "store df --if-removed nothing", status=3).err)
+
+    def test_what_can_be_freed(self) -> None:
+        store = self.sample()
+        base = store.layers[0]["id"]
+        unused = store.layer(make_tar(("unused", b"u" * 70_000)), base)
+        lost = store.layer(make_tar(("lost", b"l" * 50_000)), base)
+        dangling = store.layer(make_tar(("dangling", b"d" * 30_000)), base)
+        image = store.image(dangling)
+        held = store.layer(make_tar(("held", b"h" * 20_000)), base)
+        store.container(store.image(held), store.layer(None, held), "holder")
+        store.layers = [layer for layer in store.layers if layer["id"] != lost]
+        store.save()
+        with self.open(store) as storage:
+            usage = storage.disk_usage()
+            found = usage.as_json()
+        wanted = {"dangling-images": self.of(store, dangling) + measured(
+            store.path("overlay-images", image)), "unused-layers": self.of(store, unused),
+            "orphans": self.of(store, lost)}
+        self.assertEqual({**wanted, "total": sum(wanted.values())}, found["can-be-freed"])
+        self.assertEqual([image], [row["id"] for row in found["images"] if row["dangling"]])
+        self.assertEqual([unused], [row["id"] for row in found["unused-layers"]])
+        self.assertEqual(measured(*self.homes(store.root)), found["disk-size"])
+        text = self.run_on(store, "store df").stdout.decode()
+        self.assertRegex(text, r"(?s)\AImages space usage:\n\nREPOSITORY +TAG +IMAGE ID +CREATED +"
+                         r"SIZE +ON DISK +SHARED SIZE +UNIQUE SIZE +CONTAINERS\n.*"
+                         r"\n<none> +<none> +\w{12} .*\n\nContainers space usage:\n.*"
+                         r"\n\nUnused layers space usage:\n.*\n[0-9.]+ kB can be freed: dangling ")
+
+    def test_hard_links(self) -> None:
+        """A name in the same layer, in another one, and outside of the storage."""
+        store = self.builder()
+        first, second = (store.layer(make_tar((name, name.encode() * 50_000))) for name in "ab")
+        for layer, name in ((first, "a"), (second, "b")):
+            os.link(f"{store.files(layer)}/{name}", f"{store.files(layer)}/again")
+            store.image(layer, f"localhost/{name}")
+        put(store.files(first) + "/both", bytes(123_456))
+        os.link(store.files(first) + "/both", store.files(second) + "/both")
+        put(store.files(first) + "/out", bytes(20_480))
+        os.link(store.files(first) + "/out", self.dir + "/out")
+        store.save()
+        with self.open(store) as storage:
+            usage = storage.disk_usage()
+            one, two = usage.images()
+            self.assertEqual(50_000 + 123_456 + 20_480, one["apparent-size"])
+            both = usage.if_removed(storage.images())["freed"]
+            total = usage.as_json()["disk-size"]
+        self.assertEqual(126_976 + 20_480, one["shared-size"])
+        self.assertEqual(one["unique-size"] + two["unique-size"] + 126_976, both)
+        self.assertEqual(measured(*self.homes(store.root)), total)
+
+    def test_additional_stores(self) -> None:
+        other, store = make_sample(self.dir + "/other"), self.sample()
+        top = store.layer(None, other.layers[0]["id"])
+        store.container(other.images[0]["id"], top, "remote")
+        store.save()
+        with self.open(store, stores=[other.root]) as storage:
+            usage = storage.disk_usage()
+            rows = list(usage.images())
+            self.assertEqual([False, False, True, True], [row["readonly"] for row in rows])
+            self.assertEqual([row["unique-size"] for row in rows[:2]],
+                             [row["unique-size"] for row in rows[2:]])
+            self.assertEqual(0, usage.if_removed(storage.images()[2:])["freed"])
+            everything = usage.if_removed([*storage.images(), *storage.containers()])
+            self.assertEqual(measured(*glob.glob(store.root + "/overlay/*"), *glob.glob(
+                store.root + "/overlay-*/*")) - measured(*glob.glob(
+                    store.root + "/overlay*/l*"), *glob.glob(store.root + "/overlay-*/*s.*")),
+                everything["freed"])
+
+    def test_mounts_and_odd_files(self) -> None:
+        """A mapped layer is mounted in its own directory; nothing is opened or followed."""
+        store = self.sample()
+        layer = store.layers[0]["id"]
+        for name in ("mapped", "merged"):
+            os.mkdir(store.path("overlay", layer, name))
+        with self.open(store) as storage:
+            before = storage.disk_usage().as_json()["disk-size"]
+        for name in ("mapped", "merged"):
+            store.write(f"overlay/{layer}/{name}/0/file", b"m" * 50_000)
+        os.mkfifo(store.files(layer) + "/fifo")
+        os.symlink("/", store.files(layer) + "/top")
+        with self.open(store) as storage:
+            self.assertEqual(before, storage.disk_usage().as_json()["disk-size"])
+
+    def test_damaged_chains(self) -> None:
+        store = self.sample()
+        base, app, top, _ = (layer["id"] for layer in store.layers)
+        store.layers[0]["parent"] = "0" * 64
+        store.save()
+        with self.open(store) as storage:
+            first = next(storage.disk_usage().images())
+            self.assertLess(3_000_000, first["apparent-size"])
+        store.layers[0]["parent"] = top
+        store.save()
+        with self.open(store) as storage:
+            usage = storage.disk_usage()
+            self.assertEqual(0, usage.if_removed(storage.images()[:1])["freed"] >> 20)
+
+    def test_what_cannot_be_read(self) -> None:
+        """The total is said to be too small; a helper's rows count like our own."""
+        store = self.sample()
+        files = os.fsencode(store.files(store.layers[0]["id"]))
+        with self.open(store) as storage:
+            before = storage.disk_usage().as_json()
+        scan = cstor.Directory.list_at
+
+        def deny(directory: cstor.Directory, fd: int, name: bytes = b".") -> list[bytes]:
+            if os.readlink(f"/proc/self/fd/{fd}") == os.fsdecode(files):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return scan(directory, fd, name)
+
+        with mock.patch.object(cstor.Directory, "list_at", deny):
+            with self.open(store) as storage:
+                found = storage.disk_usage().as_json()
+            status, out, err = self.call("--root", store.root, "--no-helper", "store", "df")
+        self.assertEqual([os.fsdecode(files)], found["unreadable"])
+        self.assertLess(found["disk-size"], before["disk-size"] - 3_000_000)
+        self.assertIn("warning: sizes are too small: permission denied in " + os.fsdecode(files),
+                      err)
+        status_row = os.lstat(files)
+        server = cstor.ContentServer.__new__(cstor.ContentServer)
+        server._maps = [], []
+        row = server._row(b"x", (status_row, b"", {}))
+        self.assertEqual(status_row.st_blocks, cstor.Helper._read_row(row)[1].st_blocks)
+        with self.open(store) as storage:
+            def helped(_: object, error: cstor.NeedsUnshare) -> Any:
+                helper = mock.Mock()
+                helper.scan = lambda top, name, start: [
+                    (os.fsencode(each.name), each.stat(follow_symlinks=False), b"", {})
+                    for each in os.scandir(os.path.join(top, os.fsdecode(name)))]
+                return helper
+
+            with mock.patch.object(cstor.Directory, "list_at", deny), \
+                    mock.patch.object(cstor.Opener, "helper", helped):
+                self.assertEqual(before, storage.disk_usage().as_json())
+
+
+# ================================================================================================
+# 27. Commands
 # ================================================================================================
 
 class CommandLine(StoreTest):
@@ -15526,6 +15781,24 @@ class RealStores(unittest.TestCase):
             shutil.rmtree(out)
             shutil.rmtree(out + "-near")
         return whole
+
+    def test_disk_usage(self) -> None:
+        for name, storage in self.storages():
+            with self.subTest(name):
+                usage = storage.disk_usage()
+                found, rows = usage.as_json(), usage.images()
+                homes = [f"{storage.graphroot}/{home}" for home in (
+                    "overlay", *(f"overlay-{kind}" for kind in KINDS))]
+                self.assertEqual(measured(*(f"{home}/{each}" for home in homes
+                                            for each in os.listdir(home))), found["disk-size"])
+                self.assertEqual([], found["unreadable"])
+                for image, row in zip(storage.images(), rows):
+                    with contextlib.suppress(cstor.CstorError):
+                        self.assertEqual(bool(image.mapped_layers), row["apparent-size"] > sum(
+                            cstor.files_size(layer) for layer in image.layers()))
+                    self.assertLessEqual(usage.if_removed([image])["freed"], row["unique-size"])
+                everything = [*storage.images(), *storage.containers(), *usage.unused_layers]
+                self.assertEqual([], usage.if_removed(everything)["kept-by"])
 
     def test_every_layer_as_a_stream(self) -> None:
         for name, layer in self.layers():
