@@ -1706,9 +1706,13 @@ def shrank(size: int, done: int, name: bytes, layer: str) -> IntegrityError:
 
 def sha256_digest(data: bytes) -> str:
     """Return ``sha256:`` and the hex digest of ``data``."""
-    import hashlib
-
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+    found: Any = None
+    if len(data) < CHUNK and "hashlib" not in sys.modules:  # it loads OpenSSL, which takes 4 ms
+        with suppress(ImportError):  # not in a Python that leaves all hashing to OpenSSL
+            found = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
+    if not found:
+        import hashlib as found
+    return "sha256:" + str(found.sha256(data).hexdigest())
 
 
 # ================================================================================================

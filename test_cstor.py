@@ -933,6 +933,18 @@ class House(unittest.TestCase):
                 "threading", "typing"}
         self.assertEqual(set(), dear & set(done.stdout.decode().split()))
 
+    def test_a_small_digest_loads_no_openssl(self) -> None:
+        """Where Python has SHA-256 of its own; large data, and a Python without, take hashlib's."""
+        code = (f"import sys; sys.path.insert(0, {HERE!r}); import cstor; "
+                "own = '_sha2' if sys.version_info >= (3, 12) else '_sha256'; "
+                "sys.modules.update({own: None} if %r else {}); "
+                "print(cstor.sha256_digest(b'a' * %d), 'hashlib' in sys.modules)")
+        for lacking, size in ((False, 7), (False, cstor.CHUNK), (True, 7)):
+            done = subprocess.run([sys.executable, "-I", "-S", "-c", code % (lacking, size)],
+                                  stdout=subprocess.PIPE, check=True)
+            self.assertEqual(f"{sha256(b'a' * size)} {lacking or size > 7}\n",
+                             done.stdout.decode())
+
     def test_readme_lists_the_commands(self) -> None:
         with open(HERE + "/README.md", encoding="utf-8") as file:
             readme = file.read()
