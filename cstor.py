@@ -14646,6 +14646,47 @@ def print_layers(layers: Sequence[Layer], args: Any) -> None:
         (layer.id for layer in layers))
 
 
+def layer_branches(layers: Iterable[Layer]) -> Iterator[tuple[str, Layer]]:
+    """Yield layers, each behind its parent, with the branch that leads to it in podman's style."""
+    known, below = {layer.id: layer for layer in layers}, dict[str, list[Layer]]()
+    for layer in known.values():
+        above = layer.parent if layer.parent in known else ""
+        try:
+            layer.storage.chain(layer.id)
+        except FormatError:  # a loop
+            above = ""
+        except LayerUnknown:
+            pass
+        below.setdefault(above, []).append(layer)
+    todo: list[tuple[Any, ...]] = [("", *below[""][::-1])] if below else []
+    while todo:
+        indent, *rest, layer = todo.pop()
+        todo += [(indent, *rest)] * bool(rest)
+        yield indent + ("├── " if rest else "└── "), layer
+        if layer.id in below:
+            todo.append((indent + ("│   " if rest else "    "), *below[layer.id][::-1]))
+
+
+def show_tree(branches: Iterable[tuple[str, Layer]], args: Any, value: dict[str, Any] | None = None,
+              head: Iterable[str] = ()) -> None:
+    """Print layers as a tree, with the images and containers that need each; JSON has a list."""
+    rows, lines, users = [], list(head), dict[str, list[Record]]()
+    for branch, layer in branches:
+        users = users or users_of(layer.storage)
+        needing: list[Any] = users.get(f"layer {layer.id}", [])
+        tops = [each for each in needing if not isinstance(each, Layer) and each.layer == layer.id]
+        images = [each.id for each in needing if isinstance(each, Image)]
+        rows.append({**layer_json(layer), "depth": len(branch) // 4 - 1, "images": images,
+                     "top-layer-of": [each.id for each in tops]})
+        text = " ".join(display(name) for each in tops for name in each.names or [each.id[:12]])
+        lines.append(
+            f"{branch}ID: {short_id(layer.id, args)} Size: {human_size(layer.diff_size):>7}"
+            + f" Top Layer of: [{text}]" * bool(tops)
+            + f" Shared by: {len(images)} images" * (len(images) > 1))
+    show(args, rows if value is None else {**value, "layers": rows}, lines,
+         ids=(row["id"] for row in rows))
+
+
 def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
     """Say on stderr that layers have no known step in a history."""
     bare = sum("layer" in row and len(row) == 2 for row in history)
@@ -14836,9 +14877,27 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
          (row.get("layer", "") for row in history))
 
 
+def cmd_image_tree(storage: Storage, args: Any) -> None:
+    """show the layers of an image as a tree, and the images that share them"""
+    image: Any = storage.image(args.image, args.platform).single(args.platform)
+    branches: Iterable[tuple[str, Layer]] = [
+        ("├── " if layer.id != image.layer else "└── ", layer)
+        for layer in image.layers()]
+    if args.whatrequires:
+        branches = layer_branches([*image.layers()[-1:], *(
+            each for each in users_of(storage).get(f"layer {image.layer}", ())
+            if isinstance(each, Layer))])
+    show_tree(branches, args, {"id": image.id, "names": image.names, "size": image.size}, [
+        f"Image ID: {short_id(image.id, args)}", f"Tags:     [{display(' '.join(image.names))}]",
+        f"Size:     {human_size(image.size)}", "Image Layers"])
+
+
 def cmd_layer_list(storage: Storage, args: Any) -> None:
-    """list layers"""
-    print_layers(storage.layers(), args)
+    """list layers, with --tree each below its parent, and the images that share them"""
+    if args.tree:
+        show_tree(layer_branches(storage.layers()), args)
+    else:
+        print_layers(storage.layers(), args)
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
@@ -15363,6 +15422,7 @@ COMMANDS: list[Command] = [
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
     ("image history", cmd_image_history, "IMAGE -q --format --no-trunc"),
+    ("image tree", cmd_image_tree, "IMAGE --whatrequires --format --no-trunc"),
     ("image toc", cmd_toc, "IMAGE --digests --pretty --verify"),
     *look_inside("IMAGE", "--via-skopeo"),
     ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
@@ -15371,7 +15431,7 @@ COMMANDS: list[Command] = [
     ("image verify", cmd_image_verify, "IMAGE* --all --quick --format --no-trunc"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
-    ("layer list", cmd_layer_list, "-q --format --no-trunc"),
+    ("layer list", cmd_layer_list, "--tree -q --format --no-trunc"),
     ("layer inspect", cmd_layer_inspect, "LAYER+ --chain --format"),
     ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
     *look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
@@ -15458,12 +15518,14 @@ OPTIONS = {
     "--strip-components N=0": "remove N leading components from the paths",
     f"--threshold N={INLINE_THRESHOLD}": "contents of up to N bytes stay inline; default: "
                                          "%(default)s",
+    "--tree": "show each layer below its parent, and the images that share it",
     "--no-trunc": "show full IDs and commands",
     "--verify": "first compare each layer's tar, headers and contents, with its DiffID; extract "
                 "also reads back what it made",
     "--no-verify": "skip the checksums; sizes are still checked",
     "--via-skopeo REF": "instead of IMAGE, one that skopeo fetches: oci:DIR:TAG, dir:DIR, "
                         "docker-archive:FILE, docker://NAME ...",
+    "--whatrequires": "show the layers that are built on the image instead",
     "--no-whiteouts": "skip the .wh. files that hide files of lower layers",
 }
 # Options before or after any command; the last one counts, except for --store.

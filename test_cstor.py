@@ -14589,6 +14589,49 @@ class Usage(StoreTest):
                          r"\n<none> +<none> +\w{12} .*\n\nContainers space usage:\n.*"
                          r"\n\nUnused layers space usage:\n.*\n[0-9.]+ kB can be freed: dangling ")
 
+    def test_trees_of_layers(self) -> None:
+        store = self.sample()
+        base, app, top, rw = (layer["id"][:12] for layer in store.layers)
+        other = store.layer(make_tar(("other", b"o" * 900)), store.layers[1]["id"])[:12]
+        store.save()
+        names, sample = (" ".join(image["names"]) for image in store.images)
+        lines = [f"└── ID: {base} Size: 3.01 MB Shared by: 2 images",
+                 f"    └── ID: {app} Size: 20.5 kB Top Layer of: [{names}] Shared by: 2 images",
+                 f"        ├── ID: {top} Size: 10.2 kB Top Layer of: [{sample}]",
+                 f"        │   └── ID: {rw} Size: unknown Top Layer of: [web]",
+                 f"        └── ID: {other} Size: 10.2 kB"]
+
+        def shown(words: str) -> list[str]:
+            done = self.run_on(store, words)
+            return re.sub("(?<=Size:) +", " ", done.stdout.decode()).splitlines()
+
+        self.assertEqual(lines, shown("layer list --tree"))
+        self.assertEqual(["Image ID: " + store.images[0]["id"][:12],
+                          "Tags:     [localhost/app:1 localhost/app:latest]", "Size: 3.03 MB",
+                          "Image Layers", "\u251c" + lines[0][1:], lines[1][4:]],
+                         shown("image tree app:1"))
+        self.assertEqual([line[4:] for line in lines[1:]],
+                         shown("image tree app:1 --whatrequires")[4:])
+        found = json.loads(self.run_on(store, "layer list --tree --format json").stdout)
+        self.assertEqual([(0, 2), (1, 2), (2, 1), (3, 0), (2, 0)],
+                         [(row["depth"], len(row["images"])) for row in found])
+        self.assertEqual([store.containers[0]["id"]], found[3]["top-layer-of"])
+        found = json.loads(self.run_on(store, "image tree app:1 --format json").stdout)
+        self.assertEqual([base, app], [row["id"][:12] for row in found["layers"]])
+
+    def test_trees_of_odd_layers(self) -> None:
+        """Loops, missing parents and the same ID in two stores: each layer is shown once."""
+        store, other = self.sample(), make_sample(self.dir + "/other")
+        ids = [layer["id"] for layer in store.layers]
+        for parents in ((ids[0],), (ids[2],), ("0" * 64,), (ids[3], ids[0])):
+            for layer, parent in zip(store.layers, parents):
+                layer["parent"] = parent
+            store.save()
+            with self.open(store, stores=[other.root]) as storage:
+                self.assertEqual(sorted({*ids, other.layers[3]["id"]}), sorted(
+                    layer.id for _, layer in cstor.layer_branches(storage.layers())))
+        self.assertEqual([], list(cstor.layer_branches([])))
+
     def test_hard_links(self) -> None:
         """A name in the same layer, in another one, and outside of the storage."""
         store = self.builder()
