@@ -4247,7 +4247,8 @@ class Storage(Closing):
         places = re.findall("/(?:overlay/(?:l/)?|vfs/dir/)([^/]+)", os.path.abspath(reference))
         reference = next((name for name in places if "/" in reference and (
             self.layer_by_id(name) or re.fullmatch(LINK_ID, name))), reference)
-        return find_layer(self, reference)
+        with guessing(self, "layer", reference):
+            return find_layer(self, reference)
 
     def image(self, reference: str, platform: str = "") -> Image:
         """Return one image by name, digest, ID or the start of an ID.
@@ -4255,14 +4256,16 @@ class Storage(Closing):
         Of images that share a digest it is that for ``platform``, os/arch[/variant], or else for
         this machine.  Raises ImageUnknown, Ambiguous.
         """
-        return find_image(self, reference, platform)
+        with guessing(self, "image", reference):
+            return find_image(self, reference, platform)
 
     def container(self, reference: str) -> Container:
         """Return one container by ID, name, layer ID or the start of an ID.
 
         Raises ContainerUnknown, Ambiguous.
         """
-        return find_container(self, reference)
+        with guessing(self, "container", reference):
+            return find_container(self, reference)
 
 
 def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
@@ -4479,6 +4482,57 @@ def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[
             f"{display(key)}  {display(gloss(item))}" for key, item in sorted(by_id.items())],
             hint="give more of the ID")
     return next(iter(by_id.values()))
+
+
+FINDERS = {"image": find_image, "container": find_container, "layer": find_layer}
+
+
+def did_you_mean(text: str, known: Mapping[str, str], cutoff: float = 0.6) -> str:
+    """Return a hint that says what the nearest key of ``known`` stands for, or ""."""
+    import difflib
+
+    return "".join(f"did you mean {display(known[word])}?"
+                   for word in difflib.get_close_matches(text, known, 1, cutoff))
+
+
+def short_names(name: str) -> list[str]:
+    """Return the forms in which an image's name can be given, the shortest first."""
+    parts = name.split("/")
+    return ["/".join(parts[at:]) for at in range(len(parts) - 1, -1, -1)]
+
+
+def guess(storage: Storage, kind: str, reference: str) -> str:
+    """Return what an unknown reference may mean, as a hint: another kind, or a near name."""
+    finders: Any = FINDERS
+    for word, find in finders.items():
+        with suppress(CstorError, OSError):
+            if word != kind and len(reference) > 2 and find(storage, reference):
+                what = f"it is {'an' if word == 'image' else 'a'} {word}: "
+                return what + ("`image layers` lists its layers" if (kind, word) == (
+                    "layer", "image") else f"the {word} commands read it")
+    text = reference.removeprefix("sha256:")
+    is_id, size = re.fullmatch("[0-9a-f]{6,}", text), max(12, len(text))
+    known: dict[str, str] = {}
+    for record in getattr(storage, kind + "s")():
+        for form in chain.from_iterable(map(short_names, record.names)):
+            known.setdefault(split_reference(form)[0], form)
+            known[form] = form
+        for name in [record.id, getattr(record, "diff_digest", "")[7:]] if is_id else ():
+            known[name[:size]] = name[:size]
+    return did_you_mean(text, known, 0.8 if is_id else 0.6)
+
+
+@contextmanager
+def guessing(storage: Storage, kind: str, reference: str) -> Iterator[None]:
+    """Add a guess to the error of a reference that is not known."""
+    try:
+        yield
+    except (ImageUnknown, LayerUnknown, ContainerUnknown) as error:
+        with suppress(CstorError, OSError):
+            error.hint = "; ".join(filter(None, [
+                guess(storage, kind, reference), storage.elsewhere * (kind == "image")
+                ])) or error.hint
+        raise
 
 
 def intermediate_images(storage: Storage) -> set[str]:
@@ -14611,18 +14665,20 @@ def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform
         return None
     kind, _, rest = text.partition(":")
     unknown: NotFound | None = None
-    for word in ("image", "container", "layer"):
+    finders: Any = FINDERS
+    for word, find in finders.items():
         for reference in [text] + [rest] * (word == kind and bool(rest)):
             try:
                 options: Any = {"platform": platform} if word == "image" else {}
-                found = getattr(storage, word)(reference, **options)
+                found = find(storage, reference, **options)
             except (ImageUnknown, ContainerUnknown, LayerUnknown) as error:
                 unknown = unknown or error
                 continue
             tree: Tree = found.tree() if word == "layer" else found.tree(known, **options)
             return tree
     assert unknown
-    unknown.hint = "no container or layer has this name either; a path begins with / or ./"
+    unknown.hint = guess(storage, "image", text) \
+        or "no container or layer has this name either; a path begins with / or ./"
     raise unknown
 
 
@@ -14803,8 +14859,7 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 
 def open_storage(args: Any) -> Storage:
     """Open the storage that the global options name."""
-    stores = [os.path.abspath(path) for level in range(3)
-              for path in getattr(args, f"store{level}", [])]
+    stores = list(map(os.path.abspath, args.store))
     for option, path in (*(("--store", path) for path in stores),
                          ("--imagestore", args.imagestore)):
         if path and not holds_store(path, [args.driver] if args.driver else DRIVERS):
@@ -14901,7 +14956,7 @@ def cmd_layer_list(storage: Storage, args: Any) -> None:
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
-    """show the record of layers and where their files are"""
+    """show the record of layers, and where their files are"""
     def inspect(reference: str) -> dict[str, Any]:
         layer = storage.layer(reference)
         entry = layer_json(layer)
@@ -14953,7 +15008,7 @@ def cmd_layer_verify(storage: Storage, args: Any) -> int:
 
 
 def cmd_image_verify(storage: Storage, args: Any) -> int:
-    """find all that is damaged in images and their layers: records, headers, contents"""
+    """find all that is damaged in images, with their layers: records, headers, contents"""
     if bool(args.image) == args.all:
         raise _UsageError("name images, or use --all")
     found: dict[Image, None] = {}
@@ -14979,7 +15034,7 @@ def ask_server(args: Any) -> LayerStream:
 
 
 def cmd_serve(storage: Storage, args: Any) -> None:
-    """serve layers to this user's programs over a Unix socket, until SIGTERM or SIGINT"""
+    """serve layers over a Unix socket: to this user's programs, until SIGTERM or SIGINT"""
     import socket
 
     def opener() -> Storage:
@@ -15051,7 +15106,7 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
 
 
 def cmd_container_list(storage: Storage, args: Any) -> None:
-    """list containers of podman, buildah and CRI-O"""
+    """list containers: those of podman, buildah and CRI-O"""
     entries = [container_json(container) for container in storage.containers()]
     show(args, entries, (
         [short_id(container.id, args), ", ".join(container.names),
@@ -15064,7 +15119,7 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
-    """show the record of containers and their entry in podman's database"""
+    """show the record of containers, and their entry in podman's database"""
     show_inspected(args, ({**container_json(container), "details": container.details(),
                            "podman": container.state} for container in for_each(
                                args, args.container, storage.container)))
@@ -15163,7 +15218,7 @@ def cmd_cp(storage: Storage, args: Any) -> None:
 
 
 def cmd_extract(storage: Storage, args: Any) -> None:
-    """extract files into a directory with all metadata, by reflink where possible"""
+    """extract files into a directory: with all metadata, by reflink where possible"""
     if not args.dir:
         raise _UsageError("the name of the directory is empty")
     unwind_on_signals()
@@ -15291,7 +15346,7 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
 
 
 def cmd_blame(storage: Storage, args: Any) -> None:
-    """show which layer and step added each file and what it hides; --hidden: list hidden files
+    """show which layer and step added each file, and what it hides; --hidden: list hidden files
     instead"""
     image: Any = storage.image(args.image, args.platform).single(args.platform)
     try:
@@ -15389,7 +15444,7 @@ def cmd_store_df(storage: Storage, args: Any) -> None:
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
-    """show which layer a short link in overlay/l names"""
+    """name the layer of a short link in overlay/l"""
     layer_id = storage.resolve_link(args.link)
     show(args, {"link": args.link, "layer": layer_id,
                 "known": storage.layer_by_id(layer_id) is not None}, [layer_id])
@@ -15401,6 +15456,28 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 # One table of commands and one of options make the parser.  Options with values mean the same
 # before the command and behind it.
 # ================================================================================================
+
+def cmd_help(storage: Storage | None, args: Any) -> None:
+    """show this list, or the options and examples of a command"""
+    names = split_words(args.command)[1]
+    if len(names) < len(args.command) and args.command != ["options"]:
+        raise unknown_command(names, args.command[len(names)])
+    print_help(args.command if args.command == ["options"] else names)
+
+
+def cmd_completion(storage: Storage | None, args: Any) -> None:
+    """print the completion of a shell, to source or to install"""
+    if not args.word:
+        program = program_name()
+        print(COMPLETION[args.shell].replace("PROGRAM", program).replace(
+            "NAME", re.sub(r"\W", "_", program)), end="")
+        return
+    *before, current = args.word
+    for word, text in dict(candidates(before, current)).items():
+        if word == FILES or word.startswith(current):
+            print({"bash": word, "fish": f"{word}\t{text}",
+                   "zsh": word.replace(":", "\\:") + f":{text}"}[args.shell])
+
 
 def look_inside(kind: str, extract: str = "") -> list[Command]:
     """Return the rows of COMMANDS that images, layers and containers have in common."""
@@ -15449,6 +15526,8 @@ COMMANDS: list[Command] = [
     ("resolve-link", cmd_resolve_link, "LINK --format"),
     ("tar-diff", cmd_tar_diff, "A B --format"),
     ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
+    ("completion", cmd_completion, "SHELL WORD*"),
+    ("help", cmd_help, "COMMAND*"),
 ]
 # Arguments and options with their help, for add_argument(): the flags, then a value: METAVAR or
 # lower-case choices, "..." when it may be repeated, "=DEFAULT"; "?" is neither yes nor no unless
@@ -15467,6 +15546,9 @@ OPTIONS = {
     "DIR[:TAG]": "OCI layout; TAG can be a full name; default: the image's own tag",
     "DIR": "directory to make or fill; must be empty unless --force is given",
     "STREAM": "file that holds a stream; - is stdin",
+    "SHELL": "bash, zsh or fish",
+    "WORD": "words of a command line, behind --: print what its last word can become",
+    "COMMAND": "words of a command, or options",
     "A": "image, container, layer, directory or tar file; image: container: layer: dir: or tar: "
          "before it tells its kind",
     "B": "like A",
@@ -15546,7 +15628,8 @@ GLOBALS = {
 }
 # Types and choices of values, and names of arguments that differ from their METAVAR.
 VALUES: dict[str, dict[str, Any]] = {
-    "N": {"type": int}, "SECONDS": {"type": float}, "WHAT": {"choices": DIFFERENCES}}
+    "N": {"type": int}, "SECONDS": {"type": float}, "WHAT": {"choices": DIFFERENCES},
+    "SHELL": {"choices": ("bash", "zsh", "fish")}}
 NAMES = {"DIR[:TAG]": "layout", **dict.fromkeys(
     ("IMAGE:PATH", "LAYER:PATH", "CONTAINER:PATH"), "source")}
 ACTIONS: dict[str, dict[str, Any]] = {
@@ -15566,56 +15649,278 @@ CONFLICTS = (
     ("--all", "--via-skopeo", "; choose one image with --platform"),
     ("--all", "--platform", ""),
 )
-GROUPS = {"image": "images", "layer": "layers", "container": "containers",
-          "store": "the storage as a whole"}
+# What people want, and the last words of the commands for it, in the order of `help`.
+PURPOSES = {
+    "Look": "list inspect layers history files stat toc info resolve-link",
+    "Take out": "cat cp extract export copy-to-oci stream stream-to-tar",
+    "Compare": "diff blame tar-diff",
+    "Check": "verify check",
+    "Serve": "serve",
+    "Learn": "help completion",
+}
+STATUSES = ("0 done, 1 differences or damage of the store found, 2 usage, 3 not found or "
+            "ambiguous, 4 content fails its checksum, 5 permission, 6 malformed or unsupported "
+            "data or other failure, 130 interrupted, 141 stdout was closed.")
+FILES = "/"  # stands for all files among what completes a word
+COMPLETION = {"bash": """\
+_NAME() {
+    local -a words found
+    local prefix
+    read -ra words <<< "${COMP_LINE:0:COMP_POINT}"
+    [[ ${COMP_LINE:0:COMP_POINT} == *[[:space:]] ]] && words+=("")
+    mapfile -t found < <("${1/#\\~\\//$HOME/}" completion bash -- "${words[@]:1}" 2>/dev/null)
+    [[ ${found[0]} == / ]] && found=("${found[@]:1}") && compopt -o default
+    [[ ${found[0]} == *[:=] ]] && compopt -o nospace
+    prefix=${words[-1]}  # of a word that readline splits at : and = only the end is replaced
+    [[ ${COMP_WORDS[COMP_CWORD]} == [:=] ]] || prefix=${prefix%"${COMP_WORDS[COMP_CWORD]}"}
+    COMPREPLY=("${found[@]#"$prefix"}")
+}
+complete -F _NAME PROGRAM
+""", "zsh": """\
+#compdef PROGRAM
+_NAME() {
+    local program=${(Q)words[1]/#\\~\\//$HOME/}
+    local found before=("${(@Q)words[2,CURRENT-1]}")
+    found=("${(@f)$($program completion zsh -- $before "$PREFIX" 2>/dev/null)}")
+    [[ ${found[1]%%:*} == / ]] && shift found && _files
+    compset -P '*=' && found=("${found[@]#*=}")
+    (( $#found )) && _describe -t values value found
+}
+if [[ $funcstack[1] == _NAME ]]; then _NAME "$@"; else compdef _NAME PROGRAM; fi
+""", "fish": """\
+function __NAME_complete
+    set -l words (commandline -opc)
+    set -l found ($words[1] completion fish -- $words[2..-1] (commandline -ct) 2>/dev/null)
+    if string match -q '/*' -- $found[1]
+        set -e found[1]
+        __fish_complete_path (commandline -ct)
+    end
+    printf '%s\\n' $found
+end
+complete -c PROGRAM -f -a '(__NAME_complete)'
+"""}
+# The arguments of two examples for each command; or for the last word of several, with their NAME.
+EXAMPLES = {
+    "toc": "NAME --pretty; NAME --digests --verify",
+    "files": "NAME -l; NAME '**/*.conf' -0 | xargs -0 -n 1 echo",
+    "stat": "NAME /etc/passwd; NAME /bin/sh --follow --format table",
+    "cat": "NAME /etc/os-release; NAME /etc/passwd -o passwd",
+    "cp": "NAME:/etc ./etc; NAME:/etc - | tar -tv",
+    "extract": "NAME root; NAME some --path etc --path '**/*.so'",
+    "image list": "; -q --no-trunc",
+    "image inspect": "alpine; alpine app:2 --format table",
+    "image layers": "app:2; app:2 --format json",
+    "image history": "app:2; app:2 --no-trunc",
+    "image export": "alpine | tar -tv; --as docker-archive -o both.tar app:1 app:2",
+    "image copy-to-oci": "alpine layout:3.20; alpine layout --compress gzip",
+    "image verify": "app:2; --all --quick",
+    "image diff": "app:1 app:2 --ignore time; alpine container:web",
+    "image blame": "app:2 /etc/passwd; app:2 --hidden",
+    "layer list": "; --format json",
+    "layer inspect": "3c42d5a; 3c42d5a --chain --format table",
+    "layer export": "3c42d5a -o layer.tar; 3c42d5a | tar -tv",
+    "layer verify": "3c42d5a; 3c42d5a --quick --format json",
+    "layer stream": "3c42d5a -o base.stream; 3c42d5a -o head.stream --external files.list",
+    "container list": "; --format json",
+    "container inspect": "web; web --format table",
+    "container export": "web -o web.tar; web | tar -tv",
+    "store info": "; --format json",
+    "store check": "; --format json --no-trunc",
+    "serve": "--socket ./cstor.sock; --store /var/lib/shared --socket ./cstor.sock",
+    "resolve-link": "TQE2IHLMZRYWDCVLQ6HUE7ZCM7; TQE2IHLMZRYWDCVLQ6HUE7ZCM7 --format json",
+    "tar-diff": "old.tar new.tar.gz; old.tar - --format json < new.tar.gz",
+    "stream-to-tar": "layer.stream -o layer.tar; - < layer.stream | tar -tv",
+    "completion": "bash > cstor.bash; zsh -- image l",
+    "help": "image extract; options",
+}
 
 
-def make_parser(words: Sequence[str] = ()) -> Any:
-    """Return the argument parser, only for the command in ``words`` unless it asks for help."""
-    wants_help = {"-h", "--help"} & set(words)
-    chosen = [row for row in COMMANDS if set(row[0].split()) <= {
-        ALIASES.get(word, word) for word in words}]
-    program = program_name()
-    parser = add_globals(parser_class(bool(wants_help))(
-        prog=program, epilog="Exit status: 0 done, 1 differences found, 2 usage, 3 not found or "
-        "ambiguous, 4 content fails its checksum, 5 permission, 6 malformed or unsupported data or "
-        "other failure, 130 interrupted, 141 stdout was closed.",
-        description="Read images of containers/storage: no podman, no root, no mount, no writes."),
-        0)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    below = {"": parser.add_subparsers(metavar="COMMAND", required=True, prog=program)}
-    for row in COMMANDS if wants_help or not chosen else chosen:
-        group, _, verb = row[0].rpartition(" ")
-        if group not in below:
-            below[group] = add_globals(
-                below[""].add_parser(group, help=GROUPS[group]), 1).add_subparsers(
-                    metavar="COMMAND", required=True, prog=f"{program} {group}")
-        add_command(below[group].add_parser(
-            verb, help=row[1].__doc__, description=row[1].__doc__,
-            aliases=[word for word in ALIASES if ALIASES[word] == verb]), row, words, 2)
-    return parser
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the global options before and between the words of a command, these, and the rest."""
+    commands = [row[0].split() for row in COMMANDS]
+    valued = {flag for *flags, value in map(str.split, GLOBALS) if value[0] not in "-+"
+              for flag in flags}
+    lead: list[str] = []
+    names: list[str] = []
+    left = list(words)
+    while left and names not in commands:
+        short = re.fullmatch(r"-([qv]+)(r.*)?", left[0], re.DOTALL)
+        if short:  # several in one
+            left[:1] = [f"-{part}" for part in (*short[1], short[2]) if part]
+        if left[0].startswith("-") and len(left[0]) > 1:
+            count = 1 + (left[0] in valued)
+            lead, left = lead + left[:count], left[count:]
+            continue
+        longer = [*names, ALIASES.get(left[0], left[0])]
+        if all(command[:len(longer)] != longer for command in commands):
+            break
+        names, left = longer, left[1:]
+    return lead, names, left
 
 
-def command_parser(words: Sequence[str]) -> tuple[Any, Sequence[str]]:
-    """Return the parser of one command and what it must parse, or make_parser() and ``words``.
+def parse_words(words: Sequence[str]) -> Any:
+    """Return the arguments; print help and raise SystemExit where they ask for it.
 
     argparse takes half a millisecond for each parser and a third for each argument.
     """
-    specs = map(str.split, GLOBALS)
-    valued = {flag for *flags, value in specs if value[0] not in "-+" for flag in flags}
-    at = 0
-    while at < len(words) and words[at].partition("=")[0] in valued:
-        at += 1 if "=" in words[at] else 2
-    names = [ALIASES.get(word, word) for word in words[at:at + 2]]
-    for row in COMMANDS if {"-h", "--help", "--"}.isdisjoint(words) else ():
-        command = row[0].split()
-        if names[:len(command)] == command:
-            parser = parser_class(False)(prog=f"{program_name()} {row[0]}",
-                                         description=row[1].__doc__)
-            add_command(parser, row, words, 0)
-            parser.set_defaults(quiet=False)  # where -q means another option
-            return parser, [*words[:at], *words[at + len(command):]]
-    return make_parser(words), words
+    lead, names, rest = split_words(words)
+    row = find_row(names)
+    if not row or {"-h", "--help", "--version"} & set(lead):
+        add_globals(parser_class(False)(prog=program_name())).parse_args(
+            [word for word in lead if word not in ("-h", "--help")])
+        wants_help = {"-h", "--help"} & {*lead, *rest}
+        if rest and not row and rest[0] not in wants_help:
+            raise unknown_command(names, rest[0])
+        print_help(names)
+        if wants_help or row:
+            raise SystemExit
+        raise _UsageError(f"missing COMMAND (see {' '.join([program_name(), *names])} --help)")
+    parser = command_parser(row, words)
+    quiet = {"-q", "--quiet"} & set(lead)
+    parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
+    args, more = parser.parse_known_args([*(word for word in lead if word not in quiet), *rest])
+    if "pattern" in args and not any(word.startswith("-") for word in more):
+        args.pattern += more  # after an option argparse takes no more
+    elif more:
+        flags = did_you_mean(more[0].partition("=")[0], {flag: flag for flag in parser.flags})
+        parser.error(f"unrecognized arguments: {' '.join(more)}" + (
+            "; --via-skopeo replaces IMAGE" if getattr(args, "via_skopeo", None)
+            else flags and f"; {flags}"))
+    return args
+
+
+def find_row(names: Sequence[str]) -> Command | None:
+    """Return the row of COMMANDS that has these words."""
+    return next((row for row in COMMANDS if row[0].split() == list(names)), None)
+
+
+def unknown_command(names: Sequence[str], word: str) -> _UsageError:
+    """Return the error of a word that is not a command, with those that may be meant."""
+    asked = " ".join([*names, word])
+    phrases = {phrase: phrase for row in COMMANDS for phrase in (row[0], row[0].split()[0])}
+    verbs: dict[str, str] = {}
+    for row in COMMANDS:
+        verb = row[0].rpartition(" ")[2]
+        verbs[verb] = f"{verbs[verb]}, {row[0]}" if verb in verbs else row[0]
+    hint = did_you_mean(word, verbs, 1) or did_you_mean(asked, phrases) or did_you_mean(word, verbs)
+    return _UsageError(f"unknown command: {display(asked)}{hint and f'; {hint}'} "
+                       f"(see {program_name()} --help)")
+
+
+def print_help(names: Sequence[str]) -> None:
+    """Print the help of a command, of all that begin with ``names``, or of the global options."""
+    if row := find_row(names):
+        print(command_parser(row, ["-h"]).format_help(), end="")
+    elif list(names) == ["options"]:
+        print(add_globals(parser_class(True)(
+            prog=program_name(), usage="%(prog)s [OPTION...] COMMAND ... [OPTION...]",
+            description="Options of every command, before or after it.",
+            epilog=f"Exit status: {STATUSES}")).format_help(), end="")
+    else:
+        print("\n".join(overview(names)))
+
+
+def overview(names: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the screen that lists all commands, or those that begin with ``names``."""
+    program = program_name()
+    yield f"usage: {' '.join([program, *names])} COMMAND [ARGUMENT...] [OPTION...]"
+    yield "Read images of containers/storage: no podman, no root, no mount, no writes."
+    for purpose, verbs in PURPOSES.items():
+        rows = []
+        for verb in verbs.split():
+            found = {row[0].rpartition(" ")[0]: row[1].__doc__ or "" for row in COMMANDS
+                     if row[0].split()[:len(names)] == list(names) and row[0].split()[-1] == verb}
+            text = re.sub(r"\b(images|layers|containers)\b", "them" if len(found) > 1 else r"\1",
+                          gist([*found.values(), ""][0]))
+            rows += [f"  {f'{chr(124).join(found)} {verb}'.lstrip():<32}{text}"] * bool(found)
+        yield from [f"\n{purpose}", *rows] * bool(rows)
+    yield f"\nOptions and examples of a command: {program} COMMAND --help"
+    yield f"Options of every command, such as --root DIR: {program} help options"
+
+
+def gist(text: str) -> str:
+    """Return the first clause of a help text."""
+    return re.split("[,;:] ", " ".join(text.split()))[0].replace("==SUPPRESS==", "")
+
+
+def candidates(before: Sequence[str], current: str) -> Iterator[tuple[str, str]]:
+    """Yield what the next word of a command line can be, each with a gloss."""
+    lead, names, rest = split_words(before)
+    if names == ["help"]:
+        lead, names, rest = split_words(rest)
+    row = find_row(names)
+    parser = command_parser(row, ()) if row else add_globals(parser_class(False)())
+    waiting, count, given = None, 0, [*lead, *rest]
+    for word in given:
+        action = None if waiting else parser.flags.get(word)
+        count += not waiting and not action
+        waiting = action if action and action.nargs != 0 else None
+    option, equals, value = current.partition("=")
+    if not waiting and equals and option in parser.flags:
+        for word, gloss in values_for(parser.flags[option], given, value):
+            yield (word if word == FILES else f"{option}={word}"), gloss
+    elif not waiting and current.startswith("-"):
+        yield from ((flag, gist(action.help or "")) for flag, action in parser.flags.items())
+    elif waiting or row:
+        places = parser.positionals
+        if waiting or count < len(places) or places and places[-1].nargs:
+            yield from values_for(waiting or places[min(count, len(places) - 1)], given, current)
+    for command, function, _ in COMMANDS if not rest and not row and not waiting else ():
+        words = command.split()
+        if words[:len(names)] == names:
+            text = gist(function.__doc__ or "") if len(words) == len(names) + 1 else "commands"
+            yield words[len(names)], text
+
+
+def values_for(action: Any, given: Sequence[str], current: str) -> Iterator[tuple[str, str]]:
+    """Yield the values that an option or argument can take."""
+    what = action.metavar or ""
+    yield from ((choice, "") for choice in action.choices or ())
+    kinds = {"A": ["image", "container"], "B": ["image", "container"]}.get(
+        what, [kind for kind in FINDERS if what.partition(":")[0] == kind.upper()])
+    for kind in kinds:
+        args = add_globals(parser_class(False)()).parse_known_args([*given, "--no-helper"])[0]
+        with suppress(CstorError, OSError), open_storage(args) as storage:
+            for name, gloss in names_of(storage, kind, current):
+                yield name + ":" * what.endswith(":PATH"), gloss
+    if what in ("A", "B", "DEST", "DIR", "DIR[:TAG]", "FILE", "LIST", "STREAM") \
+            or what == "PATH" and action.option_strings:
+        yield FILES, ""
+
+
+def names_of(storage: Storage, kind: str, current: str) -> Iterator[tuple[str, str]]:
+    """Yield the names of all images, layers or containers in their shortest form, and IDs."""
+    for record in getattr(storage, kind + "s")():
+        gloss = human_size(record.diff_size) if kind == "layer" else record.id[:12]
+        for name in record.names:
+            form = next((form for form in short_names(name) if form.startswith(current)), name)
+            if re.fullmatch(r"[\w.:/@+-]+", form, re.ASCII):  # nothing that a shell acts on
+                yield form, gloss
+        if current or kind == "layer" or not record.names:
+            yield record.id[:max(12, len(current))], gloss
+
+
+def examples(row: Command) -> list[str]:
+    """Return the examples of a command."""
+    kind, _, verb = row[0].rpartition(" ")
+    name = {"image": "alpine", "layer": "3c42d5a", "container": "web"}.get(kind, "")
+    text = EXAMPLES.get(row[0], EXAMPLES.get(verb, "")).replace("NAME", name)
+    return [f"{row[0]} {arguments}".rstrip() for arguments in text.split("; ")]
+
+
+def command_parser(row: Command, words: Sequence[str]) -> Any:
+    """Return the parser of what comes with a command, and of the global options."""
+    wants_help = bool({"-h", "--help"} & set(words))
+    parser = parser_class(wants_help)(prog=f"{program_name()} {row[0]}",
+                                      description=row[1].__doc__)
+    add_command(parser, row, words)
+    if wants_help:
+        shown = [flag for spec in GLOBALS for flag in spec.split() if flag.startswith("--")]
+        parser.add_argument_group("options of every command", f"{', '.join(shown)} "
+                                  f"(see {program_name()} help options)")
+        parser.footer = "\nexamples:\n" + "".join(
+            f"  {program_name()} {example}\n" for example in examples(row))
+    return parser
 
 
 def program_name() -> str:
@@ -15646,30 +15951,51 @@ def parser_class(wants_help: bool) -> type[Any]:
             finally:
                 names["_"] = translate
 
+        footer = ""
+
+        @property
+        def flags(self) -> dict[str, argparse.Action]:
+            return self._option_string_actions
+
+        @property
+        def positionals(self) -> list[argparse.Action]:
+            return self._get_positional_actions()
+
+        def format_help(self) -> str:
+            return super().format_help() + self.footer
+
+        def _check_value(self, action: argparse.Action, value: Any) -> None:
+            if action.choices is not None and value not in action.choices:
+                choices = {str(choice): str(choice) for choice in action.choices}
+                hint = did_you_mean(str(value), choices)
+                raise argparse.ArgumentError(action, f"invalid choice: {value}" + (
+                    hint and f"; {hint}") + f" (choose from {', '.join(choices)})")
+
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
     return Parser
 
 
-def add_globals(parser: Any, level: int) -> Any:
-    """Add the global options: at level 0 with their defaults, below without."""
+def add_globals(parser: Any, shown: bool = True) -> Any:
+    """Add the global options; the help of a command only names them."""
     import argparse
 
     for spec, text in GLOBALS.items():
-        add_argument(parser, spec, text, **{"default": argparse.SUPPRESS} if level else {},
-                     **{"dest": f"store{level}"} if "--store" in spec else {})
+        add_argument(parser, spec, text if shown else argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"{program_name()} {__version__}",
+                        help="show the version" if shown else argparse.SUPPRESS)
     return parser
 
 
-def add_command(parser: Any, row: Command, words: Sequence[str], level: int) -> None:
+def add_command(parser: Any, row: Command, words: Sequence[str]) -> None:
     """Add what a command takes; "-q" of a list prints IDs."""
     group, _, verb = row[0].rpartition(" ")
     names = row[2] + " --platform" * (group == "image" and verb != "list")
     if "--via-skopeo" in names and any(
             word.partition("=")[0] == "--via-skopeo" for word in words):
         names = names.replace("IMAGE ", "", 1)
-    add_globals(parser, level).set_defaults(function=row[1], kind=group)
+    add_globals(parser, shown=False).set_defaults(function=row[1], kind=group)
     specs = {" ".join(spec.split()[:1 + spec[0].islower()]): spec for spec in OPTIONS}
     for name in names.split():
         word = name.rstrip("+*")
@@ -15789,18 +16115,8 @@ def _run(words: Sequence[str]) -> int:
     if not all(map(can_be_path, words)):
         raise _UsageError("an argument holds a NUL byte or a lone surrogate")
     try:
-        try:
-            parser, rest = command_parser(words)
-            args, more = parser.parse_known_args(rest)
-        except _UsageError:  # the whole parser's error lists all choices
-            args, more = make_parser([*words, "-h"]).parse_known_args(words)
-        if "pattern" in args and not any(word.startswith("-") for word in more):
-            args.pattern += more  # after an option argparse takes no more
-        elif more:
-            make_parser(words).error(f"unrecognized arguments: {' '.join(more)}" + (
-                "; --via-skopeo replaces IMAGE" if getattr(
-                    args, "via_skopeo", None) else ""))
-    except SystemExit:  # argparse, after --help and --version
+        args = parse_words(words)
+    except SystemExit:  # after --help and --version
         return 0
     args.status = 0
     check_options(args)
@@ -15813,7 +16129,8 @@ def _run(words: Sequence[str]) -> int:
     elsewhere = args.function is not cmd_serve and any(
         getattr(args, name, None) is not None for name in ("socket", "via_skopeo"))
     try:
-        opened = None if args.function in (cmd_tar_diff, cmd_stream_to_tar) else open_storage(args)
+        opened = None if args.function in (cmd_tar_diff, cmd_stream_to_tar, cmd_completion, cmd_help
+                                           ) else open_storage(args)
     except (CstorError, OSError):
         if not elsewhere or args.root:
             raise

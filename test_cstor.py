@@ -579,6 +579,39 @@ def make_sample(root: str, driver: str = "overlay") -> StoreBuilder:
     return store.save()
 
 
+SHOWN_LAYER = "3c42d5a0f7e91b64c8d25f03ab7e64190d8c5a2be3f7160492ad8b5c7e01f3d6"
+
+
+def make_shown(root: str) -> StoreBuilder:
+    """Make the store of the examples in the help: alpine, two builds of an app, a container."""
+    store = StoreBuilder(root)
+    rng = random.Random(17)
+    base = store.layer(make_tar(
+        ("bin/", None), ("bin/busybox", rng.getrandbits(8 * 900_000).to_bytes(900_000, "big")),
+        ("bin/sh", "busybox"), ("etc/", None), ("etc/alpine-release", b"3.20.3\n"),
+        ("etc/os-release", b'NAME="Alpine Linux"\nID=alpine\nVERSION_ID=3.20.3\n'),
+        ("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n"), ("etc/udhcpc.conf", b"RESOLV_CONF=\n"),
+        ("lib/", None), ("lib/libz.so", b"\x7fELF" * 20_000)), id=SHOWN_LAYER)
+    build = store.layer(make_tar(
+        ("root/.cache/pip/http", rng.getrandbits(8 * 3_100_000).to_bytes(3_100_000, "big")),
+        ("etc/app.conf", b"port = 80\n"), ("srv/", None), ("srv/app.py", b"print('app')\n" * 400),
+        ("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\napp:x:10:10::/srv:/bin/sh\n")), base)
+    change = store.layer(make_tar(
+        ("root/.cache/.wh.pip", b""), ("srv/app.py", b"print('app 2')\n" * 400),
+        ("etc/app.conf", b"port = 8080\n")), build)
+    steps: list[dict[str, Any]] = [
+        {"created": "2026-10-02T03:04:05Z", "created_by": f"/bin/sh -c {step}"} for step in (
+            "#(nop) ADD alpine-minirootfs-3.20.3-x86_64.tar.gz in /",
+            "pip install --root /srv . && adduser app",
+            "rm -rf /root/.cache/pip && sed -i s/80/8080/ /etc/app.conf")]
+    store.image(base, "docker.io/library/alpine:3.20", "docker.io/library/alpine:latest",
+                history=steps[:1], created="2026-10-02T03:04:05Z")
+    store.image(build, "localhost/app:1", history=steps[:2], created="2026-11-02T03:04:05Z")
+    image = store.image(change, "localhost/app:2", history=steps, created="2026-11-03T03:04:05Z")
+    store.container(image, store.layer(make_tar(("tmp/note", b"x")), change, id="77" * 32), "web")
+    return store.save()
+
+
 def on_terminal(*args: str, script: bool = True) -> bytes:
     """Return what the script, or Python without it, prints on a terminal."""
     fd, slave = open_terminal()
@@ -843,11 +876,11 @@ class House(unittest.TestCase):
 
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
-                   "builtins", "bz2", "contextlib", "ctypes", "errno", "fcntl", "functools", "gc",
-                   "gzip", "hashlib", "heapq", "importlib", "io", "itertools", "json", "lzma",
-                   "marshal", "mmap", "os", "pwd", "queue", "re", "select", "shutil", "signal",
-                   "socket", "sqlite3", "stat", "struct", "subprocess", "sys", "tempfile",
-                   "threading", "time", "traceback", "typing", "zlib"}
+                   "builtins", "bz2", "contextlib", "ctypes", "difflib", "errno", "fcntl",
+                   "functools", "gc", "gzip", "hashlib", "heapq", "importlib", "io", "itertools",
+                   "json", "lzma", "marshal", "mmap", "os", "pwd", "queue", "re", "select",
+                   "shutil", "signal", "socket", "sqlite3", "stat", "struct", "subprocess", "sys",
+                   "tempfile", "threading", "time", "traceback", "typing", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -14961,7 +14994,7 @@ class CommandLine(StoreTest):
         with mock.patch.object(cstor, "open_input", open_input), \
                 mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": conf}):
             for words, count in (("image list", 1), ("--timeout 5 image ls -q --no-trunc", 1),
-                                 ("layer list --format=json", 1), ("-q image list", 3)):
+                                 ("layer list --format=json", 1), ("-q image list", 1)):
                 files.clear()
                 with mock.patch.object(argparse.ArgumentParser, "__init__", autospec=True,
                                        side_effect=make) as made, \
@@ -15134,8 +15167,9 @@ class CommandLine(StoreTest):
                 (2, "image list --format xml", ""), (2, "layer export LAYER -o ", ""),
                 (2, "layer export LAYER -o missing/", ""), (2, "--root  image list", ""),
                 (3, "--root /nonexistent image list", ""), (3, f"--root {SCRIPT} image list", ""),
-                (2, "--format json image list", usage.format("choose from .*store")),
-                (2, "image lost", usage.format("choose from .*history")),
+                (2, "--format json image list", usage.format("unrecognized arguments: --format")),
+                (2, "image lost", usage.format("unknown command: image lost; did you mean image "
+                                               r"list\?")),
                 (2, "layer export", usage.format("LAYER")),
                 (2, "image list --roo x", usage.format("--roo")),
                 (3, "--store /none image list", ""), (3, f"--store {self.dir} image list", ""),
@@ -15442,6 +15476,251 @@ class CommandLine(StoreTest):
                               (86400 * 400, "1 year ago")):
             self.assertEqual(text, cstor.human_age(now - seconds * 10**9 - 10**8))
         self.assertEqual("", cstor.human_age(None))
+
+
+class Help(StoreTest):
+    """What helps those who do not know the commands: guesses, help, examples, completion."""
+
+    def hint(self, words: str, status: int = 3) -> str:
+        """Return what an error suggests."""
+        done = self.run_on(self.store, words, status=status)
+        self.assertEqual("", done.out)
+        return done.err.partition(" (")[2].rpartition(")")[0] if status == 3 \
+            else done.err.partition(";")[2].partition("?")[0].strip()
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = make_shown(self.dir + "/store")
+
+    def test_unknown_names(self) -> None:
+        layers = [layer["id"] for layer in self.store.layers]
+        container = self.store.containers[0]["id"]
+        read = "it is a{}: the {} commands read it"
+        for words, hint in (
+                ("image layers alpin", "did you mean alpine:3.20?"),
+                ("image layers alpine:3.21", "did you mean alpine:3.20?"),
+                ("image layers docker.io/library/alpin:3.20",
+                 "did you mean docker.io/library/alpine:3.20?"),
+                ("image layers ap", "did you mean app:1?"),
+                ("image cat aap:1 /etc/passwd", "did you mean app:1?"),
+                ("image history nothing-like-it", "`image list` shows what there is"),
+                ("image stat x /", "`image list` shows what there is"),
+                ("image layers web", read.format("", "container").replace("a:", "a container:")),
+                (f"image layers {layers[0][:12]}", "it is a layer: the layer commands read it"),
+                ("layer export app:2", "it is an image: `image layers` lists its layers"),
+                ("layer files web", "it is a container: the container commands read it"),
+                ("layer files 3c42d5b0f7e9", "did you mean 3c42d5a0f7e9?"),
+                (f"layer files sha256:0{self.store.layers[1]['diff-digest'][8:18]}",
+                 None),
+                ("container files app:2", "it is an image: the image commands read it"),
+                ("container files wed", "did you mean web?"),
+                (f"container stat 0{container[1:20]} /", f"did you mean {container[:20]}?"),
+                ("image diff app:1 ap:2", "did you mean app:2?"),
+                ("image diff app:1 nothing-like-it",
+                 "no container or layer has this name either; a path begins with / or ./")):
+            with self.subTest(words):
+                found = self.hint(words)
+                if hint is None:
+                    digest = self.store.layers[1]["diff-digest"][7:]
+                    hint = f"did you mean {digest[:12]}?"
+                self.assertEqual(hint, found)
+        self.store.images[0]["names"] = ["docker.io/x/al\x1bpine:1"]
+        self.store.save()
+        self.assertEqual('did you mean al\\x1bpine:1?', self.hint("image layers alpine:1"))
+
+    def test_guesses_that_cannot_be_made(self) -> None:
+        """What else is damaged is not said in place of what is not found."""
+        self.store.write("overlay-containers/containers.json", "[{")
+        self.store.write("overlay-layers/layers.json", "[{")
+        self.assertEqual("did you mean alpine:3.20?", self.hint("image inspect alpin"))
+        self.store.write("overlay-images/images.json", "[]")
+        self.assertEqual("`image list` shows what there is", self.hint("image inspect alpin"))
+
+    def test_many_names_are_compared_in_little_time(self) -> None:
+        for number in range(2000):
+            self.store.images.append({"id": f"{number:064x}", "layer": SHOWN_LAYER, "names": [
+                f"quay.io/organisation-{number % 9}/tool-{number}:1"]})
+        self.store.save()
+        with cstor.Storage.open(self.store.root) as storage:
+            storage.images(), storage.layers()
+            before = time.process_time()
+            with self.assertRaises(cstor.ImageUnknown) as caught:
+                storage.image("quay.io/organisation-1/tol-1999:1")
+            self.assertLess(time.process_time() - before, 2)
+            self.assertIn("tool-1999", caught.exception.hint)
+
+    def test_unknown_words(self) -> None:
+        for words, hint in (
+                ("imag list", "did you mean image"), ("image lst", "did you mean image list"),
+                ("image exprot app:2", "did you mean image export"),
+                ("cat app:2 x", "did you mean image cat, layer cat, container cat"),
+                ("exort", "did you mean image export, layer export, container export"),
+                ("zzzz", ""), ("image info", "did you mean store info"),
+                ("help imag cat", "did you mean image"),
+                ("help image cta", "did you mean image cat"),
+                ("image list --formt json", "did you mean --format"),
+                ("image list --formt=json", "did you mean --format"),
+                ("image list --zzzz", ""), ("image list --format jsn", "did you mean json"),
+                ("image export app:1 --as docker-archiv", "did you mean docker-archive"),
+                ("--driver overly image list", "did you mean overlay"),
+                ("image list --format zzz", "")):
+            with self.subTest(words):
+                self.assertEqual(hint, self.hint(words, 2))
+
+    def test_help(self) -> None:
+        """One screen has all commands; each has a line, and a help that fits."""
+        rows: dict[tuple[str, ...], str] = {(): self.run_cstor("help").out}
+        self.assertEqual(rows[()], self.run_cstor("--help").out)
+        lines = rows[()].splitlines()
+        self.assertLessEqual(len(lines), 60)
+        listed = [f"{kind} {line.split()[-1]}".strip() for text in lines if text[:1] == " "
+                  for line in [text[:33].strip()]
+                  for kind in line.rpartition(" ")[0].split("|")]
+        self.assertEqual(sorted(row[0] for row in cstor.COMMANDS), sorted(listed))
+        for words in {tuple(part) for row in cstor.COMMANDS for part in (
+                row[0].split(), row[0].split()[:1])} | {("options",)}:
+            text = rows[words] = self.run_cstor("help", *words).out
+            self.assertNotIn("==SUPPRESS==", text)
+            if words != ("options",):
+                self.assertEqual(text, self.run_cstor(*words, "--help").out)
+                self.assertEqual(text, self.run_cstor("-h", *words).out)
+            if "options" not in words and len(words) > 1:
+                self.assertLess(text.index("-h, --help"), text.index("--root,"), words)
+                self.assertNotIn("--root DIR", text)
+        for words, text in rows.items():
+            self.assertLessEqual(max(map(len, text.splitlines())), 79, words)
+        for asked in "", "image", "-v store":
+            done = self.run_cstor(*asked.split(), status=2)
+            self.assertEqual(rows[tuple(asked.split()[-1:])], done.out)
+            self.assertRegex(done.err, r"\Acstor: error: missing COMMAND \(see .*--help\)\n\Z")
+        for spec in cstor.GLOBALS:
+            self.assertIn(next(flag for flag in spec.split() if flag[:2] == "--"),
+                          rows["options", ])
+
+    def test_examples(self) -> None:
+        """Each command's help ends with two, which run as they are."""
+        need_tools("sh", "tar", "xargs")
+        for name in ("old", "new"):
+            data = make_tar(("etc/motd", name.encode()), mtime=7)
+            put(f"{self.dir}/{name}.tar", data)
+            put(f"{self.dir}/{name}.tar.gz", gzip.compress(data))
+        os.mkdir(self.dir + "/bin")
+        put(self.dir + "/bin/cstor", f"#!/bin/sh\nexec {shlex.join(COMMAND)} --root "
+                                     f"{self.store.root} \"$@\"\n")
+        os.chmod(self.dir + "/bin/cstor", 0o755)
+        env = {**IDLE, "PATH": f"{self.dir}/bin:{IDLE['PATH']}"}
+        fails = {"image diff", "tar-diff"}  # they differ
+        self.run_on(self.store, "layer stream 3c42d5a -o", self.dir + "/layer.stream")
+        with self.unchanged(self.store.root):
+            for row in cstor.COMMANDS:
+                shown = cstor.examples(row)
+                self.assertEqual(2, len(set(shown)), row[0])
+                for example in shown if row[0] != "serve" else ():
+                    with self.subTest(example):
+                        self.assertRegex(example, rf"\A{row[0]}( |\Z)")
+                        self.run_example("cstor " + example, env, int(row[0] in fails))
+        for example in cstor.examples(cstor.find_row(["serve"]) or cstor.COMMANDS[0]):
+            self.assertEqual("./cstor.sock", cstor.parse_words(example.split()).socket)
+
+    def completions(self, words: str) -> list[str]:
+        """Return what can be in place of the last word, each behind a gloss for fish."""
+        done = self.run_on(self.store, "completion fish --", *words.split(" "))
+        return [line.partition("\t")[0] for line in done.out.splitlines()]
+
+    def test_completions(self) -> None:
+        root = ["--root", self.store.root]
+        ids = [layer["id"][:12] for layer in self.store.layers]
+        wanted: Sequence[str]
+        for words, wanted in (
+                ("ima", ["image"]), ("image c", ["cat", "cp", "copy-to-oci"]), ("zzz ", []),
+                ("image zzz ", []), ("help image co", ["copy-to-oci"]), ("image list ", []),
+                ("completion ", ["bash", "zsh", "fish"]), ("--driver ", ["overlay", "vfs"]),
+                ("image list --format ", ["table", "json"]), ("--roo", ["--root"]),
+                ("image list --format=j", ["--format=json"]), ("image list --no-t", ["--no-trunc"]),
+                ("--root ", ["/"]), ("serve --socket ", ["/"]), ("tar-diff ", ["/"]),
+                ("tar-diff a b ", []), ("image cat x ", []), ("image extract x ", ["/"]),
+                ("image extract x --path ", []), ("image extract --path p x y ", [])):
+            self.assertEqual(wanted, self.completions(words), words)
+        for words, wanted in (
+                ("image cat ", ["alpine:3.20", "alpine:latest", "app:1", "app:2"]),
+                ("image cat --no-follow -o f alpine:3", ["alpine:3.20"]),
+                ("image inspect x docker.io/l", ["docker.io/library/alpine:3.20",
+                                                 "docker.io/library/alpine:latest"]),
+                (f"image cat {self.store.images[0]['id'][:5]}", [self.store.images[0]["id"][:12]]),
+                ("image cp app", ["app:1:", "app:2:"]), ("layer stat ", ids),
+                ("layer cat 3c", ids[:1]), ("container cat ", ["web"]), ("container cat v", []),
+                ("image diff app:1 w", ["web", "/"]), ("--driver vfs image cat ", [])):
+            self.assertEqual(wanted, self.completions(" ".join([*root, words])), words)
+        names = self.store.images[1]["names"]
+        names += ["quay.io/x/alpine:3.20", "localhost/a;reboot:1", "localhost/$(x):2"]
+        self.store.save()
+        self.assertEqual(["alpine:3.20", "alpine:latest", "app:1", "app:2"],
+                         self.completions(" ".join([*root, "image cat "])))
+        self.store.write("overlay-images/images.json", "[{")
+        self.assertEqual([], self.completions(" ".join([*root, "image cat "])))
+
+    def in_shell(self, shell: str, start: str, *lines: tuple[str, str]) -> None:
+        """Type each line in a shell on a terminal, and wait for what it must show."""
+        need_tools(shell.split()[0])
+        put(self.dir + "/storage.conf", f'[storage]\ndriver = "overlay"\ngraphroot = '
+                                        f'"{self.store.root}"\nrunroot = "{self.dir}"\n')
+        os.mkdir(self.dir + "/bin")
+        put(self.dir + "/bin/cstor", f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {HERE!r})"
+                                     "\nimport cstor\nsys.exit(cstor.main())\n")
+        os.chmod(self.dir + "/bin/cstor", 0o755)
+        put(self.dir + "/bin/_cstor", self.run_cstor("completion", "zsh").stdout)
+        put(self.dir + "/file.tar")
+        fd, slave = open_terminal()
+        terminal = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+                    "os.execvp(sys.argv[1], sys.argv[1:])")
+        process = subprocess.Popen(
+            [sys.executable, "-c", terminal, *shell.split()], stdin=slave, stdout=slave,
+            stderr=slave, cwd=self.dir, start_new_session=True, env={
+                "PATH": f"{self.dir}/bin:{IDLE['PATH']}", "HOME": self.dir, "TERM": "xterm",
+                "CONTAINERS_STORAGE_CONF": self.dir + "/storage.conf", "LC_ALL": "C.UTF-8"})
+        os.close(slave)
+        try:
+            for line, wanted in ((start + "; echo re''ady\r", "ready"), *lines):
+                os.write(fd, line.encode())
+                seen = b""
+                while not re.search(wanted.encode(), seen):
+                    self.assertTrue(select.select([fd], [], [], 20)[0], (line, wanted, seen))
+                    seen += (data := os.read(fd, 65536))
+                    if b"\x1b[c" in data or b"\x1b[0c" in data:  # which terminal is it?
+                        os.write(fd, b"\x1b[?1;2c")
+        finally:
+            process.kill()
+            process.wait()
+            os.close(fd)
+
+    TYPED = (("cstor ima\tca\tal\t3\t/etc/alpine-release\r", r"3\.20\.3"),
+             ("cstor image list --format=j\t\r", r'"layer": "3c42d5a'),
+             ("cstor image diff app:1 fi\t", "fi\x07?le\\.tar"),
+             ("\x15cstor image cp app:\t\t", r"(?s)1:.*2:"))
+
+    def test_completion_in_bash(self) -> None:
+        self.in_shell("bash --norc --noprofile -i", "source <(cstor completion bash)", *self.TYPED)
+
+    def test_completion_in_zsh(self) -> None:
+        self.in_shell("zsh -f -i", f"fpath=({self.dir}/bin $fpath); autoload -U compinit; compinit "
+                                   "-D -u", *self.TYPED)
+
+    def test_completion_in_fish(self) -> None:
+        self.in_shell("fish --no-config -i", "cstor completion fish | source", *self.TYPED)
+
+    def run_example(self, line: str, env: Mapping[str, str], status: int = 0) -> None:
+        """Run a line of a shell in an own directory, beside which the made files are left."""
+        place = tempfile.mkdtemp(dir=self.dir)
+        for name in os.listdir(self.dir):
+            if re.search(r"\.(tar|gz|stream)\Z", name):
+                os.link(f"{self.dir}/{name}", f"{place}/{name}")
+        done = subprocess.run(["sh", "-c", line], cwd=place, env=env, timeout=60, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(status, done.returncode, done.stderr)
+        self.assertFalse(re.search(b"error|warning", done.stderr), done.stderr)
+        made = set(os.listdir(place)) - set(os.listdir(self.dir))
+        self.assertTrue(done.stdout or made)
+        shutil.rmtree(place)
 
 
 class LookingInside(StoreTest):
@@ -18950,7 +19229,7 @@ class Benchmarks(StoreTest):
                 command = re.search(r"(\{(?:cstor|plain|pyz|script)\} )([^;']*)", row.ours)
                 if command:
                     chosen = shlex.split(re.sub(r"\{\w+\}", "x", command[2]))
-                    self.assertTrue(cstor.make_parser(chosen).parse_args(chosen))
+                    self.assertTrue(cstor.parse_words(chosen))
 
     def test_words_of_a_place(self) -> None:
         place = Place("none", self.dir + "/place", lambda: "ARCHIVE")
@@ -19048,9 +19327,10 @@ Contents.test_many_layers_with_few_open_files Database.test_hostile_databases
 DumbServers.test_a_long_message_is_looked_at_once DumbServers.test_every_cut
 Extracts.test_a_killed_parent_leaves_no_workers Extracts.test_many_files_by_many_workers
 Fetching.test_failing_commands Fetching.test_failures_leave_nothing
-Files.test_large_tocs_are_read_entry_by_entry Helpers.test_broken_messages
-Helpers.test_pages_of_large_directories Helpers.test_ranges_of_another_machine
-HostileExtracts.test_a_neighbour_swaps_directories_for_links
+Files.test_large_tocs_are_read_entry_by_entry Help.test_completion_in_bash
+Help.test_completion_in_fish Help.test_completion_in_zsh Help.test_examples
+Helpers.test_broken_messages Helpers.test_pages_of_large_directories
+Helpers.test_ranges_of_another_machine HostileExtracts.test_a_neighbour_swaps_directories_for_links
 HostileExtracts.test_three_hundred_nested_links_and_deep_directories
 HostileTrees.test_a_path_with_dots_behind_a_link_in_a_large_layer HostileTrees.test_bombs
 HostileTrees.test_hard_links_to_nothing_and_to_links HostileTrees.test_memory_of_many_entries
