@@ -6,7 +6,7 @@ DESTDIR =
 DEMO = .demo
 PYZ = cstor.pyz
 
-.PHONY: help demo test lab lint bench dist install
+.PHONY: help demo test lab lint bench dist docs install uninstall
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /\1	/p' Makefile | expand -t 12
@@ -43,7 +43,7 @@ lab: ## install the real parts that the real tests need (Debian, as root) and th
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
 	    podman buildah skopeo containers-storage umoci crun uidmap fuse-overlayfs \
 	    xfsprogs btrfs-progs busybox-static attr zstd xz-utils pigz util-linux \
-	    e2fsprogs python3 python3-venv
+	    e2fsprogs python3 python3-venv zsh fish mandoc
 	[ -e /etc/containers/policy.json ] || { mkdir -p /etc/containers && \
 	    echo '{"default":[{"type":"insecureAcceptAnything"}]}' > /etc/containers/policy.json; }
 	! command -v cargo >/dev/null || { DEBIAN_FRONTEND=noninteractive apt-get install -q -y \
@@ -106,12 +106,75 @@ export DIST
 dist: ## make cstor.pyz: one file with its byte code, which starts like an import
 	PYTHONHASHSEED=0 $(PYTHON) -c "$$DIST" $(PYZ)
 
-# -S: nothing but the standard library is imported.
-install: ## leave a cstor command below $(DESTDIR)$(prefix), compiled once and for all
-	install -d $(DESTDIR)$(prefix)/bin $(DESTDIR)$(prefix)/lib/cstor
-	install -m 644 cstor.py $(DESTDIR)$(prefix)/lib/cstor/cstor.py
-	$(PYTHON) -m compileall -q -f $(DESTDIR)$(prefix)/lib/cstor
-	printf '%s\n' '#!$(if $(findstring /,$(PYTHON)),$(PYTHON) -S,/usr/bin/env $(PYTHON))' \
-	    'import gc' 'import sys' 'gc.disable()' 'sys.path.insert(0, "$(prefix)/lib/cstor")' \
-	    'import cstor' 'sys.exit(cstor.main())' > $(DESTDIR)$(prefix)/bin/cstor
-	chmod 755 $(DESTDIR)$(prefix)/bin/cstor
+docs: cstor.1 ## make the man page from the tables in cstor.py
+
+cstor.1: cstor.py test_cstor.py
+	$(PYTHON) test_cstor.py --make-man $@
+
+# A list of all that was made, directories too, lets uninstall leave nothing.  A .pth file in the
+# directory of Python's modules names the one of cstor.py, which is compiled once and for all.
+# -S: the command imports nothing but the standard library.
+define INSTALL
+import compileall, contextlib, io, os, site, sys, sysconfig
+import cstor
+python, dest, prefix = sys.argv[1:]
+library = prefix + "/lib/cstor"
+listing = dest + library + "/installed"
+made = open(listing).read().splitlines() if os.path.exists(listing) else []
+
+def add_folder(path):
+    if not os.path.isdir(dest + path):
+        add_folder(os.path.dirname(path))
+        os.mkdir(dest + path)
+        made.append(path)
+
+def add(path, text, mode=0o644):
+    add_folder(os.path.dirname(path))
+    with open(dest + path, "w") as file:
+        file.write(text)
+    os.chmod(dest + path, mode)
+    made.extend({path} - set(made))
+
+def completion(shell):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        cstor.main(["completion", shell])
+    return text.getvalue()
+
+add(library + "/cstor.py", open("cstor.py").read())
+compileall.compile_dir(dest + library, quiet=1, force=True)
+made.extend({library + "/__pycache__"} - set(made))
+first = python + " -S" if "/" in python else "/usr/bin/env " + python
+add(prefix + "/bin/cstor", f"#!{first}\nimport gc\nimport sys\ngc.disable()\n"
+    f"sys.path.insert(0, {library!r})\nimport cstor\nsys.exit(cstor.main())\n", 0o755)
+share = prefix + "/share/"
+add(share + "man/man1/cstor.1", open("cstor.1").read())
+add(share + "bash-completion/completions/cstor", completion("bash"))
+add(share + "zsh/site-functions/_cstor", completion("zsh"))
+add(share + "fish/vendor_completions.d/cstor.fish", completion("fish"))
+below = [path for path in site.getsitepackages() if path.startswith(prefix + "/")]
+add((below or [sysconfig.get_path("purelib", "posix_prefix", {"base": prefix})])[0] + "/cstor.pth",
+    library + "\n")
+add(listing[len(dest):], "\n".join(made) + "\n")
+print(f"{prefix}/bin/cstor is installed;", f"import cstor works in {python}" if below else
+      f"{python} finds no modules below {prefix}: import cstor with PYTHONPATH={library}")
+endef
+export INSTALL
+
+define UNINSTALL
+import os, shutil, sys
+dest, prefix = sys.argv[1:]
+listing = prefix + "/lib/cstor/installed"
+for path in [listing, *reversed(open(dest + listing).read().splitlines())]:
+    try:
+        (shutil.rmtree if path.endswith("/__pycache__") else
+         os.rmdir if os.path.isdir(dest + path) else os.unlink)(dest + path)
+    except OSError as error:
+        print(f"left: {error}")
+endef
+export UNINSTALL
+
+install: cstor.1 ## install command, man page, completions, module below $(DESTDIR)$(prefix)
+	$(PYTHON) -B -c "$$INSTALL" "$(PYTHON)" "$(DESTDIR)" "$(prefix)"
+
+uninstall: ## remove what install made
+	$(PYTHON) -c "$$UNINSTALL" "$(DESTDIR)" "$(prefix)"

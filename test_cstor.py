@@ -4,6 +4,7 @@
 
     python3 test_cstor.py [NAME ...]          run all tests, or those whose names contain NAME
     python3 test_cstor.py --make-store DIR    make a sample store, with neither root nor podman
+    python3 test_cstor.py --make-man FILE     write the man page, from the tables of cstor.py
     python3 test_cstor.py --bench [DIR] [--row TEXT] [--json]
                                               measure against the peers (root and podman needed)
     python3 test_cstor.py --build-peer        build a server of composefs, with cargo
@@ -19295,6 +19296,118 @@ class Benchmarks(StoreTest):
 
 
 # ================================================================================================
+# The man page
+# ================================================================================================
+
+def roff(text: str, bold: bool = False) -> str:
+    """Spell text in lines for man(7); what stands in backquotes is bold."""
+    text = textwrap.fill(text.replace("\\", "\\e").replace("-", "\\-"), 68, break_on_hyphens=False,
+                         break_long_words=False)
+    text = re.sub("(?m)^([.'])", r"\\&\1", re.sub(r"`([^`]*)`", r"\\fB\1\\fR", text))
+    return rf"\fB{text}\fR" if bold else text
+
+
+def man_options(parser: Any) -> Iterator[str]:
+    """Yield the arguments and options that a parser shows."""
+    for action in parser._actions:
+        if action.help is argparse.SUPPRESS or action.dest == "help":
+            continue
+        values = action.metavar or action.choices and "|".join(action.choices) or ""
+        names = ", ".join(roff(flag, bold=True) for flag in action.option_strings)
+        value = "" if action.nargs == 0 else rf"\fI{roff(values)}\fR"
+        text = (action.help or f"one of {', '.join(action.choices or ())}") % {
+            "default": action.default}
+        yield f".TP\n{' '.join(filter(None, [names, value]))}\n{roff(text)}\n"
+
+
+def man_page() -> Iterator[str]:
+    """Yield cstor.1: all commands with their options and examples, from the parsers' tables."""
+    moment = int(os.environ.get("SOURCE_DATE_EPOCH") or os.stat(SCRIPT).st_mtime)
+    day = time.strftime("%Y-%m-%d", time.gmtime(moment))
+    head = (cstor.__doc__ or "").split("\n\n")
+    with mock.patch.object(cstor, "program_name", lambda: "cstor"), \
+            mock.patch.dict(os.environ, {"COLUMNS": "80"}):
+        yield (f'.TH CSTOR 1 {day} "cstor {cstor.__version__}" "User Commands"\n.SH NAME\n'
+               f"cstor \\- {roff(head[0][0].lower() + head[0][1:-1])}\n.SH SYNOPSIS\n.B cstor\n"
+               r"\fICOMMAND\fR [\fIARGUMENT\fR...] [\fIOPTION\fR...]"
+               f"\n.SH DESCRIPTION\n{roff(head[1])}\n")
+        for purpose, verbs in cstor.PURPOSES.items():
+            yield f".SH {purpose.upper()}\n"
+            for row in (row for verb in verbs.split() for row in cstor.COMMANDS
+                        if row[0].split()[-1] == verb):
+                parser = cstor.command_parser(row, ["-h"])
+                yield f".SS {row[0]}\n{roff(parser.description)}.\n"
+                yield from man_options(parser)
+                yield ".PP\nExamples:\n.PP\n.nf\n" + "".join(
+                    "    " + roff("cstor " + example).replace("\n", "\\\n    ") + "\n"
+                    for example in cstor.examples(row)) + ".fi\n"
+        yield ".SH OPTIONS OF EVERY COMMAND\n"
+        yield from man_options(cstor.add_globals(cstor.parser_class(True)()))
+        yield ".SH EXIT STATUS\n" + roff(cstor.STATUSES) + "\n"
+        yield f".SH NOTES\n{roff(head[-2])}\n"
+
+
+class Docs(StoreTest):
+    """The man page and what ``make install`` leaves."""
+
+    def test_man_page(self) -> None:
+        page = "".join(man_page())
+        put(self.dir + "/cstor.1", page)
+        for row in cstor.COMMANDS:
+            self.assertIn(f".SS {row[0]}\n", page)
+            for name in row[2].replace("--all", "").split():
+                if name[:2] == "--":
+                    self.assertIn(name.replace("-", "\\-"), page)
+        need_tools("mandoc")
+        done = subprocess.run(["mandoc", "-Tlint", "-Wstyle", self.dir + "/cstor.1"], check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual((b"", 0), (done.stdout, done.returncode))
+
+    def test_install_and_uninstall(self) -> None:
+        """Nothing is left of it; another file in a directory that it made stays."""
+        need_tools("make", "install")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.dir + "/venv"],
+                       check=True)
+        for python, prefix, dest in ((self.dir + "/venv/bin/python", self.dir + "/venv", ""),
+                                     (sys.executable, self.dir + "/usr", ""),
+                                     (sys.executable, "/opt/x", self.dir + "/dest")):
+            with self.subTest(prefix=prefix, dest=dest):
+                top = dest + prefix
+                os.makedirs(top + "/share/man", exist_ok=True)
+                before = snapshot(self.dir).keys()
+                self.install("install", python, prefix, dest)
+                said = self.install("install", python, prefix, dest)  # over itself
+                for name in ("bin/cstor", "lib/cstor/cstor.py", "share/man/man1/cstor.1",
+                             "share/bash-completion/completions/cstor",
+                             "share/zsh/site-functions/_cstor",
+                             "share/fish/vendor_completions.d/cstor.fish"):
+                    self.assertTrue(os.path.getsize(f"{top}/{name}"), name)
+                pth, = {os.path.realpath(path)
+                        for path in glob.glob(f"{top}/**/cstor.pth", recursive=True)}
+                self.assertEqual(f"{prefix}/lib/cstor\n".encode(), read_bytes(pth))
+                env = {**IDLE, **({"PYTHONPATH": f"{prefix}/lib/cstor"} if "PYTHONPATH" in said
+                                  else {})}
+                self.assertEqual("venv" in top, "PYTHONPATH" not in said)
+                if not dest:
+                    done = subprocess.run([python, "-c", "import cstor; print(cstor.__file__)"],
+                                          stdout=subprocess.PIPE, check=True, cwd="/", env=env)
+                    self.assertEqual(f"{prefix}/lib/cstor/cstor.py\n", done.stdout.decode())
+                    done = self.run_cstor("help", command=[f"{prefix}/bin/cstor"], cwd="/")
+                    self.assertEqual(self.run_cstor("help").out, done.out)
+                put(f"{top}/lib/cstor/other")
+                self.install("uninstall", python, prefix, dest)
+                os.unlink(f"{top}/lib/cstor/other")
+                os.removedirs(f"{top}/lib/cstor")
+                self.assertEqual(before, snapshot(self.dir).keys())
+
+    def install(self, target: str, python: str, prefix: str, dest: str) -> str:
+        """Run make."""
+        return subprocess.run(["make", "-s", "-C", HERE, target, f"prefix={prefix}",
+                               f"DESTDIR={dest}", f"PYTHON={python}"], check=True, env=IDLE,
+                              stdout=subprocess.PIPE).stdout.decode()
+
+
+# ================================================================================================
 # Running
 # ================================================================================================
 
@@ -19324,12 +19437,12 @@ REPEATED = """
 Checking.test_a_deep_directory_is_left_over Checking.test_an_incomplete_layer
 Contents.test_a_mapped_layer_with_many_lowers_and_few_open_files
 Contents.test_many_layers_with_few_open_files Database.test_hostile_databases
-DumbServers.test_a_long_message_is_looked_at_once DumbServers.test_every_cut
-Extracts.test_a_killed_parent_leaves_no_workers Extracts.test_many_files_by_many_workers
-Fetching.test_failing_commands Fetching.test_failures_leave_nothing
-Files.test_large_tocs_are_read_entry_by_entry Help.test_completion_in_bash
-Help.test_completion_in_fish Help.test_completion_in_zsh Help.test_examples
-Helpers.test_broken_messages Helpers.test_pages_of_large_directories
+Docs.test_install_and_uninstall Docs.test_man_page DumbServers.test_a_long_message_is_looked_at_once
+DumbServers.test_every_cut Extracts.test_a_killed_parent_leaves_no_workers
+Extracts.test_many_files_by_many_workers Fetching.test_failing_commands
+Fetching.test_failures_leave_nothing Files.test_large_tocs_are_read_entry_by_entry
+Help.test_completion_in_bash Help.test_completion_in_fish Help.test_completion_in_zsh
+Help.test_examples Helpers.test_broken_messages Helpers.test_pages_of_large_directories
 Helpers.test_ranges_of_another_machine HostileExtracts.test_a_neighbour_swaps_directories_for_links
 HostileExtracts.test_three_hundred_nested_links_and_deep_directories
 HostileTrees.test_a_path_with_dots_behind_a_link_in_a_large_layer HostileTrees.test_bombs
@@ -19404,6 +19517,10 @@ def main() -> int:
         except OSError as error:
             sys.exit(f"no sample store was made: {error.filename}: {error.strerror} "
                      "(make demo DEMO=DIR takes a directory of yours)")
+        return 0
+    if sys.argv[1:2] == ["--make-man"] and len(sys.argv) == 3:
+        put(f"{sys.argv[2]}.{os.getpid()}", "".join(man_page()))
+        os.rename(f"{sys.argv[2]}.{os.getpid()}", sys.argv[2])
         return 0
     if sys.argv[1:] == ["--build-peer"]:
         try:
