@@ -15417,7 +15417,7 @@ def cmd_store_check(storage: Storage, args: Any) -> int:
 
 
 def cmd_store_df(storage: Storage, args: Any) -> None:
-    """show what images, containers and layers take on disk, and what can be freed"""
+    """show what takes space on disk: images, containers, layers, and what can be freed"""
     def find(reference: str) -> Record:
         try:
             return storage.image(reference)
@@ -15651,7 +15651,7 @@ CONFLICTS = (
 )
 # What people want, and the last words of the commands for it, in the order of `help`.
 PURPOSES = {
-    "Look": "list inspect layers history files stat toc info resolve-link",
+    "Look": "list inspect layers history tree files stat toc info df resolve-link",
     "Take out": "cat cp extract export copy-to-oci stream stream-to-tar",
     "Compare": "diff blame tar-diff",
     "Check": "verify check",
@@ -15711,6 +15711,7 @@ EXAMPLES = {
     "image inspect": "alpine; alpine app:2 --format table",
     "image layers": "app:2; app:2 --format json",
     "image history": "app:2; app:2 --no-trunc",
+    "image tree": "app:2; alpine --whatrequires",
     "image export": "alpine | tar -tv; --as docker-archive -o both.tar app:1 app:2",
     "image copy-to-oci": "alpine layout:3.20; alpine layout --compress gzip",
     "image verify": "app:2; --all --quick",
@@ -15725,6 +15726,7 @@ EXAMPLES = {
     "container inspect": "web; web --format table",
     "container export": "web -o web.tar; web | tar -tv",
     "store info": "; --format json",
+    "store df": "; --if-removed app:1",
     "store check": "; --format json --no-trunc",
     "serve": "--socket ./cstor.sock; --store /var/lib/shared --socket ./cstor.sock",
     "resolve-link": "TQE2IHLMZRYWDCVLQ6HUE7ZCM7; TQE2IHLMZRYWDCVLQ6HUE7ZCM7 --format json",
