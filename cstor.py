@@ -91,7 +91,7 @@ from _thread import allocate_lock
 from _weakref import ref
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice, product, zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -354,6 +354,7 @@ MAX_HEADERS = 8 << 20  # all headers before one file's data
 MAX_OBJECT = 4 << 20  # one JSON object of a stream
 MAX_TRIED = 4 << 30  # bytes of a tar that is made again and again to find a sparse file's map
 MAX_EXPANDED = 16 << 30  # the holes of all sparse files of a tar that is compared
+MAX_BROKEN = 64  # damaged objects of one JSON array, each of which can be read to the end
 MAX_EMPTY = 1 << 16  # segments, or chunks of a stream, that hold nothing
 MAX_EXTENTS = 1 << 20  # data runs of one sparse file
 MAX_PATH = 4095  # a name in a layer; PATH_MAX of the kernel, so that nothing longer was unpacked
@@ -453,6 +454,19 @@ def parse_object(data: bytes, file: str) -> dict[str, Any]:
     if not isinstance(value := parse_json(data, file), dict):
         raise FormatError("expected a JSON object", file=file)
     return value
+
+
+def whole_objects(data: bytes) -> list[dict[str, Any]]:
+    """Return the records that are whole in a damaged JSON array: Go writes "id" first in each."""
+    text, found, end, broken = data.decode("utf-8", "replace"), [], 0, 0
+    for match in re.finditer(r'\{\s*"id"\s*:', text):
+        if match.start() >= end and broken < MAX_BROKEN:
+            try:
+                value, end = json.JSONDecoder().raw_decode(text, match.start())
+                found.append(value)
+            except (RecursionError, ValueError):
+                broken += 1
+    return found
 
 
 class ObjectStream:
@@ -2837,10 +2851,12 @@ class Record:
 
     ``record`` is the JSON object as stored; ``root`` the Directory that holds it; ``faults`` what
     is wrong with it, in words.  ``id``, ``names``, ``created`` (RFC 3339), ``metadata``,
-    ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store).
+    ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store); ``lost``
+    for a record that was lost: this one holds what Salvage found.
     """
 
     WORD = ""
+    lost = False  # whether it was made by Salvage
 
     def __init__(self, metadata: Storage, root: Contents, record: Any, *, volatile: bool = False,
                  readonly: bool = False) -> None:
@@ -2884,6 +2900,12 @@ class Record:
 
     def _look(self) -> None:
         """Raise what is wrong with the objects that the record names."""
+
+    def _unproven(self, layers: Sequence[Layer]) -> list[str]:
+        """Say what was lost: the record, and the digests of how many of its layers."""
+        count = sum(layer.lost and not layer.proven for layer in layers)
+        return ["its record is lost"] * self.lost + [
+            f"{counted(count, 'layer')} not verified"] * bool(count)
 
     def checked_chain(self) -> tuple[Layer, ...]:
         """Return the layers that contents come from, base first, when they are the right ones."""
@@ -2979,12 +3001,14 @@ class Layer(Record):
     ``parent`` is a layer ID or "".  ``diff_digest`` is the DiffID of the uncompressed tar or "",
     ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest`` and
     ``compression`` (a word) describe the blob as it was pulled; ``toc_digest`` that of partial
-    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.
+    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.  The DiffID of a
+    layer whose record is ``lost`` is what an image makes of it until it is ``proven``: computed.
     """
 
     WORD = "layer"
     UNFINISHED = "its creation or removal has not finished"  # Go sets the flag before either
     _damage: list[str] | None = None
+    proven = unverified = False
 
     def _read_fields(self) -> None:
         self.parent = self._field("parent", "")
@@ -3002,7 +3026,7 @@ class Layer(Record):
             self._faults.append(f"incomplete: {self.UNFINISHED}")
 
     def _look(self) -> None:
-        self._faults += self.damage()
+        self._faults += self._unproven([self]) + self.damage()
         self._faults += [f"parent {layer.id} is incomplete" for layer in self.storage.chain(
             self.id)[:-1] if layer.incomplete][-1:]
 
@@ -3179,7 +3203,18 @@ class Layer(Record):
                 raise IntegrityError("its tar has the wrong digest, though all files match their "
                                      "checksums: tar-split data or layers.json was changed",
                                      layer=self.id, expected=self.diff_digest, actual=digest)
+        if verify and self.lost:
+            self.proven = digest == self.diff_digest or digest in self.storage.named
+            if not self.proven:
+                self._mark(f"no image names its DiffID {digest}")
         return digest
+
+    def _mark(self, why: str) -> str:
+        """Warn that nothing proves what the layer is, and return that."""
+        text, self.unverified = f"layer {self.id}: not verified: {why}", True
+        if text not in self.storage.unverified:
+            self.storage.unverified.append(text)
+        return text
 
     def verify(self, *, quick: bool = False, workers: int = 0, progress: Progress | None = None
                ) -> list[Finding]:
@@ -3208,17 +3243,35 @@ class Layer(Record):
         return Tree([self.own_tree()], f"layer {self.id[:12]}", raw=True)
 
     def own_tree(self) -> LayerTree:
-        """Return its own tree: from tar-split, or from disk where a layer never has that."""
-        if self.storage.find(self.tar_split, self.root):
-            return LayerTree(self)
+        """Return its own tree: from tar-split, or from disk where a layer never has that.
+
+        When records are salvaged, also from disk where its tar-split data are lost.
+        """
+        salvage, mark = self.storage.salvage and not self.incomplete, ""
+        if self.storage.find(self.tar_split, self.root) and not (salvage and self._is_cut()):
+            whole = LayerTree(self)
+            if self.lost and not self.proven:
+                whole.note = self._mark("its record is lost (what compares the digest of its tar "
+                                        "proves it: --verify, verify, exports of layers)")
+            return whole
         if additional := self.additional():
             tree = DiskTree(additional, self)
             tree.maps = []  # owners are those of the image
             return tree
-        if self.diff_digest or self.toc_digest or self.incomplete:
+        if salvage and not keeps_objects(self) and (self.lost or self.diff_digest):
+            mark = self._mark("its tar-split data are lost or damaged, so that only its directory "
+                              "is read")
+        elif self.diff_digest or self.toc_digest or self.incomplete:
             return LayerTree(self)
-        kind = WholeTree if self.storage.driver == "vfs" else DiskTree
-        return kind(self.diff(), self)
+        tree = (WholeTree if self.storage.driver == "vfs" else DiskTree)(self.diff(), self)
+        tree.note = mark
+        return tree
+
+    def _is_cut(self) -> bool:
+        """Tell whether its tar-split data cannot be read to the end."""
+        with suppress(FormatError, IntegrityError):
+            return any(False for _ in LayerReader(self).headers())
+        return True
 
     def toc(self, *, digests: bool = False) -> dict[str, Any]:
         """Return the table of contents: members in the order of the tar, whiteouts among them."""
@@ -3248,6 +3301,7 @@ class Image(Record):
 
     def _look(self) -> None:
         chain = self.storage.chain(self.layer)
+        self._faults += self._unproven(chain)
         for layer in chain:
             self._faults += [f"layer {layer.id}: {fault}" for fault in (
                 layer.faults if layer is chain[-1] else layer.damage())]
@@ -3465,12 +3519,14 @@ class Container(Record):
     def _look(self) -> None:
         if self.image and self.image not in [image.id for image in self.storage.images()]:
             self._faults.append(f"image not known: {display(self.image)}")
+        self._faults += self._unproven(self.storage.chain(self.layer)[:-1])
         self._faults += [fault for layer in self._chain()[-1:] for fault in layer.damage()]
 
     def _chain(self) -> tuple[Layer, ...]:
         for key in ("image", "layer"):  # Go writes both, "" for no image
             if not isinstance(self._fields.get(key), str) or key == "layer" and not self.layer:
-                raise FormatError(f"container {self.id}: its record has no {key}")
+                raise FormatError(f"container {self.id}: its record " + (
+                    f"is lost, and nothing tells its {key}" if self.lost else f"has no {key}"))
         chain = self.storage.chain(self.layer)
         for image in self.storage.images():  # one layer is the container's own
             if image.id == self.image and len(chain) <= len(image.diff_ids() or ()):
@@ -3522,6 +3578,50 @@ class Container(Record):
                 # The layer is mounted with a map.
                 top.maps.append((id_ranges(self.uidmap), id_ranges(self.gidmap)))
         return tree
+
+
+def left_ids(storage: Storage, word: str, root: Contents) -> Iterator[str]:
+    """Yield the IDs of what has files in a root, or is a container of podman's database."""
+    records, files = storage.home(word), storage.home()
+    for name in root.names(records):
+        if name.endswith(TAR_SPLIT) or word != "layer" and root.names(records + b"/" + name):
+            yield os.fsdecode(name.replace(TAR_SPLIT, b""))
+    for name in root.names(files) if word == "layer" else ():
+        if re.fullmatch(HEX64, os.fsdecode(name)) \
+                and not root.exists(b"/".join((files, name, b"additionallayer"))):
+            yield name.decode()
+    yield from storage.podman_containers() if storage.salvage and word == "container" else ()
+
+
+def left_record(storage: Storage, word: str, root: Contents, record_id: str) -> dict[str, Any]:
+    """Return what is left of a record: its big data; of a container what those who run it tell.
+
+    Digests are those in the names of items, with which contents are compared when they are read.
+    """
+    place = b"/".join((storage.home(word), os.fsencode(record_id), b""))
+    record: dict[str, Any] = {"id": record_id, "big-data-names": []}
+    for name in root.names(place):
+        with suppress(ValueError, OSError):  # not an item
+            key = (decode_base64(name[1:]) if name[:1] == b"=" else name).decode()
+            if big_data_file(key) == name and stat.S_ISREG(root.lstat(place + name).st_mode):
+                record["big-data-names"].append(key)
+    if word == "image":
+        digests = record["big-data-digests"] = {key: key[-71:] for key in record["big-data-names"]
+                                                if re.search(f"sha256:{HEX64}$", key)}
+        with suppress(CstorError, OSError):
+            data = root.read(place + b"manifest", MAX_BIG_DATA)
+            record["digest"] = digests["manifest"] = sha256_digest(data)
+    elif word == "container":
+        state, told = storage.podman_containers().get(record_id, {}), {}
+        for file in (b"config.json", b"buildah.json"):  # of the OCI runtime, of buildah
+            with suppress(CstorError, OSError):
+                told.update(parse_object(root.read(place + b"userdata/" + file, MAX_OBJECT), ""))
+        mount = told.get("mount-point") or as_dict(told.get("root")).get("path")
+        layer = re.search(f"/(?:overlay|vfs/dir)/({HEX64})(?:/|$)", str(mount))
+        record.update(names=[str(state.get("name") or told.get("container-name") or record_id)],
+                      image=str(state.get("image-id") or told.get("image-id") or ""),
+                      layer=layer[1] if layer else "")
+    return record
 
 
 # ================================================================================================
@@ -3761,13 +3861,13 @@ class Storage(Closing):
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
                  stores: Sequence[str] = (), owner_ids: str = "", driver: str = "",
-                 configured: str = "") -> None:
+                 configured: str = "", salvage: bool = False) -> None:
         if driver not in ("", *DRIVERS):
             raise ValueError(f"driver must be {' or '.join(DRIVERS)}, not {display(driver)}")
         self.graphroot, self.runroot, self.imagestore = (
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
-        self.owner_ids = os.fsdecode(owner_ids)
+        self.owner_ids, self.salvage = os.fsdecode(owner_ids), salvage
         self.opener: Opener = self.OPENER(self)  # of all contents
         self.faults: list[str] = []
         self.notes: list[str] = []
@@ -3877,6 +3977,8 @@ class Storage(Closing):
         self._containers: tuple[Any, ...] | None = None
         self._layer_by_id: dict[str, Layer] = {}
         self._malformed: dict[bytes, FormatError] = {}  # JSON files
+        self._salvage: Salvage | None = None
+        self.named: set[str] = set()  # DiffIDs that configurations name, when salvage is asked for
         self._links: dict[str, str] | None = None
         self._podman: dict[str, dict[str, Any]] | None = None
         self._id_maps: tuple[Ranges, Ranges] | None = None
@@ -3992,6 +4094,9 @@ class Storage(Closing):
             self._layers = self._load(Layer, self._own)
             for layer in self._layers:
                 self._layer_by_id.setdefault(layer.id, layer)
+            if self.salvage:
+                self._salvage = Salvage(self, self._layers)
+                self._salvage.images(self._images or self._load(Image, self._own[::-1]))
         return self._layers
 
     def images(self) -> tuple[Image, ...]:
@@ -3999,6 +4104,8 @@ class Storage(Closing):
         if self._images is None:
             # Searched as containers/storage does: imagestore, graph root, additional.
             self._images = self._load(Image, self._own[::-1])
+            if self.salvage and self.layers() is not None and self._salvage:
+                self._salvage.images(self._images, hashing=True)
             if self._graph and not self.imagestore:
                 self._look_for_imagestore(self._graph)
         return self._images
@@ -4023,6 +4130,8 @@ class Storage(Closing):
         """Return all containers of podman, buildah and CRI-O."""
         if self._containers is None:
             self._containers = self._load(Container, [self._graph] if self._graph else [])
+            if self.salvage and self.images() is not None and self._salvage:
+                self._salvage.containers(self._containers)
         return self._containers
 
     def layer_by_id(self, layer_id: str) -> Layer | None:
@@ -4037,8 +4146,8 @@ class Storage(Closing):
 
     def is_current(self, record: Layer | Image) -> bool:
         """Tell whether a record is still there, and whole, by reading the records once more."""
-        return any(other.id == record.id and other.flags == record.flags
-                   for other in self._load(type(record), self._own))
+        return self.salvage or any(other.id == record.id and other.flags == record.flags
+                                   for other in self._load(type(record), self._own))
 
     def _load(self, new: type[R], own: Sequence[Contents]) -> tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
@@ -4050,6 +4159,7 @@ class Storage(Closing):
             self._patience = Deadline(LOCK_PATIENCE)
         found: list[R] = []
         seen: set[str] = set()
+        cut: list[Contents] = []  # roots whose records are not whole
         both = [plain, volatile] if new is not Image else [plain]
         sources = [(root, both if root is self._graph else [plain]) for root in own]
         sources += [(self._run, [volatile])] if self._run and new is not Image else []
@@ -4062,9 +4172,14 @@ class Storage(Closing):
                     items = parse_json(data, root.host_path(path)) if data.strip() else None
                     if not isinstance(items, (list, type(None))):
                         raise FormatError("expected a JSON array", file=root.host_path(path))
+                    cut += [root] * (path == plain and not data.strip())
                 except FormatError as error:
-                    self._malformed[home] = error
-                    raise
+                    if not self.salvage:
+                        self._malformed[home] = error
+                        add_hint(error, "--salvage reads what is left of the records")
+                        raise
+                    cut, items = [*cut, root], whole_objects(data)
+                    self.faults += [str(error)] * (str(error) not in self.faults)
                 for item in items or ():  # Go writes null for an empty list
                     record = new(self, self._graph or root if root is self._run else root, item,
                                  volatile=path == volatile, readonly=readonly)
@@ -4072,7 +4187,26 @@ class Storage(Closing):
                         found.append(record)
                     if not readonly:
                         seen.add(record.id)
+        for root in dict.fromkeys(self._graph or root if root is self._run else root
+                                  for root in cut):
+            found += self._left(new, root, {record.id for record in found})
         return tuple(found)
+
+    def _left(self, new: type[R], root: Contents, known: set[str]) -> list[R]:
+        """Return records of what is left in a root where their file is damaged, empty or missing.
+
+        Without ``salvage`` there are none, and a fault tells of it.
+        """
+        ids = sorted({each for each in left_ids(self, new.WORD, root) if is_safe_id(each)} - known)
+        if ids and not self.salvage:
+            self.elsewhere = f"--salvage reads {counted(len(ids), new.WORD)} without a record"
+            text = f"{root.host_path(self.home(new.WORD))}: no records: {self.elsewhere}"
+            self.faults += [text] * (text not in self.faults)
+        found = [new(self, root, left_record(self, new.WORD, root, each),
+                     readonly=root in self._additional) for each in ids if self.salvage]
+        for record in found:
+            record.lost = True
+        return found
 
     # -- chains --------------------------------------------------------------------------------
 
@@ -4189,12 +4323,12 @@ class Storage(Closing):
 
     @classmethod
     def discover(cls, *, runroot: str = "", imagestore: str = "", stores: Sequence[str] = (),
-                 owner_ids: str = "", driver: str = "") -> Storage:
+                 owner_ids: str = "", driver: str = "", salvage: bool = False) -> Storage:
         """Open the storage that podman would use for this user: see load_config().
 
         ``runroot`` and ``imagestore`` replace the configured ones, ``stores`` are further
-        additional image stores; ``owner_ids``: see owner_ranges(); ``driver``: see open().  Raises
-        NotFound, Unsupported, FormatError.
+        additional image stores; ``owner_ids``: see owner_ranges(); ``driver``, ``salvage``: see
+        open().  Raises NotFound, Unsupported, FormatError.
         """
         config = load_config()
         if not driver and config.driver not in ("", *DRIVERS):
@@ -4205,7 +4339,7 @@ class Storage(Closing):
         imagestore = imagestore or config.imagestore
         try:
             storage = cls(config.graphroot, runroot or config.runroot, imagestore,
-                          [*config.stores, *stores], owner_ids, driver, config.driver)
+                          [*config.stores, *stores], owner_ids, driver, config.driver, salvage)
         except NotFound as error:
             error.hint = error.hint if isinstance(error, Ambiguous) else config.hint
             raise
@@ -4222,17 +4356,27 @@ class Storage(Closing):
 
     @classmethod
     def open(cls, root: str, *, runroot: str = "", imagestore: str = "",
-             stores: Sequence[str] = (), owner_ids: str = "", driver: str = "") -> Storage:
+             stores: Sequence[str] = (), owner_ids: str = "", driver: str = "",
+             salvage: bool = False) -> Storage:
         """Open the storage with graph root ``root``, whatever is configured.
 
         ``owner_ids``: see owner_ranges(); ``driver`` is overlay or vfs, which must be there, "" =
-        the one that is.  Raises NotFound, Ambiguous for both, Unsupported, OSError.
+        the one that is.  ``salvage`` makes records where their files are damaged or lost: see
+        Salvage.  Raises NotFound, Ambiguous for both, Unsupported, OSError.
         """
-        return cls(root, runroot, imagestore, stores, owner_ids, driver)
+        return cls(root, runroot, imagestore, stores, owner_ids, driver, salvage=salvage)
 
     def check(self) -> list[Finding]:
         """Return how records and disk disagree, and what is left over; opens no content."""
-        return check_storage(self)
+        if not self.salvage:
+            return check_storage(self)
+        self.salvage = False  # it would hide what is lost
+        self.reload()
+        try:
+            return check_storage(self)
+        finally:
+            self.salvage = True
+            self.reload()
 
     def disk_usage(self) -> DiskUsage:
         """Measure what its images, layers and containers take on disk."""
@@ -4281,7 +4425,8 @@ def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
         "name": str(name), "state": CONTAINER_STATE[state if known else 0],
         "exit-code": status.get("exitCode", 0), "pod": str(pod or ""),
         "pod-id": str(config.get("pod") or ""), "rootfs": str(config.get("rootfs") or ""),
-        "image-name": str(config.get("rootfsImageName") or ""), "labels": config.get("labels"),
+        "image-name": str(config.get("rootfsImageName") or ""),
+        "image-id": str(config.get("rootfsImageID") or ""), "labels": config.get("labels"),
         "mounted": bool(status.get("mounted")), "mountpoint": status.get("mountPoint") or "",
         "pid": status.get("pid") or 0, "started": status.get("startedTime") or "",
     }
@@ -4329,6 +4474,153 @@ def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
         return rows
     finally:
         database.close()
+
+
+class Salvage:
+    """Finds what records that are lost told: whose parent a layer is, and which image's it is.
+
+    The file "lower" names what is below a layer, and the ID of a layer that was pulled is made of
+    its parent's ID and its DiffID.  Other layers are hashed, each once, and only to find those of
+    an image.  Whatever leaves a layer as a tar is hashed anyway.
+    """
+
+    def __init__(self, storage: Storage, layers: Sequence[Layer]) -> None:
+        self.storage = storage
+        self._above: dict[str, list[Layer]] = {}  # by parent
+        self._loose: list[Layer] = []  # those whose parent nothing tells
+        self._tried: set[tuple[Layer, str | None]] = set()  # DiffIDs layers lack, None = any
+        self._done: set[Image] = set()
+        for layer in layers:
+            (self._above.setdefault(layer.parent, []) if not layer.lost or self._look_below(layer)
+             else self._loose).append(layer)
+            layer.record.update({"parent": layer.parent} if layer.parent else {})
+
+    @staticmethod
+    def _look_below(layer: Layer) -> bool:
+        """Tell whether the files of a layer tell its parent, which it has then."""
+        with suppress(CstorError, OSError):
+            lower = layer.lower_ids()
+            if layer.overlay_file(b"diff1")[0]:  # a copy of the first one for other user IDs
+                del lower[0]
+            layer.parent = "".join(lower[:1])
+            return bool(lower) or layer.overlay_file(b"empty")[0] is not None
+        return False
+
+    def _settle(self, layer: Layer, parent: str, digest: str) -> None:
+        """Note the parent and the DiffID of a layer."""
+        if layer in self._loose:
+            self._loose.remove(layer)
+            self._above.setdefault(parent, []).append(layer)
+        layer.parent, layer.diff_digest = parent, digest
+        layer.record.update({"diff-digest": digest, "parent": parent})
+
+    def _step(self, parent: str, digest: str, hashing: bool) -> list[Layer]:
+        """Return the layers of a DiffID that are on top of ``parent``, "" for nothing."""
+        chain_id = sha256_digest(f"{parent}+{digest[7:]}".encode()) if parent else digest
+        near, loose = self._above.setdefault(parent, []), self._loose
+        layer = self.storage.layer_by_id(chain_id[7:])
+        if layer and layer.lost and not layer.diff_digest and (layer in loose or layer in near):
+            self._settle(layer, parent, digest)
+        for layer in [*near, *loose] if hashing else ():
+            self._hash(layer, digest)
+        same = [layer for layer in [*near, *loose]
+                if digest in (layer.diff_digest, layer.compressed_diff_digest)]
+        if same and same[0] in loose:  # one copy for each parent
+            self._settle(same[0], parent, digest)
+        return [layer for layer in same if layer in near]
+
+    def _hash(self, layer: Layer, wanted: str = "") -> None:
+        """Compute a DiffID that is lost; some sparse files can be read only with the right one."""
+        for digest in ("", wanted):
+            if not layer.lost or layer.diff_digest \
+                    or not self._tried.isdisjoint([(layer, None), (layer, digest)]):
+                continue
+            self._tried.add((layer, digest))
+            layer.diff_digest, actual = digest, ""
+            sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
+            try:
+                actual = sink.take_all(layer.items())
+                layer.proven, layer.diff_size = True, sink.size
+                layer.record.update({"diff-digest": actual, "diff-size": sink.size})
+            except Unsupported:  # also without tar-split data
+                pass
+            except (CstorError, OSError) as error:  # no other DiffID helps
+                self._tried.add((layer, None))
+                self.storage.faults.append(f"layer {layer.id}: its DiffID is not known: {error}")
+            layer.diff_digest = actual
+
+    def images(self, images: Sequence[Image], *, hashing: bool = False) -> None:
+        """Find the layers of images, by ``hashing`` where nothing else tells."""
+        lost = [image for image in images if image.lost]
+        if lost or any(layer.lost for layer in self.storage.layers()):
+            for image, way in product(images, (False, True)[:1 + hashing]):
+                with suppress(CstorError, OSError):  # faults of the image say it
+                    if image not in self._done and self._find(image, way):
+                        self._done.add(image)
+        names = self._names() if lost else {}
+        known = {name for image in images if not image.lost for name in image.names}
+        for image in lost:
+            image.names = [name for name in names if names[name] == {image.id} and "/" in name
+                           and name not in known]
+            image.record.update(names=image.names, layer=image.layer, created=image.created)
+
+    def _find(self, image: Image, hashing: bool) -> bool:
+        """Find the layers of an image; tell whether there is no more to find."""
+        config, level = image.config(), [""]
+        if image.lost:
+            image.created = str(config.get("created") or "")
+        if image.manifest().get("schemaVersion") == 1:
+            return self._find_schema1(image, config, hashing)
+        ids = [str(digest) for digest in as_list(as_dict(config.get("rootfs")).get("diff_ids"))]
+        if not all(re.fullmatch("sha256:" + HEX64, digest) for digest in ids):
+            return True
+        self.storage.named.update(ids)
+        chain = self.storage.chain(image.layer)
+        if len(chain) != len(ids):
+            for digest in ids[:MAX_LOWERS + 1]:
+                level = [layer.id for below in level
+                         for layer in self._step(below, digest, hashing)]
+            image.layer = image.layer or (level or [""])[0]
+            chain = self.storage.chain(image.layer)
+        for layer, digest in zip(chain, ids) if len(chain) == len(ids) else ():
+            if layer.lost and not layer.diff_digest:
+                self._settle(layer, layer.parent, digest)
+        return len(chain) == len(ids)
+
+    def _find_schema1(self, image: Image, config: dict[str, Any], hashing: bool) -> bool:
+        """Find the layers whose DiffIDs give the ID of the image: its configuration's digest."""
+        count = sum(not row.get("empty_layer") for row in config["history"])
+        for top in [image.layer] * bool(image.layer) or [each.id for each in self.storage.layers()]:
+            with suppress(LayerUnknown, FormatError):
+                chain = self.storage.chain(top)
+                for layer in chain if hashing and len(chain) == count else ():
+                    self._hash(layer)
+                found = Image(self.storage, image.root, {**image.record, "layer": top})
+                if len(chain) == count and sha256_digest(found.config_bytes())[7:] == image.id:
+                    image.layer = top
+                    return True
+        return False
+
+    def _names(self) -> dict[str, set[str]]:
+        """Return the IDs of images by the names that containers give them."""
+        found: dict[str, set[str]] = {}
+        graph = self.storage._graph
+        for container in self.storage._load(Container, [graph] if graph else []):
+            name = container.details().get("image-name") or container.state.get("image-name")
+            found.setdefault(str(name), set()).add(container.image)
+        return found
+
+    def containers(self, containers: Sequence[Container]) -> None:
+        """Find the writable layers of containers by their names, and what is below them."""
+        tops = {image.id: image.layer for image in self.storage.images()}
+        named = {name: layer.id for layer in self.storage.layers() for name in layer.names}
+        for container in containers:
+            if container.lost and not container.layer:
+                container.layer = named.get(f"{container.names[0]}-layer", "")
+                container.record["layer"] = container.layer
+            layer = self.storage.layer_by_id(container.layer)
+            if layer in self._loose and layer:
+                layer.parent = tops.get(container.image, "")
 
 
 # ================================================================================================
@@ -4443,13 +4735,15 @@ def find_layer(storage: Storage, reference: str) -> Layer:
     Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
     passed over.
     """
+    if storage.salvage and ":" in reference:
+        storage.images()  # computes DiffIDs
+    layers = storage.layers()
     unknown = LayerUnknown(f"layer not known: {display(reference)}",
-                           hint="`layer list` shows what there is")
+                           hint=storage.elsewhere or "`layer list` shows what there is")
     if re.fullmatch(LINK_ID, reference):
         reference = storage.resolve_link(reference)
     if not (text := reference.removeprefix("sha256:")):
         raise unknown
-    layers = storage.layers()
     by_digest = [layer for layer in layers if layer.diff_digest.startswith("sha256:" + text)]
     found = [layer for layer in layers if reference in (layer.id, *layer.names)] \
         or [layer for layer in by_digest if layer.diff_digest == reference] \
@@ -4463,10 +4757,11 @@ def find_layer(storage: Storage, reference: str) -> Layer:
 def find_container(storage: Storage, reference: str) -> Container:
     """Return the container of an ID, a name, a layer ID or the start of an ID."""
     check_type("reference", reference, str)
+    containers = storage.containers()
     unknown = ContainerUnknown(f"container not known: {display(reference)}",
-                               hint="`container list` shows what there is")
-    found = [c for c in storage.containers() if reference in (c.id, *c.names, c.layer)] \
-        or _by_prefix(storage.containers(), reference)
+                               hint=storage.elsewhere or "`container list` shows what there is")
+    found = [c for c in containers if reference in (c.id, *c.names, c.layer)] \
+        or _by_prefix(containers, reference)
     return _one(found if reference else [], unknown, reference, lambda c: ", ".join(c.names))
 
 
@@ -13339,6 +13634,9 @@ class LayerCheck:
         if found:
             yield from found
             return
+        if self.layer.lost and not self.layer.diff_digest:
+            yield Finding("not-verified", self.label, message="its record is lost, and no image "
+                          "that was found is of it: nothing tells its DiffID")
         self._sums = {} if summing else None
         try:
             for finding in self._read(self.layer):
@@ -14312,7 +14610,8 @@ def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, 
     """Return what is known of a file, as in a TOC, with its path and layer."""
     entry = toc_entry(path, node, first=None if first is None else b"/" + first)
     entry.pop("name")
-    return {"path": spell(path), **entry, "layer": node.tree.layer_id}
+    mark = {"unverified": True} if node.tree.layer and node.tree.layer.unverified else {}
+    return {"path": spell(path), **entry, "layer": node.tree.layer_id, **mark}
 
 
 def file_line(item: tuple[bytes, Node, bytes | None], args: Any, raw: bool) -> bytes:
@@ -14870,7 +15169,7 @@ def open_storage(args: Any) -> Storage:
         raise _UsageError("--root is empty")
     kind = Storage if args.no_helper else ProxiedStorage
     options: Any = {"runroot": args.runroot, "stores": stores, "owner_ids": args.owner_ids,
-                    "driver": args.driver,
+                    "driver": args.driver, "salvage": args.salvage,
                     "imagestore": args.imagestore and os.path.abspath(args.imagestore)}
     return kind.open(args.root, **options) if args.root else kind.discover(**options)
 
@@ -15242,7 +15541,7 @@ def cmd_extract(storage: Storage, args: Any) -> None:
                             tree.layers * args.verify)
             summary = extract_tree(tree, args.dir, progress=progress, **options)
     for text in summary["notes"]:
-        if not storage or text not in storage.notes:  # _run() prints those at the end
+        if not storage or text not in storage.notes + storage.unverified:  # printed at the end
             note(args, display(text))
     show(args, {"directory": spell(os.fsencode(os.path.abspath(args.dir))), **summary},
          () if args.quiet else summary_lines(summary))
@@ -15622,6 +15921,7 @@ GLOBALS = {
     f"--timeout SECONDS={PEER_TIMEOUT:g}": "how long to wait for a silent server or client; "
                                            f"default: {PEER_TIMEOUT:g}",
     "--driver overlay|vfs=": "storage driver, where a graph root holds stores of both",
+    "--salvage": "read what is left where files of records are damaged or lost",
     "--no-helper": "never enter a user namespace",
     "-q --quiet": "no progress, no warnings",
     "-v --verbose +": "say more; twice: show tracebacks",

@@ -2213,10 +2213,11 @@ class Records(StoreTest):
         images, layers = (store.path(f"overlay-{word}/{word}.json at offset {at}: malformed JSON: ")
                           for word, at in (("images", 0), ("layers", 1)))
         self.assertEqual((None, None, 1), (info["images"], info["layers"], info["containers"]))
-        self.assertEqual([layers + "Expecting property name enclosed in double quotes",
-                          images + "Expecting value"], info["faults"][:2])
+        hint = " (--salvage reads what is left of the records)"
+        self.assertEqual([layers + "Expecting property name enclosed in double quotes" + hint,
+                          images + "Expecting value" + hint], info["faults"][:2])
         table = self.run_on(store, "store info").out
-        self.assertIn(f"fault                    {images}Expecting value\n", table)
+        self.assertIn(f"fault                    {images}Expecting value{hint}\n", table)
         self.assertIn("images                   unknown\n", table)
         self.run_on(store, "image list", status=6)
         # Lost records are noticed, whole ones are not blamed.
@@ -2226,7 +2227,9 @@ class Records(StoreTest):
         strays = sorted(store.path("overlay-images", entry["id"]) + " has no record"
                         for entry in store.images)
         done = self.run_on(store, "image list")
-        self.assertEqual(strays, [line[len("cstor: warning: "):] for line in done.err.splitlines()])
+        self.assertEqual([(f"{store.path('overlay-images')}: no records: --salvage reads "
+                           f"{len(strays)} images without a record"), *strays],
+                         [line[len("cstor: warning: "):] for line in done.err.splitlines()])
         found = self.faults(store)[1]
         self.assertEqual([store.path("overlay", name * 64) + " has no record" for name in "de"]
                          + strays, [fault for fault in found if fault.endswith(" has no record")])
@@ -3318,6 +3321,346 @@ class Library(StoreTest):
         storage.close()
         storage.close()
 
+
+def lose(store: StoreBuilder, how: str, *words: str) -> None:
+    """Damage files of records in one way."""
+    for word in words or KINDS:
+        path = store.path(f"{store.driver}-{word}", f"{word}.json")
+        data = read_bytes(path)
+        if how == "removed":
+            os.unlink(path)
+        else:
+            put(path, {"empty": b"", "zeroed": bytes(len(data)), "garbled": data.replace(
+                b'"id"', b'"i\xff', 1)}.get(how, data[:len(data) // 2]))
+
+
+class Salvaging(StoreTest):
+    """What a store still has whose records are damaged or lost."""
+
+    HOW = ("empty", "zeroed", "garbled", "cut", "removed")
+
+    def builds(self, driver: str = "overlay") -> StoreBuilder:
+        """Return a store with layers of random IDs, two of the same tar, and shared ones."""
+        store = StoreBuilder(f"{self.dir}/{driver}", driver)
+        tar = make_tar(("etc/", None), ("etc/f", b"base"))
+        base = store.layer(tar, id=sha256(tar)[7:])  # the IDs of layers that were pulled
+        tar = make_tar(("etc/g", b"twice"))
+        chained = store.layer(tar, base, id=sha256(f"{base}+{sha256(tar)[7:]}".encode())[7:])
+        copy = store.layer(tar, base, id="c" * 64)
+        tops = [store.layer(make_tar((f"{name}/", None), (f"{name}/f", name.encode())), below,
+                            id=name * 64)
+                for name, below in (("a", chained), ("d", copy), ("e", base))]
+        for top, name in zip([base, *tops], ("base", "a", "d", "e")):
+            image = store.image(top, f"localhost/{name}:1")
+        found = store.container(image, store.layer(None, tops[-1], names=["web-layer"]), "web",
+                                metadata=json.dumps({"image-name": "localhost/e:1"}))
+        store.write(f"{driver}-containers/{found}/userdata/buildah.json", json.dumps(
+            {"container-name": "web", "image-id": image}))
+        return store.save()
+
+    def copies(self, storage: cstor.Storage) -> dict[str, Any]:
+        """Return configuration and layers of each image, as it is copied, or why it is not."""
+        found: dict[str, Any] = {}
+        for image in storage.images():
+            out = f"{self.dir}/out"
+            try:
+                image.copy_to_oci(out, "x")
+                index = json.loads(read_bytes(f"{out}/index.json"))["manifests"][0]
+                blob = read_bytes(f"{out}/blobs/sha256/{index['digest'][7:]}")
+                manifest = json.loads(blob)
+                found[image.id] = [manifest["config"]["digest"], *(
+                    layer["digest"] for layer in manifest["layers"])]
+            except cstor.CstorError as error:
+                found[image.id] = str(error)
+            shutil.rmtree(out, ignore_errors=True)
+        return found
+
+    def test_every_damage_of_records(self) -> None:
+        for driver, words in itertools.product(cstor.DRIVERS, (
+                ("images",), ("layers",), ("images", "layers"), KINDS)):
+            store = self.builds(driver)
+            with self.open(store) as storage:
+                copies = self.copies(storage)
+                tars = {layer.id: layer.diff_digest for layer in storage.layers()}
+            self.assertEqual({f"sha256:{image}" for image in copies},
+                             {copy[0] for copy in copies.values()})
+            for how in self.HOW:
+                with self.subTest(driver, how=how, words=words):
+                    lose(store, how, *words)
+                    with self.open(store, salvage=True) as storage:
+                        self.assertEqual(copies, self.copies(storage))
+                    with self.open(store, salvage=True) as storage:
+                        self.assertEqual(set(tars), {layer.id for layer in storage.layers()})
+                        for layer in storage.layers() if tars else ():
+                            if tars[layer.id]:
+                                self.assertEqual(tars[layer.id], sha256(self.export(layer)))
+                                self.assertEqual(tars[layer.id], layer.export(io.BytesIO()))
+                        self.assertEqual([], storage.unverified)
+                        self.assertEqual("web", storage.container("web").title)
+                    store.save()
+            shutil.rmtree(store.root)
+
+    def test_commands(self) -> None:
+        store = self.builds()
+        whole = self.run_on(store, "image list --format json").json
+        lose(store, "cut", "images", "layers")
+        lose(store, "garbled", "containers")
+        for words in ("image list", "layer list", "container list"):
+            done = self.run_on(store, words, status=6)
+            self.assertIn("--salvage reads what is left of the records", done.err)
+            self.assertEqual(b"", self.run_on(store, "--salvage -q " + words).stderr)
+        done = self.run_on(store, "--salvage image list --format json")
+        self.assertIn("images.json at offset", done.err)
+        rows = {row["id"]: row for row in done.json}
+        self.assertEqual({row["id"]: row["layer"] for row in whole},
+                         {key: row["layer"] for key, row in rows.items()})
+        lost = [row for row in rows.values() if "its record is lost" in row["faults"]]
+        self.assertEqual((3, 4), (len(lost), len(rows)))
+        last = store.save().images[-1]["id"]
+        lose(store, "removed")
+        for words in ("files {}", "export {}", "layers {}", "history {}"):
+            done = self.run_on(store, "--salvage image " + words.format(last[:12]))
+            self.assertTrue(done.stdout, words)
+        done = self.run_on(store, f"--salvage image stat --format json {last} /e/f /etc/f")
+        self.assertEqual([None, True], [row.get("unverified") for row in done.json])
+        self.assertRegex(done.err, r"\Acstor: warning: layer \w{64}: not verified: its record ")
+        self.assertNotIn("e" * 64, done.err)  # it was hashed
+        self.run_on(store, f"--salvage image extract {last} {self.dir}/x")
+        self.assertEqual(b"e", read_bytes(f"{self.dir}/x/e/f"))
+        done = self.run_on(store, f"--salvage image verify {last}")
+        self.assertNotIn("not-verified", done.out)
+        # The hint where there is no malformed file.
+        done = self.run_on(store, f"image inspect {last}", status=3)
+        self.assertIn("--salvage reads 4 images without a record", done.err)
+
+    def test_only_what_is_needed_is_hashed(self) -> None:
+        hashed: list[str] = []
+        take_all = cstor.TarSink.take_all
+
+        def count(sink: Any, *args: Any) -> str:
+            hashed.append(sink._layer[:1])
+            return take_all(sink, *args)
+
+        with mock.patch.object(cstor.TarSink, "take_all", count):
+            for words, expected in ((("images",), ""), (("layers",), ""), (KINDS, "acde")):
+                store = self.builds()
+                lose(store, "removed", *words)
+                with self.open(store, salvage=True) as storage:
+                    self.assertEqual(7, len(storage.layers()))
+                    self.assertEqual([], hashed)
+                    self.assertEqual(4, len(storage.images()))
+                    self.assertEqual(expected, "".join(sorted(hashed)))
+                shutil.rmtree(store.root)
+                hashed.clear()
+
+    def test_a_whole_store_reads_as_ever(self) -> None:
+        store = self.sample()
+        orphan = store.path("overlay", "f" * 64)
+        os.makedirs(orphan + "/diff")
+        for words in ("image list", "layer list", "container list", "store info"):
+            plain, salvaged = (self.run_on(store, f"{option} {words} --format json")
+                               for option in ("", "--salvage"))
+            self.assertEqual((plain.out, plain.err), (salvaged.out, salvaged.err))
+
+    def test_tar_split_data_are_lost(self) -> None:
+        for how, whole in itertools.product((os.unlink, flip, cut), (True, False)):
+            store = self.builds()
+            top = store.layers[1]["id"]
+            how(store.path("overlay-layers", top + ".tar-split.gz"))
+            if not whole:
+                lose(store, "empty")
+            reason = f"layer {top}: not verified: its tar-split data are lost or damaged"
+            out = f"{self.dir}/out"
+            for words, expected in (("files", b"/etc/g"), ("stat {} /etc/g", b"/etc/g"),
+                                    ("cat {} /etc/g", b"twice"), (f"extract {{}} {out}", b""),
+                                    (f"cp {{}}:/etc/g {out}/g", b"")):
+                verb, _, more = words.partition(" ")
+                done = self.run_on(store, "--salvage layer", verb, *(more or "{}").format(
+                    top).split())
+                self.assertIn(expected, done.stdout)
+                self.assertIn(reason, done.err)
+                self.assertEqual(1, done.err.count("not verified"))
+            rows = self.run_on(store, "--salvage layer files --format json", top).json
+            self.assertEqual({True}, {row["unverified"] for row in rows})
+            shutil.rmtree(out)
+            image = store.images[1]["id"]
+            done = self.run_on(store, "--salvage image extract --format json", image, out)
+            self.assertEqual(1, sum(reason in note for note in done.json["notes"]))
+            self.assertEqual(b"twice", read_bytes(out + "/etc/g"))
+            shutil.rmtree(out)
+            for words in (f"layer export {top}", f"image copy-to-oci {image} {out}"):
+                self.assertIn(top, self.run_on(store, "--salvage " + words, status=6).err)
+            done = self.run_on(store, "layer files", top, status=6 if whole else 3)
+            self.assertEqual(not whole, "--salvage" in done.err)
+            shutil.rmtree(store.root)
+
+    def test_containers(self) -> None:
+        store = self.builds()
+        image, layer = store.images[-1]["id"], store.layers[-1]["id"]
+        found = hashlib.sha256(b"web").hexdigest()
+        lose(store, "empty")
+        config = f"overlay-containers/{found}/userdata/config.json"
+        store.write(config, json.dumps({"root": {"path": f"/x/overlay/{layer}/merged"}}))
+        store.write(f"overlay/{layer}/diff/new", "new")
+        with self.open(store, salvage=True) as storage:
+            container = storage.container("web")
+            self.assertEqual((found, image, layer), (container.id, container.image,
+                                                     container.layer))
+            with container.tree() as tree:
+                self.assertEqual(b"new", b"".join(tree.read(b"new")))
+                self.assertEqual(b"e", b"".join(tree.read(b"e/f")))
+        store.write(config, "[]")
+        with self.open(store, salvage=True) as storage:
+            container = storage.container("web")
+            with self.assertRaisesRegex(cstor.FormatError, "is lost, and nothing tells its layer"):
+                container.tree()
+
+    def test_additional_stores(self) -> None:
+        for words in (("images",), ("images", "layers")):
+            other = self.builds()
+            os.rename(other.root, self.dir + "/other")
+            other.root = self.dir + "/other"
+            store = self.sample()
+            with self.open(store, stores=[other.root]) as storage:
+                copies = self.copies(storage)
+            for damaged in ([other], [store, other]):
+                for each in damaged:
+                    lose(each, "empty", *words)
+                with self.open(store, stores=[other.root], salvage=True) as storage:
+                    self.assertEqual(copies, self.copies(storage))
+                    self.assertEqual({False, True}, {image.readonly for image in storage.images()})
+            shutil.rmtree(other.root)
+            shutil.rmtree(store.root)
+
+    def test_schema1_alone(self) -> None:
+        """Its ID is the digest of a configuration that is made with the DiffIDs of its layers."""
+        store, layers = self.stack(make_tar(("a", b"a")), make_tar(("b", b"b")))
+        store.layer(make_tar(("c", b"c")), layers[0], id="9" * 64)
+        manifest = {"schemaVersion": 1, "history": [{"v1Compatibility": json.dumps(
+            {"os": "linux", "architecture": "amd64", "created": "2020-01-02T03:04:05Z"})}] * 2}
+        record: dict[str, Any] = {"id": "0" * 64, "layer": layers[-1], "names": ["localhost/s:1"]}
+        store.big_data(record, "manifest", json.dumps(manifest).encode())
+        store.images = [record]
+        store.save()
+        with self.open(store) as storage:
+            image_id = sha256(storage.images()[0].config_bytes())[7:]
+        os.rename(store.path("overlay-images", "0" * 64), store.path("overlay-images", image_id))
+        for lost in (("images", "layers"), ("layers",), ("images",)):
+            store.images[0]["id"] = image_id
+            store.save()
+            lose(store, "empty", *lost)
+            with self.open(store, salvage=True) as storage:
+                image, = storage.images()
+                self.assertEqual([image_id, *map(sha256, list(store.tars.values())[:2])],
+                                 [cstor.sha256_digest(image.config_bytes())[7:],
+                                  *(layer.diff_digest for layer in image.checked_chain())])
+
+    def test_a_layer_that_no_image_names(self) -> None:
+        store = self.builds()
+        lone = store.layer(make_tar(("lone", b"x")), id="5" * 64)
+        store.save()
+        lose(store, "empty")
+        done = self.run_on(store, "--salvage layer export", lone)
+        self.assertEqual(store.tars[lone], done.stdout)
+        self.assertRegex(done.err, f"layer {lone}: not verified: no image names its DiffID sha256:")
+        done = self.run_on(store, "--salvage layer verify", lone)
+        self.assertIn("not-verified", done.out)
+        self.assertEqual(b"", self.run_on(store, "--salvage layer export", "a" * 64).stderr)
+
+    def test_sparse_files(self) -> None:
+        """The map of some sparse files is found only with the right DiffID."""
+        store = self.builder()
+        content = bytes(8192) + b"x" * 4096
+        header, data = TarSplitTests.sparse_member(b"s", content, [(8192, 4096)])
+        layer = store.layer(make_tar(("s", content)), id="7" * 64)
+        end = bytes(-len(data) % BLOCK) + END
+        store.rows(layer, [segment(header), content_row(b"s", content), segment(end)])
+        tar = header + data + end
+        store.layers[0].update({"diff-digest": sha256(tar), "diff-size": len(tar)})
+        image = store.image(layer)
+        store.save()
+        lose(store, "empty")
+        with self.open(store, salvage=True) as storage:
+            self.assertEqual(layer, storage.image(image).layer)
+            self.assertEqual(tar, self.export(storage.layer(layer)))
+
+    def test_damaged_layers_are_hashed_once(self) -> None:
+        store = self.builds()
+        put(store.path("overlay", "a" * 64, "diff/a/f"), b"Z")
+        put(store.path("overlay", "d" * 64, "diff/d/f"), b"longer")
+        lose(store, "empty")
+        with self.open(store, salvage=True) as storage:
+            copies = self.copies(storage)
+            self.assertEqual(1, sum("its DiffID is not known" in text for text in storage.faults))
+        bad = [text for text in copies.values() if isinstance(text, str)]
+        self.assertEqual(2, len(bad))
+        for text in bad:
+            self.assertRegex(text, "image [0-9a-f]{64}: no layer, but the configuration names more")
+
+    def test_by_digest(self) -> None:
+        store = self.builds()
+        lose(store, "empty")
+        digest = sha256(store.tars["a" * 64])
+        with self.open(store, salvage=True) as storage:
+            self.assertEqual("a" * 64, storage.layer(digest).id)
+
+    def test_hostile_records(self) -> None:
+        """Nothing outside is read, nothing is believed that was not computed, nothing loops."""
+        store = self.builds()
+        lose(store, "empty")
+        layer = "6" * 64
+        wrong = sha256(make_tar(("w", b"wrong")))
+        configs: tuple[Any, ...] = (
+            {"rootfs": {"diff_ids": ["sha256:../../evil", "sha256:" + "6" * 64]}, "created": 5},
+            {"rootfs": {"diff_ids": [wrong]}, "created": []}, {"rootfs": []},
+            {"rootfs": {"diff_ids": [wrong] * 10_000}})
+        for config in configs:
+            data = json.dumps(config).encode()
+            record = {"id": sha256(data)[7:]}
+            store.big_data(record, sha256(data), data)
+            store.big_data(record, "manifest", json.dumps(
+                {"config": {"digest": sha256(data)}}).encode())
+        forged = {"id": "4" * 64}
+        store.big_data(forged, "sha256:" + "4" * 64, b"{}")
+        store.big_data(forged, "manifest", b'{"config":{"digest":"sha256:' + b"4" * 64 + b'"}}')
+        # A layer that says it is the one of a DiffID, and one that is below itself.
+        builder = StoreBuilder(store.root)
+        builder.layer(make_tar(("w", b"other")), id=wrong[7:])
+        builder.layer(make_tar(("z", b"loop")), id=layer)
+        store.write(f"overlay/{layer}/lower", "l/" + store.read(f"overlay/{layer}/link"))
+        os.symlink("/etc", store.path("overlay-images", "3" * 64))
+        os.symlink("/etc", store.path("overlay", "2" * 64))
+        os.makedirs(store.path("overlay-images", "=Li4v"))
+        store.write("overlay-images/" + "1" * 64 + "/=Li4vLi4vZXZpbA==", "x")
+        os.symlink("/etc/passwd", store.path("overlay-images", "1" * 64, "manifest"))
+        with self.open(store, salvage=True) as storage:
+            images = {image.id: image for image in storage.images()}
+            self.assertTrue(all(image.faults for image in images.values()))
+            self.assertNotIn("3" * 64, images)
+            for image in images.values():
+                for key in image.big_data_names:
+                    with contextlib.suppress(cstor.CstorError):
+                        self.assertNotIn(b"root:", image.big_data(key))
+            copies = self.copies(storage)
+            self.assertEqual(4 + 1, sum(  # one of them has no layers
+                isinstance(copy, list) for copy in copies.values()))
+            with self.assertRaises(cstor.IntegrityError):
+                images["4" * 64].config()
+            fake = storage.layer(wrong[7:])
+            self.assertFalse(fake.proven)
+            with self.assertRaises(cstor.IntegrityError):
+                self.export(fake)
+            with self.assertRaises(cstor.FormatError):
+                storage.chain(layer)
+        depth = b'[' + b'{"id":[' * 100_000
+        for text in (depth, b'[{"id":"' + b'{"id":' * 100_000, b'[{"id":1' * 10_000,
+                     b'[{"id":"ok"},' + b'{"id":"x","n":' * 1000 + b'x{"id":"lost"}'):
+            store.write("overlay-images/images.json", text)
+            before = time.process_time()
+            with self.open(store, salvage=True) as storage:
+                self.assertEqual("ok" in text.decode()[:12], "ok" in [
+                    image.id for image in storage.images()])
+            self.assertLess(time.process_time() - before, 5)
 
 # ================================================================================================
 # 9. References
@@ -16051,6 +16394,64 @@ class RealStores(unittest.TestCase):
             self.assertEqual({"not-verified"} if name == "schema1" else set(),
                              {finding.code for finding in found})
 
+    def copy_all(self, storage: cstor.Storage) -> dict[str, list[str]]:
+        """Return the configuration and the layers of each image, as it is copied."""
+        found, out = {}, self.dir + "/copied"
+        for image in storage.images():
+            with contextlib.suppress(cstor.CstorError):
+                image.copy_to_oci(out, "x")
+                blobs = {name: read_bytes(f"{out}/blobs/sha256/{name}")
+                         for name in os.listdir(out + "/blobs/sha256")}
+                index = json.loads(read_bytes(out + "/index.json"))["manifests"][0]["digest"]
+                manifest = json.loads(blobs[index[7:]])
+                found[image.id] = [row["digest"] for row in (
+                    manifest["config"], *manifest["layers"])]
+                for name in found[image.id]:
+                    self.assertEqual(name, sha256(blobs[name[7:]]))
+            shutil.rmtree(out, ignore_errors=True)
+        return found
+
+    def test_what_is_left_is_salvaged(self) -> None:
+        """With lost records layers and images come out as before, and others are refused."""
+        for name, root in self.roots.items():
+            top = root + "/st"
+            with cstor.Storage.open(top) as storage:
+                digests = {layer.id: layer.diff_digest for layer in storage.layers()}
+                images = {image.id for image in storage.images()}
+                copies = self.copy_all(storage)
+            for how, words in itertools.product(("empty", "cut", "removed"), (
+                    ("images", "layers"), ("images",), ("layers",))) if FULL else (
+                        ("empty", ("images", "layers")), ("removed", ("layers",)),
+                        ("cut", ("images", "layers"))):
+                with self.subTest(name, how=how, words=words), contextlib.ExitStack() as kept:
+                    for word in words:
+                        for file in (f"{word}.json", f"volatile-{word}.json"):
+                            path = f"{top}/overlay-{word}/{file}"
+                            if os.path.exists(path):
+                                kept.enter_context(Kept(path, f"{self.dir}/kept-{file}"))
+                                os.truncate(path, os.path.getsize(path) // 2 * (how == "cut"))
+                                if how == "removed":
+                                    os.unlink(path)
+                    self.salvage(top, digests, images, copies)
+
+    def salvage(self, root: str, digests: dict[str, str], images: set[str],
+                copies: dict[str, list[str]]) -> None:
+        """Compare what is salvaged with what there was."""
+        before = snapshot(root)
+        with cstor.Storage.open(root, salvage=True) as storage:
+            self.assertEqual(copies, self.copy_all(storage))
+            for image in images - {*copies}:
+                with self.assertRaisesRegex(cstor.CstorError, f"{image[:12]}|layer \\w{{64}} has"):
+                    storage.image(image).copy_to_oci(self.dir + "/copied")
+            found = {}
+            for layer in storage.layers():
+                if cstor.is_safe_id(layer.id) and storage.find(layer.tar_split):
+                    out = io.BytesIO()
+                    found[layer.id] = layer.export(out)
+                    self.assertEqual(found[layer.id], sha256(out.getvalue()))
+            self.assertEqual({key: digest for key, digest in digests.items() if digest}, found)
+        self.assertEqual(before, snapshot(root))
+
     def test_every_layer_by_every_client(self) -> None:
         need_proc()
         for name, storage in self.storages():
@@ -19472,12 +19873,14 @@ RealRootless.test_same_owner RealRootless.test_server RealStores.test_every_dama
 RealStores.test_every_image_goes_out_and_comes_back RealStores.test_every_layer_as_a_stream
 RealStores.test_every_layer_by_every_client RealStores.test_every_layer_from_composefs
 RealStores.test_every_layer_is_rebuilt RealStores.test_everything_is_extracted
-RealStores.test_names_in_tocs_and_contents_of_trees RealTree.test_an_image_that_is_removed_meanwhile
-RealTree.test_containers_of_large_images RealTree.test_containers_with_stubs_and_renamed_directories
-RealTree.test_errors_of_fetching RealTree.test_fetched_layouts RealTree.test_fetched_transports
-RealTree.test_fetched_zstd RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading
-RealXattrs.test_mounts Records.test_long_chains_and_many_layers
-Records.test_lost_and_emptied_files_are_faults Serving.test_a_server_without_a_digest
+RealStores.test_names_in_tocs_and_contents_of_trees RealStores.test_what_is_left_is_salvaged
+RealTree.test_an_image_that_is_removed_meanwhile RealTree.test_containers_of_large_images
+RealTree.test_containers_with_stubs_and_renamed_directories RealTree.test_errors_of_fetching
+RealTree.test_fetched_layouts RealTree.test_fetched_transports RealTree.test_fetched_zstd
+RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading RealXattrs.test_mounts
+Records.test_long_chains_and_many_layers Records.test_lost_and_emptied_files_are_faults
+Salvaging.test_every_damage_of_records Salvaging.test_hostile_records
+Salvaging.test_tar_split_data_are_lost Serving.test_a_server_without_a_digest
 Serving.test_nobody_is_waited_for_longer SingleFiles.test_a_deep_path
 SingleFiles.test_no_step_for_each_entry StreamExtracts.test_odd_tars
 StreamExtracts.test_sparse_files_keep_their_holes Streams.test_commands Streams.test_damaged_lists
