@@ -3543,8 +3543,42 @@ class Container(Record):
 
     @property
     def state(self) -> dict[str, Any]:
-        """What podman's database knows: name, state, pod, rootfs, ...; {} when it knows nothing."""
-        return self.storage.podman_containers().get(self.id, {})
+        """What its engine keeps: engine, name, state, pod, rootfs, ...; {} when that is unknown.
+
+        podman has a database, buildah and CRI-O a file in the container's directory.
+        """
+        return self.storage.podman_containers().get(self.id) or self._state_in(
+            b"buildah.json") or self._state_in(b"state.json" if "pod-id" in self.details() else b"")
+
+    def _state_in(self, name: bytes) -> dict[str, Any]:
+        try:
+            path = self.path(b"userdata/" + name)
+            said = parse_object(self.root.read(path, MAX_BIG_DATA), self.root.host_path(path))
+        except (CstorError, OSError):
+            return {}
+        if name == b"buildah.json":  # podman calls its containers so
+            return {"engine": "buildah", "state": "storage", "name": said.get("container-name"),
+                    "image-name": said.get("image"), "mountpoint": said.get("mountpoint", "")}
+        return {"engine": "cri-o", "state": str(said.get("status", "")),
+                "name": self.details().get("metadata-name"), "exit-code": said.get("exitCode"),
+                "pod": self.details().get("pod-name"), "pod-id": self.details().get("pod-id"),
+                "pid": said.get("pid"), "started": said.get("started")}
+
+    def sizes(self, known: dict[str, int] | None = None) -> tuple[int, int]:
+        """Return what `podman ps --size` does: bytes of files in its writable layer, and below it.
+
+        -1 = unknown.  ``known`` keeps the sizes of layers by ID, for other containers.
+        """
+        known = {} if known is None else known
+        try:
+            layers = self.storage.chain(self.layer)
+        except CstorError:
+            layers = ()
+        for layer, below in zip(layers, (None, *layers)):
+            if layer.id not in known:
+                known[layer.id] = files_size(layer, below)
+        *rest, own = [known[layer.id] for layer in layers] or [-1]
+        return -1 if self.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
 
     def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
         """Return the merged tree of its image's layers and its own writable one.
@@ -4265,15 +4299,11 @@ class Storage(Closing):
 
         Keys: name, state (a word), pod (name), rootfs (path of ``--rootfs``), rootfs-refused (why
         that path must not be opened, or ""), exit-code, labels, and mounted, pid, started of the
-        state.  A database that is damaged, or of podman before 4.8 (BoltDB, which is not read), is
-        named in ``faults``.
+        state.  A database that is damaged is named in ``faults``; see also unread_database().
         """
         if self._podman is None:
             self._podman = {}
             roots = [root for root in (self._graph, self._run) if root]
-            if self._graph and self._graph.exists(b"libpod/bolt_state.db"):
-                self.faults.append("podman's database is libpod/bolt_state.db, which is not read: "
-                                   "states, pods and rootfs paths of its containers are unknown")
             for root in roots:
                 for row in self._podman_rows(root, _PODMAN_QUERY):
                     try:
@@ -4286,6 +4316,12 @@ class Storage(Closing):
                     except FormatError as error:
                         self.faults.append(f"container {display(str(row[0]))}: {error}")
         return self._podman
+
+    def unread_database(self) -> list[str]:
+        """Say so if podman's database is one of before 4.8 (BoltDB), which is not read; else []."""
+        text = ("podman's database is libpod/bolt_state.db, which is not read: states, pods and "
+                "rootfs paths of its containers are unknown")
+        return [text] * bool(self._graph and self._graph.exists(b"libpod/bolt_state.db"))
 
     def recorded_roots(self, *, trusted: bool = False) -> dict[str, str]:
         """Return GraphRoot, RunRoot and GraphDriver of podman's database, {} when not trusted."""
@@ -4423,7 +4459,7 @@ def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
     known = isinstance(state, int) and 0 <= state < len(CONTAINER_STATE)
     return str(container_id), {
         "name": str(name), "state": CONTAINER_STATE[state if known else 0],
-        "exit-code": status.get("exitCode", 0), "pod": str(pod or ""),
+        "engine": "podman", "exit-code": status.get("exitCode", 0), "pod": str(pod or ""),
         "pod-id": str(config.get("pod") or ""), "rootfs": str(config.get("rootfs") or ""),
         "image-name": str(config.get("rootfsImageName") or ""),
         "image-id": str(config.get("rootfsImageID") or ""), "labels": config.get("labels"),
@@ -14223,23 +14259,23 @@ NO_REFLINKS = ("ext2", "ext3", "ext4", "tmpfs")  # file systems without shared e
 MOUNTS = (b"merged", b"mapped", b"composefs-layers")  # in a layer's directory
 
 
-def walk_disk(root: Contents, top: bytes, denied: list[str]
-              ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Yield ``top`` and all below it, with lstat(2), but nothing that is mounted there.
+def walk_disk(root: Contents, top: bytes, denied: list[str],
+              look: Callable[[int, bytes], Any] = status_at) -> Iterator[tuple[Any, ...]]:
+    """Yield ``top`` and all below it, with what ``look`` tells, but nothing that is mounted there.
 
     Directories that cannot be read are added to ``denied``; what is removed meanwhile is left out.
     """
-    found, mounts = [(top, root.lstat(top))], {top + b"/" + name for name in MOUNTS}
-    device = found[0][1].st_dev
+    found: list[tuple[Any, ...]] = [(top, root.lstat(top))]
+    device, mounts = found[0][1].st_dev, {top + b"/" + name for name in MOUNTS}
     todo: list[bytes] = []
     while found or todo:
-        for path, status in found:
+        for path, status, *more in found:
             if status.st_dev == device:
-                yield path, status
+                yield path, status, *more
                 todo += [path] * (stat.S_ISDIR(status.st_mode) and path not in mounts)
         found, path = [], todo.pop() if todo else b""
         try:
-            found = [(path + b"/" + row[0], row[1]) for row in root.scan(path, status_at)] \
+            found = [(path + b"/" + row[0], *row[1:]) for row in root.scan(path, look)] \
                 if path else []
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -14249,8 +14285,8 @@ def walk_disk(root: Contents, top: bytes, denied: list[str]
 
 def disk_size(root: Contents, path: bytes) -> int:
     """Return the bytes of disk that a file, or a directory with all this user sees, takes."""
-    found = {(status.st_dev, status.st_ino): status.st_blocks
-             for _, status in walk_disk(root, path, [])}
+    found: dict[Any, int] = {(status.st_dev, status.st_ino): status.st_blocks
+                             for _, status, *_ in walk_disk(root, path, [])}
     return 512 * sum(found.values())
 
 
@@ -14261,16 +14297,18 @@ def files_size(layer: Layer, below: Layer | None = None) -> int:
     """
     def facts(layer: Layer) -> Iterator[tuple[Any, ...]]:
         root, path = layer.overlay_file(b"diff")
-        for name, found in walk_disk(root, path, denied) if root else ():
+        for name, found, *more in walk_disk(root, path, denied, look) if root else ():
             if not stat.S_ISDIR(found.st_mode):
-                yield (found.st_ino, found.st_size, name[len(path):], found.st_mode, found.st_uid,
-                       found.st_gid, found.st_mtime_ns)
+                yield (found.st_ino, found.st_size, name[len(path):], found.st_mode,
+                       found.st_mtime_ns, repr(more), *(found.st_uid, found.st_gid)[:owners])
 
     denied: list[str] = []
+    owners = 0 if layer.mapped else 2  # a mapped layer shifts them all
     if layer.overlay_file(b"additionallayer")[0]:
         return layer.diff_size
-    known = {row[1:] for row in facts(below)} if below and layer.storage.driver == "vfs" else ()
-    sizes = {row[0]: row[1] for row in facts(layer) if row[1:] not in known}
+    look: Any = look_at if layer.storage.driver == "vfs" else status_at
+    known = {row[1:] for row in facts(below)} if below and look is look_at else ()
+    sizes: dict[int, int] = {row[0]: row[1] for row in facts(layer) if row[1:] not in known}
     return -1 if denied else sum(sizes.values())
 
 
@@ -14377,7 +14415,7 @@ class DiskUsage:
         files = own = 0
         linked: dict[tuple[int, int], int] = {}  # bytes of files with several names
         content = top + b"/diff" * (self.storage.driver == "overlay")
-        for path, status in walk_disk(root, top, self.unreadable):
+        for path, status, *_ in walk_disk(root, top, self.unreadable):
             is_file, file = not stat.S_ISDIR(status.st_mode), (status.st_dev, status.st_ino)
             if file not in linked:
                 size = status.st_blocks * 512 - self._reflinked(unit, root, path, status)
@@ -14600,7 +14638,8 @@ def container_json(container: Container) -> dict[str, Any]:
     return {**container.record,
             "image-name": details.get("image-name") or state.get("image-name")
             or (names[0] if names else ""),
-            "state": state.get("state", unknown),
+            "state": state.get("state", unknown), "engine": state.get(
+                "engine", "cri-o" if "pod-id" in details else "podman" if details else ""),
             "pod": state.get("pod") or details.get("pod-name", ""),
             "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
             "store": container.root.path, "faults": container.faults}
@@ -15407,21 +15446,29 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
 def cmd_container_list(storage: Storage, args: Any) -> None:
     """list containers: those of podman, buildah and CRI-O"""
     entries = [container_json(container) for container in storage.containers()]
+    storage.faults += storage.unread_database()
+    known: dict[str, int] = {}
+    for container, entry in zip(storage.containers(), entries) if args.size else ():
+        for key, size in zip(("size-rw", "size-root-fs"), container.sizes(known)):
+            entry[key] = size if size >= 0 else None
     show(args, entries, (
         [short_id(container.id, args), ", ".join(container.names),
          str(entry["image-name"] or entry["rootfs"] or short_id(container.image, args)),
          human_age(container.created_ns), entry["state"], str(entry["pod"]),
+         "{} (virtual {})".format(*(human_size(-1 if size is None else size) for size in (
+             entry["size-rw"], entry["size-root-fs"]))) if args.size else "",
          "; ".join(container.faults)]
         for container, entry in zip(storage.containers(), entries)),
-        ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "FAULTS"],
+        ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "SIZE", "FAULTS"],
         (container.id for container in storage.containers()))
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers, and their entry in podman's database"""
-    show_inspected(args, ({**container_json(container), "details": container.details(),
-                           "podman": container.state} for container in for_each(
-                               args, args.container, storage.container)))
+    storage.faults += storage.unread_database()
+    show_inspected(args, ({**container_json(container), "details": container.details(), "podman":
+                           storage.podman_containers().get(container.id, {})} for container in
+                          for_each(args, args.container, storage.container)))
 
 
 def cmd_toc(storage: Storage, args: Any) -> None:
@@ -15681,6 +15728,7 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
             damage.update((fault, None) for fault in storage.strays(word, records))
         except (CstorError, OSError) as error:
             damage[describe(error)] = None
+    storage.faults += storage.unread_database()
     info: dict[str, Any] = {
         "driver": storage.driver,
         "graph-root": storage.graphroot, "run-root": storage.runroot,
@@ -15814,7 +15862,7 @@ COMMANDS: list[Command] = [
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
     ("layer verify", cmd_layer_verify, "LAYER+ --quick --format --no-trunc"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
-    ("container list", cmd_container_list, "-q --format --no-trunc"),
+    ("container list", cmd_container_list, "-s -q --format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
     *look_inside("CONTAINER"),
     ("container export", cmd_container_export, "CONTAINER -o --verify"),
@@ -15893,6 +15941,7 @@ OPTIONS = {
     "--no-reflinks": "the same as --link-mode copy",
     "--no-same-owner ?": "leave all files owned by you",
     "--same-owner ?": "set owners or fail; default: root sets those that the kernel allows",
+    "-s --size": "also show the bytes of the writable layer, and of the image as virtual",
     "--socket PATH": "read from the server at PATH instead of a storage",
     "serve --socket PATH": "where to listen; default: the socket on stdin, or one that systemd "
                            "passes",

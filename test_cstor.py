@@ -15013,6 +15013,83 @@ class Usage(StoreTest):
                     layer.id for _, layer in cstor.layer_branches(storage.layers())))
         self.assertEqual([], list(cstor.layer_branches([])))
 
+    def test_sizes_of_containers(self) -> None:
+        """Of vfs, what differs from the parent counts, as podman compares trees."""
+        for driver in cstor.DRIVERS:
+            store = make_sample(f"{self.dir}/{driver}", driver)
+            layer = store.layers[3]["id"]
+            put(store.files(layer) + "/new", b"n" * 5000)
+            os.link(store.files(layer) + "/new", store.files(layer) + "/again")
+            os.symlink("abc", store.files(layer) + "/link")
+            os.mkdir(store.files(layer) + "/empty")
+            if driver == "vfs":
+                os.utime(store.files(layer) + "/srv/app.py", (1, 1))
+                os.unlink(store.files(layer) + "/bin/hello")
+            store.container(store.images[0]["id"], "0" * 64, "broken")
+            with self.open(store.save()) as storage:
+                web, broken = storage.containers()
+                own = 5003 + 5200 * (driver == "vfs")
+                below = 27 + 5 + 27 + 3_000_001 + 26 + 5200 + 1 + 10 + 512 + 2
+                self.assertEqual((own, below), web.sizes())
+                self.assertEqual((-1, -1), broken.sizes())
+            done = self.run_on(store, "container list -s")
+            self.assertRegex(done.stdout.decode(), r"5 kB \(virtual 3.01 MB\)" if driver ==
+                             "overlay" else r"10.2 kB \(virtual 3.01 MB\)")
+            self.assertIn("unknown (virtual unknown)", done.stdout.decode())
+            rows = json.loads(self.run_on(store, "container list --size --format json").stdout)
+            self.assertEqual([(own, below), (None, None)],
+                             [(row["size-rw"], row["size-root-fs"]) for row in rows])
+            rows = json.loads(self.run_on(store, "container list --format json").stdout)
+            self.assertNotIn("size-rw", rows[0])
+
+    def test_containers_of_other_engines(self) -> None:
+        store = self.sample()
+        image, layer = store.images[0]["id"], store.layers[3]["id"]
+        pod = {"pod-id": "b" * 64, "pod-name": "k8s_pod", "metadata-name": "ctr", "name": "k8s_ctr"}
+        built = store.container("", layer, "built", metadata="")
+        crio = store.container(image, layer, "crio", metadata=json.dumps(pod))
+        self.assertEqual([("", ""), ("storage", ""), ("", "cri-o")], self.engines(store.save()))
+        files = {built: "buildah.json", crio: "state.json"}
+        for each, name in files.items():
+            for data in (b"", b"[1]", b"{", b"\xff", b'{"status": {}, "image": []}'):
+                store.write(f"overlay-containers/{each}/userdata/{name}", data)
+                self.assertEqual(3, len(self.engines(store)))
+            path = store.path(f"overlay-containers/{each}/userdata/{name}")
+            os.unlink(path)
+            os.mkfifo(path)
+            self.assertEqual(3, len(self.engines(store)))
+            os.unlink(path)
+        store.write(f"overlay-containers/{built}/userdata/buildah.json", json.dumps(
+            {"type": "buildah 0.0.1", "image": "docker.io/library/base:1", "mountpoint": "/m",
+             "container-name": "built"}))
+        store.write(f"overlay-containers/{crio}/userdata/state.json", json.dumps(
+            {"ociVersion": "1.0.2", "id": crio, "status": "stopped", "pid": 0, "exitCode": 3,
+             "started": "2026-01-02T03:04:05Z"}))
+        self.assertEqual([("", ""), ("storage", "buildah"), ("stopped", "cri-o")],
+                         self.engines(store))
+        with self.open(store) as storage:
+            self.assertEqual(("/m", 3, "k8s_pod"), (
+                storage.container("built").state["mountpoint"],
+                *map(storage.container("crio").state.get, ("exit-code", "pod"))))
+            self.assertEqual("docker.io/library/base:1", cstor.container_json(
+                storage.container("built"))["image-name"])
+            with storage.container("crio").tree() as tree:  # nothing of a state is a --rootfs
+                self.assertTrue(tree.lookup(b"bin/hello"))
+
+    def engines(self, store: StoreBuilder) -> list[tuple[str, str]]:
+        rows = json.loads(self.run_on(store, "container list --format json").stdout)
+        self.assertEqual(3, len(rows))
+        return [(row["state"], row["engine"] * (row["names"] != ["web"])) for row in rows]
+
+    def test_an_old_database_is_named_once(self) -> None:
+        store = self.sample()
+        store.write("libpod/bolt_state.db", b"")
+        for words, count in (("container list", 1), ("container inspect web", 1), ("store df", 0),
+                             ("container cat web /etc/os-release", 0), ("image list", 0)):
+            self.assertEqual(count, self.run_on(store, words).err.count("bolt_state.db"), words)
+        found = json.loads(self.run_on(store, "store info --format json").stdout)
+        self.assertEqual(1, str(found["faults"]).count("bolt_state.db"))
+
     def test_hard_links(self) -> None:
         """A name in the same layer, in another one, and outside of the storage."""
         store = self.builder()
@@ -17842,6 +17919,43 @@ mkdir w/old; mv -T w b/w; rm -r a/in/er; mv -T a/in a/er
 """
 
 
+class RealUsage(unittest.TestCase):
+    """Sizes and trees beside those that podman shows."""
+
+    def test_beside_podman(self) -> None:
+        need(os.geteuid() == 0, "only root can run podman on a store of its own")
+        need_tools("podman")
+        with tempfile.TemporaryDirectory(prefix="cstor-usage-") as folder:
+            store = Store(folder + "/store")
+            os.mkdir(folder + "/context")
+            put(folder + "/context/a", bytes(300_000))
+            put(folder + "/context/b", b"b" * 100_000)
+            for name, words in (("one", "FROM scratch\nCOPY a /\n"),
+                                ("two", "FROM localhost/one:1\nCOPY b /\n"),
+                                ("three", "FROM localhost/one:1\nCOPY b /d/\n")):
+                put(folder + "/context/Dockerfile", words)
+                store.buildah("bud", "-q", "-t", f"localhost/{name}:1", folder + "/context")
+            store.podman("create", "--network=none", "--name", "ctr", "two:1", "/a")
+            place = store.podman("mount", "ctr").strip()
+            run("sh", "-c", "cd $1; head -c 5000 /dev/zero > n; ln n m; ln -s abc l; rm a", "sh",
+                place)
+            store.podman("umount", "ctr")
+            trees = [(words, store.podman("image", "tree", *words.split())) for words in (
+                "one:1", "two:1", "one:1 --whatrequires")]
+            sizes = json.loads(store.podman("ps", "-a", "--size", "--format", "json"))[0]["Size"]
+            with cstor.Storage.open(store.root, runroot=store.runroot) as storage:
+                self.assertEqual((sizes["rwSize"], sizes["rootFsSize"]),
+                                 storage.container("ctr").sizes())
+                for words, wanted in trees:
+                    done = fork_main(["--root", store.root, "image", "tree", *words.split()], IDLE)
+                    ours, theirs = ({tuple(re.findall(r"ID: (\w+)|Layer of: (\S+)", line)) for line
+                                     in text.replace(" localhost", "localhost").splitlines()
+                                     if "Size" in line and "ID" in line and "[ctr]" not in line}
+                                    for text in (done.out, wanted))
+                    self.assertLessEqual(ours if "--" not in words else set(), theirs)
+                    self.assertTrue(ours)
+
+
 class RealXattrs(unittest.TestCase):
     """Layers that carry overlayfs's own xattrs, against podman's mounts."""
 
@@ -18748,6 +18862,7 @@ class RealVfs(unittest.TestCase):
     store: Store
     names: list[str]
     listed: dict[str, set[str]]  # by container, what podman says that it changed
+    sizes: dict[str, dict[str, int]]  # by container's ID, what podman says
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -18778,6 +18893,8 @@ class RealVfs(unittest.TestCase):
         cls.store.podman("umount", "changed")
         cls.listed = {name: set(cls.store.podman("diff", name).splitlines())
                       for name in ("same", "changed")}
+        cls.sizes = {row["Id"]: row["Size"] for row in json.loads(cls.store.podman(
+            "ps", "-a", "--size", "--format", "json"))}
 
     @classmethod
     def path(cls, name: str) -> str:
@@ -18788,6 +18905,12 @@ class RealVfs(unittest.TestCase):
         self.addCleanup(self.storage.close)
         before = snapshot(self.store.root)
         self.addCleanup(lambda: self.assertEqual(before, snapshot(self.store.root)))
+
+    def test_sizes(self) -> None:
+        for container in self.storage.containers():
+            size = self.sizes[container.id]
+            self.assertEqual((size["rwSize"], size["rootFsSize"]), container.sizes(),
+                             container.names)
 
     def place(self, layer: str) -> str:
         return os.path.join(self.store.root, "vfs/dir", layer)
@@ -19842,6 +19965,7 @@ REPEATED = """
 Checking.test_a_deep_directory_is_left_over Checking.test_an_incomplete_layer
 Contents.test_a_mapped_layer_with_many_lowers_and_few_open_files
 Contents.test_many_layers_with_few_open_files Database.test_hostile_databases
+Disks.test_usage_of_reflinks
 Docs.test_install_and_uninstall Docs.test_man_page DumbServers.test_a_long_message_is_looked_at_once
 DumbServers.test_every_cut Extracts.test_a_killed_parent_leaves_no_workers
 Extracts.test_many_files_by_many_workers Fetching.test_failing_commands
@@ -19877,6 +20001,7 @@ RealStores.test_names_in_tocs_and_contents_of_trees RealStores.test_what_is_left
 RealTree.test_an_image_that_is_removed_meanwhile RealTree.test_containers_of_large_images
 RealTree.test_containers_with_stubs_and_renamed_directories RealTree.test_errors_of_fetching
 RealTree.test_fetched_layouts RealTree.test_fetched_transports RealTree.test_fetched_zstd
+RealUsage.test_beside_podman
 RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading RealXattrs.test_mounts
 Records.test_long_chains_and_many_layers Records.test_lost_and_emptied_files_are_faults
 Salvaging.test_every_damage_of_records Salvaging.test_hostile_records
