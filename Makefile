@@ -43,7 +43,7 @@ lab: ## install the real parts that the real tests need (Debian, as root) and th
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
 	    podman buildah skopeo containers-storage umoci crun uidmap fuse-overlayfs \
 	    xfsprogs btrfs-progs busybox-static attr zstd xz-utils pigz util-linux \
-	    e2fsprogs python3 python3-venv zsh fish mandoc
+	    e2fsprogs python3 python3-venv zsh fish mandoc containerd docker.io docker-registry
 	[ -e /etc/containers/policy.json ] || { mkdir -p /etc/containers && \
 	    echo '{"default":[{"type":"insecureAcceptAnything"}]}' > /etc/containers/policy.json; }
 	! command -v cargo >/dev/null || { DEBIAN_FRONTEND=noninteractive apt-get install -q -y \

@@ -56,9 +56,10 @@ Sections; classes and module-level code use what stands above, a method may call
     23 rootless              the helper in a user namespace, for private contents
     24 check                 what is damaged: findings with stable codes
     25 disk usage            what images cost, and what removing them frees
-    26 formats               tables, JSON, sizes and ages, progress, outputs
-    27 commands              one function per command
-    28 command line          the tables of commands and options, main()
+    26 registry              images over HTTP, to every client of the OCI ecosystem
+    27 formats               tables, JSON, sizes and ages, progress, outputs
+    28 commands              one function per command
+    29 command line          the tables of commands and options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -89,7 +90,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import chain, islice, product, zip_longest
 
@@ -132,8 +133,11 @@ if TYPE_CHECKING:
     Command = tuple[str, Callable[[Any, Any], int | None], str]  # see COMMANDS
     PlainRow = tuple[bytes, str, int, bytes, tuple[int, Any], int, bytes]  # see PlainHeaders
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
+    from http.server import BaseHTTPRequestHandler as HttpHandler  # see RegistryServer
 else:
     import _signal as signal
+
+    HttpHandler = object
 
 if __name__ == "__main__":
     gc.disable()  # main() enables it: nothing that is made until then is ever garbage
@@ -151,8 +155,8 @@ __all__ = [
     "FetchedImage",
     "Finding", "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream",
     "LayerTree", "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "PassedFile",
-    "ProtocolError",
-    "ProxiedStorage", "ProxyV2Client", "RpcClient", "RpcServer", "SplitdirfdstreamReader",
+    "ProtocolError", "ProxiedStorage", "ProxyV2Client", "Registry", "RegistryServer", "RpcClient",
+    "RpcServer", "SplitdirfdstreamReader",
     "SplitdirfdstreamWriter", "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree",
     "Unsupported", "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree",
     "fetch_layer", "load_config", "main", "read_stream", "spell", "unspell",
@@ -4261,6 +4265,18 @@ class Storage(Closing):
             layer_id = layer.parent
         return tuple(found[::-1])
 
+    def adopt(self, layer: Layer) -> Layer:
+        """Return a layer of another Storage of the same roots as one of this, for another thread.
+
+        Only the records of its chain are taken over; all are read when one more is needed.
+        """
+        self.reload()
+        ours = {root.path: root for root in self.roots}
+        for each in layer.storage.chain(layer.id):
+            self._layer_by_id[each.id] = Layer(self, ours.get(each.root.path, each.root),
+                                               each.record, readonly=each.readonly)
+        return self._layer_by_id[layer.id]
+
     def resolve_link(self, link: str) -> str:
         """Return the ID of the layer whose short link in overlay/l is ``link``.
 
@@ -6335,7 +6351,7 @@ class TarSink:
     BUFFERS = 4
 
     def __init__(self, out: int | BinaryIO, *, hashing: bool, layer: str,
-                 progress: Progress | None = None) -> None:
+                 progress: Progress | None = None, chunk: int = CHUNK) -> None:
         self.size = 0
         self.files = 0
         self._layer, self._progress = layer, progress
@@ -6352,7 +6368,8 @@ class TarSink:
             self._hash = hashlib.sha256()
         self._error: BaseException | None = None
         self._closed = False  # or soon, by the thread
-        self._free = [bytearray(CHUNK) for _ in range(self.BUFFERS)]
+        self._chunk = chunk
+        self._free = [bytearray(chunk) for _ in range(self.BUFFERS)]
         self._writes: list[Callable[[], Any]] = []
         self._take_buffer()
         self._thread = Threads(1)
@@ -6396,11 +6413,12 @@ class TarSink:
     def literal(self, data: bytes | memoryview) -> None:
         """Take bytes of the tar."""
         end = self._fill + len(data)
-        if end > CHUNK:
+        if end > self._chunk:
             self._flush()
             data = memoryview(data)
-            while len(data) > CHUNK:
-                self._view[:], self._fill, data = data[:CHUNK], CHUNK, data[CHUNK:]
+            while len(data) > self._chunk:
+                self._view[:], self._fill = data[:self._chunk], self._chunk
+                data = data[self._chunk:]
                 self._flush()
             end = len(data)
         self._buffer[self._fill:end] = data
@@ -6428,10 +6446,10 @@ class TarSink:
             self._fill += n
             if n == left:
                 return
-            if n == 0 and fill < CHUNK:
+            if n == 0 and fill < self._chunk:
                 raise shrank(piece.length, piece.length - left, piece.member.name,
                              self._layer)
-            if self._fill == CHUNK:
+            if self._fill == self._chunk:
                 self._flush()
             at += n
             left -= n
@@ -6462,7 +6480,7 @@ class TarSink:
 
     def abort(self) -> None:
         """End the thread after an error; it may be blocked by a reader that reads nothing."""
-        self._error = self._error or InterruptedError()
+        self._error = InterruptedError()  # another one would keep all frames, and files, alive
         if hasattr(self._out, "abort"):  # the thread may wait for it
             self._out.abort()
         self._close(0.5 if isinstance(self._out, int) else None)
@@ -9854,9 +9872,12 @@ def is_strict(manifest: dict[str, Any]) -> bool:
         return False
 
 
-def oci_index(image: Image, manifests: Sequence[dict[str, Any]]) -> bytes:
-    """Return the index of a manifest list whose instances are ``manifests``, as oci_manifest()."""
-    data = image.list_bytes()
+def oci_index(image: Image, blobs: Sequence[dict[str, Any] | None]) -> bytes:
+    """Return the index of a manifest list, as oci_manifest(); ``blobs`` describe its instances.
+
+    None stands for one that is left out.
+    """
+    data, manifests = image.list_bytes(), list(filter(None, blobs))
     stored = parse_json(data, "manifest list")
     found = [(entry.get("digest"), entry.get("size")) for entry in as_list(stored.get("manifests"))
              if isinstance(entry, dict)]
@@ -9867,8 +9888,8 @@ def oci_index(image: Image, manifests: Sequence[dict[str, Any]]) -> bytes:
     if is_strict(stored):
         kept = kept_fields(stored, "schemaversion", "mediatype", "manifests")
         manifests = [{**blob, **kept_fields(entry, "mediatype", "digest", "size", "data", "urls")}
-                     for blob, entry in zip(manifests, [
-                         entry for entry, instance in image.entries() if instance])]
+                     for blob, entry in zip(blobs, [
+                         entry for entry, instance in image.entries() if instance]) if blob]
     return compact_json({
         "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests), **kept,
         "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: sha256_digest(data)}})
@@ -11283,7 +11304,7 @@ FDS_PER_SEND = 253  # SCM_MAX_FD of the kernel
 MAX_QUEUED_FDS = 4096  # file descriptors that a peer sent and nobody took yet
 RECEIVE_SIZE = 256 << 10  # unit of receiving from a socket
 PEER_TIMEOUT = 30.0  # seconds without a byte, after which a peer is given up
-SHUT_RD, SHUT_RDWR = 0, 2  # shutdown(2)
+SHUT_RD, SHUT_WR, SHUT_RDWR = 0, 1, 2  # shutdown(2)
 
 
 class Message(Closing):
@@ -11770,8 +11791,10 @@ def varlink_error(error: Exception) -> dict[str, Any]:
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
     """Call shutdown(2); it does not matter when the peer has already closed."""
+    import socket
+
     with suppress(OSError):
-        sock.shutdown(how)
+        socket.socket.shutdown(sock, how)  # that of an SSLSocket would go on in plain text
 
 
 def peer_uid(sock: socket.socket) -> int:
@@ -11781,6 +11804,12 @@ def peer_uid(sock: socket.socket) -> int:
 
     uid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
     return uid
+
+
+def refuse_user(sock: socket.socket) -> str:
+    """Return why the user at the other end of a Unix socket is not served, "" if he is."""
+    return "" if peer_uid(sock) in (0, os.geteuid()) else \
+        f"this server serves only uid {os.geteuid()} and root"
 
 
 def with_short_path(path: str, action: Callable[[str], T]) -> T:
@@ -11875,7 +11904,7 @@ class ListeningSocket(Transaction):
         return self.socket
 
 
-def passed_socket() -> socket.socket:
+def passed_socket(*families: str) -> socket.socket:
     """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
     import socket
 
@@ -11884,10 +11913,12 @@ def passed_socket() -> socket.socket:
     with suppress(OSError):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             found = socket.socket(fileno=os.dup(fd))
-            if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
+            if found.family.name in families and found.type == socket.SOCK_STREAM:
                 return found
             found.close()
-    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH")
+    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH"
+                      if families == ("AF_UNIX",) else
+                      "no stream socket was passed: name one by --registry [HOST:]PORT")
 
 
 # ================================================================================================
@@ -11928,35 +11959,34 @@ MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
 MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
 DEFAULT_FDS = 252  # files for a client which does not say how many it takes with one message
 SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
-PLACE_TIMEOUT = 2  # seconds that a client waits for a place among those that are served
 
 
 # -- server --------------------------------------------------------------------------------------
 
-class RpcServer:
-    """Gives the layers of a storage to this user's processes and root's, over Unix sockets.
+class ClientServer:
+    """Serves the clients of a listening socket, each in a thread; a subclass has handle().
 
-    ``opener`` is called for each client, and each has a thread.  With ``clients`` connected, a new
-    one replaces the one that is idle for longest.  ``timeout`` is how many seconds a client may do
-    nothing where something is due, ``idle`` how many between its requests.
+    With ``clients`` connected, a new one replaces the one that is idle for longest, or waits for
+    ``patience`` seconds.  ``timeout`` is how many seconds a client may do nothing where something
+    is due, ``idle`` how many between its requests.
     """
 
-    def __init__(self, opener: Callable[[], Storage], *, clients: int = 64,
-                 timeout: float = PEER_TIMEOUT, idle: float = 600.0) -> None:
+    patience: float = 2
+
+    def __init__(self, *, clients: int, timeout: float, idle: float) -> None:
         import threading
 
-        self.opener, self.timeout, self.idle, self._room = opener, timeout, idle, clients
-        self._clients: set[Connection] = set()
+        self.timeout, self.idle, self._room = timeout, idle, clients
+        self._clients: set[Any] = set()  # Connections, or what else has socket and idle_since
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
-        self._stopping = False
+        self.stopping = False
         self._alone: socket.socket | None = None  # the client that serve() itself answers
         self._waker = -1
-        self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
 
     def stop(self) -> None:
         """Let serve() return; for signal handlers and other threads."""
-        self._stopping = True
+        self.stopping = True
         with suppress(OSError):  # it is full, or serve() does not run
             if self._alone:
                 self._alone.shutdown(0)  # SHUT_RD: it is told of no other request
@@ -11973,10 +12003,13 @@ class RpcServer:
         wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         poll.register(wake, select.POLLIN)
         try:
-            while not self._stopping:
+            while not self.stopping:
                 # Python calls a signal's handler between two steps of this code: when the signal
                 # comes just before poll(2), only this timeout ends that.
                 poll.poll(500)
+                if threading.active_count() > 4 * self._room + 16:  # many wait: others queue up
+                    time.sleep(0.05)
+                    continue
                 try:
                     sock = listener.accept()[0]
                 except OSError as error:
@@ -12004,10 +12037,48 @@ class RpcServer:
 
     def handle(self, sock: socket.socket) -> None:
         """Answer one client until it closes its end; close this end, too."""
+        raise NotImplementedError
+
+    def _admit(self, client: Any) -> str:
+        """Give a client a place, when there is one soon; return why it has none, else ""."""
+        deadline = Deadline(self.patience)
+        with self._lock:
+            while len(self._clients) >= self._room and not self.stopping and deadline.left():
+                longest = min(self._clients, key=lambda each: float(each.idle_since),
+                              default=client)
+                if longest.idle_since < time.monotonic() - 1:
+                    self._clients.discard(longest)
+                    hang_up(longest.socket)
+                self._empty.wait(0.05)
+            if self.stopping or len(self._clients) >= self._room:
+                return "the server is shutting down" if self.stopping else "too many clients"
+            self._clients.add(client)
+        return ""
+
+    def _leave(self, client: Any) -> None:
+        """Give the place of a client, whose socket is closed, to another one."""
+        with self._lock:
+            self._clients.discard(client)
+            self._empty.notify_all()
+
+
+class RpcServer(ClientServer):
+    """Gives the layers of a storage to this user's processes and root's, over Unix sockets.
+
+    ``opener`` is called for each client; see ClientServer for the others.
+    """
+
+    def __init__(self, opener: Callable[[], Storage], *, clients: int = 64,
+                 timeout: float = PEER_TIMEOUT, idle: float = 600.0) -> None:
+        super().__init__(clients=clients, timeout=timeout, idle=idle)
+        self.opener = opener
+        self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
+
+    def handle(self, sock: socket.socket) -> None:
         with Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
                         either=True) as connection:
             try:
-                if refusal := self._admit(connection):
+                if refusal := refuse_user(sock) or self._admit(connection):
                     connection.send({"jsonrpc": "2.0", "error": {
                         "code": INTERNAL_ERROR, "message": refusal}, "id": None})
                     return
@@ -12017,26 +12088,7 @@ class RpcServer:
                 pass  # the client was told, or is gone
             finally:
                 connection.close()  # before it counts as gone
-                with self._lock:
-                    self._clients.discard(connection)
-                    self._empty.notify_all()
-
-    def _admit(self, client: Connection) -> str:
-        """Give a client a place, when there is one soon; return why it has none, else ""."""
-        if peer_uid(client.socket) not in (0, os.geteuid()):
-            return f"this server serves only uid {os.geteuid()} and root"
-        deadline = Deadline(PLACE_TIMEOUT)
-        with self._lock:
-            while len(self._clients) >= self._room and not self._stopping and deadline.left():
-                longest = min(self._clients, key=lambda each: each.idle_since, default=client)
-                if longest.idle_since < time.monotonic() - PLACE_TIMEOUT / 2:
-                    self._clients.discard(longest)
-                    hang_up(longest.socket)
-                self._empty.wait(0.05)
-            if self._stopping or len(self._clients) >= self._room:
-                return "the server is shutting down" if self._stopping else "too many clients"
-            self._clients.add(client)
-        return ""
+                self._leave(connection)
 
     def take_fds(self, wanted: int) -> int:
         """Return how many of the wanted descriptors a client gets; give_back() ends the loan."""
@@ -14506,7 +14558,646 @@ class DiskUsage:
 
 
 # ================================================================================================
-# 26. Formats
+# 26. Registry
+#
+# The pull side of the OCI Distribution Specification 1.1; the standard library carries HTTP.
+# A repository is the name of an image.  Its manifest is that of copy-to-oci, so its layers are
+# uncompressed tars, which are made while they are sent.  Not every client checks digests: the last
+# block of a layer leaves only when the whole tar has the right one.  What was told once stays
+# served by its digest until its image is removed.  Nothing that a client says becomes a file name.
+# ================================================================================================
+
+REPOSITORY = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"  # one component of a name
+IMAGE_ID = "[0-9a-f]{12,64}"  # or the start of one
+MAX_HEAD = 64 << 10  # bytes of a request
+MAX_DOCUMENT = 4 << 20  # of a manifest or configuration: clients refuse larger ones
+SEND_SIZE = 256 << 10  # of a layer: what a slow client must take within the timeout
+MAX_HTTP_CLIENTS = 128  # connections: a client has several
+
+
+# -- what is served ------------------------------------------------------------------------------
+
+class Registry:
+    """What a storage has for the clients of a registry; threads can share it, not the storage.
+
+    ``only`` limits it to repositories, names with a tag, and images by ID.
+    """
+
+    def __init__(self, storage: Storage, only: Sequence[str] = ()) -> None:
+        self.storage, self._only = storage, check_words("only", only)
+        self._lock, self._seen = allocate_lock(), None  # type: Any, Any
+        self._images: dict[str, Image] = {}  # that are served, by ID
+        self._names: dict[tuple[str, str], Image] = {}  # by repository and tag
+        self._made: dict[str, str | Exception] = {}  # by ID: digest of the manifest, or why not
+        # All that was ever told: manifest, type and image's ID by digest; for each blob the images'
+        # IDs with that of the layer, "" for the configuration.
+        self._manifests: dict[str, tuple[bytes, str, str]] = {}
+        self._blobs: dict[str, dict[str, str]] = {}
+        self._damaged: dict[tuple[str, str], str] = {}  # layers, by ID and time of their making
+
+    def names(self, name: str = "", host: str = "") -> list[str]:
+        """Return the tags of a repository, or without a name the repositories, sorted."""
+        with self._lock:
+            self._refresh()
+            places = self._places(name, host)
+            return sorted({tag if name else place.partition("/")[2] if ":" in place else place
+                           for place, tag in self._names if place in places or not name})
+
+    def manifest(self, name: str, reference: str, host: str = "") -> tuple[str, bytes, str]:
+        """Return the digest, bytes and media type of a manifest.
+
+        ``name`` is a repository, with or without the registry that it came from, or an image's ID.
+        A client that asks for another registry's image says which one, the ``host``.  Raises
+        NotFound, Ambiguous and other CstorErrors that say why an image cannot be served.
+        """
+        with self._lock:
+            self._refresh()
+            if re.fullmatch(DIGEST, reference):
+                return self._by_digest(reference)
+            found = {image.id: f"{place}:{tag}" for (place, tag), image in self._names.items()
+                     if tag == reference and place in self._places(name, host)} or {
+                key: name for key in self._images
+                if not host and re.fullmatch(IMAGE_ID, name) and key.startswith(name)}
+            if len(found) > 1:
+                raise Ambiguous(f"ambiguous: {', '.join(found.values())}")
+            for key in found:
+                digest = self._make(self._images[key])
+                return (digest, *self._manifests[digest][:2])
+            raise NotFound(f"no image {display(name)}:{display(reference)} is served here")
+
+    def blob(self, digest: str) -> tuple[bytes, Layer | None, int]:
+        """Return a configuration, or b"" and the layer that has the blob, and its size."""
+        with self._lock:
+            self._refresh()
+            if not self._images.keys() & self._blobs.get(digest, {}).keys():
+                self._make_all()
+            for image_id, layer_id in self._blobs.get(digest, {}).items():
+                with suppress(CstorError, OSError, KeyError):  # removed, or damaged
+                    return self._open_blob(self._images[image_id], layer_id, digest)
+            raise NotFound(f"no image here has the blob {digest}: layers are served uncompressed, "
+                           "by their DiffID")
+
+    def adopt(self, storage: Storage, layer: Layer) -> Layer:
+        """Return a layer as one of another storage, which belongs to another thread."""
+        with self._lock:
+            return storage.adopt(layer)
+
+    def refuse(self, layer: Layer, reason: str) -> None:
+        """Serve a layer that turned out to be damaged no more, unless it is made anew."""
+        with self._lock:
+            self._damaged[layer.id, layer.created] = reason
+            self._made.clear()
+
+    def _refresh(self) -> None:
+        """Read the records again if they have changed."""
+        storage = self.storage
+        files = [b"%s/%ss.json" % (storage.home(word), word.encode())
+                 for word in (Image.WORD, Layer.WORD)]
+        if (state := [_state(root, -1, files) for root in storage.roots]) == self._seen:
+            return
+        storage.reload()
+        self._made.clear()
+        self._names, self._images = {}, {}
+        own = {image.id for image in storage.images() if not image.readonly}
+        for image in storage.images():
+            names = [] if image.readonly and image.id in own else [
+                split_reference(name)[:2] for name in image.names]
+            names = [name for name in [*names, ("", "")] if self._fits(image, *name)]
+            for name in names:  # as _named() chooses
+                if name[1] and self._names.get(name, image).root is image.root:
+                    self._names[name] = image
+            with suppress(CstorError, OSError):
+                for each in [image, *(each for _, each in (
+                        image.instances() if image.is_list else ()))] if names else ():
+                    self._images.setdefault(each.id, each)
+        self._seen = state
+
+    def _fits(self, image: Image, repository: str, tag: str) -> bool:
+        """Tell whether ``only`` lets an image out by a name, or by its ID alone ("")."""
+        for text in self._only:
+            name, wanted, _ = split_reference(text)
+            if repository in normalize_name(name) and wanted in ("", tag) \
+                    or re.fullmatch(IMAGE_ID, text) and image.id.startswith(text):
+                return True
+        return not self._only
+
+    def _places(self, name: str, host: str) -> set[str]:
+        """Return the repositories that a client's name can stand for."""
+        there = {place for place, _ in self._names}
+        return {f"{host}/{name}"} if host else {name} & there or {
+            place for place in there if place.partition("/")[2] == name}
+
+    def _by_digest(self, digest: str) -> tuple[str, bytes, str]:
+        if self._manifests.get(digest, ("", "", ""))[2] not in self._images:
+            self._make_all()
+        data, media_type, image_id = self._manifests.get(digest, (b"", "", ""))
+        if image_id in self._images:
+            return digest, data, media_type
+        for image in self._images.values():
+            if digest in image.digests:
+                raise NotFound(f"{digest} is the manifest as it was pulled, with compressed layers;"
+                               f" the store keeps them uncompressed: {self._made[image.id]}")
+        raise NotFound(f"no image here has the manifest {digest}")
+
+    def _make_all(self) -> None:
+        """Learn the digests of all that is served."""
+        for image in self._images.values():
+            with suppress(CstorError):
+                self._make(image)
+
+    def _make(self, image: Image) -> str:
+        """Return the digest of the manifest of an image; raise why it has none."""
+        if image.id not in self._made:
+            try:
+                data, media_type, size = self._make_index(image) if image.is_list \
+                    else self._make_manifest(image)
+                if size > MAX_DOCUMENT:
+                    raise Unsupported(f"its manifest or configuration has {size} bytes, more than "
+                                      "clients take")
+                self._made[image.id] = digest = sha256_digest(data)
+                self._manifests[digest] = data, media_type, image.id
+            except (CstorError, OSError) as error:
+                self._made[image.id] = error
+        if isinstance(found := self._made[image.id], Exception):
+            raise Unsupported(f"image {image.title} cannot be served: {found}")
+        return found
+
+    def _make_manifest(self, image: Image) -> tuple[bytes, str, int]:
+        layers, config = image_parts(image)
+        for layer, _, _ in layers:
+            self._check(layer)
+        for digest, layer_id in [(sha256_digest(config), ""), *(
+                (digest, layer.id) for layer, digest, _ in layers)]:
+            self._blobs.setdefault(digest, {})[image.id] = layer_id
+        data = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
+                                            for _, digest, size in layers])
+        return data, OCI_MANIFEST, max(len(data), len(config))
+
+    def _make_index(self, image: Image) -> tuple[bytes, str, int]:
+        blobs: list[dict[str, Any] | None] = []
+        for _, each in image.instances():
+            blobs.append(None)
+            with suppress(CstorError, OSError):
+                digest = self._make(each)
+                blobs[-1] = with_platform(descriptor(
+                    OCI_MANIFEST, digest, len(self._manifests[digest][0])), each.config())
+        if not any(blobs):
+            raise NotFound("none of its instances can be served")
+        data = oci_index(image, blobs)
+        return data, OCI_INDEX, len(data)
+
+    def _check(self, layer: Layer) -> None:
+        """Raise why a layer's tar cannot be made, as far as that is known without making it."""
+        if reason := self._damaged.get((layer.id, layer.created)):
+            raise Unsupported(reason)
+        os.close(layer.open_tar_split()[0])
+        layer.diff().close()
+
+    def _open_blob(self, image: Image, layer_id: str, digest: str
+                   ) -> tuple[bytes, Layer | None, int]:
+        data, layer = b"", self.storage.layer_by_id(layer_id)
+        if layer:
+            self._check(layer)
+            found, size = layer_blob(layer)
+        else:
+            data = image.config_bytes()
+            found, size = sha256_digest(data), len(data)
+        if found != digest:
+            raise NotFound(digest)
+        return data, layer, size
+
+
+def is_public(storage: Storage) -> bool:
+    """Tell whether each user of this machine may read all of a storage, by the modes of its files.
+
+    podman makes the records private; what was opened to all (``chmod -R``) is looked at whole.
+    """
+    def paths() -> Iterator[tuple[str, int]]:
+        for root in storage.roots:
+            top = os.path.realpath(root.path)
+            yield from ((top[:at.start()] or "/", stat.S_IXOTH) for at in re.finditer("/|$", top))
+            for home in map(storage.home, (Image.WORD, Layer.WORD, "")):
+                for folder, _, names in os.walk(os.path.join(top, os.fsdecode(home))):
+                    yield folder, stat.S_IROTH | stat.S_IXOTH
+                    yield from ((os.path.join(folder, name), stat.S_IROTH) for name in names
+                                if not name.endswith(".lock"))
+
+    return all(not wanted & ~os.lstat(path).st_mode for path, wanted in paths()
+               if not os.path.islink(path))
+
+
+# -- HTTP ----------------------------------------------------------------------------------------
+
+class _HttpError(CstorError):
+    """An answer that is no success, with the specification's code."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class _Enough(Exception):
+    """All that a client wants of a layer was sent."""
+
+
+class _HttpStream(io.RawIOBase):
+    """A client's socket as http.server reads and writes it; times and sizes have limits."""
+
+    def __init__(self, server: RegistryServer, client: _HttpClient) -> None:
+        self._server, self._client = server, client
+        self.begin()
+
+    def begin(self) -> None:
+        """Expect a request: its first byte within the idle time, and then all of it in time."""
+        self._deadline, self._room = Deadline(self._server.idle), MAX_HEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import http.client
+
+        if self._room <= 0:
+            raise http.client.HTTPException(f"more than {MAX_HEAD} bytes of headers")
+        self._client.socket.settimeout(max(self._deadline.left(), 0.001))
+        count: int = self._client.socket.recv_into(buffer)
+        if self._room == MAX_HEAD:
+            self._deadline = Deadline(self._server.timeout)
+        self._room -= count
+        return count
+
+    def write(self, data: Any) -> int:
+        """Send all; meanwhile the client can lose its place to another one."""
+        self._client.idle_since = time.monotonic()
+        self._client.socket.settimeout(self._server.timeout)  # for all of it
+        self._client.socket.sendall(data)
+        self._client.idle_since = float("inf")
+        return len(data)
+
+
+class _HeldBack:
+    """Sends a range of a tar that is written to it; its last block waits for release()."""
+
+    def __init__(self, send: Callable[[Any], object], start: int, end: int, size: int) -> None:
+        self._send, self._start, self._end = send, start, end
+        self._free, self._at, self._kept = max(size - BLOCK, 0), 0, bytearray()
+
+    def write(self, data: memoryview) -> int:
+        """Send what is in the range and not in the last block."""
+        first, self._at = self._at, self._at + len(data)
+        start, middle, end = (min(max(at - first, 0), len(data)) for at in (
+            self._start, min(self._free, self._end), self._end))
+        if start < middle:
+            self._send(data[start:middle])
+        self._kept += data[max(start, middle):end]
+        if self._at >= self._end <= self._free:
+            raise _Enough
+        return len(data)
+
+    def release(self) -> None:
+        """Send the last block."""
+        self._send(self._kept)
+
+
+class _HttpClient(HttpHandler):
+    """Answers one client of a registry; see session_class()."""
+
+    protocol_version, server_version, sys_version = "HTTP/1.1", f"cstor/{__version__}", ""
+    default_request_version = request_version = "HTTP/1.0"  # never 0.9, which has no status
+    command = requestline = ""
+
+    def __init__(self, server: RegistryServer, sock: Any) -> None:
+        self.registry, self._server, self.socket = server.registry, server, sock
+        self.idle_since, self._sent = time.monotonic(), 0
+        peer = sock.getpeername()
+        self._peer = str(peer[0]) if isinstance(peer, tuple) else "local"
+        self.close_connection = False
+        self.wfile: Any = _HttpStream(server, self)
+        self.rfile: Any = io.BufferedReader(self.wfile)
+        self._storage: Storage | None = None  # contents are read by this thread
+
+    def run(self) -> None:
+        """Answer requests until the client has enough."""
+        if self.rfile.peek(1)[:1] == b"\x16":  # a hello of TLS: Go's clients then say what it is
+            self.wfile.write(b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\n")
+            return
+        try:
+            while not self.close_connection and not self._server.stopping:
+                self.idle_since = time.monotonic()
+                self.handle_one_request()
+                self.wfile.begin()
+        finally:
+            if self._storage:
+                self._storage.close()
+
+    def do_GET(self) -> None:
+        """Answer a request; errors are answered in the specification's form."""
+        self.idle_since, begin = float("inf"), time.monotonic()
+        self._status, self._sent, self._unknown = 0, 0, "UNSUPPORTED"
+        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+            self.close_connection = True  # no request has a body that we read
+        try:
+            self._route()
+        except (CstorError, OSError) as error:
+            if self._status:  # the answer has begun: it is cut
+                raise
+            self._refuse(error if isinstance(error, _HttpError) else _HttpError(
+                404, self._unknown, str(error)))
+        finally:
+            self._server.log(f'{self._peer} "{display(self.requestline[:300])}" {self._status} '
+                             f"{self._sent} {time.monotonic() - begin:.3f}s")
+
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
+    def handle_expect_100(self) -> bool:
+        """Let the client wait for the answer: it is never that a body may come."""
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server cannot read, or has no method for."""
+        self.close_connection |= code != 501
+        self._refuse(_HttpError(405, "UNSUPPORTED", "this registry is read-only", Allow="GET, HEAD")
+                     if code == 501 else _HttpError(
+                         code, "TOOMANYREQUESTS" if code == 429 else "UNSUPPORTED", message or ""))
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: do_GET() does, at the end."""
+
+    def _refuse(self, error: _HttpError) -> None:
+        self._reply(compact_json({"errors": [{"code": error.code, "message": str(error)}]}),
+                    status=error.status, headers=error.headers)
+
+    def _reply(self, data: bytes, media_type: str = "application/json", status: int = 200, *,
+               size: int = -1, headers: Mapping[str, str] | None = None) -> None:
+        """Send an answer, or with ``size`` the head of one whose body follows."""
+        self._status = status
+        self.send_response(status)
+        for name, value in {"Content-Type": media_type,
+                            "Content-Length": str(len(data) if size < 0 else size),
+                            "Docker-Distribution-API-Version": "registry/2.0",
+                            **(headers or {})}.items():
+            self.send_header(name, value)
+        if self.close_connection or self._server.stopping:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD" and status != 304:
+            self._send(data)
+
+    def _send(self, data: Any) -> None:
+        self._sent += self.wfile.write(data)
+
+    def _route(self) -> None:
+        from urllib.parse import parse_qsl, unquote
+
+        if self._server.passwords and not self._is_known():
+            raise _HttpError(401, "UNAUTHORIZED", "authentication required",
+                             WWW_Authenticate='Basic realm="cstor"')
+        if self.command not in ("GET", "HEAD"):
+            self.send_error(501)
+            return
+        path, _, query = self.path.partition("?")
+        fields = dict(parse_qsl(query))
+        found = re.fullmatch("/v2(?:/?|/(_catalog)|/(.+)/(?:(tags)/list|(manifests|blobs|referrers)"
+                             "/([^/]+)))", unquote(path), re.DOTALL)
+        if not found:
+            raise NotFound("no such endpoint")
+        catalog, name, tags, kind, reference = found.groups("")
+        if name and (len(name) > 255 or not re.fullmatch(f"{REPOSITORY}(?:/{REPOSITORY})*", name)):
+            raise _HttpError(400, "NAME_INVALID", f"invalid repository name: {display(name)}")
+        if kind in ("blobs", "referrers") and not re.fullmatch(DIGEST, reference):
+            raise _HttpError(400, "DIGEST_INVALID", f"invalid digest: {display(reference)}")
+        if catalog or tags:
+            self._list(name, fields)
+        elif kind == "manifests":
+            self._unknown = "MANIFEST_UNKNOWN"
+            self._document(*self.registry.manifest(name, reference, fields.get("ns", "")))
+        elif kind == "blobs":
+            self._unknown = "BLOB_UNKNOWN"
+            data, layer, size = self.registry.blob(reference)
+            self._document(reference, data, "application/octet-stream", layer, size)
+        elif kind:
+            self._reply(compact_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}),
+                        OCI_INDEX, headers={"OCI-Filters-Applied": "artifactType"}
+                        if "artifactType" in fields else {})
+        else:
+            self._reply(b"{}")
+
+    def _is_known(self) -> bool:
+        """Tell whether the client gave a user and his password, in a time that tells nothing."""
+        from hmac import compare_digest
+
+        kind, _, text = self.headers.get("Authorization", "").partition(" ")
+        given = b""
+        with suppress(ValueError):
+            given = decode_base64(text.strip()) if kind.lower() == "basic" else b""
+        digest = sha256_digest(given)
+        return sum([compare_digest(digest, each) for each in self._server.passwords]) > 0
+
+    def _list(self, name: str, fields: dict[str, str]) -> None:
+        """Answer one page of repositories or tags."""
+        from urllib.parse import urlencode
+
+        self._unknown = "NAME_UNKNOWN"
+        names = self.registry.names(name, fields.get("ns", ""))
+        if name and not names:
+            raise NotFound(f"no repository {name} is served here")
+        count = fields.get("n", str(len(names)))
+        if not re.fullmatch("[0-9]{1,9}", count):
+            raise _HttpError(400, "UNSUPPORTED", f"n must be a number, not {display(count)}")
+        later = [each for each in names if each > fields.get("last", "")]
+        page, more = later[:int(count)], {}
+        if 0 < len(page) < len(later):
+            query = urlencode({**fields, "last": page[-1]})
+            more["Link"] = f'<{self.path.partition("?")[0]}?{query}>; rel="next"'
+        self._reply(compact_json({"name": name, "tags": page} if name else {"repositories": page}),
+                    headers=more)
+
+    def _document(self, digest: str, data: bytes, media_type: str, layer: Layer | None = None,
+                  size: int = -1) -> None:
+        """Answer a manifest or a blob, or the part of it that the client wants."""
+        size, tag = len(data) if size < 0 else size, f'"{digest}"'
+        headers = {"Docker-Content-Digest": digest, "ETag": tag}
+        known = re.findall(r'\*|"[^"]*"', self.headers.get("If-None-Match", ""))
+        if tag in known or "*" in known:
+            self._reply(b"", media_type, 304, size=size, headers=headers)
+            return
+        status, start, end = 200, 0, size
+        if self._unknown == "BLOB_UNKNOWN":
+            headers["Accept-Ranges"] = "bytes"
+            wanted = self.headers.get("Range", "") if self.command == "GET" and self.headers.get(
+                "If-Range", tag) == tag else ""
+            if part := byte_range(wanted, size):
+                status, (start, end) = 206, part
+                if start >= end:
+                    raise _HttpError(416, "UNSUPPORTED", "the range is outside the blob",
+                                     Content_Range=f"bytes */{size}")
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        if not layer or self.command == "HEAD":
+            self._reply(data[start:end], media_type, status, size=end - start, headers=headers)
+            return
+        self._reply(b"", media_type, status, size=end - start, headers=headers)
+        self._send_layer(layer, digest, _HeldBack(self._send, start, end, size))
+
+    def _send_layer(self, layer: Layer, digest: str, out: Any) -> None:
+        """Send a layer's tar; after an error the client misses its end."""
+        self.close_connection, stays = True, self.close_connection
+        self._storage = self._storage or self._server.opener()
+        layer = self.registry.adopt(self._storage, layer)
+        try:
+            sink = TarSink(out, hashing=True, layer=layer.id, chunk=SEND_SIZE)
+            if (found := sink.take_all(layer.items())) != digest:
+                raise IntegrityError("its tar has the wrong digest (`layer verify` says where)",
+                                     layer=layer.id, expected=digest, actual=found)
+            out.release()
+        except _Enough:
+            pass
+        except (IntegrityError, FormatError, Unsupported, NeedsUnshare) as error:
+            if not layer.removed():
+                self.registry.refuse(layer, str(error))
+                self._server.warn(f"{error}; it is not served any more")
+            raise
+        self.close_connection = stays
+
+
+def byte_range(text: str, size: int) -> tuple[int, int] | None:
+    """Return start and end of the part that a Range header asks for, None for all.
+
+    A header that is malformed or asks for several parts asks for all; a start that is not before
+    the end, for nothing that is there.
+    """
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text, re.ASCII)
+    first, last = match.groups() if match else ("", "")
+    if not first + last or first and last and int(last) < int(first):
+        return None
+    if not first:
+        return max(size - int(last), 0), size
+    return int(first), min(int(last) + 1, size) if last else size
+
+
+class RegistryServer(ClientServer):
+    """Serves a Registry over HTTP, with an ``ssl_context`` over TLS.
+
+    ``opener`` opens the same storage for each client.  ``passwords`` are user:password, of which a
+    client must give one; without any, over a Unix socket, only this user and root are served,
+    unless ``insecure``.  ``log`` gets a line for each request, ``warn`` what is damaged.
+    """
+
+    patience = PEER_TIMEOUT
+
+    def __init__(self, registry: Registry, opener: Callable[[], Storage], *,
+                 ssl_context: Any = None, passwords: Sequence[bytes] = (), insecure: bool = False,
+                 clients: int = MAX_HTTP_CLIENTS, timeout: float = PEER_TIMEOUT,
+                 idle: float = 120.0, log: Callable[[str], object] = str,
+                 warn: Callable[[str], object] = str) -> None:
+        from http.server import BaseHTTPRequestHandler
+
+        super().__init__(clients=clients, timeout=timeout, idle=idle)
+        self.registry, self.opener, self.log, self.warn = registry, opener, log, warn
+        self.passwords = [sha256_digest(each) for each in passwords]
+        self._context, self._is_open = ssl_context, insecure or bool(passwords)
+        self._session: Any = type("HttpClient", (_HttpClient, BaseHTTPRequestHandler), {})
+
+    def handle(self, sock: Any) -> None:
+        import socket
+
+        client: Any = None
+        try:
+            sock.settimeout(self.timeout)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            elif not self._is_open and refuse_user(sock):
+                return
+            if self._context:
+                sock = self._context.wrap_socket(sock, server_side=True,
+                                                 do_handshake_on_connect=False)
+            client = self._session(self, sock)
+            if why := self._admit(client):
+                client.send_error(429, why)
+                return
+            if self._context:
+                sock.do_handshake()
+            client.run()
+        except (CstorError, ImportError, OSError, MemoryError):
+            pass  # the client was told, or is gone
+        finally:
+            linger(sock)
+            self._leave(client)
+
+
+def linger(sock: Any) -> None:
+    """Close a socket so that the other end can still read what was sent last."""
+    with suppress(OSError):
+        hang_up(sock, SHUT_WR)
+        sock.settimeout(1.0)
+        for _ in range(16):  # what comes unread would break the connection
+            if not sock.recv(RECEIVE_SIZE):
+                break
+    hang_up(sock)  # also for processes that were forked meanwhile
+    sock.close()
+
+
+def read_passwords(path: str) -> list[bytes]:
+    """Return the lines ``user:password`` of a file that others must not read."""
+    with open(open_input(path), "rb") as file:
+        if os.fstat(file.fileno()).st_mode & stat.S_IRWXO:
+            raise NeedsUnshare(f"{path}: others may read or change it", hint=f"chmod 600 {path}")
+        lines = file.read(1 << 20).splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith(b"#")]
+    for line in lines:
+        if not re.match(rb"[^:]+:(?!\$(?:2[aby]|apr1|[156])\$|\{SHA\}).", line):
+            raise FormatError("expected user:password; hashes of htpasswd are not supported",
+                              file=path)
+    if not lines:
+        raise FormatError("it names no user", file=path)
+    return lines
+
+
+def tls_context(cert: str, key: str) -> Any:
+    """Return what wraps sockets in TLS, with a certificate and its key in PEM."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for path in (cert, key):
+        os.close(open_input(path))
+    try:
+        context.load_cert_chain(cert, key, password="")
+    except ssl.SSLError as error:
+        raise FormatError(f"not a certificate and its unencrypted key: {error.reason}",
+                          file=f"{cert}, {key}") from None
+    return context
+
+
+def listen_at(address: str) -> Any:
+    """Return a context manager that gives a listening socket: ``[HOST:]PORT``, ``unix:PATH`` or -.
+
+    "-" is the socket on stdin or of systemd.
+    """
+    import socket
+
+    if address == "-":
+        return passed_socket("AF_UNIX", "AF_INET", "AF_INET6")
+    if address.startswith("unix:"):
+        return ListeningSocket(address[5:])
+    found = re.fullmatch(r"(?:(\[[^\]]+\]|[^:\[\]]+):)?([0-9]{1,5})", address)
+    if not found or int(found[2]) > 65535:
+        raise _UsageError("--registry must be [HOST:]PORT, unix:PATH or - for a passed socket, not "
+                          + display(address))
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            (found[1] or "127.0.0.1").strip("[]"), int(found[2]), type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        with OnError(sock.close):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(place)
+            sock.listen(MAX_HTTP_CLIENTS)
+        return sock
+    except OSError as error:
+        raise CstorError(f"cannot listen at {display(address)}: {error.strerror}") from None
+
+
+# ================================================================================================
+# 27. Formats
 #
 # Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Only a terminal shows
 # progress.  A result gets its name when it is whole.
@@ -15190,7 +15881,7 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 
 
 # ================================================================================================
-# 27. Commands
+# 28. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
@@ -15372,28 +16063,77 @@ def ask_server(args: Any) -> LayerStream:
 
 
 def cmd_serve(storage: Storage, args: Any) -> None:
-    """serve layers over a Unix socket: to this user's programs, until SIGTERM or SIGINT"""
+    """serve layers or images to other programs: over a Unix socket, or as an OCI registry, until
+    SIGTERM or SIGINT"""
     import socket
+    import threading
 
     def opener() -> Storage:
         found = open_storage(args)
         found.opener = storage.opener  # one helper for all clients
         return found
 
-    has_proc("files of layers are passed")
-    server = RpcServer(opener, timeout=args.timeout)
-    passed = None if args.socket else passed_socket()
-    if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        signal.signal(signal.SIGTERM, lambda *_: passed.shutdown(socket.SHUT_RD))
-        server.handle(passed)
-        return
-    with passed or ListeningSocket(args.socket) as listener:
+    def stop(*_: object) -> None:
+        for server in servers:
+            server.stop()
+
+    servers: dict[ClientServer, tuple[Any, str]] = {}  # where each listens, and its name
+    with ExitStack() as stack:
+        if args.socket or args.registry is None:
+            has_proc("files of layers are passed")
+            server = RpcServer(opener, timeout=args.timeout)
+            passed = None if args.socket else passed_socket("AF_UNIX")
+            if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                signal.signal(signal.SIGTERM, lambda *_: passed.shutdown(socket.SHUT_RD))
+                server.handle(passed)
+                return
+            servers[server] = (stack.enter_context(passed or ListeningSocket(args.socket)),
+                               args.socket or "the socket that was passed")
+        if args.registry is not None:
+            listener = stack.enter_context(listen_at(args.registry))
+            url = check_access(listener, storage, args)
+            servers[make_registry(storage, opener, args)] = listener, url
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, lambda *_: server.stop())
-        if not args.quiet:
-            say(f"serving {storage.graphroot} at {args.socket or 'the socket that was passed'}")
-        server.serve(listener)
+                signal.signal(number, stop)
+        for _, place in () if args.quiet else servers.values():
+            say(f"serving {storage.graphroot} at {place}")
+        (first, (listener, _)), *others = servers.items()
+        threads = [threading.Thread(target=each.serve, args=(place[0], args.timeout))
+                   for each, place in others]
+        for thread in threads:
+            thread.start()
+        first.serve(listener, args.timeout)
+        for thread in threads:
+            thread.join()
+
+
+def make_registry(storage: Storage, opener: Callable[[], Storage], args: Any) -> RegistryServer:
+    """Return the server that the options of a registry describe."""
+    return RegistryServer(
+        Registry(storage, args.only), opener, insecure=args.insecure, timeout=args.timeout,
+        ssl_context=tls_context(args.tls_cert, args.tls_key) if args.tls_cert else None,
+        passwords=read_passwords(args.password_file) if args.password_file else (),
+        log=say if args.verbose else str,
+        warn=str if args.quiet else lambda text: say(f"warning: {display(text)}"))
+
+
+def check_access(listener: Any, storage: Storage, args: Any) -> str:
+    """Return the URL of a registry; raise _UsageError if others could read what they may not."""
+    place = listener.getsockname()
+    if not isinstance(place, tuple):
+        return str(args.registry if args.registry != "-" else "the socket that was passed")
+    host, port = place[:2]
+    if args.insecure:
+        pass
+    elif host != "::1" and not host.startswith("127."):
+        if not (args.tls_cert and args.password_file):
+            raise _UsageError(f"a registry at {host} needs --tls-cert, --tls-key and "
+                              "--password-file, or --insecure, with which everybody can read it")
+    elif not args.password_file and not is_public(storage):
+        raise _UsageError("not every user of this machine can read the store: use "
+                          "--password-file, --registry unix:PATH or --insecure")
+    return f"http{'s' * bool(args.tls_cert)}://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def cmd_layer_stream(storage: Storage, args: Any) -> None:
@@ -15798,7 +16538,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 
 # ================================================================================================
-# 28. Command line
+# 29. Command line
 #
 # One table of commands and one of options make the parser.  Options with values mean the same
 # before the command and behind it.
@@ -15869,7 +16609,8 @@ COMMANDS: list[Command] = [
     ("store info", cmd_store_info, "--format"),
     ("store df", cmd_store_df, "--if-removed* --format --no-trunc"),
     ("store check", cmd_store_check, "--codes --format --no-trunc"),
-    ("serve", cmd_serve, "--socket"),
+    ("serve", cmd_serve,
+     "--socket --registry --only --password-file --tls-cert --tls-key --insecure"),
     ("resolve-link", cmd_resolve_link, "LINK --format"),
     ("tar-diff", cmd_tar_diff, "A B --format"),
     ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
@@ -15945,6 +16686,14 @@ OPTIONS = {
     "--socket PATH": "read from the server at PATH instead of a storage",
     "serve --socket PATH": "where to listen; default: the socket on stdin, or one that systemd "
                            "passes",
+    "--registry ADDRESS": "where to serve images to clients of OCI registries: [HOST:]PORT (HOST: "
+                          "127.0.0.1; PORT 0: any), unix:PATH, or - for the socket that is passed",
+    "--only NAME...": "serve only this repository, name with a tag, or ID; may be repeated",
+    "--password-file FILE": "lines user:password, one of which a client must give; not readable by "
+                            "others",
+    "--tls-cert FILE": "serve over TLS with this certificate (PEM)",
+    "--tls-key FILE": "the key of --tls-cert (PEM)",
+    "--insecure": "let everybody who can connect read all that is served, over plain HTTP",
     "--strip-components N=0": "remove N leading components from the paths",
     f"--threshold N={INLINE_THRESHOLD}": "contents of up to N bytes stay inline; default: "
                                          "%(default)s",
@@ -16077,7 +16826,7 @@ EXAMPLES = {
     "store info": "; --format json",
     "store df": "; --if-removed app:1",
     "store check": "; --format json --no-trunc",
-    "serve": "--socket ./cstor.sock; --store /var/lib/shared --socket ./cstor.sock",
+    "serve": "--socket ./cstor.sock; --registry 5000 --insecure --only localhost/app",
     "resolve-link": "TQE2IHLMZRYWDCVLQ6HUE7ZCM7; TQE2IHLMZRYWDCVLQ6HUE7ZCM7 --format json",
     "tar-diff": "old.tar new.tar.gz; old.tar - --format json < new.tar.gz",
     "stream-to-tar": "layer.stream -o layer.tar; - < layer.stream | tar -tv",
@@ -16393,6 +17142,11 @@ def check_options(args: Any) -> None:
     for option in ("strip_components", "threshold"):
         if getattr(args, option, 0) < 0:
             raise _UsageError(f"--{option.replace('_', '-')} must be at least 0")
+    for option in ("only", "password_file", "tls_cert", "insecure") * (args.function is cmd_serve):
+        if getattr(args, option) and args.registry is None:
+            raise _UsageError(f"--{option.replace('_', '-')} needs --registry")
+        if bool(args.tls_cert) != bool(args.tls_key):
+            raise _UsageError("--tls-cert and --tls-key need each other")
     for option in ("digest", "no_verify") * (args.function is cmd_extract):
         if getattr(args, option, None) and args.socket is None:
             raise _UsageError(f"--{option.replace('_', '-')} needs --socket")

@@ -32,6 +32,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import io
@@ -50,6 +51,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import statistics
 import struct
@@ -878,10 +880,11 @@ class House(unittest.TestCase):
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
                    "builtins", "bz2", "contextlib", "ctypes", "difflib", "errno", "fcntl",
-                   "functools", "gc", "gzip", "hashlib", "heapq", "importlib", "io", "itertools",
-                   "json", "lzma", "marshal", "mmap", "os", "pwd", "queue", "re", "select",
-                   "shutil", "signal", "socket", "sqlite3", "stat", "struct", "subprocess", "sys",
-                   "tempfile", "threading", "time", "traceback", "typing", "zlib"}
+                   "functools", "gc", "gzip", "hashlib", "heapq", "hmac", "http.client",
+                   "http.server", "importlib", "io", "itertools", "json", "lzma", "marshal", "mmap",
+                   "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket", "sqlite3",
+                   "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
+                   "traceback", "typing", "urllib.parse", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -963,8 +966,8 @@ class House(unittest.TestCase):
                                f"import sys; sys.path.insert(0, {HERE!r}); {code}"],
                               stdout=subprocess.PIPE, check=True)
         dear = {"argparse", "ctypes", "dataclasses", "datetime", "hashlib", "pathlib", "pickle",
-                "queue", "signal", "socket", "sqlite3", "subprocess", "tarfile", "tempfile",
-                "threading", "typing"}
+                "queue", "signal", "socket", "sqlite3", "ssl", "subprocess", "tarfile",
+                "tempfile", "threading", "typing"}
         self.assertEqual(set(), dear & set(done.stdout.decode().split()))
 
     def test_a_small_digest_loads_no_openssl(self) -> None:
@@ -12726,7 +12729,7 @@ class Serving(StoreTest):
             thread = threading.Thread(target=server.serve, args=(listener,))
             thread.start()
             cstor.RpcClient(self.path).close()
-            server._stopping = True  # all that stop() does but to wake
+            server.stopping = True  # all that stop() does but to wake
             thread.join(20)
             self.assertFalse(thread.is_alive())
         wait_for(lambda: threading.active_count() == 1)  # who serves the client closes it
@@ -15199,7 +15202,729 @@ class Usage(StoreTest):
 
 
 # ================================================================================================
-# 27. Commands
+# 26. Registry
+# ================================================================================================
+
+class Answer(NamedTuple):
+    """What a registry said."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The code of the one error in the form of the specification."""
+        error, = self.json["errors"]
+        assert self.headers["content-type"] == "application/json" and error["message"]
+        return str(error["code"])
+
+
+def http_get(address: Any, path: str, method: str = "GET", body: bytes | None = None,
+             headers: Mapping[str, str] | None = None, context: ssl.SSLContext | None = None
+             ) -> Answer:
+    """Ask a server at a port of 127.0.0.1, or over a connected socket, for one thing."""
+    client = http.client.HTTPSConnection("127.0.0.1", address, timeout=60, context=context) \
+        if context else http.client.HTTPConnection("127.0.0.1", address if isinstance(
+            address, int) else 1, timeout=60)
+    if not isinstance(address, int):
+        client.sock = address
+    try:
+        client.request(method, path, body, dict(headers or {}))
+        reply = client.getresponse()
+        return Answer(reply.status, {key.lower(): value for key, value in reply.getheaders()},
+                      reply.read())
+    finally:
+        if isinstance(address, int):
+            client.close()
+
+
+def pull(port: int, name: str, reference: str) -> tuple[str, dict[str, Any], list[bytes]]:
+    """Pull an image as a client does; return the manifest's digest, configuration and tars."""
+    path = f"/v2/{name}"
+    manifest = http_get(port, f"{path}/manifests/{reference}")
+    assert manifest.status == 200, manifest
+    config = http_get(port, f"{path}/blobs/{manifest.json['config']['digest']}")
+    assert sha256(config.body) == manifest.json["config"]["digest"]
+    tars = []
+    for entry in manifest.json["layers"]:
+        blob = http_get(port, f"{path}/blobs/{entry['digest']}")
+        assert (sha256(blob.body), len(blob.body)) == (entry["digest"], entry["size"])
+        tars.append(blob.body)
+    assert [sha256(tar) for tar in tars] == config.json["rootfs"]["diff_ids"]
+    return sha256(manifest.body), config.json, tars
+
+
+@contextlib.contextmanager
+def registry(root: str, only: Sequence[str] = (), grace: float = 10.0, address: str = "0",
+             **options: Any) -> Iterator[tuple[Any, cstor.RegistryServer]]:
+    """Serve a store as a registry in a thread; give where, and the server."""
+    def opener() -> cstor.Storage:
+        return cstor.Storage.open(root)
+
+    with opener() as storage, cstor.listen_at(address) as listener:
+        server = cstor.RegistryServer(cstor.Registry(storage, only), opener, **options)
+        thread = threading.Thread(target=server.serve, args=(listener, grace))
+        thread.start()
+        try:
+            yield listener.getsockname()[1], server
+        finally:
+            server.stop()
+            thread.join(30)
+    wait_for(lambda: threading.active_count() == 1)
+
+
+CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUdjk4/TqfuN9bSzX7Q9qp5hl6tmswCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNzAyNTUxOVoYDzIxMjYxMTAz
+MDI1NTE5WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAATFKL7nmQif7mz2RsZexdxXYEVeo72FSLV4vgEq7gSnkdMQhBrORK9g
+QPlDZq6nrE1+kUoWKzQS6XJy52l6EOIpo28wbTAdBgNVHQ4EFgQUp7ZA++pnT/MT
+bwiz7xmJIaSSm10wHwYDVR0jBBgwFoAUp7ZA++pnT/MTbwiz7xmJIaSSm10wDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgZJvk0agETYUk4REnNQKTZSJ0EFdboRe4GIdaumlBa1ECIEQq
++YrnQWQy+JP1T5Epv1psFqQwhdTggOee5WRMSGNR
+-----END CERTIFICATE-----
+"""
+PRIVATE_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXP7RMntQrOtSVfmN
+bNKg7NaEeqgZlz0vx6/cC7NoXHahRANCAATFKL7nmQif7mz2RsZexdxXYEVeo72F
+SLV4vgEq7gSnkdMQhBrORK9gQPlDZq6nrE1+kUoWKzQS6XJy52l6EOIp
+-----END PRIVATE KEY-----
+"""
+
+
+class Registries(StoreTest):
+    """The store as a registry, asked by plain http.client, from the specification's text."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.sample()
+        self.port = 0
+
+    @contextlib.contextmanager
+    def served(self, **options: Any) -> Iterator[cstor.RegistryServer]:
+        with registry(self.store.root, **options) as (self.port, server):
+            yield server
+
+    def get(self, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+            ) -> Answer:
+        return http_get(self.port, "/v2/" + path, method, body, {
+            key.replace("_", "-"): value for key, value in headers.items()})
+
+    def unknown(self, path: str, code: str, status: int = 404, **headers: str) -> str:
+        """Ask for what cannot be had; return why."""
+        answer = self.get(path, "GET", None, **headers)
+        self.assertEqual((status, code), (answer.status, answer.code), answer)
+        return str(answer.json["errors"][0]["message"])
+
+    def test_the_base_and_what_is_refused(self) -> None:
+        with self.served():
+            for path in ("/v2/", "/v2"):
+                answer = http_get(self.port, path)
+                self.assertEqual((200, b"{}"), (answer.status, answer.body))
+                self.assertEqual("registry/2.0", answer.headers["docker-distribution-api-version"])
+                self.assertEqual("application/json", answer.headers["content-type"])
+            for method, path, body in (
+                    ("POST", "app/blobs/uploads/", None), ("PUT", "app/manifests/1", b"{}" * 9999),
+                    ("PATCH", "app/blobs/uploads/1", b"x"), ("DELETE", "app/manifests/1", None),
+                    ("OPTIONS", "", None), ("BREW", "", None)):
+                answer = self.get(path, method, body)
+                self.assertEqual((405, "UNSUPPORTED", "GET, HEAD"), (
+                    answer.status, answer.code, answer.headers["allow"]))
+            for path in ("x", "_catalog/", "app/manifests/", "app/manifests", "app/tags",
+                         "app/blobs/uploads/5/6"):
+                self.unknown(path, "UNSUPPORTED")
+            self.assertEqual(404, http_get(self.port, "/").status)
+            self.assertEqual(404, http_get(self.port, "/v1/").status)
+
+    def test_manifests(self) -> None:
+        layout = self.dir + "/layout"
+        with cstor.Storage.open(self.store.root) as storage:
+            wanted = storage.image("sample").copy_to_oci(layout, "x")
+        digests = []
+        for _ in range(2):
+            with self.served():
+                answer = self.get("docker.io/library/sample/manifests/latest")
+                digests.append(answer.headers["docker-content-digest"])
+                self.assertEqual(read_bytes(f"{layout}/blobs/sha256/{wanted['digest'][7:]}"),
+                                 answer.body)
+                self.assertEqual(
+                    (200, cstor.OCI_MANIFEST, str(wanted["size"]), f'"{wanted["digest"]}"'),
+                    (answer.status, *(answer.headers[key] for key in (
+                        "content-type", "content-length", "etag"))))
+                self.assertEqual(answer.json["mediaType"], answer.headers["content-type"])
+                for path in ("latest", wanted["digest"]):
+                    for accept in ("*/*", "application/vnd.docker.distribution.manifest.v1+json",
+                                   f"text/plain, {cstor.OCI_MANIFEST}"):
+                        again = self.get(f"library/sample/manifests/{path}", Accept=accept)
+                        self.assertEqual(answer.body, again.body)
+                    head = self.get(f"library/sample/manifests/{path}", "HEAD")
+                    for each in (answer, head):
+                        each.headers.pop("date", "")
+                    self.assertEqual((200, answer.headers, b""), head)
+                    for tag in (f'"{wanted["digest"]}"', f'"x", W/"{wanted["digest"]}"', "*"):
+                        known = self.get(f"library/sample/manifests/{path}", If_None_Match=tag)
+                        self.assertEqual((304, b""), (known.status, known.body))
+                    other = self.get(f"library/sample/manifests/{path}", If_None_Match='"x"')
+                    self.assertEqual(200, other.status)
+                for path in ("nothing", ".INVALID", sha256(b"nothing"), "x" * 129, "sha256:0"):
+                    self.unknown(f"library/sample/manifests/{path}", "MANIFEST_UNKNOWN")
+                    self.assertEqual((404, b""), self.get(f"app/manifests/{path}", "HEAD")[::2])
+                self.unknown("none/manifests/latest", "MANIFEST_UNKNOWN")
+                for name in ("Sample", "a//b", "a/../b", "%2e%2e/app", "..", "a%00b", "a%0ab", "_a",
+                             "a/", "x" * 256, "a..b"):
+                    self.unknown(f"{name}/manifests/latest", "NAME_INVALID", 400)
+        self.assertEqual([wanted["digest"]] * 2, digests)
+
+    def test_a_manifest_that_was_pulled_compressed(self) -> None:
+        original = self.store.images[1]["digest"]
+        with self.served():
+            why = self.unknown(f"sample/manifests/{original}", "MANIFEST_UNKNOWN")
+            here = self.get("library/sample/manifests/latest").headers["docker-content-digest"]
+            self.assertIn("with compressed layers", why)
+            self.assertTrue(why.endswith(here))
+
+    def test_names(self) -> None:
+        app, sample = (image["id"] for image in self.store.images)
+        self.store.images[0]["names"] += [
+            "quay.io/org/tool:1", "quay.io/org/same:1", "h.io:5000/x/y:2", "docker.io/org/both:1"]
+        self.store.images[1]["names"] += [
+            "ghcr.io/org/tool:2", "ghcr.io/org/same:1", "quay.io/org/both:1", "bare:1",
+            "docker.io/o/n@" + sha256(b"x")]
+        self.store.save()
+        with self.served():
+            for wanted, name, tag in (
+                    (app, "localhost/app", "1"), (app, "app", "1"), (app, "app", "latest"),
+                    (sample, "docker.io/library/sample", "latest"),
+                    (sample, "library/sample", "latest"), (app, "quay.io/org/tool", "1"),
+                    (app, "org/tool", "1"), (sample, "org/tool", "2"), (app, "x/y", "2"),
+                    (None, "org/same", "1"), (None, "org/both", "1"), (None, "sample", "latest"),
+                    (sample, "bare", "1"), (app, app, "any"), (sample, sample[:12], "latest"),
+                    (None, sample[:11], "latest"), (None, "o/n", "latest"), (None, "tool", "1"),
+                    (sample, "library/sample", "latest?ns=docker.io"),
+                    (app, "org/both", "1?ns=docker.io"), (sample, "org/both", "1?ns=quay.io"),
+                    (None, "app", "1?ns=docker.io"), (app, "x/y", "2?ns=h.io:5000"),
+                    (None, sample, "latest?ns=docker.io"), (None, "org/tool", "2?ns=quay.io")):
+                answer = self.get(f"{name}/manifests/{tag}")
+                with self.subTest(name=name, tag=tag):
+                    self.assertEqual(200 if wanted else 404, answer.status)
+                    if wanted:
+                        self.assertEqual("sha256:" + wanted, answer.json["config"]["digest"])
+            self.assertIn("quay.io/org/same:1", self.unknown("org/same/manifests/1",
+                                                             "MANIFEST_UNKNOWN"))
+            self.assertEqual(
+                ["bare", "docker.io/library/sample", "docker.io/org/both", "ghcr.io/org/same",
+                 "ghcr.io/org/tool", "localhost/app", "quay.io/org/both", "quay.io/org/same",
+                 "quay.io/org/tool", "x/y"], self.get("_catalog").json["repositories"])
+            for name, tags in (("org/tool", ["1", "2"]), ("org/tool?ns=ghcr.io", ["2"]),
+                               ("x/y", ["2"])):
+                name, _, query = name.partition("?")
+                self.assertEqual(tags, self.get(f"{name}/tags/list?{query}").json["tags"])
+
+    def test_pages(self) -> None:
+        tags = sorted(["1", "latest", *(f"v{i}" for i in range(5)), "V0"])
+        self.store.images[0]["names"] += [f"localhost/app:{tag}" for tag in tags[1:]]
+        self.store.images[0]["names"] += [f"localhost/{name}:1" for name in "abc"]
+        self.store.save()
+        with self.served():
+            answer = self.get("app/tags/list")
+            self.assertEqual({"name": "app", "tags": tags}, answer.json)
+            self.assertNotIn("link", answer.headers)
+            for path, key, whole in (("app/tags/list", "tags", tags), ("_catalog", "repositories", [
+                    "docker.io/library/sample", "localhost/a", "localhost/app", "localhost/b",
+                    "localhost/c"])):
+                for count in range(1, len(whole) + 2):
+                    found, link = [], f"/v2/{path}?n={count}&ns="
+                    while link:
+                        page = http_get(self.port, link)
+                        self.assertLessEqual(len(page.json[key]), count)
+                        found += page.json[key]
+                        link = "".join(re.findall('<(/v2/.*)>; rel="next"',
+                                                  page.headers.get("link", "")))
+                        self.assertEqual(bool(link), len(found) < len(whole))
+                    self.assertEqual(whole, found)
+                answer = self.get(path + "?n=0")
+                self.assertEqual(([], None), (answer.json[key], answer.headers.get("link")))
+                self.assertEqual(whole[3:], self.get(f"{path}?last={whole[2]}").json[key])
+                self.assertEqual([], self.get(f"{path}?last=zzz&n=5").json[key])
+                for wrong in ("x", "-1", "1" * 99, "%C2%B2"):
+                    self.unknown(f"{path}?n={wrong}", "UNSUPPORTED", 400)
+            self.unknown("nothing/tags/list", "NAME_UNKNOWN")
+
+    def test_referrers(self) -> None:
+        with self.served():
+            for digest in (sha256(b"unknown"), "sha512:" + "0" * 128):
+                answer = self.get(f"app/referrers/{digest}")
+                self.assertEqual((200, cstor.OCI_INDEX), (answer.status,
+                                                          answer.headers["content-type"]))
+                self.assertEqual({"schemaVersion": 2, "mediaType": cstor.OCI_INDEX,
+                                  "manifests": []}, answer.json)
+                self.assertNotIn("oci-filters-applied", answer.headers)
+            answer = self.get(f"app/referrers/{digest}?artifactType=a/b")
+            self.assertEqual("artifactType", answer.headers["oci-filters-applied"])
+            self.unknown("app/referrers/x", "DIGEST_INVALID", 400)
+
+    def test_blobs_and_parts_of_them(self) -> None:
+        with self.served(), self.unchanged(self.store.root):
+            for layer in self.store.tars:  # by a registry that has told of none
+                tar = self.store.tars[layer]
+                digest, size = sha256(tar), len(tar)
+                answer = self.get(f"app/blobs/{digest}")
+                self.assertEqual((200, tar), (answer.status, answer.body))
+                self.assertEqual(
+                    [digest, f'"{digest}"', "bytes", str(size), "application/octet-stream"],
+                    [answer.headers[key] for key in ("docker-content-digest", "etag",
+                                                     "accept-ranges", "content-length",
+                                                     "content-type")])
+                head = self.get(f"app/blobs/{digest}", "HEAD", Range="bytes=5-")
+                self.assertEqual((200, str(size), b""), (
+                    head.status, head.headers["content-length"], head.body))
+                self.assertEqual(304, self.get(f"app/blobs/{digest}", If_None_Match=f'"{digest}"'
+                                               ).status)
+                for wanted, start, end in (
+                        ("0-", 0, size), ("0-0", 0, 1), ("1-511", 1, 512), (f"{size - 1}-",
+                        size - 1, size), (f"{size - 513}-", size - 513, size),
+                        (f"{size - 700}-{size - 2}", size - 700, size - 1), ("-1", size - 1, size),
+                        ("-99999999", 0, size), ("5-99999999", 5, size), ("700-1023", 700, 1024),
+                        (f"{size - 2000}-{size - 513}", size - 2000, size - 512)):
+                    part = self.get(f"app/blobs/{digest}", Range="bytes=" + wanted)
+                    self.assertEqual((206, tar[start:end]), (part.status, part.body), wanted)
+                    self.assertEqual(f"bytes {start}-{end - 1}/{size}",
+                                     part.headers["content-range"])
+                for wrong in ("x=0-1", "bytes=-", "bytes=5-1", "bytes=0-1,3-4", "bytes=1", "",
+                              "bytes=" + "1" * 99 + "-"):
+                    self.assertEqual(200, self.get(f"app/blobs/{digest}", "HEAD",
+                                                   Range=wrong).status)
+                    whole = self.get(f"app/blobs/{digest}", Range=wrong)
+                    self.assertEqual((200, size), (whole.status, len(whole.body)))
+                for wrong in (f"{size}-", "99999999-", "-0"):
+                    part = self.get(f"app/blobs/{digest}", Range="bytes=" + wrong)
+                    self.assertEqual((416, f"bytes */{size}"), (
+                        part.status, part.headers["content-range"]))
+                for tag, status in ((f'"{digest}"', 206), ('"other"', 200)):
+                    self.assertEqual(status, self.get(f"app/blobs/{digest}", Range="bytes=1-",
+                                                      If_Range=tag).status)
+            config = "sha256:" + self.store.images[0]["id"]
+            whole = self.get(f"app/blobs/{config}")
+            part = self.get(f"app/blobs/{config}", Range="bytes=10-19")
+            self.assertEqual((config, whole.body[10:20]), (sha256(whole.body), part.body))
+            self.assertIn("by their DiffID", self.unknown(f"app/blobs/{sha256(b'x')}",
+                                                          "BLOB_UNKNOWN"))
+            self.unknown("app/blobs/sha256:xyz", "DIGEST_INVALID", 400)
+
+    def test_all_that_a_name_leads_to(self) -> None:
+        with self.served():
+            digest, _, tars = pull(self.port, "library/sample", "latest")
+            self.assertEqual([*self.store.tars.values()], tars)
+            self.assertEqual(digest, pull(self.port, "sample", digest)[0])
+
+    def test_odd_layers(self) -> None:
+        """An empty tar, one of less than a block, and one whose record has no size."""
+        layer = ""
+        for tar, record in ((b"", {}), (entry(b"x", b"y") + END, {"diff-size": None}),
+                            (END, {})):
+            layer = self.store.layer(tar, layer, **record)
+        self.store.image(layer, "localhost/odd:1")
+        self.store.save()
+        with self.served():
+            self.assertEqual(3, len(pull(self.port, "odd", "1")[2]))
+            answer = self.get(f"odd/blobs/{sha256(b'')}")
+            self.assertEqual((200, b"", "0"), (answer.status, answer.body,
+                                               answer.headers["content-length"]))
+
+    def test_what_was_told_stays_until_the_image_is_removed(self) -> None:
+        """Another manifest for the same configuration, another name, and then nothing."""
+        with self.served():
+            old = self.get("library/sample/manifests/latest")
+            digest, config = sha256(old.body), old.json["config"]["digest"]
+            record = self.store.images[1]
+            data = json.loads(read_bytes(self.store.path("overlay-images", record["id"],
+                                                         "manifest")))
+            self.store.big_data(record, "manifest", json.dumps({**data, "x": 1}).encode())
+            record["names"] = ["quay.io/org/new:3"]
+            self.store.save()
+            new = self.get("quay.io/org/new/manifests/3")
+            self.assertNotEqual(digest, sha256(new.body))
+            self.unknown("library/sample/manifests/latest", "MANIFEST_UNKNOWN")
+            for name in ("library/sample", "org/new"):
+                self.assertEqual(old.body, self.get(f"{name}/manifests/{digest}").body)
+                self.assertEqual(config, sha256(self.get(f"{name}/blobs/{config}").body))
+            self.store.images.pop()
+            self.store.save()
+            for path in (digest, sha256(new.body)):
+                self.unknown(f"org/new/manifests/{path}", "MANIFEST_UNKNOWN")
+            self.unknown(f"org/new/blobs/{config}", "BLOB_UNKNOWN")
+            self.unknown(f"org/new/blobs/{old.json['layers'][2]['digest']}", "BLOB_UNKNOWN")
+            self.assertEqual(200, self.get(f"app/blobs/{old.json['layers'][0]['digest']}").status)
+
+    def test_a_damaged_layer_never_arrives_whole(self) -> None:
+        """The client misses the last block; then neither blob nor manifest is there."""
+        base, app, _ = self.store.tars
+        flip(self.store.path("overlay", base, "diff/usr/share/data.bin"), 5)
+        tar, said = self.store.tars[base], []  # type: bytes, list[str]
+        path = f"app/blobs/{sha256(tar)}"
+        for wanted, start in (("0-", 0), ("1000000-", 1000000), (f"{len(tar) - 100}-",
+                              len(tar) - 100), (f"5-{len(tar) - 2}", 5)):
+            with self.served(warn=said.append):
+                manifest = self.get("app/manifests/1")
+                self.assertEqual(len(tar), int(self.get(path, "HEAD").headers["content-length"]))
+                with self.assertRaises(http.client.IncompleteRead) as caught:
+                    self.get(path, Range="bytes=" + wanted)
+                self.assertLessEqual(start + len(caught.exception.partial), max(
+                    len(tar) - BLOCK, start))
+                self.assertIn("wrong digest", self.unknown(path, "BLOB_UNKNOWN")
+                              + self.unknown("app/manifests/1", "MANIFEST_UNKNOWN"))
+                self.assertEqual(200, self.get(f"app/blobs/{sha256(self.store.tars[app])}").status)
+                for image in self.store.images:
+                    self.unknown(f"{image['id']}/manifests/x", "MANIFEST_UNKNOWN")
+                self.assertEqual(404, self.get(path, "HEAD").status)
+                self.assertEqual(manifest.body, self.get(
+                    f"app/manifests/{sha256(manifest.body)}").body)
+        self.assertEqual(4, len(said))
+        self.assertRegex(said[0], f"layer {base}: its tar has the wrong digest .*not served any")
+
+    def test_what_cannot_be_served_says_why(self) -> None:
+        base, app, top = self.store.tars
+        os.unlink(self.store.path("overlay-layers", app + ".tar-split.gz"))
+        with self.served():
+            for path in ("app/manifests/1", "library/sample/manifests/latest"):
+                self.assertIn("has no tar-split data", self.unknown(path, "MANIFEST_UNKNOWN"))
+            self.unknown(f"app/blobs/{sha256(self.store.tars[app])}", "BLOB_UNKNOWN")
+        os.rename(self.store.path("overlay", base), self.store.path("overlay", base + "x"))
+        put(self.store.path("overlay-images", self.store.images[1]["id"], "manifest"), "{")
+        with self.served():
+            for path in ("app/manifests/1", "library/sample/manifests/latest"):
+                self.unknown(path, "MANIFEST_UNKNOWN")
+        put(self.store.path("overlay-images/images.json"), "[")
+        with self.served():
+            self.unknown("app/manifests/1", "MANIFEST_UNKNOWN")
+            self.unknown("_catalog", "NAME_UNKNOWN")
+
+    def test_only_some(self) -> None:
+        app, sample = self.store.images
+        blob = {name: image["digest"] for name, image in zip("as", (app, sample))}
+        self.assertNotEqual(blob["a"], blob["s"])
+        for only, names, there, lost in (
+                (["app"], ["localhost/app:1", "localhost/app:latest"], app, sample),
+                (["localhost/app:1"], ["localhost/app:1"], app, sample),
+                (["docker.io/library/sample"], ["docker.io/library/sample:latest"], sample, app),
+                ([sample["id"][:12]], ["docker.io/library/sample:latest"], sample, app)):
+            with self.subTest(only=only), self.served(only=only):
+                self.assertEqual(names, [
+                    f"{name}:{tag}" for name in self.get("_catalog").json["repositories"]
+                    for tag in self.get(f"{name}/tags/list").json["tags"]])
+                for image, status in ((there, 200), (lost, 404)):
+                    by_id = self.get(f"{image['id']}/manifests/x").status
+                    self.assertEqual(status if only[0] == image["id"][:12] or image is lost
+                                     else by_id, by_id)
+                    self.assertEqual(status, self.get(f"x/blobs/sha256:{image['id']}").status)
+        with self.served(only=["app"]):
+            self.unknown(f"x/blobs/{sha256([*self.store.tars.values()][2])}", "BLOB_UNKNOWN")
+
+    def test_passwords(self) -> None:
+        with self.served(passwords=[b"me:se:cret", "you:p\u00e4ss".encode()]):
+            for given, known in (("me:se:cret", True), ("you:p\u00e4ss", True), ("me:se", False),
+                                 ("me:", False), ("me", False), ("", False), (":", False),
+                                 ("you:se:cret", False), ("me:se:cret\0", False)):
+                text = base64.b64encode(given.encode()).decode()
+                for kind in ("Basic", "basic"):
+                    for path in ("", "app/manifests/1", "_catalog", "nothing"):
+                        answer = self.get(path, Authorization=f"{kind} {text}")
+                        self.assertEqual(known, answer.status != 401, given)
+            for header in ("", "Basic", "Basic !!!", "Bearer x", "Basic " + "A" * 9999):
+                answer = self.get("", Authorization=header)
+                self.assertEqual((401, "UNAUTHORIZED", 'Basic realm="cstor"'), (
+                    answer.status, answer.code, answer.headers["www-authenticate"]))
+            answer = self.get("app/manifests/1", "PUT")
+            self.assertEqual((401, "UNAUTHORIZED"), (answer.status, answer.code))
+
+    def test_tls(self) -> None:
+        cert, key = self.dir + "/cert", self.dir + "/key"
+        put(cert, CERTIFICATE)
+        put(key, PRIVATE_KEY)
+        trusting = ssl.create_default_context(cadata=CERTIFICATE)
+        with self.served(ssl_context=cstor.tls_context(cert, key)):
+            digest = sha256([*self.store.tars.values()][0])
+            self.assertEqual(digest, sha256(http_get(
+                self.port, f"/v2/x/blobs/{digest}", context=trusting).body))
+            with self.assertRaises(OSError):  # a client that does not know the certificate
+                http_get(self.port, "/v2/", context=ssl.create_default_context())
+            for first in (b"GET /v2/ HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xff" + b"x" * 255,
+                          b"\0" * 99, b""):
+                with socket.create_connection(("127.0.0.1", self.port)) as sock:
+                    sock.sendall(first)
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_WR)
+                        self.assertNotIn(b"200", b"".join(iter(lambda: sock.recv(999), b"")))
+            self.assertEqual(200, http_get(self.port, "/v2/", context=trusting).status)
+        for files in ((cert, cert), (key, cert), (cert, self.dir + "/none")):
+            with self.assertRaises((cstor.FormatError, OSError)):
+                cstor.tls_context(*files)
+
+    def said(self, *parts: bytes, end: bool = False) -> bytes:
+        """Return what the server says to bytes; with ``end`` no more follow."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
+            with contextlib.suppress(ConnectionError):
+                for part in parts:
+                    sock.sendall(part)
+                if end:
+                    sock.shutdown(socket.SHUT_WR)
+            found = b""
+            with contextlib.suppress(ConnectionError):
+                while part := sock.recv(1 << 20):
+                    found += part
+            return found
+
+    def test_clients_that_do_as_they_like(self) -> None:
+        ask = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n"
+        close = ask + b"Connection: close\r\n\r\n"
+        with self.served(timeout=0.3, idle=0.3):
+            for parts, words, count in (
+                    ([b"\x16\x03\x01\x02\x00\x01" + b"x" * 500], b"400 Bad Request", 1),
+                    ([ask + b"\r\n", close], b" 200 OK", 2), ([(ask + b"\r\n") * 9 + close],
+                                                              b" 200 OK", 10),
+                    ([ask + b"X: " + b"y" * (1 << 20) + b"\r\n\r\n"], b" 200 OK", 0),
+                    ([ask + b"X: y\r\n" * 200 + b"\r\n"], b" 431 ", 1),
+                    ([ask + b"X: " + b"y" * 65000 + b"\r\n" + b"Y: " + b"y" * 65000 + b"\r\n\r\n"],
+                     b" 431 ", 1),
+                    ([b"GET /v2/" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n"], b" 200 OK", 0),
+                    ([b"GET /v2/ HTTP/9.9\r\n\r\n"], b" 505 ", 1), ([b"x\r\n\r\n"], b"400", 1),
+                    ([ask], b"HTTP", 0), ([b""], b"HTTP", 0), ([b"GET"], b"HTTP", 0),
+                    ([b"GET /v2/ HTTP/1.0\r\n\r\n"], b"200 OK", 1),
+                    ([ask + b"Content-Length: 5\r\n\r\nhello" + close], b" 200 OK", 1),
+                    ([ask + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + close], b" 200 OK", 1),
+                    ([b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"],
+                     b" 405 ", 1), ([b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"],
+                                    b" 100 ", 0),
+                    ([b"GET /../../etc/passwd HTTP/1.1\r\n\r\n"], b" 404 ", 1),
+                    ([b"GET /v2/%2e%2e/%2e%2e/blobs/x HTTP/1.1\r\n\r\n"], b" 400 ", 1)):
+                with self.subTest(parts[0][:60]):
+                    self.assertEqual(count, self.said(*parts).count(words))
+            begin = time.monotonic()  # a byte now and then does not lengthen the time
+            with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
+                with contextlib.suppress(ConnectionError):
+                    for at in range(20):
+                        sock.sendall(ask[at:at + 1])
+                        if select.select([sock], [], [], 0.1)[0]:
+                            break
+                self.assertEqual(b"", sock.recv(99))
+            self.assertLess(time.monotonic() - begin, 1.5)
+            self.assertEqual(200, self.get("").status)
+
+    def test_slow_readers_and_idle_clients_make_room(self) -> None:
+        digest = sha256([*self.store.tars.values()][0])
+        ask = f"GET /v2/app/blobs/{digest} HTTP/1.1\r\n\r\n".encode()
+        with self.served(clients=4) as server, contextlib.ExitStack() as stack:
+            for number in range(4):
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.connect(("127.0.0.1", self.port))
+                sock.sendall((ask, ask, b"GET", b"")[number])
+            wait_for(lambda: len(server._clients) == 4)
+            self.assertEqual(digest, pull(self.port, "app", "1") and digest)
+
+    def test_no_room_at_all(self) -> None:
+        with self.served(clients=0) as server:
+            server.patience = 0
+            answer = self.get("")
+            self.assertEqual((429, "TOOMANYREQUESTS"), (answer.status, answer.code))
+
+    def test_a_client_that_takes_nothing_is_cut(self) -> None:
+        digest = sha256([*self.store.tars.values()][0])
+        with self.served(timeout=0.2) as server, socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", self.port))
+            sock.sendall(f"GET /v2/app/blobs/{digest} HTTP/1.1\r\n\r\n".encode())
+            wait_for(lambda: server._clients)
+            wait_for(lambda: not server._clients)
+            self.assertEqual(200, self.get(f"app/blobs/{digest}").status)  # not its fault
+
+    def test_many_clients_at_once(self) -> None:
+        wanted = [*self.store.tars.values()]
+        with self.served():
+            found: list[Any] = []
+            threads = [threading.Thread(target=lambda: found.append(
+                pull(self.port, "library/sample", "latest")[2] == wanted)) for _ in range(64)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual([True] * 64, found)
+
+    def test_stopping_lets_transfers_finish(self) -> None:
+        tar = [*self.store.tars.values()][0]
+        with self.served() as server, socket.socket() as sock, socket.socket() as idle:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            for each in (idle, sock):
+                each.connect(("127.0.0.1", self.port))
+                each.sendall(b"GET /v2/ HTTP/1.1\r\n\r\n")
+                data = b""
+                while not data.endswith(b"{}"):
+                    data += each.recv(999)
+            sock.sendall(f"GET /v2/app/blobs/{sha256(tar)} HTTP/1.1\r\n\r\n".encode())
+            data = sock.recv(4096)
+            server.stop()
+            self.assertEqual(b"", idle.recv(99))
+            while part := sock.recv(1 << 16):
+                data += part
+            self.assertEqual(tar, data.partition(b"\r\n\r\n")[2])
+
+    def test_a_client_of_one_connection(self) -> None:
+        with self.served(), socket.create_connection(("127.0.0.1", self.port)) as sock:
+            for tar in self.store.tars.values():
+                answer = http_get(sock, f"/v2/app/blobs/{sha256(tar)}")
+                self.assertEqual(tar, answer.body)
+                self.assertEqual(404, http_get(sock, "/v2/app/manifests/none").status)
+
+    def test_an_additional_store_and_names_that_are_there_twice(self) -> None:
+        other = make_sample(self.dir + "/other")
+        other.images[0]["names"] = ["localhost/app:1", "localhost/new:1"]
+        extra = other.image(list(other.tars)[2], "localhost/more:1", id="e" * 64)
+        other.save()
+        opener = functools.partial(cstor.Storage.open, self.store.root, stores=[other.root])
+        with opener() as storage:
+            found = cstor.Registry(storage)
+            self.assertEqual(["docker.io/library/sample", "localhost/app", "localhost/more"],
+                             found.names())
+            self.assertEqual(found.manifest("app", "1")[0], found.manifest("app", "latest")[0])
+            digest = found.manifest(extra[:20], "x")[0]
+            self.assertEqual(digest, found.manifest("localhost/more", "1")[0])
+            layer = found.blob(sha256(other.tars[list(other.tars)[2]]))[1]
+            assert layer
+            with opener() as again:
+                self.assertEqual(layer.diff_digest, found.adopt(again, layer).export(io.BytesIO()))
+
+
+class RegistryCommands(StoreTest):
+    """``serve --registry``: where it listens, and to whom it gives what."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = self.sample()
+        self.guard(self.store.root)
+
+    def refused(self, *words: str, status: int = 2) -> str:
+        return self.run_on(self.store, "serve --registry", *words, status=status).err
+
+    @contextlib.contextmanager
+    def running(self, *words: str, **options: Any) -> Iterator[tuple[str, Any]]:
+        """Run the command until the end of the block; give what it says first, and it."""
+        server = subprocess.Popen([*COMMAND, "--root", self.store.root, "serve", *words], env=IDLE,
+                                  stderr=subprocess.PIPE, **options)
+        try:
+            assert server.stderr
+            yield server.stderr.readline().decode(), server
+            server.terminate()
+            self.assertEqual(0, server.wait(30))
+        finally:
+            server.kill()
+            server.communicate()
+
+    def test_who_may_read(self) -> None:
+        secret = self.dir + "/secret"
+        put(secret, "# users\nme:secret\n\n")
+        os.chmod(secret, 0o600)
+        cert, key = self.dir + "/cert", self.dir + "/key"
+        put(cert, CERTIFICATE)
+        put(key, PRIVATE_KEY)
+        tls = ["--tls-cert", cert, "--tls-key", key]
+        private = "not every user of this machine can read the store: use --password-file, "
+        for words, told in ((["0"], private), (["localhost:0"], private), ([
+                "127.0.0.1:0", *tls], private), (["0.0.0.0:0"], "needs --tls-cert"),
+                (["0.0.0.0:0", *tls], "needs --tls-cert"),
+                (["0.0.0.0:0", "--password-file", secret], "needs --tls-cert"),
+                ([":5000"], "must be [HOST:]PORT"), (["x"], "must be"), (["1:2:3"], "must be"),
+                (["65536"], "must be"), (["0", "--tls-cert", cert], "need each other")):
+            with self.subTest(words=words):
+                self.assertIn(told, self.refused(*words))
+        for words in (["--insecure"], ["--only", "x"], ["--tls-cert", "x", "--tls-key", "x"]):
+            self.assertIn(f"{words[0]} needs --registry", self.run_on(
+                self.store, "serve --socket x", *words, status=2).err)
+        for text, mode, status, told in (
+                ("me:x\n", 0o644, 5, "others may read or change it (chmod 600"),
+                ("me\n", 0o600, 6, "expected user:password"), ("me:\n", 0o600, 6, "expected user"),
+                ("me:$2y$05$x\n", 0o600, 6, "hashes of htpasswd"),
+                ("me:{SHA}x\n", 0o600, 6, "hashes of htpasswd"),
+                ("#\n", 0o600, 6, "names no user")):
+            put(self.dir + "/wrong", text)
+            os.chmod(self.dir + "/wrong", mode)
+            self.assertIn(told, self.refused("0", "--password-file", self.dir + "/wrong",
+                                             status=status))
+        self.assertIn("not a certificate", self.refused(
+            "0", "--insecure", "--tls-cert", key, "--tls-key", cert, status=6))
+        for words, scheme, status in ((["0", "--password-file", secret], "http", 401),
+                                      (["0", "--insecure"], "http", 200),
+                                      (["0.0.0.0:0", *tls, "--password-file", secret], "https",
+                                       401)):
+            with self.running("--registry", *words) as (said, _):
+                found = re.search(rf" at ({scheme})://[^:]*:(\d+)/\n", said)
+                assert found, said
+                context = ssl.create_default_context(cadata=CERTIFICATE) if words[1:2] == tls[:1] \
+                    else None
+                for given, code in ((None, status), ("me:secret", 200)):
+                    text = base64.b64encode((given or "").encode()).decode()
+                    self.assertEqual(code, http_get(
+                        int(found[2]), "/v2/", headers={"Authorization": f"Basic {text}"}
+                        if given else {}, context=context).status)
+
+    def test_a_store_that_all_can_read(self) -> None:
+        """Every file counts, and every directory above."""
+        self._root = ""
+        with cstor.Storage.open(self.store.root) as storage:
+            self.assertFalse(cstor.is_public(storage))
+            os.chmod(self.dir, 0o755)
+            subprocess.run(["chmod", "-R", "a+rX", self.store.root], check=True)
+            self.assertTrue(cstor.is_public(storage))
+            for path, mode in (("overlay-images/images.json", 0o640), ("overlay-layers", 0o751),
+                               (".", 0o750), (f"overlay/{[*self.store.tars][0]}/diff/bin", 0o700),
+                               (f"overlay/{[*self.store.tars][0]}/diff/etc/passwd", 0o640)):
+                path = self.store.path(path)
+                before = stat.S_IMODE(os.stat(path).st_mode)
+                os.chmod(path, mode)
+                self.assertFalse(cstor.is_public(storage), path)
+                os.chmod(path, before)
+            self.assertTrue(cstor.is_public(storage))
+
+    def test_sockets(self) -> None:
+        """A Unix socket of one's own, one that systemd passes, and beside the layer server."""
+        path, rpc = self.dir + "/http", self.dir + "/rpc"
+        words = ["--registry", "unix:" + path, "--socket", rpc]
+        need_proc()
+        with self.running(*words) as (said, server):
+            self.assertIn(f"at {rpc}\n", said)
+            self.assertIn(f"at unix:{path}\n", server.stderr.readline().decode())
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(path).st_mode))
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(path)
+                self.assertEqual(200, http_get(sock, "/v2/app/manifests/1").status)
+            with cstor.RpcClient(rpc) as client:
+                self.assertEqual(4, len(client.layers()))
+        self.assertFalse(os.path.lexists(path) or os.path.lexists(rpc))
+        with cstor.listen_at("0") as listener:
+            with self.running("--registry", "-", "--insecure", "-v", stdin=listener.fileno()
+                              ) as (said, server):
+                port = listener.getsockname()[1]
+                self.assertIn(f"http://127.0.0.1:{port}/", said)
+                with socket.create_connection(("127.0.0.1", port)) as sock:
+                    sock.sendall(b"GET /v2/\x1b\xff HTTP/1.0\r\n\r\n")
+                    self.assertIn(b" 404 Not Found\r\n", sock.recv(999))
+                self.assertRegex(server.stderr.readline().decode(), r'\Acstor: 127.0.0.1 "GET '
+                                 r'/v2/\\x1b[^\x1b"]* HTTP/1.0" 404 \d+ \d\.\d+s\n\Z')
+            self.assertIn("not every user", self.run_on(
+                self.store, "serve --registry -", status=2, stdin=listener.fileno()).err)
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            self.assertIn(f"cannot listen at {address}: Address already in use",
+                          self.refused(address, "--insecure", status=6))
+        self.assertIn("no stream socket was passed", self.refused("-"))
+
+
+# ================================================================================================
+# 28. Commands
 # ================================================================================================
 
 class CommandLine(StoreTest):
@@ -16045,7 +16770,8 @@ class Help(StoreTest):
                         self.assertRegex(example, rf"\A{row[0]}( |\Z)")
                         self.run_example("cstor " + example, env, int(row[0] in fails))
         for example in cstor.examples(cstor.find_row(["serve"]) or cstor.COMMANDS[0]):
-            self.assertEqual("./cstor.sock", cstor.parse_words(example.split()).socket)
+            args = cstor.parse_words(example.split())
+            self.assertIn((args.socket, args.registry), (("./cstor.sock", None), (None, "5000")))
 
     def completions(self, words: str) -> list[str]:
         """Return what can be in place of the last word, each behind a gloss for fish."""
