@@ -3006,7 +3006,8 @@ class Layer(Record):
     ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest`` and
     ``compression`` (a word) describe the blob as it was pulled; ``toc_digest`` that of partial
     pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.  The DiffID of a
-    layer whose record is ``lost`` is what an image makes of it until it is ``proven``: computed.
+    layer whose record is ``lost`` is what an image makes of it until it is ``proven``: computed, or
+    a container's record says that there is none.
     """
 
     WORD = "layer"
@@ -3262,9 +3263,10 @@ class Layer(Record):
             tree = DiskTree(additional, self)
             tree.maps = []  # owners are those of the image
             return tree
-        if salvage and not keeps_objects(self) and (self.lost or self.diff_digest):
-            mark = self._mark("its tar-split data are lost or damaged, so that only its directory "
-                              "is read")
+        if salvage and not keeps_objects(self) and (
+                self.lost and not self.proven or self.diff_digest):
+            mark = self._mark("its tar-split data are missing or damaged, so that only its "
+                              "directory is read")
         elif self.diff_digest or self.toc_digest or self.incomplete:
             return LayerTree(self)
         tree = (WholeTree if self.storage.driver == "vfs" else DiskTree)(self.diff(), self)
@@ -3625,8 +3627,10 @@ def left_ids(storage: Storage, word: str, root: Contents) -> Iterator[str]:
         if name.endswith(TAR_SPLIT) or word != "layer" and root.names(records + b"/" + name):
             yield os.fsdecode(name.replace(TAR_SPLIT, b""))
     for name in root.names(files) if word == "layer" else ():
-        if re.fullmatch(HEX64, os.fsdecode(name)) \
-                and not root.exists(b"/".join((files, name, b"additionallayer"))):
+        with suppress(NeedsUnshare):  # a rootless user's container, say
+            if root.exists(b"/".join((files, name, b"additionallayer"))):
+                continue
+        if re.fullmatch(HEX64, os.fsdecode(name)):
             yield name.decode()
     yield from storage.podman_containers() if storage.salvage and word == "container" else ()
 
@@ -3656,9 +3660,9 @@ def left_record(storage: Storage, word: str, root: Contents, record_id: str) -> 
                 told.update(parse_object(root.read(place + b"userdata/" + file, MAX_OBJECT), ""))
         mount = told.get("mount-point") or as_dict(told.get("root")).get("path")
         layer = re.search(f"/(?:overlay|vfs/dir)/({HEX64})(?:/|$)", str(mount))
-        record.update(names=[str(state.get("name") or told.get("container-name") or record_id)],
-                      image=str(state.get("image-id") or told.get("image-id") or ""),
-                      layer=layer[1] if layer else "")
+        title = str(state.get("name") or told.get("container-name") or "")
+        record.update(names=[title] * bool(title), layer=layer[1] if layer else "",
+                      image=str(state.get("image-id") or told.get("image-id") or ""))
     return record
 
 
@@ -3675,6 +3679,7 @@ def left_record(storage: Storage, word: str, root: Contents, record_id: str) -> 
 # lock is safe too; only a change between two files has to be noticed, by token and stat.
 # ================================================================================================
 
+LEFT = "--salvage reads what is left of the records"
 LOCK_TOKEN_SIZE = 64  # "last write" token at the start of a lock file
 CONTAINER_STATE = ("unknown", "created", "initialized", "running", "stopped", "paused", "exited",
                    "removing", "stopping")  # podman's define.ContainerStatus, as `podman ps` says
@@ -4214,7 +4219,7 @@ class Storage(Closing):
                 except FormatError as error:
                     if not self.salvage:
                         self._malformed[home] = error
-                        add_hint(error, "--salvage reads what is left of the records")
+                        add_hint(error, LEFT)
                         raise
                     cut, items = [*cut, root], whole_objects(data)
                     self.faults += [str(error)] * (str(error) not in self.faults)
@@ -4237,8 +4242,9 @@ class Storage(Closing):
         """
         ids = sorted({each for each in left_ids(self, new.WORD, root) if is_safe_id(each)} - known)
         if ids and not self.salvage:
-            self.elsewhere = f"--salvage reads {counted(len(ids), new.WORD)} without a record"
-            text = f"{root.host_path(self.home(new.WORD))}: no records: {self.elsewhere}"
+            self.elsewhere = LEFT
+            text = (f"{root.host_path(self.home(new.WORD))}: no record of "
+                    f"{counted(len(ids), new.WORD)}: {LEFT}")
             self.faults += [text] * (text not in self.faults)
         found = [new(self, root, left_record(self, new.WORD, root, each),
                      readonly=root in self._additional) for each in ids if self.salvage]
@@ -4539,12 +4545,14 @@ class Salvage:
     def __init__(self, storage: Storage, layers: Sequence[Layer]) -> None:
         self.storage = storage
         self._above: dict[str, list[Layer]] = {}  # by parent
-        self._loose: list[Layer] = []  # those whose parent nothing tells
+        self._loose: dict[Layer, str] = {}  # those whose parent nothing tells
         self._tried: set[tuple[Layer, str | None]] = set()  # DiffIDs layers lack, None = any
         self._done: set[Image] = set()
         for layer in layers:
-            (self._above.setdefault(layer.parent, []) if not layer.lost or self._look_below(layer)
-             else self._loose).append(layer)
+            if layer.lost and not self._look_below(layer):
+                self._loose[layer] = ""
+            else:
+                self._above.setdefault(layer.parent, []).append(layer)
             layer.record.update({"parent": layer.parent} if layer.parent else {})
 
     @staticmethod
@@ -4561,7 +4569,7 @@ class Salvage:
     def _settle(self, layer: Layer, parent: str, digest: str) -> None:
         """Note the parent and the DiffID of a layer."""
         if layer in self._loose:
-            self._loose.remove(layer)
+            del self._loose[layer]
             self._above.setdefault(parent, []).append(layer)
         layer.parent, layer.diff_digest = parent, digest
         layer.record.update({"diff-digest": digest, "parent": parent})
@@ -4574,18 +4582,20 @@ class Salvage:
         if layer and layer.lost and not layer.diff_digest and (layer in loose or layer in near):
             self._settle(layer, parent, digest)
         for layer in [*near, *loose] if hashing else ():
-            self._hash(layer, digest)
-        same = [layer for layer in [*near, *loose]
-                if digest in (layer.diff_digest, layer.compressed_diff_digest)]
-        if same and same[0] in loose:  # one copy for each parent
-            self._settle(same[0], parent, digest)
-        return [layer for layer in same if layer in near]
+            if layer.lost and not layer.diff_digest:
+                self._hash(layer, digest)
+        found = [layer for layer in near
+                 if digest in (layer.diff_digest, layer.compressed_diff_digest)]
+        if not found:  # one copy for each parent
+            found = [layer for layer in loose if layer.diff_digest == digest][:1]
+            for layer in found:
+                self._settle(layer, parent, digest)
+        return found
 
     def _hash(self, layer: Layer, wanted: str = "") -> None:
         """Compute a DiffID that is lost; some sparse files can be read only with the right one."""
         for digest in ("", wanted):
-            if not layer.lost or layer.diff_digest \
-                    or not self._tried.isdisjoint([(layer, None), (layer, digest)]):
+            if layer.diff_digest or not self._tried.isdisjoint([(layer, None), (layer, digest)]):
                 continue
             self._tried.add((layer, digest))
             layer.diff_digest, actual = digest, ""
@@ -4598,6 +4608,7 @@ class Salvage:
                 pass
             except (CstorError, OSError) as error:  # no other DiffID helps
                 self._tried.add((layer, None))
+                self._loose.pop(layer, None)
                 self.storage.faults.append(f"layer {layer.id}: its DiffID is not known: {error}")
             layer.diff_digest = actual
 
@@ -4646,7 +4657,8 @@ class Salvage:
             with suppress(LayerUnknown, FormatError):
                 chain = self.storage.chain(top)
                 for layer in chain if hashing and len(chain) == count else ():
-                    self._hash(layer)
+                    if layer.lost:
+                        self._hash(layer)
                 found = Image(self.storage, image.root, {**image.record, "layer": top})
                 if len(chain) == count and sha256_digest(found.config_bytes())[7:] == image.id:
                     image.layer = top
@@ -4664,15 +4676,21 @@ class Salvage:
 
     def containers(self, containers: Sequence[Container]) -> None:
         """Find the writable layers of containers by their names, and what is below them."""
-        tops = {image.id: image.layer for image in self.storage.images()}
-        named = {name: layer.id for layer in self.storage.layers() for name in layer.names}
+        storage, images = self.storage, self.storage.images()
+        named = {name: layer.id for layer in storage.layers() for name in layer.names}
         for container in containers:
-            if container.lost and not container.layer:
+            if container.lost and container.names and not container.layer:
                 container.layer = named.get(f"{container.names[0]}-layer", "")
-                container.record["layer"] = container.layer
-            layer = self.storage.layer_by_id(container.layer)
-            if layer in self._loose and layer:
-                layer.parent = tops.get(container.image, "")
+            if not (layer := storage.layer_by_id(container.layer)):
+                continue
+            above = [image.id for image in images if layer.parent and image.layer == layer.parent]
+            if container.lost and not container.image and len(above) == 1:
+                container.image = above[0]
+            if layer in self._loose:
+                layer.parent = "".join(image.layer for image in images
+                                       if image.id == container.image)
+            layer.proven = layer.proven or not container.lost and not layer.diff_digest
+            container.record.update(layer=layer.id, image=container.image)
 
 
 # ================================================================================================

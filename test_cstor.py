@@ -2216,7 +2216,7 @@ class Records(StoreTest):
         images, layers = (store.path(f"overlay-{word}/{word}.json at offset {at}: malformed JSON: ")
                           for word, at in (("images", 0), ("layers", 1)))
         self.assertEqual((None, None, 1), (info["images"], info["layers"], info["containers"]))
-        hint = " (--salvage reads what is left of the records)"
+        hint = f" ({cstor.LEFT})"
         self.assertEqual([layers + "Expecting property name enclosed in double quotes" + hint,
                           images + "Expecting value" + hint], info["faults"][:2])
         table = self.run_on(store, "store info").out
@@ -2230,8 +2230,8 @@ class Records(StoreTest):
         strays = sorted(store.path("overlay-images", entry["id"]) + " has no record"
                         for entry in store.images)
         done = self.run_on(store, "image list")
-        self.assertEqual([(f"{store.path('overlay-images')}: no records: --salvage reads "
-                           f"{len(strays)} images without a record"), *strays],
+        self.assertEqual([(f"{store.path('overlay-images')}: no record of "
+                           f"{len(strays)} images: {cstor.LEFT}"), *strays],
                          [line[len("cstor: warning: "):] for line in done.err.splitlines()])
         found = self.faults(store)[1]
         self.assertEqual([store.path("overlay", name * 64) + " has no record" for name in "de"]
@@ -3434,7 +3434,7 @@ class Salvaging(StoreTest):
         self.assertNotIn("not-verified", done.out)
         # The hint where there is no malformed file.
         done = self.run_on(store, f"image inspect {last}", status=3)
-        self.assertIn("--salvage reads 4 images without a record", done.err)
+        self.assertIn(cstor.LEFT, done.err)
 
     def test_only_what_is_needed_is_hashed(self) -> None:
         hashed: list[str] = []
@@ -3472,7 +3472,7 @@ class Salvaging(StoreTest):
             how(store.path("overlay-layers", top + ".tar-split.gz"))
             if not whole:
                 lose(store, "empty")
-            reason = f"layer {top}: not verified: its tar-split data are lost or damaged"
+            reason = f"layer {top}: not verified: its tar-split data are missing or damaged"
             out = f"{self.dir}/out"
             for words, expected in (("files", b"/etc/g"), ("stat {} /etc/g", b"/etc/g"),
                                     ("cat {} /etc/g", b"twice"), (f"extract {{}} {out}", b""),
@@ -3512,6 +3512,21 @@ class Salvaging(StoreTest):
             with container.tree() as tree:
                 self.assertEqual(b"new", b"".join(tree.read(b"new")))
                 self.assertEqual(b"e", b"".join(tree.read(b"e/f")))
+            self.assertTrue(any(layer in text for text in storage.unverified))
+        # Without buildah's file the only image below its layer is its own; it has no name.
+        told = store.path(f"overlay-containers/{found}/userdata/buildah.json")
+        os.rename(told, self.dir + "/kept")
+        with self.open(store, salvage=True) as storage:
+            container = storage.container(found)
+            self.assertEqual(([], image, layer), (container.names, container.image,
+                                                  container.layer))
+        os.rename(self.dir + "/kept", told)
+        store.save()
+        lose(store, "empty", "layers")
+        with self.open(store, salvage=True) as storage, storage.container("web").tree() as tree:
+            self.assertEqual(b"new", b"".join(tree.read(b"new")))
+            self.assertFalse(any(layer in text for text in storage.unverified))
+        lose(store, "empty")
         store.write(config, "[]")
         with self.open(store, salvage=True) as storage:
             container = storage.container("web")
