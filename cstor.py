@@ -58,8 +58,9 @@ Sections; classes and module-level code use what stands above, a method may call
     25 disk usage            what images cost, and what removing them frees
     26 registry              images over HTTP, to every client of the OCI ecosystem
     27 formats               tables, JSON, sizes and ages, progress, outputs
-    28 commands              one function per command
-    29 command line          the tables of commands and options, main()
+    28 queries               filters, order, Go templates; what podman says of objects
+    29 commands              one function per command
+    30 command line          the tables of commands and options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -3304,6 +3305,7 @@ class Image(Record):
                         if digest and isinstance(digest, str) and key.startswith("manifest")}
         if "manifest" not in self.big_data_names:
             self._faults.append("no manifest")
+        self._about: dict[str, Any] | None = None
 
     def _look(self) -> None:
         chain = self.storage.chain(self.layer)
@@ -3388,20 +3390,53 @@ class Image(Record):
         """Return the image configuration, parsed."""
         return parse_object(self.config_bytes(manifest), f"configuration of image {self.id}")
 
+    def _summary(self) -> dict[str, Any]:
+        """Return what lists need of the configuration, which is read once."""
+        if self._about is None:
+            manifest = self.manifest()
+            config = self.config(manifest)
+            steps = as_list(config.get("history"))
+            labels = as_dict(as_dict(config.get("config")).get("Labels"))
+            found = as_dict(config.get("rootfs")).get("diff_ids")
+            # Go writes null for none.
+            found = found if isinstance(found, list) else None if self.layer else []
+            if manifest.get("schemaVersion") == 1:
+                # It names layers as they were pulled, but there must be some.
+                found = None if self.layer else [
+                    row for row in steps if not row.get("empty_layer")]
+            self._about = {
+                **platform_in(config), "diff-ids": found,
+                "labels": {key: str(value) for key, value in labels.items()},
+                # Of the steps, and of all but the last: an image built on another has one more.
+                "steps": hash(repr(steps)), "steps-below": hash(repr(steps[:-1])) if steps else 0}
+        return self._about
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the configuration says: architecture, os, labels ...; {} when it is not readable."""
+        try:
+            return self._summary()
+        except (CstorError, OSError):
+            return {}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels of the configuration."""
+        return self.about.get("labels") or {}
+
+    @property
+    def repo_digests(self) -> list[str]:
+        """Each repository that it has a name of, with each digest of its manifests."""
+        repositories = [split_reference(name)[0] for name in self.names]
+        return sorted({f"{name}@{digest}" for name in repositories for digest in self.digests})
+
     def diff_ids(self) -> list[Any] | None:
         """Return the DiffIDs of the configuration, base first; None when it does not tell."""
         try:
-            manifest = self.manifest()
-            config = self.config(manifest)
+            found: list[Any] | None = self._summary()["diff-ids"]
+            return found
         except (NotFound, Unsupported):  # made with no manifest or no configuration
             return None
-        # Schema1 names layers as they were pulled, but there must be some.
-        if manifest.get("schemaVersion") == 1:
-            made = [row for row in config["history"] if not row.get("empty_layer")]
-            return None if self.layer else made
-        found = as_dict(config.get("rootfs")).get("diff_ids")
-        # Go writes null for none.
-        return found if isinstance(found, list) else None if self.layer else []
 
     def _chain(self) -> tuple[Layer, ...]:
         chain, wanted = self.storage.chain(self.layer), self.diff_ids()
@@ -3585,6 +3620,25 @@ class Container(Record):
                 known[layer.id] = files_size(layer, below)
         *rest, own = [known[layer.id] for layer in layers] or [-1]
         return -1 if self.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
+
+    @property
+    def status(self) -> str:
+        """Its state in podman's words: "storage" when another program made it, "" when unknown."""
+        unknown = "" if self.details() and not self.storage.podman_containers() else "storage"
+        return str(self.state.get("state", unknown))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels that podman's database has."""
+        return {key: str(value) for key, value in as_dict(self.state.get("labels")).items()}
+
+    @property
+    def image_name(self) -> str:
+        """The name of the image that it was made of, "" when nobody knows."""
+        names = [name for image in self.storage.images() if image.id == self.image
+                 for name in image.names]
+        return str(self.state.get("image-name") or self.details().get("image-name")
+                   or (names[0] if names else ""))
 
     def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
         """Return the merged tree of its image's layers and its own writable one.
@@ -4487,6 +4541,7 @@ def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
         "image-id": str(config.get("rootfsImageID") or ""), "labels": config.get("labels"),
         "mounted": bool(status.get("mounted")), "mountpoint": status.get("mountPoint") or "",
         "pid": status.get("pid") or 0, "started": status.get("startedTime") or "",
+        "config": config, "status": status,
     }
 
 
@@ -4901,28 +4956,28 @@ def guessing(storage: Storage, kind: str, reference: str) -> Iterator[None]:
 
 
 def intermediate_images(storage: Storage) -> set[str]:
-    """Return the IDs of images without a name that another was built on, as podman tells them.
+    """Return the IDs of images without a name that another was built on, as podman tells them."""
+    if all(image.names for image in storage.images()):
+        return set()
+    return {parent.id for parent, _ in related_images(storage) if not parent.names}
+
+
+def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
+    """Yield each image with one that was built on it.
 
     The other has the same top layer or the next one, and one more line of history.
     """
-    def is_parent(image: Image, other: Image) -> bool:
-        try:
-            (ids, steps), (other_ids, other_steps) = (
-                (config["rootfs"]["diff_ids"], config["history"])
-                for config in (image.config(), other.config()))
-            return image.id != other.id and bool(
-                ids == other_ids[:len(ids)] and steps == other_steps[:-1])
-        except (CstorError, OSError, KeyError, TypeError):
-            return False
-
-    nameless = [image for image in storage.images() if not image.names]
-    above: dict[str, list[Image]] = {}
-    for image in storage.images() if nameless else ():
-        layer = storage.layer_by_id(image.layer)
-        for top in {image.layer, layer.parent if layer else image.layer}:
-            above.setdefault(top, []).append(image)
-    return {image.id for image in nameless if any(
-        is_parent(image, other) for other in above[image.layer])}
+    known: dict[tuple[str, Any], list[Image]] = {}
+    images = [image for image in storage.images() if image.layer]
+    for image in images:
+        known.setdefault((image.layer, image.about.get("steps")), []).append(image)
+    for image in images:
+        below, layer = image.about.get("steps-below"), storage.layer_by_id(image.layer)
+        for top in {image.layer: 0, layer.parent if layer else image.layer: 1}:
+            for parent in known.get((top, below), ()) if below else ():
+                ids = parent.about["diff-ids"] or []
+                if parent is not image and ids == (image.about["diff-ids"] or [])[:len(ids)]:
+                    yield parent, image
 
 
 def names_to_give(image: Image, reference: str) -> list[str]:
@@ -15291,16 +15346,20 @@ def human_size(size: int) -> str:
 
 
 def human_age(moment: int | None) -> str:
-    """Spell how long ago ``moment`` (ns since 1970) was."""
+    """Spell how long ago ``moment`` (ns since 1970) was, as podman does; "" for None."""
     if moment is None:
         return ""
-    if (seconds := int(time.time() - moment / 1e9)) < 1:
-        return "just now"
-    for unit, length in (("year", 31536000), ("month", 2592000), ("week", 604800), ("day", 86400),
-                         ("hour", 3600), ("minute", 60), ("second", 1)):
-        if (count := seconds // length) >= (2 if unit in ("month", "week") else 1):
-            return f"{counted(count, unit)} ago"
-    return ""
+    seconds = max(0, (time.time_ns() - moment) // 10**9)
+    minutes, hours = seconds // 60, (seconds + 1800) // 3600
+    for unit, count, fits in (
+            ("second", seconds, seconds < 60), ("minute", minutes, minutes < 60),
+            ("hour", hours, hours < 48), ("day", hours // 24, hours < 24 * 14),
+            ("week", hours // 168, hours < 24 * 60), ("month", hours // 720, hours < 24 * 730)):
+        if fits:
+            words = {("second", 0): "Less than a second", ("minute", 1): "About a minute",
+                     ("hour", 1): "About an hour"}.get((unit, count), counted(count, unit))
+            return f"{words} ago"
+    return f"{counted(hours // 8760, 'year')} ago"
 
 
 def age_of(text: Any) -> str:
@@ -15327,31 +15386,29 @@ def image_json(image: Image) -> dict[str, Any]:
         {"platform": platform_name(entry.get("platform")), "digest": entry.get("digest"),
          "id": instance and instance.id} for entry, instance in image.entries()]
         } if image.is_list else {}
-    return {**image.record, "size": image.size, "manifest-list": image.is_list, **instances,
-            "store": image.root.path, "readonly": image.readonly, "faults": image.faults}
+    return {**image.record, "names": image.names, "size": image.size,
+            "architecture": image.about.get("architecture", ""), "os": image.about.get("os", ""),
+            "labels": image.labels, "repo-digests": image.repo_digests,
+            "manifest-list": image.is_list, **instances, "store": image.root.path,
+            "readonly": image.readonly, "faults": image.faults}
 
 
 def layer_json(layer: Layer) -> dict[str, Any]:
     """Return a layer's record with what listings add: store, readonly, faults."""
-    return {**layer.record, "store": layer.root.path, "readonly": layer.readonly,
-            "faults": layer.faults}
+    return {**layer.record, "names": layer.names, "store": layer.root.path,
+            "readonly": layer.readonly, "faults": layer.faults}
 
 
 def container_json(container: Container) -> dict[str, Any]:
     """Return a container's record with image-name, and podman's state, pod and rootfs."""
     details, state = container.details(), container.state
-    # `podman ps --external` says so of containers outside its database, such as buildah's.
-    unknown = "" if details and not container.storage.podman_containers() else "storage"
-    names = [name for image in container.storage.images() if image.id == container.image
-             for name in image.names]
-    return {**container.record,
-            "image-name": details.get("image-name") or state.get("image-name")
-            or (names[0] if names else ""),
-            "state": state.get("state", unknown), "engine": state.get(
+    return {**container.record, "names": container.names, "image-name": container.image_name,
+            "state": container.status, "engine": state.get(
                 "engine", "cri-o" if "pod-id" in details else "podman" if details else ""),
             "pod": state.get("pod") or details.get("pod-name", ""),
-            "rootfs": state.get("rootfs", ""), "volatile": container.volatile,
-            "store": container.root.path, "faults": container.faults}
+            "rootfs": state.get("rootfs", ""), "labels": container.labels,
+            "volatile": container.volatile, "store": container.root.path,
+            "faults": container.faults}
 
 
 def file_json(path: bytes, node: Node, first: bytes | None = None) -> dict[str, Any]:
@@ -15899,7 +15956,742 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 
 
 # ================================================================================================
-# 28. Commands
+# 28. Queries
+#
+# What lists show, in which order and how: filters, sort keys and Go templates as podman has them.
+# A row has podman's fields; our own lists take the same rows and print records.
+# ================================================================================================
+
+class Fields(dict):  # type: ignore[type-arg]
+    """A struct of Go: it has no other fields, while a map can lack any key.
+
+    JSON leaves out the fields in ``omit`` when they are empty.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], omit: str = "") -> None:
+        super().__init__(fields)
+        self.omit = omit.split()
+
+    def find(self, name: str) -> Any:
+        """Return a field by Go's name or JSON's, which differ in case and "_"."""
+        same = {key.replace("_", "").lower(): key for key in self}
+        if name not in self and name.lower() not in same:
+            raise _UsageError(f"unknown field in the template: .{display(name)}; there are "
+                              + ", ".join(f".{key}" for key in self))
+        return self[name if name in self else same[name.lower()]]
+
+
+class GoTime(str):
+    """An RFC 3339 time of JSON, which templates print in Go's own form."""
+
+
+ZERO_TIME = "0001-01-01T00:00:00Z"  # of Go
+NO_VALUE = ()  # what a map has for a missing key
+ACTION = r"""\{\{(-(?=\s))?((?:"(?:\\.|[^"\\])*"|`[^`]*`|\}(?!\})|[^"`}])*)\}\}"""
+TOKEN = r"""\)(?:\.\w+)+|[()|,]|:=|"(?:\\.|[^"\\])*"|`[^`]*`|[^\s()|,"`]+"""
+
+
+def as_json(value: Any) -> Any:
+    """Return a value without the fields that JSON leaves out."""
+    if isinstance(value, dict):
+        omit = value.omit if isinstance(value, Fields) else ()
+        return {key: as_json(each) for key, each in value.items() if each or key not in omit}
+    return list(map(as_json, value)) if isinstance(value, list) else value
+
+
+def go_moment(text: Any) -> int:
+    """Return an RFC 3339 time in nanoseconds since 1970, Go's zero time for any other text."""
+    with suppress(FormatError, TypeError):
+        return parse_time(text) or -62135596800 * 10**9
+    return -62135596800 * 10**9
+
+
+def go_time(moment: int, clock: Callable[[float], time.struct_time]) -> str:
+    """Return a time, in nanoseconds since 1970, as Go prints it."""
+    when = clock(moment // 10**9)
+    fraction = f".{moment % 10**9:09d}".rstrip("0") if moment % 10**9 else ""
+    return (f"{when.tm_year:04}{time.strftime('-%m-%d %H:%M:%S', when)}{fraction} "
+            + time.strftime("%z %Z", when).replace("GMT", "UTC"))
+
+
+def go_text(value: Any) -> str:
+    """Return a value as Go prints it."""
+    if value is None or value == NO_VALUE:
+        return "map[]" if value is None else "<no value>"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{' '.join(map(go_text, value))}]"
+    if isinstance(value, Fields):
+        return f"{{{' '.join(map(go_text, value.values()))}}}"
+    if isinstance(value, dict):
+        return f"map[{' '.join(f'{key}:{go_text(value[key])}' for key in sorted(value))}]"
+    return go_time(go_moment(value), time.gmtime) if isinstance(value, GoTime) else str(value)
+
+
+def go_field(value: Any, path: str) -> Any:
+    """Return what the fields in ``path``, each behind a dot, lead to."""
+    for name in path.split(".")[1:]:
+        if isinstance(value, Fields):
+            value = value.find(name)
+        elif isinstance(value, dict) or not value:
+            value = (value or {}).get(name, NO_VALUE)
+        else:
+            raise ValueError(f"{go_text(value)[:40]} has no field .{name}")
+    return value
+
+
+def go_index(value: Any, *keys: Any) -> Any:
+    """Return an element of a list or map, "" for a missing key of a map."""
+    for key in keys:
+        value = value.get(key, "") if isinstance(value, dict) else value[key]
+    return value
+
+
+def go_print(*values: Any) -> str:
+    """Return values with spaces between."""
+    return " ".join(map(go_text, values))
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "and": lambda *values: next((value for value in values if not value), values[-1]),
+    "or": lambda *values: next((value for value in values if value), values[-1]),
+    "not": lambda value: not value, "eq": lambda value, *others: value in others,
+    "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "index": go_index, "len": len,
+    "join": lambda words, by: by.join(words), "split": lambda text, by: text.split(by),
+    "lower": lambda text: text.lower(), "upper": lambda text: text.upper(),
+    "json": lambda value: json.dumps(as_json(value), separators=(",", ":"), ensure_ascii=False),
+    "print": go_print, "println": lambda *values: go_print(*values) + "\n",
+    "printf": lambda form, *values: re.sub(r"(%[-.\d]*)[vt]", r"\1s", form) % tuple(
+        value if isinstance(value, (int, float)) else go_text(value) for value in values),
+}
+
+
+class Template:
+    """A Go template: text with actions in ``{{ }}``, which are compiled to functions of a scope.
+
+    A scope is a dict of "." and the variables.
+    """
+
+    def __init__(self, text: str) -> None:
+        parts = re.split(ACTION, text)  # text, then "-" or None, action, text for each action
+        self._items: list[str | list[str]] = []
+        trim = False
+        for plain, dash, action in zip_longest(parts[::3], parts[1::3], parts[2::3]):
+            if "{{" in plain:
+                raise _UsageError(f"malformed template: unclosed {display(plain)}")
+            plain = plain.lstrip() if trim else plain
+            self._items.append(plain.rstrip() if dash else plain)
+            words = re.findall(TOKEN, action or "")
+            trim = words[-1:] == ["-"]
+            self._items.append(words[:-1] if trim else words)
+        self._nodes, end = self._block()
+        if end:
+            raise _UsageError(f"malformed template: unexpected {{{{{end[0]}}}}}")
+
+    def render(self, dot: Any) -> str:
+        """Return the text for a value."""
+        try:
+            return self._text(self._nodes, {".": dot, "$": dot})
+        except (TypeError, AttributeError, LookupError, ValueError) as error:
+            raise _UsageError(f"the template does not fit: {display(str(error))}") from None
+
+    @staticmethod
+    def _text(nodes: Sequence[Any], scope: dict[str, Any]) -> str:
+        return "".join(node if isinstance(node, str) else node(scope) for node in nodes)
+
+    def _block(self) -> tuple[list[Any], list[str]]:
+        """Compile up to ``{{end}}`` or ``{{else}}``, and return its words as well."""
+        nodes: list[Any] = []
+        while self._items:
+            item = self._items.pop(0)
+            if isinstance(item, str):
+                nodes.append(item)
+            elif item[:1] in (["end"], ["else"]):
+                return nodes, item
+            elif item and not item[0].startswith("/*"):
+                nodes.append(self._branch(item) if item[0] in ("if", "range", "with")
+                             else self._value(item))
+        return nodes, []
+
+    def _value(self, tokens: list[str]) -> Callable[[dict[str, Any]], str]:
+        """Compile an action that prints a value, or sets variables."""
+        names, value = self._variables(tokens), self._pipeline(tokens)
+
+        def run(scope: dict[str, Any]) -> str:
+            found = value(scope)
+            scope.update(dict.fromkeys(names, found))
+            return "" if names else go_text(found)
+
+        return run
+
+    def _branch(self, tokens: list[str]) -> Callable[[dict[str, Any]], str]:
+        """Compile an ``if``, ``with`` or ``range`` with its blocks."""
+        word, other = tokens.pop(0), []
+        names, value = self._variables(tokens), self._pipeline(tokens)
+        body, end = self._block()
+        if end[:1] == ["else"]:
+            other, end = ([self._branch(end[1:])], ["end"]) if end[1:] else self._block()
+        if end != ["end"]:
+            raise _UsageError(f"malformed template: {{{{{word}}}}} has no {{{{end}}}}")
+
+        def run(scope: dict[str, Any]) -> str:
+            found = value(scope)
+            if not found or word != "range":
+                dot = {".": found} if word == "with" and found else {}
+                return self._text(body if found else other, {
+                    **scope, **dot, **dict.fromkeys(names, found)})
+            pairs = sorted(found.items()) if isinstance(found, dict) else enumerate(found)
+            return "".join(self._text(body, {**scope, ".": item, **dict(
+                zip(names[::-1], (item, key)))}) for key, item in pairs)
+
+        return run
+
+    @staticmethod
+    def _variables(tokens: list[str]) -> list[str]:
+        """Take the variables that an action sets from its tokens."""
+        at = tokens.index(":=") + 1 if ":=" in tokens else 0
+        names = [token for token in tokens[:at] if token[0] == "$"]
+        del tokens[:at]
+        return names
+
+    def _pipeline(self, tokens: list[str], end: str = "") -> Callable[[dict[str, Any]], Any]:
+        """Compile commands, each of which gets the value of the one before it."""
+        stages: list[list[Any]] = [[]]
+        while tokens and tokens[0][0] != ")":
+            token = tokens.pop(0)
+            if token == "|":
+                stages.append([])
+            elif token == "(":
+                stages[-1].append(self._pipeline(tokens, ")"))
+            else:
+                stages[-1].append(self._operand(token))
+        closing = tokens.pop(0) if tokens else ""
+        if not all(stages) or closing[:1] != end:
+            raise _UsageError("malformed template: a value or parenthesis is missing")
+
+        def run(scope: dict[str, Any]) -> Any:
+            before: list[Any] = []
+            for stage in stages:
+                first, *arguments = [operand(scope) for operand in stage]
+                if arguments + before and not callable(first):
+                    raise ValueError(f"{go_text(first)} takes no arguments")
+                before = [first(*arguments, *before) if callable(first) else first]
+            return go_field(before[0], closing[1:])
+
+        return run
+
+    @staticmethod
+    def _operand(token: str) -> Callable[[dict[str, Any]], Any]:
+        """Compile a field, variable, function, or literal."""
+        name, _, path = token.partition(".")
+        if name == "" or name[0] == "$":
+            path = f".{path}" if path else ""
+            return lambda scope: go_field(scope[name or "."], path)
+        words = {"true": True, "false": False, "nil": None, **FUNCTIONS}
+        try:
+            literal = words[token] if token in words else token[1:-1] if token[0] == "`" \
+                else json.loads(token)
+        except ValueError:
+            raise _UsageError(f"unknown function in the template: {display(token)}; there are "
+                              + ", ".join(FUNCTIONS)) from None
+        return lambda scope: literal
+
+
+class Headings(Fields):
+    """The names of columns: a field in words, unless it is listed."""
+
+    def find(self, name: str) -> Any:
+        """Return the heading for a field."""
+        return self.get(name) or re.sub("(?<=[a-z])(?=[A-Z])", " ", name).upper()
+
+
+def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> None:
+    """Print a template for each row; "table" before it aligns columns below their headings."""
+    table = text.startswith("table ")
+    text = text[6:].replace(" ", "\t") if table else text
+    text = text.replace("\\t", "\t").replace("\\n", "\n")
+    text += "\n" * (text[-1:] != "\n")
+    whole = re.match(r"\{\{-?\s*range\s+([$\w, ]+:=\s*)?\.\s*-?\}\}", text)
+    template = Template(text if whole else "{{range .}}" + text + "{{end -}}")
+    heads = [headings] if table and headings is not None else []
+    text = template.render(heads) + template.render(list(rows))
+    if table:
+        lines = [line.split("\t") for line in text.splitlines()]
+        widths = [max(12, *(len(cell) + 2 for cell in column))  # as Go's tabwriter for podman
+                  for column in zip_longest(*(line[:-1] for line in lines), fillvalue="")]
+        text = "".join("".join(cell.ljust(width) for cell, width in zip(line, [*widths, 0]))
+                       + "\n" for line in lines)
+    if sys.stdout.isatty():
+        text = re.sub(r"[^\t\n -~]+", lambda match: display(match[0]), text)
+    sys.stdout.write(text)
+
+
+# -- filters and order ---------------------------------------------------------------------------
+
+UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+FILTERS = {kind: tuple(words.split()) for kind, words in {
+    "image": "arch before containers dangling digest id intermediate label manifest readonly "
+             "reference since until",
+    "layer": "before digest id readonly since until",
+    "container": "ancestor before exited id label name pod since status until"}.items()}
+ENDED = ("stopped", "exited")  # podman takes one for the other
+SORTS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "images": {"created": lambda row: -(row[0].created_ns or 0), "id": lambda row: row[0].id,
+               "repository": lambda row: row[1], "size": lambda row: row[0].size,
+               "tag": lambda row: row[2]},
+    "layers": {"created": lambda layer: -(layer.created_ns or 0), "id": lambda layer: layer.id,
+               "size": lambda layer: layer.diff_size},
+    "containers": {"command": lambda row: row["Command"] or [],
+                   "created": lambda row: row["Created"], "id": lambda row: row["Id"],
+                   "image": lambda row: row["Image"], "names": lambda row: row["Names"],
+                   "runningfor": lambda row: row["StartedAt"],
+                   "size": lambda row: (row["Size"] or {}).get("rootFsSize", 0),
+                   "status": lambda row: row["State"]},
+}
+
+
+def parse_moment(text: str) -> int:
+    """Return a time in nanoseconds since 1970, given as an age (1h30m), a date or seconds."""
+    ages = re.findall(r"(\d+(?:\.\d+)?)(ns|us|ms|[smh])", text, re.ASCII)
+    if ages and "".join(map("".join, ages)) == text:
+        return time.time_ns() - sum(int(float(count) * UNITS[unit]) for count, unit in ages)
+    if re.fullmatch(r"\d{1,11}(\.\d+)?", text, re.ASCII):
+        return int(float(text) * 10**9)
+    match = re.fullmatch(
+        r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?)?(Z|[+-].*)?", text)
+    if not match:
+        raise ValueError("must be an age such as 24h, or a time such as 2024-01-31T12:00:00")
+    day, minute, second, zone = match.groups()
+    moment = go_moment(f"{day}T{minute or '00:00'}{second or ':00'}{zone or 'Z'}")
+    return moment - (0 if zone else time.localtime(moment // 10**9).tm_gmtoff) * 10**9
+
+
+def compile_filters(storage: Storage, kind: str, texts: Sequence[str]) -> Callable[[Any], bool]:
+    """Return the test for ``key=value`` filters of images, layers or containers.
+
+    Of one key any must fit, of labels all; no ``key!=value`` must.
+    """
+    tests: dict[str, list[tuple[bool, Callable[[Any], Any]]]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        name, negated = key.rstrip("!"), key.endswith("!")
+        name = "since" if name == "after" else name
+        if not equals or name not in FILTERS[kind]:
+            raise _UsageError(f"--filter {display(text)}: must be KEY=VALUE or KEY!=VALUE; the "
+                              f"keys are {', '.join(FILTERS[kind])}")
+        try:
+            test = make_filter(storage, kind, name, value)
+        except (ValueError, re.error) as error:
+            raise _UsageError(f"--filter {display(text)}: {error}") from None
+        tests.setdefault(text if negated or name == "label" else name, []).append((negated, test))
+    return lambda record: all(any(bool(test(record)) != negated for negated, test in alike)
+                              for alike in tests.values())
+
+
+def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[Any], Any]:
+    """Return the test for one filter.  Raises ValueError for an impossible value."""
+    if key in ("until", "before", "since"):
+        limit = parse_moment(value) if key == "until" else getattr(storage, kind)(value).created_ns
+        return lambda record: (record.created_ns or 0) > limit if key == "since" \
+            else (record.created_ns or 0) < limit
+    if key == "label":
+        label, _, wanted = value.partition("=")
+        return lambda record: label in record.labels and wanted in ("", record.labels[label])
+    if key in ("id", "name"):
+        search = re.compile(value.replace("/", "")).search
+        return lambda record: any(map(search, record.names)) if key == "name" \
+            else record.id.startswith(value) or re.escape(value) != value and search(record.id)
+    if key == "digest" and not value.startswith("sha256:"):
+        raise ValueError("must start with sha256:")
+    if key == "digest":
+        return lambda record: any(digest.startswith(value) for digest in (
+            record.digests if kind == "image" else [record.diff_digest]))
+    if kind == "container":
+        return container_filter(storage, key, value)
+    if key == "arch":
+        return lambda image: value in (image.about.get("architecture"), platform_name(image.about))
+    return reference_filter(storage, value) if key == "reference" \
+        else flag_filter(storage, key, value)
+
+
+def container_filter(storage: Storage, key: str, value: str) -> Callable[[Container], bool]:
+    """Return the test for a filter that only containers have."""
+    states = (*CONTAINER_STATE, "storage")
+    if key == "status" and value not in states:
+        raise ValueError(f"must be one of {', '.join(states)}")
+    if key == "ancestor":
+        with suppress(NotFound, Unsupported):
+            value = storage.image(value).id
+        return lambda container: value in container.image
+    if key == "pod":
+        return lambda container: value in (container.state.get("pod"),
+                                           container.state.get("pod-id", "")[:max(12, len(value))])
+    if key == "exited":
+        return lambda container: container.status in ENDED and str(
+            container.state.get("exit-code")) == value
+    return lambda container: container.status in (ENDED if value in ENDED else (value,))
+
+
+def reference_filter(storage: Storage, value: str) -> Callable[[Image], bool]:
+    """Return the test for the image that podman would find, or names that fit a pattern.
+
+    That may lack the registry or the whole path, and the tag or digest; no ``*`` fits a slash.
+    """
+    found = ""
+    with suppress(NotFound, Unsupported):
+        found = storage.image(value).id
+    tokens = re.findall(r"\\.|\*|\[(?:\\.|[^]\\])+\]|.", value.replace("[^", "[!"), re.DOTALL)
+    fits = re.compile("".join(map(translate_token, tokens))).fullmatch
+
+    def test(image: Image) -> bool:
+        texts = [text for name in image.names for text in (name, split_reference(name)[0])]
+        return image.id == found or any(
+            fits(text) or fits(text.partition("/")[2]) or fits(text.rpartition("/")[2])
+            for text in texts)
+
+    return test
+
+
+def flag_filter(storage: Storage, key: str, value: str) -> Callable[[Image], bool]:
+    """Return the test for a filter of images that is true or false."""
+    containers: Sequence[Container] = storage.containers() if key == "containers" else ()
+    inner = intermediate_images(storage) if key in ("dangling", "intermediate") else set()
+    if value == "external" and key == "containers":
+        value, containers = "true", [each for each in containers if each.status == "storage"]
+    if value.lower() not in BOOLEANS:
+        raise ValueError("must be true or false")
+    used = {container.image for container in containers}
+    get: Callable[[Image], bool] = {
+        "containers": lambda image: image.id in used,
+        "dangling": lambda image: not image.names and image.id not in inner,
+        "intermediate": lambda image: image.id in inner, "manifest": lambda image: image.is_list,
+        "readonly": lambda image: image.readonly}[key]
+    return lambda image: get(image) == BOOLEANS[value.lower()]
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+def image_rows(storage: Storage, args: Any) -> list[tuple[Image, str, str]]:
+    """Return the images that are asked for, with repository and tag: a row for each name."""
+    fits, rows = compile_filters(storage, "image", args.filter), []
+    every = args.all or any(text.startswith("intermediate") for text in args.filter)
+    hidden = set() if every else intermediate_images(storage)
+    for image in storage.images():
+        if fits(image) and (image.id not in hidden or image.faults):
+            names = [split_reference(name)[:2] for name in image.names]
+            names = [pair for pair in names if pair[1]] or names[:1] or [("<none>", "")]
+            rows += [(image, repository, tag or "<none>") for repository, tag in names]
+    return sorted(rows, key=SORTS["images"][args.sort])
+
+
+def image_fields(storage: Storage, rows: Sequence[tuple[Image, str, str]]) -> Iterator[Fields]:
+    """Yield what ``podman images --format json`` says of the image in each row."""
+    kin = [(parent.id, child.id) for parent, child in related_images(storage)]
+    parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
+    used: dict[str, int] = {}
+    for container in storage.containers():
+        used[container.image] = used.get(container.image, 0) + 1
+    for image, _, _ in rows:
+        created = (image.created_ns or 0) // 10**9
+        yield Fields({
+            "Id": image.id, "ParentId": parents.get(image.id, ""), "RepoTags": None,
+            "RepoDigests": image.repo_digests, "Size": image.size, "SharedSize": 0,
+            "VirtualSize": image.size, "Labels": image.labels or None,
+            "Containers": used.get(image.id, 0), "ReadOnly": image.readonly,
+            "Dangling": not image.names and image.id not in inner,
+            "Arch": image.about.get("architecture", ""), "Digest": image.digest,
+            "History": image.names_history, "IsManifestList": image.is_list,
+            "Names": image.names, "Os": image.about.get("os", ""), "Created": created,
+            "CreatedAt": format_time(created * 10**9),
+        }, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
+
+
+def image_texts(storage: Storage, rows: Sequence[tuple[Image, str, str]], args: Any
+                ) -> Iterator[Fields]:
+    """Yield the fields that templates of ``podman images`` have."""
+    for (image, repository, tag), fields in zip(rows, image_fields(storage, rows)):
+        age, moment = human_age(image.created_ns), go_time(fields["Created"] * 10**9, time.gmtime)
+        yield Fields({
+            "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
+            "Repository": repository, "Tag": tag, **fields, "RepoTags": image.names,
+            "Size": human_size(image.size), "History": ", ".join(image.names_history),
+            "Created": age, "CreatedSince": age, "CreatedAt": moment, "CreatedTime": moment})
+
+
+def container_rows(storage: Storage, args: Any) -> list[Fields]:
+    """Return what ``podman ps --format json`` says of containers, as far as it is known."""
+    fits = compile_filters(storage, "container", args.filter)
+    known: dict[str, int] | None = {} if args.size else None
+    rows = [container_fields(each, known) for each in storage.containers() if fits(each)]
+    return sorted(rows, key=SORTS["containers"][args.sort])
+
+
+PORT: dict[str, Any] = {
+    "host_ip": "", "container_port": 0, "host_port": 0, "range": 1, "protocol": ""}
+
+
+def strings(value: Any) -> list[str]:
+    """Return a list's strings, [] for anything else."""
+    return [each for each in as_list(value) if isinstance(each, str)]
+
+
+def container_fields(container: Container, known: dict[str, int] | None = None) -> Fields:
+    """Return a row of container_rows(), with sizes if layers' sizes are ``known``, or none yet."""
+    state = container.state
+    status = container.status if state.get("engine", "podman") == "podman" else "storage"
+    config, now = as_dict(state.get("config")), as_dict(state.get("status"))
+    notes = as_dict(as_dict(config.get("spec")).get("annotations"))
+    created, started, ended = map(go_moment, (
+        config.get("createdTime") or container.created, now.get("startedTime"),
+        now.get("finishedTime")))
+    fields = Fields({
+        "AutoRemove": notes.get("io.podman.annotations.autoremove") == "TRUE",
+        "Command": [state.get("engine", "storage")] if status == "storage"
+        else strings(config.get("command")) or None,
+        "CreatedAt": human_age(created), "CIDFile": notes.get("io.podman.annotations.cid-file", ""),
+        "Exited": bool(now.get("exited")), "ExitedAt": ended // 10**9,
+        "ExitCode": state.get("exit-code", 0),
+        "ExposedPorts": as_dict(config.get("exposedPorts")) or None,
+        "Id": container.id, "Image": container.image_name, "ImageID": container.image,
+        "IsInfra": bool(config.get("pause")), "Labels": container.labels or None,
+        "Mounts": strings(config.get("userVolumes")), "Names": container.names[:1] or ["unknown"],
+        "Namespaces": {}, "Networks": sorted(as_dict(config.get("newNetworks"))),
+        "Pid": state.get("pid", 0), "Pod": state.get("pod-id", ""), "PodName": state.get("pod", ""),
+        "Ports": [{key: port[key] if type(port.get(key)) is type(empty) else empty
+                   for key, empty in PORT.items()}
+                  for port in as_list(config.get("newPortMappings"))
+                  if isinstance(port, dict)] or None, "Restarts": now.get("restartCount", 0),
+        "Size": None if known is None else dict(
+            zip(("rwSize", "rootFsSize"), container.sizes(known))),
+        "StartedAt": started // 10**9, "State": status, "Created": created // 10**9})
+    fields["Status"] = f"Up {human_age(started)[:-4]}" if status == "running" \
+        else f"Exited ({fields['ExitCode']}) {human_age(ended)}" if status in ENDED \
+        else status.title()
+    return fields
+
+
+def ports_text(ports: Sequence[dict[str, Any]], exposed: Mapping[str, Sequence[str]]) -> str:
+    """Return published ports, and those that are only exposed, as podman prints them."""
+    def span(port: dict[str, Any], side: str) -> str:
+        first = port[side + "_port"]
+        return f"{first}-{first + port['range'] - 1}" if port["range"] > 1 else str(first)
+
+    texts = [f"{port['host_ip'] or '0.0.0.0'}:{span(port, 'host')}->{span(port, 'container')}/"
+             f"{port['protocol']}" for port in ports]
+    taken = {(port["container_port"] + i, port["protocol"]) for port in ports
+             for i in range(max(1, min(port["range"], 65536)))}
+    bare = sorted((str(kind), int(number)) for number, kinds in exposed.items()
+                  for kind in as_list(kinds) if re.fullmatch("[0-9]{1,5}", number))
+    return ", ".join(texts + [f"{number}/{kind}" for kind, number in bare
+                              if (number, kind) not in taken])
+
+
+def container_texts(row: Fields, args: Any) -> Fields:
+    """Return the fields that templates of ``podman ps`` have for a row."""
+    width = 64 if args.no_trunc else 12
+    command, labels, size = " ".join(row["Command"] or ()), row["Labels"] or {}, row["Size"]
+    moment = go_time(row["Created"] * 10**9, time.localtime)
+    return Fields({
+        "ID": row["Id"][:width], **row, "ImageID": row["ImageID"][:width],
+        "Pod": row["Pod"][:width], "Names": row["Names"][0],
+        "Command": command if args.no_trunc or len(command) <= 17 else command[:17] + "...",
+        "Networks": ",".join(row["Networks"]),
+        "Ports": ports_text(row["Ports"] or (), row["ExposedPorts"] or {}),
+        "Created": moment, "CreatedAt": moment, "CreatedHuman": row["CreatedAt"],
+        "RunningFor": row["CreatedAt"], "Label": lambda key: labels.get(key, ""),
+        "Size": f"{human_size(size['rwSize'])}(virtual{human_size(size['rootFsSize'])})".replace(
+            " ", "").replace("(", " (").replace("virtual", "virtual ") if size else ""})
+
+
+def history_fields(image: Image) -> list[Fields]:
+    """Return what ``podman history --format json`` says, newest first."""
+    images: dict[str, list[Image]] = {}
+    for each in image.storage.images():
+        images.setdefault(each.layer, []).append(each)
+    rows, used, layers = [], set(), list(image.layers())
+    for step in image.history()[::-1]:
+        if not step.keys() - {"layer", "size"}:  # of a layer without history
+            continue
+        here = images.get(layers[-1].id, []) if layers else []
+        name = here[0].id if here and here[0].id not in used else "<missing>"
+        used.add(name)
+        created = GoTime(step.get("created") or ZERO_TIME)
+        rows.append(Fields({
+            "id": name, "created": created, "CreatedBy": str(step.get("created_by") or ""),
+            "tags": [tag for each in here for tag in each.names],
+            "size": max(step.get("size", 0), 0), "comment": step.get("comment", ""),
+            "Created": format_time(go_moment(created) // 10**9 * 10**9)}, "comment tags"))
+        if "layer" in step and layers:
+            layers.pop()
+    return rows
+
+
+def history_texts(row: Fields, args: Any) -> Fields:
+    """Return the fields that templates of ``podman history`` have for a row."""
+    moment = go_moment(row["created"])
+    age, command = human_age(moment), row["CreatedBy"]
+    return Fields({
+        "ID": row["id"][:64 if args.no_trunc else 12],
+        "Created": row["Created"] if args.human is False else age,
+        "CreatedBy": command if args.no_trunc or len(command) <= 45 else command[:42] + "...",
+        "Size": human_size(row["size"]), "Comment": row["comment"], "CreatedAt": row["Created"],
+        "CreatedSince": age, "Tags": row["tags"]})
+
+
+def layer_fields(layer: Layer) -> Fields:
+    """Return a layer's record for templates: ``diff-digest`` is ``.DiffDigest``."""
+    record = {"id": layer.id, "parent": layer.parent, "diff-digest": layer.diff_digest,
+              "diff-size": layer.diff_size, "created": layer.created, **layer_json(layer)}
+    return Fields({key.title().replace("-", ""): value for key, value in record.items()})
+
+
+def is_template(args: Any) -> bool:
+    """Tell whether --format is a template.  Raises _UsageError for an unknown word."""
+    if args.format not in ("table", "json") and "{{" not in args.format:
+        raise _UsageError(f"--format {display(args.format)}: must be table, json or a Go template")
+    return args.format not in ("table", "json")
+
+
+def print_listing(args: Any, rows: Iterable[Fields], texts: Iterable[Fields],
+                  columns: Sequence[str], headings: Headings, indent: int | None) -> None:
+    """Print rows as podman does: as JSON, IDs, a template or a table of ``columns``."""
+    form = args.format or "json" * (not columns)
+    if re.fullmatch(r"\s*(json|\{\{\s*json\s*\.?\s*\}\})\s*", form):
+        print(json.dumps(as_json(list(rows)), indent=indent,
+                         separators=None if indent else (",", ":")))
+    elif getattr(args, "ids", False) and not form:
+        print_rows("{{.ID}}", texts, headings)
+    else:
+        columns = [f"{{{{.{column}}}}}" for column in columns]
+        print_rows(form or "table " + "\t".join(columns), texts,
+                   None if getattr(args, "noheading", False) else headings)
+
+
+IMAGE_HEADINGS = Headings({"ID": "IMAGE ID", "ReadOnly": "R/O"})
+CONTAINER_HEADINGS = Headings({"ID": "CONTAINER ID", "CreatedHuman": "CREATED", "Pod": "POD ID",
+                               "PodName": "PODNAME"})
+
+
+# -- inspect -------------------------------------------------------------------------------------
+
+IMAGE_SETTINGS: dict[str, Any] = {  # of an image's configuration; JSON has those that are not empty
+    "User": "", "ExposedPorts": {}, "Env": [], "Entrypoint": [], "Cmd": [], "Volumes": {},
+    "WorkingDir": "", "Labels": {}, "StopSignal": ""}
+
+
+def inspect_image(image: Image) -> Fields:
+    """Return what ``podman image inspect`` says of an image."""
+    manifest = image.manifest()
+    config, kind = image.config(manifest), manifest.get("mediaType") or OCI_MANIFEST
+    said = as_dict(config.get("config"))
+    settings = {key: said.get(key) or empty for key, empty in IMAGE_SETTINGS.items()}
+    steps = [Fields({"created_by": "", "author": "", "comment": "", "empty_layer": False, **step,
+                     "created": GoTime(step.get("created") or ZERO_TIME)},
+                    "created_by author comment empty_layer")
+             for step in as_list(config.get("history")) if isinstance(step, dict)]
+    comment = "".join(str(step["comment"]) for step in steps[:1])
+    return Fields({
+        "Id": image.id, "Digest": image.digest, "RepoTags": image.names,
+        "RepoDigests": image.repo_digests, "Parent": next((
+            parent.id for parent, child in related_images(image.storage) if child is image), ""),
+        "Comment": comment if kind == OCI_MANIFEST else config.get("comment", ""),
+        "Created": GoTime(config.get("created") or ZERO_TIME),
+        "Config": Fields(settings, " ".join(IMAGE_SETTINGS)),
+        "Version": config.get("docker_version", ""), "Author": config.get("author", ""),
+        "Architecture": config.get("architecture", ""), "Os": config.get("os", ""),
+        "Size": image.size, "VirtualSize": image.size,
+        "GraphDriver": graph_driver(image.storage, image.layer),
+        "RootFS": Fields({"Type": "layers",
+                          "Layers": [layer.diff_digest for layer in image.layers()]}),
+        "Labels": settings["Labels"] or None, "Annotations": as_dict(manifest.get("annotations")),
+        "ManifestType": kind, "User": settings["User"], "History": steps,
+        "NamesHistory": image.names_history, "Healthcheck": said.get("Healthcheck")}, "Healthcheck")
+
+
+def graph_driver(storage: Storage, layer_id: str) -> Fields:
+    """Return where the files of a layer and those below it are."""
+    def place(layer: Layer | None, name: bytes) -> str:
+        root, path = layer.overlay_file(name) if layer else (None, b"")
+        return root.host_path(path) if root else ""
+
+    data, layer = {}, storage.layer_by_id(layer_id)
+    if layer and storage.driver == "overlay":
+        data = {"LowerDir": ":".join(place(storage.layer_by_id(below), b"diff")
+                                     for below in layer.lower_ids()),
+                "UpperDir": place(layer, b"diff"), "WorkDir": place(layer, b"work")}
+    return Fields({"Name": storage.driver,
+                   "Data": {key: value for key, value in data.items() if value}})
+
+
+def inspect_container(container: Container) -> Fields:
+    """Return what ``podman container inspect`` says of a container, as far as it is known."""
+    row, config = container_fields(container), as_dict(container.state.get("config"))
+    now, spec = as_dict(container.state.get("status")), as_dict(config.get("spec"))
+    process = as_dict(spec.get("process"))
+    path, *words = as_list(process.get("args")) or [""]
+    digests = [image.digest for image in container.storage.images() if image.id == container.image]
+    return Fields({
+        "Id": container.id, "Created": GoTime(config.get("createdTime") or container.created),
+        "Path": path, "Args": words,
+        "State": Fields({
+            "Status": row["State"], "Running": row["State"] == "running",
+            "Paused": row["State"] == "paused", "Pid": row["Pid"], "ExitCode": row["ExitCode"],
+            "Error": now.get("error", ""), "StartedAt": GoTime(now.get("startedTime") or ZERO_TIME),
+            "FinishedAt": GoTime(now.get("finishedTime") or ZERO_TIME)}),
+        "Image": container.image, "ImageDigest": "".join(digests[:1]), "ImageName": row["Image"],
+        "Rootfs": config.get("rootfs", ""), "Pod": row["Pod"], "Name": row["Names"][0],
+        "RestartCount": row["Restarts"], "Driver": container.storage.driver,
+        "GraphDriver": graph_driver(container.storage, container.layer), "IsInfra": row["IsInfra"],
+        "Mounts": list(container_mounts(container, config, spec)),
+        "NetworkSettings": Fields({"Ports": port_bindings(row)}),
+        "Config": Fields({
+            "Hostname": spec.get("hostname") or container.id[:12], "User": config.get("user", ""),
+            "Env": as_list(process.get("env")), "Cmd": row["Command"], "Image": row["Image"],
+            "WorkingDir": process.get("cwd", ""), "Entrypoint": config.get("entrypoint"),
+            "Labels": row["Labels"], "CreateCommand": as_list(config.get("CreateCommand"))}),
+        "HostConfig": Fields({
+            "NetworkMode": config.get("networkMode") or "", "PortBindings": port_bindings(row),
+            "RestartPolicy": Fields({"Name": config.get("restart_policy") or "no",
+                                     "MaximumRetryCount": config.get("restart_retries", 0)}),
+            "AutoRemove": row["AutoRemove"], "Privileged": bool(config.get("privileged"))})})
+
+
+def container_mounts(container: Container, config: dict[str, Any], spec: dict[str, Any]
+                     ) -> Iterator[Fields]:
+    """Yield what users mounted in a container: volumes, then directories of the host."""
+    home = os.path.join(container.storage.graphroot, "volumes")
+    volumes = [{"type": "volume", "source": f"{home}/{each.get('volumeName')}/_data",
+                "destination": each.get("dest"), **each}
+               for each in as_list(config.get("namedVolumes")) if isinstance(each, dict)]
+    known = as_list(config.get("userVolumes"))
+    for mount in volumes + [each for each in as_list(spec.get("mounts")) if isinstance(each, dict)
+                            and each.get("destination") in known and each.get("type") == "bind"]:
+        options = as_list(mount.get("options"))
+        yield Fields({
+            "Type": mount["type"], "Name": mount.get("volumeName", ""),
+            "Source": mount.get("source", ""),
+            "Destination": mount["destination"],
+            "Driver": "local" if mount["type"] == "volume" else "", "Mode": "",
+            "Options": [word for word in options if word not in ("ro", "rw", "rprivate")],
+            "RW": "ro" not in options, "Propagation": "rprivate"}, "Name")
+
+
+def port_bindings(row: Fields) -> dict[str, list[Fields]]:
+    """Return where the host publishes each port of a container."""
+    found: dict[str, list[Fields]] = {}
+    for port in row["Ports"] or ():
+        for at in range(max(1, min(port["range"], 65536))):
+            here = found.setdefault(f"{port['container_port'] + at}/{port['protocol']}", [])
+            here.append(Fields({"HostIp": port["host_ip"] or "0.0.0.0",
+                                "HostPort": str(port["host_port"] + at)}))
+    return found
+
+
+# ================================================================================================
+# 29. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
@@ -15924,21 +16716,98 @@ def open_storage(args: Any) -> Storage:
 
 def cmd_image_list(storage: Storage, args: Any) -> None:
     """list images"""
-    images = storage.images()
-    storage.faults += storage.strays(Image.WORD, images)
-    hidden = set() if args.all else intermediate_images(storage)
-    images = tuple(image for image in images if image.id not in hidden or image.faults)
-    aged = sorted([(image.created_ns, image) for image in images],
-                  key=lambda pair: -(pair[0] or 0))
-    show(args, map(image_json, images), (
-        [repository, tag or ("<none>" if digest or not image.names else ""),
-         short_id(image.id, args), human_age(created),
-         "list" if image.is_list else human_size(image.size),
+    storage.faults += storage.strays(Image.WORD, storage.images())
+    rows = image_rows(storage, args)
+    if is_template(args):
+        print_rows(args.format, image_texts(storage, rows, args), IMAGE_HEADINGS)
+        return
+    machines = [image.about.get("architecture", "") for image, *_ in rows]
+    several = len({*machines, ""}) > 2
+    show(args, map(image_json, dict.fromkeys(image for image, *_ in rows)), (
+        [repository, tag, short_id(image.id, args), human_age(image.created_ns),
+         "list" if image.is_list else human_size(image.size), machine * several,
          "yes" if image.readonly else "", "; ".join(image.faults)]
-        for created, image in aged for repository, tag, digest in map(
-            split_reference, image.names or ["<none>"])),
-        ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "R/O", "FAULTS"],
-        (image.id for _, image in aged))
+        for (image, repository, tag), machine in zip(rows, machines)),
+        ["REPOSITORY", "TAG", "IMAGE ID", "CREATED", "SIZE", "ARCH", "R/O", "FAULTS"],
+        (image.id for image, *_ in rows))
+
+
+def cmd_images(storage: Storage, args: Any) -> None:
+    """list images with podman's options and output"""
+    args.filter += [f"reference={args.name}"] if args.name else []
+    rows = image_rows(storage, args)
+    rows = list({row[0]: row for row in rows}.values()) if args.ids else rows
+    columns = ["Repository", "Tag", *["Digest"] * args.digests, "ID", "Created", "Size",
+               *["History"] * args.history,
+               *["ReadOnly"] * any(image.readonly for image, *_ in rows)]
+    print_listing(args, image_fields(storage, rows), image_texts(storage, rows, args), columns,
+                  IMAGE_HEADINGS, 4)
+
+
+def cmd_ps(storage: Storage, args: Any) -> None:
+    """list running containers with podman's options and output; -a: all"""
+    last = 1 if args.latest else args.last
+    storage.faults += storage.unread_database()
+    every = args.all or last > 0 or any(text.startswith("status") for text in args.filter)
+    rows = [row for row in container_rows(storage, args) if (
+        every or row["State"] in ("running", "")) and (row["State"] != "storage" or args.external)]
+    if last > 0:
+        rows = sorted(rows, key=lambda row: row["Created"])[-last:]
+    columns = ["ID", "Image", "Command", "CreatedHuman", "Status", "Ports", "Names",
+               *["Pod", "PodName"] * args.pod, *["Size"] * args.size]
+    print_listing(args, rows, (container_texts(row, args) for row in rows), columns,
+                  CONTAINER_HEADINGS, 2)
+
+
+def cmd_history(storage: Storage, args: Any) -> None:
+    """show the history of an image with podman's options and output"""
+    rows = history_fields(storage.image(args.image).single())
+    print_listing(args, rows, (history_texts(row, args) for row in rows),
+                  ["ID", "Created", "CreatedBy", "Size", "Comment"], Headings({}), None)
+
+
+def cmd_inspect(storage: Storage, args: Any) -> None:
+    """show containers, images or layers with podman's options and output"""
+    kinds: dict[str, Callable[[Any], Fields]] = {
+        "container": inspect_container, "image": inspect_image,
+        "layer": layer_fields}
+
+    def inspect(name: str) -> Fields:
+        for kind in kinds if args.type == "all" else [args.type]:
+            with suppress(ContainerUnknown, ImageUnknown, LayerUnknown):
+                return kinds[kind](getattr(storage, kind)(name))
+        raise NotFound(f'no such object: "{display(name)}"')
+
+    found = list(for_each(args, args.name, inspect))
+    print_listing(args, found, found, [], Headings({}), 5)
+
+
+def cmd_save(storage: Storage, args: Any) -> None:
+    """write images to an archive or directory with podman's options"""
+    if args.format == "oci-dir":
+        if not args.output or len(args.image) > 1:
+            raise _UsageError("--format oci-dir takes one image and -o DIR")
+        image = storage.image(args.image[0]).single()
+        unwind_on_signals()
+        tags = names_to_give(image, args.image[0])
+        image.copy_to_oci(args.output, split_reference(tags[0])[1] if tags else "")
+        return
+    several = args.multi_image_archive
+    images = [storage.image(name).single() for name in args.image[:None if several else 1]]
+    named = [(image, names_to_give(image, name)) for image, name in zip(images, args.image)]
+    if not several:
+        for name, tag, _ in map(split_reference, args.image[1:]):
+            named[0][1].append(f"{normalize_name(name)[0]}:{tag or 'latest'}")
+    write_archive(args, args.format, named)
+
+
+def cmd_exists(storage: Storage, args: Any) -> int:
+    """tell by the exit status whether there is one: 0 yes, 1 no"""
+    try:
+        getattr(storage, args.kind)(getattr(args, args.kind))
+    except (ContainerUnknown, ImageUnknown, LayerUnknown):
+        return EXIT_NO
+    return 0
 
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
@@ -15996,10 +16865,14 @@ def cmd_image_tree(storage: Storage, args: Any) -> None:
 
 def cmd_layer_list(storage: Storage, args: Any) -> None:
     """list layers, with --tree each below its parent, and the images that share them"""
+    fits = compile_filters(storage, "layer", args.filter)
+    layers = sorted(filter(fits, storage.layers()), key=SORTS["layers"][args.sort])
     if args.tree:
-        show_tree(layer_branches(storage.layers()), args)
+        show_tree(layer_branches(layers), args)
+    elif is_template(args):
+        print_rows(args.format, map(layer_fields, layers), Headings({}))
     else:
-        print_layers(storage.layers(), args)
+        print_layers(layers, args)
 
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
@@ -16203,10 +17076,16 @@ def cmd_stream_to_tar(storage: Storage | None, args: Any) -> None:
 
 def cmd_container_list(storage: Storage, args: Any) -> None:
     """list containers: those of podman, buildah and CRI-O"""
-    entries = [container_json(container) for container in storage.containers()]
+    rows = container_rows(storage, args)[::-1 if args.sort == "created" else 1]
     storage.faults += storage.unread_database()
+    if is_template(args):
+        print_rows(args.format, (container_texts(row, args) for row in rows), CONTAINER_HEADINGS)
+        return
+    found = {container.id: container for container in storage.containers()}
+    containers = [found[row["Id"]] for row in rows]
+    entries = list(map(container_json, containers))
     known: dict[str, int] = {}
-    for container, entry in zip(storage.containers(), entries) if args.size else ():
+    for container, entry in zip(containers, entries) if args.size else ():
         for key, size in zip(("size-rw", "size-root-fs"), container.sizes(known)):
             entry[key] = size if size >= 0 else None
     show(args, entries, (
@@ -16216,17 +17095,18 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
          "{} (virtual {})".format(*(human_size(-1 if size is None else size) for size in (
              entry["size-rw"], entry["size-root-fs"]))) if args.size else "",
          "; ".join(container.faults)]
-        for container, entry in zip(storage.containers(), entries)),
+        for container, entry in zip(containers, entries)),
         ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "SIZE", "FAULTS"],
-        (container.id for container in storage.containers()))
+        (container.id for container in containers))
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers, and their entry in podman's database"""
     storage.faults += storage.unread_database()
     show_inspected(args, ({**container_json(container), "details": container.details(), "podman":
-                           storage.podman_containers().get(container.id, {})} for container in
-                          for_each(args, args.container, storage.container)))
+                           {key: value for key, value in storage.podman_containers().get(
+                               container.id, {}).items() if key not in ("config", "status")}}
+                          for container in for_each(args, args.container, storage.container)))
 
 
 def cmd_toc(storage: Storage, args: Any) -> None:
@@ -16400,9 +17280,14 @@ def cmd_image_export(storage: Storage, args: Any) -> None:
         return
     named = [(image.single(args.platform), names_to_give(image, reference))
              for image, reference in zip(images, args.image)]
+    write_archive(args, kind, named)
+
+
+def write_archive(args: Any, kind: str, named: Sequence[tuple[Image, Sequence[str]]]) -> None:
+    """Write images with the names that they get to stdout or a file."""
     total = sum({layer.diff_digest: max(layer.diff_size, 0) for image, _ in named
-                 for layer in storage.chain(image.layer)}.values())
-    write = write_docker_archive if kind == "docker-archive" else write_oci_archive
+                 for layer in image.layers()}.values())
+    write: Any = write_docker_archive if kind == "docker-archive" else write_oci_archive
     with writing(args, total) as (fd, progress):
         write(fd, named, progress)  # verifies each layer as it writes it
 
@@ -16556,7 +17441,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 
 # ================================================================================================
-# 29. Command line
+# 30. Command line
 #
 # One table of commands and one of options make the parser.  Options with values mean the same
 # before the command and behind it.
@@ -16600,7 +17485,7 @@ def look_inside(kind: str, extract: str = "") -> list[Command]:
 
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
 COMMANDS: list[Command] = [
-    ("image list", cmd_image_list, "-a -q --format --no-trunc"),
+    ("image list", cmd_image_list, "-a -q -f --sort --format --no-trunc"),
     ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
     ("image history", cmd_image_history, "IMAGE -q --format --no-trunc"),
@@ -16610,20 +17495,29 @@ COMMANDS: list[Command] = [
     ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
     ("image copy-to-oci", cmd_copy_to_oci,
      "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
+    ("image exists", cmd_exists, "IMAGE"),
     ("image verify", cmd_image_verify, "IMAGE* --all --quick --format --no-trunc"),
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
-    ("layer list", cmd_layer_list, "--tree -q --format --no-trunc"),
+    ("layer list", cmd_layer_list, "--tree -q -f --sort --format --no-trunc"),
     ("layer inspect", cmd_layer_inspect, "LAYER+ --chain --format"),
     ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
     *look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
+    ("layer exists", cmd_exists, "LAYER"),
     ("layer verify", cmd_layer_verify, "LAYER+ --quick --format --no-trunc"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
-    ("container list", cmd_container_list, "-s -q --format --no-trunc"),
+    ("container list", cmd_container_list, "-s -q -f --sort --format --no-trunc"),
     ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
     *look_inside("CONTAINER"),
     ("container export", cmd_container_export, "CONTAINER -o --verify"),
+    ("container exists", cmd_exists, "CONTAINER"),
+    ("images", cmd_images, "NAME? -a -q -n --digests --history -f --sort --format --no-trunc"),
+    ("ps", cmd_ps,
+     "-a -q -n -l -p -s --external --noheading -f --sort --format --no-trunc"),
+    ("inspect", cmd_inspect, "NAME+ -t -f"),
+    ("history", cmd_history, "IMAGE -q -H --no-human --format --no-trunc"),
+    ("save", cmd_save, "IMAGE+ -o -m --format"),
     ("store info", cmd_store_info, "--format"),
     ("store df", cmd_store_df, "--if-removed* --format --no-trunc"),
     ("store check", cmd_store_check, "--codes --format --no-trunc"),
@@ -16642,6 +17536,8 @@ OPTIONS = {
     "IMAGE": "name, digest, ID or the start of an ID",
     "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path of its files",
     "CONTAINER": "name, ID or the start of an ID",
+    "NAME": "name, ID or the start of an ID",
+    "images NAME": "show only images whose names fit, as --filter reference=NAME does",
     "LINK": "26 characters, as in overlay/l",
     "PATH": "path inside, with or without a leading slash",
     "PATTERN": "path, or pattern of * ** ? [a-z] [!a-z]; \\ makes the next character literal; a "
@@ -16661,7 +17557,17 @@ OPTIONS = {
     "tar-diff A": "tar file, plain or compressed by gzip, bzip2, xz or zstd; - is stdin",
     "-0 --null": "print names unchanged, each followed by a NUL byte",
     "-a --all": "also list images without a name that another image was built on",
+    "ps -a --all": "list all containers, not only running ones",
+    "ps -l --latest": "show only the container that was made last",
     "-l --long": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
+    "-m --multi-image-archive": "all arguments are images; else those after the first are names",
+    "images -n --noheading": "print no column headings",
+    "ps -n --last N=0": "show only the last N containers that were made",
+    "-p --pod": "show pods",
+    "-t --type all|container|image|layer=all": "what NAME is",
+    "-f --filter KEY...": "show only what fits KEY=VALUE or KEY!=VALUE; may be repeated; keys: "
+                          "see README",
+    "inspect -f --format FORMAT=": "Go template for each object; default: json",
     "-o --output FILE": "write to FILE, which appears when it is whole and verified; default: "
                         "stdout",
     "-q --quiet": "print only IDs, one a line, each once",
@@ -16675,6 +17581,18 @@ OPTIONS = {
     "--codes": "list all codes of findings, and check nothing",
     "--compress HOW": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)",
     "--digest SHA256": "digest of the tar; default: that of the storage, LIST or server",
+    "images --digests": "show digests",
+    "ps --external": "also list containers of other programs, such as buildah",
+    "images --history": "show the names that the image had",
+    "-H --human ?": "show ages; the default",
+    "--no-human ?": "show times instead of ages; also --human=false",
+    "--noheading": "print no column headings",
+    **{f"{word} --sort created|id|repository|size|tag=created":
+       "created (newest first), id, repository, size or tag" for word in ("image list", "images")},
+    "layer list --sort created|id|size=created": "created (newest first), id or size",
+    **{f"{word} --sort command|created|id|image|names|runningfor|size|status=created":
+       f"created ({age} first), command, id, image, names, runningfor, size or status"
+       for word, age in (("container list", "newest"), ("ps", "oldest"))},
     "--digests": "add the sha256 of each file, checked",
     "--exclude PATTERN...": "skip what matches and all below it; may be repeated",
     "--external LIST": "leave contents in their files and list the files in LIST, as JSON lines",
@@ -16684,6 +17602,10 @@ OPTIONS = {
                "links",
     "--format table|json=table": None,
     "inspect --format table|json=json": None,
+    "list --format FORMAT=table": "table, json or a Go template such as '{{.ID}} {{.Size}}'",
+    **{f"{word} --format FORMAT=": "json or a Go template; table before it aligns columns"
+       for word in ("images", "ps", "/history")},
+    "save --format docker-archive|oci-archive|oci-dir=docker-archive": "what to write",
     "--hidden": "list files that other layers hide, and the bytes that they waste",
     "--if-removed NAME": "images and containers: what removing all of them would free",
     "--ignore WHAT...": f"ignore differences in: {', '.join(DIFFERENCES)}; may be repeated",
@@ -16767,8 +17689,8 @@ CONFLICTS = (
 )
 # What people want, and the last words of the commands for it, in the order of `help`.
 PURPOSES = {
-    "Look": "list inspect layers history tree files stat toc info df resolve-link",
-    "Take out": "cat cp extract export copy-to-oci stream stream-to-tar",
+    "Look": "list images ps inspect layers history tree files stat toc info df exists resolve-link",
+    "Take out": "cat cp extract export save copy-to-oci stream stream-to-tar",
     "Compare": "diff blame tar-diff",
     "Check": "verify check",
     "Serve": "serve",
@@ -16823,7 +17745,7 @@ EXAMPLES = {
     "cat": "NAME /etc/os-release; NAME /etc/passwd -o passwd",
     "cp": "NAME:/etc ./etc; NAME:/etc - | tar -tv",
     "extract": "NAME root; NAME some --path etc --path '**/*.so'",
-    "image list": "; -q --no-trunc",
+    "image list": "-f label=env --sort size; --format '{{.ID}}'",
     "image inspect": "alpine; alpine app:2 --format table",
     "image layers": "app:2; app:2 --format json",
     "image history": "app:2; app:2 --no-trunc",
@@ -16833,14 +17755,20 @@ EXAMPLES = {
     "image verify": "app:2; --all --quick",
     "image diff": "app:1 app:2 --ignore time; alpine container:web",
     "image blame": "app:2 /etc/passwd; app:2 --hidden",
-    "layer list": "; --format json",
+    "layer list": "--format json; --sort size --format '{{.Id}} {{.DiffSize}}'",
     "layer inspect": "3c42d5a; 3c42d5a --chain --format table",
     "layer export": "3c42d5a -o layer.tar; 3c42d5a | tar -tv",
     "layer verify": "3c42d5a; 3c42d5a --quick --format json",
     "layer stream": "3c42d5a -o base.stream; 3c42d5a -o head.stream --external files.list",
-    "container list": "; --format json",
+    "container list": "--format json; -f name=^web --format '{{.ID}} {{.Names}}'",
     "container inspect": "web; web --format table",
     "container export": "web -o web.tar; web | tar -tv",
+    "exists": "NAME; NAME && echo there",
+    "images": "--filter dangling=true -q; --format 'table {{.Repository}} {{.Tag}} {{.Size}}'",
+    "ps": "-a; -a --format '{{.Names}} {{.Status}}'",
+    "inspect": "alpine web; alpine --format '{{json .Config.Labels}}'",
+    "history": "app:2; app:2 --format '{{.CreatedBy}}'",
+    "save": "-o app.tar app:2; --format oci-archive -o both.tar -m app:1 app:2",
     "store info": "; --format json",
     "store df": "; --if-removed app:1",
     "store check": "; --format json --no-trunc",
@@ -16894,6 +17822,7 @@ def parse_words(words: Sequence[str]) -> Any:
             raise SystemExit
         raise _UsageError(f"missing COMMAND (see {' '.join([program_name(), *names])} --help)")
     parser = command_parser(row, words)
+    rest = [re.sub(r"\A(-H|--human)=(0|f|false)\Z", "--no-human", word) for word in rest]
     quiet = {"-q", "--quiet"} & set(lead)
     parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
     args, more = parser.parse_known_args([*(word for word in lead if word not in quiet), *rest])
@@ -17114,13 +18043,14 @@ def add_command(parser: Any, row: Command, words: Sequence[str]) -> None:
             word.partition("=")[0] == "--via-skopeo" for word in words):
         names = names.replace("IMAGE ", "", 1)
     add_globals(parser, shown=False).set_defaults(function=row[1], kind=group)
-    specs = {" ".join(spec.split()[:1 + spec[0].islower()]): spec for spec in OPTIONS}
+    specs = {match[0]: (spec[len(match[1]):], OPTIONS[spec]) for spec in OPTIONS
+             for match in [re.match(r"(/?(?:[a-z][a-z-]* )*)\S+", spec)] if match}
     for name in names.split():
-        word = name.rstrip("+*")
-        own = specs.get(f"{verb} {word}", "")
-        spec = own or specs[word]
+        word = name.rstrip("+*?")
+        spec = next(specs[key] for key in (f"{row[0]} {word}", f"{'/' * (not group)}{verb} {word}",
+                                           f"{verb} {word}", word) if key in specs)
         more: Any = {"nargs": name[-1]} if word != name else {"dest": "ids"} if word == "-q" else {}
-        add_argument(parser, spec[len(verb) + 1:] if own else spec, OPTIONS[spec], **more)
+        add_argument(parser, *spec, **more)
 
 
 def add_argument(parser: Any, spec: str, text: str | None, **more: Any) -> None:
@@ -17133,14 +18063,14 @@ def add_argument(parser: Any, spec: str, text: str | None, **more: Any) -> None:
     if value in ACTIONS:
         options = dict(ACTIONS[value])
     elif value == value.lower():
-        options = {"choices": value.split("|")}
+        options = {"choices": value.split("|"), **({"metavar": "KEY"} if "--sort" in flags else {})}
     if metavar != value:
         options.update(action="append", default=[])
     if equals:
         options["default"] = options.get("type", str)(default)
     if value == "?":
         options.update(const=not spec.startswith("--no-"),
-                       dest=re.sub(r"\A--(no-)?", "", flags[0]).replace("-", "_"))
+                       dest=re.sub(r"\A--(no-)?", "", flags[-1]).replace("-", "_"))
     parser.add_argument(*flags or [NAMES.get(value, value.lower())], help=text,
                         **{**options, **more})
 
