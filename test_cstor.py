@@ -21057,8 +21057,9 @@ class Benchmarks(StoreTest):
         root = self.dir + "/million"
         path = make_million(root, 3, 4)
         with cstor.Storage.open(root) as storage, storage.image("million").tree() as tree:
-            self.assertEqual(16, len(list(tree.walk())))
             self.assertEqual([b"here"], list(tree.content(tree.lookup(path.encode())[1])))
+            self.assertTrue(tree.layers[0].unread)
+            self.assertEqual(16, len(list(tree.walk())))
             layer, = storage.layers()
             self.assertEqual(layer.diff_digest, layer.export(io.BytesIO()))
 
@@ -21553,6 +21554,8 @@ def make_million(root: str, directories: int = 1000, files: int = 999) -> str:
     for number in range(directories):
         os.mkdir(store.path("overlay", layer, "diff", f"d{number:04d}"))
     store.write(f"overlay/{layer}/diff/{where}", "here")
+    mtime = int("14000000000", 8)  # that of entry()
+    os.utime(store.path("overlay", layer, "diff", where), (mtime, mtime))
     store.image(layer, "localhost/million:latest")
     store.save()
     return where
