@@ -3678,7 +3678,8 @@ def left_ids(storage: Storage, word: str, root: Contents) -> Iterator[str]:
     """Yield the IDs of what has files in a root, or is a container of podman's database."""
     records, files = storage.home(word), storage.home()
     for name in root.names(records):
-        if name.endswith(TAR_SPLIT) or word != "layer" and root.names(records + b"/" + name):
+        if storage.salvage and name.endswith(TAR_SPLIT) or word != "layer" \
+                and root.names(records + b"/" + name):
             yield os.fsdecode(name.replace(TAR_SPLIT, b""))
     for name in root.names(files) if word == "layer" else ():
         with suppress(NeedsUnshare):  # a rootless user's container, say
@@ -3988,6 +3989,7 @@ class Storage(Closing):
                     raise
                 self.faults.append(str(error))
             self.driver = self._choose_driver(driver, configured)
+            self.linked = self._linked()
             if runroot and os.path.isdir(runroot):
                 self._run = Contents(self, Directory.at(self.runroot))
             if owner_ids and self.owner[0]:
@@ -4046,6 +4048,19 @@ class Storage(Closing):
         self.faults.append(f"{top.path} holds {' and '.join(there)} stores: {chosen} is read, as "
                            f"{source} names it (--driver {other} reads the other)")
         return chosen
+
+    def _linked(self) -> str:
+        """Return the path of layers' files if that is a symbolic link, which podman follows, or "".
+
+        It is not followed: a store of another machine or user must not lead us out of it.
+        """
+        for root in self.roots:
+            with suppress(OSError):
+                target = display(root.readlink(name := self.home().partition(b"/")[0]))
+                self.faults.append(f"{root.host_path(name)} is a symbolic link to {target}, which "
+                                   "is not followed (mount --bind makes it a directory)")
+                return root.host_path(name)
+        return ""
 
     def home(self, word: str = "") -> bytes:
         """Return the directory of all layers' files, or of records: ``word`` is their WORD."""
@@ -4296,7 +4311,7 @@ class Storage(Closing):
         """
         ids = sorted({each for each in left_ids(self, new.WORD, root) if is_safe_id(each)} - known)
         if ids and not self.salvage:
-            self.elsewhere = LEFT
+            self.elsewhere = self.elsewhere or LEFT
             text = (f"{root.host_path(self.home(new.WORD))}: no record of "
                     f"{counted(len(ids), new.WORD)}: {LEFT}")
             self.faults += [text] * (text not in self.faults)
@@ -13624,6 +13639,8 @@ CODES = {
     "big-data-orphan": ("waste", "c", "unused", "an item that no record names"),
     "l-orphan": ("waste", "c", "unused", "a short link in overlay/l leads to no layer"),
     "temporary": ("waste", "c", "unused", "what an interrupted command left behind"),
+    "id-shared": ("note", "c", "metadata", "another store has a record of the same ID"),
+    "layers-linked": ("note", "c", "metadata", "a symbolic link is in place of the layers' files"),
     "id-unusable": ("note", "c", "metadata", "a record's ID cannot be a file name"),
     "not-verified": ("note", "vq", "metadata", "the storage does not keep what would prove it"),
 }
@@ -13813,6 +13830,10 @@ class LayerCheck:
                 return
             size = error
         except (Unsupported, FormatError) as error:
+            if summing and not self.quick:  # sums of files before were not compared
+                yield from self.run(summing=False)
+                return
+            yield from found
             yield Finding("tar-split-damaged" if isinstance(error, FormatError) else "not-verified",
                           self.label, message=str(error).replace(f"{self.label} ", ""))
             return
@@ -14079,7 +14100,10 @@ class StoreCheck:
             (Layer, storage.layers), (Image, storage.images), (Container, storage.containers)))
         if "layer" in self.known:
             self._references([*layers, *images, *containers])
-            self._layers(layers)
+            self._layers(() if storage.linked else layers)
+        if storage.linked:
+            self.add("layers-linked", "store", storage.linked, message="it is a symbolic link, "
+                     "which is not followed, so that no layer is checked")
         for image in images:
             for finding in check_image(image):
                 of_layers = finding.code in ("layer-unknown", "image-layers-wrong")
@@ -14106,6 +14130,7 @@ class StoreCheck:
             self.add("json-damaged", f"{word}s", error.file, message=str(error))
             return ()
         is_blank = True
+        places: dict[str, str] = {}  # roots by IDs
         for root in filter(None, [*storage.roots, storage._run]):
             seen: set[str] = set()
             for name in (f"{word}s.json", f"volatile-{word}s.json"):
@@ -14116,6 +14141,9 @@ class StoreCheck:
                         continue
                     keys = [str(item.get("id")), *map(str, as_list(item.get("names")))]
                     is_new = keys[0] not in seen
+                    if is_new and places.setdefault(keys[0], root.path) != root.path:
+                        self.add("id-shared", f"{word} {keys[0]}", root.host_path(
+                            home + b"/" + name.encode()), actual=places[keys[0]])
                     for key in keys if is_new else keys[:1]:
                         if key in seen:
                             self.add("name-twice" if is_new else "id-twice", f"{word} {keys[0]}",
@@ -15694,6 +15722,8 @@ def describe(error: Exception) -> str:
         place = display(os.fsencode(error.filename)) + ": " \
             if isinstance(error.filename, (str, bytes)) else ""
         text = place + error.strerror
+        if error.errno == errno.EMFILE:
+            text += f": at most {soft_limit()} are allowed (ulimit -n N allows more)"
         if place and error.errno == errno.ENOENT and not has_proc() and os.path.realpath(
                 os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
             text += ": /proc is not mounted (mount -t proc proc /proc; - is stdin and stdout)"

@@ -3552,6 +3552,23 @@ class Salvaging(StoreTest):
             shutil.rmtree(other.root)
             shutil.rmtree(store.root)
 
+    def test_split_stores(self) -> None:
+        """Records and files of layers are in the imagestore, tar-split data in the graph root."""
+        store, other = self.builds(), self.dir + "/images"
+        with self.open(store) as storage:
+            copies = self.copies(storage)
+        os.makedirs(other + "/overlay-layers")
+        for name in ("overlay", "overlay-images", "overlay-layers/layers.json"):
+            os.rename(store.path(name), f"{other}/{name}")
+        os.mkdir(store.path("overlay"))
+        with self.open(store) as storage:
+            _ = storage.layers(), storage.images()
+            self.assertIn("--imagestore", storage.elsewhere)
+        for name in ("overlay-images/images.json", "overlay-layers/layers.json"):
+            os.unlink(f"{other}/{name}")
+            with self.open(store, imagestore=other, salvage=True) as storage:
+                self.assertEqual(copies, self.copies(storage))
+
     def test_schema1_alone(self) -> None:
         """Its ID is the digest of a configuration that is made with the DiffIDs of its layers."""
         store, layers = self.stack(make_tar(("a", b"a")), make_tar(("b", b"b")))
@@ -14292,6 +14309,28 @@ class Verifying(StoreTest):
         done = self.run_on(store, "layer verify", *(layer["id"] for layer in store.layers[:3]))
         self.assertEqual("3 layers verified\n", done.out)
 
+    def test_files_before_the_damage_of_tar_split_data(self) -> None:
+        """They are found as well: those that are missing, and those that only sums would tell."""
+        store = self.sample()
+        layer = store.layers[1]["id"]
+        split = store.path(f"overlay-layers/{layer}.tar-split.gz")
+        path = store.path("overlay", layer, "diff/srv/app.py")
+        put(split, gzip.compress(gzip.decompress(read_bytes(split))[:-40]))
+        for damage, code, modes in ((os.unlink, "file-missing", QUICK), (flip, "file-changed",
+                                                                         SLOW)):
+            with Kept(path, self.dir + "/kept"):
+                damage(path)
+                for mode in QUICK:
+                    rows = self.damaged(store, layer, mode)
+                    self.assertEqual([(code, "srv/app.py")] * (mode in modes) + [
+                        ("tar-split-damaged", None)], [(row[0], row[2]) for row in rows])
+
+    def test_few_open_files(self) -> None:
+        done = self.run_on(self.sample(), "image verify --all", status=6,
+                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10)))
+        self.assertIn("Too many open files: at most 10 are allowed (ulimit -n N allows more)",
+                      done.err)
+
     def test_files(self) -> None:
         store = self.sample()
         layer = store.layers[1]["id"]
@@ -14737,7 +14776,23 @@ class Checking(StoreTest):
         store = self.builder()
         store.images = [{**other.images[1], "names": ["localhost/new:1"], "big-data-names": []}]
         with self.open(store.save(), stores=[other.root]) as storage:
-            self.assertEqual([], storage.check())
+            found, = storage.check()
+        self.assertEqual(("id-shared", "note", f"image {store.images[0]['id']}", store.root),
+                         (found.code, found.severity, found.object, found.actual))
+        self.assertEqual(other.path("overlay-images/images.json"), found.path)
+
+    def test_layers_behind_a_link(self) -> None:
+        """What podman follows can lead out of a store of others: one note, and no false alarm."""
+        store = self.sample()
+        os.rename(store.path("overlay"), self.dir + "/elsewhere")
+        os.symlink(self.dir + "/elsewhere", store.path("overlay"))
+        done = self.run_on(store, "store check --format json")
+        self.assertEqual([("layers-linked", "note", store.path("overlay"))], [
+            (row["code"], row["severity"], row["path"]) for row in done.json])
+        reason = (f"{store.path('overlay')} is a symbolic link to {self.dir}/elsewhere, which is "
+                  "not followed (mount --bind makes it a directory)")
+        self.assertEqual(f"cstor: warning: {reason}\n", done.err)
+        self.assertIn(reason, self.run_on(store, "image list").err)
 
     def test_modes_and_owners(self) -> None:
         store = self.sample()
