@@ -1064,16 +1064,14 @@ def open_input(path: str) -> int:
         0 if stat.S_ISREG(found.st_mode) else os.O_NONBLOCK)))
 
 
-def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of ``data``, however often write(2) comes back short."""
+def write_all(fd: int, data: bytes | bytearray | memoryview, timeout: float | None = None) -> None:
+    """Write all of ``data``, however often write(2) comes back short, or would block."""
     view = memoryview(data)
     while view:
         try:
             view = view[os.write(fd, view):]
-        except BlockingIOError:  # the other end set O_NONBLOCK on a pipe that we share
-            import select
-
-            select.select([], [fd], [])
+        except BlockingIOError:  # the other end can set O_NONBLOCK on a pipe that we share
+            Deadline(timeout).wait(fd, "POLLOUT")
 
 
 def widen_pipe(fd: int) -> None:
@@ -1732,6 +1730,16 @@ def sha256_digest(data: bytes) -> str:
     if not found:
         import hashlib as found
     return "sha256:" + str(found.sha256(data).hexdigest())
+
+
+def sha256_of(chunks: Iterable[bytes]) -> str:
+    """Return what sha256_digest() does, of bytes that come in chunks."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for data in chunks:
+        digest.update(data)
+    return f"sha256:{digest.hexdigest()}"
 
 
 # ================================================================================================
@@ -8214,18 +8222,13 @@ def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
 
     "" for an empty file, another name of a file, and other types.
     """
-    import hashlib
-
     size = files = 0
     for name, node, first in tree.opener.ahead(
             items, lambda item: item[1].place) if wanted else items:
         digest = ""
         if wanted and node.type == "reg" and node.size and first is None:
-            content = hashlib.sha256()
             with Opened(tree.open(node)) as fd:
-                for data in node.checked(fd):
-                    content.update(data)
-            digest = f"sha256:{content.hexdigest()}"
+                digest = sha256_of(node.checked(fd))
             size, files = size + node.size, files + 1
             if progress:
                 progress(size, files)
@@ -9887,8 +9890,7 @@ def check_config(image: Image, digests: Sequence[str]) -> bytes:
 
     Raises IntegrityError if they differ, and as Image.config() does.
     """
-    rootfs = image.config().get("rootfs")
-    wanted = as_list(rootfs.get("diff_ids") if isinstance(rootfs, dict) else None)
+    wanted = as_list(as_dict(image.config().get("rootfs")).get("diff_ids"))
     if wanted != list(digests):
         raise image.wrong_layers(wanted, digests)
     return image.config_bytes()
@@ -9914,8 +9916,7 @@ def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) 
     """
     data = image.big_data("manifest")
     stored = image.manifest()
-    found = stored.get("config")
-    old = found if isinstance(found, dict) else {}
+    old = as_dict(stored.get("config"))
     kind = old.get("mediaType") if isinstance(old.get("mediaType"), str) else ""
     is_oci = stored.get("mediaType", OCI_MANIFEST) == OCI_MANIFEST and "fsLayers" not in stored \
         and not str(kind).startswith("application/vnd.docker.")
@@ -10006,8 +10007,6 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
 
     Raises IntegrityError, FileNotFoundError, FormatError for what is not a regular file.
     """
-    import hashlib
-
     name = b"blobs/sha256/" + digest[7:].encode()
     fd = layout.open(name)
     with OnError(os.close, fd):
@@ -10015,12 +10014,9 @@ def open_blob(layout: Directory, digest: str, size: int = -1) -> int:
         if actual != size >= 0:  # else terabytes of a hole would be hashed
             raise IntegrityError(f"{layout.host_path(name)}: wrong size",
                                  expected=counted(size, "byte"), actual=counted(actual, "byte"))
-        found = hashlib.sha256()
-        for data in read_checked(fd, actual, name=name):
-            found.update(data)
-        if found.hexdigest() != digest[7:]:
+        if (found := sha256_of(read_checked(fd, actual, name=name))) != digest:
             raise IntegrityError(f"{layout.host_path(name)}: wrong digest", expected=digest,
-                                 actual=f"sha256:{found.hexdigest()}")
+                                 actual=found)
         return fd
 
 
@@ -10078,9 +10074,8 @@ class OciLayout(Transaction):
             self.keep()
         names = {name for name in names if not name.startswith(b".cstor-")}
         if b"oci-layout" in names:
-            found = parse_json(self.target.read(b"oci-layout", READ_SIZE),
-                               f"{self.path}/oci-layout")
-            version = found.get("imageLayoutVersion") if isinstance(found, dict) else None
+            version = as_dict(parse_json(self.target.read(b"oci-layout", READ_SIZE), (
+                f"{self.path}/oci-layout"))).get("imageLayoutVersion")
             if not isinstance(version, str) or not version.startswith("1."):
                 raise Unsupported(f"{self.path}: image layout version {version!r}")
         elif names - {b"blobs"}:
@@ -10185,8 +10180,7 @@ class OciLayout(Transaction):
         def stays(entry: Any) -> bool:
             if not isinstance(entry, dict):
                 return True
-            names = entry.get("annotations")
-            name = names.get(REF_NAME) if isinstance(names, dict) else None
+            name = as_dict(entry.get("annotations")).get(REF_NAME)
             return name != tag if tag else name is not None or entry.get("digest") != blob["digest"]
 
         entry = {**blob, "annotations": {REF_NAME: tag}} if tag else blob
@@ -10520,8 +10514,7 @@ class FetchedImage(Closing):
 
     def _check(self, entry: Any, what: str) -> None:
         """Check a descriptor.  Raises FormatError, Unsupported for a digest other than sha256."""
-        size, digest = (entry.get("size"), entry.get("digest")) if isinstance(entry, dict) \
-            else (None, None)
+        size, digest = map(as_dict(entry).get, ("size", "digest"))
         if type(size) is not int or not 0 <= size < 1 << 53 or not isinstance(digest, str):
             raise FormatError("malformed descriptor", file=f"{self.reference}: {what}")
         if not re.fullmatch("sha256:" + HEX64, digest):
@@ -10573,10 +10566,8 @@ class FetchedImage(Closing):
             data = self.manifest
             if layers != self.layers:
                 manifest = json.loads(data)
-                kept = manifest.get("annotations")
                 data = compact_json({**manifest, "layers": layers, "annotations": {
-                    **(kept if isinstance(kept, dict) else {}),
-                    ORIGINAL_DIGEST: sha256_digest(data)}})
+                    **as_dict(manifest.get("annotations")), ORIGINAL_DIGEST: sha256_digest(data)}})
             found = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
                                   platform_in(self.config))
             layout.tag(found, tag)
@@ -10587,8 +10578,7 @@ class FetchedImage(Closing):
 
         Raises IntegrityError if the configuration names another number of layers.
         """
-        rootfs = self.config.get("rootfs")
-        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        diff_ids = as_dict(self.config.get("rootfs")).get("diff_ids")
         if not isinstance(diff_ids, list) or not all(
                 isinstance(each, str) and re.fullmatch("sha256:" + HEX64, each)
                 for each in diff_ids):
@@ -12425,7 +12415,7 @@ class _Session(Dispatcher):
             raise ProtocolError("give exactly one of storage and diff_id", code=INVALID_REQUEST)
         if place is None:
             return self._layer(params, "diff_id")
-        path = place.get("storage_path") if isinstance(place, dict) else None
+        path = as_dict(place).get("storage_path")
         if not isinstance(path, str) or not can_be_path(path) or os.path.realpath(path) not in [
                 os.path.realpath(root.path) for root in self.storage.roots]:
             raise ImageUnknown(f"this server has no storage at {display(str(path))}")
@@ -12480,15 +12470,12 @@ class _PipeWriter:
 
     def flush(self, kept: int = 0) -> None:
         """Write all but the last ``kept`` bytes."""
-        view = memoryview(bytes(self._buffer[:len(self._buffer) - kept]))
-        del self._buffer[:len(view)]
-        while view:
-            try:
-                view = view[os.write(self._fd, view):]
-            except BlockingIOError:
-                Deadline(self._timeout).wait(self._fd, "POLLOUT")
-            except BrokenPipeError:
-                raise ProtocolError("the other end has closed the pipe") from None
+        data = bytes(self._buffer[:len(self._buffer) - kept])
+        del self._buffer[:len(data)]
+        try:
+            write_all(self._fd, data, self._timeout)
+        except BrokenPipeError:
+            raise ProtocolError("the other end has closed the pipe") from None
 
 
 class _Place:
@@ -12543,8 +12530,6 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], 
 
     Return their numbers among those files, from 0 on, and how many bytes stay inline.
     """
-    import heapq
-
     sizes, total = [], 0
     for literal, member, _ in LayerReader(layer).headers():
         total += len(literal)
@@ -12552,7 +12537,7 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], 
             total += member.stored
             if member.stored > threshold and member.sparse is None:
                 sizes.append(member.stored)
-    chosen = set(heapq.nlargest(most, range(len(sizes)), key=sizes.__getitem__))
+    chosen = set(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:most])
     return chosen, total - sum(sizes[number] for number in chosen)
 
 
@@ -12956,12 +12941,6 @@ sys.exit(getattr(module, function)(words))
 """
 
 
-def find_program(name: str) -> str:
-    """Return the path of a program on the PATH, or ""."""
-    paths = (os.path.join(folder, name) for folder in os.get_exec_path())
-    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), "")
-
-
 def id_map(kind: str) -> list[list[int]]:
     """Return uid_map or gid_map: first ID in this user namespace, first one outside, count."""
     return [[int(word) for word in line.split()] for line in read_proc(f"self/{kind}").splitlines()]
@@ -12973,6 +12952,8 @@ def describe_process() -> dict[str, Any]:
     ``user-namespace`` is "initial", "podman unshare" or "other"; maps are as of id_map(), sub-IDs
     as of sub_ids(); programs are paths or "".
     """
+    from shutil import which
+
     uid, configured = os.geteuid(), os.environ.get("_CONTAINERS_USERNS_CONFIGURED")
     outer = os.environ.get("_CONTAINERS_ROOTLESS_UID", "")
     if not uid and configured and outer.isdecimal():
@@ -12983,7 +12964,7 @@ def describe_process() -> dict[str, Any]:
             "podman unshare" if configured else "other",
             "uid-map": maps, "gid-map": id_map("gid_map"),
             "sub-uids": sub_ids(uid), "sub-gids": sub_ids(uid, "/etc/subgid"),
-            **{name: find_program(name) for name in ("podman", "newuidmap", "newgidmap")}}
+            **{name: which(name) or "" for name in ("podman", "newuidmap", "newgidmap")}}
 
 
 def explain_process(process: dict[str, Any]) -> str:
@@ -13318,17 +13299,13 @@ class Helper(Unshared):
             raise self._explain(OSError(-fd, os.strerror(-fd)), directory, name)
         return fd
 
-    def scan(self, directory: str, name: bytes, start: bytes | None) -> Iterator[tuple[Any, ...]]:
-        """Yield (name, status, target of a link, xattrs) of what is in a directory, sorted.
-
-        It begins after ``start``; with None the first is the directory itself, ".".
-        """
+    def scan(self, directory: str, name: bytes, start: bytes) -> Iterator[tuple[Any, ...]]:
+        """Yield (name, status, target, xattrs) of what follows ``start`` in a directory, sorted."""
         more = True
         while more:
-            result, _ = self._look_up("scan", directory, name,
-                                      after=None if start is None else spell(start))
+            result, _ = self._look_up("scan", directory, name, after=spell(start))
             for row in map(self._read_row, result["rows"]):
-                start = b"" if row[0] == b"." else row[0]
+                start = row[0]
                 yield row
             more = result["more"]
 
@@ -13509,21 +13486,21 @@ class ContentServer(Dispatcher):
     def scan(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return rows [name, numbers, link, xattrs] of some files, and whether there are more."""
         directory, name = self._open_directory(params), self._clean_name(params)
-        after = None if params.get("after") is None else self._name(params["after"])
+        after = self._name(params.get("after"))
         rows: list[Any] = []
         size = 0
         place = directory.path, name
         if not after or self._listed[0] != place:
             self._listed = place, directory.listdir(name or b".")
-        names = [base for base in self._listed[1] if base > (after or b"")]
+        names = [base for base in self._listed[1] if base > after]
         with directory.directory(name or b".") as folder:
-            for base in [b"."] * (after is None) + names:
+            for base in names:
                 if not (found := look_at(folder.fd, base)):
                     continue
                 rows.append(self._row(base, found))
                 size += 256 + len(base) + sum(map(len, found[2].values()))
                 if size > CHUNK:
-                    return {"rows": rows, "more": base != (names or [base])[-1]}
+                    return {"rows": rows, "more": base != names[-1]}
         return {"rows": rows, "more": False}
 
     @staticmethod
