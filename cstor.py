@@ -91,6 +91,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
+from collections import Counter
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import chain, islice, product, zip_longest
@@ -1144,9 +1145,12 @@ class Copier:
                           errno.EBADF, errno.ETXTBSY, errno.EAGAIN})
 
     def __init__(self) -> None:
-        self._ways: list[Callable[[int, int, int, int], int]] = [self._read_write, self._sendfile]
+        self._ways: list[Callable[[int, int, int, int], int]] = [
+            self._read_write, lambda fd, offset, count, out_fd: os.sendfile(
+                out_fd, fd, offset, min(count, 1 << 30))]
         if hasattr(os, "copy_file_range"):
-            self._ways.append(self._copy_file_range)
+            self._ways.append(lambda fd, offset, count, out_fd: os.copy_file_range(
+                fd, out_fd, min(count, 1 << 30), offset_src=offset))
 
     def copy(self, fd: int, offset: int, count: int, out_fd: int) -> int:
         """Copy ``count`` bytes of ``fd`` from ``offset``; return how many there were."""
@@ -1166,12 +1170,6 @@ class Copier:
                 self._ways = [other for other in self._ways if other != way]
             done += n
         return done
-
-    def _copy_file_range(self, fd: int, offset: int, count: int, out_fd: int) -> int:
-        return os.copy_file_range(fd, out_fd, min(count, 1 << 30), offset_src=offset)
-
-    def _sendfile(self, fd: int, offset: int, count: int, out_fd: int) -> int:
-        return os.sendfile(out_fd, fd, offset, min(count, 1 << 30))
 
     def _read_write(self, fd: int, offset: int, count: int, out_fd: int) -> int:
         data = read_at(fd, min(count, CHUNK), offset)
@@ -3762,7 +3760,10 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
     again while they or the lock's token change, at most ten times.
     """
     data: list[bytes] = []
-    with Opened(_open_lock(root, lock)) as lock_fd:
+    lock_fd = -1
+    with suppress(OSError, FormatError):  # it is never made
+        lock_fd = Directory.open(root, lock)  # a lock is not worth a helper
+    with Opened(lock_fd):
         _lock_shared(lock_fd, patience)
         # Also with the lock: it is the process's, and another thread that closes the file drops it.
         for _ in range(10):
@@ -3771,13 +3772,6 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
             if _state(root, lock_fd, names) == before:
                 break
     return data
-
-
-def _open_lock(root: Directory, lock: bytes) -> int:
-    """Open a lock file read-only, never creating it; -1 when it cannot be opened."""
-    with suppress(OSError, FormatError):
-        return Directory.open(root, lock)  # a lock is not worth a helper
-    return -1
 
 
 def _lock_shared(fd: int, patience: Deadline) -> None:
@@ -6618,8 +6612,6 @@ class _Nowhere(io.BytesIO):
 # ================================================================================================
 
 # Files on disk as the TOC of eStargz names them.
-WORDS = {"dir": "directory", "symlink": "symbolic link", "char": "character device",
-         "block": "block device", "fifo": "FIFO", "socket": "socket", "whiteout": "whiteout"}
 NODE_TYPES = {stat.S_IFREG: "reg", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink",
               stat.S_IFCHR: "char", stat.S_IFBLK: "block", stat.S_IFIFO: "fifo",
               stat.S_IFSOCK: "socket"}
@@ -7875,7 +7867,8 @@ class Tree(Closing):
         """
         check_type("node", node, Node)
         if node.type != "reg":
-            raise CstorError(f'"/{display(node.path)}" is a {WORDS[node.type]}, not a regular file',
+            word = file_type(FILE_TYPES[node.type]) if node.type in FILE_TYPES else node.type
+            raise CstorError(f'"/{display(node.path)}" is a {word}, not a regular file',
                              hint="cp copies directories" if node.type == "dir" else "")
         return node.tree.open(node)
 
@@ -8205,14 +8198,12 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
 def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = None
              ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a merged tree's TOC, sorted; the root only if a layer has it."""
-    seen: dict[Node, int] = {}
-    if any(layer.root and layer.linked for layer in tree.layers):
-        for _, node, _ in tree.walk():
-            if node in node.tree.linked:
-                seen[node] = seen.get(node, 0) + 1
+    linked = any(layer.root and layer.linked for layer in tree.layers)
+    seen = Counter(node for _, node, _ in (tree.walk() if linked else ())
+                   if node in node.tree.linked)
     for name, node, first, digest in hash_contents(tree.walk(), tree, digests, progress):
         if (name or not node.implicit) and node.type != "socket":  # eStargz has no word for it
-            yield toc_entry(name or b".", node, first=first, links=seen.get(node, 0), digest=digest)
+            yield toc_entry(name or b".", node, first=first, links=seen[node], digest=digest)
 
 
 def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
@@ -8984,34 +8975,6 @@ class OwnerMap:
         return value[:3] + b"\x03" + value[4:] + root.to_bytes(4, "little")
 
 
-class ExtractionCounts:
-    """What was made and how; each process keeps its own.
-
-    ``numbers`` are by kind and word: "made" by type of file, "bytes" by reflink, copy and so on,
-    "refused files" and "refused bytes" by why they are not shared, "unset" by what could not be
-    set.  ``left_out`` are the paths that could not be made.
-    """
-
-    def __init__(self) -> None:
-        self.numbers: dict[tuple[str, str], int] = {}
-        self.left_out: list[bytes] = []
-
-    def count(self, kind: str, word: str, number: int = 1) -> None:
-        """Count files or bytes."""
-        self.numbers[kind, word] = self.numbers.get((kind, word), 0) + number
-
-    def of(self, kind: str) -> dict[str, int]:
-        """Return the numbers of a kind by word."""
-        return {word: number for (found, word), number in sorted(self.numbers.items())
-                if found == kind}
-
-    def add(self, numbers: dict[tuple[str, str], int], left_out: list[bytes]) -> None:
-        """Add what another process counted."""
-        for key, number in numbers.items():
-            self.count(*key, number)
-        self.left_out += left_out
-
-
 def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Callable[[], T],
               tick: Callable[[int], None]) -> list[T]:
     """Call ``work`` for each number below ``jobs`` in several processes, of which this is one.
@@ -9232,7 +9195,12 @@ class Extraction:
                  owners: bool | None = None, owner_map: Sequence[str] = (), verify: bool = False,
                  plain: bool = False, workers: int = 0, progress: Progress | None = None) -> None:
         self.output, self.target, self.verify, self.plain = output, output.target, verify, plain
-        self.counts, self._workers, self._progress = ExtractionCounts(), workers, progress
+        self._workers, self._progress = workers, progress
+        # Files or bytes, of this process, by kind and word: "made" by type of file, "bytes" by
+        # reflink, copy and so on, "refused files" and "refused bytes" by why they are not shared,
+        # "unset" by what could not be set.
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.left_out: list[bytes] = []  # paths that could not be made
         self._map = OwnerMap(owner_map)
         self._us = os.geteuid(), os.getegid()
         self._set_owners = not plain and (self._us[0] == 0 if owners is None else owners
@@ -9270,11 +9238,13 @@ class Extraction:
                 node.place for batch in batches for node in batch[2::3]
                 if node.parent and not (node.mode & stat.S_IROTH
                                         and node.parent.mode & stat.S_IXOTH))
-        for counted in share_out(len(batches), workers,
-                                 lambda number: self._make_batch(batches[number]),
-                                 lambda: vars(self.counts), self._ticker(batches)):
-            self.counts.add(**counted)
-        self.counts.count("made", "dir", self._directories)
+        for numbers, left_out in share_out(len(batches), workers,
+                                           lambda number: self._make_batch(batches[number]),
+                                           lambda: (dict(self.counts), self.left_out),
+                                           self._ticker(batches)):
+            self.counts.update(numbers)
+            self.left_out += left_out
+        self.counts["made", "dir"] += self._directories
         self._make_links()
         self._finish_directories()
         self.output.finish(first is not None and not first[0])
@@ -9292,7 +9262,9 @@ class Extraction:
             if node.type == "dir":
                 self._make_directory(path, node)
                 continue
-            if node in node.tree.linked and not self._is_first(path, node):
+            if node in node.tree.linked and (
+                    first := self._firsts.setdefault(node, path)) != path:
+                self._links.append((path, first))  # a later name is made of the first one
                 continue
             parent, _, base = path.rpartition(b"/")
             if room < 0 and (parent != batch[-3] or room < -16 * BATCH):
@@ -9318,12 +9290,6 @@ class Extraction:
                 self._progress(size, files)
 
         return tick
-
-    def _is_first(self, path: bytes, node: Node) -> bool:
-        """Tell whether this name of a file comes first; later names become hard links to it."""
-        if (first := self._firsts.setdefault(node, path)) != path:
-            self._links.append((path, first))
-        return first == path
 
     def _make_directory(self, path: bytes, node: Node) -> None:
         made = not self.merge or self.output.resume
@@ -9355,11 +9321,11 @@ class Extraction:
         return True
 
     def _make_links(self) -> None:
-        absent = set(self.counts.left_out)
+        absent = set(self.left_out)
         with Target(self.target.path, os.dup(self.target.fd)) as sources:
             for path, first in self._links:
                 if first in absent:
-                    self.counts.left_out.append(path)
+                    self.left_out.append(path)
                     continue
                 parent, _, base = path.rpartition(b"/")
                 folder, _, name = first.rpartition(b"/")
@@ -9388,7 +9354,7 @@ class Extraction:
             try:  # no contexts: they cost 4 % of an extraction
                 self._make(self._create, self.target.parent(parent), base, node, fd)
             except _LeftOut:
-                self.counts.left_out.append(path)
+                self.left_out.append(path)
             except OSError as error:
                 raise self.target.explain(error, path) from None
             finally:
@@ -9413,7 +9379,7 @@ class Extraction:
 
     def _link(self, dir_fd: int, base: bytes, from_fd: int, name: bytes) -> None:
         os.link(name, base, src_dir_fd=from_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
-        self.counts.count("made", "hardlink")
+        self.counts["made", "hardlink"] += 1
 
     def _create(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
         if self.plain and node.type not in ("reg", "symlink", "fifo"):
@@ -9424,7 +9390,7 @@ class Extraction:
                 self._create_regular(dir_fd, base, node, fd)
         else:
             self._create_special(dir_fd, base, node)
-        self.counts.count("made", node.type)
+        self.counts["made", node.type] += 1
 
     def _create_regular(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
         # Create with the final mode only if we remain the owner; no chmod is needed then.
@@ -9456,14 +9422,14 @@ class Extraction:
 
     def _account(self, node: Node, why: str) -> None:
         """Count a content, and why it is a copy."""
-        self.counts.count("bytes", "copied" if why else "reflinked", node.size)
+        self.counts["bytes", "copied" if why else "reflinked"] += node.size
         if why:
             self._refuse(why, node)
 
     def _refuse(self, why: str, node: Node) -> None:
         """Count a content that is not shared."""
-        self.counts.count("refused files", why)
-        self.counts.count("refused bytes", why, node.size)
+        self.counts["refused files", why] += 1
+        self.counts["refused bytes", why] += node.size
 
     def _move(self, dir_fd: int, base: bytes, node: Node, fd: int) -> bool:
         """Give a staged file its metadata and its place, where no file may exist.
@@ -9509,7 +9475,7 @@ class Extraction:
         if why:
             self._refuse(f"link: {why}", node)
             return False
-        self.counts.count("bytes", "hardlinked", node.size)
+        self.counts["bytes", "hardlinked"] += node.size
         return True
 
     def _create_special(self, dir_fd: int, base: bytes, node: Node) -> None:
@@ -9577,7 +9543,7 @@ class Extraction:
                 drop = stat.S_ISUID * (found[0] != wanted[0]) | stat.S_ISGID * (
                     found[1] != wanted[1])
                 if mode & drop:
-                    self.counts.count("unset", "setuid")
+                    self.counts["unset", "setuid"] += 1
                 mode &= ~drop
             if stat.S_IMODE(status.st_mode) != mode or xattrs:  # an ACL in them also sets it
                 os.chmod(place, mode)
@@ -9598,7 +9564,7 @@ class Extraction:
                         f'"/{display(node.path)}" cannot be given to {owner[0]}:{owner[1]}: '
                         f"{error.strerror}", hint="run it as root, or use --no-same-owner to "
                         "own all files yourself") from None
-        self.counts.count("unset", "owner")
+        self.counts["unset", "owner"] += 1
         return False
 
     def _set_xattr(self, place: int | str | bytes, name: bytes, value: bytes) -> None:
@@ -9610,7 +9576,11 @@ class Extraction:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise OSError(error.errno, f"xattr {display(name)} of "
                               f"{counted(len(value), 'byte')}: {error.strerror}") from None
-            self.counts.count("unset", "xattr")
+            self.counts["unset", "xattr"] += 1
+
+    def _by_word(self, kind: str) -> dict[str, int]:
+        return {word: number for (found, word), number in sorted(self.counts.items())
+                if found == kind}
 
     def summary(self) -> dict[str, Any]:
         """Return what was made and how, as numbers of files and bytes, for JSON.
@@ -9618,8 +9588,8 @@ class Extraction:
         ``refused`` tells why files were not shared, ``unset`` how many files lack an owner, a
         setuid bit or an xattr, ``left-out`` the paths that could not be made.
         """
-        made, size = self.counts.of("made").get, self.counts.of("bytes")
-        refused = self.counts.of("refused bytes")
+        made, size = self._by_word("made").get, self._by_word("bytes")
+        refused = self._by_word("refused bytes")
         return {
             "files": made("reg", 0), "directories": made("dir", 0), "symlinks": made("symlink", 0),
             "hardlinks": made("hardlink", 0), "devices": made("char", 0) + made("block", 0),
@@ -9627,9 +9597,9 @@ class Extraction:
             "whiteouts": made("whiteout", 0), "bytes": sum(size.values()),
             **{f"bytes-{way}": size.get(way, 0) for way in ("reflinked", "hardlinked", "copied")},
             "refused": [{"why": why, "files": files, "bytes": refused[why]}
-                        for why, files in self.counts.of("refused files").items()],
-            "unset": self.counts.of("unset"),
-            "left-out": [spell(b"/" + path) for path in sorted(self.counts.left_out)]}
+                        for why, files in self._by_word("refused files").items()],
+            "unset": self._by_word("unset"),
+            "left-out": [spell(b"/" + path) for path in sorted(self.left_out)]}
 
 
 def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
@@ -10665,9 +10635,6 @@ class _ChunkReader:
         self.offset += count
         return data
 
-    def _number(self, width: int) -> int:
-        return int.from_bytes(self._take(width), "little")
-
     def _inline(self, count: int) -> Iterator[bytes]:
         if count > MAX_INLINE:
             raise self._error(f"a chunk of {count} bytes, more than {MAX_INLINE}")
@@ -10726,7 +10693,7 @@ class SplitdirfdstreamReader(_ChunkReader):
     def _named(self) -> Iterator[bytes | PassedFile]:
         while kind := self._take(1, end=True):
             if kind in b"\0\1":
-                yield from self._inline(self._number(4))
+                yield from self._inline(int.from_bytes(self._take(4), "little"))
                 continue
             if kind != b"\2":
                 raise self._error(f"a chunk of unknown type {kind[0]}")
@@ -11969,8 +11936,7 @@ class ListeningSocket(Transaction):
                 raise OSError(errno.EEXIST, "it is not a socket", self.path)
             connect(self.path, 1.0).close()
         except ConnectionRefusedError:
-            if os.path.samestat(os.lstat(self.path), status):
-                os.unlink(self.path)
+            self._remove(status)
             return
         except FileNotFoundError:
             return

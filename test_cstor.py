@@ -881,12 +881,12 @@ class House(unittest.TestCase):
 
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
-                   "builtins", "bz2", "contextlib", "ctypes", "difflib", "errno", "fcntl",
-                   "functools", "gc", "gzip", "hashlib", "hmac", "http.client", "http.server",
-                   "importlib", "io", "itertools", "json", "lzma", "marshal", "mmap", "os", "pwd",
-                   "queue", "re", "select", "shutil", "signal", "socket", "sqlite3", "ssl", "stat",
-                   "struct", "subprocess", "sys", "tempfile", "threading", "time", "traceback",
-                   "typing", "urllib.parse", "zlib"}
+                   "builtins", "bz2", "collections", "contextlib", "ctypes", "difflib", "errno",
+                   "fcntl", "functools", "gc", "gzip", "hashlib", "hmac", "http.client",
+                   "http.server", "importlib", "io", "itertools", "json", "lzma", "marshal", "mmap",
+                   "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket", "sqlite3",
+                   "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
+                   "traceback", "typing", "urllib.parse", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -7068,9 +7068,6 @@ class Ladders(StoreTest):
         fd = os.open(path, os.O_RDONLY)
         self.addCleanup(os.close, fd)
         return fd
-
-    def cleanups(self) -> None:
-        self.doCleanups()
 
     def fill(self, ladder: cstor.ContentCopier, error: int = 0, devices: tuple[int, int] = (1, 2)
              ) -> tuple[str, bytes, int]:
@@ -18750,7 +18747,6 @@ class RealExport(unittest.TestCase):
 
 
 CAPABILITY = b"\1\0\0\2\0\4\0\0" + bytes(12)  # cap_net_bind_service+ep
-EARLIER = b"13000000000"
 REALPATHS = """
 import os, sys
 os.path.realpath(os.curdir)
