@@ -3197,10 +3197,10 @@ class Layer(Record):
         with LayerFiles(self) as files:
             return open(files.open(path), "rb")
 
-    def export(self, out: int | BinaryIO, *, verify: bool = True,
+    def export(self, out: int | BinaryIO | None, *, verify: bool = True,
                progress: Progress | None = None,
                also: Callable[[bytes | Extent], object] | None = None) -> str:
-        """Write the tar, bit for bit, to a descriptor or a binary file.
+        """Write the tar, bit for bit, to a descriptor or a binary file, with None nowhere.
 
         Returns its sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.  ``also``
         is given each piece as well.  When the digest is wrong, or none is known, CRC-64 finds the
@@ -4671,7 +4671,7 @@ class Salvage:
                 continue
             self._tried.add((layer, digest))
             layer.diff_digest, actual = digest, ""
-            sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
+            sink = TarSink(None, hashing=True, layer=layer.id)
             try:
                 actual = sink.take_all(layer.items())
                 layer.proven, layer.diff_size = True, sink.size
@@ -6129,7 +6129,7 @@ class LayerReader:
                  for way in SPARSE_CONVENTIONS if at < 1 or way[0] == 4096]
         for convention in ways[:52 + MAX_TRIED // max(layer.diff_size, 1)] \
                 if layer.diff_digest else ():
-            sink = TarSink(_Nowhere(), hashing=True, layer=layer.id)
+            sink = TarSink(None, hashing=True, layer=layer.id)
             try:
                 if sink.take_all(LayerReader(layer, convention).items()) == layer.diff_digest:
                     return convention
@@ -6434,18 +6434,19 @@ class TarSink:
     """Collects a tar in large buffers, which a second thread hashes and writes.
 
     hashlib and write(2) release the GIL to the thread that reads.  Without ``hashing`` the kernel
-    copies large extents.  ``out`` is a descriptor, or an object with write().
+    copies large extents.  ``out`` is a descriptor, or an object with write(); with None only digest
+    and size are wanted.
     """
 
     KERNEL_COPY = 1 << 20  # for less, waiting for the other thread costs more
     BUFFERS = 4
 
-    def __init__(self, out: int | BinaryIO, *, hashing: bool, layer: str,
+    def __init__(self, out: int | BinaryIO | None, *, hashing: bool, layer: str,
                  progress: Progress | None = None, chunk: int = CHUNK) -> None:
         self.size = 0
         self.files = 0
         self._layer, self._progress = layer, progress
-        if not isinstance(out, int) and not hasattr(out, "write"):
+        if out is not None and not isinstance(out, int) and not hasattr(out, "write"):
             raise TypeError(f"out must be a descriptor or a binary file, not {type(out).__name__}")
         if progress:
             progress(0, 0)
@@ -6476,7 +6477,7 @@ class TarSink:
                     self._hash.update(view)
                 if isinstance(self._out, int):
                     write_all(self._out, view)
-                else:
+                elif self._out is not None:
                     write_object(self._out, view)
         except BaseException as error:  # _flush() raises it in the thread that reads
             self._error = error
@@ -6571,8 +6572,8 @@ class TarSink:
     def abort(self) -> None:
         """End the thread after an error; it may be blocked by a reader that reads nothing."""
         self._error = InterruptedError()  # another one would keep all frames, and files, alive
-        if hasattr(self._out, "abort"):  # the thread may wait for it
-            self._out.abort()
+        if abort := getattr(self._out, "abort", None):  # the thread may wait for it
+            abort()
         self._close(0.5 if isinstance(self._out, int) else None)
 
     def _close(self, patience: float | None = None) -> None:
@@ -6581,16 +6582,6 @@ class TarSink:
             self._closed = True
             self._thread.submit(lambda: os.close(out))
         self._thread.close(patience)
-
-
-class _Nowhere(io.BytesIO):
-    """An output for a tar of which only digest and length are wanted."""
-
-    size = 0
-
-    def write(self, data: Any) -> int:
-        self.size += len(data)
-        return len(data)
 
 
 # ================================================================================================
@@ -7856,7 +7847,7 @@ class Tree(Closing):
                 raise Unsupported(f"{tree.label} has no DiffID, so it cannot be verified",
                                   hint="without --verify, sizes and recorded CRC-64s are checked")
             elif layer:
-                layer.export(_Nowhere(), progress=progress)
+                layer.export(None, progress=progress)
         if progress:
             progress(0, 0)
 
@@ -9851,8 +9842,9 @@ def layer_blob(layer: Layer) -> tuple[str, int]:
     if re.fullmatch("sha256:" + HEX64, layer.diff_digest) and (
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
         return layer.diff_digest, layer.diff_size
-    counter = _Nowhere()
-    return layer.export(counter), counter.size
+    sizes: list[int] = []
+    return layer.export(None, also=lambda piece: sizes.append(
+        piece.length if isinstance(piece, Extent) else len(piece))), sum(sizes)
 
 
 def check_config(image: Image, digests: Sequence[str]) -> bytes:
@@ -10889,7 +10881,7 @@ class LayerStream(Closing):
 
         With them come the number of the file's directory or -1, and its size; a 0 is the digest's.
         """
-        sink = TarSink(_Nowhere(), hashing=True, layer=self.label)
+        sink = TarSink(None, hashing=True, layer=self.label)
         with OnError(sink.abort):
             for chunk in chunks:
                 if isinstance(chunk, bytes):
@@ -11082,7 +11074,7 @@ class Staging:
         self._own(tree.close)
         if end := stream.hash_apart() if self._apart else None:
             self._own(end)
-        sink = TarSink(_Nowhere(), hashing=True, layer=stream.label) \
+        sink = TarSink(None, hashing=True, layer=stream.label) \
             if self._check and not end else None
         try:
             for literal, member, content in stream.items(self._check):
@@ -11245,7 +11237,7 @@ def write_stream(layer: Layer, out: BinaryIO, listing: BinaryIO | None = None, *
         if codec != CODECS[0] else \
         SplitfdstreamWriter(out.write, take if listing else None, threshold=threshold)
     with OnError(writer.break_off):
-        return layer.export(_Nowhere(), progress=progress, also=writer.add)
+        return layer.export(None, progress=progress, also=writer.add)
 
 
 def place_of(fd: int) -> bytes:
@@ -13787,7 +13779,7 @@ class LayerCheck:
         lost: tuple[bytes, ...] = ()
         offset = self._contents = 0
         sink = None if self.quick or self._part > 0 else TarSink(
-            _Nowhere(), hashing=True, layer=self.layer.id, progress=self._progress)
+            None, hashing=True, layer=self.layer.id, progress=self._progress)
         with closing(LayerReader(self.layer).headers()) as items, LayerFiles(place) as files, \
                 OnError(lambda: sink.abort() if sink else None):
             for literal, member, _ in items if self.quick else place.storage.opener.ahead(
@@ -13919,7 +13911,7 @@ class LayerCheck:
         return None
 
     def _hash(self, items: Generator[Item, None, None]) -> str:
-        return TarSink(_Nowhere(), hashing=True, layer=self.layer.id,
+        return TarSink(None, hashing=True, layer=self.layer.id,
                        progress=self._progress).take_all(items)
 
     def _judge(self, found: list[Finding], size: IntegrityError | None) -> Iterator[Finding]:
