@@ -3338,7 +3338,7 @@ class Image(Record):
         self._faults += self._unproven(chain)
         for layer in chain:
             self._faults += [f"layer {layer.id}: {fault}" for fault in (
-                layer.faults if layer is chain[-1] else layer.damage())]
+                layer.faults if layer is chain[-1] and not layer.lost else layer.damage())]
         if not self._is_sound(chain) and not self.is_list and not self._chain() \
                 and self.diff_ids() is None:
             self._faults.append("no layer")
@@ -3540,13 +3540,18 @@ class Image(Record):
 
     @property
     def size(self) -> int:
-        """Bytes as ``podman images`` counts them: all layers uncompressed, and the big data."""
+        """Bytes as ``podman images`` counts them: all layers uncompressed, and the big data.
+
+        -1 when the sizes of layers were lost.
+        """
         data = sum(size for size in self._sizes.values() if isinstance(size, int)
                    and 0 <= size < 1 << 63)
         try:
             chain = self.storage.chain(self.layer)
         except CstorError:
             return data
+        if any(layer.lost and layer.diff_size < 0 for layer in chain):
+            return -1
         return data + sum(max(layer.diff_size, 0) for layer in chain)
 
     def history(self) -> list[dict[str, Any]]:
@@ -4008,6 +4013,7 @@ class Storage(Closing):
     OPENER: type[Opener] = Opener
     config: Config | None = None
     layer_stores: Sequence[str] = ()  # additional layer stores
+    watch: Any = nullcontext  # makes a context of the progress of what is hashed, or of None
 
     def __init__(self, graphroot: str, runroot: str = "", imagestore: str = "",
                  stores: Sequence[str] = (), owner_ids: str = "", driver: str = "",
@@ -4674,6 +4680,7 @@ class Salvage:
         self._loose: dict[Layer, str] = {}  # those whose parent nothing tells
         self._tried: set[tuple[Layer, str | None]] = set()  # DiffIDs layers lack, None = any
         self._done: set[Image] = set()
+        self._progress: Progress | None = None
         for layer in layers:
             if layer.lost and not self._look_below(layer):
                 self._loose[layer] = ""
@@ -4725,7 +4732,7 @@ class Salvage:
                 continue
             self._tried.add((layer, digest))
             layer.diff_digest, actual = digest, ""
-            sink = TarSink(None, hashing=True, layer=layer.id)
+            sink = TarSink(None, hashing=True, layer=layer.id, progress=self._progress)
             try:
                 actual = sink.take_all(layer.items())
                 layer.proven, layer.diff_size = True, sink.size
@@ -4742,10 +4749,11 @@ class Salvage:
         """Find the layers of images, by ``hashing`` where nothing else tells."""
         lost = [image for image in images if image.lost]
         if lost or any(layer.lost for layer in self.storage.layers()):
-            for image, way in product(images, (False, True)[:1 + hashing]):
-                with suppress(CstorError, OSError):  # faults of the image say it
-                    if image not in self._done and self._find(image, way):
-                        self._done.add(image)
+            with self.storage.watch() as self._progress:
+                for image, way in product(images, (False, True)[:1 + hashing]):
+                    with suppress(CstorError, OSError):  # faults of the image say it
+                        if image not in self._done and self._find(image, way):
+                            self._done.add(image)
         names = self._names() if lost else {}
         known = {name for image in images if not image.lost for name in image.names}
         for image in lost:
@@ -18211,6 +18219,7 @@ def _run(words: Sequence[str]) -> int:
     if not opened:
         return args.function(None, args) or 0
     with opened as storage:
+        storage.watch = lambda: ProgressLine(0, args.quiet)
         status = args.function(storage, args) or 0
         hidden = args.quiet or args.status
         for fault in [*storage.unverified, *([] if hidden else storage.faults)]:

@@ -3686,6 +3686,27 @@ class Salvaging(StoreTest):
         for text in bad:
             self.assertRegex(text, "image [0-9a-f]{64}: no layer, but the configuration names more")
 
+    def test_what_lists_show(self) -> None:
+        """Sizes are unknown, hashing shows its progress, and each fault is there once."""
+        store = self.builds()
+        lose(store, "empty")
+        told: list[int] = []
+
+        @contextlib.contextmanager
+        def watch() -> Iterator[Callable[[int, int], None]]:
+            yield lambda size, files: told.append(size)
+
+        with self.open(store, salvage=True) as storage:
+            storage.watch = watch
+            images = storage.images()
+            self.assertEqual(-1, storage.image(store.images[-1]["id"]).size)
+            self.assertEqual([["its record is lost", f"{n} layer{'s' * (n > 1)} not verified"]
+                              for n in (1, 2, 1, 1)], [
+                storage.image(row["id"]).faults for row in store.images])
+            self.assertEqual(4, len(images))
+        self.assertEqual({0, *(len(store.tars[name * 64]) for name in "acde")}, {*told})
+        self.assertIn("unknown", self.run_on(store, "--salvage image list").out)
+
     def test_by_digest(self) -> None:
         store = self.builds()
         lose(store, "empty")
