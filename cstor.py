@@ -55,12 +55,13 @@ Sections; classes and module-level code use what stands above, a method may call
     22 clients               of our server, of composefs, of proxies
     23 rootless              the helper in a user namespace, for private contents
     24 check                 what is damaged: findings with stable codes
-    25 disk usage            what images cost, and what removing them frees
-    26 registry              images over HTTP, to every client of the OCI ecosystem
-    27 formats               tables, JSON, sizes and ages, progress, outputs
-    28 queries               filters, order, Go templates; what podman says of objects
-    29 commands              one function per command
-    30 command line          the tables of commands and options, main()
+    25 salvage               what is left where records are damaged or lost
+    26 disk usage            what images cost, and what removing them frees
+    27 registry              images over HTTP, to every client of the OCI ecosystem
+    28 formats               tables, JSON, sizes and ages, progress, outputs
+    29 queries               filters, order, Go templates; what podman says of objects
+    30 commands              one function per command
+    31 command line          the tables of commands and options, main()
 """
 
 # Copyright (c) 2026 the cstor.py authors
@@ -3735,53 +3736,6 @@ class Container(Record):
         return tree
 
 
-def left_ids(storage: Storage, word: str, root: Contents) -> Iterator[str]:
-    """Yield the IDs of what has files in a root, or is a container of podman's database."""
-    records, files = storage.home(word), storage.home()
-    for name in root.names(records):
-        if storage.salvage and name.endswith(TAR_SPLIT) or word != "layer" \
-                and root.names(records + b"/" + name):
-            yield os.fsdecode(name.replace(TAR_SPLIT, b""))
-    for name in root.names(files) if word == "layer" else ():
-        with suppress(NeedsUnshare):  # a rootless user's container, say
-            if root.exists(b"/".join((files, name, b"additionallayer"))):
-                continue
-        if re.fullmatch(HEX64, os.fsdecode(name)):
-            yield name.decode()
-    yield from storage.podman_containers() if storage.salvage and word == "container" else ()
-
-
-def left_record(storage: Storage, word: str, root: Contents, record_id: str) -> dict[str, Any]:
-    """Return what is left of a record: its big data; of a container what those who run it tell.
-
-    Digests are those in the names of items, with which contents are compared when they are read.
-    """
-    place = b"/".join((storage.home(word), os.fsencode(record_id), b""))
-    record: dict[str, Any] = {"id": record_id, "big-data-names": []}
-    for name in root.names(place):
-        with suppress(ValueError, OSError):  # not an item
-            key = (decode_base64(name[1:]) if name[:1] == b"=" else name).decode()
-            if big_data_file(key) == name and stat.S_ISREG(root.lstat(place + name).st_mode):
-                record["big-data-names"].append(key)
-    if word == "image":
-        digests = record["big-data-digests"] = {key: key[-71:] for key in record["big-data-names"]
-                                                if re.search(f"sha256:{HEX64}$", key)}
-        with suppress(CstorError, OSError):
-            data = root.read(place + b"manifest", MAX_BIG_DATA)
-            record["digest"] = digests["manifest"] = sha256_digest(data)
-    elif word == "container":
-        state, told = storage.podman_containers().get(record_id, {}), {}
-        for file in (b"config.json", b"buildah.json"):  # of the OCI runtime, of buildah
-            with suppress(CstorError, OSError):
-                told.update(parse_object(root.read(place + b"userdata/" + file, MAX_OBJECT), ""))
-        mount = told.get("mount-point") or as_dict(told.get("root")).get("path")
-        layer = re.search(f"/(?:overlay|vfs/dir)/({HEX64})(?:/|$)", str(mount))
-        title = str(state.get("name") or told.get("container-name") or "")
-        record.update(names=[title] * bool(title), layer=layer[1] if layer else "",
-                      image=str(state.get("image-id") or told.get("image-id") or ""))
-    return record
-
-
 # ================================================================================================
 # 8. Storage
 #
@@ -4664,167 +4618,6 @@ def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
         return rows
     finally:
         database.close()
-
-
-class Salvage:
-    """Finds what records that are lost told: whose parent a layer is, and which image's it is.
-
-    The file "lower" names what is below a layer, and the ID of a layer that was pulled is made of
-    its parent's ID and its DiffID.  Other layers are hashed, each once, and only to find those of
-    an image.  Whatever leaves a layer as a tar is hashed anyway.
-    """
-
-    def __init__(self, storage: Storage, layers: Sequence[Layer]) -> None:
-        self.storage = storage
-        self._above: dict[str, list[Layer]] = {}  # by parent
-        self._loose: dict[Layer, str] = {}  # those whose parent nothing tells
-        self._tried: set[tuple[Layer, str | None]] = set()  # DiffIDs layers lack, None = any
-        self._done: set[Image] = set()
-        self._progress: Progress | None = None
-        for layer in layers:
-            if layer.lost and not self._look_below(layer):
-                self._loose[layer] = ""
-            else:
-                self._above.setdefault(layer.parent, []).append(layer)
-            layer.record.update({"parent": layer.parent} if layer.parent else {})
-
-    @staticmethod
-    def _look_below(layer: Layer) -> bool:
-        """Tell whether the files of a layer tell its parent, which it has then."""
-        with suppress(CstorError, OSError):
-            lower = layer.lower_ids()
-            if layer.overlay_file(b"diff1")[0]:  # a copy of the first one for other user IDs
-                del lower[0]
-            layer.parent = "".join(lower[:1])
-            return bool(lower) or layer.overlay_file(b"empty")[0] is not None
-        return False
-
-    def _settle(self, layer: Layer, parent: str, digest: str) -> None:
-        """Note the parent and the DiffID of a layer."""
-        if layer in self._loose:
-            del self._loose[layer]
-            self._above.setdefault(parent, []).append(layer)
-        layer.parent, layer.diff_digest = parent, digest
-        layer.record.update({"diff-digest": digest, "parent": parent})
-
-    def _step(self, parent: str, digest: str, hashing: bool) -> list[Layer]:
-        """Return the layers of a DiffID that are on top of ``parent``, "" for nothing."""
-        chain_id = sha256_digest(f"{parent}+{digest[7:]}".encode()) if parent else digest
-        near, loose = self._above.setdefault(parent, []), self._loose
-        layer = self.storage.layer_by_id(chain_id[7:])
-        if layer and layer.lost and not layer.diff_digest and (layer in loose or layer in near):
-            self._settle(layer, parent, digest)
-        for layer in [*near, *loose] if hashing else ():
-            if layer.lost and not layer.diff_digest:
-                self._hash(layer, digest)
-        found = [layer for layer in near
-                 if digest in (layer.diff_digest, layer.compressed_diff_digest)]
-        if not found:  # one copy for each parent
-            found = [layer for layer in loose if layer.diff_digest == digest][:1]
-            for layer in found:
-                self._settle(layer, parent, digest)
-        return found
-
-    def _hash(self, layer: Layer, wanted: str = "") -> None:
-        """Compute a DiffID that is lost; some sparse files can be read only with the right one."""
-        for digest in ("", wanted):
-            if layer.diff_digest or not self._tried.isdisjoint([(layer, None), (layer, digest)]):
-                continue
-            self._tried.add((layer, digest))
-            layer.diff_digest, actual = digest, ""
-            sink = TarSink(None, hashing=True, layer=layer.id, progress=self._progress)
-            try:
-                actual = sink.take_all(layer.items())
-                layer.proven, layer.diff_size = True, sink.size
-                layer.record.update({"diff-digest": actual, "diff-size": sink.size})
-            except Unsupported:  # also without tar-split data
-                pass
-            except (CstorError, OSError) as error:  # no other DiffID helps
-                self._tried.add((layer, None))
-                self._loose.pop(layer, None)
-                self.storage.faults.append(f"layer {layer.id}: its DiffID is not known: {error}")
-            layer.diff_digest = actual
-
-    def images(self, images: Sequence[Image], *, hashing: bool = False) -> None:
-        """Find the layers of images, by ``hashing`` where nothing else tells."""
-        lost = [image for image in images if image.lost]
-        if lost or any(layer.lost for layer in self.storage.layers()):
-            with self.storage.watch() as self._progress:
-                for image, way in product(images, (False, True)[:1 + hashing]):
-                    with suppress(CstorError, OSError):  # faults of the image say it
-                        if image not in self._done and self._find(image, way):
-                            self._done.add(image)
-        names = self._names() if lost else {}
-        known = {name for image in images if not image.lost for name in image.names}
-        for image in lost:
-            image.names = [name for name in names if names[name] == {image.id} and "/" in name
-                           and name not in known]
-            image.record.update(names=image.names, layer=image.layer, created=image.created)
-
-    def _find(self, image: Image, hashing: bool) -> bool:
-        """Find the layers of an image; tell whether there is no more to find."""
-        config, level = image.config(), [""]
-        if image.lost:
-            image.created = str(config.get("created") or "")
-        if image.manifest().get("schemaVersion") == 1:
-            return self._find_schema1(image, config, hashing)
-        ids = [str(digest) for digest in as_list(as_dict(config.get("rootfs")).get("diff_ids"))]
-        if not all(re.fullmatch("sha256:" + HEX64, digest) for digest in ids):
-            return True
-        self.storage.named.update(ids)
-        chain = self.storage.chain(image.layer)
-        if len(chain) != len(ids):
-            for digest in ids[:MAX_LOWERS + 1]:
-                level = [layer.id for below in level
-                         for layer in self._step(below, digest, hashing)]
-            image.layer = image.layer or (level or [""])[0]
-            chain = self.storage.chain(image.layer)
-        for layer, digest in zip(chain, ids) if len(chain) == len(ids) else ():
-            if layer.lost and not layer.diff_digest:
-                self._settle(layer, layer.parent, digest)
-        return len(chain) == len(ids)
-
-    def _find_schema1(self, image: Image, config: dict[str, Any], hashing: bool) -> bool:
-        """Find the layers whose DiffIDs give the ID of the image: its configuration's digest."""
-        count = sum(not row.get("empty_layer") for row in config["history"])
-        for top in [image.layer] * bool(image.layer) or [each.id for each in self.storage.layers()]:
-            with suppress(LayerUnknown, FormatError):
-                chain = self.storage.chain(top)
-                for layer in chain if hashing and len(chain) == count else ():
-                    if layer.lost:
-                        self._hash(layer)
-                found = Image(self.storage, image.root, {**image.record, "layer": top})
-                if len(chain) == count and sha256_digest(found.config_bytes())[7:] == image.id:
-                    image.layer = top
-                    return True
-        return False
-
-    def _names(self) -> dict[str, set[str]]:
-        """Return the IDs of images by the names that containers give them."""
-        found: dict[str, set[str]] = {}
-        graph = self.storage._graph
-        for container in self.storage._load(Container, [graph] if graph else []):
-            name = container.details().get("image-name") or container.state.get("image-name")
-            found.setdefault(str(name), set()).add(container.image)
-        return found
-
-    def containers(self, containers: Sequence[Container]) -> None:
-        """Find the writable layers of containers by their names, and what is below them."""
-        storage, images = self.storage, self.storage.images()
-        named = {name: layer.id for layer in storage.layers() for name in layer.names}
-        for container in containers:
-            if container.lost and container.names and not container.layer:
-                container.layer = named.get(f"{container.names[0]}-layer", "")
-            if not (layer := storage.layer_by_id(container.layer)):
-                continue
-            above = [image.id for image in images if layer.parent and image.layer == layer.parent]
-            if container.lost and not container.image and len(above) == 1:
-                container.image = above[0]
-            if layer in self._loose:
-                layer.parent = "".join(image.layer for image in images
-                                       if image.id == container.image)
-            layer.proven = layer.proven or not container.lost and not layer.diff_digest
-            container.record.update(layer=layer.id, image=container.image)
 
 
 # ================================================================================================
@@ -14396,7 +14189,222 @@ def check_storage(storage: Storage) -> list[Finding]:
 
 
 # ================================================================================================
-# 25. Disk usage
+# 25. Salvage
+#
+# After a power cut a file of records can be cut, zeroed or gone while all else is still there.
+# Big data items have their digests in their names, a layer's directory names those below it, and
+# the ID of a layer that was pulled is made of its parent's ID and its DiffID.  All that is a claim
+# until the tar is hashed, as is whatever leaves a layer as a tar.
+# ================================================================================================
+
+def left_ids(storage: Storage, word: str, root: Contents) -> Iterator[str]:
+    """Yield the IDs of what has files in a root, or is a container of podman's database."""
+    records, files = storage.home(word), storage.home()
+    for name in root.names(records):
+        if storage.salvage and name.endswith(TAR_SPLIT) or word != "layer" \
+                and root.names(records + b"/" + name):
+            yield os.fsdecode(name.replace(TAR_SPLIT, b""))
+    for name in root.names(files) if word == "layer" else ():
+        with suppress(NeedsUnshare):  # a rootless user's container, say
+            if root.exists(b"/".join((files, name, b"additionallayer"))):
+                continue
+        if re.fullmatch(HEX64, os.fsdecode(name)):
+            yield name.decode()
+    yield from storage.podman_containers() if storage.salvage and word == "container" else ()
+
+
+def left_record(storage: Storage, word: str, root: Contents, record_id: str) -> dict[str, Any]:
+    """Return what is left of a record: its big data; of a container what those who run it tell.
+
+    Digests are those in the names of items, with which contents are compared when they are read.
+    """
+    place = b"/".join((storage.home(word), os.fsencode(record_id), b""))
+    record: dict[str, Any] = {"id": record_id, "big-data-names": []}
+    for name in root.names(place):
+        with suppress(ValueError, OSError):  # not an item
+            key = (decode_base64(name[1:]) if name[:1] == b"=" else name).decode()
+            if big_data_file(key) == name and stat.S_ISREG(root.lstat(place + name).st_mode):
+                record["big-data-names"].append(key)
+    if word == "image":
+        digests = record["big-data-digests"] = {key: key[-71:] for key in record["big-data-names"]
+                                                if re.search(f"sha256:{HEX64}$", key)}
+        with suppress(CstorError, OSError):
+            data = root.read(place + b"manifest", MAX_BIG_DATA)
+            record["digest"] = digests["manifest"] = sha256_digest(data)
+    elif word == "container":
+        state, told = storage.podman_containers().get(record_id, {}), {}
+        for file in (b"config.json", b"buildah.json"):  # of the OCI runtime, of buildah
+            with suppress(CstorError, OSError):
+                told.update(parse_object(root.read(place + b"userdata/" + file, MAX_OBJECT), ""))
+        mount = told.get("mount-point") or as_dict(told.get("root")).get("path")
+        layer = re.search(f"/(?:overlay|vfs/dir)/({HEX64})(?:/|$)", str(mount))
+        title = str(state.get("name") or told.get("container-name") or "")
+        record.update(names=[title] * bool(title), layer=layer[1] if layer else "",
+                      image=str(state.get("image-id") or told.get("image-id") or ""))
+    return record
+
+
+class Salvage:
+    """Finds what records that are lost told: whose parent a layer is, and which image's it is.
+
+    Layers whose IDs tell nothing are hashed, each once, and only to find those of an image.
+    """
+
+    def __init__(self, storage: Storage, layers: Sequence[Layer]) -> None:
+        self.storage = storage
+        self._above: dict[str, list[Layer]] = {}  # by parent
+        self._loose: dict[Layer, str] = {}  # those whose parent nothing tells
+        self._tried: set[tuple[Layer, str | None]] = set()  # DiffIDs layers lack, None = any
+        self._done: set[Image] = set()
+        self._progress: Progress | None = None
+        for layer in layers:
+            if layer.lost and not self._look_below(layer):
+                self._loose[layer] = ""
+            else:
+                self._above.setdefault(layer.parent, []).append(layer)
+            layer.record.update({"parent": layer.parent} if layer.parent else {})
+
+    @staticmethod
+    def _look_below(layer: Layer) -> bool:
+        """Tell whether the files of a layer tell its parent, which it has then."""
+        with suppress(CstorError, OSError):
+            lower = layer.lower_ids()
+            if layer.overlay_file(b"diff1")[0]:  # a copy of the first one for other user IDs
+                del lower[0]
+            layer.parent = "".join(lower[:1])
+            return bool(lower) or layer.overlay_file(b"empty")[0] is not None
+        return False
+
+    def _settle(self, layer: Layer, parent: str, digest: str) -> None:
+        """Note the parent and the DiffID of a layer."""
+        if layer in self._loose:
+            del self._loose[layer]
+            self._above.setdefault(parent, []).append(layer)
+        layer.parent, layer.diff_digest = parent, digest
+        layer.record.update({"diff-digest": digest, "parent": parent})
+
+    def _step(self, parent: str, digest: str, hashing: bool) -> list[Layer]:
+        """Return the layers of a DiffID that are on top of ``parent``, "" for nothing."""
+        chain_id = sha256_digest(f"{parent}+{digest[7:]}".encode()) if parent else digest
+        near, loose = self._above.setdefault(parent, []), self._loose
+        layer = self.storage.layer_by_id(chain_id[7:])
+        if layer and layer.lost and not layer.diff_digest and (layer in loose or layer in near):
+            self._settle(layer, parent, digest)
+        for layer in [*near, *loose] if hashing else ():
+            if layer.lost and not layer.diff_digest:
+                self._hash(layer, digest)
+        found = [layer for layer in near
+                 if digest in (layer.diff_digest, layer.compressed_diff_digest)]
+        if not found:  # one copy for each parent
+            found = [layer for layer in loose if layer.diff_digest == digest][:1]
+            for layer in found:
+                self._settle(layer, parent, digest)
+        return found
+
+    def _hash(self, layer: Layer, wanted: str = "") -> None:
+        """Compute a DiffID that is lost; some sparse files can be read only with the right one."""
+        for digest in ("", wanted):
+            if layer.diff_digest or not self._tried.isdisjoint([(layer, None), (layer, digest)]):
+                continue
+            self._tried.add((layer, digest))
+            layer.diff_digest, actual = digest, ""
+            sink = TarSink(None, hashing=True, layer=layer.id, progress=self._progress)
+            try:
+                actual = sink.take_all(layer.items())
+                layer.proven, layer.diff_size = True, sink.size
+                layer.record.update({"diff-digest": actual, "diff-size": sink.size})
+            except Unsupported:  # also without tar-split data
+                pass
+            except (CstorError, OSError) as error:  # no other DiffID helps
+                self._tried.add((layer, None))
+                self._loose.pop(layer, None)
+                self.storage.faults.append(f"layer {layer.id}: its DiffID is not known: {error}")
+            layer.diff_digest = actual
+
+    def images(self, images: Sequence[Image], *, hashing: bool = False) -> None:
+        """Find the layers of images, by ``hashing`` where nothing else tells."""
+        lost = [image for image in images if image.lost]
+        if lost or any(layer.lost for layer in self.storage.layers()):
+            with self.storage.watch() as self._progress:
+                for image, way in product(images, (False, True)[:1 + hashing]):
+                    with suppress(CstorError, OSError):  # faults of the image say it
+                        if image not in self._done and self._find(image, way):
+                            self._done.add(image)
+        names = self._names() if lost else {}
+        known = {name for image in images if not image.lost for name in image.names}
+        for image in lost:
+            image.names = [name for name in names if names[name] == {image.id} and "/" in name
+                           and name not in known]
+            image.record.update(names=image.names, layer=image.layer, created=image.created)
+
+    def _find(self, image: Image, hashing: bool) -> bool:
+        """Find the layers of an image; tell whether there is no more to find."""
+        config, level = image.config(), [""]
+        if image.lost:
+            image.created = str(config.get("created") or "")
+        if image.manifest().get("schemaVersion") == 1:
+            return self._find_schema1(image, config, hashing)
+        ids = [str(digest) for digest in as_list(as_dict(config.get("rootfs")).get("diff_ids"))]
+        if not all(re.fullmatch("sha256:" + HEX64, digest) for digest in ids):
+            return True
+        self.storage.named.update(ids)
+        chain = self.storage.chain(image.layer)
+        if len(chain) != len(ids):
+            for digest in ids[:MAX_LOWERS + 1]:
+                level = [layer.id for below in level
+                         for layer in self._step(below, digest, hashing)]
+            image.layer = image.layer or (level or [""])[0]
+            chain = self.storage.chain(image.layer)
+        for layer, digest in zip(chain, ids) if len(chain) == len(ids) else ():
+            if layer.lost and not layer.diff_digest:
+                self._settle(layer, layer.parent, digest)
+        return len(chain) == len(ids)
+
+    def _find_schema1(self, image: Image, config: dict[str, Any], hashing: bool) -> bool:
+        """Find the layers whose DiffIDs give the ID of the image: its configuration's digest."""
+        count = sum(not row.get("empty_layer") for row in config["history"])
+        for top in [image.layer] * bool(image.layer) or [each.id for each in self.storage.layers()]:
+            with suppress(LayerUnknown, FormatError):
+                chain = self.storage.chain(top)
+                for layer in chain if hashing and len(chain) == count else ():
+                    if layer.lost:
+                        self._hash(layer)
+                found = Image(self.storage, image.root, {**image.record, "layer": top})
+                if len(chain) == count and sha256_digest(found.config_bytes())[7:] == image.id:
+                    image.layer = top
+                    return True
+        return False
+
+    def _names(self) -> dict[str, set[str]]:
+        """Return the IDs of images by the names that containers give them."""
+        found: dict[str, set[str]] = {}
+        graph = self.storage._graph
+        for container in self.storage._load(Container, [graph] if graph else []):
+            name = container.details().get("image-name") or container.state.get("image-name")
+            found.setdefault(str(name), set()).add(container.image)
+        return found
+
+    def containers(self, containers: Sequence[Container]) -> None:
+        """Find the writable layers of containers by their names, and what is below them."""
+        storage, images = self.storage, self.storage.images()
+        named = {name: layer.id for layer in storage.layers() for name in layer.names}
+        for container in containers:
+            if container.lost and container.names and not container.layer:
+                container.layer = named.get(f"{container.names[0]}-layer", "")
+            if not (layer := storage.layer_by_id(container.layer)):
+                continue
+            above = [image.id for image in images if layer.parent and image.layer == layer.parent]
+            if container.lost and not container.image and len(above) == 1:
+                container.image = above[0]
+            if layer in self._loose:
+                layer.parent = "".join(image.layer for image in images
+                                       if image.id == container.image)
+            layer.proven = layer.proven or not container.lost and not layer.diff_digest
+            container.record.update(layer=layer.id, image=container.image)
+
+
+# ================================================================================================
+# 26. Disk usage
 #
 # What lies on disk belongs to units: layers, images and containers by word and ID, with the path of
 # an additional store behind them.  A block counts once, whichever hard links and reflinks lead to
@@ -14656,7 +14664,7 @@ class DiskUsage:
 
 
 # ================================================================================================
-# 26. Registry
+# 27. Registry
 #
 # The pull side of the OCI Distribution Specification 1.1; the standard library carries HTTP.
 # A repository is the name of an image.  Its manifest is that of copy-to-oci, so its layers are
@@ -15295,7 +15303,7 @@ def listen_at(address: str) -> Any:
 
 
 # ================================================================================================
-# 27. Formats
+# 28. Formats
 #
 # Tables are for people: short IDs, sizes and ages.  JSON holds raw values.  Only a terminal shows
 # progress.  A result gets its name when it is whole.
@@ -15983,7 +15991,7 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 
 
 # ================================================================================================
-# 28. Queries
+# 29. Queries
 #
 # What lists show, in which order and how: filters, sort keys and Go templates as podman has them.
 # A row has podman's fields; our own lists take the same rows and print records.
@@ -16718,7 +16726,7 @@ def port_bindings(row: Fields) -> dict[str, list[Fields]]:
 
 
 # ================================================================================================
-# 29. Commands
+# 30. Commands
 #
 # A command gets the storage and its arguments, prints to stdout, and returns the exit status.
 # ================================================================================================
@@ -17468,7 +17476,7 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 
 # ================================================================================================
-# 30. Command line
+# 31. Command line
 #
 # One table of commands and one of options make the parser.  Options with values mean the same
 # before the command and behind it.
