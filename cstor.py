@@ -13,7 +13,20 @@ As a library::
         for image in storage.images():
             print(image.names, image.size)
         layer = storage.image("docker.io/library/alpine").layers()[-1]
-        layer.export(open("layer.tar", "wb"))        # sha256 checked against diff-digest
+        with open("layer.tar", "wb") as out:
+            layer.export(out)                        # sha256 checked against diff-digest
+
+Its classes, and what one does with them (``pydoc cstor.Storage`` shows all of one)::
+
+    Storage     images image layers layer containers container resolve_link check disk_usage
+    Image       manifest config history layers size single instances faults  tree toc blame
+                extract export copy_to_oci verify
+    Layer       diff_digest diff_size faults  members pieces open_file tree toc extract export
+                verify
+    Container   state details faults  tree extract export
+    Tree        walk glob lookup read content diff export verify
+    RpcServer   serve; RpcClient, ProxyV2Client and VarlinkClient: images layers layer; a Registry
+                is given out by a RegistryServer: serve
 
 As a command::
 
@@ -155,14 +168,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "DiskUsage", "Extent",
-    "FetchedImage",
-    "Finding", "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer", "LayerStream",
-    "LayerTree", "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound", "PassedFile",
-    "ProtocolError", "ProxiedStorage", "ProxyV2Client", "Registry", "RegistryServer", "RpcClient",
-    "RpcServer", "SplitdirfdstreamReader",
-    "SplitdirfdstreamWriter", "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree",
-    "Unsupported", "VarlinkClient", "crc64", "diff_tars", "extract_streams", "extract_tree",
-    "fetch_layer", "load_config", "main", "read_stream", "spell", "unspell",
+    "FetchedImage", "Finding", "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer",
+    "LayerStream", "LayerTree", "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound",
+    "PassedFile", "ProtocolError", "ProxiedStorage", "ProxyV2Client", "Registry", "RegistryServer",
+    "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
+    "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree", "Unsupported", "VarlinkClient",
+    "copy_to_oci", "crc64", "diff_tars", "diff_trees", "extract_streams", "extract_tree",
+    "fetch_layer", "load_config", "main", "read_stream", "spell", "unspell", "write_docker_archive",
+    "write_oci_archive", "write_stream",
 ]
 
 
@@ -375,7 +388,10 @@ READ_SIZE = 32 << 10  # unit of reading compressed metadata, which grows about 2
 def check_type(what: str, value: object, kind: type) -> None:
     """Raise TypeError for an argument of another type: names inside layers are bytes."""
     if not isinstance(value, kind):
-        raise TypeError(f"{what} must be {kind.__name__}, not {type(value).__name__}")
+        why = {"bytes str": ": names inside layers are bytes, as os.fsencode() returns them",
+               "str bytes": " (os.fsdecode() returns str)"
+               }.get(f"{kind.__name__} {type(value).__name__}", "")
+        raise TypeError(f"{what} must be {kind.__name__}, not {type(value).__name__}{why}")
 
 
 def check_words(what: str, words: Iterable[str], known: Sequence[str] = ()) -> list[str]:
@@ -442,6 +458,7 @@ def spell(name: bytes) -> str:
 
 def unspell(text: str) -> bytes:
     """Return the name that spell() made a string of."""
+    check_type("text", text, str)
     text = re.sub("[\uef80-\uefff]", lambda m: chr(ord(m[0]) - 0xEF00 + 0xDC00), text)
     return text.encode("utf-8", "surrogateescape")
 
@@ -1002,7 +1019,9 @@ def with_path(error: OSError, path: str) -> OSError:
         return NeedsUnshare(f"{display(path)}: {os.strerror(errno.EACCES)}",
                             hint="run it as root or as the owner of the store, or for a rootless "
                                  "store inside `podman unshare`")
-    return OSError(error.errno, os.strerror(error.errno or 0), path)
+    text = "the storage is closed, or the tree" if error.errno == errno.EBADF \
+        else os.strerror(error.errno or 0)
+    return OSError(error.errno, text, path)
 
 
 def file_type(mode: int) -> str:
@@ -2864,7 +2883,8 @@ class Record:
     ``record`` is the JSON object as stored; ``root`` the Directory that holds it; ``faults`` what
     is wrong with it, in words.  ``id``, ``names``, ``created`` (RFC 3339), ``metadata``,
     ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store); ``lost``
-    for a record that was lost: this one holds what Salvage found.
+    for a record that was lost: this one holds what Salvage found; and the
+    ``storage``.
     """
 
     WORD = ""
@@ -3014,8 +3034,9 @@ class Layer(Record):
     ``parent`` is a layer ID or "".  ``diff_digest`` is the DiffID of the uncompressed tar or "",
     ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest`` and
     ``compression`` (a word) describe the blob as it was pulled; ``toc_digest`` that of partial
-    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}.  The DiffID of a
-    layer whose record is ``lost`` is what an image makes of it until it is ``proven``: computed, or
+    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}; ``incomplete``
+    tells whether its creation or removal has not finished.  The DiffID of a layer whose record is
+    ``lost`` is what an image makes of it until it is ``proven``: computed, or
     a container's record says that there is none.
     """
 
@@ -3316,7 +3337,8 @@ class Image(Record):
     """One image, a record of images.json; see Storage.image() and Storage.images().
 
     ``digest`` is that of the first manifest ever seen or ""; ``layer`` the ID of the top layer or
-    ""; ``mapped_layers`` are its copies for other user IDs; ``names_history`` newest first.
+    ""; ``mapped_layers`` are its copies for other user IDs; ``names_history`` newest first;
+    ``digests`` all by which it can be asked for.
     """
 
     WORD = "image"
@@ -3592,6 +3614,30 @@ class Image(Record):
         """
         return merged_tree(self.single(platform).checked_chain(), f"image {self.title}", known)
 
+    def export(self, out: int | BinaryIO, form: str = "rootfs", *, names: Sequence[str] = (),
+               platform: str = "", verify: bool = False, progress: Progress | None = None) -> None:
+        """Write its files as one tar, or an archive, to a descriptor or binary file.
+
+        ``form`` is rootfs, docker-archive or oci-archive; an archive gives it ``names``, and always
+        verifies its layers.  write_docker_archive() and write_oci_archive() take several images.
+        """
+        check_words("form", [form], ("rootfs", "docker-archive", "oci-archive"))
+        if form == "rootfs":
+            with self.tree(platform=platform) as tree:
+                tree.export(out, verify=verify, progress=progress)
+            return
+        write = write_docker_archive if form == "docker-archive" else write_oci_archive
+        write(out, [(self.single(platform), check_words("names", names))], progress)
+
+    def blame(self, patterns: Sequence[str] = (), *, hidden: bool = False, platform: str = ""
+              ) -> Iterator[dict[str, Any]]:
+        """Yield the layer and step of each file, and what it hides; or all ``hidden`` files."""
+        image, history = self.single(platform), []
+        with suppress(NotFound):  # an image without a manifest
+            history = image.history()
+        with image.tree() as tree:
+            yield from blame_tree(tree, history, patterns, hidden)
+
     def copy_to_oci(self, directory: str, tag: str = "", *, compression: str = "none",
                     platform: str = "", every: bool = False, progress: Progress | None = None,
                     tell: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
@@ -3608,7 +3654,8 @@ class Image(Record):
 class Container(Record):
     """One container, a record of containers.json; see Storage.container().
 
-    ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs.
+    ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs; ``uidmap`` and ``gidmap`` as of a
+    Layer.
     """
 
     WORD = "container"
@@ -3701,6 +3748,12 @@ class Container(Record):
                  for name in image.names]
         return str(self.state.get("image-name") or self.details().get("image-name")
                    or (names[0] if names else ""))
+
+    def export(self, out: int | BinaryIO, *, verify: bool = False,
+               progress: Progress | None = None) -> None:
+        """Write its files, with the writable layer, as one tar to a descriptor or binary file."""
+        with self.tree() as tree:
+            tree.export(out, verify=verify, progress=progress)
 
     def tree(self, known: dict[str, LayerTree] | None = None) -> Tree:
         """Return the merged tree of its image's layers and its own writable one.
@@ -3959,9 +4012,11 @@ class Storage(Closing):
     """A containers/storage storage, read-only: the joined records of all its roots.
 
     A context manager; owns descriptors of its roots.  Records are read once, when first asked for;
-    reload() forgets them.  ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a
-    whole cannot be used, ``notes`` what a reader should know of its layers, and ``unverified`` what
-    Tree.verify() passed over.
+    reload() forgets them.  ``graphroot``, ``runroot`` and ``imagestore`` are paths, ``config`` what
+    discover() found, ``owner_ids`` as given, ``elsewhere`` a hint, ``opener`` opens contents.
+    ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a whole cannot be used,
+    ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
+    over.  ``salvage`` tells whether lost records are found again, ``named`` is for that.
     """
 
     OPENER: type[Opener] = Opener
@@ -4374,6 +4429,7 @@ class Storage(Closing):
         A link that was lost (in a crash, say) is found in the layers' own ``link`` files.  Raises
         LayerUnknown.
         """
+        check_type("link", link, str)
         if re.fullmatch(LINK_ID, link) and self.driver == "overlay":
             for root in self.roots:
                 try:
@@ -5162,7 +5218,8 @@ class Member:
     ``mode`` (permissions, 0 to 0o7777), ``uid``, ``gid``, ``mtime_ns`` (since 1970),
     ``linkname``, ``uname``, ``gname`` (bytes), ``devmajor``, ``devminor``, ``xattrs`` (name to
     value, bytes) and ``pax`` (all records of its pax header) are read when they are first used;
-    that raises FormatError for a malformed field.
+    that raises FormatError for a malformed field.  ``padding`` bytes follow the content; ``base64``
+    is the checksum as tar-split spells it.
     """
 
     __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "base64",
@@ -6276,6 +6333,14 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
     return table()
 
 
+def write_out(out: int | BinaryIO, data: bytes) -> None:
+    """Write all of ``data`` to a descriptor or a binary file."""
+    if isinstance(out, int):
+        write_all(out, data)
+    else:
+        write_object(out, memoryview(data))
+
+
 def write_object(out: BinaryIO, view: memoryview) -> None:
     """Write all of ``view`` to an object whose write() may take less, as that of raw files."""
     while view:
@@ -6495,8 +6560,10 @@ class Node:
 
     ``type`` is reg, dir, symlink, char, block, fifo, socket or whiteout.  ``mode`` (0 to 0o7777),
     ``mtime_ns``, ``size`` and ``linkname`` (a symbolic link's target) are as a container sees them.
-    ``children`` (of a directory) maps names to nodes.  ``opaque`` directories hide what the layers
-    below have in them; ``implicit`` ones have no entry of their own.  ``tree`` is the LayerTree.
+    ``name`` is its last component, ``parent`` its directory's node, ``owner`` (uid, gid, uname,
+    gname), ``extra`` what else is known; ``children`` map names to nodes.  ``opaque`` directories
+    hide what the layers below have in them; ``implicit`` ones have no entry of their own.  ``tree``
+    is the LayerTree.
     """
 
     __slots__ = ("tree", "parent", "name", "type", "mode", "owner", "mtime_ns", "size", "linkname",
@@ -7497,7 +7564,8 @@ class Tree(Closing):
     """The merged view of several LayerTrees, the top one first.
 
     Paths are bytes, relative to the root of the image; a leading "/" does not matter.  ``raw``
-    shows whiteouts as whiteouts.  A context manager; owns the LayerTrees.
+    shows whiteouts as whiteouts; ``label`` says whose it is.  A context manager; owns the
+    LayerTrees, ``layers``.
     """
 
     def __init__(self, layers: Sequence[LayerTree], label: str = "", *, raw: bool = False) -> None:
@@ -7540,7 +7608,10 @@ class Tree(Closing):
 
     def seek(self, paths: Iterable[bytes], *, follow: bool = True) -> None:
         """Prepare lookup() of several paths: layers that were not read are searched only once."""
-        self._lookups.seek(list(paths), follow)
+        paths = list(paths)
+        for path in paths:
+            check_type("path", path, bytes)
+        self._lookups.seek(paths, follow)
 
     def lookup(self, path: bytes, *, follow: bool = True) -> tuple[bytes, Node]:
         """Return (path without links, node); ``follow`` tells whether to follow a last link.
@@ -7549,7 +7620,6 @@ class Tree(Closing):
         where their files on disk and a search in their headers do not give the answer; see Lookups.
         Raises NotFound, FormatError for a loop.
         """
-        check_type("path", path, bytes)
         self.seek([path], follow=follow)
         if found := self._lookups.found.get((path, follow)):
             return found
@@ -7731,6 +7801,22 @@ class Tree(Closing):
             for data in self.content(node):
                 crc = crc64(data, crc)
         return crc
+
+    def export(self, out: int | BinaryIO, *, path: bytes = b"", name: bytes = b"",
+               verify: bool = False, progress: Progress | None = None) -> None:
+        """Write all files, or ``path`` as ``name``, as one tar: the same bytes each time.
+
+        ``out`` is a descriptor or binary file; with ``verify`` see verify().
+        """
+        if verify:
+            self.verify(progress)
+        for data in tar_out(self, path, name, progress):
+            write_out(out, data)
+
+    def diff(self, other: Tree, *, ignore: Sequence[str] = ()
+             ) -> Iterator[tuple[bytes, Node | None, Node | None, list[str]]]:
+        """Yield what differs in another tree, the newer one; see diff_trees()."""
+        return diff_trees(self, other, ignore)
 
     def read(self, path: bytes, *, follow: bool = True) -> Iterator[bytes]:
         """Yield the content of the regular file ``path``, checked; see lookup() and content()."""
@@ -8205,6 +8291,16 @@ def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
             yield row
 
 
+def blame_tree(tree: Tree, history: Sequence[dict[str, Any]], patterns: Sequence[str],
+               hidden: bool) -> Iterator[dict[str, Any]]:
+    """Yield blame_rows(), or hidden_rows(), of the paths that match."""
+    steps = {row["layer"]: str(row.get("created_by") or "") for row in history if "layer" in row}
+    part = tree if hidden else tree.limited(patterns)
+    views = [Tree([layer]) for layer in tree.layers] if hidden else [part]
+    return (hidden_rows if hidden else blame_rows)(part, steps, compile_patterns(
+        patterns, lambda: (path for view in views for path in view.paths())))
+
+
 def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
     """Return the JSON of one file of one layer."""
     layer = node.tree.layer_id
@@ -8269,6 +8365,7 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     ``progress`` gets what was read of both files, or if one is a pipe, of the first tar.  Raises
     FormatError for what is not a tar or damaged by its compression, Unsupported, OSError.
     """
+    check_words("tars", [a, b])
     with TarSide(a) as left, TarSide(b, left) as right:
         yield from _TarDiff(left, right).rows(progress)
 
@@ -10066,10 +10163,10 @@ def copy_to_oci(image: Image, directory: str, tag: str = "", *,
 # -- archives ------------------------------------------------------------------------------------
 
 class ArchiveWriter:
-    """Writes a tar of files without owners, all with one time, to a descriptor."""
+    """Writes a tar of files without owners, all with one time, to a descriptor or binary file."""
 
-    def __init__(self, fd: int, progress: Progress | None = None) -> None:
-        self._fd, self._progress = fd, progress
+    def __init__(self, out: int | BinaryIO, progress: Progress | None = None) -> None:
+        self._out, self._progress = out, progress
         self._time = source_date_epoch()
         self._names: set[str] = set()
 
@@ -10079,31 +10176,31 @@ class ArchiveWriter:
             self._names.add(name)
             header = tar_header(name.encode(), typeflag, mode=mode, size=len(data),
                                 mtime_ns=self._time)
-            write_all(self._fd, header + data + bytes(-len(data) % BLOCK))
+            write_out(self._out, header + data + bytes(-len(data) % BLOCK))
 
     def layer(self, name: str, layer: Layer, digest: str, size: int) -> None:
         """Write a layer's tar, once.  Raises IntegrityError if it differs from its digest."""
         if name in self._names:
             return
         self._names.add(name)
-        write_all(self._fd, tar_header(name.encode(), b"0", size=size, mtime_ns=self._time))
-        if (actual := layer.export(self._fd, progress=self._progress)) != digest:
+        write_out(self._out, tar_header(name.encode(), b"0", size=size, mtime_ns=self._time))
+        if (actual := layer.export(self._out, progress=self._progress)) != digest:
             raise IntegrityError("its tar has the wrong digest", layer=layer.id, expected=digest,
                                  actual=actual)
-        write_all(self._fd, bytes(-size % BLOCK))
+        write_out(self._out, bytes(-size % BLOCK))
 
     def finish(self) -> None:
         """Write the end of the archive."""
-        write_all(self._fd, bytes(2 * BLOCK))
+        write_out(self._out, bytes(2 * BLOCK))
 
 
-def write_docker_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
+def write_docker_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequence[str]]],
                          progress: Progress | None = None) -> None:
     """Write what ``podman load`` and ``docker load`` read: images, each with the names to give it.
 
     Names are ``repository:tag``.  Raises IntegrityError, after which the output is invalid.
     """
-    archive = ArchiveWriter(fd, progress)
+    archive = ArchiveWriter(out, progress)
     rows = []
     for image, names in images:
         layers, config = image_parts(image)
@@ -10117,10 +10214,10 @@ def write_docker_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
     archive.finish()
 
 
-def write_oci_archive(fd: int, images: Sequence[tuple[Image, Sequence[str]]],
+def write_oci_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequence[str]]],
                       progress: Progress | None = None) -> None:
     """Write a tar of an OCI layout: images, each with the names to give it in the index."""
-    archive = ArchiveWriter(fd, progress)
+    archive = ArchiveWriter(out, progress)
     entries = []
     archive.file("oci-layout", LAYOUT_FILE)
     for folder in ("blobs/", "blobs/sha256/"):
@@ -14495,6 +14592,7 @@ def shared_extents(fd: int) -> list[tuple[tuple[int, int], int, int]]:
 class DiskUsage:
     """What a storage takes on disk, in bytes; as_json() returns all that `store df` shows.
 
+    ``storage`` is the one that was measured, ``units`` what each of its records needs.
     ``orphans`` are findings of what no record names, ``unused_layers`` those that no image and no
     container needs, ``dangling`` images without a name that nothing needs.  ``unreadable`` names
     directories that could not be read: what is in them is not counted.
@@ -15941,8 +16039,7 @@ def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> 
         progress.expect((node for _, node, _ in part.walk(path)), tree.layers * verify)
         if verify:
             tree.verify(progress)
-        for data in tar_out(part, path, name, progress):
-            write_all(fd, data)
+        part.export(fd, path=path, name=name, progress=progress)
 
 
 def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
@@ -17377,14 +17474,9 @@ def cmd_blame(storage: Storage, args: Any) -> None:
         history = image.history()
     except NotFound:
         history = []  # an image without a manifest
-    steps = {row["layer"]: str(row.get("created_by") or "") for row in history if "layer" in row}
     with image.tree() as tree:
         note_open_steps(history, args)
-        part = tree if args.hidden else tree.limited(args.pattern)
-        views = [Tree([layer]) for layer in tree.layers] if args.hidden else [part]
-        first, rows = peek((hidden_rows if args.hidden else blame_rows)(
-            part, steps, compile_patterns(
-                args.pattern, lambda: (path for view in views for path in view.paths()))))
+        first, rows = peek(blame_tree(tree, history, args.pattern, args.hidden))
         if first is None and not args.hidden:
             need_match(tree, args.pattern)
         show(args, rows, blame_lines(rows, args))

@@ -3191,7 +3191,9 @@ class Library(StoreTest):
         out = self.dir + "/out"
         modes = "'auto', 'reflink', 'hardlink', 'copy'"
         patterns = "patterns must be a list of str, not str"
-        path = "path must be bytes, not str"
+        decode = " (os.fsdecode() returns str)"
+        encode = ": names inside layers are bytes, as os.fsencode() returns them"
+        path = "path must be bytes, not str" + encode
         ours, theirs = socket.socketpair()
         self.addCleanup(theirs.close)
         with self.open(store) as storage, storage.image("sample").tree() as tree, \
@@ -3225,7 +3227,7 @@ class Library(StoreTest):
                 (f"TypeError: {patterns}", lambda: tree.glob("etc")),
                 ("TypeError: patterns must be a list of str, not bytes",
                  lambda: tree.glob(anything.OPAQUE_MARKER)),
-                ("TypeError: each of patterns must be str, not bytes",
+                ("TypeError: each of patterns must be str, not bytes" + decode,
                  lambda: tree.glob([anything.OPAQUE_MARKER])),
                 (f"TypeError: {patterns}", lambda: image.extract(out, paths="etc")),
                 (f"TypeError: {patterns}", lambda: layer.extract(out, exclude="etc")),
@@ -3238,14 +3240,14 @@ class Library(StoreTest):
                 (f"TypeError: {path}", lambda: list(tree.walk(anything.REF_NAME))),
                 (f"TypeError: {path}", lambda: list(tree.read(anything.REF_NAME))),
                 (f"TypeError: {path}", lambda: layer.open_file(anything.REF_NAME)),
-                ("TypeError: path must be str, not bytes",
+                ("TypeError: path must be str, not bytes" + decode,
                  lambda: image.extract(anything.OPAQUE_MARKER)),
-                ("TypeError: path must be str, not bytes",
+                ("TypeError: path must be str, not bytes" + decode,
                  lambda: image.copy_to_oci(anything.OPAQUE_MARKER)),
-                *[("TypeError: reference must be str, not bytes",
+                *[("TypeError: reference must be str, not bytes" + decode,
                    functools.partial(find, anything.OPAQUE_MARKER))
                   for find in (storage.image, storage.layer, storage.container)],
-                ("TypeError: name must be bytes, not str",
+                ("TypeError: name must be bytes, not str" + encode,
                  lambda: cstor.spell(anything.REF_NAME)),
                 ("TypeError: out must be a descriptor or a binary file, not str",
                  lambda: layer.export(anything.REF_NAME)),
@@ -3382,6 +3384,370 @@ class Library(StoreTest):
 # ================================================================================================
 # 9. References
 # ================================================================================================
+
+# A program for each public class, as a user may write it, and what it prints.  ROOT is the graph
+# root of make_shown().
+PROGRAMS = {
+    "Config": ("""
+config = cstor.load_config({"HOME": "/nonexistent"}, euid=0, system_root=ROOT)
+print(config.driver, config.graphroot, config.scheme)
+""", " .*/var/lib/containers/storage old"),
+    "Storage": ("""
+with cstor.Storage.open(ROOT) as storage:
+    print(storage.driver, storage.graphroot == ROOT, len(storage.images()), len(storage.layers()))
+    print([image.names[0] for image in storage.images()], storage.container("web").names)
+    print(storage.resolve_link(storage.layer("3c42d5a").link_id)[:7], storage.check())
+""", r"overlay True 3 4\n\['docker.io/library/alpine:3.20', .*\] \['web'\]\n3c42d5a \[\]"),
+    "ProxiedStorage": ("""
+with cstor.ProxiedStorage.open(ROOT) as storage, storage.image("alpine").tree() as tree:
+    print(b"".join(tree.read(b"etc/alpine-release")), storage.is_proxied)  # a helper, if needed
+""", r"b'3.20.3\\n' (True|False)"),
+    "Image": ("""
+with cstor.Storage.open(ROOT) as storage:
+    image = storage.image("app:2")
+    print(image.names, image.config()["os"], len(image.layers()), image.history()[-1]["created_by"])
+    for row in image.blame(["etc/passwd"]):
+        print(row["path"], row["layer"] == image.layers()[1].id, len(row["hides"]))
+    print(sum(row["wasted"] for row in image.blame(hidden=True)) > 3000000, image.verify())
+    with open("rootfs.tar", "wb") as out:
+        image.export(out, verify=True)
+    with open("archive.tar", "wb") as out:
+        image.export(out, "docker-archive", names=["localhost/app:2"])
+    image.extract("root")
+    print(sorted(os.listdir("root")), image.copy_to_oci("layout", "2")["mediaType"])
+""", r"""\['localhost/app:2'\] linux 3 .*rm -rf .*
+/etc/passwd True 1
+True \[\]
+\['bin', 'etc', 'lib', 'root', 'srv'\] application/vnd.oci.image.manifest.v1\+json"""),
+    "Layer": ("""
+with cstor.Storage.open(ROOT) as storage:
+    layer = storage.image("alpine").layers()[-1]
+    with open("layer.tar", "wb") as out:
+        print(layer.export(out) == layer.diff_digest, out.tell() == layer.diff_size)
+    with layer.open_file(b"etc/alpine-release") as file:
+        print(file.read(), layer.verify(quick=True))
+""", r"True True\nb'3.20.3\\n' \[\]"),
+    "Container": ("""
+with cstor.Storage.open(ROOT) as storage:
+    container = storage.container("web")
+    print(container.details()["name"], container.state)
+    container.extract("root", exclude=["root"])
+    with open("web.tar", "wb") as out:
+        container.export(out)
+    print(os.path.getsize("web.tar") > 900000, os.listdir("root/tmp"))
+""", r"web {}\nTrue \['note'\]"),
+    "Tree": ("""
+with cstor.Storage.open(ROOT) as storage:
+    with storage.image("app:1").tree() as old, storage.image("app:2").tree() as new:
+        print([path for path, node, _ in new.walk(b"etc") if node.type == "reg"])
+        print(new.lookup(b"bin/sh")[0], b"".join(new.read(b"/etc/app.conf")))
+        for path, before, after, what in old.diff(new, ignore=["time"]):
+            print(path, what)
+        out = io.BytesIO()
+        new.export(out, path=b"etc", name=b"config")
+        print(tarfile.open(fileobj=io.BytesIO(out.getvalue())).getnames()[:2])
+""", r"""\[b'etc/alpine-release', b'etc/app.conf', .*\]
+b'bin/busybox' b'port = 8080\\n'
+b'etc/app.conf' .*
+(b'.*\n)*\['config', 'config/alpine-release'\]"""),
+    "LayerTree": ("""
+with cstor.Storage.open(ROOT) as storage, storage.image("app:2").tree() as tree:
+    print([layer.layer_id[:7] for layer in tree.layers], tree.layers[-1].whole)
+""", r"\['950c707', '.*', '3c42d5a'\] (True|False)"),
+    "Node": ("""
+with cstor.Storage.open(ROOT) as storage, storage.image("alpine").tree() as tree:
+    path, node = tree.lookup(b"etc/passwd")
+    print(node.path, node.type, oct(node.mode), node.uid, node.size, node.parent.name)
+""", r"b'etc/passwd' reg 0o644 0 30 b'etc'"),
+    "Member": ("""
+with cstor.Storage.open(ROOT) as storage:
+    for member in storage.layer("3c42d5a").members():
+        if member.type == "symlink":
+            print(member.name, member.linkname, len(member.header), member.stored)
+""", r"b'bin/sh' b'busybox' 512 0"),
+    "Extent": ("""
+with cstor.Storage.open(ROOT) as storage:
+    for piece in storage.layer("3c42d5a").pieces():
+        if isinstance(piece, cstor.Extent) and piece.member.name == b"etc/alpine-release":
+            print(piece.length, piece.is_whole_file, b"".join(piece.chunks()))
+""", r"7 True b'3.20.3\\n'"),
+    "Finding": ("""
+with cstor.Storage.open(ROOT) as storage:
+    os.unlink(ROOT + "/overlay/" + storage.layer("3c42d5a").id + "/diff/etc/passwd")
+    for finding in storage.image("alpine").verify():
+        print(finding.code, finding.severity, finding.path, finding.as_json()["kind"])
+""", r"file-missing damage etc/passwd missing"),
+    "DiskUsage": ("""
+with cstor.Storage.open(ROOT) as storage:
+    usage = storage.disk_usage()
+    print(usage.dangling, usage.unused_layers, sorted(usage.as_json())[:2])
+""", r"\[\] \[\] \['.*"),
+    "LayerStream": ("""
+with open("base.stream", "wb") as out, cstor.Storage.open(ROOT) as storage:
+    cstor.write_stream(storage.layer("3c42d5a"), out)
+with open("base.stream", "rb") as file:
+    chunks = cstor.SplitfdstreamReader(file.read, [].__getitem__)
+    with cstor.LayerStream(chunks, label="base") as stream, open("base.tar", "wb") as out:
+        print(stream.export(out))
+""", r"sha256:[0-9a-f]{64}"),
+    "SplitfdstreamReader": ("""
+data = io.BytesIO((-3 % (1 << 64)).to_bytes(8, "little") + b"abc")
+print(list(cstor.SplitfdstreamReader(data.read, [].__getitem__)))
+""", r"\[b'abc'\]"),
+    "SplitfdstreamWriter": ("""
+data = io.BytesIO()
+with cstor.Storage.open(ROOT) as storage:
+    writer = cstor.SplitfdstreamWriter(data.write)
+    for piece in storage.layer("3c42d5a").pieces():
+        writer.add(piece)
+    print(len(data.getvalue()) > storage.layer("3c42d5a").diff_size)
+""", r"True"),
+    "SplitdirfdstreamReader": ("""
+data = io.BytesIO()
+with cstor.Storage.open(ROOT) as storage:
+    writer = cstor.SplitdirfdstreamWriter(data.write)
+    for piece in storage.layer("3c42d5a").pieces():
+        writer.add(piece)
+    data.seek(0)
+    chunks = cstor.SplitdirfdstreamReader(data.read, [])
+    print(sum(map(len, chunks)) == storage.layer("3c42d5a").diff_size)
+""", r"True"),
+    "SplitdirfdstreamWriter": ("""
+data = io.BytesIO()
+cstor.SplitdirfdstreamWriter(data.write).add(b"abc")
+print(data.getvalue().endswith(b"abc"))
+""", r"False|True"),
+    "PassedFile": ("""
+with tempfile.TemporaryFile() as file:
+    file.write(b"content")
+    file.flush()
+    print(cstor.PassedFile(file.fileno()).measure("a file"))
+""", r"7"),
+    "RpcServer": ("""
+ours, theirs = socket.socketpair()
+server = cstor.RpcServer(lambda: cstor.Storage.open(ROOT))
+thread = threading.Thread(target=server.handle, args=(theirs,))
+thread.start()
+with cstor.RpcClient(ours) as client:
+    print(len(client.images()), len(client.layers()))
+thread.join()
+""", r"3 4"),
+    "Registry": ("""
+with cstor.Storage.open(ROOT) as storage:
+    registry = cstor.Registry(storage, ["localhost/app"])
+    print(registry.storage is storage)
+""", r"True"),
+    "RegistryServer": ("""
+with cstor.Storage.open(ROOT) as storage, socket.create_server(("127.0.0.1", 0)) as listener:
+    server = cstor.RegistryServer(cstor.Registry(storage), lambda: cstor.Storage.open(ROOT),
+                                  insecure=True)
+    thread = threading.Thread(target=server.serve, args=(listener,))
+    thread.start()
+    url = "http://%s:%s/v2/localhost/app/tags/list" % listener.getsockname()
+    import urllib.request
+    print(json.load(urllib.request.urlopen(url)))
+    server.stop()
+    thread.join()
+""", r"{'name': 'localhost/app', 'tags': \['1', '2'\]}"),
+    "RpcClient": ("""
+with cstor.RpcClient(SOCKET) as client, open("layer.tar", "wb") as out:
+    with client.layer("3c42d5a") as stream:
+        print(stream.export(out) == stream.digest)
+""", r"True"),
+    "ProxyV2Client": ("""
+with cstor.ProxyV2Client(SOCKET) as client:
+    client.initialize()
+    image = client.open_image("containers-storage:alpine")
+    with open("layer.tar", "wb") as out, client.image_layer(image, DIGEST) as stream:
+        print(stream.export(out) == DIGEST)
+""", r"True"),
+    "VarlinkClient": ("""
+with cstor.VarlinkClient(SOCKET) as client:
+    print(len(client.images()))
+    with open("layer.tar", "wb") as out, client.layer("3c42d5a") as stream:
+        print(stream.export(out) == DIGEST)
+""", r"3\nTrue"),
+    "FetchedImage": ("""
+with cstor.Storage.open(ROOT) as storage:
+    storage.image("alpine").copy_to_oci("layout", "1")
+with cstor.FetchedImage("oci:layout:1") as image:
+    print(image.extract("root")["files"])
+""", r"\d+"),
+    "CstorError": ("""
+with cstor.Storage.open(ROOT) as storage:
+    try:
+        storage.image("alpin")
+    except cstor.CstorError as error:  # all but the system's OSErrors
+        print(type(error).__name__, error, error.hint)
+""", r"ImageUnknown image not known: alpin did you mean alpine:3.20\?"),
+}
+
+
+class Api(StoreTest):
+    """What other programs can do with the module."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.store = make_shown(self.dir + "/store")
+
+    def program(self, text: str, **names: Any) -> str:
+        """Run a program in a directory of its own; return what it prints."""
+        for name in ("cstor", "io", "json", "os", "socket", "tarfile", "tempfile", "threading"):
+            names[name] = sys.modules[name]
+        before = os.getcwd()
+        with tempfile.TemporaryDirectory(dir=self.dir) as place, \
+                contextlib.redirect_stdout(io.StringIO()) as out:
+            os.chdir(place)
+            try:
+                exec(compile(text, "program", "exec"), names)
+            finally:
+                os.chdir(before)
+        return out.getvalue()
+
+    def test_programs(self) -> None:
+        classes = {name for name in cstor.__all__ if isinstance(getattr(cstor, name), type)}
+        self.assertEqual({"CstorError"}, {name for name in PROGRAMS if issubclass(
+            getattr(cstor, name), Exception)})
+        self.assertEqual(classes, {*PROGRAMS, *(name for name in classes if issubclass(
+            getattr(cstor, name), cstor.CstorError))})
+        digest = self.store.layers[0]["diff-digest"]
+        with serving(self.dir + "/sock", opener=lambda: cstor.Storage.open(self.store.root)):
+            for name, (text, wanted) in PROGRAMS.items():
+                with self.subTest(name):
+                    if name == "FetchedImage":
+                        need_tools("skopeo")
+                    root = self.store.root if name != "Finding" else make_shown(
+                        self.dir + "/other").root
+                    with self.unchanged(self.store.root):
+                        said = self.program(text, ROOT=root, SOCKET=self.dir + "/sock",
+                                            DIGEST=digest)
+                    self.assertRegex(said, rf"\A{wanted}\n\Z")
+
+    def test_readme(self) -> None:
+        """The example runs as it is, on any file system."""
+        with open(HERE + "/README.md", encoding="utf-8") as file:
+            text = re.findall(r"(?m)^    import cstor\n(?:    .*\n|\n)+", file.read())
+        put(self.dir + "/conf", f'[storage]\ndriver = "overlay"\ngraphroot = "{self.store.root}"\n'
+                                f'runroot = "{self.dir}"\n')
+        with mock.patch.dict(os.environ, {"CONTAINERS_STORAGE_CONF": self.dir + "/conf"}):
+            self.assertRegex(self.program(textwrap.dedent(text[0])), "Alpine Linux")
+
+    def test_the_library_does_what_commands_do(self) -> None:
+        run = functools.partial(self.run_on, self.store)
+        with self.open(self.store) as storage:
+            image, container = storage.image("app:2"), storage.container("web")
+            all_names = ["localhost/app:2"]
+            for form in "rootfs", "docker-archive", "oci-archive":
+                names = all_names * (form != "rootfs")
+                out = io.BytesIO()
+                image.export(out, form, names=names)
+                self.assertEqual(run(f"image export app:2 --as {form}").stdout, out.getvalue())
+                with tempfile.TemporaryFile() as file:
+                    image.export(file.fileno(), form, names=names, verify=form == "rootfs")
+                    self.assertEqual(os.fstat(file.fileno()).st_size, len(out.getvalue()))
+            out = io.BytesIO()
+            container.export(out)
+            self.assertEqual(run("container export web").stdout, out.getvalue())
+            for hidden in False, True:
+                self.assertEqual(run("image blame app:2 --format json" + " --hidden" * hidden).json,
+                                 list(image.blame(hidden=hidden)))
+            with storage.image("app:1").tree() as old, image.tree() as new:
+                self.assertEqual(
+                    [(row["path"], row["what"])
+                     for row in run("image diff app:1 app:2 --format json", status=1).json],
+                    [(cstor.spell(b"/" + path), what) for path, _, _, what in old.diff(new)])
+            unknown: Sequence[Any] = "docker", b"rootfs"
+            for form in unknown:
+                with self.assertRaisesRegex((ValueError, TypeError), "form"):
+                    image.export(io.BytesIO(), form)
+
+    def test_a_damaged_layer_is_noticed(self) -> None:
+        overwrite(self.store.path("overlay", SHOWN_LAYER, "diff/etc/os-release"), b"X")
+        with cstor.Storage.open(self.store.root) as storage:
+            for thing in storage.image("app:2"), storage.container("web"):
+                with self.assertRaises(cstor.IntegrityError):
+                    thing.export(io.BytesIO(), verify=True)
+
+    def test_a_closed_storage_says_so(self) -> None:
+        storage = cstor.Storage.open(self.store.root)
+        image, layer = storage.image("app:2"), storage.layer("3c42d5a")
+        other = cstor.Storage.open(self.store.root)
+        tree = image.tree()
+        storage.close()
+        other.close()
+        for action in (
+                other.images, other.layers, other.containers, other.check, other.disk_usage,
+                lambda: other.image("app:2"), lambda: other.resolve_link("A" * 26), image.config,
+                image.tree, image.verify, lambda: image.extract(self.dir + "/out"),
+                lambda: image.export(io.BytesIO()), lambda: layer.export(io.BytesIO()),
+                lambda: list(layer.members()), lambda: layer.open_file(b"etc/passwd"),
+                lambda: list(tree.read(b"etc/passwd")), lambda: list(image.blame())):
+            with self.assertRaisesRegex(OSError, "the storage is closed"):
+                action()
+        self.assertFalse(os.path.exists(self.dir + "/out"))
+
+    def test_names_inside_are_bytes_and_paths_str(self) -> None:
+        with cstor.Storage.open(self.store.root) as storage:
+            layer = storage.layer("3c42d5a")
+            tree = storage.image("app:2").tree()
+            inside = r"must be bytes, not str: names inside layers are bytes, as os.fsencode\(\)"
+            wanted = r"must be str, not bytes \(os.fsdecode\(\) returns str\)"
+            odd: Any = "etc/passwd"
+            action: Callable[[], object]
+            for action in (lambda: layer.open_file(odd), lambda: tree.lookup(odd),
+                           lambda: list(tree.read(odd)), lambda: list(tree.walk(odd)),
+                           lambda: tree.seek([odd]), lambda: cstor.spell(odd),
+                           lambda: tree.export(io.BytesIO(), path=odd)):
+                with self.assertRaisesRegex(TypeError, inside):
+                    action()
+            raw: Any = os.fsencode(self.dir + "/x")
+            for action in (lambda: storage.image(raw), lambda: storage.layer(raw),
+                           lambda: storage.container(raw), lambda: storage.resolve_link(raw),
+                           lambda: cstor.unspell(raw), lambda: list(tree.glob([raw])),
+                           lambda: tree.diff(tree, ignore=[raw]).__next__(),
+                           lambda: storage.image("app:2").extract(raw),
+                           lambda: storage.image("app:2").copy_to_oci(raw),
+                           lambda: cstor.diff_tars(raw, raw).__next__()):
+                with self.assertRaisesRegex(TypeError, wanted):
+                    action()
+            tree.close()
+
+    def test_documentation(self) -> None:
+        """Everything public is documented and typed, and the module's text lists what it names."""
+        with self.open(self.store) as storage, storage.image("alpine").tree() as tree:
+            layer = storage.layer("3c42d5a")
+            for thing in (storage, storage.images()[0], layer, storage.container("web"), tree,
+                          tree.lookup(b"etc")[1], next(layer.members()), storage.disk_usage(),
+                          cstor.load_config({}, euid=0, system_root=self.dir)):
+                kinds = type(thing).__mro__
+                names = {*getattr(thing, "__dict__", ()), *(
+                    name for kind in kinds for name in getattr(kind, "__slots__", ()))}
+                text = " ".join(kind.__doc__ or "" for kind in kinds)
+                self.assertEqual([], sorted(name for name in names if name[0] != "_"
+                                            and not re.search(rf"\b{name}\b", text)), thing)
+        for name in cstor.__all__:
+            public = getattr(cstor, name)
+            for each, call in ([(name, public)] if inspect.isfunction(public) else [
+                    pair for pair in inspect.getmembers(public, inspect.isfunction)
+                    if pair[0][0] != "_" and pair[1].__module__ == "cstor"]):
+                for parameter in inspect.signature(call).parameters.values():
+                    self.assertNotEqual(parameter.kind, parameter.VAR_KEYWORD, (name, each))
+                    if parameter.name not in ("self", "cls"):
+                        self.assertIsNot(parameter.annotation, parameter.empty, (name, each))
+        rows = re.findall(r"(?m)^    (?:    +|(Storage|Image|Layer|Container|Tree) +)([\w ]+)$",
+                          (cstor.__doc__ or "").split("all of one)::\n")[1].split("RpcServer")[0])
+        self.assertEqual(["Storage", "Image", "Layer", "Container", "Tree"],
+                         [kind for kind, _ in rows if kind])
+        kind = ""
+        for found, names_of in rows:
+            kind = found or kind
+            with self.open(self.store) as storage:
+                things: dict[str, Any] = {
+                    "Storage": storage, "Image": storage.images()[0], "Layer": storage.layers()[0],
+                    "Container": storage.container("web"), "Tree": cstor.Tree}
+                for word in names_of.split():
+                    self.assertTrue(hasattr(things[kind], word), (kind, word))
+
 
 class References(StoreTest):
     def setUp(self) -> None:
