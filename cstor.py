@@ -16865,7 +16865,7 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
 
 
 def cmd_images(storage: Storage, args: Any) -> None:
-    """list images with podman's options and output"""
+    """list images, with podman's options and output"""
     args.filter += [f"reference={args.name}"] if args.name else []
     rows = image_rows(storage, args)
     rows = list({row[0]: row for row in rows}.values()) if args.ids else rows
@@ -16877,7 +16877,7 @@ def cmd_images(storage: Storage, args: Any) -> None:
 
 
 def cmd_ps(storage: Storage, args: Any) -> None:
-    """list running containers with podman's options and output; -a: all"""
+    """list running containers, with podman's options and output; -a: all"""
     last = 1 if args.latest else args.last
     storage.faults += storage.unread_database()
     every = args.all or last > 0 or any(text.startswith("status") for text in args.filter)
@@ -16892,14 +16892,14 @@ def cmd_ps(storage: Storage, args: Any) -> None:
 
 
 def cmd_history(storage: Storage, args: Any) -> None:
-    """show the history of an image with podman's options and output"""
+    """show the history of an image, with podman's options and output"""
     rows = history_fields(storage.image(args.image).single())
     print_listing(args, rows, (history_texts(row, args) for row in rows),
                   ["ID", "Created", "CreatedBy", "Size", "Comment"], Headings({}), None)
 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:
-    """show containers, images or layers with podman's options and output"""
+    """show containers, images or layers, with podman's options and output"""
     kinds: dict[str, Callable[[Any], Fields]] = {
         "container": inspect_container, "image": inspect_image,
         "layer": layer_fields}
@@ -16915,7 +16915,7 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
 
 
 def cmd_save(storage: Storage, args: Any) -> None:
-    """write images to an archive or directory with podman's options"""
+    """write images to an archive or directory, with podman's options"""
     if args.format == "oci-dir":
         if not args.output or len(args.image) > 1:
             raise _UsageError("--format oci-dir takes one image and -o DIR")
@@ -17816,11 +17816,12 @@ CONFLICTS = (
 )
 # What people want, and the last words of the commands for it, in the order of `help`.
 PURPOSES = {
-    "Look": "list images ps inspect layers history tree files stat toc info df exists resolve-link",
-    "Take out": "cat cp extract export save copy-to-oci stream stream-to-tar",
+    "Look": "list inspect layers history tree files stat toc info df exists resolve-link",
+    "Take out": "cat cp extract export copy-to-oci stream stream-to-tar",
     "Compare": "diff blame tar-diff",
     "Check": "verify check",
     "Serve": "serve",
+    "As in podman": "images ps inspect history save",
     "Learn": "help completion",
 }
 STATUSES = ("0 done, 1 differences or damage of the store found, 2 usage, 3 not found or "
@@ -17999,11 +18000,13 @@ def overview(names: Sequence[str] = ()) -> Iterator[str]:
     program = program_name()
     yield f"usage: {' '.join([program, *names])} COMMAND [ARGUMENT...] [OPTION...]"
     yield "Read images of containers/storage: no podman, no root, no mount, no writes."
+    own = PURPOSES["As in podman"]
     for purpose, verbs in PURPOSES.items():
         rows = []
         for verb in verbs.split():
             found = {row[0].rpartition(" ")[0]: row[1].__doc__ or "" for row in COMMANDS
-                     if row[0].split()[:len(names)] == list(names) and row[0].split()[-1] == verb}
+                     if row[0].split()[:len(names)] == list(names) and row[0].split()[-1] == verb
+                     and (row[0] in own.split()) == (verbs is own)}
             text = re.sub(r"\b(images|layers|containers)\b", "them" if len(found) > 1 else r"\1",
                           gist([*found.values(), ""][0]))
             rows += [f"  {f'{chr(124).join(found)} {verb}'.lstrip():<32}{text}"] * bool(found)
@@ -18049,7 +18052,7 @@ def candidates(before: Sequence[str], current: str) -> Iterator[tuple[str, str]]
 def values_for(action: Any, given: Sequence[str], current: str) -> Iterator[tuple[str, str]]:
     """Yield the values that an option or argument can take."""
     what = action.metavar or ""
-    yield from ((choice, "") for choice in action.choices or ())
+    yield from ((choice, "") for choice in action.choices or ["table", "json"] * (what == "FORMAT"))
     kinds = {"A": ["image", "container"], "B": ["image", "container"]}.get(
         what, [kind for kind in FINDERS if what.partition(":")[0] == kind.upper()])
     for kind in kinds:

@@ -17616,7 +17616,7 @@ class Help(StoreTest):
                 ("help image cta", "did you mean image cat"),
                 ("image list --formt json", "did you mean --format"),
                 ("image list --formt=json", "did you mean --format"),
-                ("image list --zzzz", ""), ("image list --format jsn", "did you mean json"),
+                ("image list --zzzz", ""), ("layer files x --format jsn", "did you mean json"),
                 ("image export app:1 --as docker-archiv", "did you mean docker-archive"),
                 ("--driver overly image list", "did you mean overlay"),
                 ("image list --format zzz", "")):
@@ -17689,7 +17689,7 @@ class Help(StoreTest):
         ids = [layer["id"][:12] for layer in self.store.layers]
         wanted: Sequence[str]
         for words, wanted in (
-                ("ima", ["image"]), ("image c", ["cat", "cp", "copy-to-oci"]), ("zzz ", []),
+                ("imag", ["image", "images"]), ("image c", ["cat", "cp", "copy-to-oci"]), ("zzz ", []),
                 ("image zzz ", []), ("help image co", ["copy-to-oci"]), ("image list ", []),
                 ("completion ", ["bash", "zsh", "fish"]), ("--driver ", ["overlay", "vfs"]),
                 ("image list --format ", ["table", "json"]), ("--roo", ["--root"]),
@@ -17750,7 +17750,7 @@ class Help(StoreTest):
             process.wait()
             os.close(fd)
 
-    TYPED = (("cstor ima\tca\tal\t3\t/etc/alpine-release\r", r"3\.20\.3"),
+    TYPED = (("cstor ser\t\x15cstor image ca\tal\t3\t/etc/alpine-release\r", r"3\.20\.3"),
              ("cstor image list --format=j\t\r", r'"layer": "3c42d5a'),
              ("cstor image diff app:1 fi\t", "fi\x07?le\\.tar"),
              ("\x15cstor image cp app:\t\t", r"(?s)1:.*2:"))
@@ -17776,7 +17776,7 @@ class Help(StoreTest):
         self.assertEqual(status, done.returncode, done.stderr)
         self.assertFalse(re.search(b"error|warning", done.stderr), done.stderr)
         made = set(os.listdir(place)) - set(os.listdir(self.dir))
-        self.assertTrue(done.stdout or made)
+        self.assertTrue(done.stdout or made or re.search(" exists |-q$", line))
         shutil.rmtree(place)
 
 
