@@ -2883,8 +2883,7 @@ class Record:
     ``record`` is the JSON object as stored; ``root`` the Directory that holds it; ``faults`` what
     is wrong with it, in words.  ``id``, ``names``, ``created`` (RFC 3339), ``metadata``,
     ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store); ``lost``
-    for a record that was lost: this one holds what Salvage found; and the
-    ``storage``.
+    for a record that was lost: this one holds what Salvage found; and the ``storage``.
     """
 
     WORD = ""
@@ -4016,7 +4015,8 @@ class Storage(Closing):
     discover() found, ``owner_ids`` as given, ``elsewhere`` a hint, ``opener`` opens contents.
     ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a whole cannot be used,
     ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
-    over.  ``salvage`` tells whether lost records are found again, ``named`` is for that.
+    over.  ``salvage`` tells whether lost records are found again, ``named`` is for that;
+    ``linked`` is the path of the layers' files where that is a symbolic link, which nobody follows.
     """
 
     OPENER: type[Opener] = Opener

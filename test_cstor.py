@@ -17689,8 +17689,9 @@ class Help(StoreTest):
         ids = [layer["id"][:12] for layer in self.store.layers]
         wanted: Sequence[str]
         for words, wanted in (
-                ("imag", ["image", "images"]), ("image c", ["cat", "cp", "copy-to-oci"]), ("zzz ", []),
-                ("image zzz ", []), ("help image co", ["copy-to-oci"]), ("image list ", []),
+                ("imag", ["image", "images"]), ("image c", ["cat", "cp", "copy-to-oci"]),
+                ("zzz ", []), ("image zzz ", []), ("image list ", []),
+                ("help image co", ["copy-to-oci"]),
                 ("completion ", ["bash", "zsh", "fish"]), ("--driver ", ["overlay", "vfs"]),
                 ("image list --format ", ["table", "json"]), ("--roo", ["--root"]),
                 ("image list --format=j", ["--format=json"]), ("image list --no-t", ["--no-trunc"]),
@@ -21741,16 +21742,17 @@ class Result(unittest.TextTestResult):
 # The slowest tests that do not ask anything of the interpreter: with CSTOR_TEST_SHARED the run of
 # full size has them all, and each other Python a quarter.
 REPEATED = """
+Api.test_programs Api.test_the_library_does_what_commands_do
 Checking.test_a_deep_directory_is_left_over Checking.test_an_incomplete_layer
 Contents.test_a_mapped_layer_with_many_lowers_and_few_open_files
 Contents.test_many_layers_with_few_open_files Database.test_hostile_databases
-Disks.test_usage_of_reflinks
-Docs.test_install_and_uninstall Docs.test_man_page DumbServers.test_a_long_message_is_looked_at_once
-DumbServers.test_every_cut Extracts.test_a_killed_parent_leaves_no_workers
-Extracts.test_many_files_by_many_workers Fetching.test_failing_commands
-Fetching.test_failures_leave_nothing Files.test_large_tocs_are_read_entry_by_entry
-Help.test_completion_in_bash Help.test_completion_in_fish Help.test_completion_in_zsh
-Help.test_examples Helpers.test_broken_messages Helpers.test_pages_of_large_directories
+Disks.test_usage_of_reflinks Docs.test_install_and_uninstall Docs.test_man_page
+DumbServers.test_a_long_message_is_looked_at_once DumbServers.test_every_cut
+Extracts.test_a_killed_parent_leaves_no_workers Extracts.test_many_files_by_many_workers
+Fetching.test_failing_commands Fetching.test_failures_leave_nothing
+Files.test_large_tocs_are_read_entry_by_entry Help.test_completion_in_bash
+Help.test_completion_in_fish Help.test_completion_in_zsh Help.test_examples
+Helpers.test_broken_messages Helpers.test_pages_of_large_directories
 Helpers.test_ranges_of_another_machine HostileExtracts.test_a_neighbour_swaps_directories_for_links
 HostileExtracts.test_three_hundred_nested_links_and_deep_directories
 HostileTrees.test_a_path_with_dots_behind_a_link_in_a_large_layer HostileTrees.test_bombs
@@ -21780,14 +21782,13 @@ RealStores.test_names_in_tocs_and_contents_of_trees RealStores.test_what_is_left
 RealTree.test_an_image_that_is_removed_meanwhile RealTree.test_containers_of_large_images
 RealTree.test_containers_with_stubs_and_renamed_directories RealTree.test_errors_of_fetching
 RealTree.test_fetched_layouts RealTree.test_fetched_transports RealTree.test_fetched_zstd
-RealUsage.test_beside_podman RealWords.test_archives RealWords.test_every_field
-RealWords.test_lines_of_scripts
-RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading RealXattrs.test_mounts
-Records.test_long_chains_and_many_layers Records.test_lost_and_emptied_files_are_faults
-Salvaging.test_every_damage_of_records Salvaging.test_hostile_records
-Salvaging.test_tar_split_data_are_lost Serving.test_a_server_without_a_digest
-Serving.test_nobody_is_waited_for_longer SingleFiles.test_a_deep_path
-SingleFiles.test_no_step_for_each_entry StreamExtracts.test_odd_tars
+RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading RealUsage.test_beside_podman
+RealWords.test_archives RealWords.test_every_field RealWords.test_lines_of_scripts
+RealXattrs.test_mounts Records.test_long_chains_and_many_layers
+Records.test_lost_and_emptied_files_are_faults Salvaging.test_every_damage_of_records
+Salvaging.test_hostile_records Salvaging.test_tar_split_data_are_lost
+Serving.test_a_server_without_a_digest Serving.test_nobody_is_waited_for_longer
+SingleFiles.test_a_deep_path SingleFiles.test_no_step_for_each_entry StreamExtracts.test_odd_tars
 StreamExtracts.test_sparse_files_keep_their_holes Streams.test_commands Streams.test_damaged_lists
 Streams.test_the_codec_is_seen TarDiffs.test_compressed TarDiffs.test_differences_before_damage
 TarDiffs.test_every_byte
