@@ -14418,6 +14418,33 @@ class Verifying(StoreTest):
                                      self.damaged(store, layer, mode), mode)
         self.assertEqual([], self.damaged(store, layer, "full"))
 
+    def test_a_quick_look_at_sound_layers(self) -> None:
+        """Headers of the usual form are not parsed one by one; what does not fit is."""
+        store, (layer,) = self.stack(make_tar(
+            ("d/", None), ("d/f", b"x" * 9000), ("link", "d/f"), ("empty", b""), (".wh.gone", b""),
+            ("d/.wh..wh..opq", b""), ("sparse", bytes(1 << 20)), ("n" * 200, b"long")))
+        os.truncate(store.files(layer) + "/sparse", 0)
+        os.truncate(store.files(layer) + "/sparse", 1 << 20)
+        one_by_one = mock.Mock(side_effect=AssertionError)
+        with self.open(store) as storage:
+            with mock.patch.object(cstor.LayerCheck, "_read", one_by_one):
+                self.assertEqual([], cstor.verify_layers([storage.layer(layer)], quick=True))
+        for name, make in (("d/f", lambda path: put(path, b"x" * 8999)),
+                           ("link", lambda path: os.symlink("d/g2", path)),
+                           ("empty", lambda path: put(path, b"1")), ("empty", os.mkfifo),
+                           ("sparse", lambda path: put(path, bytes(4096))),
+                           ("n" * 200, lambda path: put(path, b"longer")),
+                           ("link", lambda path: None), ("d", lambda path: put(path))):
+            path = f"{store.files(layer)}/{name}"
+            os.rename(path, path + "~" if len(name) < 200 else self.dir + "/kept")
+            make(path)
+            with self.open(store) as storage:
+                found = cstor.verify_layers([storage.layer(layer)], quick=True)
+            self.assertEqual([name], [str(each.path).rstrip("/") for each in found])
+            if os.path.lexists(path):
+                os.unlink(path)
+            os.rename(path + "~" if len(name) < 200 else self.dir + "/kept", path)
+
     def test_all_damages_are_found(self) -> None:
         files = [(f"f{number:04}", b"%d" % number * (number % 90)) for number in range(2500)]
         store, (layer,) = self.stack(make_tar(*files))
