@@ -16247,7 +16247,10 @@ class Template:
             words = re.findall(TOKEN, action or "")
             trim = words[-1:] == ["-"]
             self._items.append(words[:-1] if trim else words)
-        self._nodes, end = self._block()
+        try:
+            self._nodes, end = self._block()
+        except RecursionError:
+            raise _UsageError("malformed template: too deeply nested") from None
         if end:
             raise _UsageError(f"malformed template: unexpected {{{{{end[0]}}}}}")
 
@@ -16255,7 +16258,7 @@ class Template:
         """Return the text for a value."""
         try:
             return self._text(self._nodes, {".": dot, "$": dot})
-        except (TypeError, AttributeError, LookupError, ValueError) as error:
+        except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             raise _UsageError(f"the template does not fit: {display(str(error))}") from None
 
     @staticmethod
@@ -16379,7 +16382,7 @@ def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> 
     heads = [headings] if table and headings is not None else []
     text = template.render(heads) + template.render(list(rows))
     if table:
-        lines = [line.split("\t") for line in text.splitlines()]
+        lines = [line.split("\t") for line in text[:-1].split("\n")]
         widths = [max(12, *(len(cell) + 2 for cell in column))  # as Go's tabwriter for podman
                   for column in zip_longest(*(line[:-1] for line in lines), fillvalue="")]
         text = "".join("".join(cell.ljust(width) for cell, width in zip(line, [*widths, 0]))
@@ -16455,7 +16458,8 @@ def compile_filters(storage: Storage, kind: str, texts: Sequence[str]) -> Callab
 def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[Any], Any]:
     """Return the test for one filter.  Raises ValueError for an impossible value."""
     if key in ("until", "before", "since"):
-        limit = parse_moment(value) if key == "until" else getattr(storage, kind)(value).created_ns
+        limit = parse_moment(value) if key == "until" \
+            else getattr(storage, kind)(value).created_ns or 0
         return lambda record: (record.created_ns or 0) > limit if key == "since" \
             else (record.created_ns or 0) < limit
     if key == "label":
@@ -16712,7 +16716,9 @@ def layer_fields(layer: Layer) -> Fields:
 def is_template(args: Any) -> bool:
     """Tell whether --format is a template.  Raises _UsageError for an unknown word."""
     if args.format not in ("table", "json") and "{{" not in args.format:
-        raise _UsageError(f"--format {display(args.format)}: must be table, json or a Go template")
+        hint = did_you_mean(args.format, {word: word for word in ("table", "json")})
+        raise _UsageError(f"--format {display(args.format)}: must be table, json or a Go template"
+                          f"{hint and f'; {hint}'}")
     return args.format not in ("table", "json")
 
 
@@ -17721,8 +17727,10 @@ OPTIONS = {
     "ps -n --last N=0": "show only the last N containers that were made",
     "-p --pod": "show pods",
     "-t --type all|container|image|layer=all": "what NAME is",
-    "-f --filter KEY...": "show only what fits KEY=VALUE or KEY!=VALUE; may be repeated; keys: "
-                          "see README",
+    **{f"{word} -f --filter FILTER...": f"show only what fits KEY=VALUE or KEY!=VALUE; may be "
+       f"repeated; keys: {', '.join(FILTERS[kind])}" for kind, word in (
+           ("image", "image list"), ("image", "images"), ("layer", "layer list"),
+           ("container", "container list"), ("container", "ps"))},
     "inspect -f --format FORMAT=": "Go template for each object; default: json",
     "-o --output FILE": "write to FILE, which appears when it is whole and verified; default: "
                         "stdout",
@@ -17920,8 +17928,8 @@ EXAMPLES = {
     "container list": "--format json; -f name=^web --format '{{.ID}} {{.Names}}'",
     "container inspect": "web; web --format table",
     "container export": "web -o web.tar; web | tar -tv",
-    "exists": "NAME; NAME && echo there",
-    "images": "--filter dangling=true -q; --format 'table {{.Repository}} {{.Tag}} {{.Size}}'",
+    "exists": "NAME && echo yes || echo no; NAME -v && echo there",
+    "images": "--filter dangling=false -q; --format 'table {{.Repository}} {{.Tag}} {{.Size}}'",
     "ps": "-a; -a --format '{{.Names}} {{.Status}}'",
     "inspect": "alpine web; alpine --format '{{json .Config.Labels}}'",
     "history": "app:2; app:2 --format '{{.CreatedBy}}'",
@@ -18082,7 +18090,8 @@ def values_for(action: Any, given: Sequence[str], current: str) -> Iterator[tupl
     """Yield the values that an option or argument can take."""
     what = action.metavar or ""
     yield from ((choice, "") for choice in action.choices or ["table", "json"] * (what == "FORMAT"))
-    kinds = {"A": ["image", "container"], "B": ["image", "container"]}.get(
+    kinds = {"A": ["image", "container"], "B": ["image", "container"],
+             "NAME": ["image", "container"]}.get(
         what, [kind for kind in FINDERS if what.partition(":")[0] == kind.upper()])
     for kind in kinds:
         args = add_globals(parser_class(False)()).parse_known_args([*given, "--no-helper"])[0]

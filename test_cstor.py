@@ -16515,6 +16515,8 @@ class Templates(unittest.TestCase):
                 ("{{if .Id}}", None), ("{{end}}", None), ("{{else}}", None), ("{{(.Id}}", None),
                 ("{{.Id)}}", None), ("{{range .Size}}{{end}}", None), ("{{index .Names 7}}", None),
                 ("{{.Id | }}", None), ("{{.Nope}}", None), ("{{.Id.Nope}}", None),
+                ("{{" + "(" * 9999 + ".Id" + ")" * 9999 + "}}", None),
+                ("{{if .Id}}" * 9999 + "{{end}}" * 9999, None),
                 ("{{index .Labels}}{{and}}", None), ("{{$nope}}", None), ("{{| .Id}}", None),
                 ("{{range .Names}}{{else}}{{else}}{{end}}", None), ("{{len 5}}", None)):
             if expected is None:
@@ -17644,6 +17646,7 @@ class Help(StoreTest):
                 ("image list --formt json", "did you mean --format"),
                 ("image list --formt=json", "did you mean --format"),
                 ("image list --zzzz", ""), ("layer files x --format jsn", "did you mean json"),
+                ("image list --format jsn", "did you mean json"),
                 ("image export app:1 --as docker-archiv", "did you mean docker-archive"),
                 ("--driver overly image list", "did you mean overlay"),
                 ("image list --format zzz", "")):
@@ -21788,7 +21791,9 @@ HostileTrees.test_sigterm_leaves_nothing_behind
 HostileTrees.test_ten_thousand_directories_inside_one_another
 Layouts.test_images_that_nobody_built_in_good_faith Layouts.test_killed_at_any_moment
 Layouts.test_several_writers Layouts.test_targets_that_are_no_layouts
-Layouts.test_writers_that_fail_beside_others LookingInside.test_diff
+Layouts.test_writers_that_fail_beside_others Lists.test_containers_in_podmans_database
+Lists.test_filters_of_images Lists.test_filters_of_layers_and_containers
+Lists.test_listings_of_many_objects Lists.test_order LookingInside.test_diff
 ManyFiles.test_many_external_files Outputs.test_inside_a_storage Outputs.test_killed_extracting
 Outputs.test_without_proc ParsingAhead.test_the_same_with_any_damage
 PlainEntries.test_both_roads_agree RealExport.test_archives_by_podman
