@@ -14690,6 +14690,7 @@ class DiskUsage:
             before, counts[unit] = place, counts.get(unit, 0) + step
             if not counts[unit]:
                 del counts[unit]
+        self._shared = {units: size for units, size in self._held.items() if len(units) > 1}
 
     def _hold(self, units: Iterable[str], size: int) -> None:
         key = frozenset(units)
@@ -14736,8 +14737,9 @@ class DiskUsage:
 
     def disk_size(self, units: set[str], *, alone: bool = False) -> int:
         """Return the bytes of disk that units take; ``alone``: that nothing else holds."""
-        return sum(size for holders, size in self._held.items()
-                   if (holders <= units if alone else not holders.isdisjoint(units)))
+        return sum(self._held.get(frozenset([unit]), 0) for unit in units) + sum(
+            size for holders, size in self._shared.items()
+            if (holders <= units if alone else not holders.isdisjoint(units)))
 
     def if_removed(self, records: Iterable[Record]) -> dict[str, Any]:
         """Return what removing all these records would free.

@@ -15578,8 +15578,8 @@ class Usage(StoreTest):
                              "overlay" else r"10.2 kB \(virtual 3.01 MB\)")
             self.assertIn("unknown (virtual unknown)", done.stdout.decode())
             rows = json.loads(self.run_on(store, "container list --size --format json").stdout)
-            self.assertEqual([(own, below), (None, None)],
-                             [(row["size-rw"], row["size-root-fs"]) for row in rows])
+            self.assertEqual({"web": (own, below), "broken": (None, None)}, {
+                row["names"][0]: (row["size-rw"], row["size-root-fs"]) for row in rows})
             rows = json.loads(self.run_on(store, "container list --format json").stdout)
             self.assertNotIn("size-rw", rows[0])
 
@@ -15620,7 +15620,8 @@ class Usage(StoreTest):
     def engines(self, store: StoreBuilder) -> list[tuple[str, str]]:
         rows = json.loads(self.run_on(store, "container list --format json").stdout)
         self.assertEqual(3, len(rows))
-        return [(row["state"], row["engine"] * (row["names"] != ["web"])) for row in rows]
+        return [(row["state"], row["engine"] * (row["names"] != ["web"])) for row in sorted(
+            rows, key=lambda row: ["web", "built", "crio"].index(row["names"][0]))]
 
     def test_an_old_database_is_named_once(self) -> None:
         store = self.sample()
