@@ -14804,7 +14804,7 @@ class DiskUsage:
 
 REPOSITORY = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"  # one component of a name
 IMAGE_ID = "[0-9a-f]{12,64}"  # or the start of one
-MAX_HEAD = 64 << 10  # bytes of a request
+MAX_HEAD = 80 << 10  # bytes of a request; one line may have 64 KiB
 MAX_DOCUMENT = 4 << 20  # of a manifest or configuration: clients refuse larger ones
 SEND_SIZE = 256 << 10  # of a layer: what a slow client must take within the timeout
 MAX_HTTP_CLIENTS = 128  # connections: a client has several

@@ -107,6 +107,7 @@ default_signals()
 
 # Tests that may be skipped though CSTOR_TEST_REQUIRE=all, and why.
 ALLOWED_SKIPS = {
+    "test_docker": "many machines for tests let no docker daemon start",
     "test_every_layer_from_composefs": "it takes cargo, and crates.io until it was built once"}
 
 
@@ -9540,6 +9541,34 @@ class Layouts(StoreTest):
              {"platform": "linux/arm64", "digest": index["manifests"][1]["digest"], "id": arm},
              {"platform": "", "digest": sha256(b"a"), "id": None}], shown["instances"])
 
+    def test_a_registry_serves_lists(self) -> None:
+        """The index is that of copy-to-oci; an instance that cannot be rebuilt is left out."""
+        digest, ids, index = self.pull_list()
+        self.add_list("list:latest", index)
+        done = self.copy("list", self.out + ":all", "--all", "--format=json")
+        layer = self.store.images[-2]["layer"]
+        for instances in (2, 1):
+            with registry(self.store.root) as (port, _):
+                answer = http_get(port, "/v2/list/manifests/latest")
+                self.assertEqual((200, cstor.OCI_INDEX), (answer.status,
+                                                          answer.headers["content-type"]))
+                self.assertEqual(instances == 2, sha256(answer.body) == done.json["digest"])
+                found = answer.json["manifests"]
+                self.assertEqual(instances, len(found))
+                for entry, image_id in zip(found, ids):
+                    config = pull(port, "list", entry["digest"])[1]
+                    self.assertEqual(entry["platform"]["architecture"], config["architecture"])
+                    self.assertEqual(entry["digest"], sha256(http_get(
+                        port, f"/v2/{image_id}/manifests/x").body))
+                self.assertEqual(404, http_get(port, f"/v2/list/manifests/{digest}").status)
+                self.assertEqual(404, http_get(
+                    port, f"/v2/{ids[1]}/manifests/x").status if instances == 1 else 404)
+            with registry(self.store.root, ["list"]) as (port, _):
+                self.assertEqual(answer.body, http_get(port, "/v2/list/manifests/latest").body)
+                pull(port, "list", found[0]["digest"])
+            os.rename(self.store.path("overlay-layers", layer + ".tar-split.gz"),
+                      self.dir + f"/{instances}") if instances == 2 else None
+
     def test_a_platform_wherever_an_image_is_named(self) -> None:
         digest, (amd, arm), index = self.pull_list()
         self.add_list("list:latest", index)
@@ -15785,7 +15814,8 @@ def http_get(address: Any, path: str, method: str = "GET", body: bytes | None = 
 def pull(port: int, name: str, reference: str) -> tuple[str, dict[str, Any], list[bytes]]:
     """Pull an image as a client does; return the manifest's digest, configuration and tars."""
     path = f"/v2/{name}"
-    manifest = http_get(port, f"{path}/manifests/{reference}")
+    manifest = http_get(port, f"{path}/manifests/{reference}", headers={
+        "Accept": f"{cstor.OCI_MANIFEST}, {cstor.OCI_INDEX}"})
     assert manifest.status == 200, manifest
     config = http_get(port, f"{path}/blobs/{manifest.json['config']['digest']}")
     assert sha256(config.body) == manifest.json["config"]["digest"]
@@ -15796,6 +15826,11 @@ def pull(port: int, name: str, reference: str) -> tuple[str, dict[str, Any], lis
         tars.append(blob.body)
     assert [sha256(tar) for tar in tars] == config.json["rootfs"]["diff_ids"]
     return sha256(manifest.body), config.json, tars
+
+
+def pull_digest(port: int, name: str) -> str:
+    """Return the digest of the manifest that a registry has for a name."""
+    return http_get(port, f"/v2/{name}/manifests/latest", "HEAD").headers["docker-content-digest"]
 
 
 @contextlib.contextmanager
@@ -15809,12 +15844,15 @@ def registry(root: str, only: Sequence[str] = (), grace: float = 10.0, address: 
         server = cstor.RegistryServer(cstor.Registry(storage, only), opener, **options)
         thread = threading.Thread(target=server.serve, args=(listener, grace))
         thread.start()
+        failed: list[Any] = []
         try:
-            yield listener.getsockname()[1], server
+            with mock.patch.object(threading, "excepthook", failed.append):
+                yield listener.getsockname()[1], server
         finally:
             server.stop()
             thread.join(30)
     wait_for(lambda: threading.active_count() == 1)
+    assert not failed, failed
 
 
 CERTIFICATE = """-----BEGIN CERTIFICATE-----
@@ -18379,6 +18417,37 @@ class RealStores(unittest.TestCase):
                 count += 1
         self.assertEqual(7, count)
         self.assertEqual(7, len(read_layout(layout)))
+
+    def test_every_image_from_a_registry(self) -> None:
+        """By http.client and podman: what copy-to-oci takes, and nothing else."""
+        need_tools("podman", "umount")
+        store = Store(os.path.join(self.dir, "pulled"))
+        self.addCleanup(store.close)
+        found = []
+        for name, storage in self.storages():
+            with registry(storage.graphroot) as (port, _):
+                for image in storage.images():
+                    wanted, layout = "", os.path.join(self.dir, f"layout-{name}")
+                    with contextlib.suppress(cstor.CstorError):
+                        wanted = image.copy_to_oci(layout, "x")["digest"]
+                    status = http_get(port, f"/v2/{image.id}/manifests/x").status
+                    found.append(status)
+                    self.assertEqual(200 if wanted else 404, status)
+                    if not wanted:
+                        continue
+                    digest, config, tars = pull(port, image.id, "x")
+                    self.assertEqual((wanted, image.config()), (digest, config))
+                    self.assertEqual([layer.diff_digest for layer in image.layers()],
+                                     [sha256(tar) for tar in tars])
+                    place = f"127.0.0.1:{port}/{image.id[:20]}"
+                    store.podman("pull", "-q", "--tls-verify=false", place)
+                    with cstor.Storage.open(store.root) as fresh:
+                        other = fresh.image(place)
+                        self.assertEqual(sha256(image.config_bytes()), "sha256:" + other.id)
+                        self.assertIn(digest, other.digests)
+                        with image.tree() as old, other.tree() as new:
+                            self.assertEqual([], list(cstor.diff_trees(old, new)))
+        self.assertEqual([200] * 7 + [404] * 2, sorted(found))
 
     def test_one_image_has_one_toc_wherever_it_lies(self) -> None:
         """As root, rootless, by composefs, from schema1: the headers say what the files are."""
@@ -21547,6 +21616,238 @@ class RealRootless(unittest.TestCase):
                       self.cstor("store info", env=self.bin()).decode())
 
 
+class RegistryClients(StoreTest):
+    """The programs that people pull with."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        need(os.geteuid() == 0, "only root can run clients with stores of their own")
+        self.store = self.sample()
+        self.tars = [*self.store.tars.values()]
+        self.fresh = Store(self.dir + "/fresh")
+        self.addCleanup(self.fresh.close)
+
+    def served(self, **options: Any) -> ContextManager[tuple[Any, cstor.RegistryServer]]:
+        return registry(self.store.root, **options)
+
+    @contextlib.contextmanager
+    def running(self, ready: Callable[[], object], *command: str) -> Iterator[None]:
+        """Run a daemon, which is ready when ``ready`` says so, until the end of the block."""
+        with open(self.dir + "/log", "w+b") as log:
+            daemon = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            try:
+                wait_for(lambda: ready() or daemon.poll() is not None)
+                log.seek(0)
+                need(daemon.poll() is None, f"{command[0]} does not run here: "
+                     f"{log.read()[-300:].decode()}", "test_docker")
+                yield
+            finally:
+                daemon.terminate()
+                daemon.wait(30)
+
+    def check_fresh(self, name: str) -> None:
+        """Compare what was pulled with what was served."""
+        with cstor.Storage.open(self.fresh.root) as fresh, \
+                cstor.Storage.open(self.store.root) as storage:
+            new, old = fresh.image(name), storage.image("sample")
+            self.assertEqual((old.id, self.store.images[1]["id"]), (new.id, old.id))
+            self.assertEqual(old.diff_ids(), [layer.diff_digest for layer in new.layers()])
+            with old.tree() as one, new.tree() as other:
+                self.assertEqual([], list(cstor.diff_trees(one, other)))
+
+    def test_podman_buildah_and_skopeo(self) -> None:
+        need_tools("podman", "buildah", "skopeo")
+        conf = self.dir + "/registries.conf"
+        with self.served() as (port, _):
+            place = f"127.0.0.1:{port}/docker.io/library/sample"
+            put(conf, f'[[registry]]\nlocation = "docker.io"\n[[registry.mirror]]\n'
+                      f'location = "127.0.0.1:{port}/docker.io"\ninsecure = true\n')
+            env = {**os.environ, "CONTAINERS_REGISTRIES_CONF": conf}
+            for name, options in ((place, ["--tls-verify=false"]),
+                                  ("docker.io/library/sample", [])):
+                self.fresh.podman("pull", "-q", *options, name, env=env)
+                self.check_fresh(name)
+                self.fresh.podman("rmi", "-f", name)
+            self.fresh.buildah("from", "--tls-verify=false", place)
+            self.check_fresh(place)
+            shown = json.loads(run("skopeo", "inspect", "--tls-verify=false", "docker://" + place))
+            digest = pull_digest(port, "library/sample")
+            self.assertEqual((digest, ["latest"], list(map(sha256, self.tars))),
+                             (shown["Digest"], shown["RepoTags"], shown["Layers"]))
+            self.assertIn(place, run("podman", "search", "--tls-verify=false",
+                                     f"127.0.0.1:{port}/"))
+            run("skopeo", "copy", "-q", "--src-tls-verify=false", "docker://" + place,
+                f"dir:{self.dir}/out")
+            self.assertEqual(self.tars, [read_bytes(f"{self.dir}/out/{sha256(tar)[7:]}")
+                                         for tar in self.tars])
+
+    @contextlib.contextmanager
+    def cutting(self, port: int) -> Iterator[tuple[int, list[bytes]]]:
+        """Run a proxy that cuts the first long answer in the middle; give what was asked."""
+        asked: list[bytes] = []
+        cuts: list[int] = []
+
+        def pass_on(near: socket.socket) -> None:
+            with near, socket.create_connection(("127.0.0.1", port)) as far:
+                count = 0
+                while True:
+                    for sock in select.select([near, far], [], [])[0]:
+                        data = sock.recv(1 << 16)
+                        if not data or (count > 2_000_000 and not cuts):
+                            cuts.extend([count] * (count > 2_000_000))
+                            return
+                        (far if sock is near else near).sendall(data)
+                        count = count + len(data) if sock is far else 0
+                        asked.extend([data] * (sock is near))
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    thread = threading.Thread(target=pass_on, args=(listener.accept()[0],))
+                    thread.start()
+                    threads.append(thread)
+
+        with cstor.listen_at("0") as listener:
+            threads = [threading.Thread(target=accept)]
+            threads[0].start()
+            try:
+                yield listener.getsockname()[1], asked
+            finally:
+                listener.shutdown(socket.SHUT_RDWR)
+                for thread in threads:
+                    thread.join(30)
+            self.assertTrue(cuts)
+
+    def test_containerd(self) -> None:
+        need_tools("containerd", "ctr")
+        path, tree = self.dir + "/ctd.sock", self.dir + "/mnt"
+        put(self.dir + "/ctd.toml", f'''version = 2
+root = "{self.dir}/ctd"
+state = "{self.dir}/ctd-state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+address = "{path}"
+''')
+        hosts = self.dir + "/certs.d/docker.io"
+        os.makedirs(hosts)
+        os.mkdir(tree)
+        with self.served() as (port, _), self.running(
+                lambda: os.path.exists(path), "containerd", "-c", self.dir + "/ctd.toml"):
+            with self.cutting(port) as (through, asked):  # it goes on where it was cut
+                run("ctr", "-a", path, "images", "pull", "--snapshotter=native", "--plain-http",
+                    f"127.0.0.1:{through}/library/sample:latest")
+            self.assertTrue(any(re.search(rb"\r\nRange: bytes=[1-9]\d*-\r\n", each)
+                                for each in asked))
+            put(hosts + "/hosts.toml", f'server = "https://registry-1.docker.io"\n'
+                f'[host."http://127.0.0.1:{port}"]\ncapabilities = ["pull", "resolve"]\n')
+            for name, options in ((f"127.0.0.1:{port}/library/sample", ["--plain-http"]),
+                                  ("docker.io/library/sample", ["--hosts-dir",
+                                                                self.dir + "/certs.d"])):
+                run("ctr", "-a", path, "images", "pull", "--snapshotter=native", *options,
+                    name + ":latest")
+                listed = run("ctr", "-a", path, "images", "ls", f"name=={name}:latest")
+                self.assertIn(pull_digest(port, "library/sample"), listed)
+                run("ctr", "-a", path, "images", "mount", "--snapshotter=native", name + ":latest",
+                    tree)
+                try:
+                    with cstor.Storage.open(self.store.root) as storage, \
+                            storage.image("sample").tree() as wanted:
+                        self.assertEqual([], [row for row in tree_differences(tree, wanted)
+                                              if row[:2] != (b"", "mode") and row[1] != "mtime"])
+                finally:
+                    run("umount", tree)
+
+    def test_docker(self) -> None:
+        need(shutil.which("dockerd") and shutil.which("docker"), "dockerd is not installed",
+             "test_docker")
+        path = self.dir + "/docker.sock"
+        docker = ["docker", "-H", "unix://" + path]
+        with self.served() as (port, _), self.running(
+                lambda: os.path.exists(path) and not subprocess.call(
+                    [*docker, "version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+                "dockerd", "--data-root", self.dir + "/docker", "--exec-root", self.dir + "/exec",
+                "-H", "unix://" + path, "--pidfile", self.dir + "/docker.pid", "--bridge=none",
+                "--iptables=false", "--ip6tables=false", "--storage-driver=vfs",
+                "--registry-mirror", f"http://127.0.0.1:{port}"):
+            for name in (f"127.0.0.1:{port}/library/sample", "sample"):
+                run(*docker, "pull", "-q", name)
+                found, = json.loads(run(*docker, "image", "inspect", name))
+                self.assertEqual("sha256:" + self.store.images[1]["id"], found["Id"])
+                self.assertEqual(list(map(sha256, self.tars)), found["RootFS"]["Layers"])
+                self.assertTrue(found["RepoDigests"][0].endswith(pull_digest(port, name.partition(
+                    "/")[2] or "library/sample")))
+            run(*docker, "create", "--name", "made", "sample", "x")
+            run(*docker, "export", "-o", self.dir + "/c.tar", "made")
+            with tarfile.open(self.dir + "/c.tar", errors="surrogateescape") as tar:
+                content = tar.extractfile("srv/version")
+                assert content
+                self.assertEqual(b"2\n", content.read())
+                self.assertNotIn("etc/passwd", tar.getnames())
+
+    def test_a_cache_before_it(self) -> None:
+        need_tools("docker-registry")
+        with self.served() as (port, server):
+            with cstor.listen_at("0") as listener:  # a port that is free
+                cache = listener.getsockname()[1]
+            put(self.dir + "/config.yml", f'''version: 0.1
+storage: {{filesystem: {{rootdirectory: {self.dir}/cache}}}}
+http: {{addr: "127.0.0.1:{cache}"}}
+proxy: {{remoteurl: "http://127.0.0.1:{port}"}}
+''')
+            with self.running(lambda: not socket.socket().connect_ex(("127.0.0.1", cache)),
+                              "docker-registry", "serve", self.dir + "/config.yml"):
+                for _ in range(2):
+                    digest, _, tars = pull(cache, "library/sample", "latest")
+                    self.assertEqual((self.tars, pull_digest(port, "library/sample")),
+                                     (tars, digest))
+
+    def test_an_image_that_is_removed_while_it_is_pulled(self) -> None:
+        need_tools("podman")
+        tar = make_tar(*((f"f{i:03d}", os.urandom(100_000)) for i in range(200)))
+        put(self.dir + "/large.tar", tar)
+        self.fresh.podman("import", "-q", self.dir + "/large.tar", "localhost/large")
+        with registry(self.fresh.root) as (port, _), socket.socket() as sock:
+            manifest = http_get(port, "/v2/large/manifests/latest")
+            digest = manifest.json["layers"][0]["digest"]
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", port))
+            sock.sendall(f"GET /v2/large/blobs/{digest} HTTP/1.1\r\n\r\n".encode())
+            data = sock.recv(1 << 16)
+            self.fresh.podman("rmi", "-f", "localhost/large")
+            while part := sock.recv(1 << 16):
+                data += part
+            self.assertIn(b" 200 OK", data)
+            self.assertLess(len(data), len(tar))
+            for path in ("manifests/latest", f"manifests/{sha256(manifest.body)}",
+                         f"blobs/{digest}"):
+                self.assertEqual(404, http_get(port, f"/v2/large/{path}").status)
+
+    def test_memory_of_many_clients(self) -> None:
+        """64 MiB and 2 MiB for each of them, while all are in the middle of a layer."""
+        need_proc()
+        server = subprocess.Popen([*COMMAND, "--root", self.store.root, "serve", "--insecure",
+                                   "--registry", "0"], env=IDLE, stderr=subprocess.PIPE)
+        with contextlib.ExitStack() as stack:
+            stack.callback(server.communicate)
+            stack.callback(server.terminate)
+            assert server.stderr
+            port = int(server.stderr.readline().decode().rpartition(":")[2].strip("/\n"))
+            sockets = []
+            for _ in range(64):
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+                sock.connect(("127.0.0.1", port))
+                sock.sendall(f"GET /v2/x/blobs/{sha256(self.tars[0])} HTTP/1.0\r\n\r\n".encode())
+                sockets.append((sock, sock.recv(4096)))
+            for sock, data in sockets:
+                while part := sock.recv(1 << 20):
+                    data += part
+                self.assertEqual(self.tars[0], data.partition(b"\r\n\r\n")[2])
+            found = re.search(r"VmHWM:\s+(\d+)", read_text(f"/proc/{server.pid}/status"))
+            assert found
+            self.assertLess(int(found[1]) / 1024, 64 + 2 * 64)
+
+
 # ================================================================================================
 # Measuring
 # ================================================================================================
@@ -21808,17 +22109,22 @@ RealRootless.test_copies_with_shifted_owners RealRootless.test_few_open_files
 RealRootless.test_inside_namespaces RealRootless.test_killed_setting_owners RealRootless.test_kills
 RealRootless.test_metadata_need_no_process RealRootless.test_other_users
 RealRootless.test_same_owner RealRootless.test_server RealStores.test_every_damage
-RealStores.test_every_image_goes_out_and_comes_back RealStores.test_every_layer_as_a_stream
-RealStores.test_every_layer_by_every_client RealStores.test_every_layer_from_composefs
-RealStores.test_every_layer_is_rebuilt RealStores.test_everything_is_extracted
-RealStores.test_names_in_tocs_and_contents_of_trees RealStores.test_what_is_left_is_salvaged
-RealTree.test_an_image_that_is_removed_meanwhile RealTree.test_containers_of_large_images
-RealTree.test_containers_with_stubs_and_renamed_directories RealTree.test_errors_of_fetching
-RealTree.test_fetched_layouts RealTree.test_fetched_transports RealTree.test_fetched_zstd
-RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading RealUsage.test_beside_podman
-RealWords.test_archives RealWords.test_every_field RealWords.test_lines_of_scripts
-RealXattrs.test_mounts Records.test_long_chains_and_many_layers
-Records.test_lost_and_emptied_files_are_faults Salvaging.test_every_damage_of_records
+RealStores.test_every_image_from_a_registry RealStores.test_every_image_goes_out_and_comes_back
+RealStores.test_every_layer_as_a_stream RealStores.test_every_layer_by_every_client
+RealStores.test_every_layer_from_composefs RealStores.test_every_layer_is_rebuilt
+RealStores.test_everything_is_extracted RealStores.test_names_in_tocs_and_contents_of_trees
+RealStores.test_what_is_left_is_salvaged RealTree.test_an_image_that_is_removed_meanwhile
+RealTree.test_containers_of_large_images RealTree.test_containers_with_stubs_and_renamed_directories
+RealTree.test_errors_of_fetching RealTree.test_fetched_layouts RealTree.test_fetched_transports
+RealTree.test_fetched_zstd RealTree.test_images RealTree.test_names_in_tocs RealTree.test_reading
+RealUsage.test_beside_podman RealWords.test_archives RealWords.test_every_field
+RealWords.test_lines_of_scripts RealXattrs.test_mounts Records.test_long_chains_and_many_layers
+Records.test_lost_and_emptied_files_are_faults Registries.test_many_clients_at_once
+RegistryClients.test_a_cache_before_it
+RegistryClients.test_an_image_that_is_removed_while_it_is_pulled RegistryClients.test_containerd
+RegistryClients.test_docker RegistryClients.test_memory_of_many_clients
+RegistryClients.test_podman_buildah_and_skopeo RegistryCommands.test_sockets
+RegistryCommands.test_who_may_read Salvaging.test_every_damage_of_records
 Salvaging.test_hostile_records Salvaging.test_tar_split_data_are_lost
 Serving.test_a_server_without_a_digest Serving.test_nobody_is_waited_for_longer
 SingleFiles.test_a_deep_path SingleFiles.test_no_step_for_each_entry StreamExtracts.test_odd_tars
@@ -21972,6 +22278,15 @@ ROWS = (
         memory=64),
     Row("varlink client of serve / composefs's own service", "one", "{drain}", DIFF, 1.0, pipe=True,
         share=.38, note=COMPOSEFS),
+
+    Row("pull from a registry / skopeo copy from the store", "one",
+        "skopeo copy -q --src-tls-verify=false {registry}/bench dir:{out}",
+        "skopeo copy -q {image} dir:{out}", 0.7),
+    Row("pull from a registry / from docker-registry", "one",
+        "skopeo copy -q --src-tls-verify=false {registry}/bench dir:{out}",
+        "skopeo copy -q --src-tls-verify=false {docker_registry}/bench dir:{out}", 1.5),
+    Row("peak memory of a registry with one client", "one", "{registry_once}", cpu=8,
+        memory=66),
 
     Row("image verify, one layer / podman save", "one", "{cstor} image verify bench",
         "{podman} save -q localhost/bench", 0.5),
@@ -22193,6 +22508,42 @@ class Place:
         self._stop += [server.wait, server.terminate]  # the last first
         wait_for(lambda: os.path.exists(path))
         return path
+
+    @property
+    def registry_once(self) -> str:
+        """Serve a registry to a client that takes the layer once."""
+        with cstor.Storage.open(self.root) as storage:
+            digest = storage.layer(self.layer).diff_digest
+        path = os.path.join(self.dir, "registry.sock")
+        return (f"sh -c '{self.cstor} serve -q --registry unix:{path} & until [ -S {path} ]; do "
+                f"sleep 0.05; done; curl -sf --unix-socket {path} -o {self.out} "
+                f"http://x/v2/bench/blobs/{digest}; status=$?; kill $!; wait; exit $status'")
+
+    @functools.cached_property
+    def registry(self) -> str:
+        """The address of our registry."""
+        server = subprocess.Popen([*shlex.split(self.cstor), "serve", "--registry", "0",
+                                   "--insecure"], stderr=subprocess.PIPE)
+        self._stop += [server.communicate, server.terminate]
+        assert server.stderr
+        return "docker:" + server.stderr.readline().decode().rpartition("http:")[2].rstrip("/\n")
+
+    @functools.cached_property
+    def docker_registry(self) -> str:
+        """The address of Debian's registry, which has the image with its layers uncompressed."""
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            place = f"127.0.0.1:{sock.getsockname()[1]}"
+        config = os.path.join(self.dir, "registry.yml")
+        put(config, f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {self.dir}/registry}}}}"
+                    f"\nhttp: {{addr: '{place}'}}\nlog: {{level: error}}\n")
+        server = subprocess.Popen(["docker-registry", "serve", config], stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL)
+        self._stop += [server.wait, server.terminate]
+        host, _, port = place.partition(":")
+        wait_for(lambda: not socket.socket().connect_ex((host, int(port))))
+        run("skopeo", "copy", "-q", "--src-tls-verify=false", "--dest-tls-verify=false",
+            "--preserve-digests", f"{self.registry}/bench", f"docker://{place}/bench:latest")
+        return f"docker://{place}"
 
     @property
     def drain(self) -> str:
