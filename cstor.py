@@ -3725,7 +3725,9 @@ class Container(Record):
             layers = ()
         for layer, below in zip(layers, (None, *layers)):
             if layer.id not in known:
-                known[layer.id] = files_size(layer, below)
+                known[layer.id] = -1
+                with suppress(CstorError, OSError):
+                    known[layer.id] = files_size(layer, below)
         *rest, own = [known[layer.id] for layer in layers] or [-1]
         return -1 if self.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
 
@@ -14549,7 +14551,11 @@ def walk_disk(root: Contents, top: bytes, denied: list[str],
 
     Directories that cannot be read are added to ``denied``; what is removed meanwhile is left out.
     """
-    found: list[tuple[Any, ...]] = [(top, root.lstat(top))]
+    try:
+        found: list[tuple[Any, ...]] = [(top, root.lstat(top))]
+    except NeedsUnshare:
+        denied.append(root.host_path(top))
+        return
     device, mounts = found[0][1].st_dev, {top + b"/" + name for name in MOUNTS}
     todo: list[bytes] = []
     while found or todo:
@@ -14577,11 +14583,14 @@ def disk_size(root: Contents, path: bytes) -> int:
 def files_size(layer: Layer, below: Layer | None = None) -> int:
     """Return the bytes of a layer's files, each inode once, as Go's directory.Size() counts.
 
-    Of vfs, those that differ from ``below``.  -1 when a directory cannot be read.
+    Of vfs, those that differ from ``below``.  -1 when a directory is missing or cannot be read.
     """
     def facts(layer: Layer) -> Iterator[tuple[Any, ...]]:
         root, path = layer.overlay_file(b"diff")
-        for name, found, *more in walk_disk(root, path, denied, look) if root else ():
+        if root is None:
+            denied.append(os.fsdecode(path))
+            return
+        for name, found, *more in walk_disk(root, path, denied, look):
             if not stat.S_ISDIR(found.st_mode):
                 yield (found.st_ino, found.st_size, name[len(path):], found.st_mode,
                        found.st_mtime_ns, repr(more), *(found.st_uid, found.st_gid)[:owners])

@@ -15602,6 +15602,9 @@ class Usage(StoreTest):
                 below = 27 + 5 + 27 + 3_000_001 + 26 + 5200 + 1 + 10 + 512 + 2
                 self.assertEqual((own, below), web.sizes())
                 self.assertEqual((-1, -1), broken.sizes())
+                for error in (cstor.NeedsUnshare("denied"), FileNotFoundError("removed")):
+                    with mock.patch.object(cstor.Contents, "lstat", side_effect=error):
+                        self.assertEqual((-1, -1), web.sizes())
             done = self.run_on(store, "container list -s")
             self.assertRegex(done.stdout.decode(), r"5 kB \(virtual 3.01 MB\)" if driver ==
                              "overlay" else r"10.2 kB \(virtual 3.01 MB\)")
