@@ -16137,12 +16137,13 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
 class Fields(dict):  # type: ignore[type-arg]
     """A struct of Go: it has no other fields, while a map can lack any key.
 
-    JSON leaves out the fields in ``omit`` when they are empty.
+    JSON leaves out the fields in ``omit`` when they are empty, and shows ``raw`` instead, if given.
     """
 
-    def __init__(self, fields: Mapping[str, Any], omit: str = "") -> None:
+    def __init__(self, fields: Mapping[str, Any], omit: str = "", raw: Fields | None = None
+                 ) -> None:
         super().__init__(fields)
-        self.omit = omit.split()
+        self.omit, self.raw = omit.split(), raw or self
 
     def find(self, name: str) -> Any:
         """Return a field by Go's name or JSON's, which differ in case and "_"."""
@@ -16166,8 +16167,8 @@ TOKEN = r"""\)(?:\.\w+)+|[()|,]|:=|"(?:\\.|[^"\\])*"|`[^`]*`|[^\s()|,"`]+"""
 def as_json(value: Any) -> Any:
     """Return a value without the fields that JSON leaves out."""
     if isinstance(value, dict):
-        omit = value.omit if isinstance(value, Fields) else ()
-        return {key: as_json(each) for key, each in value.items() if each or key not in omit}
+        omit, fields = (value.raw.omit, value.raw) if isinstance(value, Fields) else ([], value)
+        return {key: as_json(each) for key, each in fields.items() if each or key not in omit}
     return list(map(as_json, value)) if isinstance(value, list) else value
 
 
@@ -16379,7 +16380,8 @@ class Headings(Fields):
 
     def find(self, name: str) -> Any:
         """Return the heading for a field."""
-        return self.get(name) or re.sub("(?<=[a-z])(?=[A-Z])", " ", name).upper()
+        return self.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ",
+                                        name).upper()
 
 
 def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> None:
@@ -16420,7 +16422,7 @@ SORTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "layers": {"created": lambda layer: -(layer.created_ns or 0), "id": lambda layer: layer.id,
                "size": lambda layer: layer.diff_size},
     "containers": {"command": lambda row: row["Command"] or [],
-                   "created": lambda row: row["Created"], "id": lambda row: row["Id"],
+                   "created": lambda row: go_moment(row["Created"]), "id": lambda row: row["Id"],
                    "image": lambda row: row["Image"], "names": lambda row: row["Names"],
                    "runningfor": lambda row: row["StartedAt"],
                    "size": lambda row: (row["Size"] or {}).get("rootFsSize", 0),
@@ -16594,7 +16596,8 @@ def image_texts(storage: Storage, rows: Sequence[tuple[Image, str, str]], args: 
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
             "Repository": repository, "Tag": tag, **fields, "RepoTags": image.names,
             "Size": human_size(image.size), "History": ", ".join(image.names_history),
-            "Created": age, "CreatedSince": age, "CreatedAt": moment, "CreatedTime": moment})
+            "Created": age, "CreatedSince": age, "CreatedAt": moment, "CreatedTime": moment},
+            raw=fields)
 
 
 def container_rows(storage: Storage, args: Any) -> list[Fields]:
@@ -16642,7 +16645,7 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
                   if isinstance(port, dict)] or None, "Restarts": now.get("restartCount", 0),
         "Size": None if known is None else dict(
             zip(("rwSize", "rootFsSize"), container.sizes(known))),
-        "StartedAt": started // 10**9, "State": status, "Created": created // 10**9})
+        "StartedAt": started // 10**9, "State": status, "Created": GoTime(format_time(created))})
     fields["Status"] = f"Up {human_age(started)[:-4]}" if status == "running" \
         else f"Exited ({fields['ExitCode']}) {human_age(ended)}" if status in ENDED \
         else status.title()
@@ -16669,7 +16672,7 @@ def container_texts(row: Fields, args: Any) -> Fields:
     """Return the fields that templates of ``podman ps`` have for a row."""
     width = 64 if args.no_trunc else 12
     command, labels, size = " ".join(row["Command"] or ()), row["Labels"] or {}, row["Size"]
-    moment = go_time(row["Created"] * 10**9, time.localtime)
+    moment = go_time(go_moment(row["Created"]), time.localtime)
     return Fields({
         "ID": row["Id"][:width], **row, "ImageID": row["ImageID"][:width],
         "Pod": row["Pod"][:width], "Names": row["Names"][0],
@@ -16679,7 +16682,7 @@ def container_texts(row: Fields, args: Any) -> Fields:
         "Created": moment, "CreatedAt": moment, "CreatedHuman": row["CreatedAt"],
         "RunningFor": row["CreatedAt"], "Label": lambda key: labels.get(key, ""),
         "Size": f"{human_size(size['rwSize'])}(virtual{human_size(size['rootFsSize'])})".replace(
-            " ", "").replace("(", " (").replace("virtual", "virtual ") if size else ""})
+            " ", "").replace("(", " (").replace("virtual", "virtual ") if size else ""}, raw=row)
 
 
 def history_fields(image: Image) -> list[Fields]:
@@ -16930,10 +16933,11 @@ def cmd_ps(storage: Storage, args: Any) -> None:
     rows = [row for row in container_rows(storage, args) if (
         every or row["State"] in ("running", "")) and (row["State"] != "storage" or args.external)]
     if last > 0:
-        rows = sorted(rows, key=lambda row: row["Created"])[-last:]
+        rows = sorted(rows, key=SORTS["containers"]["created"])[-last:]
     columns = ["ID", "Image", "Command", "CreatedHuman", "Status", "Ports", "Names",
                *["Pod", "PodName"] * args.pod, *["Size"] * args.size]
-    print_listing(args, rows, (container_texts(row, args) for row in rows), columns,
+    print_listing(args, (Fields({**row, "Created": go_moment(row["Created"]) // 10**9})
+                         for row in rows), (container_texts(row, args) for row in rows), columns,
                   CONTAINER_HEADINGS, 2)
 
 

@@ -16798,8 +16798,14 @@ class Lists(StoreTest):
         table = self.ask("images sample --format", r"table {{.ID}}\t{{.Tag}} {{.CreatedAt}}").out
         self.assertRegex(table, r"\AIMAGE ID      TAG         CREATED AT\n\w{12}  latest      "
                                 r"2026-01-02 01:04:05 \+0000 UTC\n\Z")
-        table = self.ask("ps -a --format", "table {{.ID}} {{.Names}} {{.RunningFor}}").out
-        self.assertRegex(table, r"\ACONTAINER ID  NAMES       RUNNING FOR\n\w{12}  web +")
+        table = self.ask("ps -a --format",
+                         "table {{.ID}} {{.Names}} {{.RunningFor}} {{.CIDFile}}").out
+        self.assertRegex(table,
+                         r"\ACONTAINER ID  NAMES       RUNNING FOR +CID FILE\n\w{12}  web +")
+        for words, name in (("ps -a -f name=web", ["web"]),
+                            ("images sample", ["docker.io/library/sample:latest"])):
+            row = json.loads(self.ask(words + " --format", "{{json .}};").out.strip(";\n"))
+            self.assertEqual(name, row["Names"])  # not as {{.Names}} prints it
 
     def test_containers_in_podmans_database(self) -> None:
         store = StoreBuilder(self.dir + "/other")
@@ -18126,7 +18132,7 @@ class RealStores(unittest.TestCase):
             "Labels": {"io.buildah.version": "1.28.2"}, "Mounts": [], "Names": ["vol1"],
             "Namespaces": {}, "Networks": ["podman"], "Pid": 0, "Pod": "", "PodName": "",
             "Ports": None, "Restarts": 0, "Size": None, "StartedAt": -62135596800,
-            "State": "created", "Status": "Created", "Created": 1795309533},
+            "State": "created", "Status": "Created", "Created": "2026-11-22T01:05:33.902915287Z"},
             {key: value for key, value in first.items() if key != "CreatedAt"})
         self.assertEqual(["c1", "m1", "rfs", "vol1"],
                          sorted(row["Names"][0] for row in rows["podman5.8"]))
