@@ -10624,8 +10624,11 @@ class SplitdirfdstreamReader(_ChunkReader):
 
     def __init__(self, read: Callable[[int], bytes], directories: Sequence[int],
                  file: str = "splitdirfdstream", *, threshold: int = 0) -> None:
+        import struct
+
         super().__init__(read, file)
         self._fds, self._threshold = directories, threshold
+        self._numbers = struct.Struct("<QII").unpack
         self.opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
@@ -10652,9 +10655,7 @@ class SplitdirfdstreamReader(_ChunkReader):
 
     def _open(self) -> tuple[int, int, tuple[Directory, bytes, bytes]]:
         """Return length, descriptor and origin of the file that is named next."""
-        head = self._take(16)
-        length, index, count = (int.from_bytes(head[at:end], "little")
-                                for at, end in ((0, 8), (8, 12), (12, 16)))
+        length, index, count = self._numbers(self._take(16))
         if not 0 < count <= MAX_FILE_NAME:
             raise self._error(f"a file name of {count} bytes")
         name = self._take(count)
@@ -10835,24 +10836,25 @@ class LayerStream(Closing):
 
         With them come the number of the file's directory or -1, and its size; a 0 is the digest's.
         """
-        sink = TarSink(None, hashing=True, layer=self.label)
-        with OnError(sink.abort):
-            for chunk in chunks:
-                if isinstance(chunk, bytes):
-                    sink.literal(chunk)
-                    yield chunk, -1, 1
-                    continue
-                size, origin = chunk.measure(self.label), chunk.origin
-                assert origin
-                found = settle(chunk.fd)
-                for data in read_checked(chunk.fd, size, name=origin[1]):
-                    sink.literal(data)
-                    if not found:
-                        yield data, -1, 1
-                if found:
-                    yield found + origin[1], next(index for index, place in reader.opened.items()
-                                                  if place is origin[0]), size
-            yield sink.finish().encode(), -1, 0
+        import hashlib
+
+        digest = hashlib.sha256()  # no thread: three processes are at work already
+        for chunk in chunks:
+            if isinstance(chunk, bytes):
+                digest.update(chunk)
+                yield chunk, -1, 1
+                continue
+            size, origin = chunk.measure(self.label), chunk.origin
+            assert origin
+            found = settle(chunk.fd)
+            for data in read_checked(chunk.fd, size, name=origin[1]):
+                digest.update(data)
+                if not found:
+                    yield data, -1, 1
+            if found:
+                yield found + origin[1], next(index for index, place in reader.opened.items()
+                                              if place is origin[0]), size
+        yield f"sha256:{digest.hexdigest()}".encode(), -1, 0
 
     def items(self, verify: bool = True) -> Generator[Item, None, None]:
         """Yield what read_stream() does; call check() afterwards, with a digest if ``verify``.
