@@ -17268,18 +17268,16 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
     found = {container.id: container for container in storage.containers()}
     containers = [found[row["Id"]] for row in rows]
     entries = list(map(container_json, containers))
-    known: dict[str, int] = {}
-    for container, entry in zip(containers, entries) if args.size else ():
-        for key, size in zip(("size-rw", "size-root-fs"), container.sizes(known)):
+    for row, entry in zip(rows, entries) if args.size else ():
+        for key, size in zip(("size-rw", "size-root-fs"), row["Size"].values()):
             entry[key] = size if size >= 0 else None
     show(args, entries, (
         [short_id(container.id, args), ", ".join(container.names),
          str(entry["image-name"] or entry["rootfs"] or short_id(container.image, args)),
          human_age(container.created_ns), entry["state"], str(entry["pod"]),
-         "{} (virtual {})".format(*(human_size(-1 if size is None else size) for size in (
-             entry["size-rw"], entry["size-root-fs"]))) if args.size else "",
+         "{} (virtual {})".format(*map(human_size, row["Size"].values())) if args.size else "",
          "; ".join(container.faults)]
-        for container, entry in zip(containers, entries)),
+        for container, entry, row in zip(containers, entries, rows)),
         ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "SIZE", "FAULTS"],
         (container.id for container in containers))
 
@@ -17608,8 +17606,9 @@ def cmd_store_df(storage: Storage, args: Any) -> None:
             ] * bool(result["kept"])
     show(args, found, lines or usage_lines(found, args))
     if usage.unreadable:
-        say(f"warning: sizes are too small: permission denied in {display(usage.unreadable[0])}" + (
-            f" and {len(usage.unreadable) - 1} more" if len(usage.unreadable) > 1 else ""))
+        more = f" and {len(usage.unreadable) - 1} more" * (len(usage.unreadable) > 1)
+        say(f"warning: sizes are too small: permission denied in {display(usage.unreadable[0])}"
+            f"{more} (run it as root)")
 
 
 def cmd_resolve_link(storage: Storage, args: Any) -> None:
