@@ -3042,7 +3042,7 @@ class Layer(Record):
     WORD = "layer"
     UNFINISHED = "its creation or removal has not finished"  # Go sets the flag before either
     _damage: list[str] | None = None
-    proven = unverified = False
+    proven, unverified = False, ""
 
     def _read_fields(self) -> None:
         self.parent = self._field("parent", "")
@@ -3258,16 +3258,15 @@ class Layer(Record):
                                      layer=self.id, expected=self.diff_digest, actual=digest)
         if verify and self.lost:
             self.proven = digest == self.diff_digest or digest in self.storage.named
-            if not self.proven:
-                self._mark(f"no image names its DiffID {digest}")
+            self._mark("" if self.proven else f"no image names its DiffID {digest}")
         return digest
 
-    def _mark(self, why: str) -> str:
-        """Warn that nothing proves what the layer is, and return that."""
-        text, self.unverified = f"layer {self.id}: not verified: {why}", True
-        if text not in self.storage.unverified:
-            self.storage.unverified.append(text)
-        return text
+    def _mark(self, why: str) -> None:
+        """Warn that nothing proves what the layer is, with "" no more."""
+        marks = self.storage.unverified
+        marks[:] = [text for text in marks if text != self.unverified]
+        self.unverified = why and f"layer {self.id}: not verified: {why}"
+        marks += [self.unverified] * bool(why)
 
     def verify(self, *, quick: bool = False, workers: int = 0, progress: Progress | None = None
                ) -> list[Finding]:
@@ -3300,26 +3299,24 @@ class Layer(Record):
 
         When records are salvaged, also from disk where its tar-split data are lost.
         """
-        salvage, mark = self.storage.salvage and not self.incomplete, ""
+        doubted = self.lost and not self.proven
+        salvage = self.storage.salvage and not self.incomplete
         if self.storage.find(self.tar_split, self.root) and not (salvage and self._is_cut()):
-            whole = LayerTree(self)
-            if self.lost and not self.proven:
-                whole.note = self._mark("its record is lost (what compares the digest of its tar "
-                                        "proves it: --verify, verify, exports of layers)")
-            return whole
+            if doubted:
+                self._mark("its record is lost (what compares the digest of its tar proves it: "
+                           "--verify, verify, exports of layers)")
+            return LayerTree(self)
         if additional := self.additional():
             tree = DiskTree(additional, self)
             tree.maps = []  # owners are those of the image
             return tree
-        if salvage and not keeps_objects(self) and (
-                self.lost and not self.proven or self.diff_digest):
-            mark = self._mark("its tar-split data are missing or damaged, so that only its "
-                              "directory is read")
-        elif self.diff_digest or self.toc_digest or self.incomplete:
+        if salvage and (doubted or self.diff_digest) and not keeps_objects(self):
+            self._mark("its tar-split data are missing or damaged, so that only its directory is "
+                       "read")
+        elif doubted or self.diff_digest or self.toc_digest or self.incomplete:
             return LayerTree(self)
-        tree = (WholeTree if self.storage.driver == "vfs" else DiskTree)(self.diff(), self)
-        tree.note = mark
-        return tree
+        kind = WholeTree if self.storage.driver == "vfs" else DiskTree
+        return kind(self.diff(), self)
 
     def _is_cut(self) -> bool:
         """Tell whether its tar-split data cannot be read to the end."""
@@ -7757,7 +7754,8 @@ class Tree(Closing):
 
     def notes(self) -> list[str]:
         """Return what a reader should know of the layers that were read, the top one first."""
-        return [layer.note for layer in self.layers if layer.note]
+        return [text for tree in self.layers for text in (
+            tree.note, tree.layer.unverified if tree.layer else "") if text]
 
     def verify(self, progress: Progress | None = None) -> None:
         """Compare the tar of each layer, headers and contents, with its DiffID.

@@ -15143,6 +15143,8 @@ class Salvaging(StoreTest):
         self.assertNotIn("e" * 64, done.err)  # it was hashed
         self.run_on(store, f"--salvage image extract {last} {self.dir}/x")
         self.assertEqual(b"e", read_bytes(f"{self.dir}/x/e/f"))
+        done = self.run_on(store, f"--salvage image extract --verify {last} {self.dir}/y")
+        self.assertNotIn("not verified", done.err)  # now its digest was computed
         done = self.run_on(store, f"--salvage image verify {last}")
         self.assertNotIn("not-verified", done.out)
         # The hint where there is no malformed file.
@@ -15209,6 +15211,16 @@ class Salvaging(StoreTest):
             done = self.run_on(store, "layer files", top, status=6 if whole else 3)
             self.assertEqual(not whole, "--salvage" in done.err)
             shutil.rmtree(store.root)
+
+    def test_objects_by_digest_are_not_taken_for_files(self) -> None:
+        store = self.builds()
+        for name in ("a" * 64, store.layers[1]["id"]):
+            os.mkdir(store.path("overlay", name, "composefs-data"))
+            os.unlink(store.path("overlay-layers", name + ".tar-split.gz"))
+        lose(store, "empty")
+        for name in ("a" * 64, store.layers[1]["id"]):
+            done = self.run_on(store, "--salvage layer files", name, status=6)
+            self.assertIn(f"layer {name} has no tar-split data", done.err)
 
     def test_containers(self) -> None:
         store = self.builds()
