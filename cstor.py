@@ -16652,20 +16652,18 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
     return fields
 
 
-def ports_text(ports: Sequence[dict[str, Any]], exposed: Mapping[str, Sequence[str]]) -> str:
+def ports_text(row: Fields) -> str:
     """Return published ports, and those that are only exposed, as podman prints them."""
     def span(port: dict[str, Any], side: str) -> str:
         first = port[side + "_port"]
         return f"{first}-{first + port['range'] - 1}" if port["range"] > 1 else str(first)
 
     texts = [f"{port['host_ip'] or '0.0.0.0'}:{span(port, 'host')}->{span(port, 'container')}/"
-             f"{port['protocol']}" for port in ports]
-    taken = {(port["container_port"] + i, port["protocol"]) for port in ports
-             for i in range(max(1, min(port["range"], 65536)))}
-    bare = sorted((str(kind), int(number)) for number, kinds in exposed.items()
+             f"{port['protocol']}" for port in row["Ports"] or ()]
+    bare = sorted((str(kind), int(number)) for number, kinds in (row["ExposedPorts"] or {}).items()
                   for kind in as_list(kinds) if re.fullmatch("[0-9]{1,5}", number))
-    return ", ".join(texts + [f"{number}/{kind}" for kind, number in bare
-                              if (number, kind) not in taken])
+    names, taken = [f"{number}/{kind}" for kind, number in bare], port_bindings(row)
+    return ", ".join(texts + [name for name in names if name not in taken])
 
 
 def container_texts(row: Fields, args: Any) -> Fields:
@@ -16678,7 +16676,7 @@ def container_texts(row: Fields, args: Any) -> Fields:
         "Pod": row["Pod"][:width], "Names": row["Names"][0],
         "Command": command if args.no_trunc or len(command) <= 17 else command[:17] + "...",
         "Networks": ",".join(row["Networks"]),
-        "Ports": ports_text(row["Ports"] or (), row["ExposedPorts"] or {}),
+        "Ports": ports_text(row),
         "Created": moment, "CreatedAt": moment, "CreatedHuman": row["CreatedAt"],
         "RunningFor": row["CreatedAt"], "Label": lambda key: labels.get(key, ""),
         "Size": f"{human_size(size['rwSize'])}(virtual{human_size(size['rootFsSize'])})".replace(
@@ -16758,6 +16756,7 @@ CONTAINER_HEADINGS = Headings({"ID": "CONTAINER ID", "CreatedHuman": "CREATED", 
 
 # -- inspect -------------------------------------------------------------------------------------
 
+DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
 IMAGE_SETTINGS: dict[str, Any] = {  # of an image's configuration; JSON has those that are not empty
     "User": "", "ExposedPorts": {}, "Env": [], "Entrypoint": [], "Cmd": [], "Volumes": {},
     "WorkingDir": "", "Labels": {}, "StopSignal": ""}
@@ -16767,6 +16766,8 @@ def inspect_image(image: Image) -> Fields:
     """Return what ``podman image inspect`` says of an image."""
     manifest = image.manifest()
     config, kind = image.config(manifest), manifest.get("mediaType") or OCI_MANIFEST
+    if manifest.get("schemaVersion") == 1:
+        kind = DOCKER_SCHEMA1 + ("prettyjws" if "signatures" in manifest else "json")
     said = as_dict(config.get("config"))
     settings = {key: said.get(key) or empty for key, empty in IMAGE_SETTINGS.items()}
     steps = [Fields({"created_by": "", "author": "", "comment": "", "empty_layer": False, **step,
@@ -16863,11 +16864,11 @@ def container_mounts(container: Container, config: dict[str, Any], spec: dict[st
 def port_bindings(row: Fields) -> dict[str, list[Fields]]:
     """Return where the host publishes each port of a container."""
     found: dict[str, list[Fields]] = {}
-    for port in row["Ports"] or ():
-        for at in range(max(1, min(port["range"], 65536))):
-            here = found.setdefault(f"{port['container_port'] + at}/{port['protocol']}", [])
-            here.append(Fields({"HostIp": port["host_ip"] or "0.0.0.0",
-                                "HostPort": str(port["host_port"] + at)}))
+    every = ((port, at) for port in row["Ports"] or () for at in range(max(1, port["range"])))
+    for port, at in islice(every, 1 << 16):
+        here = found.setdefault(f"{port['container_port'] + at}/{port['protocol']}", [])
+        here.append(Fields({"HostIp": port["host_ip"] or "0.0.0.0",
+                            "HostPort": str(port["host_port"] + at)}))
     return found
 
 
@@ -16951,7 +16952,7 @@ def cmd_history(storage: Storage, args: Any) -> None:
 def cmd_inspect(storage: Storage, args: Any) -> None:
     """show containers, images or layers, with podman's options and output"""
     kinds: dict[str, Callable[[Any], Fields]] = {
-        "container": inspect_container, "image": inspect_image,
+        "container": inspect_container, "image": lambda image: inspect_image(image.single()),
         "layer": layer_fields}
 
     def inspect(name: str) -> Fields:

@@ -16875,6 +16875,8 @@ class Lists(StoreTest):
                                         '"9001/udp") 0).HostPort}}').out)
         for words in ("ps -a", "ps -as --format json", "inspect hostile", "container list"):
             ask(words)
+        ports = [{**cstor.PORT, "range": 1 << 60}] * 1000
+        self.assertEqual(1 << 16, len(cstor.port_bindings(cstor.Fields({"Ports": ports}))))
         for key in cstor.SORTS["containers"]:
             self.assertEqual(4, len(ask(f"ps -aq --sort {key}").out.splitlines()))
         self.assertEqual(["hostile", "made"], sorted(ask(
@@ -18134,6 +18136,12 @@ class RealStores(unittest.TestCase):
             if name.startswith("podman"):
                 rows[name] = [cstor.as_json(cstor.container_fields(container))
                               for container in storage.containers()]
+            elif name == "schema1":
+                self.assertEqual(
+                    ["application/vnd.docker.distribution.manifest.v1+prettyjws",
+                     "application/vnd.docker.distribution.manifest.v2+json"],
+                    [cstor.inspect_image(storage.image(f"localhost/{each}"))["ManifestType"]
+                     for each in ("s1", "s2")])
         first = next(row for row in rows["podman5.8"] if row["Names"] == ["vol1"])
         self.assertEqual({
             "AutoRemove": True, "Command": ["/d1/hello"], "CIDFile": "", "Exited": False,
