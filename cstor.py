@@ -5836,6 +5836,8 @@ class TarSplit(ObjectStream):
                     break
                 if (len(segment) + 2) // 3 * 4 != len(text):
                     break
+                if self.plain:  # most likely; LayerReader corrects it in the same process
+                    self.plain.padding = -int(size or 0) % BLOCK
                 yield segment, self._base64(raw) if raw else name, int(size or 0), checksum
                 at = self._at = match.end()
                 if self.plain:
@@ -5927,6 +5929,7 @@ class LayerReader:
                  whole: bool = False) -> None:
         self.layer, self._convention, self._whole = layer, convention, whole
         self.files: LayerFiles | None = None
+        self.ahead = False  # whether another process parses tar-split although no file is opened
 
     def items(self) -> Generator[Item, None, None]:
         """Yield all items; the opener learns which files are opened next."""
@@ -5945,7 +5948,8 @@ class LayerReader:
                 os.lseek(fd, 0, os.SEEK_SET)
             return iter(TarSplit(gunzip(fd, path), path, plain))
 
-        ahead = self.files and default_workers() > 1 and os.fstat(fd).st_size > self.PARSE_AHEAD
+        ahead = (self.files or self.ahead) and default_workers() > 1 \
+            and os.fstat(fd).st_size > self.PARSE_AHEAD
         return work_ahead(parse, again=True) if ahead else parse()
 
     def headers(self, plain: PlainHeaders | None = None
@@ -13694,6 +13698,7 @@ class LayerCheck:
         self._digest = ""  # of the tar; "" when none could be made
         self._count = self._contents = 0
         self._tree: Tree | None = None
+        self.ahead = False  # see LayerReader
 
     def run(self, *, summing: bool = True) -> Iterator[Finding]:
         """Yield all findings.  Raises NeedsUnshare, and LayerUnknown when the layer is removed."""
@@ -13732,8 +13737,10 @@ class LayerCheck:
 
     def _is_sound(self) -> bool:
         """Tell, with little work for each file, that a quick look would find nothing."""
+        reader = LayerReader(self.layer)
+        reader.ahead = self.ahead
         try:
-            with closing(LayerReader(self.layer).headers(PlainHeaders())) as items, \
+            with closing(reader.headers(PlainHeaders())) as items, \
                     LayerFiles(self.layer) as files:
                 for _, member, rows in items if files.is_plain else ():
                     if member and (self._header(member) or (
@@ -13949,7 +13956,9 @@ def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int 
             tell_all()
 
         number, part = jobs[job]
-        found = LayerCheck(layers[number], quick, tell if progress else None, part).run()
+        check = LayerCheck(layers[number], quick, tell if progress else None, part)
+        check.ahead = layers[number].diff_size > large
+        found = check.run()
         if part < 0:
             rows.extend((number, *finding.row()) for finding in found)
         elif next(found, None):

@@ -14447,6 +14447,14 @@ class Verifying(StoreTest):
                                      self.damaged(store, layer, mode), mode)
         self.assertEqual([], self.damaged(store, layer, "full"))
 
+    def look_ahead(self, layer: cstor.Layer) -> list[cstor.Finding]:
+        """Return what a quick look finds for which another process parses."""
+        with mock.patch.object(cstor, "default_workers", return_value=2), \
+                mock.patch.object(cstor.LayerReader, "PARSE_AHEAD", 0):
+            check = cstor.LayerCheck(layer, True)
+            check.ahead = True
+            return list(check.run())
+
     def test_a_quick_look_at_sound_layers(self) -> None:
         """Headers of the usual form are not parsed one by one; what does not fit is."""
         store, (layer,) = self.stack(make_tar(
@@ -14458,6 +14466,7 @@ class Verifying(StoreTest):
         with self.open(store) as storage:
             with mock.patch.object(cstor.LayerCheck, "_read", one_by_one):
                 self.assertEqual([], cstor.verify_layers([storage.layer(layer)], quick=True))
+                self.assertEqual([], self.look_ahead(storage.layer(layer)))
         for name, make in (("d/f", lambda path: put(path, b"x" * 8999)),
                            ("link", lambda path: os.symlink("d/g2", path)),
                            ("empty", lambda path: put(path, b"1")), ("empty", os.mkfifo),
@@ -14469,7 +14478,9 @@ class Verifying(StoreTest):
             make(path)
             with self.open(store) as storage:
                 found = cstor.verify_layers([storage.layer(layer)], quick=True)
+                ahead = self.look_ahead(storage.layer(layer))
             self.assertEqual([name], [str(each.path).rstrip("/") for each in found])
+            self.assertEqual([each.row() for each in found], [each.row() for each in ahead])
             if os.path.lexists(path):
                 os.unlink(path)
             os.rename(path + "~" if len(name) < 200 else self.dir + "/kept", path)
