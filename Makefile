@@ -5,35 +5,49 @@ prefix = $(PREFIX)
 DESTDIR =
 DEMO = .demo
 PYZ = cstor.pyz
+MAN = cstor.1
 
-.PHONY: help demo test lab lint bench dist docs install uninstall
+.PHONY: help demo test lab lint bench dist docs pictures install uninstall
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /\1	/p' Makefile | expand -t 12
 
-demo: ## make a sample store and do the main job on it; needs Python alone
-	rm -rf $(DEMO)
+# Prints a heading for a step of the demo.
+STEP = printf '\n== %s\n'
+CSTOR = $(PYTHON) cstor.py --root $(DEMO)/store
+
+demo: ## make a sample store and do the main jobs on it; needs Python alone
+	@rm -rf $(DEMO)
+	@$(STEP) 'Make a sample store: two images on three layers, and a container'
 	$(PYTHON) test_cstor.py --make-store $(DEMO)/store
-	$(PYTHON) cstor.py --root $(DEMO)/store image list
-	$(PYTHON) cstor.py --root $(DEMO)/store image layers sample
-	@set -e; for digest in $$($(PYTHON) cstor.py --root $(DEMO)/store image layers sample \
+	@$(STEP) 'What is in it, and is it sound?'
+	$(CSTOR) image list
+	$(CSTOR) image layers sample
+	$(CSTOR) image verify --all
+	@$(STEP) 'The tar of each layer, compared with its digest by another program'
+	@set -e; for digest in $$($(CSTOR) image layers sample \
 	    --format json | sed -n 's/.*"diff-digest": "\(sha256:[0-9a-f]*\)".*/\1/p'); do \
 	  echo "layer export $$digest"; \
-	  $(PYTHON) cstor.py --root $(DEMO)/store layer export $$digest -o $(DEMO)/layer.tar; \
+	  $(CSTOR) layer export $$digest -o $(DEMO)/layer.tar; \
 	  $(PYTHON) -c 'import hashlib, sys; data = open(sys.argv[1], "rb").read(); \
 	    found = "sha256:" + hashlib.sha256(data).hexdigest(); \
 	    sys.exit("wrong: " + found) if found != sys.argv[2] else print("  sha256 is right")' \
 	    $(DEMO)/layer.tar $$digest; \
 	  $(PYTHON) -m tarfile -l $(DEMO)/layer.tar; \
 	done
-	$(PYTHON) cstor.py --root $(DEMO)/store image files -l sample
-	$(PYTHON) cstor.py --root $(DEMO)/store image cat sample /bin/sh /etc/os-release
-	$(PYTHON) cstor.py --root $(DEMO)/store image cp sample:/srv $(DEMO)/srv
-	ls -l $(DEMO)/srv
-	$(PYTHON) cstor.py --root $(DEMO)/store image blame sample --hidden
-	$(PYTHON) cstor.py --root $(DEMO)/store image extract sample $(DEMO)/root
-	ls -lR $(DEMO)/root
-	rm -rf $(DEMO)
+	@$(STEP) 'Look at files, and copy some out'
+	$(CSTOR) image files -l sample
+	$(CSTOR) image cat sample /bin/sh /etc/os-release
+	$(CSTOR) image cp sample:/srv $(DEMO)/srv
+	@$(STEP) 'What do layers hide, and which bytes do they waste?'
+	$(CSTOR) image blame sample --hidden
+	@$(STEP) 'A root file system'
+	$(CSTOR) image extract sample $(DEMO)/root
+	ls -l $(DEMO)/root $(DEMO)/root/srv
+	@$(STEP) 'The store stays in $(DEMO). Try:'
+	@echo '$(CSTOR) image diff app:1 sample'
+	@echo '$(CSTOR) container cat web /srv/version'
+	@echo '$(CSTOR) help'
 
 test: ## run all tests; those that lack something are skipped with the reason
 	$(PYTHON) test_cstor.py
@@ -106,9 +120,13 @@ export DIST
 dist: ## make cstor.pyz: one file with its byte code, which starts like an import
 	PYTHONHASHSEED=0 $(PYTHON) -c "$$DIST" $(PYZ)
 
-docs: cstor.1 ## make the man page from the tables in cstor.py
+docs: $(MAN) ## make the man page, and run the README's examples for what they print
+	$(PYTHON) test_cstor.py --make-docs
 
-cstor.1: cstor.py test_cstor.py
+pictures: ## draw what commands print, for the README
+	$(PYTHON) test_cstor.py --make-pictures
+
+$(MAN): cstor.py test_cstor.py README.md
 	$(PYTHON) test_cstor.py --make-man $@
 
 # A list of all that was made, directories too, lets uninstall leave nothing.  A .pth file in the
@@ -117,7 +135,7 @@ cstor.1: cstor.py test_cstor.py
 define INSTALL
 import compileall, contextlib, io, os, site, sys, sysconfig
 import cstor
-python, dest, prefix = sys.argv[1:]
+python, dest, prefix, manual = sys.argv[1:]
 library = prefix + "/lib/cstor"
 listing = dest + library + "/installed"
 made = open(listing).read().splitlines() if os.path.exists(listing) else []
@@ -147,7 +165,7 @@ first = python + " -S" if "/" in python else "/usr/bin/env " + python
 add(prefix + "/bin/cstor", f"#!{first}\nimport gc\nimport sys\ngc.disable()\n"
     f"sys.path.insert(0, {library!r})\nimport cstor\nsys.exit(cstor.main())\n", 0o755)
 share = prefix + "/share/"
-add(share + "man/man1/cstor.1", open("cstor.1").read())
+add(share + "man/man1/cstor.1", open(manual).read())
 add(share + "bash-completion/completions/cstor", completion("bash"))
 add(share + "zsh/site-functions/_cstor", completion("zsh"))
 add(share + "fish/vendor_completions.d/cstor.fish", completion("fish"))
@@ -173,8 +191,8 @@ for path in [listing, *reversed(open(dest + listing).read().splitlines())]:
 endef
 export UNINSTALL
 
-install: cstor.1 ## install command, man page, completions, module below $(DESTDIR)$(prefix)
-	$(PYTHON) -B -c "$$INSTALL" "$(PYTHON)" "$(DESTDIR)" "$(prefix)"
+install: $(MAN) ## install command, man page, completions, module below $(DESTDIR)$(prefix)
+	$(PYTHON) -B -c "$$INSTALL" "$(PYTHON)" "$(DESTDIR)" "$(prefix)" "$(MAN)"
 
 uninstall: ## remove what install made
 	$(PYTHON) -c "$$UNINSTALL" "$(DESTDIR)" "$(prefix)"

@@ -5,6 +5,8 @@
     python3 test_cstor.py [NAME ...]          run all tests, or those whose names contain NAME
     python3 test_cstor.py --make-store DIR    make a sample store, with neither root nor podman
     python3 test_cstor.py --make-man FILE     write the man page, from the tables of cstor.py
+    python3 test_cstor.py --make-docs         run the README's examples, and write what they print
+    python3 test_cstor.py --make-pictures     draw what commands print into .pictures
     python3 test_cstor.py --bench [DIR] [--row TEXT] [--json]
                                               measure against the peers (root and podman needed)
     python3 test_cstor.py --build-peer        build a server of composefs, with cargo
@@ -68,6 +70,7 @@ import traceback
 import unittest
 import warnings
 import weakref
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from typing import (Any, Callable, ContextManager, Iterable, Iterator, Mapping, NamedTuple,
@@ -597,24 +600,28 @@ def make_shown(root: str) -> StoreBuilder:
         ("bin/sh", "busybox"), ("etc/", None), ("etc/alpine-release", b"3.20.3\n"),
         ("etc/os-release", b'NAME="Alpine Linux"\nID=alpine\nVERSION_ID=3.20.3\n'),
         ("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n"), ("etc/udhcpc.conf", b"RESOLV_CONF=\n"),
-        ("lib/", None), ("lib/libz.so", b"\x7fELF" * 20_000)), id=SHOWN_LAYER)
+        ("lib/", None), ("lib/libz.so", b"\x7fELF" * 20_000)), id=SHOWN_LAYER,
+        created="2026-10-02T03:04:05Z")
     build = store.layer(make_tar(
         ("root/.cache/pip/http", rng.getrandbits(8 * 3_100_000).to_bytes(3_100_000, "big")),
         ("etc/app.conf", b"port = 80\n"), ("srv/", None), ("srv/app.py", b"print('app')\n" * 400),
-        ("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\napp:x:10:10::/srv:/bin/sh\n")), base)
+        ("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\napp:x:10:10::/srv:/bin/sh\n")), base,
+        created="2026-11-02T03:04:05Z")
     change = store.layer(make_tar(
         ("root/.cache/.wh.pip", b""), ("srv/app.py", b"print('app 2')\n" * 400),
-        ("etc/app.conf", b"port = 8080\n")), build)
+        ("etc/app.conf", b"port = 8080\n")), build, created="2026-11-03T03:04:05Z")
     steps: list[dict[str, Any]] = [
-        {"created": "2026-10-02T03:04:05Z", "created_by": f"/bin/sh -c {step}"} for step in (
-            "#(nop) ADD alpine-minirootfs-3.20.3-x86_64.tar.gz in /",
-            "pip install --root /srv . && adduser app",
-            "rm -rf /root/.cache/pip && sed -i s/80/8080/ /etc/app.conf")]
+        {"created": f"2026-{day}T03:04:05Z", "created_by": f"/bin/sh -c {step}"} for day, step in (
+            ("10-02", "#(nop) ADD alpine-minirootfs-3.20.3-x86_64.tar.gz in /"),
+            ("11-02", "pip install --root /srv . && adduser app"),
+            ("11-03", "rm -rf /root/.cache/pip && sed -i s/80/8080/ /etc/app.conf"))]
     store.image(base, "docker.io/library/alpine:3.20", "docker.io/library/alpine:latest",
                 history=steps[:1], created="2026-10-02T03:04:05Z")
     store.image(build, "localhost/app:1", history=steps[:2], created="2026-11-02T03:04:05Z")
     image = store.image(change, "localhost/app:2", history=steps, created="2026-11-03T03:04:05Z")
-    store.container(image, store.layer(make_tar(("tmp/note", b"x")), change, id="77" * 32), "web")
+    own = store.layer(make_tar(("tmp/note", b"x")), change, id="77" * 32)
+    store.container(image, own, "web", created="2026-11-20T03:04:05Z",
+                    metadata=json.dumps({"image-name": "localhost/app:2", "name": "web"}))
     return store.save()
 
 
@@ -15033,13 +15040,10 @@ class Checking(StoreTest):
         self.assertEqual([*(f"image {image['id']}" for image in store.images),
                           f"container {store.containers[0]['id']}"], found[0]["affects"])
 
-    def test_readme_lists_the_codes(self) -> None:
-        with open(HERE + "/README.md", encoding="utf-8") as file:
-            rows = [line.strip("| \n").split(" | ") for line in file if re.match(r"\| [a-z]", line)]
-        names = {"v": "`verify`", "q": "`verify --quick`", "c": "`store check`"}
-        self.assertEqual([[row[3], f"`{code}`", row[0], ", ".join(names[by] for by in row[1])]
-                          for code, row in cstor.CODES.items()],
-                         [row for row in rows if len(row) == 4 and row[1] != "code"])
+    def test_the_man_page_and_a_command_list_the_codes(self) -> None:
+        page = "".join(man_page())
+        for code in cstor.CODES:
+            self.assertIn(f"\n.TP\n{roff(code, bold=True)}\n", page)
         listed = self.run_cstor("--root", self.sample().root, "store", "check", "--codes",
                                 "--format", "json").json
         self.assertEqual(list(cstor.CODES), [row["code"] for row in listed])
@@ -17125,7 +17129,8 @@ class CommandLine(StoreTest):
     def test_the_installed_command_is_compiled(self) -> None:
         need_tools("make", "install")
         subprocess.run(["make", "-s", "-C", HERE, "install", f"prefix={self.dir}/usr",
-                        f"PYTHON={sys.executable}"], check=True)
+                        f"PYTHON={sys.executable}", f"MAN={self.dir}/cstor.1"], check=True,
+                       stdout=subprocess.DEVNULL)
         self.assertEqual(1, len(os.listdir(f"{self.dir}/usr/lib/cstor/__pycache__")))
         done = self.run_cstor("--version", command=[f"{self.dir}/usr/bin/cstor"])
         self.assertEqual(f"cstor {cstor.__version__}\n", done.out)
@@ -21982,7 +21987,7 @@ class Benchmarks(StoreTest):
 def roff(text: str, bold: bool = False) -> str:
     """Spell text in lines for man(7); what stands in backquotes is bold."""
     text = " ".join(text.replace("``", "`").replace("\\", "\\e").replace("-", "\\-").split())
-    text = textwrap.fill(text, 68, break_on_hyphens=False, break_long_words=False)
+    text = textwrap.fill(text, 57, break_on_hyphens=False, break_long_words=False)
     text = re.sub("(?m)^([.'])", r"\\&\1", re.sub(r"`([^`]*)`", r"\\fB\1\\fR", text))
     return rf"\fB{text}\fR" if bold else text
 
@@ -21998,6 +22003,25 @@ def man_options(parser: Any) -> Iterator[str]:
         text = (action.help or " or ".join(action.choices or ())) % {
             "default": action.default}
         yield f".TP\n{' '.join(filter(None, [names, value]))}\n{roff(text)}\n"
+
+
+def man_text(text: str) -> Iterator[str]:
+    """Yield README's Markdown for man(7): paragraphs, lists, tables and indented examples."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)|\*\*", r"\1", text)
+    text = text.replace("\u2026", "...").replace(" \u00b7", ";")
+    for block in re.split(r"\n\n+|\n(?=- )", text.strip("\n")):
+        if block.startswith("    "):
+            yield ".PP\n.nf\n" + "".join(
+                f"{line.rstrip()}\n" for line in block.replace("\\", "\\e").replace(
+                    "-", "\\-").splitlines()) + ".fi\n"
+        elif block.startswith("|"):
+            for row in block.splitlines()[2:]:
+                first, *rest = row.strip("| ").split(" | ")
+                yield f".TP\n{roff(first)}\n{roff('; '.join(rest))}\n"
+        elif block.startswith("- "):
+            yield f".IP \\(bu 2\n{roff(block[2:])}\n"
+        else:
+            yield f".PP\n{roff(block)}\n"
 
 
 def man_page() -> Iterator[str]:
@@ -22023,12 +22047,152 @@ def man_page() -> Iterator[str]:
                     for example in cstor.examples(row)) + ".fi\n"
         yield ".SH OPTIONS OF EVERY COMMAND\n"
         yield from man_options(cstor.add_globals(cstor.parser_class(True)()))
-        yield ".SH EXIT STATUS\n" + roff(cstor.STATUSES) + "\n"
+        for title, text in re.findall(r"(?s)<summary>(.*?)</summary>\n\n(.*?)\n</details>",
+                                      read_readme()):
+            yield f".SH {title.upper()}\n" + "".join(man_text(text)).removeprefix(".PP\n")
+        yield ".SH CODES OF FINDINGS\n"
+        found_by = {"v": "verify", "q": "verify --quick", "c": "store check"}
+        for code, (severity, by, _, meaning) in cstor.CODES.items():
+            finders = ", ".join(found_by[letter] for letter in by)
+            yield f".TP\n{roff(code, bold=True)}\n{roff(f'{meaning} ({severity}; {finders})')}\n"
         yield f".SH NOTES\n{roff(next(part for part in head if 'never writes' in part))}\n"
 
 
+# ================================================================================================
+# README and pictures
+# ================================================================================================
+
+SHOWN_NOW = 1795737600  # 2026-11-27, for ages
+DISK = "/mnt/disk/var/lib/containers/storage"
+
+
+def read_readme() -> str:
+    with open(HERE + "/README.md", encoding="utf-8") as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def shown_shell() -> Iterator[Callable[[str], str]]:
+    """Give what runs a line of a shell beside the store of make_shown(), and says what it prints.
+
+    That store is the user's own, and also the one on a disk; it is always the same day.
+    """
+    with tempfile.TemporaryDirectory(prefix="cstor-shown-") as top:
+        root = make_shown(top + "/store").root
+        for folder in "bin", "work", "run":
+            os.mkdir(f"{top}/{folder}")
+        put(top + "/conf", f'[storage]\ndriver = "overlay"\ngraphroot = "{root}"\n'
+                           f'runroot = "{top}/run"\n')
+        put(top + "/bin/cstor", f"""#!{sys.executable}
+import sys, time
+sys.path.insert(0, {HERE!r})
+import cstor
+time.time = lambda: {SHOWN_NOW}
+sys.argv[1:] = [{root!r} if word == {DISK!r} else word for word in sys.argv[1:]]
+sys.exit(cstor.main())
+""")
+        os.chmod(top + "/bin/cstor", 0o755)
+        env = {**IDLE, "PATH": f"{top}/bin:{IDLE['PATH']}", "TZ": "UTC",
+               "CONTAINERS_STORAGE_CONF": top + "/conf"}
+
+        def run(line: str) -> str:
+            done = subprocess.run(["sh", "-c", line], cwd=top + "/work", env=env, timeout=60,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, check=False)
+            return done.stdout.decode().replace(root, "/var/lib/containers/storage")
+
+        yield run
+
+
+def refreshed(text: str) -> str:
+    """Return a text with all that its examples print: after each line that begins with "$ "."""
+    with shown_shell() as run:
+        return re.sub(r"(?ms)^```console\n(.*?)^```$", lambda block: "```console\n" + "".join(
+            f"$ {line}\n{run(line)}" for line in re.findall(r"(?m)^\$ (.*)$", block[1])) + "```",
+            text)
+
+
+PICTURES = {
+    "look": ("cstor image list", "cstor image history app:2", "cstor image cat app:2 /etc/app.conf",
+             "cstor image verify --all"),
+    "waste": ("cstor image blame app:2 --hidden", "cstor image diff app:1 app:2"),
+}
+THEMES = {"light": ("#ffffff", "#d0d7de", "#1f2328", "#1a7f37", "#656d76"),
+          "dark": ("#0d1117", "#30363d", "#e6edf3", "#3fb950", "#8d96a0")}
+
+
+def picture(lines: Sequence[tuple[str, str]], theme: str) -> str:
+    """Draw lines of a terminal, each with a class: prompt, head or text."""
+    ground, frame, text, prompt, faint = THEMES[theme]
+    wide, high, left, top = 8.43, 20, 16, 46
+    width = round(max(len(line) for _, line in lines) * wide) + 2 * left
+    height = top + high * len(lines) + 2
+    fonts = "14px ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+    parts = [f"""\
+<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" \
+viewBox="0 0 {width} {height}">
+<style>text {{ font: {fonts}; fill: {text}; white-space: pre }} .head {{ fill: {faint} }} \
+.prompt {{ fill: {prompt}; font-weight: bold }}</style>
+<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" fill="{ground}" \
+stroke="{frame}"/>"""]
+    parts += [f'<circle cx="{20 + 18 * i}" cy="18" r="5.5" fill="{frame}"/>' for i in range(3)]
+    for number, (kind, line) in enumerate(lines):
+        # Each word stands where a terminal shows it, whatever the font.
+        for word in re.finditer(r"\S+(?: \S+)*", line):
+            said = word[0].replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            parts.append(f'<text class="{kind}" x="{left + wide * word.start():.1f}" '
+                         f'y="{top + high * number}" textLength="{wide * len(word[0]):.1f}" '
+                         f'lengthAdjust="spacingAndGlyphs">{said}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def pictures() -> dict[str, str]:
+    """Return all pictures, by the names of their files."""
+    found = {}
+    with shown_shell() as run:
+        for name, commands in PICTURES.items():
+            lines: list[tuple[str, str]] = []
+            for command in commands:
+                lines += [("text", "")] * bool(lines) + [("prompt", f"$ {command}")]
+                lines += [("head" if line.isupper() else "text", line)
+                          for line in run(command).splitlines()]
+            for theme in THEMES:
+                found[f"{name}-{theme}.svg"] = picture(lines, theme)
+    return found
+
+
 class Docs(StoreTest):
-    """The man page and what ``make install`` leaves."""
+    """The man page, README, pictures, and what ``make install`` leaves."""
+
+    def test_readme_shows_what_is_printed(self) -> None:
+        """`make docs` writes it anew."""
+        need_tools("sh", "tar", "sha256sum", "head")
+        text = read_readme()
+        self.assertGreater(len(re.findall(r"(?m)^\$ ", text)), 8)
+        self.assertEqual(text, refreshed(text))
+
+    def test_demo(self) -> None:
+        """It leaves its store, and ends with commands to try."""
+        need_tools("make", "sed", "ls")
+        make = ["make", "-s", "-C", HERE, f"PYTHON={sys.executable}", f"DEMO={self.dir}/demo"]
+        said = subprocess.run([*make, "demo"], check=True, stdout=subprocess.PIPE, env=IDLE,
+                              stderr=subprocess.STDOUT).stdout.decode(errors="replace")
+        self.assertEqual(7, len(re.findall(r"(?m)^== \w", said)))
+        self.assertEqual(3, said.count("  sha256 is right\n"))
+        for line, wanted in zip(said.splitlines()[-3:], ("A /srv/version", "2", "usage: ")):
+            done = subprocess.run(["sh", "-c", line], cwd=HERE, stdout=subprocess.PIPE, env=IDLE,
+                                  check=False).stdout.decode()
+            self.assertEqual(wanted, done[:len(wanted)], line)
+
+    def test_pictures_show_what_is_printed(self) -> None:
+        """`make pictures` draws them anew."""
+        drawn = {name: read_bytes(f"{HERE}/.pictures/{name}").decode()
+                 for name in os.listdir(HERE + "/.pictures")}
+        self.assertEqual(drawn, pictures())
+        text = read_readme()
+        for name in drawn:
+            self.assertIn(f".pictures/{name}", text)
+            self.assertTrue(xml.etree.ElementTree.fromstring(drawn[name]).tag.endswith("svg"))
 
     def test_man_page(self) -> None:
         page = "".join(man_page())
@@ -22046,6 +22210,9 @@ class Docs(StoreTest):
     def test_install_and_uninstall(self) -> None:
         """Nothing is left of it; another file in a directory that it made stays."""
         need_tools("make", "install")
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        self.man = folder + "/cstor.1"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.dir + "/venv"],
                        check=True)
         for python, prefix, dest in ((self.dir + "/venv/bin/python", self.dir + "/venv", ""),
@@ -22083,8 +22250,8 @@ class Docs(StoreTest):
     def install(self, target: str, python: str, prefix: str, dest: str) -> str:
         """Run make."""
         return subprocess.run(["make", "-s", "-C", HERE, target, f"prefix={prefix}",
-                               f"DESTDIR={dest}", f"PYTHON={python}"], check=True, env=IDLE,
-                              stdout=subprocess.PIPE).stdout.decode()
+                               f"DESTDIR={dest}", f"PYTHON={python}", f"MAN={self.man}"],
+                              check=True, env=IDLE, stdout=subprocess.PIPE).stdout.decode()
 
 
 # ================================================================================================
@@ -22118,7 +22285,8 @@ Api.test_programs Api.test_the_library_does_what_commands_do
 Checking.test_a_deep_directory_is_left_over Checking.test_an_incomplete_layer
 Contents.test_a_mapped_layer_with_many_lowers_and_few_open_files
 Contents.test_many_layers_with_few_open_files Database.test_hostile_databases
-Disks.test_usage_of_reflinks Docs.test_install_and_uninstall Docs.test_man_page
+Disks.test_usage_of_reflinks Docs.test_demo Docs.test_install_and_uninstall Docs.test_man_page
+Docs.test_pictures_show_what_is_printed Docs.test_readme_shows_what_is_printed
 DumbServers.test_a_long_message_is_looked_at_once DumbServers.test_every_cut
 Extracts.test_a_killed_parent_leaves_no_workers Extracts.test_many_files_by_many_workers
 Fetching.test_failing_commands Fetching.test_failures_leave_nothing
@@ -22209,6 +22377,15 @@ def main() -> int:
         except OSError as error:
             sys.exit(f"no sample store was made: {error.filename}: {error.strerror} "
                      "(make demo DEMO=DIR takes a directory of yours)")
+        return 0
+    if sys.argv[1:] == ["--make-docs"]:
+        text = refreshed(read_readme())
+        put(HERE + "/README.md", text)
+        return 0
+    if sys.argv[1:] == ["--make-pictures"]:
+        os.makedirs(HERE + "/.pictures", exist_ok=True)
+        for name, svg in pictures().items():
+            put(f"{HERE}/.pictures/{name}", svg)
         return 0
     if sys.argv[1:2] == ["--make-man"] and len(sys.argv) == 3:
         put(f"{sys.argv[2]}.{os.getpid()}", "".join(man_page()))
