@@ -11965,7 +11965,7 @@ class ClientServer:
     is due, ``idle`` how many between its requests.
     """
 
-    patience: float = 2
+    patience, grace = 2.0, 10.0
 
     def __init__(self, *, clients: int, timeout: float, idle: float) -> None:
         import threading
@@ -11986,7 +11986,7 @@ class ClientServer:
                 self._alone.shutdown(0)  # SHUT_RD: it is told of no other request
             os.write(self._waker, b"\0")
 
-    def serve(self, listener: socket.socket, grace: float = 10.0) -> None:
+    def serve(self, listener: socket.socket) -> None:
         """Accept clients until stop(); then let each finish its request, for ``grace`` seconds."""
         import select
         import threading
@@ -12017,13 +12017,13 @@ class ClientServer:
                     self.handle(sock)
                     self._alone = None
         finally:
-            self._finish(grace)
+            self._finish()
             waker, self._waker = self._waker, -1  # before the number belongs to another file
             os.close(waker)
             os.close(wake)
 
-    def _finish(self, grace: float) -> None:
-        for how, seconds in ((SHUT_RD, grace), (SHUT_RDWR, 1.0)):
+    def _finish(self) -> None:
+        for how, seconds in ((SHUT_RD, self.grace), (SHUT_RDWR, 1.0)):
             with self._lock:
                 for client in self._clients:
                     hang_up(client.socket, how)
@@ -14867,12 +14867,12 @@ class Registry:
             self._refresh()
             if re.fullmatch(DIGEST, reference):
                 return self._by_digest(reference)
-            found = {image.id: f"{place}:{tag}" for (place, tag), image in self._names.items()
-                     if tag == reference and place in self._places(name, host)} or {
-                key: name for key in self._images
-                if not host and re.fullmatch(IMAGE_ID, name) and key.startswith(name)}
+            found = {self._names[place, reference].id: f"{place}:{reference}"
+                     for place in self._places(name, host) if (place, reference) in self._names} \
+                or {key: name for key in self._images if key.startswith(name)
+                    and not host and re.fullmatch(IMAGE_ID, name)}
             if len(found) > 1:
-                raise Ambiguous(f"ambiguous: {', '.join(found.values())}")
+                raise Ambiguous(f"ambiguous: {', '.join(sorted(found.values()))}")
             for key in found:
                 digest = self._make(self._images[key])
                 return (digest, *self._manifests[digest][:2])
@@ -14919,10 +14919,11 @@ class Registry:
             for name in names:  # as _named() chooses
                 if name[1] and self._names.get(name, image).root is image.root:
                     self._names[name] = image
-            with suppress(CstorError, OSError):
-                for each in [image, *(each for _, each in (
-                        image.instances() if image.is_list else ()))] if names else ():
-                    self._images.setdefault(each.id, each)
+            if names:
+                self._images.setdefault(image.id, image)
+                with suppress(CstorError, OSError):
+                    for _, each in image.instances() if image.is_list else ():
+                        self._images.setdefault(each.id, each)
         self._seen = state
 
     def _fits(self, image: Image, repository: str, tag: str) -> bool:
@@ -15114,7 +15115,7 @@ class _HeldBack:
 
 
 class _HttpClient(HttpHandler):
-    """Answers one client of a registry; see session_class()."""
+    """Answers one client of a registry."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", f"cstor/{__version__}", ""
     default_request_version = request_version = "HTTP/1.0"  # never 0.9, which has no status
@@ -15345,7 +15346,8 @@ class RegistryServer(ClientServer):
                  warn: Callable[[str], object] = str) -> None:
         from http.server import BaseHTTPRequestHandler
 
-        super().__init__(clients=clients, timeout=timeout, idle=idle)
+        super().__init__(clients=min(clients, soft_limit() // 12), timeout=timeout, idle=idle)
+        self.grace = timeout
         self.registry, self.opener, self.log, self.warn = registry, opener, log, warn
         self.passwords = [sha256_digest(each) for each in passwords]
         self._context, self._is_open = ssl_context, insecure or bool(passwords)
@@ -15374,6 +15376,8 @@ class RegistryServer(ClientServer):
         except (CstorError, ImportError, OSError, MemoryError):
             pass  # the client was told, or is gone
         finally:
+            if client:
+                client.idle_since = time.monotonic()
             linger(sock)
             self._leave(client)
 
@@ -17182,11 +17186,10 @@ def cmd_serve(storage: Storage, args: Any) -> None:
         for _, place in () if args.quiet else servers.values():
             say(f"serving {storage.graphroot} at {place}")
         (first, (listener, _)), *others = servers.items()
-        threads = [threading.Thread(target=each.serve, args=(place[0], args.timeout))
-                   for each, place in others]
+        threads = [threading.Thread(target=each.serve, args=place[:1]) for each, place in others]
         for thread in threads:
             thread.start()
-        first.serve(listener, args.timeout)
+        first.serve(listener)
         for thread in threads:
             thread.join()
 

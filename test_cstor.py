@@ -11668,8 +11668,9 @@ def serving(path: str, *, grace: float = 10.0, opener: Callable[[], cstor.Storag
             **options: Any) -> Iterator[cstor.RpcServer]:
     """Run a server in a thread."""
     server = cstor.RpcServer(opener, **options)
+    server.grace = grace
     with cstor.ListeningSocket(path) as listener:
-        thread = threading.Thread(target=server.serve, args=(listener, grace))
+        thread = threading.Thread(target=server.serve, args=(listener,))
         thread.start()
         try:
             yield server
@@ -15864,15 +15865,15 @@ def pull_digest(port: int, name: str) -> str:
 
 
 @contextlib.contextmanager
-def registry(root: str, only: Sequence[str] = (), grace: float = 10.0, address: str = "0",
-             **options: Any) -> Iterator[tuple[Any, cstor.RegistryServer]]:
+def registry(root: str, only: Sequence[str] = (), address: str = "0", **options: Any
+             ) -> Iterator[tuple[Any, cstor.RegistryServer]]:
     """Serve a store as a registry in a thread; give where, and the server."""
     def opener() -> cstor.Storage:
         return cstor.Storage.open(root)
 
     with opener() as storage, cstor.listen_at(address) as listener:
         server = cstor.RegistryServer(cstor.Registry(storage, only), opener, **options)
-        thread = threading.Thread(target=server.serve, args=(listener, grace))
+        thread = threading.Thread(target=server.serve, args=(listener,))
         thread.start()
         failed: list[Any] = []
         try:
