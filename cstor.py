@@ -16486,44 +16486,30 @@ def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[
     if key in ("until", "before", "since"):
         limit = parse_moment(value) if key == "until" \
             else getattr(storage, kind)(value).created_ns or 0
-        return lambda record: (record.created_ns or 0) > limit if key == "since" \
-            else (record.created_ns or 0) < limit
-    if key == "label":
-        label, _, wanted = value.partition("=")
-        return lambda record: label in record.labels and wanted in ("", record.labels[label])
-    if key in ("id", "name"):
-        search = re.compile(value.replace("/", "")).search
-        return lambda record: any(map(search, record.names)) if key == "name" \
-            else record.id.startswith(value) or re.escape(value) != value and search(record.id)
+        return lambda it: ((it.created_ns or 0) - limit) * (1 if key == "since" else -1) > 0
     if key == "digest" and not value.startswith("sha256:"):
         raise ValueError("must start with sha256:")
-    if key == "digest":
-        return lambda record: any(digest.startswith(value) for digest in (
-            record.digests if kind == "image" else [record.diff_digest]))
-    if kind == "container":
-        return container_filter(storage, key, value)
-    if key == "arch":
-        return lambda image: value in (image.about.get("architecture"), platform_name(image.about))
-    return reference_filter(storage, value) if key == "reference" \
-        else flag_filter(storage, key, value)
-
-
-def container_filter(storage: Storage, key: str, value: str) -> Callable[[Container], bool]:
-    """Return the test for a filter that only containers have."""
-    states = (*CONTAINER_STATE, "storage")
-    if key == "status" and value not in states:
+    if key == "status" and value not in (states := (*CONTAINER_STATE, "storage")):
         raise ValueError(f"must be one of {', '.join(states)}")
     if key == "ancestor":
         with suppress(NotFound, Unsupported):
             value = storage.image(value).id
-        return lambda container: value in container.image
-    if key == "pod":
-        return lambda container: value in (container.state.get("pod"),
-                                           container.state.get("pod-id", "")[:max(12, len(value))])
-    if key == "exited":
-        return lambda container: container.status in ENDED and str(
-            container.state.get("exit-code")) == value
-    return lambda container: container.status in (ENDED if value in ENDED else (value,))
+    search: Any = re.compile(value.replace("/", "")).search if key in ("id", "name") else None
+    label, _, wanted = value.partition("=")
+    tests: dict[str, Callable[[Any], Any]] = {
+        "ancestor": lambda it: value in it.image,
+        "arch": lambda it: value in (it.about.get("architecture"), platform_name(it.about)),
+        "digest": lambda it: any(digest.startswith(value) for digest in (
+            it.digests if kind == "image" else [it.diff_digest])),
+        "exited": lambda it: it.status in ENDED and str(it.state.get("exit-code")) == value,
+        "id": lambda it: it.id.startswith(value) or re.escape(value) != value and search(it.id),
+        "label": lambda it: label in it.labels and wanted in ("", it.labels[label]),
+        "name": lambda it: any(map(search, it.names)),
+        "pod": lambda it: value in (it.state.get("pod"), str(
+            it.state.get("pod-id", ""))[:max(12, len(value))]),
+        "status": lambda it: it.status in (ENDED if value in ENDED else (value,))}
+    return reference_filter(storage, value) if key == "reference" \
+        else tests.get(key) or flag_filter(storage, key, value)
 
 
 def reference_filter(storage: Storage, value: str) -> Callable[[Image], bool]:
