@@ -984,14 +984,6 @@ def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes
         return None
 
 
-def status_at(dir_fd: int, name: bytes) -> tuple[os.stat_result] | None:
-    """Return lstat(2) alone; None if the file has vanished."""
-    try:
-        return (os.stat(name, dir_fd=dir_fd, follow_symlinks=False),)
-    except FileNotFoundError:
-        return None
-
-
 def read_xattrs(place: int | bytes) -> dict[bytes, bytes]:
     """Return the xattrs of an open file, or of a path, whose last component is not followed."""
     follow = isinstance(place, int)
@@ -3351,6 +3343,7 @@ class Image(Record):
         if "manifest" not in self.big_data_names:
             self._faults.append("no manifest")
         self._about: dict[str, Any] | None = None
+        self._machine = ""  # as looks_sound() read it
 
     def _look(self) -> None:
         chain = self.storage.chain(self.layer)
@@ -3358,38 +3351,9 @@ class Image(Record):
         for layer in chain:
             self._faults += [f"layer {layer.id}: {fault}" for fault in (
                 layer.faults if layer is chain[-1] and not layer.lost else layer.damage())]
-        if not self._is_sound(chain) and not self.is_list and not self._chain() \
-                and self.diff_ids() is None:
+        if (self._about or not looks_sound(self, chain)) and not self.is_list \
+                and not self._chain() and self.diff_ids() is None:
             self._faults.append("no layer")
-
-    def _is_sound(self, chain: Sequence[Layer]) -> bool:
-        """Tell, parsing nothing, that manifest and configuration are as recorded, and name a chain.
-
-        Most images pass; of the others the usual way finds what is wrong.
-        """
-        keys = [key for key in self.big_data_names if key.startswith("sha256:")]
-        texts: list[bytes] = []
-        try:
-            folder = self.storage.folder(self.root, self.storage.home(self.WORD))
-            with Opened(os.open(self.id, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder.fd)) as fd:
-                for key in ("manifest", *keys) if chain and len(keys) == 1 else ():
-                    size, (file, status) = self._sizes[key], folder.open_at(fd, big_data_file(key))
-                    with Opened(file):
-                        texts.append(os.read(file, CHUNK))
-                    if not len(texts[-1]) == size == status.st_size or sha256_digest(
-                            texts[-1]) != self._digests[key]:
-                        return False
-        except (FormatError, KeyError, OSError, ValueError):
-            return False
-        if len(texts) < 2 or self._digests[keys[0]] != keys[0] or any(
-                text.count(word) != 1 or re.search(rb"\\u00[5-7]", text)
-                for text, word in zip(texts, (b'"config"', b"diff_ids"))):
-            return False
-        # In a string the quotes would have backslashes.
-        named = re.findall(rb'"config": ?{[^{}]*"digest": ?"([^"]*)"', texts[0])
-        ids = b"".join(re.findall(rb'"diff_ids": ?\[([^]]*)\]', texts[1])).replace(b" ", b"")
-        return named == [keys[0].encode()] and ids.decode("latin-1") == ",".join(
-            f'"{layer.diff_digest}"' for layer in chain)
 
     def manifest(self) -> dict[str, Any]:
         """Return the default manifest, parsed: OCI, docker schema2 or schema1, or a list."""
@@ -3493,6 +3457,12 @@ class Image(Record):
             return self._summary()
         except (CstorError, OSError):
             return {}
+
+    @property
+    def architecture(self) -> str:
+        """The machine that the configuration names, as Go does; "" when it is not readable."""
+        known = self._machine if not self.faults else ""
+        return known or str(self.about.get("architecture", ""))
 
     @property
     def labels(self) -> dict[str, str]:
@@ -3715,18 +3685,7 @@ class Container(Record):
 
         -1 = unknown.  ``known`` keeps the sizes of layers by ID, for other containers.
         """
-        known = {} if known is None else known
-        try:
-            layers = self.storage.chain(self.layer)
-        except CstorError:
-            layers = ()
-        for layer, below in zip(layers, (None, *layers)):
-            if layer.id not in known:
-                known[layer.id] = -1
-                with suppress(CstorError, OSError):
-                    known[layer.id] = files_size(layer, below)
-        *rest, own = [known[layer.id] for layer in layers] or [-1]
-        return -1 if self.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
+        return container_sizes(self, {} if known is None else known)
 
     @property
     def status(self) -> str:
@@ -13608,6 +13567,39 @@ def users_of(storage: Storage) -> dict[str, list[Record]]:
     return found
 
 
+def looks_sound(image: Image, chain: Sequence[Layer]) -> bool:
+    """Tell, parsing nothing, that manifest and configuration are as recorded, and name a chain.
+
+    Most images pass; of the others the usual way finds what is wrong.
+    """
+    keys = [key for key in image.big_data_names if key.startswith("sha256:")]
+    texts: list[bytes] = []
+    try:
+        folder = image.storage.folder(image.root, image.storage.home(image.WORD))
+        with Opened(os.open(image.id, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder.fd)) as fd:
+            for key in ("manifest", *keys) if chain and len(keys) == 1 else ():
+                size, (file, status) = image._sizes[key], folder.open_at(fd, big_data_file(key))
+                with Opened(file):
+                    texts.append(os.read(file, CHUNK))
+                if not len(texts[-1]) == size == status.st_size or sha256_digest(
+                        texts[-1]) != image._digests[key]:
+                    return False
+    except (FormatError, KeyError, OSError, ValueError):
+        return False
+    if len(texts) < 2 or image._digests[keys[0]] != keys[0] or any(
+            text.count(word) != 1 or re.search(rb"\\u00[5-7]", text)
+            for text, word in zip(texts, (b'"config"', b"diff_ids"))):
+        return False
+    # In a string the quotes would have backslashes.
+    named = re.findall(rb'"config": ?{[^{}]*"digest": ?"([^"]*)"', texts[0])
+    ids = b"".join(re.findall(rb'"diff_ids": ?\[([^]]*)\]', texts[1])).replace(b" ", b"")
+    machine = re.match(rb'{[^][{}]*"architecture": ?"([a-z0-9]+)"', texts[1])
+    if machine and texts[1].count(b'"architecture"') == 1:
+        image._machine = machine[1].decode()
+    return named == [keys[0].encode()] and ids.decode("latin-1") == ",".join(
+        f'"{layer.diff_digest}"' for layer in chain)
+
+
 def check_image(image: Image) -> Iterator[Finding]:
     """Compare an image's big data, names and chain of layers with its record."""
     what, damaged = f"image {image.id}", set()
@@ -14554,6 +14546,14 @@ NO_REFLINKS = ("ext2", "ext3", "ext4", "tmpfs")  # file systems without shared e
 MOUNTS = (b"merged", b"mapped", b"composefs-layers")  # in a layer's directory
 
 
+def status_at(dir_fd: int, name: bytes) -> tuple[os.stat_result] | None:
+    """Return lstat(2) alone; None if the file has vanished."""
+    try:
+        return (os.stat(name, dir_fd=dir_fd, follow_symlinks=False),)
+    except FileNotFoundError:
+        return None
+
+
 def walk_disk(root: Contents, top: bytes, denied: list[str],
               look: Callable[[int, bytes], Any] = status_at) -> Iterator[tuple[Any, ...]]:
     """Yield ``top`` and all below it, with what ``look`` tells, but nothing that is mounted there.
@@ -14612,6 +14612,21 @@ def files_size(layer: Layer, below: Layer | None = None) -> int:
     known = {row[1:] for row in facts(below)} if below and look is look_at else ()
     sizes: dict[int, int] = {row[0]: row[1] for row in facts(layer) if row[1:] not in known}
     return -1 if denied else sum(sizes.values())
+
+
+def container_sizes(container: Container, known: dict[str, int]) -> tuple[int, int]:
+    """Return the bytes of files in a container's writable layer, and below it; -1 = unknown."""
+    try:
+        layers = container.storage.chain(container.layer)
+    except CstorError:
+        layers = ()
+    for layer, below in zip(layers, (None, *layers)):
+        if layer.id not in known:
+            known[layer.id] = -1
+            with suppress(CstorError, OSError):
+                known[layer.id] = files_size(layer, below)
+    *rest, own = [known[layer.id] for layer in layers] or [-1]
+    return -1 if container.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
 
 
 def shared_extents(fd: int) -> list[tuple[tuple[int, int], int, int]]:
@@ -16902,7 +16917,7 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
     if is_template(args):
         print_rows(args.format, image_texts(storage, rows, args), IMAGE_HEADINGS)
         return
-    machines = [image.about.get("architecture", "") for image, *_ in rows]
+    machines = [image.architecture for image, *_ in rows]
     several = len({*machines, ""}) > 2
     show(args, map(image_json, dict.fromkeys(image for image, *_ in rows)), (
         [repository, tag, short_id(image.id, args), human_age(image.created_ns),

@@ -2215,12 +2215,17 @@ class Records(StoreTest):
     def test_the_short_way_to_no_fault(self) -> None:
         """What is found sound without parsing is sound when it is parsed; most images are."""
         ids = [sha256(bytes([n])) for n in range(3)]
-        config = {"os": "linux", "history": [{"created_by": 'a \u0026\u0026 "b"'}],
+        config = {"os": "linux", "architecture": "arm64",
+                  "history": [{"created_by": 'a \u0026\u0026 "b"'}],
                   "rootfs": {"type": "layers", "diff_ids": ["D0", "D1"]}}
         manifest = {"schemaVersion": 2, "config": {"size": 5, "digest": "CONFIG"},
                     "layers": [{"digest": "D0"}]}
         texts = [(json.dumps(manifest, separators=pair), json.dumps(config, separators=pair))
                  for pair in ((",", ":"), (", ", ": "))]
+        texts += [(texts[0][0], texts[0][1].replace('"architecture":"arm64"', each)) for each in (
+            '"x":{"architecture":"a"}', '"x":["architecture"]', '"architecture":["a"]', '"a":1',
+            '"architecture":"a","x":{"architecture":"b"}', '"architecture":"x/y"',
+            '"architecture":"a","architecture" :"b"')]
         sound = len(texts)
         plain, rootfs = texts[0], '"diff_ids":["D0","D1"]'
         texts += [(plain[0], plain[1].replace(rootfs, each)) for each in (
@@ -2244,9 +2249,10 @@ class Records(StoreTest):
                 store.big_data(store.images[0], name, text.encode())
             with self.open(store.save()) as storage:
                 image = storage.images()[0]
-                found.append(image._is_sound(image.layers()))
+                found.append(cstor.looks_sound(image, image.layers()))
                 if found[-1]:
                     self.assertEqual(image.layers(), image._chain(), (first, second))
+                    self.assertEqual(image.architecture, image.about.get("architecture", ""))
             if found[-1]:
                 for name in ("manifest", os.fsdecode(cstor.big_data_file(key))):
                     path = store.path("overlay-images", key[7:], name)
