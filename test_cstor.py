@@ -21526,6 +21526,24 @@ class RealRootless(unittest.TestCase):
                     sys.exit(7)"""
         self.as_user(self.python, "-c", code, status=7)
 
+    def test_registry(self) -> None:
+        """The helper opens what the user may not; a port would give it to all users."""
+        address = self.path("target/http")
+        server = self.start(*self.script, "-q", "serve", "--registry", "unix:" + address)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        wait_for(lambda: os.path.exists(address))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(address)
+            for _ in range(2):
+                answer = http_get(sock, f"/v2/x/blobs/{self.layer.diff_digest}")
+                self.assertEqual(self.layer.diff_digest, sha256(answer.body))
+            self.assertEqual(1, sum("-IS" in words for words in self.ours().values()))
+            server.terminate()
+            self.assertEqual(0, server.wait(20))
+        error = self.as_user(*self.script, "serve", "--registry", "0", status=2).decode()
+        self.assertIn("not every user of this machine can read the store", error)
+
     def test_server(self) -> None:
         """Clients of a server share one helper; when that dies, the next one gets another."""
         address = self.path("target/socket")
@@ -22322,7 +22340,7 @@ RealLookups.test_lookups_and_podman RealRootless.test_by_podman_alone
 RealRootless.test_code_from_anywhere RealRootless.test_copies_for_other_ids
 RealRootless.test_copies_with_shifted_owners RealRootless.test_few_open_files
 RealRootless.test_inside_namespaces RealRootless.test_killed_setting_owners RealRootless.test_kills
-RealRootless.test_metadata_need_no_process RealRootless.test_other_users
+RealRootless.test_metadata_need_no_process RealRootless.test_other_users RealRootless.test_registry
 RealRootless.test_same_owner RealRootless.test_server RealStores.test_every_damage
 RealStores.test_every_image_from_a_registry RealStores.test_every_image_goes_out_and_comes_back
 RealStores.test_every_layer_as_a_stream RealStores.test_every_layer_by_every_client
