@@ -16297,7 +16297,7 @@ class Registries(StoreTest):
     def test_clients_that_do_as_they_like(self) -> None:
         ask = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n"
         close = ask + b"Connection: close\r\n\r\n"
-        with self.served(timeout=0.3, idle=0.3):
+        with self.served(timeout=0.5, idle=0.5):
             for parts, words, count in (
                     ([b"\x16\x03\x01\x02\x00\x01" + b"x" * 500], b"400 Bad Request", 1),
                     ([ask + b"\r\n", close], b" 200 OK", 2), ([(ask + b"\r\n") * 9 + close],
@@ -16319,15 +16319,15 @@ class Registries(StoreTest):
                     ([b"GET /v2/%2e%2e/%2e%2e/blobs/x HTTP/1.1\r\n\r\n"], b" 400 ", 1)):
                 with self.subTest(parts[0][:60]):
                     self.assertEqual(count, self.said(*parts).count(words))
-            begin = time.monotonic()  # a byte now and then does not lengthen the time
+            # A byte now and then does not lengthen the time.
             with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
-                with contextlib.suppress(ConnectionError):
-                    for at in range(20):
-                        sock.sendall(ask[at:at + 1])
-                        if select.select([sock], [], [], 0.1)[0]:
-                            break
+                for at in range(len(ask)):
+                    sock.sendall(ask[at:at + 1])
+                    if select.select([sock], [], [], 0.1)[0]:
+                        break
+                else:
+                    self.fail("it was not cut")
                 self.assertEqual(b"", sock.recv(99))
-            self.assertLess(time.monotonic() - begin, 1.5)
             self.assertEqual(200, self.get("").status)
 
     def test_slow_readers_and_idle_clients_make_room(self) -> None:
