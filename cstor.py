@@ -1011,9 +1011,8 @@ def with_path(error: OSError, path: str) -> OSError:
         return NeedsUnshare(f"{display(path)}: {os.strerror(errno.EACCES)}",
                             hint="run it as root or as the owner of the store, or for a rootless "
                                  "store inside `podman unshare`")
-    text = "the storage is closed, or the tree" if error.errno == errno.EBADF \
-        else os.strerror(error.errno or 0)
-    return OSError(error.errno, text, path)
+    text = {errno.EBADF: "the storage is closed, or the tree"}.get(error.errno or 0)
+    return OSError(error.errno, text or os.strerror(error.errno or 0), path)
 
 
 def file_type(mode: int) -> str:
