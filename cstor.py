@@ -3586,22 +3586,14 @@ class Image(Record):
         ``form`` is rootfs, docker-archive or oci-archive; an archive gives it ``names``, and always
         verifies its layers.  write_docker_archive() and write_oci_archive() take several images.
         """
-        check_words("form", [form], ("rootfs", "docker-archive", "oci-archive"))
-        if form == "rootfs":
-            with self.tree(platform=platform) as tree:
-                tree.export(out, verify=verify, progress=progress)
-            return
-        write = write_docker_archive if form == "docker-archive" else write_oci_archive
-        write(out, [(self.single(platform), check_words("names", names))], progress)
+        export_image(self.single(platform), out, form, names, verify, progress)
 
     def blame(self, patterns: Sequence[str] = (), *, hidden: bool = False, platform: str = ""
               ) -> Iterator[dict[str, Any]]:
         """Yield the layer and step of each file, and what it hides; or all ``hidden`` files."""
-        image, history = self.single(platform), []
-        with suppress(NotFound):  # an image without a manifest
-            history = image.history()
+        image = self.single(platform)
         with image.tree() as tree:
-            yield from blame_tree(tree, history, patterns, hidden)
+            yield from blame_tree(tree, image, patterns, hidden)
 
     def copy_to_oci(self, directory: str, tag: str = "", *, compression: str = "none",
                     platform: str = "", every: bool = False, progress: Progress | None = None,
@@ -8253,10 +8245,13 @@ def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
             yield row
 
 
-def blame_tree(tree: Tree, history: Sequence[dict[str, Any]], patterns: Sequence[str],
-               hidden: bool) -> Iterator[dict[str, Any]]:
-    """Yield blame_rows(), or hidden_rows(), of the paths that match."""
-    steps = {row["layer"]: str(row.get("created_by") or "") for row in history if "layer" in row}
+def blame_tree(tree: Tree, image: Image, patterns: Sequence[str], hidden: bool
+               ) -> Iterator[dict[str, Any]]:
+    """Yield blame_rows(), or hidden_rows(), of the paths of an image that match."""
+    steps: dict[str, str] = {}
+    with suppress(NotFound):  # an image without a manifest
+        steps = {row["layer"]: str(row.get("created_by") or "")
+                 for row in image.history() if "layer" in row}
     part = tree if hidden else tree.limited(patterns)
     views = [Tree([layer]) for layer in tree.layers] if hidden else [part]
     return (hidden_rows if hidden else blame_rows)(part, steps, compile_patterns(
@@ -10198,6 +10193,18 @@ def write_oci_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequenc
         entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
     archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
     archive.finish()
+
+
+def export_image(image: Image, out: int | BinaryIO, form: str, names: Sequence[str], verify: bool,
+                 progress: Progress | None) -> None:
+    """Write an image in one of its forms; see Image.export()."""
+    check_words("form", [form], ("rootfs", "docker-archive", "oci-archive"))
+    if form == "rootfs":
+        with image.tree() as tree:
+            tree.export(out, verify=verify, progress=progress)
+    else:
+        write = write_docker_archive if form == "docker-archive" else write_oci_archive
+        write(out, [(image, check_words("names", names))], progress)
 
 
 def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = None
@@ -17537,7 +17544,7 @@ def cmd_blame(storage: Storage, args: Any) -> None:
         history = []  # an image without a manifest
     with image.tree() as tree:
         note_open_steps(history, args)
-        first, rows = peek(blame_tree(tree, history, args.pattern, args.hidden))
+        first, rows = peek(blame_tree(tree, image, args.pattern, args.hidden))
         if first is None and not args.hidden:
             need_match(tree, args.pattern)
         show(args, rows, blame_lines(rows, args))
