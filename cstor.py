@@ -11875,9 +11875,7 @@ def passed_socket(*families: str) -> socket.socket:
             if found.family.name in families and found.type == socket.SOCK_STREAM:
                 return found
             found.close()
-    raise _UsageError("no Unix stream socket was passed: name one by --socket PATH"
-                      if families == ("AF_UNIX",) else
-                      "no stream socket was passed: name one by --registry [HOST:]PORT")
+    raise _UsageError("no stream socket was passed: use --socket PATH or --registry [HOST:]PORT")
 
 
 # ================================================================================================
@@ -15262,12 +15260,11 @@ class _HttpClient(HttpHandler):
         """Tell whether the client gave a user and his password, in a time that tells nothing."""
         from hmac import compare_digest
 
-        kind, _, text = self.headers.get("Authorization", "").partition(" ")
-        given = b""
+        found = re.match("basic +(.*)", self.headers.get("Authorization", ""), re.IGNORECASE)
+        given = ""
         with suppress(ValueError):
-            given = decode_base64(text.strip()) if kind.lower() == "basic" else b""
-        digest = sha256_digest(given)
-        return sum([compare_digest(digest, each) for each in self._server.passwords]) > 0
+            given = sha256_digest(decode_base64(found[1])) if found else ""
+        return sum(compare_digest(given, each) for each in self._server.passwords) > 0
 
     def _list(self, name: str, fields: dict[str, str]) -> None:
         """Answer one page of repositories or tags."""

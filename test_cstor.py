@@ -21710,7 +21710,7 @@ class RegistryClients(StoreTest):
                 wait_for(lambda: ready() or daemon.poll() is not None)
                 log.seek(0)
                 need(daemon.poll() is None, f"{command[0]} does not run here: "
-                     f"{log.read()[-300:].decode()}", "test_docker")
+                     f"{log.read()[-300:].decode()}", self._testMethodName)
                 yield
             finally:
                 daemon.terminate()
