@@ -16967,18 +16967,20 @@ class CommandLine(StoreTest):
             self.run_cstor("--root", other.root, kind[:-1], "inspect", "a", "b", "c", status=6)
 
     def test_a_list_opens_each_file_of_images_once(self) -> None:
-        opened: list[bytes] = []
-        before = cstor.Directory.open
+        opened: list[str] = []
+        before = cstor.Directory.open_at
 
-        def counting(directory: cstor.Directory, name: bytes) -> int:
-            opened.append(name)
-            return before(directory, name)
+        def counting(directory: cstor.Directory, fd: int, name: bytes
+                     ) -> tuple[int, os.stat_result]:
+            opened.append(os.path.join(os.readlink(f"/proc/self/fd/{fd}"), os.fsdecode(name)))
+            return before(directory, fd, name)
 
-        with mock.patch.object(cstor.Directory, "open", counting), \
+        need_proc()
+        with mock.patch.object(cstor.Directory, "open_at", counting), \
                 contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(0, cstor.main(["--root", self.store.root, "image", "list"]))
-        found = [name for name in opened if name.startswith(b"overlay-images/")
-                 and not name.endswith((b".json", b".lock"))]
+        found = [name for name in opened if "/overlay-images/" in name
+                 and not name.endswith((".json", ".lock"))]
         self.assertEqual(2 * len(self.store.images), len(found))
         self.assertEqual(len(found), len(set(found)))
 
