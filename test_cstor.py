@@ -17742,8 +17742,14 @@ class Help(StoreTest):
 
     def test_help(self) -> None:
         """One screen has all commands; each has a line, and a help that fits."""
-        rows: dict[tuple[str, ...], str] = {(): self.run_cstor("help").out}
-        self.assertEqual(rows[()], self.run_cstor("--help").out)
+        def ask(*words: str) -> str:
+            with mock.patch.object(sys, "argv", ["cstor"]):
+                status, out, err = self.call(*words)
+            self.assertEqual((0, ""), (status, err), words)
+            return out
+
+        rows: dict[tuple[str, ...], str] = {(): ask("help")}
+        self.assertEqual(rows[()], self.run_cstor("--help", command=COMMAND).out)
         lines = rows[()].splitlines()
         self.assertLessEqual(len(lines), 60)
         listed = [f"{kind} {line.split()[-1]}".strip() for text in lines if text[:1] == " "
@@ -17752,18 +17758,18 @@ class Help(StoreTest):
         self.assertEqual(sorted(row[0] for row in cstor.COMMANDS), sorted(listed))
         for words in {tuple(part) for row in cstor.COMMANDS for part in (
                 row[0].split(), row[0].split()[:1])} | {("options",)}:
-            text = rows[words] = self.run_cstor("help", *words).out
+            text = rows[words] = ask("help", *words)
             self.assertNotIn("==SUPPRESS==", text)
             if words != ("options",):
-                self.assertEqual(text, self.run_cstor(*words, "--help").out)
-                self.assertEqual(text, self.run_cstor("-h", *words).out)
+                self.assertEqual(text, ask(*words, "--help"))
+                self.assertEqual(text, ask("-h", *words))
             if "options" not in words and len(words) > 1:
                 self.assertLess(text.index("-h, --help"), text.index("--root,"), words)
                 self.assertNotIn("--root DIR", text)
         for words, text in rows.items():
             self.assertLessEqual(max(map(len, text.splitlines())), 79, words)
         for asked in "", "image", "-v store":
-            done = self.run_cstor(*asked.split(), status=2)
+            done = self.run_cstor(*asked.split(), status=2, command=COMMAND)
             self.assertEqual(rows[tuple(asked.split()[-1:])], done.out)
             self.assertRegex(done.err, r"\Acstor: error: missing COMMAND \(see .*--help\)\n\Z")
         for spec in cstor.GLOBALS:
