@@ -16576,9 +16576,10 @@ def image_rows(storage: Storage, args: Any) -> list[tuple[Image, str, str]]:
     hidden = set() if every else intermediate_images(storage)
     for image in storage.images():
         if fits(image) and (image.id not in hidden or image.faults):
-            names = [split_reference(name)[:2] for name in image.names]
-            names = [pair for pair in names if pair[1]] or names[:1] or [("<none>", "")]
-            rows += [(image, repository, tag or "<none>") for repository, tag in names]
+            names = list(map(split_reference, image.names))
+            names = [name for name in names if name[1] or not name[2]] or names[:1] or [
+                ("<none>", "", "")]
+            rows += [(image, repository, tag or "<none>") for repository, tag, _ in names]
     return sorted(rows, key=SORTS["images"][args.sort])
 
 
