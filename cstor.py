@@ -11920,6 +11920,9 @@ SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
 
 # -- server --------------------------------------------------------------------------------------
 
+SHORTAGES = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS  # they pass
+
+
 class ClientServer:
     """Serves the clients of a listening socket, each in a thread; a subclass has handle().
 
@@ -11970,7 +11973,7 @@ class ClientServer:
                 try:
                     sock = listener.accept()[0]
                 except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    if error.errno in SHORTAGES:
                         time.sleep(0.1)  # until some client goes
                     continue
                 try:
@@ -14901,11 +14904,11 @@ class Registry:
         """Return a configuration, or b"" and the layer that has the blob, and its size."""
         with self._lock:
             self._refresh()
-            if not self._images.keys() & self._blobs.get(digest, {}).keys():
-                self._make_all()
-            for image_id, layer_id in self._blobs.get(digest, {}).items():
-                with suppress(CstorError, OSError, KeyError):  # removed, or damaged
-                    return self._open_blob(self._images[image_id], layer_id, digest)
+            for learn in (str, self._make_all):  # a layer can have another ID since it was told of
+                learn()
+                for image_id, layer_id in self._blobs.get(digest, {}).items():
+                    with suppress(CstorError, OSError, KeyError):  # removed, or damaged
+                        return self._open_blob(self._images[image_id], layer_id, digest)
             raise NotFound(f"no image here has the blob {digest}: layers are served uncompressed, "
                            "by their DiffID")
 
@@ -14927,6 +14930,7 @@ class Registry:
                  for word in (Image.WORD, Layer.WORD)]
         if (state := [_state(root, -1, files) for root in storage.roots]) == self._seen:
             return
+        self._seen = None  # until all of them are read
         storage.reload()
         self._made.clear()
         self._names, self._images = {}, {}
@@ -14940,7 +14944,7 @@ class Registry:
                     self._names[name] = image
             if names:
                 self._images.setdefault(image.id, image)
-                with suppress(CstorError, OSError):
+                with passing_over():
                     for _, each in image.instances() if image.is_list else ():
                         self._images.setdefault(each.id, each)
         self._seen = state
@@ -14990,6 +14994,8 @@ class Registry:
                 self._made[image.id] = digest = sha256_digest(data)
                 self._manifests[digest] = data, media_type, image.id
             except (CstorError, OSError) as error:
+                if is_shortage(error):
+                    raise
                 self._made[image.id] = error
         if isinstance(found := self._made[image.id], Exception):
             raise Unsupported(f"image {image.title} cannot be served: {found}")
@@ -15010,7 +15016,7 @@ class Registry:
         blobs: list[dict[str, Any] | None] = []
         for _, each in image.instances():
             blobs.append(None)
-            with suppress(CstorError, OSError):
+            with passing_over():
                 digest = self._make(each)
                 blobs[-1] = with_platform(descriptor(
                     OCI_MANIFEST, digest, len(self._manifests[digest][0])), each.config())
@@ -15038,6 +15044,21 @@ class Registry:
         if found != digest:
             raise NotFound(digest)
         return data, layer, size
+
+
+def is_shortage(error: Exception) -> bool:
+    """Tell whether an error only says that descriptors or memory are short at the moment."""
+    return getattr(error, "errno", 0) in SHORTAGES
+
+
+@contextmanager
+def passing_over() -> Iterator[None]:
+    """Pass over what cannot be read, unless that is a shortage."""
+    try:
+        yield
+    except (CstorError, OSError) as error:
+        if is_shortage(error):
+            raise
 
 
 def is_public(storage: Storage) -> bool:
