@@ -15185,12 +15185,22 @@ class _HttpClient(HttpHandler):
             if self._storage:
                 self._storage.close()
 
+    def parse_request(self) -> bool:
+        """Read the head of a request; what comes after one with a body is no other request."""
+        if not super().parse_request():
+            return False
+        if self.headers.defects:  # what follows such a line would count as no header
+            self.send_error(400, "malformed header")
+            return False
+        if "Transfer-Encoding" in self.headers or {*self.headers.get_all("Content-Length", ())} \
+                - {"0"}:
+            self.close_connection = True
+        return True
+
     def do_GET(self) -> None:
         """Answer a request; errors are answered in the specification's form."""
         self.idle_since, begin = float("inf"), time.monotonic()
         self._status, self._sent, self._unknown = 0, 0, "UNSUPPORTED"
-        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
-            self.close_connection = True  # no request has a body that we read
         try:
             self._route()
         except (CstorError, OSError) as error:
@@ -15250,6 +15260,8 @@ class _HttpClient(HttpHandler):
         if self.command not in ("GET", "HEAD"):
             self.send_error(501)
             return
+        # A target can be a whole URL.
+        self.path = re.sub("(?i)^https?://[^/?]*", "", self.path)
         path, _, query = self.path.partition("?")
         fields = dict(parse_qsl(query))
         found = re.fullmatch("/v2(?:/?|/(_catalog)|/(.+)/(?:(tags)/list|(manifests|blobs|referrers)"

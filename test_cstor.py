@@ -16315,6 +16315,13 @@ class Registries(StoreTest):
                     ([b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"],
                      b" 405 ", 1), ([b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"],
                                     b" 100 ", 0),
+                    ([ask + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n" + close],
+                     b" 200 OK", 1),
+                    ([ask + b"Content-Length : 5\r\n\r\nhello" + close], b" 400 ", 1),
+                    ([b"BREW /v2/ HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(close) + close],
+                     b" 200 OK", 0),
+                    ([b"GET http://a.b:5/v2 HTTP/1.1\r\nConnection: close\r\n\r\n"], b" 200 OK", 1),
+                    ([b"GET HTTPS://a.b HTTP/1.1\r\nConnection: close\r\n\r\n"], b" 404 ", 1),
                     ([b"GET /../../etc/passwd HTTP/1.1\r\n\r\n"], b" 404 ", 1),
                     ([b"GET /v2/%2e%2e/%2e%2e/blobs/x HTTP/1.1\r\n\r\n"], b" 400 ", 1)):
                 with self.subTest(parts[0][:60]):
