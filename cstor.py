@@ -15484,7 +15484,10 @@ def listen_at(address: str) -> Any:
     import socket
 
     if address == "-":
-        return passed_socket("AF_UNIX", "AF_INET", "AF_INET6")
+        sock = passed_socket("AF_UNIX", "AF_INET", "AF_INET6")
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise _UsageError("the socket that was passed does not listen: systemd needs Accept=no")
+        return sock
     if address.startswith("unix:"):
         return ListeningSocket(address[5:])
     found = re.fullmatch(r"(?:(\[[^\]]+\]|[^:\[\]]+):)?([0-9]{1,5})", address)
@@ -15500,8 +15503,9 @@ def listen_at(address: str) -> Any:
             sock.bind(place)
             sock.listen(MAX_HTTP_CLIENTS)
         return sock
-    except OSError as error:
-        raise CstorError(f"cannot listen at {display(address)}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # of a name that DNS cannot have
+        why = getattr(error, "strerror", "it is no host name")
+        raise CstorError(f"cannot listen at {display(address)}: {why}") from None
 
 
 # ================================================================================================

@@ -16176,6 +16176,43 @@ class Registries(StoreTest):
             self.unknown(f"org/new/blobs/{old.json['layers'][2]['digest']}", "BLOB_UNKNOWN")
             self.assertEqual(200, self.get(f"app/blobs/{old.json['layers'][0]['digest']}").status)
 
+    def test_a_layer_that_was_made_anew_with_another_id(self) -> None:
+        with cstor.Storage.open(self.store.root) as storage:
+            found = cstor.Registry(storage)
+            found.manifest("app", "1")
+            old, new = self.store.images[0]["layer"], "e" * 64
+            digest = sha256(self.store.tars[old])
+            for entry in self.store.layers:
+                for key in ("id", "parent"):
+                    entry[key] = new if entry.get(key) == old else entry.get(key, "")
+            os.rename(self.store.path("overlay", old), self.store.path("overlay", new))
+            os.rename(self.store.path("overlay-layers", old + ".tar-split.gz"),
+                      self.store.path("overlay-layers", new + ".tar-split.gz"))
+            for image in self.store.images:
+                image["layer"] = new if image["layer"] == old else image["layer"]
+            self.store.save()
+            layer = found.blob(digest)[1]
+            self.assertEqual(new, layer and layer.id)
+
+    def test_a_shortage_is_forgotten(self) -> None:
+        """Descriptors that were lacking for a moment, or records that were."""
+        path = self.store.path("overlay-images/images.json")
+        lacking = OSError(errno.EMFILE, "Too many open files")
+        with cstor.Storage.open(self.store.root) as storage:
+            found = cstor.Registry(storage)
+            with mock.patch.object(cstor.Layer, "open_tar_split", side_effect=lacking):
+                for reference in ("1", sha256(b"x")):
+                    with self.assertRaisesRegex(OSError, "Too many"):
+                        found.manifest("app", reference)
+            self.assertTrue(found.manifest("app", "1"))
+            names, data, status = found.names(), read_bytes(path), os.stat(path)
+            put(path, "x" * len(data))
+            with self.assertRaises(cstor.FormatError):
+                found.names()
+            put(path, data)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            self.assertEqual(names, found.names())
+
     def test_a_damaged_layer_never_arrives_whole(self) -> None:
         """The client misses the last block; then neither blob nor manifest is there."""
         base, app, _ = self.store.tars
@@ -16542,6 +16579,12 @@ class RegistryCommands(StoreTest):
             self.assertIn(f"cannot listen at {address}: Address already in use",
                           self.refused(address, "--insecure", status=6))
         self.assertIn("no stream socket was passed", self.refused("-"))
+        for end in socket.socketpair():
+            with end:
+                self.assertIn("does not listen", self.run_on(
+                    self.store, "serve --registry -", status=2, stdin=end.fileno()).err)
+        self.assertIn("cannot listen at a..b:0: it is no host name", self.refused(
+            "a..b:0", status=6))
 
 
 # ================================================================================================
