@@ -16294,6 +16294,20 @@ def go_print(*values: Any) -> str:
     return " ".join(map(go_text, values))
 
 
+def go_quote(value: Any) -> str:
+    """Return a value as Go's %q prints it."""
+    return f"[{' '.join(map(go_quote, value))}]" if isinstance(value, list) \
+        else json.dumps(go_text(value), ensure_ascii=False)
+
+
+def go_printf(form: str, *values: Any) -> str:
+    """Return values in a format of Go: Python's, and the verbs v, t and q."""
+    verbs = re.findall(r"%[-.\d]*(.)", form.replace("%%", ""))
+    words = [go_quote(value) if verb == "q" else go_text(value) if verb in "svt" else value
+             for verb, value in zip(verbs, values)]
+    return re.sub(r"(%[-.\d]*)[vtq]", r"\1s", form) % (*words, *values[len(verbs):])
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": lambda *values: next((value for value in values if not value), values[-1]),
     "or": lambda *values: next((value for value in values if value), values[-1]),
@@ -16302,10 +16316,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "index": go_index, "len": len,
     "join": lambda words, by: by.join(words), "split": lambda text, by: text.split(by),
     "lower": lambda text: text.lower(), "upper": lambda text: text.upper(),
+    "title": lambda text: re.sub(r"(?<!\w)\w", lambda match: match[0].upper(), text),
+    "slice": lambda value, first=0, end=None: value[first:end],
+    "truncate": lambda text, length: text[:length],
     "json": lambda value: json.dumps(as_json(value), separators=(",", ":"), ensure_ascii=False),
     "print": go_print, "println": lambda *values: go_print(*values) + "\n",
-    "printf": lambda form, *values: re.sub(r"(%[-.\d]*)[vt]", r"\1s", form) % tuple(
-        value if isinstance(value, (int, float)) else go_text(value) for value in values),
+    "printf": go_printf,
 }
 
 
@@ -16436,7 +16452,7 @@ class Template:
         words = {"true": True, "false": False, "nil": None, **FUNCTIONS}
         try:
             literal = words[token] if token in words else token[1:-1] if token[0] == "`" \
-                else json.loads(token)
+                else json.loads(token, strict=False)  # which takes a line break as it is
         except ValueError:
             raise _UsageError(f"unknown function in the template: {display(token)}; there are "
                               + ", ".join(FUNCTIONS)) from None
@@ -16456,12 +16472,13 @@ def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> 
     """Print a template for each row; "table" before it aligns columns below their headings."""
     table = text.startswith("table ")
     text = text[6:].replace(" ", "\t") if table else text
+    breaks = re.search(r"\{\{[^}]*\\n", text)  # podman then leaves all of them to the template
     text = text.replace("\\t", "\t").replace("\\n", "\n")
-    text += "\n" * (text[-1:] != "\n")
+    text += "\n" * (text[-1:] != "\n" and not breaks)
     whole = re.match(r"\{\{-?\s*range\s+([$\w, ]+:=\s*)?\.\s*-?\}\}", text)
     template = Template(text if whole else "{{range .}}" + text + "{{end -}}")
     heads = [headings] if table and headings is not None else []
-    text = template.render(heads) + template.render(list(rows))
+    text = (template.render(heads) if heads else "") + template.render(list(rows))
     if table:
         lines = [line.split("\t") for line in text[:-1].split("\n")]
         widths = [max(12, *(len(cell) + 2 for cell in column))  # as Go's tabwriter for podman
@@ -16650,7 +16667,7 @@ def image_texts(storage: Storage, rows: Sequence[tuple[Image, str, str]], args: 
         yield Fields({
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
             "Repository": repository, "Tag": tag, **fields, "RepoTags": image.names,
-            "Size": human_size(image.size), "History": ", ".join(image.names_history),
+            "Size": human_size(image.size), "History": ", ".join(image.names_history) or "<none>",
             "Created": age, "CreatedSince": age, "CreatedAt": moment, "CreatedTime": moment},
             raw=fields)
 
@@ -16815,6 +16832,8 @@ DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
 IMAGE_SETTINGS: dict[str, Any] = {  # of an image's configuration; JSON has those that are not empty
     "User": "", "ExposedPorts": {}, "Env": [], "Entrypoint": [], "Cmd": [], "Volumes": {},
     "WorkingDir": "", "Labels": {}, "StopSignal": ""}
+STEP: dict[str, Any] = {  # of a history, in podman's order
+    "created": "", "created_by": "", "author": "", "comment": "", "empty_layer": False}
 
 
 def inspect_image(image: Image) -> Fields:
@@ -16825,8 +16844,9 @@ def inspect_image(image: Image) -> Fields:
         kind = DOCKER_SCHEMA1 + ("prettyjws" if "signatures" in manifest else "json")
     said = as_dict(config.get("config"))
     settings = {key: said.get(key) or empty for key, empty in IMAGE_SETTINGS.items()}
-    steps = [Fields({"created_by": "", "author": "", "comment": "", "empty_layer": False, **step,
-                     "created": GoTime(step.get("created") or ZERO_TIME)},
+    for key in ("ExposedPorts", "Volumes"):  # of empty structs
+        settings[key] = {each: Fields({}) for each in as_dict(settings[key])}
+    steps = [Fields({**STEP, **step, "created": GoTime(step.get("created") or ZERO_TIME)},
                     "created_by author comment empty_layer")
              for step in as_list(config.get("history")) if isinstance(step, dict)]
     comment = "".join(str(step["comment"]) for step in steps[:1])
@@ -17004,6 +17024,12 @@ def cmd_history(storage: Storage, args: Any) -> None:
                   ["ID", "Created", "CreatedBy", "Size", "Comment"], Headings({}), None)
 
 
+def print_inspected(args: Any, objects: Iterable[Fields]) -> None:
+    """Print objects as ``podman inspect`` does."""
+    found = list(objects)
+    print_listing(args, found, found, [], Headings({}), 5)
+
+
 def cmd_inspect(storage: Storage, args: Any) -> None:
     """show containers, images or layers, with podman's options and output"""
     kinds: dict[str, Callable[[Any], Fields]] = {
@@ -17016,8 +17042,7 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
                 return kinds[kind](getattr(storage, kind)(name))
         raise NotFound(f'no such object: "{display(name)}"')
 
-    found = list(for_each(args, args.name, inspect))
-    print_listing(args, found, found, [], Headings({}), 5)
+    print_inspected(args, for_each(args, args.name, inspect))
 
 
 def cmd_save(storage: Storage, args: Any) -> None:
@@ -17063,7 +17088,11 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
                 entry[key] = None
         return entry
 
-    show_inspected(args, for_each(args, args.image, inspect))
+    if is_template(args):
+        print_inspected(args, for_each(args, args.image, lambda name: inspect_image(
+            storage.image(name, args.platform).single(args.platform))))
+    else:
+        show_inspected(args, for_each(args, args.image, inspect))
 
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
@@ -17140,7 +17169,11 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
                 entry["faults"] = [*layer.faults, str(error)]
         return entry
 
-    show_inspected(args, for_each(args, args.layer, inspect))
+    if is_template(args):
+        print_inspected(args, for_each(args, args.layer, lambda name: layer_fields(
+            storage.layer(name))))
+    else:
+        show_inspected(args, for_each(args, args.layer, inspect))
 
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
@@ -17338,6 +17371,10 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers, and their entry in podman's database"""
     storage.faults += storage.unread_database()
+    if is_template(args):
+        print_inspected(args, for_each(args, args.container, lambda name: inspect_container(
+            storage.container(name))))
+        return
     show_inspected(args, ({**container_json(container), "details": container.details(), "podman":
                            {key: value for key, value in storage.podman_containers().get(
                                container.id, {}).items() if key not in ("config", "status")}}
@@ -17717,7 +17754,7 @@ def look_inside(kind: str, extract: str = "") -> list[Command]:
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
 COMMANDS: list[Command] = [
     ("image list", cmd_image_list, "-a -q -f --sort --format --no-trunc"),
-    ("image inspect", cmd_image_inspect, "IMAGE+ --format"),
+    ("image inspect", cmd_image_inspect, "IMAGE+ -f"),
     ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
     ("image history", cmd_image_history, "IMAGE -q --format --no-trunc"),
     ("image tree", cmd_image_tree, "IMAGE --whatrequires --format --no-trunc"),
@@ -17731,7 +17768,7 @@ COMMANDS: list[Command] = [
     ("image diff", cmd_diff, "A B --ignore --format"),
     ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
     ("layer list", cmd_layer_list, "--tree -q -f --sort --format --no-trunc"),
-    ("layer inspect", cmd_layer_inspect, "LAYER+ --chain --format"),
+    ("layer inspect", cmd_layer_inspect, "LAYER+ --chain -f"),
     ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
     *look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
     ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
@@ -17739,7 +17776,7 @@ COMMANDS: list[Command] = [
     ("layer verify", cmd_layer_verify, "LAYER+ --quick --format --no-trunc"),
     ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
     ("container list", cmd_container_list, "-s -q -f --sort --format --no-trunc"),
-    ("container inspect", cmd_container_inspect, "CONTAINER+ --format"),
+    ("container inspect", cmd_container_inspect, "CONTAINER+ -f"),
     *look_inside("CONTAINER"),
     ("container export", cmd_container_export, "CONTAINER -o --verify"),
     ("container exists", cmd_exists, "CONTAINER"),
@@ -17834,7 +17871,9 @@ OPTIONS = {
     "--force": "merge into a directory that is not empty: replace files, follow no "
                "links",
     "--format table|json=table": None,
-    "inspect --format table|json=json": None,
+    **{f"{word} inspect -f --format FORMAT=json":
+       "table, json or a Go template with the fields of podman's own inspect"
+       for word in ("image", "layer", "container")},
     "list --format FORMAT=table": "table, json or a Go template such as '{{.ID}} {{.Size}}'",
     **{f"{word} --format FORMAT=": "json or a Go template; table before it aligns columns"
        for word in ("images", "ps", "/history")},
