@@ -13670,7 +13670,7 @@ def layer_files(layer: Layer) -> Iterator[Finding]:
             if code == "diff" and word != "missing":
                 try:
                     layer.diff().close()
-                except NotADirectoryError:
+                except (FileNotFoundError, NotADirectoryError, Unsupported):  # a link out, say
                     word = "missing"
             if word and (word == "missing" or code == "tar-split" or code == "layer-dir" and not vfs
                          or layer._has_files()):

@@ -14916,6 +14916,18 @@ class Checking(StoreTest):
         self.assertEqual(f"cstor: warning: {reason}\n", done.err)
         self.assertIn(reason, self.run_on(store, "image list").err)
 
+    def test_a_layer_behind_a_link(self) -> None:
+        """No link is followed out of the store: what it leads to is missing."""
+        for name in ("", "/diff"):
+            store = make_sample(f"{self.dir}/store{len(name)}")
+            place = store.path("overlay", store.layers[0]["id"])
+            os.rename(place + name, f"{store.root}-elsewhere")
+            os.symlink(f"{store.root}-elsewhere", place + name)
+            found = ["diff-missing", place + "/diff"]
+            for words, status in (("store check", 1), ("image verify --all --quick", 4)):
+                done = self.run_on(store, words + " --format json", status=status)
+                self.assertEqual([found], [[row["code"], row["path"]] for row in done.json])
+
     def test_modes_and_owners(self) -> None:
         store = self.sample()
         path = store.path("overlay-images")
