@@ -14105,10 +14105,10 @@ class StoreCheck:
     def _is_lost(self, word: str, record_id: str) -> bool:
         """Tell whether there are files of an object that is needed and has no record."""
         self.known[word].add(record_id)
-        name = os.fsencode(record_id)
+        name = os.fsencode(record_id) if is_safe_id(record_id) else b""
         for place in (self.storage.home(word * (word != "layer")) + b"/" + name,
                       self.storage.home(word) + b"/" + name + TAR_SPLIT):
-            if is_safe_id(record_id) and (root := self.storage.find(place)):
+            if name and (root := self.storage.find(place)):
                 self.add(f"{word}-record-lost", f"{word} {record_id}", root.host_path(place))
                 return True
         return False

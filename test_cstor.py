@@ -14884,6 +14884,12 @@ class Checking(StoreTest):
             self.assertEqual([f"layer {store.layers[3]['id']}"], [
                 found.object for found in storage.check() if found.code == "record-malformed"])
 
+    def test_ids_that_no_file_can_have(self) -> None:
+        for key, code in (("layer", "layer-unknown"), ("image", "image-unknown")):
+            store = make_sample(f"{self.dir}/{key}")
+            store.containers[0][key] = "\ud800"
+            self.assertEqual([code], self.codes(store.save()))
+
     def test_records_that_are_none(self) -> None:
         store = self.sample()
         path = store.path("overlay-images/images.json")
