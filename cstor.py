@@ -16049,17 +16049,18 @@ def print_layers(layers: Sequence[Layer], args: Any) -> None:
 
 def layer_branches(layers: Iterable[Layer]) -> Iterator[tuple[str, Layer]]:
     """Yield layers, each behind its parent, with the branch that leads to it in podman's style."""
-    known, below = {layer.id: layer for layer in layers}, dict[str, list[Layer]]()
+    known = {layer.id: layer for layer in layers}
+    below: dict[str | None, list[Layer]] = {}  # a malformed ID is ""
     for layer in known.values():
-        above = layer.parent if layer.parent in known else ""
+        above = layer.parent if layer.parent and layer.parent in known else None
         try:
             layer.storage.chain(layer.id)
         except FormatError:  # a loop
-            above = ""
+            above = None
         except LayerUnknown:
             pass
         below.setdefault(above, []).append(layer)
-    todo: list[tuple[Any, ...]] = [("", *below[""][::-1])] if below else []
+    todo: list[tuple[Any, ...]] = [("", *below[None][::-1])] if below else []
     while todo:
         indent, *rest, layer = todo.pop()
         todo += [(indent, *rest)] * bool(rest)

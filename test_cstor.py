@@ -15633,6 +15633,13 @@ class Usage(StoreTest):
             with self.open(store, stores=[other.root]) as storage:
                 self.assertEqual(sorted({*ids, other.layers[3]["id"]}), sorted(
                     layer.id for _, layer in cstor.layer_branches(storage.layers())))
+        store.layers[1]["id"] = 5  # two whose parent is none of them
+        with self.open(store.save(), stores=[other.root]) as storage:
+            layers = storage.layers()
+            self.assertEqual({layer.id for layer in layers}, {layer.id for _, layer in (
+                itertools.islice(cstor.layer_branches(layers), len(layers)))})
+            self.assertGreaterEqual(len(layers), sum(1 for _ in itertools.islice(
+                cstor.layer_branches(layers), 99)))
         self.assertEqual([], list(cstor.layer_branches([])))
 
     def test_sizes_of_containers(self) -> None:
