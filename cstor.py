@@ -3763,9 +3763,10 @@ LOCK_PATIENCE = 0.4  # seconds in all that opening a storage may wait for locks
 
 
 def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
-                      patience: Deadline) -> list[bytes]:
+                      patience: Deadline, faults: list[str] | None = None) -> list[bytes]:
     """Read the JSON files ``names`` below ``root`` as one state; b"" for a file that is missing.
 
+    With ``faults`` another type of file counts as missing, and one of them says so.
     ``lock`` is taken shared if it is free within ``patience``.  Without it the files are read
     again while they or the lock's token change, at most ten times.
     """
@@ -3778,7 +3779,7 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
         # Also with the lock: it is the process's, and another thread that closes the file drops it.
         for _ in range(10):
             before = _state(root, lock_fd, names)
-            data = [_read_json(root, name) for name in names]
+            data = [_read_json(root, name, faults) for name in names]
             if _state(root, lock_fd, names) == before:
                 break
     return data
@@ -3808,10 +3809,16 @@ def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> list[object
     return state
 
 
-def _read_json(root: Directory, name: bytes) -> bytes:
-    with suppress(FileNotFoundError, NotADirectoryError):
+def _read_json(root: Directory, name: bytes, faults: list[str] | None = None) -> bytes:
+    try:
         return root.read(name, MAX_JSON)
-    return b""
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except FormatError as error:
+        if faults is None:
+            raise
+        faults += [str(error)] * (str(error) not in faults)
+        return b""
 
 
 class Opener(Closing):
@@ -4298,8 +4305,9 @@ class Storage(Closing):
         sources += [(root, [plain]) for root in self._additional if new is not Container]
         for root, names in sources:
             readonly = root in self._additional
-            for path, data in zip(names, read_consistently(root, home + b"/" + word + b".lock",
-                                                           names, self._patience)):
+            for path, data in zip(names, read_consistently(
+                    root, home + b"/" + word + b".lock", names, self._patience,
+                    self.faults if self.salvage else None)):
                 try:
                     items = parse_json(data, root.host_path(path)) if data.strip() else None
                     if not isinstance(items, (list, type(None))):
@@ -14669,7 +14677,8 @@ class DiskUsage:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.orphans = [finding for finding in storage.check() if finding.bytes is not None]
+        found = storage.check()
+        self.orphans = [finding for finding in found if finding.bytes is not None]
         self.unreadable: list[str] = []
         self.units: dict[Any, set[str]] = {}  # that a record needs
         self._files: dict[str, int] = {}  # bytes of files, by unit
@@ -14689,6 +14698,9 @@ class DiskUsage:
                 image.id not in below or f"layer {image.layer}" not in named))
         self.unused_layers = [layer for layer in storage.layers()
                               if not layer.readonly and f"layer {layer.id}" not in used]
+        if any(finding.code in ("json-damaged", "records-lost") for finding in found) \
+                or any(record.lost for record in self.units):
+            self.dangling, self.unused_layers = [], []  # lost records may name or need them
         self._measure()
 
     def _find_units(self, records: Sequence[Any]) -> None:

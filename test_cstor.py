@@ -15131,6 +15131,26 @@ class Salvaging(StoreTest):
             shutil.rmtree(out, ignore_errors=True)
         return found
 
+    def test_another_type_of_file(self) -> None:
+        """What is in place of a file of records is not followed: its records are lost."""
+        store = self.builds()
+        path = store.path("overlay-images/images.json")
+        os.rename(path, self.dir + "/elsewhere")
+        os.symlink(self.dir + "/elsewhere", path)
+        self.run_on(store, "image list", status=6)
+        with self.open(store, salvage=True) as storage:
+            self.assertEqual({image["id"] for image in store.images},
+                             {image.id for image in storage.images() if image.lost})
+            self.assertEqual([f"{path}: is a symbolic link, not a regular file"], storage.faults)
+
+    def test_nothing_can_be_freed(self) -> None:
+        """Lost records may need what no other one does."""
+        store = self.builds()
+        for salvage, word in itertools.product((False, True), KINDS):
+            lose(store.save(), "empty", word)
+            with self.subTest(word, salvage=salvage), self.open(store, salvage=salvage) as storage:
+                self.assertEqual(0, storage.disk_usage().as_json()["can-be-freed"]["total"])
+
     def test_every_damage_of_records(self) -> None:
         for driver, words in itertools.product(cstor.DRIVERS, (
                 ("images",), ("layers",), ("images", "layers"), KINDS)):
