@@ -17044,7 +17044,7 @@ def print_inspected(args: Any, objects: Iterable[Fields]) -> None:
 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:
-    """show containers, images or layers, with podman's options and output"""
+    """show a container or image or layer, with podman's options and output"""
     kinds: dict[str, Callable[[Any], Fields]] = {
         "container": inspect_container, "image": lambda image: inspect_image(image.single()),
         "layer": layer_fields}

@@ -17853,6 +17853,7 @@ class Help(StoreTest):
         self.assertEqual(rows[()], self.run_cstor("--help", command=COMMAND).out)
         lines = rows[()].splitlines()
         self.assertLessEqual(len(lines), 60)
+        self.assertRegex(rows[()], r"\n  inspect +show a container or image or layer\n")
         listed = [f"{kind} {line.split()[-1]}".strip() for text in lines if text[:1] == " "
                   for line in [text[:33].strip()]
                   for kind in line.rpartition(" ")[0].split("|")]
