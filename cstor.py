@@ -15199,9 +15199,12 @@ class _HttpClient(HttpHandler):
 
     def parse_request(self) -> bool:
         """Read the head of a request; what comes after one with a body is no other request."""
+        from email.errors import MissingHeaderBodySeparatorDefect as NoHeader
+
         if not super().parse_request():
             return False
-        if self.headers.defects:  # what follows such a line would count as no header
+        if any(isinstance(each, NoHeader) for each in self.headers.defects):
+            # What follows such a line would count as no header.
             self.send_error(400, "malformed header")
             return False
         if "Transfer-Encoding" in self.headers or {*self.headers.get_all("Content-Length", ())} \

@@ -889,12 +889,12 @@ class House(unittest.TestCase):
 
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
-                   "builtins", "bz2", "collections", "contextlib", "ctypes", "difflib", "errno",
-                   "fcntl", "functools", "gc", "gzip", "hashlib", "hmac", "http.client",
-                   "http.server", "importlib", "io", "itertools", "json", "lzma", "marshal", "mmap",
-                   "os", "pwd", "queue", "re", "select", "shutil", "signal", "socket", "sqlite3",
-                   "ssl", "stat", "struct", "subprocess", "sys", "tempfile", "threading", "time",
-                   "traceback", "typing", "urllib.parse", "zlib"}
+                   "builtins", "bz2", "collections", "contextlib", "ctypes", "difflib",
+                   "email.errors", "errno", "fcntl", "functools", "gc", "gzip", "hashlib", "hmac",
+                   "http.client", "http.server", "importlib", "io", "itertools", "json", "lzma",
+                   "marshal", "mmap", "os", "pwd", "queue", "re", "select", "shutil", "signal",
+                   "socket", "sqlite3", "ssl", "stat", "struct", "subprocess", "sys", "tempfile",
+                   "threading", "time", "traceback", "typing", "urllib.parse", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -16400,6 +16400,8 @@ class Registries(StoreTest):
                     ([ask + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n" + close],
                      b" 200 OK", 1),
                     ([ask + b"Content-Length : 5\r\n\r\nhello" + close], b" 400 ", 1),
+                    ([b"POST /v2/ HTTP/1.1\r\nContent-Type: multipart/x\r\n\r\n" + close],
+                     b" 405 ", 1),
                     ([b"BREW /v2/ HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(close) + close],
                      b" 200 OK", 0),
                     ([b"GET http://a.b:5/v2 HTTP/1.1\r\nConnection: close\r\n\r\n"], b" 200 OK", 1),
