@@ -3630,6 +3630,8 @@ class Api(StoreTest):
                 with self.subTest(name):
                     if name == "FetchedImage":
                         need_tools("skopeo")
+                    if "SOCKET" in text:
+                        need_proc()
                     root = self.store.root if name != "Finding" else make_shown(
                         self.dir + "/other").root
                     with self.unchanged(self.store.root):
@@ -15821,7 +15823,7 @@ class Usage(StoreTest):
         scan = cstor.Directory.list_at
 
         def deny(directory: cstor.Directory, fd: int, name: bytes = b".") -> list[bytes]:
-            if os.readlink(f"/proc/self/fd/{fd}") == os.fsdecode(files):
+            if os.path.samestat(os.fstat(fd), os.stat(files)):
                 raise PermissionError(errno.EACCES, "Permission denied")
             return scan(directory, fd, name)
 
@@ -16539,7 +16541,8 @@ class RegistryCommands(StoreTest):
         put(key, PRIVATE_KEY)
         tls = ["--tls-cert", cert, "--tls-key", key]
         private = "not every user of this machine can read the store: use --password-file, "
-        for words, told in ((["0"], private), (["localhost:0"], private), ([
+        known = "localhost" if os.path.exists("/etc/hosts") else "127.0.0.1"
+        for words, told in ((["0"], private), ([known + ":0"], private), ([
                 "127.0.0.1:0", *tls], private), (["0.0.0.0:0"], "needs --tls-cert"),
                 (["0.0.0.0:0", *tls], "needs --tls-cert"),
                 (["0.0.0.0:0", "--password-file", secret], "needs --tls-cert"),
@@ -17900,6 +17903,8 @@ class Help(StoreTest):
                 self.assertEqual(2, len(set(shown)), row[0])
                 for example in shown if row[0] != "serve" else ():
                     with self.subTest(example):
+                        if "--external" in example:
+                            need_proc()
                         self.assertRegex(example, rf"\A{row[0]}( |\Z)")
                         self.run_example("cstor " + example, env, int(row[0] in fails))
         for example in cstor.examples(cstor.find_row(["serve"]) or cstor.COMMANDS[0]):
@@ -17984,6 +17989,7 @@ class Help(StoreTest):
              ("\x15cstor image cp app:\t\t", r"(?s)1:.*2:"))
 
     def test_completion_in_bash(self) -> None:
+        need_proc()  # by it bash reads what "<( )" stands for
         self.in_shell("bash --norc --noprofile -i", "source <(cstor completion bash)", *self.TYPED)
 
     def test_completion_in_zsh(self) -> None:
