@@ -2879,9 +2879,9 @@ class Locks(StoreTest):
         with cstor.Directory.at(store.root) as root:
             read, reads = cstor._read_json, []
 
-            def racing(directory: cstor.Directory, name: bytes) -> bytes:
+            def racing(directory: cstor.Directory, name: bytes, *more: Any) -> bytes:
                 reads.append(name)
-                data = read(directory, name)
+                data = read(directory, name, *more)
                 if len(reads) == 1:  # a writer between the two files
                     store.write("overlay-layers/new", "[]")
                     os.rename(store.path("overlay-layers/new"), store.path(os.fsdecode(names[0])))
