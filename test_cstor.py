@@ -1184,11 +1184,13 @@ class Openings(StoreTest):
 
         libc = ctypes.CDLL(None, use_errno=True)
         how = (ctypes.c_uint64 * 3)(cstor.OPEN_DIRECTORY, 0, 0x10 | 0x02)
-        fd: int = libc.syscall(ctypes.c_long(437), ctypes.c_int(dir_fd), ctypes.c_char_p(name),
-                               ctypes.byref(how), ctypes.c_size_t(24))
-        if fd < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return fd
+        while True:
+            fd: int = libc.syscall(ctypes.c_long(437), ctypes.c_int(dir_fd), ctypes.c_char_p(name),
+                                   ctypes.byref(how), ctypes.c_size_t(24))
+            if fd >= 0:
+                return fd
+            if ctypes.get_errno() != errno.EAGAIN:  # for "..": some directory was renamed meanwhile
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def both(self, root: str, name: bytes) -> list[object]:
         """Return (device, inode) or errno from openat2 and from open_in_root()."""
