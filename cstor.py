@@ -704,7 +704,8 @@ def open_in_root(root_fd: int, name: bytes) -> int:
         while todo:
             steps += 1
             if links > MAX_SYMLINKS or steps > MAX_WALK:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
+                kind = NotADirectoryError if links > MAX_SYMLINKS else OSError  # none is there
+                raise kind(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
             if (part := todo.pop()) in (b"", b"."):
                 continue
             if part == b"..":  # start over: after a rename ".." could lead out of the root
@@ -1012,7 +1013,8 @@ def with_path(error: OSError, path: str) -> OSError:
                             hint="run it as root or as the owner of the store, or for a rootless "
                                  "store inside `podman unshare`")
     text = {errno.EBADF: "the storage is closed, or the tree"}.get(error.errno or 0)
-    return OSError(error.errno, text or os.strerror(error.errno or 0), path)
+    kind = NotADirectoryError if isinstance(error, NotADirectoryError) else OSError
+    return kind(error.errno, text or os.strerror(error.errno or 0), path)
 
 
 def file_type(mode: int) -> str:
@@ -3089,12 +3091,13 @@ class Layer(Record):
         return self._damage
 
     def _is_whole(self) -> bool:
-        """Tell by three calls of the kernel that nothing is missing, which is so of most layers."""
+        """Tell by few calls of the kernel that nothing is missing, which is so of most layers."""
         storage, name = self.storage, self.id.encode()
         try:
             fd = (folder := storage.folder(self.root, storage.home())).fd
-            diff = os.stat(name + b"/diff", dir_fd=fd, follow_symlinks=False)
-            if not stat.S_ISDIR(diff.st_mode) or diff.st_nlink <= 2 and not folder.list_at(
+            top, diff = (os.stat(place, dir_fd=fd, follow_symlinks=False)
+                         for place in (name, name + b"/diff"))
+            if not stat.S_ISDIR(top.st_mode & diff.st_mode) or diff.st_nlink <= 2 and not folder.list_at(
                     fd, name + b"/diff"):
                 return False
             files = [os.stat(name + b"/link", dir_fd=fd, follow_symlinks=False)]
@@ -4167,12 +4170,15 @@ class Storage(Closing):
     def state(self, first: Directory, kind: bytes, name: bytes) -> str:
         """Say whether a file below the directory ``kind`` of a root is "missing" or "empty".
 
-        Lists ask it thousands of times: one call of the kernel each, and never the helper.
+        Lists ask it of what does not look whole, never the helper.  What is behind a symbolic link
+        is missing if that leads out of the root or to no directory.
         """
         for root in [first, *self.roots]:
             try:
                 folder = self.folder(root, kind)
-                found = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+                found = Directory.lstat(folder, name)
+                if stat.S_ISLNK(found.st_mode) and not name.endswith(TAR_SPLIT):
+                    os.close(open_in_root(root.fd, kind + b"/" + name))
                 if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
                     return "empty" * (found.st_nlink <= 2 and not folder.list_at(folder.fd, name))
                 return "" if found.st_size else "empty"
@@ -17686,6 +17692,9 @@ def cmd_store_check(storage: Storage, args: Any) -> int:
         return 0
     found = storage.check()
     show_findings(args, found, "sound: records and disk agree")
+    if storage.linked:
+        raise Unsupported(f"no layer was checked: {storage.linked} is a symbolic link, which is not "
+                          "followed", hint="mount --bind makes it a directory")
     return EXIT_NO * any(finding.severity == "damage" for finding in found)
 
 
