@@ -3095,9 +3095,10 @@ class Layer(Record):
         storage, name = self.storage, self.id.encode()
         try:
             fd = (folder := storage.folder(self.root, storage.home())).fd
-            top, diff = (os.stat(place, dir_fd=fd, follow_symlinks=False)
-                         for place in (name, name + b"/diff"))
-            if not stat.S_ISDIR(top.st_mode & diff.st_mode) or diff.st_nlink <= 2 and not folder.list_at(
+            if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                return False
+            diff = os.stat(name + b"/diff", dir_fd=fd, follow_symlinks=False)
+            if not stat.S_ISDIR(diff.st_mode) or diff.st_nlink <= 2 and not folder.list_at(
                     fd, name + b"/diff"):
                 return False
             files = [os.stat(name + b"/link", dir_fd=fd, follow_symlinks=False)]
@@ -3975,7 +3976,7 @@ class Storage(Closing):
     ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a whole cannot be used,
     ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
     over.  ``salvage`` tells whether lost records are found again, ``named`` is for that;
-    ``linked`` is the path of the layers' files where that is a symbolic link, which nobody follows.
+    ``linked`` are paths of directories that are symbolic links, which nobody follows.
     """
 
     OPENER: type[Opener] = Opener
@@ -4015,7 +4016,7 @@ class Storage(Closing):
                     raise
                 self.faults.append(str(error))
             self.driver = self._choose_driver(driver, configured)
-            self.linked = self._linked()
+            self.linked = list(self._find_linked())
             if runroot and os.path.isdir(runroot):
                 self._run = Contents(self, Directory.at(self.runroot))
             if owner_ids and self.owner[0]:
@@ -4075,18 +4076,18 @@ class Storage(Closing):
                            f"{source} names it (--driver {other} reads the other)")
         return chosen
 
-    def _linked(self) -> str:
-        """Return the path of layers' files if that is a symbolic link, which podman follows, or "".
+    def _find_linked(self) -> Iterator[str]:
+        """Yield the paths of directories that are symbolic links, which podman follows.
 
-        It is not followed: a store of another machine or user must not lead us out of it.
+        We do not: a store of another machine or user must not lead us out of it.
         """
-        for root in self.roots:
+        homes = [self.home(word).partition(b"/")[0] for word in ("", "layer", "image", "container")]
+        for root, name in product(self.roots, homes):
             with suppress(OSError):
-                target = display(root.readlink(name := self.home().partition(b"/")[0]))
+                target = display(root.readlink(name))
                 self.faults.append(f"{root.host_path(name)} is a symbolic link to {target}, which "
                                    "is not followed (mount --bind makes it a directory)")
-                return root.host_path(name)
-        return ""
+                yield root.host_path(name)
 
     def home(self, word: str = "") -> bytes:
         """Return the directory of all layers' files, or of records: ``word`` is their WORD."""
@@ -13513,7 +13514,7 @@ CODES = {
     "l-orphan": ("waste", "c", "unused", "a short link in overlay/l leads to no layer"),
     "temporary": ("waste", "c", "unused", "what an interrupted command left behind"),
     "id-shared": ("note", "c", "metadata", "another store has a record of the same ID"),
-    "layers-linked": ("note", "c", "metadata", "a symbolic link is in place of the layers' files"),
+    "directory-linked": ("note", "c", "metadata", "a directory is a symbolic link, not followed"),
     "id-unusable": ("note", "c", "metadata", "a record's ID cannot be a file name"),
     "not-verified": ("note", "vq", "metadata", "the storage does not keep what would prove it"),
 }
@@ -14041,9 +14042,8 @@ class StoreCheck:
         if "layer" in self.known:
             self._references([*layers, *images, *containers])
             self._layers(() if storage.linked else layers)
-        if storage.linked:
-            self.add("layers-linked", "store", storage.linked, message="it is a symbolic link, "
-                     "which is not followed, so that no layer is checked")
+        for path in storage.linked:
+            self.add("directory-linked", "store", path)
         for image in images:
             for finding in check_image(image):
                 of_layers = finding.code in ("layer-unknown", "image-layers-wrong")
@@ -17693,8 +17693,8 @@ def cmd_store_check(storage: Storage, args: Any) -> int:
     found = storage.check()
     show_findings(args, found, "sound: records and disk agree")
     if storage.linked:
-        raise Unsupported(f"no layer was checked: {storage.linked} is a symbolic link, which is not "
-                          "followed", hint="mount --bind makes it a directory")
+        raise Unsupported(f"not all was checked: {storage.linked[0]} is a symbolic link, which is "
+                          "not followed", hint="mount --bind makes it a directory")
     return EXIT_NO * any(finding.severity == "damage" for finding in found)
 
 

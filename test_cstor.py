@@ -14913,18 +14913,24 @@ class Checking(StoreTest):
                          (found.code, found.severity, found.object, found.actual))
         self.assertEqual(other.path("overlay-images/images.json"), found.path)
 
-    def test_layers_behind_a_link(self) -> None:
-        """What podman follows can lead out of a store of others: one note, and no false alarm."""
-        store = self.sample()
-        os.rename(store.path("overlay"), self.dir + "/elsewhere")
-        os.symlink(self.dir + "/elsewhere", store.path("overlay"))
-        done = self.run_on(store, "store check --format json", status=6)
-        self.assertEqual([("layers-linked", "note", store.path("overlay"))], [
-            (row["code"], row["severity"], row["path"]) for row in done.json])
-        reason = (f"{store.path('overlay')} is a symbolic link to {self.dir}/elsewhere, which is "
-                  "not followed (mount --bind makes it a directory)")
-        self.assertIn(f"no layer was checked: {store.path('overlay')} is a symbolic link", done.err)
-        self.assertIn(reason, self.run_on(store, "image list").err)
+    def test_directories_behind_a_link(self) -> None:
+        """What podman follows can lead out of a store of others: a note, and not all is checked."""
+        for name in ("overlay", "overlay-layers", "overlay-images", "overlay-containers"):
+            store = make_sample(f"{self.dir}/{name}-store")
+            path, target = store.path(name), f"{self.dir}/{name}-elsewhere"
+            os.rename(path, target)
+            os.symlink(target, path)
+            with self.subTest(name):
+                done = self.run_on(store, "store check --format json", status=6)
+                self.assertEqual([("directory-linked", "note", path)] if name != "overlay-layers"
+                                 else [("records-lost", "damage", None),
+                                       ("directory-linked", "note", path)], [
+                    (row["code"], row["severity"], row["path"]) for row in done.json
+                    if row["code"] != "image-unknown"])
+                self.assertIn(f"not all was checked: {path} is a symbolic link", done.err)
+                reason = (f"{path} is a symbolic link to {target}, which is not followed (mount "
+                          "--bind makes it a directory)")
+                self.assertIn(reason, self.run_on(store, "image list").err)
 
     def test_a_layer_behind_a_link(self) -> None:
         """No link is followed out of the store, or in a circle: what it leads to is missing."""
