@@ -3085,9 +3085,10 @@ class Layer(Record):
                 (self.storage.home(self.WORD), name + TAR_SPLIT)] * bool(self.diff_digest)
             self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
                 f"{(home + b'/' + place).decode()} is {word}" for home, place in files
-                for word in [self.storage.state(self.root, home, place)] if word and not (
-                    self.overlay_file(b"additionallayer")[0] if place.endswith(TAR_SPLIT) else
-                    place[-5:] != b"/link" and word == "empty" and not self._has_files())]
+                for word in [self.storage.state(self.root, home, place)]
+                if word and (place.endswith(b"/link") or not (
+                    self.overlay_file(b"additionallayer")[0] or word == "empty"
+                    and not place.endswith(TAR_SPLIT) and not self._has_files()))]
         return self._damage
 
     def _is_whole(self) -> bool:
