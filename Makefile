@@ -136,6 +136,9 @@ define INSTALL
 import compileall, contextlib, io, os, site, sys, sysconfig
 import cstor
 python, dest, prefix, manual = sys.argv[1:]
+if not prefix.startswith("/"):
+    sys.exit("prefix must be an absolute path, not " + prefix)
+os.makedirs(dest or "/", exist_ok=True)
 library = prefix + "/lib/cstor"
 listing = dest + library + "/installed"
 made = open(listing).read().splitlines() if os.path.exists(listing) else []

@@ -22431,12 +22431,21 @@ class Docs(StoreTest):
                 os.unlink(f"{top}/lib/cstor/other")
                 os.removedirs(f"{top}/lib/cstor")
                 self.assertEqual(before, snapshot(self.dir).keys())
+        dest = self.dir + "/not/there/yet"
+        self.install("install", sys.executable, "/usr", dest)
+        self.assertTrue(os.access(dest + "/usr/bin/cstor", os.X_OK))
+        self.install("uninstall", sys.executable, "/usr", dest)
+        self.assertEqual([], os.listdir(dest))
+        with self.assertRaises(subprocess.CalledProcessError) as caught:
+            self.install("install", sys.executable, "usr", "")
+        self.assertIn(b"prefix must be an absolute path, not usr", caught.exception.stderr)
 
     def install(self, target: str, python: str, prefix: str, dest: str) -> str:
         """Run make."""
         return subprocess.run(["make", "-s", "-C", HERE, target, f"prefix={prefix}",
                                f"DESTDIR={dest}", f"PYTHON={python}", f"MAN={self.man}"],
-                              check=True, env=IDLE, stdout=subprocess.PIPE).stdout.decode()
+                              check=True, env=IDLE, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE).stdout.decode()
 
 
 # ================================================================================================
