@@ -11969,7 +11969,10 @@ class ClientServer:
             os.write(self._waker, b"\0")
 
     def serve(self, listener: socket.socket) -> None:
-        """Accept clients until stop(); then let each finish its request, for ``grace`` seconds."""
+        """Accept clients until stop(); then let each finish its request, for ``grace`` seconds.
+
+        The listener is closed then.
+        """
         import select
         import threading
 
@@ -11999,6 +12002,7 @@ class ClientServer:
                     self.handle(sock)
                     self._alone = None
         finally:
+            listener.close()  # who comes now is refused at once
             self._finish()
             waker, self._waker = self._waker, -1  # before the number belongs to another file
             os.close(waker)

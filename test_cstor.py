@@ -16518,6 +16518,8 @@ class Registries(StoreTest):
             data = sock.recv(4096)
             server.stop()
             self.assertEqual(b"", idle.recv(99))
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", self.port)).close()
             while part := sock.recv(1 << 16):
                 data += part
             self.assertEqual(tar, data.partition(b"\r\n\r\n")[2])
