@@ -15734,7 +15734,7 @@ class Usage(StoreTest):
             rows = json.loads(self.run_on(store, "container list --size --format json").stdout)
             self.assertEqual({"web": (own, below), "broken": (None, None)}, {
                 row["names"][0]: (row["size-rw"], row["size-root-fs"]) for row in rows})
-            rows = json.loads(self.run_on(store, "container list --format json").stdout)
+            rows = json.loads(self.run_on(store, "container ls -a --format json").stdout)
             self.assertNotIn("size-rw", rows[0])
 
     def test_containers_of_other_engines(self) -> None:
