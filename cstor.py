@@ -17749,7 +17749,7 @@ def cmd_help(storage: Storage | None, args: Any) -> None:
     """show this list, or the options and examples of a command"""
     names = split_words(args.command)[1]
     if len(names) < len(args.command) and args.command != ["options"]:
-        raise unknown_command(names, args.command[len(names)])
+        raise unknown_command(names, args.command[len(names):])
     print_help(args.command if args.command == ["options"] else names)
 
 
@@ -18120,7 +18120,7 @@ def parse_words(words: Sequence[str]) -> Any:
             [word for word in lead if word not in ("-h", "--help")])
         wants_help = {"-h", "--help"} & {*lead, *rest}
         if rest and not row and rest[0] not in wants_help:
-            raise unknown_command(names, rest[0])
+            raise unknown_command(names, rest)
         print_help(names)
         if wants_help or row:
             raise SystemExit
@@ -18145,15 +18145,17 @@ def find_row(names: Sequence[str]) -> Command | None:
     return next((row for row in COMMANDS if row[0].split() == list(names)), None)
 
 
-def unknown_command(names: Sequence[str], word: str) -> _UsageError:
-    """Return the error of a word that is not a command, with those that may be meant."""
-    asked = " ".join([*names, word])
+def unknown_command(names: Sequence[str], rest: Sequence[str]) -> _UsageError:
+    """Return the error of words that are not a command, with those that may be meant."""
+    word, asked = rest[0], " ".join([*names, rest[0]])
     phrases = {phrase: phrase for row in COMMANDS for phrase in (row[0], row[0].split()[0])}
     verbs: dict[str, str] = {}
     for row in COMMANDS:
         verb = row[0].rpartition(" ")[2]
         verbs[verb] = f"{verbs[verb]}, {row[0]}" if verb in verbs else row[0]
-    hint = did_you_mean(word, verbs, 1) or did_you_mean(asked, phrases) or did_you_mean(word, verbs)
+    hint = did_you_mean(word, verbs, 1) \
+        or did_you_mean(" ".join([*names, *rest[:2]]), phrases, 0.8) \
+        or did_you_mean(asked, phrases) or did_you_mean(word, verbs)
     return _UsageError(f"unknown command: {display(asked)}{hint and f'; {hint}'} "
                        f"(see {program_name()} --help)")
 

@@ -17486,6 +17486,8 @@ class CommandLine(StoreTest):
                 (2, "--format json image list", usage.format("unrecognized arguments: --format")),
                 (2, "image lost", usage.format("unknown command: image lost; did you mean image "
                                                r"list\?")),
+                (2, "imge list", usage.format(r"unknown command: imge; did you mean image list\?")),
+                (2, "help laer ls", usage.format(r"laer; did you mean layer list\?")),
                 (2, "layer export", usage.format("LAYER")),
                 (2, "image list --roo x", usage.format("--roo")),
                 (3, "--store /none image list", ""), (3, f"--store {self.dir} image list", ""),
