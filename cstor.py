@@ -17285,9 +17285,6 @@ def cmd_serve(storage: Storage, args: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, stop)
-        with suppress(AttributeError, ImportError, OSError):  # musl has no such function
-            import ctypes
-            ctypes.CDLL(None).malloc_trim(0)  # of a script: compiling it leaves 50 MB behind
         for _, place in () if args.quiet else servers.values():
             say(f"serving {storage.graphroot} at {place}")
         (first, (listener, _)), *others = servers.items()
