@@ -148,6 +148,7 @@ if TYPE_CHECKING:
     Item = tuple[bytes, "Member | None", Iterable["bytes | Extent"]]  # see LayerReader
     Command = tuple[str, Callable[[Any, Any], int | None], str]  # see COMMANDS
     PlainRow = tuple[bytes, str, int, bytes, tuple[int, Any], int, bytes]  # see PlainHeaders
+    Manifest = tuple[str, bytes, str]  # digest, bytes and media type
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
     from http.server import BaseHTTPRequestHandler as HttpHandler  # see RegistryServer
 else:
@@ -9821,6 +9822,13 @@ def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) 
         **kept, "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: before}})
 
 
+def plain_manifest(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes, bytes]:
+    """Return what image_parts() does, and the manifest of uncompressed layers."""
+    layers, config = image_parts(image)
+    return layers, config, oci_manifest(image, config, [
+        descriptor(OCI_LAYER, digest, size) for _, digest, size in layers])
+
+
 def is_strict(manifest: dict[str, Any]) -> bool:
     """Tell whether every reader accepts a manifest: whether its fields have the right types."""
     kind, other = ("manifests", "layers") if "manifests" in manifest else ("layers", "manifests")
@@ -10196,9 +10204,7 @@ def write_oci_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequenc
     for folder in ("blobs/", "blobs/sha256/"):
         archive.file(folder, b"", b"5", 0o755)
     for image, names in images:
-        layers, config = image_parts(image)
-        manifest = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
-                                                for _, digest, size in layers])
+        layers, config, manifest = plain_manifest(image)
         for data in (config, manifest):
             archive.file("blobs/sha256/" + sha256_digest(data)[7:], data)
         for layer, digest, size in layers:
@@ -14886,10 +14892,10 @@ class Registry:
         self._lock, self._seen = allocate_lock(), None  # type: Any, Any
         self._images: dict[str, Image] = {}  # that are served, by ID
         self._names: dict[tuple[str, str], Image] = {}  # by repository and tag
-        self._made: dict[str, str | Exception] = {}  # by ID: digest of the manifest, or why not
-        # All that was ever told: manifest, type and image's ID by digest; for each blob the images'
-        # IDs with that of the layer, "" for the configuration.
-        self._manifests: dict[str, tuple[bytes, str, str]] = {}
+        self._made: dict[str, Manifest | Exception] = {}  # by ID: the manifest, or why not
+        # All that was ever told, by digest and ID of the image: manifests, and of each blob the ID
+        # of the layer, "" for the configuration.
+        self._manifests: dict[str, dict[str, Manifest]] = {}
         self._blobs: dict[str, dict[str, str]] = {}
         self._damaged: dict[tuple[str, str], str] = {}  # layers, by ID and time of their making
 
@@ -14901,7 +14907,7 @@ class Registry:
             return sorted({tag if name else place.partition("/")[2] if ":" in place else place
                            for place, tag in self._names if place in places or not name})
 
-    def manifest(self, name: str, reference: str, host: str = "") -> tuple[str, bytes, str]:
+    def manifest(self, name: str, reference: str, host: str = "") -> Manifest:
         """Return the digest, bytes and media type of a manifest.
 
         ``name`` is a repository, with or without the registry that it came from, or an image's ID.
@@ -14919,19 +14925,16 @@ class Registry:
             if len(found) > 1:
                 raise Ambiguous(f"ambiguous: {', '.join(sorted(found.values()))}")
             for key in found:
-                digest = self._make(self._images[key])
-                return (digest, *self._manifests[digest][:2])
+                return self._make(self._images[key])
             raise NotFound(f"no image {display(name)}:{display(reference)} is served here")
 
     def blob(self, digest: str) -> tuple[bytes, Layer | None, int]:
         """Return a configuration, or b"" and the layer that has the blob, and its size."""
         with self._lock:
             self._refresh()
-            for learn in (str, self._make_all):  # a layer can have another ID since it was told of
-                learn()
-                for image_id, layer_id in self._blobs.get(digest, {}).items():
-                    with suppress(CstorError, OSError, KeyError):  # removed, or damaged
-                        return self._open_blob(self._images[image_id], layer_id, digest)
+            for image, layer_id in self._told(self._blobs, digest):
+                with suppress(CstorError, OSError):  # damaged, or the layer has another ID since
+                    return self._open_blob(image, layer_id, digest)
             raise NotFound(f"no image here has the blob {digest}: layers are served uncompressed, "
                            "by their DiffID")
 
@@ -14967,9 +14970,6 @@ class Registry:
                     self._names[name] = image
             if names:
                 self._images.setdefault(image.id, image)
-                with passing_over():
-                    for _, each in image.instances() if image.is_list else ():
-                        self._images.setdefault(each.id, each)
         self._seen = state
 
     def _fits(self, image: Image, repository: str, tag: str) -> bool:
@@ -14987,26 +14987,31 @@ class Registry:
         return {f"{host}/{name}"} if host else {name} & there or {
             place for place in there if place.partition("/")[2] == name}
 
-    def _by_digest(self, digest: str) -> tuple[str, bytes, str]:
-        if self._manifests.get(digest, ("", "", ""))[2] not in self._images:
-            self._make_all()
-        data, media_type, image_id = self._manifests.get(digest, (b"", "", ""))
-        if image_id in self._images:
-            return digest, data, media_type
+    def _told(self, known: dict[str, dict[str, T]], digest: str) -> Iterator[tuple[Image, T]]:
+        """Yield what was told by a digest, with its image; then all is learned that can be told."""
+        for learn in (str, self._make_all):
+            learn()
+            for image_id, found in known.get(digest, {}).items():
+                if image_id in self._images:
+                    yield self._images[image_id], found
+
+    def _by_digest(self, digest: str) -> Manifest:
+        for _, found in self._told(self._manifests, digest):
+            return found
         for image in self._images.values():
             if digest in image.digests:
                 raise NotFound(f"{digest} is the manifest as it was pulled, with compressed layers;"
-                               f" the store keeps them uncompressed: {self._made[image.id]}")
+                               f" the store keeps them uncompressed: {self._make(image)[0]}")
         raise NotFound(f"no image here has the manifest {digest}")
 
     def _make_all(self) -> None:
         """Learn the digests of all that is served."""
-        for image in self._images.values():
+        for image in [*self._images.values()]:
             with suppress(CstorError):
                 self._make(image)
 
-    def _make(self, image: Image) -> str:
-        """Return the digest of the manifest of an image; raise why it has none."""
+    def _make(self, image: Image) -> Manifest:
+        """Return the manifest of an image; raise why it has none."""
         if image.id not in self._made:
             try:
                 data, media_type, size = self._make_index(image) if image.is_list \
@@ -15014,10 +15019,10 @@ class Registry:
                 if size > MAX_DOCUMENT:
                     raise Unsupported(f"its manifest or configuration has {size} bytes, more than "
                                       "clients take")
-                self._made[image.id] = digest = sha256_digest(data)
-                self._manifests[digest] = data, media_type, image.id
+                self._made[image.id] = made = sha256_digest(data), data, media_type
+                self._manifests.setdefault(made[0], {})[image.id] = made
             except (CstorError, OSError) as error:
-                if is_shortage(error):
+                if getattr(error, "errno", 0) in SHORTAGES:
                     raise
                 self._made[image.id] = error
         if isinstance(found := self._made[image.id], Exception):
@@ -15025,24 +15030,21 @@ class Registry:
         return found
 
     def _make_manifest(self, image: Image) -> tuple[bytes, str, int]:
-        layers, config = image_parts(image)
-        for layer, _, _ in layers:
+        layers, config, data = plain_manifest(image)
+        for layer, digest, _ in layers:
             self._check(layer)
-        for digest, layer_id in [(sha256_digest(config), ""), *(
-                (digest, layer.id) for layer, digest, _ in layers)]:
-            self._blobs.setdefault(digest, {})[image.id] = layer_id
-        data = oci_manifest(image, config, [descriptor(OCI_LAYER, digest, size)
-                                            for _, digest, size in layers])
+            self._blobs.setdefault(digest, {})[image.id] = layer.id
+        self._blobs.setdefault(sha256_digest(config), {})[image.id] = ""
         return data, OCI_MANIFEST, max(len(data), len(config))
 
     def _make_index(self, image: Image) -> tuple[bytes, str, int]:
         blobs: list[dict[str, Any] | None] = []
         for _, each in image.instances():
             blobs.append(None)
-            with passing_over():
-                digest = self._make(each)
-                blobs[-1] = with_platform(descriptor(
-                    OCI_MANIFEST, digest, len(self._manifests[digest][0])), each.config())
+            with suppress(CstorError):
+                digest, data, kind = self._make(each)
+                blobs[-1] = with_platform(descriptor(kind, digest, len(data)), each.config())
+                self._images.setdefault(each.id, each)  # also where ``only`` names just the list
         if not any(blobs):
             raise NotFound("none of its instances can be served")
         data = oci_index(image, blobs)
@@ -15067,21 +15069,6 @@ class Registry:
         if found != digest:
             raise NotFound(digest)
         return data, layer, size
-
-
-def is_shortage(error: Exception) -> bool:
-    """Tell whether an error only says that descriptors or memory are short at the moment."""
-    return getattr(error, "errno", 0) in SHORTAGES
-
-
-@contextmanager
-def passing_over() -> Iterator[None]:
-    """Pass over what cannot be read, unless that is a shortage."""
-    try:
-        yield
-    except (CstorError, OSError) as error:
-        if is_shortage(error):
-            raise
 
 
 def is_public(storage: Storage) -> bool:
