@@ -15105,57 +15105,22 @@ class _Enough(Exception):
     """All that a client wants of a layer was sent."""
 
 
-class _HttpStream(io.RawIOBase):
-    """A client's socket as http.server reads and writes it; times and sizes have limits."""
-
-    def __init__(self, server: RegistryServer, client: _HttpClient) -> None:
-        self._server, self._client = server, client
-        self.begin()
-
-    def begin(self) -> None:
-        """Expect a request: its first byte within the idle time, and then all of it in time."""
-        self._deadline, self._room = Deadline(self._server.idle), MAX_HEAD
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import http.client
-
-        if self._room <= 0:
-            raise http.client.HTTPException(f"more than {MAX_HEAD} bytes of headers")
-        self._client.socket.settimeout(max(self._deadline.left(), 0.001))
-        count: int = self._client.socket.recv_into(buffer)
-        if self._room == MAX_HEAD:
-            self._deadline = Deadline(self._server.timeout)
-        self._room -= count
-        return count
-
-    def write(self, data: Any) -> int:
-        """Send all; meanwhile the client can lose its place to another one."""
-        self._client.idle_since = time.monotonic()
-        self._client.socket.settimeout(self._server.timeout)  # for all of it
-        self._client.socket.sendall(data)
-        self._client.idle_since = float("inf")
-        return len(data)
-
-
 class _HeldBack:
     """Sends a range of a tar that is written to it; its last block waits for release()."""
 
     def __init__(self, send: Callable[[Any], object], start: int, end: int, size: int) -> None:
-        self._send, self._start, self._end = send, start, end
-        self._free, self._at, self._kept = max(size - BLOCK, 0), 0, bytearray()
+        self._send, self._at, self._kept = send, 0, bytearray()
+        self._start, self._free, self._end = start, max(min(size - BLOCK, end), 0), end
 
     def write(self, data: memoryview) -> int:
         """Send what is in the range and not in the last block."""
-        first, self._at = self._at, self._at + len(data)
-        start, middle, end = (min(max(at - first, 0), len(data)) for at in (
-            self._start, min(self._free, self._end), self._end))
-        if start < middle:
-            self._send(data[start:middle])
-        self._kept += data[max(start, middle):end]
-        if self._at >= self._end <= self._free:
+        start, free, end = (min(max(at - self._at, 0), len(data)) for at in (
+            self._start, self._free, self._end))
+        self._at += len(data)
+        if start < free:
+            self._send(data[start:free])
+        self._kept += data[max(start, free):end]
+        if self._at >= self._end == self._free:
             raise _Enough
         return len(data)
 
@@ -15173,27 +15138,53 @@ class _HttpClient(HttpHandler):
 
     def __init__(self, server: RegistryServer, sock: Any) -> None:
         self.registry, self._server, self.socket = server.registry, server, sock
-        self.idle_since, self._sent = time.monotonic(), 0
         peer = sock.getpeername()
         self._peer = str(peer[0]) if isinstance(peer, tuple) else "local"
-        self.close_connection = False
-        self.wfile: Any = _HttpStream(server, self)
-        self.rfile: Any = io.BufferedReader(self.wfile)
-        self._storage: Storage | None = None  # contents are read by this thread
+        self.close_connection, self._sent = False, 0
+        self._expect()
+        self.wfile: Any = self
+        self.rfile: Any = io.BufferedReader(ChunkFile(self._received()))
 
     def run(self) -> None:
         """Answer requests until the client has enough."""
         if self.rfile.peek(1)[:1] == b"\x16":  # a hello of TLS: Go's clients then say what it is
-            self.wfile.write(b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\n")
+            self.write(b"HTTP/1.0 400 Bad Request\r\nConnection: close\r\n\r\n")
             return
-        try:
-            while not self.close_connection and not self._server.stopping:
-                self.idle_since = time.monotonic()
-                self.handle_one_request()
-                self.wfile.begin()
-        finally:
-            if self._storage:
-                self._storage.close()
+        while not self.close_connection and not self._server.stopping:
+            self.handle_one_request()
+            self._expect()
+
+    def _expect(self) -> None:
+        """Expect a request: its first byte within the idle time, and then all of it in time."""
+        self.idle_since = time.monotonic()
+        self._deadline, self._room = Deadline(self._server.idle), MAX_HEAD
+
+    def _received(self) -> Iterator[bytes]:
+        """Yield what comes."""
+        import http.client
+
+        while True:
+            if self._room <= 0:
+                raise http.client.HTTPException(f"more than {MAX_HEAD} bytes of headers")
+            self.socket.settimeout(max(self._deadline.left(), 0.001))
+            if not (data := self.socket.recv(READ_SIZE)):
+                return
+            if self._room == MAX_HEAD:
+                self._deadline = Deadline(self._server.timeout)
+            self._room -= len(data)
+            yield data
+
+    def write(self, data: Any) -> int:
+        """Send all; meanwhile the client can lose its place to another one."""
+        self.idle_since = time.monotonic()
+        self.socket.settimeout(self._server.timeout)  # for all of it
+        self.socket.sendall(data)
+        self.idle_since = float("inf")
+        self._sent += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: all that was written is sent."""
 
     def parse_request(self) -> bool:
         """Read the head of a request; what comes after one with a body is no other request."""
@@ -15213,7 +15204,7 @@ class _HttpClient(HttpHandler):
     def do_GET(self) -> None:
         """Answer a request; errors are answered in the specification's form."""
         self.idle_since, begin = float("inf"), time.monotonic()
-        self._status, self._sent, self._unknown = 0, 0, "UNSUPPORTED"
+        self._status, self._unknown = 0, "UNSUPPORTED"
         try:
             self._route()
         except (CstorError, OSError) as error:
@@ -15258,11 +15249,9 @@ class _HttpClient(HttpHandler):
         if self.close_connection or self._server.stopping:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD" and status != 304:
-            self._send(data)
-
-    def _send(self, data: Any) -> None:
-        self._sent += self.wfile.write(data)
+        self._sent = 0  # of the body
+        if self.command != "HEAD":
+            self.write(data)
 
     def _route(self) -> None:
         from urllib.parse import parse_qsl, unquote
@@ -15286,13 +15275,13 @@ class _HttpClient(HttpHandler):
             raise _HttpError(400, "NAME_INVALID", f"invalid repository name: {display(name)}")
         if kind in ("blobs", "referrers") and not re.fullmatch(DIGEST, reference):
             raise _HttpError(400, "DIGEST_INVALID", f"invalid digest: {display(reference)}")
+        self._unknown = {"manifests": "MANIFEST_UNKNOWN", "blobs": "BLOB_UNKNOWN"}.get(
+            kind, "NAME_UNKNOWN")
         if catalog or tags:
             self._list(name, fields)
         elif kind == "manifests":
-            self._unknown = "MANIFEST_UNKNOWN"
             self._document(*self.registry.manifest(name, reference, fields.get("ns", "")))
         elif kind == "blobs":
-            self._unknown = "BLOB_UNKNOWN"
             data, layer, size = self.registry.blob(reference)
             self._document(reference, data, "application/octet-stream", layer, size)
         elif kind:
@@ -15316,7 +15305,6 @@ class _HttpClient(HttpHandler):
         """Answer one page of repositories or tags."""
         from urllib.parse import urlencode
 
-        self._unknown = "NAME_UNKNOWN"
         names = self.registry.names(name, fields.get("ns", ""))
         if name and not names:
             raise NotFound(f"no repository {name} is served here")
@@ -15351,17 +15339,14 @@ class _HttpClient(HttpHandler):
                     raise _HttpError(416, "UNSUPPORTED", "the range is outside the blob",
                                      Content_Range=f"bytes */{size}")
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-        if not layer or self.command == "HEAD":
-            self._reply(data[start:end], media_type, status, size=end - start, headers=headers)
-            return
-        self._reply(b"", media_type, status, size=end - start, headers=headers)
-        self._send_layer(layer, digest, _HeldBack(self._send, start, end, size))
+        self._reply(data[start:end], media_type, status, size=end - start, headers=headers)
+        if layer and self.command != "HEAD":
+            with self._server.opener() as storage:  # this thread's own
+                self._send_layer(self.registry.adopt(storage, layer), digest,
+                                 _HeldBack(self.write, start, end, size))
 
     def _send_layer(self, layer: Layer, digest: str, out: Any) -> None:
         """Send a layer's tar; after an error the client misses its end."""
-        self.close_connection, stays = True, self.close_connection
-        self._storage = self._storage or self._server.opener()
-        layer = self.registry.adopt(self._storage, layer)
         try:
             sink = TarSink(out, hashing=True, layer=layer.id, chunk=SEND_SIZE)
             if (found := sink.take_all(layer.items())) != digest:
@@ -15375,7 +15360,6 @@ class _HttpClient(HttpHandler):
                 self.registry.refuse(layer, str(error))
                 self._server.warn(f"{error}; it is not served any more")
             raise
-        self.close_connection = stays
 
 
 def byte_range(text: str, size: int) -> tuple[int, int] | None:
@@ -15434,8 +15418,6 @@ class RegistryServer(ClientServer):
             if why := self._admit(client):
                 client.send_error(429, why)
                 return
-            if self._context:
-                sock.do_handshake()
             client.run()
         except (CstorError, ImportError, OSError, MemoryError):
             pass  # the client was told, or is gone
@@ -15463,8 +15445,8 @@ def read_passwords(path: str) -> list[bytes]:
     with open(open_input(path), "rb") as file:
         if os.fstat(file.fileno()).st_mode & stat.S_IRWXO:
             raise NeedsUnshare(f"{path}: others may read or change it", hint=f"chmod 600 {path}")
-        lines = file.read(1 << 20).splitlines()
-    lines = [line for line in lines if line.strip() and not line.startswith(b"#")]
+        lines = [line for line in file.read(1 << 20).splitlines()
+                 if line.strip() and not line.startswith(b"#")]
     for line in lines:
         if not re.match(rb"[^:]+:(?!\$(?:2[aby]|apr1|[156])\$|\{SHA\}).", line):
             raise FormatError("expected user:password; hashes of htpasswd are not supported",
@@ -15508,16 +15490,12 @@ def listen_at(address: str) -> Any:
         raise _UsageError("--registry must be [HOST:]PORT, unix:PATH or - for a passed socket, not "
                           + display(address))
     try:
-        family, kind, _, _, place = socket.getaddrinfo(
+        family, _, _, _, place = socket.getaddrinfo(
             (found[1] or "127.0.0.1").strip("[]"), int(found[2]), type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
-        with OnError(sock.close):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(place)
-            sock.listen(MAX_HTTP_CLIENTS)
-        return sock
+        return socket.create_server(place, family=family, backlog=MAX_HTTP_CLIENTS,
+                                    dualstack_ipv6=family == socket.AF_INET6)
     except (OSError, UnicodeError) as error:  # of a name that DNS cannot have
-        why = getattr(error, "strerror", "it is no host name")
+        why = getattr(error, "strerror", "it is no host name").partition(" (")[0]  # the address
         raise CstorError(f"cannot listen at {display(address)}: {why}") from None
 
 
