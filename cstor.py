@@ -18081,8 +18081,7 @@ def parse_words(words: Sequence[str]) -> Any:
     lead, names, rest = split_words(words)
     row = find_row(names)
     if not row or {"-h", "--help", "--version"} & set(lead):
-        add_globals(parser_class(False)(prog=program_name())).parse_args(
-            [word for word in lead if word not in ("-h", "--help")])
+        new_parser().parse_args([word for word in lead if word not in ("-h", "--help")])
         wants_help = {"-h", "--help"} & {*lead, *rest}
         if rest and not row and rest[0] not in wants_help:
             raise unknown_command(names, rest)
@@ -18098,7 +18097,8 @@ def parse_words(words: Sequence[str]) -> Any:
     if "pattern" in args and not any(word.startswith("-") for word in more):
         args.pattern += more  # after an option argparse takes no more
     elif more:
-        flags = did_you_mean(more[0].partition("=")[0], {flag: flag for flag in parser.flags})
+        flags = did_you_mean(more[0].partition("=")[0],
+                             {flag: flag for flag in parser._option_string_actions})
         parser.error(f"unrecognized arguments: {' '.join(more)}" + (
             "; --via-skopeo replaces IMAGE" if getattr(args, "via_skopeo", None)
             else flags and f"; {flags}"))
@@ -18128,12 +18128,11 @@ def unknown_command(names: Sequence[str], rest: Sequence[str]) -> _UsageError:
 def print_help(names: Sequence[str]) -> None:
     """Print the help of a command, of all that begin with ``names``, or of the global options."""
     if row := find_row(names):
-        print(command_parser(row, ["-h"]).format_help(), end="")
+        print(command_parser(row).format_help(), end="")
     elif list(names) == ["options"]:
-        print(add_globals(parser_class(True)(
-            prog=program_name(), usage="%(prog)s [OPTION...] COMMAND ... [OPTION...]",
-            description="Options of every command, before or after it.",
-            epilog=f"Exit status: {STATUSES}")).format_help(), end="")
+        print(new_parser(usage="%(prog)s [OPTION...] COMMAND ... [OPTION...]",
+                         description="Options of every command, before or after it.",
+                         epilog=f"Exit status: {STATUSES}").format_help(), end="")
     else:
         print("\n".join(overview(names)))
 
@@ -18169,22 +18168,21 @@ def candidates(before: Sequence[str], current: str) -> Iterator[tuple[str, str]]
     if names == ["help"]:
         lead, names, rest = split_words(rest)
     row = find_row(names)
-    parser = command_parser(row, ()) if row else add_globals(parser_class(False)())
+    parser = command_parser(row) if row else new_parser()
+    flags, places = parser._option_string_actions, parser._get_positional_actions()
     waiting, count, given = None, 0, [*lead, *rest]
     for word in given:
-        action = None if waiting else parser.flags.get(word)
+        action = None if waiting else flags.get(word)
         count += not waiting and not action
         waiting = action if action and action.nargs != 0 else None
     option, equals, value = current.partition("=")
-    if not waiting and equals and option in parser.flags:
-        for word, gloss in values_for(parser.flags[option], given, value):
+    if not waiting and equals and option in flags:
+        for word, gloss in values_for(flags[option], given, value):
             yield (word if word == FILES else f"{option}={word}"), gloss
     elif not waiting and current.startswith("-"):
-        yield from ((flag, gist(action.help or "")) for flag, action in parser.flags.items())
-    elif waiting or row:
-        places = parser.positionals
-        if waiting or count < len(places) or places and places[-1].nargs:
-            yield from values_for(waiting or places[min(count, len(places) - 1)], given, current)
+        yield from ((flag, gist(action.help or "")) for flag, action in flags.items())
+    elif waiting or count < len(places) or places and places[-1].nargs:
+        yield from values_for(waiting or places[min(count, len(places) - 1)], given, current)
     for command, function, _ in COMMANDS if not rest and not row and not waiting else ():
         words = command.split()
         if words[:len(names)] == names:
@@ -18200,7 +18198,7 @@ def values_for(action: Any, given: Sequence[str], current: str) -> Iterator[tupl
              "NAME": ["image", "container"]}.get(
         what, [kind for kind in FINDERS if what.partition(":")[0] == kind.upper()])
     for kind in kinds:
-        args = add_globals(parser_class(False)()).parse_known_args([*given, "--no-helper"])[0]
+        args = new_parser().parse_known_args([*given, "--no-helper"])[0]
         with suppress(CstorError, OSError), open_storage(args) as storage:
             for name, gloss in names_of(storage, kind, current):
                 yield name + ":" * what.endswith(":PATH"), gloss
@@ -18229,18 +18227,28 @@ def examples(row: Command) -> list[str]:
     return [f"{row[0]} {arguments}".rstrip() for arguments in text.split("; ")]
 
 
-def command_parser(row: Command, words: Sequence[str]) -> Any:
-    """Return the parser of what comes with a command, and of the global options."""
-    wants_help = bool({"-h", "--help"} & set(words))
-    parser = parser_class(wants_help)(prog=f"{program_name()} {row[0]}",
-                                      description=row[1].__doc__)
-    add_command(parser, row, words)
-    if wants_help:
-        shown = [flag for spec in GLOBALS for flag in spec.split() if flag.startswith("--")]
-        parser.add_argument_group("options of every command", f"{', '.join(shown)} "
-                                  f"(see {program_name()} help options)")
-        parser.footer = "\nexamples:\n" + "".join(
-            f"  {program_name()} {example}\n" for example in examples(row))
+def command_parser(row: Command, words: Sequence[str] = ()) -> Any:
+    """Return the parser of what comes with a command; "-q" of a list prints IDs."""
+    parser = new_parser(row[0], description=row[1].__doc__)
+    group, _, verb = row[0].rpartition(" ")
+    parser.set_defaults(function=row[1], kind=group)
+    names = row[2] + " --platform" * (group == "image" and verb != "list")
+    if "--via-skopeo" in names and any(
+            word.partition("=")[0] == "--via-skopeo" for word in words):
+        names = names.replace("IMAGE ", "", 1)
+    specs = {match[0]: (spec[len(match[1]):], OPTIONS[spec]) for spec in OPTIONS
+             for match in [re.match(r"(/?(?:[a-z][a-z-]* )*)\S+", spec)] if match}
+    for name in names.split():
+        word = name.rstrip("+*?")
+        spec = next(specs[key] for key in (f"{row[0]} {word}", f"{'/' * (not group)}{verb} {word}",
+                                           f"{verb} {word}", word) if key in specs)
+        more: Any = {"nargs": name[-1]} if word != name else {"dest": "ids"} if word == "-q" else {}
+        add_argument(parser, *spec, **more)
+    shown = [flag for spec in GLOBALS for flag in spec.split() if flag.startswith("--")]
+    parser.add_argument_group("options of every command", f"{', '.join(shown)} "
+                              f"(see {program_name()} help options)")
+    parser.footer = "\nexamples:\n" + "".join(
+        f"  {program_name()} {example}\n" for example in examples(row))
     return parser
 
 
@@ -18250,39 +18258,19 @@ def program_name() -> str:
     return "cstor" if name in ("-", "-c", "", "__main__.py") else name
 
 
-def parser_class(wants_help: bool) -> type[Any]:
-    """Return the class of argument parsers; only help asks for the terminal's width."""
+def new_parser(command: str = "", **options: Any) -> Any:
+    """Return a parser of the global options, which the help of a command only names."""
     import argparse
 
-    width = 80
-    if wants_help:
-        import shutil
-
-        width = shutil.get_terminal_size().columns or 80  # 0 before Python 3.11
-
     class Parser(argparse.ArgumentParser):
-        def __init__(self, **options: Any) -> None:
-            names = vars(argparse)
-            translate, names["_"] = names["_"], names["_"] if wants_help else str  # no gettext
-            try:
-                super().__init__(
-                    allow_abbrev=False, conflict_handler="resolve",  # -q of lists
-                    formatter_class=lambda prog: argparse.HelpFormatter(
-                        prog, width=max(40, min(width, 100)) - 2, max_help_position=28), **options)
-            finally:
-                names["_"] = translate
-
         footer = ""
 
-        @property
-        def flags(self) -> dict[str, argparse.Action]:
-            return self._option_string_actions
-
-        @property
-        def positionals(self) -> list[argparse.Action]:
-            return self._get_positional_actions()
-
         def format_help(self) -> str:
+            import shutil
+
+            width = shutil.get_terminal_size().columns or 80  # 0 before Python 3.11
+            self.formatter_class = lambda prog: argparse.HelpFormatter(
+                prog, width=max(40, min(width, 100)) - 2, max_help_position=28)
             return super().format_help() + self.footer
 
         def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -18295,36 +18283,20 @@ def parser_class(wants_help: bool) -> type[Any]:
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message} (see {self.prog} --help)")
 
-    return Parser
-
-
-def add_globals(parser: Any, shown: bool = True) -> Any:
-    """Add the global options; the help of a command only names them."""
-    import argparse
-
+    names = vars(argparse)
+    translate, names["_"] = names["_"], str  # gettext takes a millisecond
+    try:
+        parser = Parser(
+            prog=f"{program_name()} {command}".rstrip(), allow_abbrev=False,
+            conflict_handler="resolve",  # -q of lists
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80), **options)
+    finally:
+        names["_"] = translate
     for spec, text in GLOBALS.items():
-        add_argument(parser, spec, text if shown else argparse.SUPPRESS)
+        add_argument(parser, spec, argparse.SUPPRESS if command else text)
     parser.add_argument("--version", action="version", version=f"{program_name()} {__version__}",
-                        help="show the version" if shown else argparse.SUPPRESS)
+                        help=argparse.SUPPRESS if command else "show the version")
     return parser
-
-
-def add_command(parser: Any, row: Command, words: Sequence[str]) -> None:
-    """Add what a command takes; "-q" of a list prints IDs."""
-    group, _, verb = row[0].rpartition(" ")
-    names = row[2] + " --platform" * (group == "image" and verb != "list")
-    if "--via-skopeo" in names and any(
-            word.partition("=")[0] == "--via-skopeo" for word in words):
-        names = names.replace("IMAGE ", "", 1)
-    add_globals(parser, shown=False).set_defaults(function=row[1], kind=group)
-    specs = {match[0]: (spec[len(match[1]):], OPTIONS[spec]) for spec in OPTIONS
-             for match in [re.match(r"(/?(?:[a-z][a-z-]* )*)\S+", spec)] if match}
-    for name in names.split():
-        word = name.rstrip("+*?")
-        spec = next(specs[key] for key in (f"{row[0]} {word}", f"{'/' * (not group)}{verb} {word}",
-                                           f"{verb} {word}", word) if key in specs)
-        more: Any = {"nargs": name[-1]} if word != name else {"dest": "ids"} if word == "-q" else {}
-        add_argument(parser, *spec, **more)
 
 
 def add_argument(parser: Any, spec: str, text: str | None, **more: Any) -> None:

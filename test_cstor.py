@@ -22236,14 +22236,14 @@ def man_page() -> Iterator[str]:
             yield f".SH {purpose.upper()}\n"
             for row in (row for verb in verbs.split() for row in cstor.COMMANDS
                         if row[0].split()[-1] == verb):
-                parser = cstor.command_parser(row, ["-h"])
+                parser = cstor.command_parser(row)
                 yield f".SS {row[0]}\n{roff(parser.description)}.\n"
                 yield from man_options(parser)
                 yield ".PP\nExamples:\n.PP\n.nf\n" + "".join(
                     "    " + roff("cstor " + example).replace("\n", "\\\n    ") + "\n"
                     for example in cstor.examples(row)) + ".fi\n"
         yield ".SH OPTIONS OF EVERY COMMAND\n"
-        yield from man_options(cstor.add_globals(cstor.parser_class(True)()))
+        yield from man_options(cstor.new_parser())
         for title, text in re.findall(r"(?s)<summary>(.*?)</summary>\n\n(.*?)\n</details>",
                                       read_readme()):
             yield f".SH {title.upper()}\n" + "".join(man_text(text)).removeprefix(".PP\n")
