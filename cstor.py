@@ -146,7 +146,7 @@ if TYPE_CHECKING:
     Ranges = list[tuple[int, int, int]]  # of IDs; see map_id()
     Entry = tuple[Any, "bytes | None", int, bytes]  # see TarSplit
     Item = tuple[bytes, "Member | None", Iterable["bytes | Extent"]]  # see LayerReader
-    Command = tuple[str, Callable[[Any, Any], int | None], str]  # see COMMANDS
+    Command = tuple[Callable[[Any, Any], int | None], str]  # see COMMANDS
     PlainRow = tuple[bytes, str, int, bytes, tuple[int, Any], int, bytes]  # see PlainHeaders
     Manifest = tuple[str, bytes, str]  # digest, bytes and media type
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
@@ -17712,10 +17712,10 @@ def cmd_resolve_link(storage: Storage, args: Any) -> None:
 
 def cmd_help(storage: Storage | None, args: Any) -> None:
     """show this list, or the options and examples of a command"""
-    names = split_words(args.command)[1]
-    if len(names) < len(args.command) and args.command != ["options"]:
-        raise unknown_command(names, args.command[len(names):])
-    print_help(args.command if args.command == ["options"] else names)
+    _, command, rest = split_words(args.command)
+    if rest and args.command != ["options"]:
+        raise unknown_command(command, rest)
+    print_help(" ".join([command, *rest]).strip())
 
 
 def cmd_completion(storage: Storage | None, args: Any) -> None:
@@ -17732,66 +17732,68 @@ def cmd_completion(storage: Storage | None, args: Any) -> None:
                    "zsh": word.replace(":", "\\:") + f":{text}"}[args.shell])
 
 
-def look_inside(kind: str, extract: str = "") -> list[Command]:
+def look_inside(kind: str, extract: str = "") -> dict[str, Command]:
     """Return the rows of COMMANDS that images, layers and containers have in common."""
-    rows: tuple[Command, ...] = (
-        ("files", cmd_files, " PATTERN* -l -0 --format"),
-        ("stat", cmd_stat, " PATH+ --follow --format"),
-        ("cat", cmd_cat, " PATH+ -o --no-follow"),
-        ("cp", cmd_cp, ":PATH DEST"),
-        ("extract", cmd_extract,
-         " DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
-         "--no-same-owner --same-owner --owner-map --force --no-clean-on-error --clean-on-error "
-         "--format " + extract))
-    return [(f"{kind.lower()} {verb}", function, kind + more) for verb, function, more in rows]
+    rows: dict[str, Command] = {
+        "files": (cmd_files, " PATTERN* -l -0 --format"),
+        "stat": (cmd_stat, " PATH+ --follow --format"),
+        "cat": (cmd_cat, " PATH+ -o --no-follow"),
+        "cp": (cmd_cp, ":PATH DEST"),
+        "extract": (
+            cmd_extract,
+            " DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
+            "--no-same-owner --same-owner --owner-map --force --no-clean-on-error --clean-on-error "
+            "--format " + extract)}
+    return {f"{kind.lower()} {verb}": (function, kind + more)
+            for verb, (function, more) in rows.items()}
 
 
 # Words of the command, function, arguments; "+" after an argument = one or more, "*" = any number.
-COMMANDS: list[Command] = [
-    ("image list", cmd_image_list, "-a -q -f --sort --format --no-trunc"),
-    ("image inspect", cmd_image_inspect, "IMAGE+ -f"),
-    ("image layers", cmd_image_layers, "IMAGE -q --format --no-trunc"),
-    ("image history", cmd_image_history, "IMAGE -q --format --no-trunc"),
-    ("image tree", cmd_image_tree, "IMAGE --whatrequires --format --no-trunc"),
-    ("image toc", cmd_toc, "IMAGE --digests --pretty --verify"),
-    *look_inside("IMAGE", "--via-skopeo"),
-    ("image export", cmd_image_export, "IMAGE+ --as -o --verify"),
-    ("image copy-to-oci", cmd_copy_to_oci,
-     "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
-    ("image exists", cmd_exists, "IMAGE"),
-    ("image verify", cmd_image_verify, "IMAGE* --all --quick --format --no-trunc"),
-    ("image diff", cmd_diff, "A B --ignore --format"),
-    ("image blame", cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
-    ("layer list", cmd_layer_list, "--tree -q -f --sort --format --no-trunc"),
-    ("layer inspect", cmd_layer_inspect, "LAYER+ --chain -f"),
-    ("layer toc", cmd_toc, "LAYER --digests --pretty --verify"),
-    *look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
-    ("layer export", cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
-    ("layer exists", cmd_exists, "LAYER"),
-    ("layer verify", cmd_layer_verify, "LAYER+ --quick --format --no-trunc"),
-    ("layer stream", cmd_layer_stream, "LAYER -o --codec --threshold --external"),
-    ("container list", cmd_container_list, "-a -s -q -f --sort --format --no-trunc"),
-    ("container inspect", cmd_container_inspect, "CONTAINER+ -f"),
-    *look_inside("CONTAINER"),
-    ("container export", cmd_container_export, "CONTAINER -o --verify"),
-    ("container exists", cmd_exists, "CONTAINER"),
-    ("images", cmd_images, "NAME? -a -q -n --digests --history -f --sort --format --no-trunc"),
-    ("ps", cmd_ps,
-     "-a -q -n -l -p -s --external --noheading -f --sort --format --no-trunc"),
-    ("inspect", cmd_inspect, "NAME+ -t -f"),
-    ("history", cmd_history, "IMAGE -q -H --no-human --format --no-trunc"),
-    ("save", cmd_save, "IMAGE+ -o -m --format"),
-    ("store info", cmd_store_info, "--format"),
-    ("store df", cmd_store_df, "--if-removed* --format --no-trunc"),
-    ("store check", cmd_store_check, "--codes --format --no-trunc"),
-    ("serve", cmd_serve,
-     "--socket --registry --only --password-file --tls-cert --tls-key --insecure"),
-    ("resolve-link", cmd_resolve_link, "LINK --format"),
-    ("tar-diff", cmd_tar_diff, "A B --format"),
-    ("stream-to-tar", cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
-    ("completion", cmd_completion, "SHELL WORD*"),
-    ("help", cmd_help, "COMMAND*"),
-]
+COMMANDS: dict[str, Command] = {
+    "image list": (cmd_image_list, "-a -q -f --sort --format --no-trunc"),
+    "image inspect": (cmd_image_inspect, "IMAGE+ -f"),
+    "image layers": (cmd_image_layers, "IMAGE -q --format --no-trunc"),
+    "image history": (cmd_image_history, "IMAGE -q --format --no-trunc"),
+    "image tree": (cmd_image_tree, "IMAGE --whatrequires --format --no-trunc"),
+    "image toc": (cmd_toc, "IMAGE --digests --pretty --verify"),
+    **look_inside("IMAGE", "--via-skopeo"),
+    "image export": (cmd_image_export, "IMAGE+ --as -o --verify"),
+    "image copy-to-oci": (
+        cmd_copy_to_oci, "IMAGE DIR[:TAG] --compress --all --format --via-skopeo"),
+    "image exists": (cmd_exists, "IMAGE"),
+    "image verify": (cmd_image_verify, "IMAGE* --all --quick --format --no-trunc"),
+    "image diff": (cmd_diff, "A B --ignore --format"),
+    "image blame": (cmd_blame, "IMAGE PATTERN* --hidden --format --no-trunc"),
+    "layer list": (cmd_layer_list, "--tree -q -f --sort --format --no-trunc"),
+    "layer inspect": (cmd_layer_inspect, "LAYER+ --chain -f"),
+    "layer toc": (cmd_toc, "LAYER --digests --pretty --verify"),
+    **look_inside("LAYER", "--no-whiteouts --socket --digest --no-verify"),
+    "layer export": (cmd_layer_export, "LAYER -o --no-verify --socket --digest"),
+    "layer exists": (cmd_exists, "LAYER"),
+    "layer verify": (cmd_layer_verify, "LAYER+ --quick --format --no-trunc"),
+    "layer stream": (cmd_layer_stream, "LAYER -o --codec --threshold --external"),
+    "container list": (cmd_container_list, "-a -s -q -f --sort --format --no-trunc"),
+    "container inspect": (cmd_container_inspect, "CONTAINER+ -f"),
+    **look_inside("CONTAINER"),
+    "container export": (cmd_container_export, "CONTAINER -o --verify"),
+    "container exists": (cmd_exists, "CONTAINER"),
+    "images": (cmd_images, "NAME? -a -q -n --digests --history -f --sort --format --no-trunc"),
+    "ps": (
+        cmd_ps, "-a -q -n -l -p -s --external --noheading -f --sort --format --no-trunc"),
+    "inspect": (cmd_inspect, "NAME+ -t -f"),
+    "history": (cmd_history, "IMAGE -q -H --no-human --format --no-trunc"),
+    "save": (cmd_save, "IMAGE+ -o -m --format"),
+    "store info": (cmd_store_info, "--format"),
+    "store df": (cmd_store_df, "--if-removed* --format --no-trunc"),
+    "store check": (cmd_store_check, "--codes --format --no-trunc"),
+    "serve": (
+        cmd_serve, "--socket --registry --only --password-file --tls-cert --tls-key --insecure"),
+    "resolve-link": (cmd_resolve_link, "LINK --format"),
+    "tar-diff": (cmd_tar_diff, "A B --format"),
+    "stream-to-tar": (cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
+    "completion": (cmd_completion, "SHELL WORD*"),
+    "help": (cmd_help, "COMMAND*"),
+}
 # Arguments and options with their help, for add_argument(): the flags, then a value: METAVAR or
 # lower-case choices, "..." when it may be repeated, "=DEFAULT"; "?" is neither yes nor no unless
 # given.  A command's own form of an option has the verb before it.
@@ -18050,15 +18052,13 @@ EXAMPLES = {
 }
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def split_words(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
     """Return the global options before and between the words of a command, these, and the rest."""
-    commands = [row[0].split() for row in COMMANDS]
     valued = {flag for *flags, value in map(str.split, GLOBALS) if value[0] not in "-+"
               for flag in flags}
     lead: list[str] = []
-    names: list[str] = []
-    left = list(words)
-    while left and names not in commands:
+    command, left = "", list(words)
+    while left and command not in COMMANDS:
         short = re.fullmatch(r"-([qv]+)(r.*)?", left[0], re.DOTALL)
         if short:  # several in one
             left[:1] = [f"-{part}" for part in (*short[1], short[2]) if part]
@@ -18066,11 +18066,16 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
             count = 1 + (left[0] in valued)
             lead, left = lead + left[:count], left[count:]
             continue
-        longer = [*names, ALIASES.get(left[0], left[0])]
-        if all(command[:len(longer)] != longer for command in commands):
+        longer = " ".join([*command.split(), ALIASES.get(left[0], left[0])])
+        if not left[0] or not commands_below(longer):
             break
-        names, left = longer, left[1:]
-    return lead, names, left
+        command, left = longer, left[1:]
+    return lead, command, left
+
+
+def commands_below(start: str) -> list[str]:
+    """Return the command with these words, or all that begin with them."""
+    return [each for each in COMMANDS if f"{each} ".startswith(f"{start} ".lstrip())]
 
 
 def parse_words(words: Sequence[str]) -> Any:
@@ -18078,18 +18083,17 @@ def parse_words(words: Sequence[str]) -> Any:
 
     argparse takes half a millisecond for each parser and a third for each argument.
     """
-    lead, names, rest = split_words(words)
-    row = find_row(names)
-    if not row or {"-h", "--help", "--version"} & set(lead):
+    lead, command, rest = split_words(words)
+    if command not in COMMANDS or {"-h", "--help", "--version"} & set(lead):
         new_parser().parse_args([word for word in lead if word not in ("-h", "--help")])
         wants_help = {"-h", "--help"} & {*lead, *rest}
-        if rest and not row and rest[0] not in wants_help:
-            raise unknown_command(names, rest)
-        print_help(names)
-        if wants_help or row:
+        if rest and command not in COMMANDS and rest[0] not in wants_help:
+            raise unknown_command(command, rest)
+        print_help(command)
+        if wants_help or command in COMMANDS:
             raise SystemExit
-        raise _UsageError(f"missing COMMAND (see {' '.join([program_name(), *names])} --help)")
-    parser = command_parser(row, words)
+        raise _UsageError(f"missing COMMAND (see {program_name(command)} --help)")
+    parser = command_parser(command, words)
     rest = [re.sub(r"\A(-H|--human)=(0|f|false)\Z", "--no-human", word) for word in rest]
     quiet = {"-q", "--quiet"} & set(lead)
     parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
@@ -18105,56 +18109,50 @@ def parse_words(words: Sequence[str]) -> Any:
     return args
 
 
-def find_row(names: Sequence[str]) -> Command | None:
-    """Return the row of COMMANDS that has these words."""
-    return next((row for row in COMMANDS if row[0].split() == list(names)), None)
-
-
-def unknown_command(names: Sequence[str], rest: Sequence[str]) -> _UsageError:
+def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
     """Return the error of words that are not a command, with those that may be meant."""
-    word, asked = rest[0], " ".join([*names, rest[0]])
-    phrases = {phrase: phrase for row in COMMANDS for phrase in (row[0], row[0].split()[0])}
+    word, asked = rest[0], f"{command} {rest[0]}".lstrip()
+    phrases = {phrase: phrase for each in COMMANDS for phrase in (each, each.split()[0])}
     verbs: dict[str, str] = {}
-    for row in COMMANDS:
-        verb = row[0].rpartition(" ")[2]
-        verbs[verb] = f"{verbs[verb]}, {row[0]}" if verb in verbs else row[0]
+    for each in COMMANDS:
+        verb = each.split()[-1]
+        verbs[verb] = f"{verbs[verb]}, {each}" if verb in verbs else each
     hint = did_you_mean(word, verbs, 1) \
-        or did_you_mean(" ".join([*names, *rest[:2]]), phrases, 0.8) \
+        or did_you_mean(" ".join([*command.split(), *rest[:2]]), phrases, 0.8) \
         or did_you_mean(asked, phrases) or did_you_mean(word, verbs)
     return _UsageError(f"unknown command: {display(asked)}{hint and f'; {hint}'} "
                        f"(see {program_name()} --help)")
 
 
-def print_help(names: Sequence[str]) -> None:
-    """Print the help of a command, of all that begin with ``names``, or of the global options."""
-    if row := find_row(names):
-        print(command_parser(row).format_help(), end="")
-    elif list(names) == ["options"]:
+def print_help(command: str) -> None:
+    """Print the help of a command, of all that begin with it, or of the global options."""
+    if command in COMMANDS:
+        print(command_parser(command).format_help(), end="")
+    elif command == "options":
         print(new_parser(usage="%(prog)s [OPTION...] COMMAND ... [OPTION...]",
                          description="Options of every command, before or after it.",
                          epilog=f"Exit status: {STATUSES}").format_help(), end="")
     else:
-        print("\n".join(overview(names)))
+        print("\n".join(overview(command)))
 
 
-def overview(names: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the screen that lists all commands, or those that begin with ``names``."""
-    program = program_name()
-    yield f"usage: {' '.join([program, *names])} COMMAND [ARGUMENT...] [OPTION...]"
+def overview(start: str) -> Iterator[str]:
+    """Yield the screen that lists all commands, or those that begin with ``start``."""
+    yield f"usage: {program_name(start)} COMMAND [ARGUMENT...] [OPTION...]"
     yield "Read images of containers/storage: no podman, no root, no mount, no writes."
     own = PURPOSES["As in podman"]
     for purpose, verbs in PURPOSES.items():
         rows = []
         for verb in verbs.split():
-            found = {row[0].rpartition(" ")[0]: row[1].__doc__ or "" for row in COMMANDS
-                     if row[0].split()[:len(names)] == list(names) and row[0].split()[-1] == verb
-                     and (row[0] in own.split()) == (verbs is own)}
+            found = {command.rpartition(" ")[0]: COMMANDS[command][0].__doc__ or ""
+                     for command in commands_below(start) if command.split()[-1] == verb
+                     and (command in own.split()) == (verbs is own)}
             text = re.sub(r"\b(images|layers|containers)\b", "them" if len(found) > 1 else r"\1",
                           gist([*found.values(), ""][0]))
             rows += [f"  {f'{chr(124).join(found)} {verb}'.lstrip():<32}{text}"] * bool(found)
         yield from [f"\n{purpose}", *rows] * bool(rows)
-    yield f"\nOptions and examples of a command: {program} COMMAND --help"
-    yield f"Options of every command, such as --root DIR: {program} help options"
+    yield f"\nOptions and examples of a command: {program_name()} COMMAND --help"
+    yield f"Options of every command, such as --root DIR: {program_name()} help options"
 
 
 def gist(text: str) -> str:
@@ -18164,11 +18162,11 @@ def gist(text: str) -> str:
 
 def candidates(before: Sequence[str], current: str) -> Iterator[tuple[str, str]]:
     """Yield what the next word of a command line can be, each with a gloss."""
-    lead, names, rest = split_words(before)
-    if names == ["help"]:
-        lead, names, rest = split_words(rest)
-    row = find_row(names)
-    parser = command_parser(row) if row else new_parser()
+    lead, command, rest = split_words(before)
+    if command == "help":
+        lead, command, rest = split_words(rest)
+    known = command in COMMANDS
+    parser = command_parser(command) if known else new_parser()
     flags, places = parser._option_string_actions, parser._get_positional_actions()
     waiting, count, given = None, 0, [*lead, *rest]
     for word in given:
@@ -18183,11 +18181,9 @@ def candidates(before: Sequence[str], current: str) -> Iterator[tuple[str, str]]
         yield from ((flag, gist(action.help or "")) for flag, action in flags.items())
     elif waiting or count < len(places) or places and places[-1].nargs:
         yield from values_for(waiting or places[min(count, len(places) - 1)], given, current)
-    for command, function, _ in COMMANDS if not rest and not row and not waiting else ():
-        words = command.split()
-        if words[:len(names)] == names:
-            text = gist(function.__doc__ or "") if len(words) == len(names) + 1 else "commands"
-            yield words[len(names)], text
+    for each in commands_below(command) if not (known or rest or waiting) else ():
+        word, *more = each[len(command):].split()
+        yield word, "commands" if more else gist(COMMANDS[each][0].__doc__ or "")
 
 
 def values_for(action: Any, given: Sequence[str], current: str) -> Iterator[tuple[str, str]]:
@@ -18219,20 +18215,21 @@ def names_of(storage: Storage, kind: str, current: str) -> Iterator[tuple[str, s
             yield record.id[:max(12, len(current))], gloss
 
 
-def examples(row: Command) -> list[str]:
+def examples(command: str) -> list[str]:
     """Return the examples of a command."""
-    kind, _, verb = row[0].rpartition(" ")
+    kind, _, verb = command.rpartition(" ")
     name = {"image": "alpine", "layer": "3c42d5a", "container": "web"}.get(kind, "")
-    text = EXAMPLES.get(row[0], EXAMPLES.get(verb, "")).replace("NAME", name)
-    return [f"{row[0]} {arguments}".rstrip() for arguments in text.split("; ")]
+    text = EXAMPLES.get(command, EXAMPLES.get(verb, "")).replace("NAME", name)
+    return [f"{command} {arguments}".rstrip() for arguments in text.split("; ")]
 
 
-def command_parser(row: Command, words: Sequence[str] = ()) -> Any:
+def command_parser(command: str, words: Sequence[str] = ()) -> Any:
     """Return the parser of what comes with a command; "-q" of a list prints IDs."""
-    parser = new_parser(row[0], description=row[1].__doc__)
-    group, _, verb = row[0].rpartition(" ")
-    parser.set_defaults(function=row[1], kind=group)
-    names = row[2] + " --platform" * (group == "image" and verb != "list")
+    function, names = COMMANDS[command]
+    parser = new_parser(command, description=function.__doc__)
+    group, _, verb = command.rpartition(" ")
+    parser.set_defaults(function=function, kind=group)
+    names += " --platform" * (group == "image" and verb != "list")
     if "--via-skopeo" in names and any(
             word.partition("=")[0] == "--via-skopeo" for word in words):
         names = names.replace("IMAGE ", "", 1)
@@ -18240,7 +18237,7 @@ def command_parser(row: Command, words: Sequence[str] = ()) -> Any:
              for match in [re.match(r"(/?(?:[a-z][a-z-]* )*)\S+", spec)] if match}
     for name in names.split():
         word = name.rstrip("+*?")
-        spec = next(specs[key] for key in (f"{row[0]} {word}", f"{'/' * (not group)}{verb} {word}",
+        spec = next(specs[key] for key in (f"{command} {word}", f"{'/' * (not group)}{verb} {word}",
                                            f"{verb} {word}", word) if key in specs)
         more: Any = {"nargs": name[-1]} if word != name else {"dest": "ids"} if word == "-q" else {}
         add_argument(parser, *spec, **more)
@@ -18248,14 +18245,14 @@ def command_parser(row: Command, words: Sequence[str] = ()) -> Any:
     parser.add_argument_group("options of every command", f"{', '.join(shown)} "
                               f"(see {program_name()} help options)")
     parser.footer = "\nexamples:\n" + "".join(
-        f"  {program_name()} {example}\n" for example in examples(row))
+        f"  {program_name()} {example}\n" for example in examples(command))
     return parser
 
 
-def program_name() -> str:
-    """Return the name by which cstor.py was called."""
+def program_name(command: str = "") -> str:
+    """Return the name by which cstor.py was called, and the words of a command."""
     name = os.path.basename(sys.argv[0])
-    return "cstor" if name in ("-", "-c", "", "__main__.py") else name
+    return f"{'cstor' if name in ('-', '-c', '', '__main__.py') else name} {command}".rstrip()
 
 
 def new_parser(command: str = "", **options: Any) -> Any:
@@ -18287,7 +18284,7 @@ def new_parser(command: str = "", **options: Any) -> Any:
     translate, names["_"] = names["_"], str  # gettext takes a millisecond
     try:
         parser = Parser(
-            prog=f"{program_name()} {command}".rstrip(), allow_abbrev=False,
+            prog=program_name(command), allow_abbrev=False,
             conflict_handler="resolve",  # -q of lists
             formatter_class=lambda prog: argparse.HelpFormatter(prog, width=80), **options)
     finally:

@@ -998,11 +998,11 @@ class House(unittest.TestCase):
         listed = [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")]
         self.assertEqual([" ".join([words, *(
             name.replace("+", "...") for name in arguments.split() if name[0] != "-")])
-            for words, _, arguments in cstor.COMMANDS], listed)
+            for words, (_, arguments) in cstor.COMMANDS.items()], listed)
         verbs = " ".join(cstor.PURPOSES.values()).split()
-        for row in cstor.COMMANDS:
-            self.assertIn(row[0].split()[-1], verbs, "cstor.PURPOSES lacks it")
-            self.assertEqual(2, len(set(cstor.examples(row))), f"{row[0]}: see cstor.EXAMPLES")
+        for command in cstor.COMMANDS:
+            self.assertIn(command.split()[-1], verbs, "cstor.PURPOSES lacks it")
+            self.assertEqual(2, len(set(cstor.examples(command))), f"{command}: see cstor.EXAMPLES")
 
 
 # ================================================================================================
@@ -17907,9 +17907,9 @@ class Help(StoreTest):
         listed = [f"{kind} {line.split()[-1]}".strip() for text in lines if text[:1] == " "
                   for line in [text[:33].strip()]
                   for kind in line.rpartition(" ")[0].split("|")]
-        self.assertEqual(sorted(row[0] for row in cstor.COMMANDS), sorted(listed))
-        for words in {tuple(part) for row in cstor.COMMANDS for part in (
-                row[0].split(), row[0].split()[:1])} | {("options",)}:
+        self.assertEqual(sorted(cstor.COMMANDS), sorted(listed))
+        for words in {tuple(part) for command in cstor.COMMANDS for part in (
+                command.split(), command.split()[:1])} | {("options",)}:
             text = rows[words] = ask("help", *words)
             self.assertNotIn("==SUPPRESS==", text)
             if words != ("options",):
@@ -17943,16 +17943,16 @@ class Help(StoreTest):
         fails = {"image diff", "tar-diff"}  # they differ
         self.run_on(self.store, "layer stream 3c42d5a -o", self.dir + "/layer.stream")
         with self.unchanged(self.store.root):
-            for row in cstor.COMMANDS:
-                shown = cstor.examples(row)
-                self.assertEqual(2, len(set(shown)), row[0])
-                for example in shown if row[0] != "serve" else ():
+            for command in cstor.COMMANDS:
+                shown = cstor.examples(command)
+                self.assertEqual(2, len(set(shown)), command)
+                for example in shown if command != "serve" else ():
                     with self.subTest(example):
                         if "--external" in example:
                             need_proc()
-                        self.assertRegex(example, rf"\A{row[0]}( |\Z)")
-                        self.run_example("cstor " + example, env, int(row[0] in fails))
-        for example in cstor.examples(cstor.find_row(["serve"]) or cstor.COMMANDS[0]):
+                        self.assertRegex(example, rf"\A{command}( |\Z)")
+                        self.run_example("cstor " + example, env, int(command in fails))
+        for example in cstor.examples("serve"):
             args = cstor.parse_words(example.split())
             self.assertIn((args.socket, args.registry), (("./cstor.sock", None), (None, "5000")))
 
@@ -22226,7 +22226,7 @@ def man_page() -> Iterator[str]:
     moment = int(os.environ.get("SOURCE_DATE_EPOCH") or os.stat(SCRIPT).st_mtime)
     day = time.strftime("%Y-%m-%d", time.gmtime(moment))
     head = (cstor.__doc__ or "").split("\n\n")
-    with mock.patch.object(cstor, "program_name", lambda: "cstor"), \
+    with mock.patch.object(sys, "argv", ["cstor"]), \
             mock.patch.dict(os.environ, {"COLUMNS": "80"}):
         yield (f'.TH CSTOR 1 {day} "cstor {cstor.__version__}" "User Commands"\n.SH NAME\n'
                f"cstor \\- {roff(head[0][0].lower() + head[0][1:-1])}\n.SH SYNOPSIS\n.B cstor\n"
@@ -22234,14 +22234,14 @@ def man_page() -> Iterator[str]:
                f"\n.SH DESCRIPTION\n{roff(head[1])}\n")
         for purpose, verbs in cstor.PURPOSES.items():
             yield f".SH {purpose.upper()}\n"
-            for row in (row for verb in verbs.split() for row in cstor.COMMANDS
-                        if row[0].split()[-1] == verb):
-                parser = cstor.command_parser(row)
-                yield f".SS {row[0]}\n{roff(parser.description)}.\n"
+            for command in (command for verb in verbs.split() for command in cstor.COMMANDS
+                            if command.split()[-1] == verb):
+                parser = cstor.command_parser(command)
+                yield f".SS {command}\n{roff(parser.description)}.\n"
                 yield from man_options(parser)
                 yield ".PP\nExamples:\n.PP\n.nf\n" + "".join(
                     "    " + roff("cstor " + example).replace("\n", "\\\n    ") + "\n"
-                    for example in cstor.examples(row)) + ".fi\n"
+                    for example in cstor.examples(command)) + ".fi\n"
         yield ".SH OPTIONS OF EVERY COMMAND\n"
         yield from man_options(cstor.new_parser())
         for title, text in re.findall(r"(?s)<summary>(.*?)</summary>\n\n(.*?)\n</details>",
@@ -22394,9 +22394,9 @@ class Docs(StoreTest):
     def test_man_page(self) -> None:
         page = "".join(man_page())
         put(self.dir + "/cstor.1", page)
-        for row in cstor.COMMANDS:
-            self.assertTrue(f".SS {row[0]}\n" in page, row[0])
-            for name in row[2].replace("--all", "").split():
+        for command, (_, arguments) in cstor.COMMANDS.items():
+            self.assertTrue(f".SS {command}\n" in page, command)
+            for name in arguments.replace("--all", "").split():
                 if name[:2] == "--":
                     self.assertTrue(name.rstrip("*+").replace("-", "\\-") in page, name)
         need_tools("mandoc")
