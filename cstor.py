@@ -15722,11 +15722,6 @@ def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
                "them")
 
 
-def shifted(progress: Progress | None, done: int) -> Progress | None:
-    """Return the progress function of a second job, after ``done`` bytes of the first."""
-    return progress and (lambda size, files: progress(done + size, files))
-
-
 class ProgressLine:
     """A line on stderr that shows the progress of a long job; only on a terminal."""
 
@@ -16162,14 +16157,15 @@ def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
 
 @contextmanager
 def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
-    """Fetch the image that --via-skopeo names; return it and the progress of what follows."""
+    """Fetch the image that --via-skopeo names; return it, and the progress to go on with."""
     if args.via_skopeo.startswith("containers-storage:"):
         raise _UsageError("skopeo would write to the storage and leave a mount there: name the "
                           "image itself, without --via-skopeo")
     refuse_storage(target)
     with ProgressLine(0, args.quiet) as progress, FetchedImage(
             args.via_skopeo, platform=args.platform, progress=progress) as image:
-        yield image, shifted(progress, image.size)
+        progress(0, 0)
+        yield image, progress
 
 
 def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
