@@ -13741,23 +13741,21 @@ class LayerCheck:
             for finding in self._read(self.layer):
                 found.append(finding)
             if self._part < 1 and not (found or self.quick or self._digest):  # sparse files
-                self._digest = self._hash(self.layer.items())
+                self._digest = self._sink().take_all(self.layer.items())
             if self._sums is not None and self._digest \
                     and self.layer.diff_digest not in (self._digest, ""):
                 raise IntegrityError("")  # a header, say
-        except IntegrityError as error:  # not of a file, but of a sum or the tar's size
-            if not error.expected and summing:
-                yield from self.run(summing=False)
+        except (FormatError, IntegrityError, Unsupported) as error:
+            size = error if isinstance(error, IntegrityError) else None  # the tar's is wrong
+            if summing and not self.quick and not (size and size.expected):
+                yield from self.run(summing=False)  # a sum is wrong, or was not compared yet
                 return
-            size = error
-        except (Unsupported, FormatError) as error:
-            if summing and not self.quick:  # sums of files before were not compared
-                yield from self.run(summing=False)
+            if not size:
+                yield from found
+                yield Finding("tar-split-damaged" if isinstance(error, FormatError)
+                              else "not-verified", self.label,
+                              message=str(error).replace(f"{self.label} ", ""))
                 return
-            yield from found
-            yield Finding("tar-split-damaged" if isinstance(error, FormatError) else "not-verified",
-                          self.label, message=str(error).replace(f"{self.label} ", ""))
-            return
         yield from self._judge(found, size)
 
     def _is_sound(self) -> bool:
@@ -13789,12 +13787,14 @@ class LayerCheck:
             os.close(files.open_fast(name, size))
         return kind == "dir" or status.st_size == (size or len(more[-1]))
 
+    def _sink(self) -> TarSink:
+        return TarSink(None, hashing=True, layer=self.layer.id, progress=self._progress)
+
     def _read(self, place: Layer) -> Iterator[Finding]:
         """Yield the findings of each member by itself, with the files of ``place``."""
         lost: tuple[bytes, ...] = ()
         offset = self._contents = 0
-        sink = None if self.quick or self._part > 0 else TarSink(
-            None, hashing=True, layer=self.layer.id, progress=self._progress)
+        sink = None if self.quick or self._part > 0 else self._sink()
         with closing(LayerReader(self.layer).headers()) as items, LayerFiles(place) as files, \
                 OnError(lambda: sink.abort() if sink else None):
             for literal, member, _ in items if self.quick else place.storage.opener.ahead(
@@ -13835,13 +13835,13 @@ class LayerCheck:
     def _content(self, files: LayerFiles, member: Member, sink: TarSink | None) -> Finding | None:
         """Compare a file's type and size, and unless ``quick`` its CRC-64."""
         self._contents += 1
-        if self._part >= 0 and (self._part > 0) != (self._contents % 4 > 0) and not sink \
-                or self.quick and files.find(member.name, member.size):
+        mine = self._part < 0 or (self._part > 0) == (self._contents % 4 > 0)
+        if not (mine or sink) or self.quick and files.find(member.name, member.size):
             return None
         try:
             fd = files.open_fast(member.name, member.size)
             try:  # faster than Opened
-                for data in () if self.quick else self._chunks(fd, member):
+                for data in () if self.quick else self._chunks(fd, member, mine):
                     if sink:
                         sink.literal(data)
             finally:
@@ -13862,13 +13862,13 @@ class LayerCheck:
             return Finding("file-unreadable", self.label, message=str(error.strerror))
         return None
 
-    def _chunks(self, fd: int, member: Member) -> Iterator[bytes]:
+    def _chunks(self, fd: int, member: Member, mine: bool) -> Iterator[bytes]:
         """Yield a content; IntegrityError for a wrong CRC-64, or after many files for a wrong sum.
 
         The CRC-64 of n bits M is M·x^64 + ones·x^n modulo P, plus ones: the sum of that and the
         recorded one is zero, also times x.  Files of a size class end at the same bit.
         """
-        size, mine = member.size, self._part < 0 or (self._part > 0) == (self._contents % 4 > 0)
+        size = member.size
         if size > CHUNK or self._sums is None or not mine:
             yield from read_checked(fd, size, checksum=member.checksum if mine else None,
                                     name=member.name)
@@ -13904,30 +13904,21 @@ class LayerCheck:
                 or b".wh." in name or not files.is_plain or not clean_name(name):
             return None
         status = files.status(name)
-
-        def fits(kind: str, size: int) -> bool:
-            return status is not None and FILE_TYPES.get(kind) == stat.S_IFMT(status.st_mode) \
-                and size in (status.st_size, -1)
-
-        if fits(kind, -1 if kind == "dir" else len(member.linkname)) \
-                or kind == "hardlink" and fits("reg", -1):
+        have, size = (stat.S_IFMT(status.st_mode), status.st_size) if status else (0, 0)
+        if have == FILE_TYPES.get(kind) and (kind == "dir" or size == len(member.linkname)) \
+                or kind == "hardlink" and have == stat.S_IFREG:
             return None
         with suppress(NotFound):  # another member, or a link on the way, can have changed it
             self._tree = self._tree or self.layer.tree()
             node = self._tree.lookup(clean_name(name), follow=False)[1]
-            size = {"reg": node.size, "symlink": len(node.linkname)}.get(node.type, -1)
-            if node.type in ("reg", "dir", "symlink") and not fits(node.type, size):
-                code = "missing" if not status else "type" if not fits(node.type, -1) else \
-                    "longer" if status.st_size > size else "truncated"
-                return Finding(f"file-{code}", self.label, None, file_type(FILE_TYPES[node.type])
-                               if code in ("missing", "type") else str(size), status and (
-                                   file_type(status.st_mode) if code == "type"
-                                   else str(status.st_size)))
+            wanted = {"reg": node.size, "dir": size, "symlink": len(node.linkname)}.get(node.type)
+            if wanted is not None and have != FILE_TYPES[node.type]:
+                return Finding("file-type" if have else "file-missing", self.label, None,
+                               file_type(FILE_TYPES[node.type]), file_type(have) if have else None)
+            if wanted not in (None, size):
+                return Finding("file-longer" if size > wanted else "file-truncated", self.label,
+                               None, str(wanted), str(size))
         return None
-
-    def _hash(self, items: Generator[Item, None, None]) -> str:
-        return TarSink(None, hashing=True, layer=self.layer.id,
-                       progress=self._progress).take_all(items)
 
     def _judge(self, found: list[Finding], size: IntegrityError | None) -> Iterator[Finding]:
         """Yield the findings of files, or the one that they follow from."""
@@ -13984,22 +13975,19 @@ def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int 
         check = LayerCheck(layers[number], quick, tell if progress else None, part)
         check.ahead = layers[number].diff_size > large
         found = check.run()
-        if part < 0:
-            rows.extend((number, *finding.row()) for finding in found)
-        elif next(found, None):
-            rows.append((number,))  # to be looked at as a whole
+        if part >= 0 and next(found, None):  # look at it as a whole; the other process may, too
+            found = LayerCheck(layers[number]).run()
+        rows.extend((number, *finding.row()) for finding in found)
 
     reports = share_out(len(jobs), min(workers, len(jobs)), work, lambda: rows, lambda job: None)
     tell_all()
-    rows += [row for report in reports for row in report]
-    rows += [(number, *finding.row()) for number in {row[0] for row in rows if len(row) == 1}
-             for finding in LayerCheck(layers[number]).run()]
+    rows += chain.from_iterable(reports)
     for number in {row[0] for row in rows}:
         if gone := layers[number].removed():
             raise gone
     users = users_of(layers[0].storage) if rows else {}
-    return [Finding(*row[1:]).concern(users) for row in sorted(rows, key=lambda row: row[0])
-            if len(row) > 1]
+    return [Finding(*row[1:]).concern(users)
+            for row in sorted(dict.fromkeys(rows), key=lambda row: row[0])]
 
 
 def layers_of(images: Sequence[Image]) -> list[Layer]:
