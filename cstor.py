@@ -2963,6 +2963,11 @@ class Record:
         return f"<{type(self).__name__} {display(self.id)}>"
 
     @property
+    def label(self) -> str:
+        """What messages and findings call it: its kind and ID."""
+        return f"{self.WORD} {self.id}"
+
+    @property
     def title(self) -> str:
         """What people call it: its first name, or the start of its ID."""
         return display(self.names[0] if self.names else self.id[:12])
@@ -3002,7 +3007,7 @@ class Record:
 
         Raises NotFound, FormatError when it is recorded but missing, IntegrityError.
         """
-        name, label = self.path(big_data_file(key)), f'{self.WORD} {self.id}: '
+        name, label = self.path(big_data_file(key)), f"{self.label}: "
         fd, path = self.storage.open_first(name, self.root)
         if fd < 0 and key in self.big_data_names:
             raise FormatError(f'{label}big data item "{display(key)}" is recorded, but missing')
@@ -6693,7 +6698,7 @@ class LayerTree(Closing):
     @property
     def label(self) -> str:
         """What it is, for messages."""
-        return f"layer {self.layer.id}" if self.layer else "tree"
+        return self.layer.label if self.layer else "tree"
 
     @property
     def root(self) -> Node:
@@ -13569,9 +13574,8 @@ class Finding:
         """Say what needs the object, and how podman mends its damage; see users_of()."""
         records = users.get(self.object, ())
         images = {record.id: record for record in records if isinstance(record, Image)}
-        self.affects = [name for name in (f"{record.WORD} {record.id}" for record in records
-                                          if not isinstance(record, Layer)) if name != self.object
-                        ] or self.affects
+        self.affects = [record.label for record in records if not isinstance(record, Layer)
+                        and record.label != self.object] or self.affects
         self.images = list(images) if self.layer else None
         if images and self.severity == "damage":
             pulls = [f"podman pull {name}" for image in images.values() for name in image.names]
@@ -13635,7 +13639,7 @@ def looks_sound(image: Image, chain: Sequence[Layer]) -> bool:
 
 def check_image(image: Image) -> Iterator[Finding]:
     """Compare an image's big data, names and chain of layers with its record."""
-    what, damaged = f"image {image.id}", set()
+    damaged = set()
     for key in image.big_data_names if is_safe_id(image.id) else ():
         name, digest = image.path(big_data_file(key)), re.sub("^manifest-", "", key)
         try:
@@ -13652,30 +13656,29 @@ def check_image(image: Image) -> Iterator[Finding]:
             code, expected, actual = "changed" if image.root.exists(name) else "missing", "", ""
             message = str(error)
         damaged.add(key)
-        yield Finding(f"big-data-{code}", what, image.root.host_path(name), expected, actual,
-                      message)
+        yield Finding(f"big-data-{code}", image.label, image.root.host_path(name), expected,
+                      actual, message)
     for title in image.names:
         if "@" in title and title.rpartition("@")[2] not in image.digests:
-            yield Finding("name-digest-wrong", what, None, actual=title)
+            yield Finding("name-digest-wrong", image.label, None, actual=title)
     if not any(re.match("manifest$|sha256:", key) for key in damaged):
         yield from check_chain(image)
 
 
 def check_chain(image: Image) -> Iterator[Finding]:
     """Compare an image's layers with its configuration."""
-    what = f"image {image.id}"
     try:
         if image.layer and "manifest" in image.big_data_names:
             image.config()
         image._chain()
     except LayerUnknown as error:
-        yield Finding("layer-unknown", what, message=str(error))
+        yield Finding("layer-unknown", image.label, message=str(error))
     except IntegrityError as error:
-        yield Finding("image-layers-wrong", what, None, error.expected, error.actual)
+        yield Finding("image-layers-wrong", image.label, None, error.expected, error.actual)
     except FormatError as error:
-        yield Finding("image-layers-wrong", what, message=str(error))
+        yield Finding("image-layers-wrong", image.label, message=str(error))
     except NotFound as error:
-        yield Finding("big-data-missing", what, message=str(error))
+        yield Finding("big-data-missing", image.label, message=str(error))
     except Unsupported:  # it was made with no configuration
         pass
 
@@ -13683,9 +13686,9 @@ def check_chain(image: Image) -> Iterator[Finding]:
 def layer_files(layer: Layer) -> Iterator[Finding]:
     """Yield what lstat(2) finds missing of a layer: its directories and tar-split data."""
     if not is_safe_id(layer.id):
-        yield Finding("not-verified", f"layer {layer.id}", message="unusable ID")
+        yield Finding("not-verified", layer.label, message="unusable ID")
     elif layer.incomplete:
-        yield Finding("layer-incomplete", f"layer {layer.id}", message=layer.UNFINISHED)
+        yield Finding("layer-incomplete", layer.label, message=layer.UNFINISHED)
     elif layer.overlay_file(b"additionallayer")[0] is None:
         storage, name = layer.storage, layer.id.encode()
         files, vfs = storage.home(), storage.driver == "vfs"
@@ -13700,8 +13703,8 @@ def layer_files(layer: Layer) -> Iterator[Finding]:
                     word = "missing"
             if word and (word == "missing" or code == "tar-split" or code == "layer-dir" and not vfs
                          or layer._has_files()):
-                yield Finding(f"{code}-{word}", f"layer {layer.id}",
-                              layer.root.host_path(home + b"/" + place))
+                yield Finding(f"{code}-{word}", layer.label, layer.root.host_path(
+                    home + b"/" + place))
                 if home is files:  # what is missing in it follows
                     break
 
@@ -13718,7 +13721,7 @@ class LayerCheck:
     def __init__(self, layer: Layer, quick: bool = False, progress: Progress | None = None,
                  part: int = -1) -> None:
         self.layer, self.quick, self._progress, self._part = layer, quick, progress, part
-        self.label = f"layer {layer.id}"
+        self.label = layer.label
         self._sums: dict[int, int] | None = None  # by the number of bits of a file's size
         self._digest = ""  # of the tar; "" when none could be made
         self._count = self._contents = 0
@@ -14049,6 +14052,8 @@ class StoreCheck:
                 if not of_layers or image not in self.explained and "layer" in self.known:
                     self.found.append(finding)
                     self.explained.update([image] * of_layers)
+            if image.root in storage._own and is_safe_id(image.id):
+                self._items(image)
         for container in containers if len(self.known) > 2 else ():
             self._container(container)
         self._strays()
@@ -14097,8 +14102,8 @@ class StoreCheck:
             for fault in record._faults:
                 if not is_safe_id(record.id) or fault.startswith(("field", "the record")):
                     self.add("record-malformed" if is_safe_id(record.id) else "id-unusable",
-                             f"{word} {record.id}", message=fault)
-                    self.explained.update([record], self.users.get(f"{word} {record.id}", ()))
+                             record.label, message=fault)
+                    self.explained.update([record], self.users.get(record.label, ()))
         return records
 
     def _references(self, records: Sequence[Any]) -> None:
@@ -14111,9 +14116,9 @@ class StoreCheck:
         for layer_id, needing in missing.items():
             self.explained.update(self.users[f"layer {layer_id}"])
             if not self._is_lost("layer", layer_id):
-                self.add("layer-unknown", f"{needing[0].WORD} {needing[0].id}", actual=layer_id)
-                self.found[-1].affects = [f"{each.WORD} {each.id}" for each in self.users[
-                    f"layer {layer_id}"] if each is not needing[0]]
+                self.add("layer-unknown", needing[0].label, actual=layer_id)
+                self.found[-1].affects = [each.label for each in self.users[f"layer {layer_id}"]
+                                          if each is not needing[0]]
 
     def _is_lost(self, word: str, record_id: str) -> bool:
         """Tell whether there are files of an object that is needed and has no record."""
@@ -14134,12 +14139,12 @@ class StoreCheck:
         if container.image and not image:  # one finding for all containers of it
             if container.image not in self.known["image"] \
                     and not self._is_lost("image", container.image):
-                self.add("image-unknown", f"container {container.id}", actual=container.image)
+                self.add("image-unknown", container.label, actual=container.image)
         elif image and image.layer and image not in self.explained:
             below = {layer.id for layer in self.storage.chain(container.layer)[:-1]}
             if below.isdisjoint([image.layer, *image.mapped_layers]):
-                self.add("container-layer-wrong", f"container {container.id}",
-                         expected=image.layer, actual=container.layer)
+                self.add("container-layer-wrong", container.label, None, image.layer,
+                         container.layer)
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -14159,11 +14164,11 @@ class StoreCheck:
             except LayerUnknown:  # said by _references()
                 pass
             except NeedsUnshare as error:
-                self.add("not-verified", f"layer {layer.id}", message=str(error))
+                self.add("not-verified", layer.label, message=str(error))
             except FormatError as error:
                 if layer not in self.explained:
-                    self.add("parent-cycle", f"layer {layer.id}", message=str(error))
-                self.explained.update(self.users[f"layer {layer.id}"], [layer])
+                    self.add("parent-cycle", layer.label, message=str(error))
+                self.explained.update(self.users[layer.label], [layer])
         heads = {layer.parent: lower[0][2:] for layer, _ in parents if not layer.mapped
                  for lower in self.lowers[layer.id][:1] if lower}
         for layer, below in sorted(parents, key=lambda pair: len(pair[1])):
@@ -14182,7 +14187,7 @@ class StoreCheck:
                     with Opened(fd):
                         head = zlib.decompressobj(31).decompress(os.read(fd, BLOCK), 64)
                 if head.lstrip()[:1] != b"{":
-                    self.add("tar-split-damaged", f"layer {layer.id}", path)
+                    self.add("tar-split-damaged", layer.label, path)
         self.found += found
         if found or self.storage.driver != "overlay":
             return False
@@ -14198,7 +14203,7 @@ class StoreCheck:
 
     def _link(self, layer: Layer, heads: Mapping[str, str]) -> None:
         """Compare a layer's short link with overlay/l; layers above tell which of two is wrong."""
-        what, link = f"layer {layer.id}", self.links[layer.id]
+        what, link = layer.label, self.links[layer.id]
         if self.named.get(link) == layer.id:
             return
         file, place = (layer.root.host_path(self.storage.home() + name.encode())
@@ -14229,16 +14234,16 @@ class StoreCheck:
             len(lower) == len(chain) or depth < len(chain))
         wrong = ["lower"] * (not is_right) + ["lower-layers"] * (
             ids != [] and ids[:depth] != chain[:depth])
-        above = self.users.get(f"layer {layer.id}", [])
+        above = self.users.get(layer.label, [])
         if not wrong:
             return
         if len(wrong) > 1 or any(finding.code == "image-layers-wrong" for record in above
                                  if isinstance(record, Image) for finding in check_chain(record)):
-            self.add("parent-wrong", f"layer {layer.id}", actual=layer.parent)
+            self.add("parent-wrong", layer.label, actual=layer.parent)
         else:
             self.add("lower-wrong" if lower or wrong[0] != "lower" else "lower-missing",
-                     f"layer {layer.id}", layer.root.host_path(
-                         layer.path(wrong[0].encode(), self.storage.home())))
+                     layer.label, layer.root.host_path(layer.path(wrong[0].encode(),
+                                                                  self.storage.home())))
         self.explained.update(above, [layer])
 
     # -- what no record names ------------------------------------------------------------------
@@ -14255,9 +14260,8 @@ class StoreCheck:
                     stray, path = os.fsdecode(name.replace(TAR_SPLIT, b"")), home + b"/" + name
                     if name.startswith(b".tmp-"):
                         self._temporary(root, path)
-                    elif stray in self.known[kind]:
-                        self._items(root, path, f"{kind} {stray}")
-                    elif re.fullmatch(HEX64, stray) and not root.exists(path + b"/additionallayer"):
+                    elif stray not in self.known[kind] and re.fullmatch(HEX64, stray) \
+                            and not root.exists(path + b"/additionallayer"):
                         strays.setdefault(f"{kind} {stray}", []).append((root, path))
                 for below in (b"staging", b"tempdirs", b"tmp") if kind == "layer" else ():
                     for name in root.names(home + b"/" + below):
@@ -14272,17 +14276,15 @@ class StoreCheck:
             if layer_id not in self.known["layer"] and top in storage._own and what not in strays:
                 self.add("l-orphan", what, top.host_path(place))
 
-    def _items(self, root: Contents, path: bytes, what: str) -> None:
-        """Look for items of big data that the image's record in this root does not name."""
-        for image in self.users.get(what, ()):
-            is_it = image.root is root and f"image {image.id}" == what
-            for name in root.names(path) if is_it else ():
-                place = path + b"/" + name
-                if name.startswith(b".tmp-"):
-                    self._temporary(root, place)
-                elif name not in (b"userdata", *map(big_data_file, image.big_data_names)):
-                    self.add("big-data-orphan", what, root.host_path(place),
-                             size=disk_size(root, place))
+    def _items(self, image: Image) -> None:
+        """Look for items of big data that the image's record does not name."""
+        named = {b"userdata", *map(big_data_file, image.big_data_names)}
+        for place in map(image.path, image.root.names(image.path())):
+            if os.path.basename(place).startswith(b".tmp-"):
+                self._temporary(image.root, place)
+            elif os.path.basename(place) not in named:
+                self.add("big-data-orphan", image.label, image.root.host_path(place),
+                         size=disk_size(image.root, place))
 
     def _temporary(self, root: Contents, path: bytes) -> None:
         """Take what is older than an hour, and that nobody has locked."""
@@ -14699,10 +14701,10 @@ class DiskUsage:
         self.dangling: list[Image] = []
         for image in storage.images():
             used |= self.units[image]
-            self.dangling += [image] * (not image.names and f"image {image.id}" not in named and (
+            self.dangling += [image] * (not image.names and image.label not in named and (
                 image.id not in below or f"layer {image.layer}" not in named))
         self.unused_layers = [layer for layer in storage.layers()
-                              if not layer.readonly and f"layer {layer.id}" not in used]
+                              if not layer.readonly and layer.label not in used]
         if any(finding.code in ("json-damaged", "records-lost") for finding in found) \
                 or any(record.lost for record in self.units):
             self.dangling, self.unused_layers = [], []  # lost records may name or need them
@@ -14710,11 +14712,10 @@ class DiskUsage:
 
     def _find_units(self, records: Sequence[Any]) -> None:
         """Find what each record needs; what an additional store has it finds there."""
-        keys = [f"{record.WORD} {record.id}" for record in records]
-        users = [(key, [record]) for key, record in zip(keys, records)]
-        own = {key for key, record in zip(keys, records) if not record.readonly}
-        fixed = {key: self._unit(key, record.root)
-                 for key, record in zip(keys, records) if record.readonly}
+        users = [(record.label, [record]) for record in records]
+        own = {record.label for record in records if not record.readonly}
+        fixed = {record.label: self._unit(record.label, record.root)
+                 for record in records if record.readonly}
         self._fixed = set(fixed.values())
         for key, needing in chain(users, users_of(self.storage).items()):
             for record in needing:
@@ -14810,8 +14811,7 @@ class DiskUsage:
                    and (record in self.unused_layers or not isinstance(record, Layer))}
         freed = self.disk_size(parts.difference(self._fixed, *keepers.values()), alone=True)
         return {"freed": freed, "kept": self.disk_size(parts) - freed, "kept-by": [
-            f"{record.WORD} {record.id}" for record, units in keepers.items()
-            if not parts.isdisjoint(units)]}
+            record.label for record, units in keepers.items() if not parts.isdisjoint(units)]}
 
     def _row(self, record: Any, units: set[str], **more: Any) -> dict[str, Any]:
         return {"id": record.id, "names": record.names, "created": record.created,
@@ -14839,10 +14839,9 @@ class DiskUsage:
                  "orphans": self.disk_size(lost, alone=True) + sum(
                      finding.bytes or 0 for finding in self.orphans if finding.object not in lost)}
         return {"images": list(self.images()), "containers": [self._row(
-            container, {f"container {container.id}", f"layer {container.layer}"},
+            container, {container.label, f"layer {container.layer}"},
             image=container.image) for container in self.storage.containers()],
-            "unused-layers": [self._row(layer, {f"layer {layer.id}"})
-                              for layer in self.unused_layers],
+            "unused-layers": [self._row(layer, {layer.label}) for layer in self.unused_layers],
             "orphans": [finding.as_json() for finding in self.orphans],
             "disk-size": sum(self._held.values()),
             "can-be-freed": {**freed, "total": sum(freed.values())},
@@ -16049,7 +16048,7 @@ def show_tree(branches: Iterable[tuple[str, Layer]], args: Any, value: dict[str,
     rows, lines, users = [], list(head), dict[str, list[Record]]()
     for branch, layer in branches:
         users = users or users_of(layer.storage)
-        needing: list[Any] = users.get(f"layer {layer.id}", [])
+        needing: list[Any] = users.get(layer.label, [])
         tops = [each for each in needing if not isinstance(each, Layer) and each.layer == layer.id]
         images = [each.id for each in needing if isinstance(each, Image)]
         rows.append({**layer_json(layer), "depth": len(branch) // 4 - 1, "images": images,
@@ -17128,7 +17127,7 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
             entry["chain"] = [below.id for below in storage.chain(layer.id)]
         _ = storage.images(), storage.containers()  # raise what is wrong with their records
         for word in ("image", "container"):
-            users = {record.id: record for record in users_of(storage).get(f"layer {layer.id}", ())
+            users = {record.id: record for record in users_of(storage).get(layer.label, ())
                      if record.WORD == word}
             entry[word + "s"] = list(users)
             entry[word + "-names"] = [name for user in users.values() for name in user.names]
@@ -17609,7 +17608,7 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
         try:
             records: Sequence[Record] = get()
             counts[get.__name__] = len(records)
-            damage.update((f"{record.WORD} {record.id}: {fault}", None) for record in records
+            damage.update((f"{record.label}: {fault}", None) for record in records
                           for fault in record.faults if fault not in damage)
             damage.update((fault, None) for fault in storage.strays(word, records))
         except (CstorError, OSError) as error:
