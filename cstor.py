@@ -15771,64 +15771,49 @@ class ProgressLine:
             sys.stderr.flush()
 
 
-class Output:
-    """A context whose ``fd`` takes a stream: stdout, a FIFO or device, or a NewFile."""
+@contextmanager
+def open_output(path: str | None, timeout: float, *, text: bool = False) -> Iterator[int]:
+    """Open what takes a stream, and return its descriptor: stdout, FIFO, device or NewFile."""
+    def explain(error: OSError) -> Exception:
+        name_error(error, path or "stdout")  # errors of the source name their file
+        return CstorError(f"{display(path)}: {error.strerror}") \
+            if path and isinstance(error, BrokenPipeError) else error  # main() blames stdout
 
-    def __init__(self, path: str | None, timeout: float, *, text: bool = False) -> None:
-        self._target, self._name = "", b""
-        self._file: NewFile | None = None
-        if path in (None, "-"):
-            self.fd = sys.stdout.fileno()
-            if os.isatty(self.fd) and not text:
-                raise _UsageError("refusing to write a tar to a terminal: use -o FILE or redirect")
-            widen_pipe(self.fd)
-            return
-        if not path or path.endswith("/"):
-            raise _UsageError(f'not a file name: "{path}"')
-        opened = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", {
-            "/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(path, path), re.ASCII)
-        self._target = os.path.realpath(path) if os.path.isfile(path) \
-            or not os.path.exists(path) else path
-        if not opened:
-            refuse_storage(self._target)
-        folder, self._name = os.path.split(os.fsencode(self._target))
-        try:
-            if opened:  # a new file would replace the one that the shell appends to
-                self.fd, self._target = os.dup(int(opened[1])), path
-                return
-            if os.path.exists(self._target) and not os.path.isfile(self._target):
-                self.fd = open_output(self._target, timeout)
-                return
-            unwind_on_signals()
-            parent = Directory("", os.open(folder, OPEN_DIRECTORY))
-            self._file = NewFile(path, parent, self._name).__enter__()
-            self.fd = self._file.fd
-            say_removed(folder, self._file.removed)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, path) from None
+    def rename(error: OSError) -> Exception:
+        return OSError(error.errno, error.strerror, path)
 
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 *_: object) -> None:
-        name_error(error, self._target or "stdout")  # errors of the source name their file
-        try:
-            if self._target and isinstance(error, BrokenPipeError):  # else main() blames stdout
-                raise CstorError(f"{display(self._target)}: {error.strerror}")
-            if self._file and error is None:
-                with SignalsHeld():
-                    self._file.appear(self._name)
-        except OSError as trouble:
-            raise OSError(trouble.errno, trouble.strerror, self._target) from None
-        finally:
-            if self._file:
-                self._file.__exit__(kind, error)
-            elif self._target:
-                os.close(self.fd)
+    if path in (None, "-"):
+        path, fd = None, sys.stdout.fileno()
+        if os.isatty(fd) and not text:
+            raise _UsageError("refusing to write a tar to a terminal: use -o FILE or redirect")
+        widen_pipe(fd)
+        with ErrorsAs(explain):
+            yield fd
+        return
+    if not path or path.endswith("/"):
+        raise _UsageError(f'not a file name: "{path}"')
+    opened = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", {
+        "/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(path, path), re.ASCII)
+    if not opened:
+        refuse_storage(path)
+    if opened or os.path.exists(path) and not os.path.isfile(path):
+        # A new file would replace the one that the shell appends to.
+        with ErrorsAs(explain), Opened(os.dup(int(opened[1])) if opened
+                                       else open_special(path, timeout)) as fd:
+            yield fd
+        return
+    folder, name = os.path.split(os.fsencode(os.path.realpath(path)))
+    unwind_on_signals()
+    with ErrorsAs(rename):
+        file = NewFile(path, Directory("", os.open(folder, OPEN_DIRECTORY)), name)
+    with file:
+        say_removed(folder, file.removed)
+        yield file.fd
+        with ErrorsAs(rename), SignalsHeld():
+            file.appear(name)
 
 
-def open_output(path: str, timeout: float) -> int:
+def open_special(path: str, timeout: float) -> int:
     """Open a device, or a FIFO; wait until it has a reader."""
     deadline = Deadline(timeout)
     flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK * stat.S_ISFIFO(os.stat(path).st_mode)
@@ -15849,9 +15834,9 @@ def open_output(path: str, timeout: float) -> int:
 @contextmanager
 def writing(args: Any, total: int) -> Iterator[tuple[int, ProgressLine]]:
     """Open what -o names, or stdout; return its descriptor and the progress of ``total`` bytes."""
-    with Output(getattr(args, "output", None), args.timeout) as output, \
+    with open_output(getattr(args, "output", None), args.timeout) as fd, \
             ProgressLine(total, args.quiet) as progress:
-        yield output.fd, progress
+        yield fd, progress
 
 
 def say_removed(folder: bytes, names: Iterable[bytes]) -> None:
@@ -17284,8 +17269,8 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
         if args.external is None:
             digest = write_stream(layer, out, **options)
         else:
-            with Output(args.external, args.timeout, text=True) as listing, \
-                    open(listing.fd, "wb", closefd=False) as rows:
+            with open_output(args.external, args.timeout, text=True) as listing, \
+                    open(listing, "wb", closefd=False) as rows:
                 digest = write_stream(layer, out, rows, **options)
     if args.verbose:
         say(f"layer {layer.id}: {digest}")
@@ -17410,10 +17395,10 @@ def cmd_stat(storage: Storage, args: Any) -> None:
 
 def cmd_cat(storage: Storage, args: Any) -> None:
     """write the contents of files, checked, to stdout"""
-    with open_tree(storage, args) as tree, Output(args.output, args.timeout, text=True) as output:
+    with open_tree(storage, args) as tree, open_output(args.output, args.timeout, text=True) as fd:
         def copy(path: str) -> None:
             for data in tree.read(path_of(tree, path), follow=not args.no_follow):
-                write_all(output.fd, data)
+                write_all(fd, data)
 
         tree.seek(map(os.fsencode, args.path), follow=not args.no_follow)
         # -o FILE appears only when it is whole: the first failure ends the command.
