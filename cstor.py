@@ -1028,9 +1028,7 @@ def file_type(mode: int) -> str:
 def read_up_to(fd: int, count: int) -> bytes:
     """Read until ``count`` bytes or the end of the file."""
     parts = []
-    while count > 0:
-        if not (part := os.read(fd, min(count, CHUNK))):
-            break
+    while part := os.read(fd, min(count, CHUNK)):
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
@@ -1041,15 +1039,10 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
 
     The size is checked first: a sparse file can claim to hold terabytes.
     """
-    try:
-        if os.fstat(fd).st_size <= limit:
-            data = read_up_to(fd, limit + 1)
-            if len(data) <= limit:
-                return data
-    except OSError as error:
-        raise with_path(error, path) from None
-    finally:
-        os.close(fd)
+    with Opened(fd), ErrorsAs(with_path, path):
+        data = read_up_to(fd, limit + 1) if os.fstat(fd).st_size <= limit else None
+    if data is not None and len(data) <= limit:
+        return data
     raise FormatError(f"larger than {limit} bytes", file=path)
 
 
@@ -1863,11 +1856,7 @@ class Decompressed(Closing):
 
     def _open(self) -> Any:
         """Return what reads the file, by its first bytes."""
-        magic = b""
-        while len(magic) < 6:
-            if not (part := self._raw.read(6 - len(magic))):
-                break
-            magic += part
+        magic = read_up_to(self._raw.fileno(), 6)
         chunks = self._read_on(magic)
         file = io.BufferedReader(ChunkFile(chunks), 2 * READ_SIZE)
         if magic.startswith(b"\x1f\x8b"):
