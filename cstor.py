@@ -810,9 +810,13 @@ class Directory(Closing):
         """Spell ``name`` as a host path, for messages."""
         return os.path.join(self.path, os.fsdecode(name))
 
+    def explain(self, error: OSError, name: bytes) -> OSError:
+        """Return ``error`` with the path of ``name``; see with_path()."""
+        return with_path(error, self.host_path(name))
+
     def directory(self, name: bytes) -> Directory:
         """Open a directory below as a root of its own."""
-        with ErrorsAs(with_path, self.host_path(name)):
+        with ErrorsAs(self.explain, name):
             return Directory(self.host_path(name), open_in_root(self.fd, name))
 
     def parent(self, name: bytes) -> int:
@@ -828,6 +832,11 @@ class Directory(Closing):
             if old >= 0:
                 os.close(old)
         return self._parent_fd
+
+    def locate(self, name: bytes) -> tuple[int, bytes]:
+        """Return the directory of ``name``, as parent() does, and the last component."""
+        parent, _, base = name.rpartition(b"/")
+        return self.parent(parent), base or b"."
 
     def _open_near(self, name: bytes) -> int:
         """Open a directory from one above it that stays open, since its neighbours come next.
@@ -857,15 +866,9 @@ class Directory(Closing):
     def _in_parent(self, name: bytes, action: Callable[[int, bytes], T]) -> T:
         """Call ``action`` with the descriptor of the parent directory and the last component."""
         parent, _, base = name.rpartition(b"/")
-        fd = -1
-        try:
-            fd = self._open_parent(parent) if parent else self.fd
-            return action(fd, base or b".")
-        except OSError as error:
-            raise with_path(error, self.host_path(name)) from None
-        finally:
-            if fd not in (-1, self.fd):
-                os.close(fd)
+        with ErrorsAs(self.explain, name), \
+                Opened(self._open_parent(parent) if parent else -1) as fd:
+            return action(fd if parent else self.fd, base or b".")
 
     def lstat(self, name: bytes) -> os.stat_result:
         """Return lstat(2) of ``name``."""
@@ -896,9 +899,8 @@ class Directory(Closing):
 
     def listdir(self, name: bytes) -> list[bytes]:
         """Return the names in the directory ``name``, sorted."""
-        with self.directory(name) as directory:
-            with ErrorsAs(with_path, directory.path):
-                return directory.list_at(directory.fd)
+        with self.directory(name) as directory, ErrorsAs(self.explain, name):
+            return directory.list_at(directory.fd)
 
     def list_at(self, dir_fd: int, name: bytes = b".") -> list[bytes]:
         """Return the names in a directory that parent() returned, or in one below it, sorted."""
@@ -927,11 +929,8 @@ class Directory(Closing):
 
     def open_near(self, name: bytes) -> int:
         """Open a regular file by parent(); for another type return the negative type."""
-        parent, _, base = name.rpartition(b"/")
-        try:
-            fd, status = self.open_at(self.parent(parent), base)
-        except OSError as error:
-            raise with_path(error, self.host_path(name)) from None
+        with ErrorsAs(self.explain, name):
+            fd, status = self.open_at(*self.locate(name))
         return fd if fd >= 0 else -stat.S_IFMT(status.st_mode)
 
     def _open(self, dir_fd: int, base: bytes, more: int) -> int:
@@ -1555,13 +1554,11 @@ def remove_content(target: Target) -> None:
     """Empty a directory, however deep and whatever its modes; no link is followed."""
     folders = [b""]
     for folder in folders:
-        parent, _, base = folder.rpartition(b"/")
         with ErrorsAs(target.explain, folder):
-            with Opened(os.open(base or b".", OPEN_DIRECTORY | os.O_NOFOLLOW,
-                                dir_fd=target.parent(parent))) as fd:
+            above, base = target.locate(folder)
+            with Opened(os.open(base, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)) as fd:
                 if os.geteuid() and ~os.fstat(fd).st_mode & 0o700:  # its owner lacks a permission
-                    os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base or b".", 0o700,
-                             dir_fd=target.parent(parent))
+                    os.chmod(b"/proc/self/fd/%d" % fd if has_proc() else base, 0o700, dir_fd=above)
                 inside = os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=fd)
             with Opened(inside), os.scandir(inside) as entries:
                 # The mark of OutputDirectory goes last: directories are removed in reverse.
@@ -1572,9 +1569,9 @@ def remove_content(target: Target) -> None:
                     else:
                         os.unlink(name, dir_fd=inside)
     for folder in folders[:0:-1]:
-        parent, _, base = folder.rpartition(b"/")
         with ErrorsAs(target.explain, folder):
-            os.rmdir(base, dir_fd=target.parent(parent))
+            above, base = target.locate(folder)
+            os.rmdir(base, dir_fd=above)
 
 
 class Deadline:
@@ -3918,7 +3915,7 @@ class Contents(Directory):
                     yield (name, *found)
                 last = name
         except OSError as error:
-            denied = with_path(error, self.host_path(path))
+            denied = self.explain(error, path)
             if not isinstance(denied, NeedsUnshare):
                 raise denied from None
             yield from self.opener.helper(denied).scan(self.path, path, last)
@@ -3944,7 +3941,7 @@ class Contents(Directory):
         except PermissionError as error:
             if error.errno != errno.EACCES:
                 raise
-            denied: Any = with_path(error, self.host_path(name))
+            denied: Any = self.explain(error, name)
             fd = self.opener.helper(denied).open_one(self.path, name)
         if fd < 0:
             return -1, os.stat_result((-fd, *bytes(9)))
@@ -3952,10 +3949,10 @@ class Contents(Directory):
 
     def is_closed(self, name: bytes) -> bool:
         """Tell whether this user probably may not read a file, which need not exist."""
-        parent, _, base = name.rpartition(b"/")
         try:
-            return not os.access(base or b".", os.R_OK, dir_fd=self.parent(parent),
-                                 effective_ids=True, follow_symlinks=False)
+            above, base = self.locate(name)
+            return not os.access(base, os.R_OK, dir_fd=above, effective_ids=True,
+                                 follow_symlinks=False)
         except (OSError, ValueError) as error:
             return isinstance(error, PermissionError)
 
@@ -9205,9 +9202,8 @@ class Extraction:
     def _make_directory(self, path: bytes, node: Node) -> None:
         made = not self.merge or self.output.resume
         if path:
-            parent, _, base = path.rpartition(b"/")
             with ErrorsAs(self.target.explain, path):
-                made = self._mkdir(self.target.parent(parent), base, path) or self.output.resume
+                made = self._mkdir(*self.target.locate(path), path) or self.output.resume
         if made or not node.implicit:  # an implicit entry must not change an existing directory
             self._folders.append((path, node))
         self._directories += 1
@@ -9238,20 +9234,16 @@ class Extraction:
                 if first in absent:
                     self.left_out.append(path)
                     continue
-                parent, _, base = path.rpartition(b"/")
-                folder, _, name = first.rpartition(b"/")
                 with ErrorsAs(self.target.explain, path):
-                    self._make(self._link, self.target.parent(parent), base,
-                               sources.parent(folder), name)
+                    self._make(self._link, *self.target.locate(path), *sources.locate(first))
 
     def _finish_directories(self) -> None:
         for path, node in reversed(self._folders):
-            parent, _, base = path.rpartition(b"/")
             with ErrorsAs(self.target.explain, path):
                 if not path:
                     self.output.unmark()  # later it would change the directory's time
-                with Opened(os.open(base or b".", OPEN_NEW_DIRECTORY,
-                                    dir_fd=self.target.parent(parent))) as fd:
+                above, base = self.target.locate(path)
+                with Opened(os.open(base, OPEN_NEW_DIRECTORY, dir_fd=above)) as fd:
                     self._describe(fd, os.fstat(fd), node)
 
     # -- making files ----------------------------------------------------------------------------
@@ -9972,16 +9964,16 @@ class OciLayout(Transaction):
         for folder in (b"blobs", b"blobs/sha256"):
             with ErrorsAs(self.target.explain, folder):
                 if not self.target.exists(folder):
-                    parent, _, base = folder.rpartition(b"/")
-                    os.mkdir(base, dir_fd=self.target.parent(parent))
+                    above, base = self.target.locate(folder)
+                    os.mkdir(base, dir_fd=above)
                     self._note(folder, os.rmdir)
         remove_dead(self.target.parent(b"blobs/sha256"))
 
     def _note(self, path: bytes, remove: Callable[..., None]) -> None:
         """Remove ``path`` after an error: the index does not name it."""
-        parent, _, base = path.rpartition(b"/")
+        base = path.rpartition(b"/")[2]
         self.on_error(self.target.host_path(path),
-                      lambda: remove(base, dir_fd=self.target.parent(parent)))
+                      lambda: remove(base, dir_fd=self.target.locate(path)[0]))
 
     def has(self, digest: str, size: int = -1) -> bool:
         """Tell whether a blob exists and is whole: a power cut can damage it and leave its size."""
