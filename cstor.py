@@ -105,7 +105,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import chain, islice, product, zip_longest
@@ -1151,6 +1151,8 @@ class Copier:
                           errno.EBADF, errno.ETXTBSY, errno.EAGAIN})
 
     def __init__(self) -> None:
+        self.refused = ""  # why no file is shared between these file systems
+        self.strikes = 0  # files in a row that were not; -1: one was
         self._ways: list[Callable[[int, int, int, int], int]] = [
             self._read_write, lambda fd, offset, count, out_fd: os.sendfile(
                 out_fd, fd, offset, min(count, 1 << 30))]
@@ -1162,19 +1164,18 @@ class Copier:
         """Copy ``count`` bytes of ``fd`` from ``offset``; return how many there were."""
         done = 0
         while done < count:
-            way = self._ways[-1]
             try:
-                n = way(fd, offset + done, count - done, out_fd)
+                n = self._ways[-1](fd, offset + done, count - done, out_fd)
             except OSError as error:
-                if error.errno not in self.NOT_HERE or way == self._read_write:
+                if error.errno not in self.NOT_HERE or len(self._ways) == 1:
                     raise
                 n = 0
-            if n == 0:
-                if way == self._read_write:
-                    break
-                # Some file systems answer 0 to copy_file_range: ask read(2).
-                self._ways = [other for other in self._ways if other != way]
-            done += n
+            if n:
+                done += n
+            elif len(self._ways) == 1:
+                break
+            else:  # some file systems answer 0 to copy_file_range: ask read(2)
+                self._ways.pop()
         return done
 
     def _read_write(self, fd: int, offset: int, count: int, out_fd: int) -> int:
@@ -1202,23 +1203,21 @@ class ContentCopier:
     def __init__(self, mode: str = "auto") -> None:
         check_words("link_mode", [mode], LINK_MODES)
         self.mode = mode
-        self._refused: dict[tuple[int, int], str] = {}  # by devices, why
-        self._strikes: dict[tuple[int, int], int] = {}  # below 0: a file was shared
-        self._copiers: dict[tuple[int, int], Copier] = {}
+        self._copiers: dict[tuple[int, int], Copier] = defaultdict(Copier)  # by devices
 
-    def fill(self, fd: int, size: int, out_fd: int, devices: tuple[int, int], name: bytes = b"",
-             layer: str = "") -> str:
+    def fill(self, fd: int, size: int, out_fd: int, name: bytes = b"", layer: str = "") -> str:
         """Give the new file ``out_fd`` the content of ``fd``; return why it was copied, "" if not.
 
-        ``devices`` are those where both are expected; ``name`` and ``layer`` are for errors.
-        Raises OSError, IntegrityError if ``fd`` changes meanwhile, Unsupported if mode
-        "reflink" is impossible.
+        ``name`` and ``layer`` are for errors.  Raises OSError, IntegrityError if ``fd`` changes
+        meanwhile, Unsupported if mode "reflink" is impossible.
         """
-        why = "--link-mode copy" if self.mode == "copy" else self._refused.get(devices, "")
+        before = os.fstat(fd)
+        copier = self._copiers[before.st_dev, os.fstat(out_fd).st_dev]
+        why = "--link-mode copy" if self.mode == "copy" else copier.refused
         if not why:
             try:
                 fcntl.ioctl(out_fd, FICLONE, fd)
-                self._strikes[devices] = -1
+                copier.strikes = -1
                 return ""
             except OSError as error:
                 if error.errno not in self.NEVER | self.NOT_THIS:
@@ -1228,14 +1227,10 @@ class ContentCopier:
                     place = "/" * bool(layer) + display(name)
                     raise Unsupported(f'"{place}" cannot be shared by reflink: {why}',
                                       hint="--link-mode auto copies such files") from None
-                devices = os.fstat(fd).st_dev, os.fstat(out_fd).st_dev
-                strikes = self._strikes.get(devices, 0)
-                if strikes >= 0:
-                    self._strikes[devices] = strikes + 1
-                    if error.errno in self.NEVER or strikes >= self.PATIENCE:
-                        self._refused[devices] = why
-        copier = self._copiers.setdefault(devices, Copier())
-        before = os.fstat(fd)
+                if copier.strikes >= 0:
+                    copier.strikes += 1
+                    if error.errno in self.NEVER or copier.strikes > self.PATIENCE:
+                        copier.refused = why
         if before.st_size != size:  # else a hole would replace what was cut off
             raise IntegrityError("changed while it was read", layer=layer, name=name,
                                  expected=counted(size, "byte"), actual=str(before.st_size))
@@ -9116,8 +9111,6 @@ class Extraction:
         self._insist = owners or bool(owner_map)
         self._hardlinks, self._copier = link_mode == "hardlink", ContentCopier(link_mode)
         self._shared: set[tuple[int, int]] = set()  # inodes of the store with a new link
-        self._device = os.fstat(self.target.fd).st_dev
-        self._devices: dict[LayerTree, tuple[int, int]] = {}  # of a layer's files and the target
         self._firsts: dict[Node, bytes] = {}  # of files with several names, the path made first
         self._links: list[tuple[bytes, bytes]] = []  # hard links to make: path, first path
         self._folders: list[tuple[bytes, Node]] = []  # whose metadata are set last
@@ -9317,10 +9310,7 @@ class Extraction:
                 os.close(new)
 
     def _fill(self, new: int, node: Node, fd: int) -> None:
-        if (devices := self._devices.get(node.tree)) is None:
-            devices = self._devices[node.tree] = os.fstat(fd).st_dev, self._device
-        self._account(node, self._copier.fill(fd, node.size, new, devices, node.path,
-                                              node.tree.layer_id))
+        self._account(node, self._copier.fill(fd, node.size, new, node.path, node.tree.layer_id))
         node.tree.recheck(node, fd)
 
     def _account(self, node: Node, why: str) -> None:
@@ -9701,7 +9691,7 @@ def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
         return
     with Opened(tree.open(node)) as source:
         if node.size:
-            ContentCopier().fill(source, node.size, fd, (0, 0), node.path, node.tree.layer_id)
+            ContentCopier().fill(source, node.size, fd, node.path, node.tree.layer_id)
     check_copy(fd, os.fstat(fd), node, True, progress)
     os.fchmod(fd, node.mode & 0o777)
     os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
@@ -10986,7 +10976,7 @@ class Staging:
     def __init__(self, output: OutputDirectory, *, link_mode: str = "auto", check: bool = True,
                  crc: bool = False, workers: int = 1, progress: Progress | None = None) -> None:
         self._target, self._own = output.staging, output.on_exit
-        self._device, self._copier = os.fstat(self._target.fd).st_dev, ContentCopier(link_mode)
+        self._copier = ContentCopier(link_mode)
         self._check, self._crc, self._progress = check, crc, progress
         # Of what another process has read there is nothing to copy here.
         self._apart = check and not crc and workers > 1 and link_mode != "reflink"
@@ -11049,8 +11039,7 @@ class Staging:
                      node.mode & 0o777 | 0o600, dir_fd=self._target.fd)) as fd:
             for piece in chain((first,), pieces):
                 if isinstance(piece, Extent):
-                    devices = os.fstat(piece.fd).st_dev, self._device
-                    why = self._copier.fill(piece.fd, piece.length, fd, devices, piece.member.name)
+                    why = self._copier.fill(piece.fd, piece.length, fd, piece.member.name)
                     if why:  # of a copy ours is what counts
                         piece.fd = fd
                 elif member.sparse is not None and piece.count(0) == len(piece):

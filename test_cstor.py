@@ -7133,11 +7133,14 @@ class Ladders(StoreTest):
         self.addCleanup(os.close, fd)
         return fd
 
-    def fill(self, ladder: cstor.ContentCopier, error: int = 0, devices: tuple[int, int] = (1, 2)
+    def fill(self, ladder: cstor.ContentCopier, error: int = 0, *, apart: bool = False
              ) -> tuple[str, bytes, int]:
-        """Fill a file; FICLONE answers ``error``.  Return why, the content, how often it ran."""
-        path = self.dir + "/target"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        """Fill a file, ``apart`` one of another file system, where FICLONE answers ``error``.
+
+        Return why, the content, how often it ran.
+        """
+        fd = os.memfd_create("target") if apart else os.open(
+            self.dir + "/target", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
         def clone(out_fd: int, request: int, fd: int) -> int:
             self.assertEqual(cstor.FICLONE, request)
@@ -7148,35 +7151,30 @@ class Ladders(StoreTest):
 
         try:
             with mock.patch("fcntl.ioctl", side_effect=clone) as ioctl:
-                why = ladder.fill(self.source, len(self.data), fd, devices)
+                why = ladder.fill(self.source, len(self.data), fd)
             return why, os.pread(fd, 1 << 20, 0), ioctl.call_count
         finally:
             os.close(fd)
 
     def test_what_says_no_for_good_is_asked_once_for_each_pair(self) -> None:
-        status = os.fstat(self.source)
-        here = status.st_dev, status.st_dev
         for error in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS):
             ladder = cstor.ContentCopier()
             why = "FICLONE: " + os.strerror(error)
-            # What the caller takes the file systems to be may be wrong: those of the files count.
-            self.assertEqual((why, self.data, 1), self.fill(ladder, error, (7, 8)))
-            self.assertEqual((why, self.data, 0), self.fill(ladder, 0, here))
-            self.assertEqual(("", b"cloned", 1), self.fill(ladder, 0, (7, 8)))
+            self.assertEqual((why, self.data, 1), self.fill(ladder, error))
+            self.assertEqual((why, self.data, 0), self.fill(ladder))
+            self.assertEqual(("", b"cloned", 1), self.fill(ladder, apart=True))
 
     def test_what_may_be_of_one_file_is_asked_again(self) -> None:
-        status = os.fstat(self.source)
-        here = status.st_dev, status.st_dev
         for error in (errno.EINVAL, errno.EPERM, errno.ETXTBSY):
             ladder = cstor.ContentCopier()
             why = "FICLONE: " + os.strerror(error)
             for _ in range(cstor.ContentCopier.PATIENCE + 1):  # none was ever shared
-                self.assertEqual((why, self.data, 1), self.fill(ladder, error, here))
-            self.assertEqual((why, self.data, 0), self.fill(ladder, error, here))
+                self.assertEqual((why, self.data, 1), self.fill(ladder, error))
+            self.assertEqual((why, self.data, 0), self.fill(ladder, error))
             ladder = cstor.ContentCopier()
-            self.assertEqual(("", b"cloned", 1), self.fill(ladder, 0, here))
+            self.assertEqual(("", b"cloned", 1), self.fill(ladder))
             for _ in range(3 * cstor.ContentCopier.PATIENCE):
-                self.assertEqual((why, self.data, 1), self.fill(ladder, error, here))
+                self.assertEqual((why, self.data, 1), self.fill(ladder, error))
 
     def test_any_other_error_is_one(self) -> None:
         for error in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EBADF):
@@ -7205,7 +7203,7 @@ class Ladders(StoreTest):
                                                             os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
                 need(os.fstat(fd).st_blocks * 512 < 1 << 20, "the file system keeps no holes")
-                cstor.ContentCopier("copy").fill(fd, size, out, (0, 0))
+                cstor.ContentCopier("copy").fill(fd, size, out)
                 self.assertEqual(size, os.fstat(out).st_size)
                 self.assertEqual(list(cstor.data_runs(fd, size)), list(cstor.data_runs(out, size)))
                 self.assertLessEqual(os.fstat(out).st_blocks, os.fstat(fd).st_blocks + 8)
@@ -7223,7 +7221,7 @@ class Ladders(StoreTest):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
                 with self.assertRaisesRegex(cstor.IntegrityError, f"expected {size} bytes"):
-                    cstor.ContentCopier("copy").fill(self.source, size, fd, (0, 0))
+                    cstor.ContentCopier("copy").fill(self.source, size, fd)
             finally:
                 os.close(fd)
 
@@ -11144,7 +11142,7 @@ class StreamExtracts(TreeTest):
             copy(*args)
             return ""
 
-        def other(ladder: Any, fd: int, size: int, new: int, devices: Any, *_: Any) -> str:
+        def other(ladder: Any, fd: int, size: int, new: int, *_: Any) -> str:
             os.write(new, b"evil" * 2000)
             return ""
 
