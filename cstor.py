@@ -1321,7 +1321,8 @@ class Transaction:
     def __init__(self, path: str) -> None:
         self.path = path
         self._undo: list[tuple[str, Callable[[], str | None]]] = []
-        self._end: list[Callable[[], object]] = []
+        self._end = ExitStack()
+        self.on_exit, self._own = self._end.callback, self._end.enter_context
 
     def _open(self) -> None:
         """Make the first files of the context, while signals are held."""
@@ -1342,10 +1343,6 @@ class Transaction:
         """Let ``step`` remove ``path`` after an error."""
         self._undo.append((path, step))
 
-    def on_exit(self, step: Callable[[], object]) -> None:
-        """Let ``step`` close something at the end."""
-        self._end.append(step)
-
     def keep(self) -> None:
         """Keep what was made so far, whatever happens."""
         self._undo.clear()
@@ -1353,19 +1350,15 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  *_: object) -> None:
         name_error(error, self.path)
-        with SignalsHeld():
-            try:
-                while error is not None and self._undo:
-                    path, step = self._undo.pop()
-                    try:
-                        add_hint(error, step() or "")
-                    except FileNotFoundError:
-                        pass
-                    except OSError as trouble:  # it must not hide the first error
-                        add_hint(error, f"{path} stays: {trouble.strerror}")
-            finally:
-                while self._end:
-                    self._end.pop()()
+        with SignalsHeld(), self._end:
+            while error is not None and self._undo:
+                path, step = self._undo.pop()
+                try:
+                    add_hint(error, step() or "")
+                except FileNotFoundError:
+                    pass
+                except OSError as trouble:  # it must not hide the first error
+                    add_hint(error, f"{path} stays: {trouble.strerror}")
 
     def open_directory(self, path: str) -> tuple[Target, int, bool]:
         """Open a directory to make files in; return it, its final mode, and whether it was made.
@@ -1397,11 +1390,6 @@ class Transaction:
             os.fchmod(made, 0o700)
             target = Target(path, os.open(b".", OPEN_DIRECTORY, dir_fd=made))
         return self._own(target), stat.S_IMODE(status.st_mode), True
-
-    def _own(self, directory: D) -> D:
-        """Close ``directory`` at the end."""
-        self.on_exit(directory.close)
-        return directory
 
 
 class NewFile(Transaction):
