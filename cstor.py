@@ -520,13 +520,12 @@ class ObjectStream:
         while len(self._buffer) - self._at < count and self.more():
             pass
 
-    def peek(self, count: int) -> bytes:
-        """Return the next bytes at hand, at most ``count``."""
-        return self._buffer[self._at:self._at + count]
-
-    def advance(self, count: int) -> None:
-        """Leave ``count`` bytes behind."""
-        self._at += count
+    def find(self, pattern: bytes, count: int) -> bool:
+        """Go behind what matches a pattern in the next ``count`` bytes, if anything does."""
+        self.fill(count)
+        if match := re.compile(pattern).search(self._buffer, self._at, self._at + count):
+            self._at = match.end()
+        return bool(match)
 
     def skip(self, blank: bytes) -> bytes:
         """Go to the next byte that is not in ``blank`` and return it; b"" at the end."""
@@ -587,15 +586,15 @@ def parse_time(text: str) -> int | None:
     return seconds * 10**9 + int((match[7] or "").ljust(9, "0"))
 
 
-def has_rfc3339(moment: int) -> bool:
-    """Tell whether a time in nanoseconds since 1970 is of the years 1 to 9999."""
-    return -62135596800 * 10**9 <= moment < 253402300800 * 10**9
-
-
 @lru_cache(4096)  # the files of an image have few distinct times
 def format_time(moment: int) -> str:
-    """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does."""
+    """Return nanoseconds since 1970 as RFC 3339 in UTC, without zeros at the end, as Go does.
+
+    "" outside the years 1 to 9999, for which RFC 3339 has no words.
+    """
     seconds, nanoseconds = divmod(moment, 10**9)
+    if not -62135596800 <= seconds < 253402300800:
+        return ""
     fraction = f".{nanoseconds:09d}".rstrip("0") if nanoseconds else ""
     year, month, day, hour, minute, second = time.gmtime(seconds)[:6]
     return f"{year:04d}-{month:02d}-{day:02d}T{hour:02d}:{minute:02d}:{second:02d}{fraction}Z"
@@ -4905,10 +4904,8 @@ def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
     Its entries are taken one at a time: of a TOC of 30 MB, names and digests are a third.
     """
     stream = ObjectStream(chunks, file)
-    stream.fill(READ_SIZE)
-    if not (start := re.search(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', stream.peek(READ_SIZE))):
+    if not stream.find(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', READ_SIZE):
         raise stream.error("malformed TOC: it has no entries")
-    stream.advance(start.end())
     found: dict[bytes, bytes] = {}
     while stream.skip(b" \t\r\n,") != b"]":
         entry = stream.object()
@@ -8014,16 +8011,16 @@ def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int
               digest: str = "") -> dict[str, Any]:
     """Return an entry of a TOC by the rules of eStargz; names are made by spell().
 
-    ``first`` makes it a hard link to that name; ``links`` is the number of names.  A time outside
-    the years 1 to 9999 is left out: RFC 3339 has no word for it.
+    ``first`` makes it a hard link to that name; ``links`` is the number of names.  A time that
+    format_time() has no words for is left out.
     """
     kind = "hardlink" if first is not None else node.type
     entry: dict[str, Any] = {"name": spell(name) + "/" * (kind == "dir" and name[-1:] != b"/"),
                              "type": kind}
     if kind == "reg":
         entry["size"] = node.size
-    if not node.implicit and has_rfc3339(node.mtime_ns):
-        entry["modtime"] = format_time(node.mtime_ns)
+    if not node.implicit and (modtime := format_time(node.mtime_ns)):
+        entry["modtime"] = modtime
     if kind in ("symlink", "hardlink"):
         entry["linkName"] = spell(node.linkname if first is None else first)
     entry["mode"] = node.mode
@@ -8733,7 +8730,7 @@ def field_value(field: str, raw: bytes | None) -> Any:
             return parse_number(raw)
         if word in ("mtime", "atime", "ctime"):
             moment = parse_number(raw) * 10**9
-            return format_time(moment) if has_rfc3339(moment) else moment
+            return format_time(moment) or moment
     text = word in ("name", "linkname", "uname", "gname", "prefix")
     return spell(text_field(raw or b"") if text else raw or b"")
 
@@ -12155,7 +12152,7 @@ class _Session(Dispatcher):
                                      "uncompressed_size": layer.diff_size})
         count = self._send_chunks(layer, threshold, "layer.segment", "layer.file", lambda member: {
             "mode": member.mode, "uid": member.uid, "gid": member.gid,
-            **({"mtime": format_time(member.mtime_ns)} if has_rfc3339(member.mtime_ns) else {}),
+            **({"mtime": mtime} if (mtime := format_time(member.mtime_ns)) else {}),
             "fd": {"__jsonrpc_fd__": True, "index": 0}})
         self._notify("layer.end", {"files_sent": count, "checksum": layer.diff_digest})
         return {"success": True}
@@ -15608,8 +15605,8 @@ def file_line(item: tuple[bytes, Node, bytes | None], args: Any, raw: bool) -> b
         else str(node.size)
     owner, group = (display(word) if word else str(number) for word, number in
                     zip(node.owner[2:], node.owner[:2]))
-    moment = "-" if node.implicit else str(node.mtime_ns // 10**9) \
-        if not has_rfc3339(node.mtime_ns) else format_time(node.mtime_ns)[:19].replace("T", " ")
+    moment = "-" if node.implicit else format_time(node.mtime_ns)[:19].replace("T", " ") \
+        or str(node.mtime_ns // 10**9)
     text = (f"{'h' + letters[1:] if hard else letters}"
             f"{'+' if node.extra and node.xattrs else ' '} "
             f"{owner:>8} {group:>8} {size:>12} {moment:19} ").encode()
