@@ -2539,8 +2539,8 @@ class Toml:
     """A parser of TOML 1.1, which podman 6 reads; older ones read 1.0.
 
     It takes what BurntSushi's decoder takes: a byte order mark, and headers and dotted keys that
-    add to one another's tables.  parse() returns all, with numbers and times as bytes, and
-    settings() what concerns us; both raise FormatError with file and line.
+    add to one another's tables.  ``root`` is all, with numbers and times as bytes, settings() what
+    concerns us; it and the constructor raise FormatError with file and line.
     """
 
     SETTINGS: dict[str, tuple[type[Any], str]] = {
@@ -2554,10 +2554,9 @@ class Toml:
     END = r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)"
     BARE = "[A-Za-z0-9_-]+"
     ESCAPE = (r'\\([btnfre"\\]|x[0-9A-Fa-f]{2}|u(?![dD][89A-Fa-f])[0-9A-Fa-f]{4}'
-              r"|U(?!0000[dD][89A-Fa-f])00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}|[ \t]*\n[ \t\n]*)")
-    SHORT = (rf'"((?:[^"\\\n]|{ESCAPE.replace("(", "(?:", 1).rpartition("|")[0]}))*)"',
-             r"'([^'\n]*)'")
-    LONG = (rf'"""\n?((?:[^"\\]|{ESCAPE.replace("(", "(?:", 1)}|""?(?!"))*"{{0,2}})"""',
+              r"|U(?!0000[dD][89A-Fa-f])00(?:0[0-9A-Fa-f]|10)[0-9A-Fa-f]{4}|[ \t]*\n[ \t\n]*|)")
+    SHORT = r'"((?:[^"\\\n]|\\.)*)"', r"'([^'\n]*)'"
+    LONG = (r'"""\n?((?:[^"\\]|\\[\s\S]|""?(?!"))*"{0,2})"""',
             r"'''\n?((?:[^']|''?(?!'))*'{0,2})'''")
     ESCAPES = dict(zip('btnfre"\\', '\b\t\n\f\r\x1b"\\'))
     WORD = r"[A-Za-z0-9_.:+-]+(?:(?<=\d{4}-\d\d-\d\d) \d[0-9.:Zz+-]*)?"
@@ -2573,22 +2572,22 @@ class Toml:
         self.at = 0
         self._places: dict[tuple[int, str], int] = {}  # of each key of a table, by its id()
         self._whole: set[int] = set()  # tables and arrays that a header or braces made, by id()
-        self._root: dict[str, Any] = {}
+        self.root: dict[str, Any] = {}
         try:
             self.text = data.decode().removeprefix("\ufeff").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise FormatError("not UTF-8", file=file,
                               line=data.count(b"\n", 0, error.start) + 1) from None
+        self._parse()
 
     def settings(self, before: Mapping[str, Any] = {}) -> dict[str, Any]:
         """Return what concerns us as {"storage.key": value}, whatever the case of the keys.
 
         An array replaces that of ``before``, the files read earlier, or adds to it if it says so.
         """
-        self._root = root = self._root or self.parse()
         found: dict[str, Any] = {}
         for name, (kind, word) in self.SETTINGS.items():
-            tables, parts = [root], name.split(".")
+            tables, parts = [self.root], name.split(".")
             for depth, part in enumerate(parts, 1):
                 # Go's decoder matches names whatever their case; the exact one shall win.
                 matches = [(table, key) for table in tables
@@ -2616,37 +2615,35 @@ class Toml:
             self._refuse(f'"{name}" holds a NUL byte')
         return value
 
-    def parse(self) -> dict[str, Any]:
-        """Return the whole file."""
+    def _parse(self) -> None:
         if stray := re.search("[\0-\x08\x0b-\x1f\x7f]", self.text):
             self.at = stray.start()
             self._refuse(f'control character "{display(stray[0])}"')
-        root: dict[str, Any] = {}
-        table, self.at = root, 0  # also after a parse that failed
+        table = self.root
         try:
             while self._match(self.GAP) is not None and self.at < len(self.text):
                 if self.text.startswith("[", self.at):
-                    table = self._header(root)
+                    table = self._header()
                 else:
                     self._pair(table)
                 self._match(self.END, "the end of the line")
         except RecursionError:
             self._refuse("nested too deeply")
-        return root
 
-    def _header(self, root: dict[str, Any]) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
+        """Read the name of a table, or of the next one of an array; return it."""
         start, brackets = self.at, self._match(r"\[\[?") or ""
         *above, last = self._keys()
-        self._match("]" * len(brackets), "]" * len(brackets))
-        table = self._below(root, above, start)
+        end = "]" * len(brackets)
+        self._match(end, end)
+        table, is_array = self._below(self.root, above, start), end == "]]"
         self._places.setdefault((id(table), last), start)
-        made: Any = table.get(last, [] if len(brackets) == 2 else {})
-        if not isinstance(made, list if len(brackets) == 2 else dict) or last in table and (
-                (id(made) in self._whole) != (len(brackets) == 2)):
+        new: Any = [] if is_array else {}
+        made = table.setdefault(last, new)
+        if type(made) is not type(new) or made is not new and is_array != (id(made) in self._whole):
             self._refuse(f'"{".".join([*above, last])}" is defined twice')
-        table[last] = made
         self._whole.add(id(made))
-        if isinstance(made, list):
+        if is_array:
             made.append({})
         return self._below(table, [last], start)
 
@@ -2713,12 +2710,15 @@ class Toml:
         match = re.compile(patterns[literal]).match(self.text, self.at)
         if not match:
             self._refuse(f"expected {wanted}")
-        self.at = match.end()
         escaped = not literal and "\\" in match[1]
-        return re.sub(self.ESCAPE, self._escape, match[1]) if escaped else match[1]
+        text = re.sub(self.ESCAPE, self._escape, match[1]) if escaped else match[1]
+        self.at = match.end()
+        return text
 
     def _escape(self, match: re.Match[str]) -> str:
         code = match[1]
+        if not code:
+            self._refuse(f'malformed escape in "{display(match.string[:40])}"')
         if code[-1] in " \t\n":  # the string goes on at the next word
             return ""
         return self.ESCAPES.get(code) or chr(int(code[1:], 16))

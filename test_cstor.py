@@ -1381,7 +1381,7 @@ class Checksums(unittest.TestCase):
 
 class Toml(unittest.TestCase):
     def parse(self, text: str) -> dict[str, Any]:
-        return cstor.Toml(text.encode(), "storage.conf").parse()
+        return cstor.Toml(text.encode(), "storage.conf").root
 
     def settings(self, text: str, before: Mapping[str, Any] = {}) -> dict[str, Any]:
         return cstor.Toml(text.encode(), "storage.conf").settings(before)
@@ -1512,7 +1512,7 @@ class Toml(unittest.TestCase):
             self.assertEqual(("storage.conf", line), (caught.exception.file, caught.exception.line),
                              text[:80])
         with self.assertRaises(cstor.FormatError) as caught:
-            cstor.Toml(b"a = 1\nb = '\xff'\n", "f").parse()
+            cstor.Toml(b"a = 1\nb = '\xff'\n", "f")
         self.assertEqual(2, caught.exception.line)
 
 
