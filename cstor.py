@@ -11647,10 +11647,11 @@ class Dispatcher(Closing):
         if not (wanted or varlink or value.get("method") == "shutdown"):  # a notification
             return
         try:
-            result = self._run(*self._read(value))
+            name, params = self._read(value)
+            result = getattr(self, name)(params)
             if wanted and result is not None:
                 self._reply(result)
-        except (CstorError, OSError) as error:
+        except Exception as error:  # a defect, too: it must not end the server for this peer
             if isinstance(error, ProtocolError) and not error.code:
                 raise  # of the connection itself
             if wanted:
@@ -11676,15 +11677,6 @@ class Dispatcher(Closing):
         if interface and any(each.rpartition(".")[0] == interface for each in self.METHODS):
             raise VarlinkError("org.varlink.service.MethodNotFound", "method", method)
         raise VarlinkError("org.varlink.service.InterfaceNotFound", "interface", interface)
-
-    def _run(self, name: str, params: dict[str, Any]) -> Any:
-        try:
-            return getattr(self, name)(params)
-        except (CstorError, OSError):
-            raise
-        except Exception as error:  # a defect must not end the server for this peer
-            raise ProtocolError(f"internal error: {type(error).__name__}: {error}",
-                                code=INTERNAL_ERROR) from error
 
     def _param(self, params: dict[str, Any], name: str, default: T) -> T:
         """Return a parameter of the type of its default; one with the default "" is required."""
@@ -11775,11 +11767,9 @@ def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
     sock, deadline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), Deadline(timeout)
     with OnError(sock.close):
         sock.setblocking(False)
-        code = with_short_path(path, sock.connect_ex)
-        while code == errno.EAGAIN and deadline.pause():  # too many wait to be accepted
-            code = with_short_path(path, sock.connect_ex)
-        if code == errno.EAGAIN:
-            raise deadline.error()
+        while (code := with_short_path(path, sock.connect_ex)) == errno.EAGAIN:
+            if not deadline.pause():  # too many wait to be accepted
+                raise deadline.error()
         if code:
             raise OSError(code, os.strerror(code), path)
         sock.setblocking(True)
@@ -11923,15 +11913,14 @@ class ClientServer:
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self.stopping = False
-        self._alone: socket.socket | None = None  # the client that serve() itself answers
         self._waker = -1
 
     def stop(self) -> None:
         """Let serve() return; for signal handlers and other threads."""
         self.stopping = True
+        for client in tuple(self._clients):  # serve() itself may be answering one
+            hang_up(client.socket, SHUT_RD)
         with suppress(OSError):  # it is full, or serve() does not run
-            if self._alone:
-                self._alone.shutdown(0)  # SHUT_RD: it is told of no other request
             os.write(self._waker, b"\0")
 
     def serve(self, listener: socket.socket) -> None:
@@ -11964,9 +11953,7 @@ class ClientServer:
                 try:
                     threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
                 except RuntimeError:  # can't start new thread: the others wait for this client
-                    self._alone = sock
                     self.handle(sock)
-                    self._alone = None
         finally:
             listener.close()  # who comes now is refused at once
             self._finish()
@@ -12036,17 +12023,17 @@ class RpcServer(ClientServer):
                 connection.close()  # before it counts as gone
                 self._leave(connection)
 
-    def take_fds(self, wanted: int) -> int:
-        """Return how many of the wanted descriptors a client gets; give_back() ends the loan."""
+    @contextmanager
+    def spare_fds(self, wanted: int) -> Iterator[int]:
+        """Lend a client as many of the wanted descriptors as there are; give their number."""
         with self._lock:
             count = min(wanted, self._spare_fds * 3 // 4)  # leave some to others
             self._spare_fds -= count
-            return count
-
-    def give_back(self, count: int) -> None:
-        """Give back what take_fds() returned."""
-        with self._lock:
-            self._spare_fds += count
+        try:
+            yield count
+        finally:
+            with self._lock:
+                self._spare_fds += count
 
 
 class _Session(Dispatcher):
@@ -12079,17 +12066,19 @@ class _Session(Dispatcher):
         """The storage, with its records as they are now."""
         if self._storage is None:
             self._storage = self.server.opener()
+        self._storage.reload()
         return self._storage
-
-    def _run(self, name: str, params: dict[str, Any]) -> Any:
-        if self._storage:
-            self._storage.reload()
-        return super()._run(name, params)
 
     # -- what requests name ----------------------------------------------------------------------
 
     def _layer(self, params: dict[str, Any], name: str) -> Layer:
         return find_layer(self.storage, self._param(params, name, ""))
+
+    def _need_root(self, path: Any) -> None:
+        """Raise ImageUnknown unless a root of the storage is at ``path``."""
+        if not isinstance(path, str) or not can_be_path(path) or os.path.realpath(path) not in [
+                os.path.realpath(root.path) for root in self.storage.roots]:
+            raise ImageUnknown(f"this server has no storage at {display(str(path))}")
 
     # -- layers as splitfdstreams ----------------------------------------------------------------
 
@@ -12099,18 +12088,15 @@ class _Session(Dispatcher):
         if params.get("compressed") not in (None, False):
             raise ProtocolError("layers are sent uncompressed only", code=BAD_PARAMS)
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
-        most = self.server.take_fds(self._param(params, "maxFds", DEFAULT_FDS))
-        fds: list[int] = []
-        numbers = iter(range(sys.maxsize))
-
-        def external(piece: Extent) -> bool:
-            is_chosen = next(numbers) in chosen
-            if is_chosen:
-                fds.append(os.dup(piece.fd))
-            return is_chosen
-
-        try:
+        with self.server.spare_fds(self._param(params, "maxFds", DEFAULT_FDS)) as most, \
+                Message({}, []) as passed:
             chosen, inline = choose_external(layer, threshold, most)
+
+            def external(piece: Extent) -> bool:
+                if is_chosen := next(chosen):
+                    passed.fds.append(os.dup(piece.fd))
+                return is_chosen
+
             if inline > MAX_SPOOL:
                 raise ProtocolError(f"{counted(inline, 'byte')} are too many for one stream file: "
                                     "use StreamLayer, which has no limit", code=INVALID_REQUEST)
@@ -12119,12 +12105,8 @@ class _Session(Dispatcher):
                 write_pieces(layer, writer.add)
                 result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell(),
                           "digest": layer.diff_digest, "size": layer.diff_size}
-                fds.insert(0, seal_spool(spool))
-            self._reply(result, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-            self.server.give_back(most)
+                passed.fds.insert(0, seal_spool(spool))
+            self._reply(result, passed.fds)
 
     # -- layers as notifications -----------------------------------------------------------------
 
@@ -12227,11 +12209,7 @@ class _Session(Dispatcher):
         reference, driver = self._param(params, "image_ref", ""), self.storage.driver
         match = re.fullmatch(rf"containers-storage:(?:\[(?:{driver}@)?([^\]]+)\])?(.*)", reference)
         if match and match[1]:
-            if not can_be_path(match[1]):
-                raise ImageUnknown(f"image not known: {display(reference)}: not a path")
-            roots = [os.path.realpath(root.path) for root in self.storage.roots]
-            if os.path.realpath(match[1].partition("+")[0]) not in roots:
-                raise ImageUnknown(f"image not known: {reference}: this server has another storage")
+            self._need_root(match[1].partition("+")[0])
         image = self.storage.image(match[2] if match else reference).single()
         image.checked_chain()
         number = max(self._images, default=0) + 1
@@ -12283,10 +12261,7 @@ class _Session(Dispatcher):
             raise ProtocolError("give exactly one of storage and diff_id", code=INVALID_REQUEST)
         if place is None:
             return self._layer(params, "diff_id")
-        path = as_dict(place).get("storage_path")
-        if not isinstance(path, str) or not can_be_path(path) or os.path.realpath(path) not in [
-                os.path.realpath(root.path) for root in self.storage.roots]:
-            raise ImageUnknown(f"this server has no storage at {display(str(path))}")
+        self._need_root(as_dict(place).get("storage_path"))
         return self._layer(place, "layer_id")
 
     def oci_layer(self, params: dict[str, Any]) -> None:
@@ -12393,10 +12368,10 @@ class _Place:
         return self._open[folder]
 
 
-def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], int]:
+def choose_external(layer: Layer, threshold: int, most: int) -> tuple[Iterator[bool], int]:
     """Choose the ``most`` largest of the files above ``threshold``: there reflinks save most.
 
-    Return their numbers among those files, from 0 on, and how many bytes stay inline.
+    Return for each of those files whether it is chosen, and how many bytes stay inline.
     """
     sizes, total = [], 0
     for literal, member, _ in LayerReader(layer).headers():
@@ -12406,7 +12381,8 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[set[int], 
             if member.stored > threshold and member.sparse is None:
                 sizes.append(member.stored)
     chosen = set(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:most])
-    return chosen, total - sum(sizes[number] for number in chosen)
+    return (number in chosen for number in range(len(sizes))), \
+        total - sum(sizes[number] for number in chosen)
 
 
 def open_spool(size: int) -> BinaryIO:
