@@ -12520,25 +12520,15 @@ class RpcClient(Caller):
 
     def _chunks(self, stream: Callable[[], LayerStream]) -> Iterator[bytes | PassedFile]:
         """Yield what comes until the answer.  Raises ProtocolError when the end is missing."""
-        end: dict[str, Any] | None = None
-        files = 0
-        while True:
-            if end is not None and not self._number:  # without a request there is no answer
-                self.connection.settle()
-                return
-            message = self.connection.receive() if end is not None else self._next()
-            if message is None:  # cstor-rs sends no answer after the end
-                return
-            with message:
+        method, files = None, 0
+        while method not in END_METHODS:
+            with self._next() as message:
                 method, params = message.value.get("method"), as_dict(message.value.get("params"))
                 if method is None:
-                    result = self._result(message)
-                    if end is None or result is None or message.fds \
-                            or result.get("success") is False:
-                        raise ProtocolError("the server ended the layer early or without success")
-                    return
-                if end is not None or len(message.fds) != (method in FILE_METHODS):
-                    raise ProtocolError(f"{display(str(method))} is out of place, or has "
+                    self._result(message)
+                    raise ProtocolError("the server ended the layer early")
+                if len(message.fds) != (method in FILE_METHODS):
+                    raise ProtocolError(f"{display(str(method))} is out of place: it has "
                                         f"{counted(len(message.fds), 'file')}", code=FD_ERROR)
                 if method in SEGMENT_METHODS:
                     try:
@@ -12554,10 +12544,16 @@ class RpcClient(Caller):
                     files += 1
                     yield PassedFile(message.fds[0], size)
                 elif method in END_METHODS:
-                    end = params
-                    self._check_end(stream(), end, files)
+                    self._check_end(stream(), params, files)
                 else:
                     raise ProtocolError(f"{display(str(method))} inside a layer", code=NO_METHOD)
+        # Without a request there is no answer, and cstor-rs sends none at all.
+        if self._number and (answer := self.connection.receive()):
+            with answer:
+                result = self._result(answer)
+                if result is None or answer.fds or result.get("success") is False:
+                    raise ProtocolError("the server ended the layer without success")
+        self.connection.settle()
 
     @staticmethod
     def _check_end(stream: LayerStream, end: dict[str, Any], files: int) -> None:
@@ -12905,38 +12901,27 @@ class Unshared(Caller):
                            _CONTAINERS_ROOTLESS_GID=str(os.getegid()))
         ours, theirs = socket.socketpair()
         super().__init__(Connection(ours, timeout=START_TIMEOUT))
-        log, end = os.pipe()
-        try:
-            with theirs:
+        log, end = map(Opened, os.pipe())
+        with log:
+            with theirs, end, OnError(ours.close):
                 self._process = subprocess.Popen(
                     command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=end,
                     env=environ, start_new_session=True)
-        except BaseException:
-            os.close(log)
-            ours.close()
-            raise
-        finally:
-            os.close(end)
-        try:
-            if way == "newuidmap":
-                Deadline(START_TIMEOUT).wait(ours, "POLLIN")
-                if ours.recv(1) == b"!":
-                    self._map_ids(process)
-            code = marshal.dumps(_CODE)
-            self.connection.send_bytes(b"%08x%s" % (len(code), code))
-            self._greet()
-        except BaseException as error:
-            self.close()
-            if not isinstance(error, (CstorError, OSError)):
-                raise
-            os.set_blocking(log, False)  # podman's other processes may have the other end
             try:
-                said = os.read(log, CHUNK).decode("utf-8", "replace").strip().rpartition("\n")[2]
-            except BlockingIOError:
-                said = ""
-            raise CstorError(display(said) or str(error)) from None
-        finally:
-            os.close(log)
+                with OnError(self.close):
+                    if way == "newuidmap":
+                        Deadline(START_TIMEOUT).wait(ours, "POLLIN")
+                        if ours.recv(1) == b"!":
+                            self._map_ids(process)
+                    code = marshal.dumps(_CODE)
+                    self.connection.send_bytes(b"%08x%s" % (len(code), code))
+                    self._greet()
+            except (CstorError, OSError) as error:
+                os.set_blocking(log, False)  # podman's other processes may have the other end
+                said = b""
+                with suppress(BlockingIOError):
+                    said = os.read(log, CHUNK).strip().rpartition(b"\n")[2]
+                raise CstorError(display(said) or str(error)) from None
 
     def _map_ids(self, process: dict[str, Any]) -> None:
         """Map root in the namespace to this user, and the IDs from 1 on to the sub-IDs."""
@@ -12988,21 +12973,17 @@ class Unshared(Caller):
         import socket
         import subprocess
 
-        sock, deadline = self.connection.socket, Deadline(self._grace)
+        sock = self.connection.socket
+        sock.settimeout(self._grace)
         try:
-            sock.shutdown(socket.SHUT_WR)
-            deadline.wait(sock, "POLLIN")
-            while sock.recv(RECEIVE_SIZE):
-                deadline.wait(sock, "POLLIN")
-        except _Silent:
-            return False
-        except OSError:  # they have ended
-            pass
-        try:
+            with suppress(ConnectionError):  # they have ended
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(RECEIVE_SIZE):
+                    pass
             self._process.wait(self._grace)
-        except subprocess.TimeoutExpired:
+            return True
+        except (socket.timeout, subprocess.TimeoutExpired):
             return False
-        return True
 
 
 def say_hello(roots: Sequence[str] = ()) -> Connection:
