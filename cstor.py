@@ -11807,8 +11807,7 @@ class ListeningSocket(Transaction):
         except FileExistsError:
             raise OSError(errno.EADDRINUSE, "another server listens there") from None
         finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
+            unlink_quietly(AT_FDCWD, os.fsencode(temporary))
 
     def _remove(self, status: os.stat_result) -> None:
         with suppress(FileNotFoundError):
@@ -11817,19 +11816,16 @@ class ListeningSocket(Transaction):
 
     def _check(self) -> None:
         """Remove what a killed server left.  Raises OSError for anything else."""
-        try:
+        with suppress(FileNotFoundError):
             status = os.lstat(self.path)
             if not stat.S_ISSOCK(status.st_mode):
-                raise OSError(errno.EEXIST, "it is not a socket", self.path)
-            connect(self.path, 1.0).close()
-        except ConnectionRefusedError:
-            self._remove(status)
-            return
-        except FileNotFoundError:
-            return
-        except _Silent:  # too busy to answer
-            pass
-        raise OSError(errno.EADDRINUSE, "another server listens there", self.path)
+                raise OSError(errno.EEXIST, "it is not a socket")
+            try:
+                with suppress(_Silent):  # too busy to answer
+                    connect(self.path, 1.0).close()
+                raise OSError(errno.EADDRINUSE, "another server listens there")
+            except ConnectionRefusedError:
+                self._remove(status)
 
     def __enter__(self) -> Any:
         return self.socket
@@ -12398,11 +12394,8 @@ def seal_spool(spool: BinaryIO) -> int:
     """Return a descriptor that reads a spool from its beginning; nobody can write to it now."""
     has_proc("files of layers are passed")
     spool.flush()
-    try:
+    with suppress(OSError):  # no memfd
         fcntl.fcntl(spool.fileno(), F_ADD_SEALS, F_SEAL_ALL)
-    except OSError as error:  # no memfd
-        if error.errno != errno.EINVAL:
-            raise
     return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -12915,7 +12908,10 @@ class Unshared(Caller):
                             self._map_ids(process)
                     code = marshal.dumps(_CODE)
                     self.connection.send_bytes(b"%08x%s" % (len(code), code))
-                    self._greet()
+                    with self._next() as hello:
+                        if hello.value.get("method") != "hello":
+                            raise CstorError("another program answers")
+                    self.connection.timeout = HELPER_TIMEOUT
             except (CstorError, OSError) as error:
                 os.set_blocking(log, False)  # podman's other processes may have the other end
                 said = b""
@@ -12942,14 +12938,6 @@ class Unshared(Caller):
                 raise CstorError(f"{program} did not end in {START_TIMEOUT} seconds") from None
             if done.returncode:
                 raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
-
-    def _greet(self) -> None:
-        if (hello := self.connection.receive()) is None:
-            raise CstorError("it ended at once")
-        with hello:
-            if hello.value.get("method") != "hello":
-                raise CstorError("another program answers")
-        self.connection.timeout = HELPER_TIMEOUT
 
     def close(self) -> int:
         """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status.
