@@ -11266,7 +11266,6 @@ class Message(Closing):
         return fds
 
     def close(self) -> None:
-        """Close the descriptors that were not taken."""
         for fd in self.take():
             os.close(fd)
 
@@ -11539,7 +11538,6 @@ class Caller(Closing):
         connection.varlink = connection.either = self.varlink  # the answer tells what it speaks
 
     def close(self) -> Any:
-        """Close the connection."""
         self.connection.close()
 
     def call(self, method: str, params: Any = None) -> dict[str, Any]:
@@ -12053,7 +12051,6 @@ class _Session(Dispatcher):
         self._images: dict[int, Image] = {}
 
     def close(self) -> None:
-        """Close the storage."""
         if self._storage:
             self._storage.close()
 
@@ -12172,17 +12169,14 @@ class _Session(Dispatcher):
     # -- images and lists ------------------------------------------------------------------------
 
     def list_images(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Return the records of all images."""
         return {"images": [{**image.record, "size": image.size, "readonly": image.readonly}
                            for image in self.storage.images()]}
 
     def list_layers(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Return the records of all layers, and the graph root of each."""
         return {"layers": [{**layer.record, "store": layer.root.path}
                            for layer in self.storage.layers()]}
 
     def get_layer(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the record of one layer."""
         layer = self._layer(params, "layer")
         return {"layer": {**layer.record, "store": layer.root.path}}
 
@@ -12220,13 +12214,11 @@ class _Session(Dispatcher):
         return self._images[number]
 
     def close_image(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Forget an open image."""
         self._image_of(params)
         del self._images[params["image_id"]]
         return {}
 
     def shutdown(self, _: dict[str, Any]) -> dict[str, Any]:
-        """End this client's connection."""
         self._done = True
         return {"success": True}
 
@@ -12302,7 +12294,6 @@ class _PipeWriter:
         widen_pipe(fd)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write bytes, perhaps later."""
         self._buffer += data
         if len(self._buffer) >= SEGMENT_SIZE:
             self.flush(1)
@@ -12603,7 +12594,6 @@ class VarlinkClient(RpcClient):
     varlink = True
 
     def call(self, method: str, params: Any = None) -> dict[str, Any]:
-        """Return the reply to a method that passes no files."""
         return super().call(method if "." in method else f"dev.cstor.Store.{method}", params)
 
     def open_repository(self, path: str = "") -> int:
@@ -13055,7 +13045,6 @@ class Helper(Unshared):
         return self._is_behind and not self._lock.locked()
 
     def close(self) -> int:
-        """End the helper; harmless when repeated."""
         if self._turn >= 0:
             os.close(self._turn)
         self._turn = -1
@@ -13165,7 +13154,6 @@ class ProxiedOpener(Opener):
         self._lock = allocate_lock()  # threads start one helper, not one each
 
     def helper(self, error: NeedsUnshare) -> Helper:
-        """Return the helper, started if need be."""
         with self._lock:
             if self._helper and self._helper.is_broken:  # said to whom it happened
                 self._helper.close()
@@ -13229,7 +13217,6 @@ class ProxiedOpener(Opener):
                 self.helper(NeedsUnshare(""))
 
     def close(self) -> None:
-        """End the helper; harmless when repeated."""
         if self._helper:
             self._helper.close()
 
@@ -13285,7 +13272,6 @@ class ContentServer(Dispatcher):
             self._reply({"codes": [max(-fd, 0) for fd in found]}, opened.fds)
 
     def enter(self, params: dict[str, Any]) -> None:
-        """Send the descriptor of a directory."""
         with Opened(open_in_root(self._open_directory(params).fd, self._clean_name(params))) as fd:
             self._reply({}, [fd])
 
@@ -15012,7 +14998,6 @@ class _HeldBack:
         return len(data)
 
     def release(self) -> None:
-        """Send the last block."""
         self._send(self._kept)
 
 
