@@ -8311,7 +8311,7 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     FormatError for what is not a tar or damaged by its compression, Unsupported, OSError.
     """
     check_words("tars", [a, b])
-    with TarSide(a) as left, TarSide(b, left) as right:
+    with TarSide(a) as left, TarSide(b) as right:
         yield from _TarDiff(left, right).rows(progress)
 
 
@@ -8357,10 +8357,9 @@ class TarSide(TarSource, Closing):
     """One of two tars that are compared, read once from start to end; a context manager.
 
     ``trailer`` is None until it was reached, ``why`` says why no more entries can be read, or "".
-    A header that equals the last one of ``other``, bytes that were parsed already, is taken whole.
     """
 
-    def __init__(self, path: str, other: TarSide | None = None) -> None:
+    def __init__(self, path: str) -> None:
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
         super().__init__(self._reader.pieces(2 * READ_SIZE, READ_SIZE // 4), path)
@@ -8368,7 +8367,6 @@ class TarSide(TarSource, Closing):
         self.trailer: TarEntry | None = None
         self._items = self.items()
         self._next: Item | None = None
-        self._other, self._parsed = other, (b"", (b"", b"", 0))  # the last header, its outline
 
     def close(self) -> None:
         """Close the file."""
@@ -8396,28 +8394,18 @@ class TarSide(TarSource, Closing):
             self._next = literal if member else literal[entry.padding:], member, content
 
     def _accept(self, block: bytes) -> bool:
-        if self.why or is_header(block):
-            return not self.why
-        if block.strip(b"\0"):
+        if self.why or not block.strip(b"\0"):
+            return False
+        if not is_header(block):
             if self.offset == len(block):
                 raise FormatError("not a tar", file=self.file)
             self.why = f"no header at block {(self.offset - len(block)) // BLOCK}"
-        return False
-
-    def _read_header(self) -> bytes:
-        if self._other and (header := self._other._parsed[0]) and not self.why \
-                and self._data.startswith(header, self._at):
-            self._last, self._cut, self._parsed = b"", False, self._other._parsed
-            self.up_to(len(header))
-            return header
-        return super()._read_header()
+        return not self.why
 
     def _parse(self, header: bytes, start: int) -> TarEntry | None:
         if not header:
             return None
-        if header is not self._parsed[0]:
-            self._parsed = header, read_outline(header)
-        entry = TarEntry(self.count, start, header, self._parsed[1])
+        entry = TarEntry(self.count, start, header, read_outline(header))
         self.count += 1
         if self._last is None:
             self.why = "malformed header size"
@@ -8427,7 +8415,6 @@ class TarSide(TarSource, Closing):
             self.why = f'the size of "{spell(entry.name)}" is malformed'
         if self.why:
             entry.stored = entry.padding = 0
-            self._parsed = b"", self._parsed[1]
         return entry
 
     def _cut_off(self, member: Member) -> None:
@@ -8606,7 +8593,7 @@ def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
 
 def is_header(block: bytes) -> bool:
     """Tell whether a block is a header, possibly with a wrong checksum."""
-    if len(block) < BLOCK or not block.strip(b"\0"):
+    if len(block) < BLOCK:
         return False
     try:
         check_sum(block)
@@ -8638,6 +8625,7 @@ def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
         at += BLOCK + len(data or b"") + len(padding)
 
 
+@lru_cache(1)  # most entries are the same in both tars
 def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
     """Return the name of an entry, what it is paired by, and the size of its content.
 
