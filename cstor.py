@@ -108,7 +108,7 @@ from _weakref import ref
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
-from itertools import chain, islice, product, zip_longest
+from itertools import chain, groupby, islice, product, zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -8117,35 +8117,28 @@ def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
     A node of None means added or deleted; what differs are words of DIFFERENCES.  Contents are
     compared by size and CRC-64, and read only where no CRC-64 is recorded.
     """
+    import heapq
+
     ignore = check_words("ignore", ignore, DIFFERENCES)
-    walks = [iter(tree.walk()) for tree in (old, new)]
-    items = [next(walk, None) for walk in walks]
     groups: tuple[dict[Node, bytes], dict[Node, bytes]] = ({}, {})
 
-    def order(item: tuple[bytes, Node, bytes | None] | None) -> tuple[bool, bytes]:
-        return (True, b"") if item is None else (False, item[0].replace(b"/", b"\0"))
+    def rows(side: int, tree: Tree) -> Iterator[tuple[bytes, int, Node]]:
+        return ((path.replace(b"/", b"\0"), side, node) for path, node, _ in tree.walk())
 
-    while items[0] or items[1]:
-        keys = order(items[0]), order(items[1])
-        left = items[0] if keys[0] <= keys[1] else None
-        right = items[1] if keys[1] <= keys[0] else None
-        if left:
-            items[0] = next(walks[0], None)
-        if right:
-            items[1] = next(walks[1], None)
-        if left and right:
-            path, a, b = left[0], left[1], right[1]
-            what = [] if a is b else compare_nodes(old, a, new, b, ignore)
+    for key, found in groupby(heapq.merge(rows(0, old), rows(1, new)), lambda row: row[0]):
+        nodes: list[Node | None] = [None, None]
+        for _, side, node in found:
+            nodes[side] = node
+        (a, b), what = nodes, []
+        if a and b:
+            if a is not b:
+                what = compare_nodes(old, a, new, b, ignore)
             if a in a.tree.linked or b in b.tree.linked:  # are the same names one file in both?
-                names = [group.setdefault(node, path) for group, node in zip(groups, (a, b))]
+                names = [group.setdefault(node, key) for group, node in zip(groups, (a, b))]
                 if names[0] != names[1] and not {"link", "type"} & {*what, *ignore}:
                     what = [word for word in DIFFERENCES if word in (*what, "link")]
-            if what:
-                yield path, a, b, what
-        elif left:
-            yield left[0], left[1], None, []
-        elif right:
-            yield right[0], None, right[1], []
+        if what or not (a and b):
+            yield key.replace(b"\0", b"/"), a, b, what
 
 
 def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str]) -> list[str]:
@@ -8186,26 +8179,6 @@ def older_nodes(tree: Tree, path: bytes, node: Node) -> list[Node]:
         if how in ("whiteout", "opaque directory") or how and older is None:
             break
     return found
-
-
-def hidden_nodes(tree: Tree) -> Iterator[tuple[bytes, Node, LayerTree, str, int]]:
-    """Yield (path, node, layer that hides it, how, bytes) for every file that is hidden.
-
-    "How" is whiteout, opaque directory, or replaced.  Bytes are what it wastes: 0 if the file has
-    another, visible name or was yielded before.  Layers come base first.
-    """
-    visible = {path: node for path, node, _ in tree.walk()}
-    counted = set(visible.values())
-    for number in range(len(tree.layers) - 1, 0, -1):
-        layer = tree.layers[number]
-        for path, node, _ in Tree([layer]).walk():
-            if node.type == "dir" or visible.get(path) is node or node.tree is not layer:
-                continue
-            for above in tree.layers[number - 1::-1]:
-                if how := hides(above, path.split(b"/")):
-                    yield path, node, above, how, 0 if node in counted else node.size
-                    counted.add(node)
-                    break
 
 
 def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
@@ -8258,11 +8231,26 @@ def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
 
 def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
                 ) -> Iterator[dict[str, Any]]:
-    """Yield each file that nobody sees, what hides it, and the bytes that it wastes."""
-    for path, node, above, how, wasted in hidden_nodes(tree):
-        if fits(path):
-            yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
-                   "hidden-by": above.layer.id if above.layer else ""}
+    """Yield each file that nobody sees, what hides it, and the bytes that it wastes.
+
+    "how" is whiteout, opaque directory, or replaced.  "wasted" is 0 if the file has another,
+    visible name or was counted before.  Layers come base first.
+    """
+    visible = {path: node for path, node, _ in tree.walk()}
+    counted = set(visible.values())
+    for number in range(len(tree.layers) - 1, 0, -1):
+        layer = tree.layers[number]
+        for path, node, _ in Tree([layer]).walk():
+            if node.type == "dir" or visible.get(path) is node or node.tree is not layer:
+                continue
+            for above in tree.layers[number - 1::-1]:
+                if how := hides(above, path.split(b"/")):
+                    wasted = 0 if node in counted else node.size
+                    counted.add(node)
+                    if fits(path):
+                        yield {**layer_row(path, node, steps), "wasted": wasted, "how": how,
+                               "hidden-by": above.layer_id}
+                    break
 
 
 # ================================================================================================

@@ -890,11 +890,11 @@ class House(unittest.TestCase):
     def test_imports_are_of_the_standard_library(self) -> None:
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
                    "builtins", "bz2", "collections", "contextlib", "ctypes", "difflib",
-                   "email.errors", "errno", "fcntl", "functools", "gc", "gzip", "hashlib", "hmac",
-                   "http.client", "http.server", "importlib", "io", "itertools", "json", "lzma",
-                   "marshal", "mmap", "os", "pwd", "queue", "re", "select", "shutil", "signal",
-                   "socket", "sqlite3", "ssl", "stat", "struct", "subprocess", "sys", "tempfile",
-                   "threading", "time", "traceback", "typing", "urllib.parse", "zlib"}
+                   "email.errors", "errno", "fcntl", "functools", "gc", "gzip", "hashlib",
+                   "heapq", "hmac", "http.client", "http.server", "importlib", "io", "itertools",
+                   "json", "lzma", "marshal", "mmap", "os", "pwd", "queue", "re", "select",
+                   "shutil", "signal", "socket", "sqlite3", "ssl", "stat", "struct", "subprocess",
+                   "sys", "tempfile", "threading", "time", "traceback", "typing", "urllib.parse", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -5105,8 +5105,9 @@ class Trees(TreeTest):
         base = entry(b"foo/bar", b"x") + entry(b"keep/y", b"y")
         with self.tree(base, entry(b".wh.foo") + entry(b"foo/.wh.bar")) as tree:
             self.assertEqual({"keep": "dir", "keep/y": "y"}, self.listing(tree))
-            self.assertEqual([(b"foo/bar", "whiteout")], [
-                (path, how) for path, _, _, how, _ in cstor.hidden_nodes(tree)])
+            self.assertEqual([("/foo/bar", "whiteout")], [
+                (row["path"], row["how"])
+                for row in cstor.hidden_rows(tree, {}, lambda path: True)])
         with self.tree(base, entry(b"foo") + entry(b"foo/.wh.bar"), files=False) as tree:
             self.assertEqual("reg", tree.lookup(b"foo")[1].type)
 
@@ -5966,12 +5967,13 @@ class Contents(TreeTest):
                 {path: (number[node.tree], [number[old.tree] for old in
                                             cstor.older_nodes(tree, path, node)])
                  for path, node, _ in tree.walk() if path})
+            ids = [layer.layer_id for layer in tree.layers[::-1]]
             self.assertEqual(
-                {(b"f", 0, 1, "replaced", 3), (b"f", 1, 2, "replaced", 5),
-                 (b"d/a", 0, 1, "whiteout", 2), (b"d/b", 0, 1, "whiteout", 0),
-                 (b"e/x", 0, 2, "opaque directory", 3)},
-                {(path, number[node.tree], number[above], how, wasted)
-                 for path, node, above, how, wasted in cstor.hidden_nodes(tree)})
+                {("/f", 0, 1, "replaced", 3), ("/f", 1, 2, "replaced", 5),
+                 ("/d/a", 0, 1, "whiteout", 2), ("/d/b", 0, 1, "whiteout", 0),
+                 ("/e/x", 0, 2, "opaque directory", 3)},
+                {(row["path"], ids.index(row["layer"]), ids.index(row["hidden-by"]), row["how"],
+                  row["wasted"]) for row in cstor.hidden_rows(tree, {}, lambda path: True)})
 
 
 class Vfs(TreeTest):
