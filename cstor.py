@@ -6628,7 +6628,9 @@ class LayerTree(Closing):
     def __init__(self, layer: Layer | None) -> None:
         if layer:
             self.rootless, self.whole = layer.storage.rootless, layer.storage.driver == "vfs"
-        self.layer = layer
+        self.layer, self.layer_id = layer, layer.id if layer else ""
+        self.label = layer.label if layer else "tree"  # what it is, for messages
+        self.storage = layer.storage if layer else None
         self.heeded: tuple[bytes, ...] = (
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
@@ -6655,16 +6657,6 @@ class LayerTree(Closing):
         if self._files:
             self._files.close()
             self._files = None
-
-    @property
-    def layer_id(self) -> str:
-        """The layer's ID, "" for what is not a layer of a store."""
-        return self.layer.id if self.layer else ""
-
-    @property
-    def label(self) -> str:
-        """What it is, for messages."""
-        return self.layer.label if self.layer else "tree"
 
     @property
     def root(self) -> Node:
@@ -6760,11 +6752,8 @@ class LayerTree(Closing):
 
     def _node_for(self, name: bytes, kind: str, member: Member | None = None) -> Node | None:
         """Return the node for a name in the tar; None when nothing is made of it."""
+        name = clean_name(name)
         parent, _, base = name.rpartition(b"/")
-        if parent != self._at or base in (b"", b".", b"..") or base.startswith(b".wh.") \
-                or b"\0" in base:
-            name = clean_name(name)
-            parent, _, base = name.rpartition(b"/")
         if kind == "global":
             return None
         if len(name) > MAX_PATH:
@@ -6856,7 +6845,9 @@ class LayerTree(Closing):
         above = self._make_directory(parent, "look")
         node: Node | None = above.children.get(last) if above else None
         if self.below and (self.whole or not self.layer) and node is None:
-            node = self.below.file_below(self, clean_name(member.linkname))
+            with suppress(NotFound):
+                node = Tree([self, *self.below.layers]).look_up(
+                    clean_name(member.linkname), False)[1]
         if node is None or node.type == "dir":
             raise FormatError(f'"{display(member.name)}" is a hard link to '
                               f'"{display(member.linkname[:200])}", which its layer does not have',
@@ -7013,11 +7004,6 @@ class LayerTree(Closing):
         return found
 
     @property
-    def storage(self) -> Storage | None:
-        """The storage that it belongs to, if any."""
-        return self.layer.storage if self.layer else None
-
-    @property
     def files(self) -> LayerFiles:
         """What opens the contents."""
         assert self.layer
@@ -7073,6 +7059,7 @@ class DiskTree(LayerTree):
                  overlay: bool = True) -> None:
         super().__init__(layer)
         self.directory = directory if isinstance(directory, Contents) else Contents(None, directory)
+        self.label, self.storage = directory.path, self.directory.storage
         self.whiteouts = overlay
         self.heeded = (b"trusted.overlay.", b"user.overlay.", b"user.fuseoverlayfs.")
         # How IDs on disk are to be read, one map after the other.
@@ -7085,14 +7072,6 @@ class DiskTree(LayerTree):
 
     kernel_made = True
     writable = False  # whether it is a container's own layer, which never has a digest
-
-    @property
-    def label(self) -> str:
-        return self.directory.path
-
-    @property
-    def storage(self) -> Storage | None:
-        return self.directory.storage
 
     def close(self) -> None:
         for why, files in self._strangers.items():
@@ -7154,7 +7133,7 @@ class DiskTree(LayerTree):
             elif not name.startswith(b".wh..wh."):
                 self._add_whiteout(above, name)
             return None
-        node = Node(self, above, name, "reg")
+        node = Node(self, above, name, NODE_TYPES[stat.S_IFMT(status.st_mode)])
         self._fill(node, status, link, xattrs)
         old = above.children.get(name)
         if old is not None and old.type == "whiteout":
@@ -7172,7 +7151,6 @@ class DiskTree(LayerTree):
               ) -> None:
         """Set a node's fields from what look_at() returns."""
         node.linkname = link
-        node.type = NODE_TYPES.get(stat.S_IFMT(status.st_mode), "reg")
         node.mode, node.mtime_ns = stat.S_IMODE(status.st_mode), status.st_mtime_ns
         uid, gid = self._owner(node, status)
         for uids, _ in self.maps:
@@ -7181,8 +7159,6 @@ class DiskTree(LayerTree):
                     int.from_bytes(capability[20:], "little"), uids, -1) == 0:  # of root in there
                 xattrs[b"security.capability"] = capability[:3] + b"\x02" + capability[4:20]
         node.size = status.st_size if node.type == "reg" else 0
-        if node.type == "dir":
-            node.children = {}
         node.implicit = False
         device = os.major(status.st_rdev), os.minor(status.st_rdev)
         extra: dict[str, Any] = {"xattrs": xattrs} if xattrs else {}
@@ -7330,15 +7306,11 @@ class TarTree(LayerTree):
 
     def __init__(self, path: str, *, whiteouts: bool = False) -> None:
         super().__init__(None)
-        self.file, self.whiteouts = path, whiteouts
-
-    @property
-    def label(self) -> str:
-        return self.file
+        self.label, self.whiteouts = path, whiteouts
 
     def _load(self) -> None:
-        with Decompressed(self.file) as reader:
-            for _, member, content in read_stream(reader.pieces(), self.file):
+        with Decompressed(self.label) as reader:
+            for _, member, content in read_stream(reader.pieces(), self.label):
                 if member is None:
                     continue
                 crc = 0
@@ -7349,7 +7321,7 @@ class TarTree(LayerTree):
                 self.add(member)
 
     def open(self, node: Node) -> int:
-        raise Unsupported(f"{self.file}: only what is in its headers is known")
+        raise Unsupported(f"{self.label}: only what is in its headers is known")
 
 
 def map_id(number: int, ranges: Sequence[Sequence[int]], unknown: int) -> int:
@@ -7603,13 +7575,6 @@ class Tree(Closing):
                 continue
             done.append(part)
         return b"/".join(done), self._find(done)[0] if done else self.root
-
-    def file_below(self, layer: LayerTree, path: bytes) -> Node | None:
-        """Return what is at a path below ``layer``, which was read in part; None for nothing."""
-        try:
-            return Tree([layer, *self.layers]).look_up(path, False)[1]
-        except NotFound:
-            return None
 
     @property
     def opener(self) -> Opener:
@@ -10865,7 +10830,7 @@ class StreamTree(LayerTree):
     def __init__(self, staging: int, label: str) -> None:
         self.rootless = os.geteuid() != 0  # as in a store of ours
         super().__init__(None)
-        self._label, self._staging = label, staging
+        self.label, self._staging = label, staging
         self._numbers: dict[Node, int] = {}
         self._copied: dict[Node, str] = {}  # why, of those that are not shared
         self._places: dict[Node, tuple[Directory, bytes]] = {}  # what settle() returned, and name
@@ -10875,10 +10840,6 @@ class StreamTree(LayerTree):
         """Close the directories; harmless when repeated."""
         for directory in self._directories:
             directory.close()
-
-    @property
-    def label(self) -> str:
-        return self._label
 
     def _load(self) -> None:
         pass  # entered one by one, by Staging.read()
