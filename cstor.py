@@ -5787,42 +5787,33 @@ class TarSplit(ObjectStream):
                 continue
             if not self.skip(b" \t\r\n"):
                 return
-            yield from self._other()
+            if self._buffer.startswith(self.SEGMENT, self._at):
+                yield from self._lone_segment()
+            else:
+                yield self._entry(self.object())
 
-    def _other(self) -> Iterator[Entry]:
-        """Yield one object that PAIR does not match."""
-        if self._buffer.startswith(self.SEGMENT, self._at):
-            self.fill(2 * MAX_SPECIAL)
-            start = len(self.SEGMENT) + self._at
-            end = self._buffer.find(b'"', start)
-            if end < 0:
-                yield from self._long_segment(start)
-                return
-            if match := re.compile(self.END).match(self._buffer, end):
-                yield self._base64(self._buffer[start:end]), None, 0, b""
-                self._at = match.end()
-                return
-        yield self._entry(self.object())
-
-    def _long_segment(self, start: int) -> Iterator[Entry]:
-        """Yield a segment of any size in parts of whole base64 quanta."""
+    def _lone_segment(self) -> Iterator[Entry]:
+        """Yield a segment that PAIR does not match, a long one in parts of whole base64 quanta."""
+        self.fill(2 * MAX_SPECIAL)
+        ends, start = re.compile(self.END).match, self._at + len(self.SEGMENT)
+        end = self._buffer.find(b'"', start)
+        if end >= 0 and not ends(self._buffer, end):
+            yield self._entry(self.object())
+            return
         self._at = start
-        while True:
-            end = self._buffer.find(b'"', self._at)
-            last = end >= 0
-            if not last:
-                end = len(self._buffer) - (len(self._buffer) - self._at) % 4
-            if end > self._at:
-                yield self._base64(self._buffer[self._at:end]), None, 0, b""
+        while (end := self._buffer.find(b'"', self._at)) < 0:
+            end = len(self._buffer) - (len(self._buffer) - self._at) % 4
+            yield self._base64(self._buffer[self._at:end]), None, 0, b""
             self._at = end
-            if last:
-                break
             if not self.more():
                 raise self.error("truncated object")
-        while not re.compile(self.END).match(self._buffer, self._at):
+        yield self._base64(self._buffer[self._at:end]), None, 0, b""
+        self._at = end
+        while not (match := ends(self._buffer, end)):
             if len(self._buffer) - self._at > 64 or not self.more():
                 raise self.error("malformed segment")
-        self._at = self._buffer.index(b"}", self._at) + 1
+            end = self._at
+        self._at = match.end()
 
     def _entry(self, value: dict[str, Any]) -> Entry:
         value = {**{key.lower(): item for key, item in value.items()}, **value}
@@ -6274,19 +6265,14 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
     return table()
 
 
-def write_out(out: int | BinaryIO, data: bytes) -> None:
-    """Write all of ``data`` to a descriptor or a binary file."""
+def write_out(out: int | BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of ``data`` to a descriptor, or to a binary file, which may take less at a time."""
     if isinstance(out, int):
         write_all(out, data)
-    else:
-        write_object(out, memoryview(data))
-
-
-def write_object(out: BinaryIO, view: memoryview) -> None:
-    """Write all of ``view`` to an object whose write() may take less, as that of raw files."""
+        return
+    view = memoryview(data)
     while view:
-        count = out.write(view)
-        if count is None:
+        if (count := out.write(view)) is None:
             raise BlockingIOError(errno.EAGAIN, "the output would block")
         view = view[count:]
 
@@ -6319,7 +6305,6 @@ class TarSink:
 
             self._hash = hashlib.sha256()
         self._error: BaseException | None = None
-        self._closed = False  # or soon, by the thread
         self._chunk = chunk
         self._free = [bytearray(chunk) for _ in range(self.BUFFERS)]
         self._writes: list[Callable[[], Any]] = []
@@ -6336,10 +6321,8 @@ class TarSink:
             if self._error is None:
                 if self._hash:
                     self._hash.update(view)
-                if isinstance(self._out, int):
-                    write_all(self._out, view)
-                elif self._out is not None:
-                    write_object(self._out, view)
+                if self._out is not None:
+                    write_out(self._out, view)
         except BaseException as error:  # _flush() raises it in the thread that reads
             self._error = error
         return view.obj
@@ -6382,12 +6365,9 @@ class TarSink:
         self.files += 1
         if self._copier and left >= self.KERNEL_COPY:
             self._drain()
-            self.size += left
             assert isinstance(self._out, int)
-            left -= self._copier.copy(piece.fd, at, left, self._out)
-            if left:
-                raise shrank(piece.length, piece.length - left, piece.member.name,
-                             self._layer)
+            copied = self._copier.copy(piece.fd, at, left, self._out)
+            self.size, at, left = self.size + copied, at + copied, left - copied
         while left:
             fill = self._fill
             try:
@@ -6438,9 +6418,8 @@ class TarSink:
         self._close(0.5 if isinstance(self._out, int) else None)
 
     def _close(self, patience: float | None = None) -> None:
-        out = self._out
-        if isinstance(out, int) and not self._closed:
-            self._closed = True
+        out, self._out = self._out, None
+        if isinstance(out, int):
             self._thread.submit(lambda: os.close(out))
         self._thread.close(patience)
 
