@@ -5161,7 +5161,7 @@ class Member:
 
     __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "base64",
                  "mode", "uid", "gid", "mtime_ns", "linkname", "uname", "gname", "devmajor",
-                 "devminor", "xattrs", "pax")
+                 "devminor", "pax")
     mode: int
     uid: int
     gid: int
@@ -5171,7 +5171,6 @@ class Member:
     gname: bytes
     devmajor: int
     devminor: int
-    xattrs: dict[bytes, bytes]
     pax: dict[bytes, bytes]
 
     def __init__(self, header: bytes, name: bytes, size: int, checksum: bytes) -> None:
@@ -5241,10 +5240,7 @@ class Member:
         def __getattr__(self, name: str) -> Any:
             if name not in Member.__slots__:
                 raise AttributeError(name)
-            if name == "xattrs":
-                self.xattrs = pax_xattrs(self.pax)
-            else:
-                self.read_fields()
+            self.read_fields()
             return object.__getattribute__(self, name)
 
     def read_fields(self) -> None:
@@ -5255,29 +5251,39 @@ class Member:
         self.mode = parse_number(block[100:108]) & 0o7777
         self.uid, self.gid = parse_number(block[108:116]), parse_number(block[116:124])
         self.mtime_ns = parse_number(block[136:148]) * 10**9
-        self.linkname = text_field(block[157:257]) if block[157] else b""
-        self.uname = self.gname = b""
-        self.devmajor = self.devminor = 0
-        # A v7 archive has no such fields.
-        if block[257:263] == b"ustar\0" or block[257:265] == b"ustar  \0":
-            self.uname, self.gname = text_field(block[265:297]), text_field(block[297:329])
-            if self.typeflag in b"34":
-                self.devmajor = parse_number(block[329:337])
-                self.devminor = parse_number(block[337:345])
-        if pax or gnu:
-            self._override(pax, gnu)
-
-    def _override(self, pax: dict[bytes, bytes], gnu: dict[bytes, bytes]) -> None:
-        """Replace fields by those of special headers, unless these are empty."""
+        # Those of special headers count, unless they are empty.
         if pax.get(b"uid"):
             self.uid = parse_decimal(pax[b"uid"])
         if pax.get(b"gid"):
             self.gid = parse_decimal(pax[b"gid"])
         if pax.get(b"mtime"):
             self.mtime_ns = parse_pax_time(pax[b"mtime"])
-        self.uname = pax.get(b"uname") or self.uname
-        self.gname = pax.get(b"gname") or self.gname
-        self.linkname = gnu.get(b"K") or pax.get(b"linkpath") or self.linkname
+        self.linkname = gnu.get(b"K") or pax.get(b"linkpath") or text_field(block[157:257])
+        # A v7 archive has no further fields.
+        has_more = block[257:263] == b"ustar\0" or block[257:265] == b"ustar  \0"
+        more = block[265:345] if has_more else bytes(80)
+        self.uname = pax.get(b"uname") or text_field(more[:32])
+        self.gname = pax.get(b"gname") or text_field(more[32:64])
+        device = more[64:] if self.typeflag in b"34" else bytes(16)
+        self.devmajor, self.devminor = parse_number(device[:8]), parse_number(device[8:])
+
+    @property
+    def xattrs(self) -> dict[bytes, bytes]:
+        """The extended attributes of the pax header.
+
+        SCHILY.xattr.NAME holds the value as it is (star, GNU tar, Go), LIBARCHIVE.xattr.NAME its
+        base64 under a percent-encoded name (bsdtar, which writes both).
+        """
+        found = {}
+        for key, value in self.pax.items():
+            if key.startswith(b"LIBARCHIVE.xattr."):
+                name = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), key[17:])
+                try:
+                    found[name] = binascii.a2b_base64(value + b"=" * (-len(value) % 4))
+                except binascii.Error:
+                    raise FormatError(f'malformed xattr "{display(name)}" in a pax header'
+                                      ) from None
+        return {**found, **star_xattrs(self.pax)}
 
     @staticmethod
     def _sparse_map(pax: dict[bytes, bytes]) -> None | str | list[tuple[int, int]]:
@@ -5300,8 +5306,8 @@ def scan_header(header: bytes) -> tuple[bytes, bytes, dict[bytes, bytes], dict[b
     L is the name, K the target of a link.  Raises FormatError.
     """
     if len(header) == BLOCK and header[TYPE_AT:TYPE_AT + 1] not in SPECIALS:
-        return header, b"", _NO_RECORDS, _NO_RECORDS
-    pax, gnu, blocks = _NO_RECORDS, {}, io.BytesIO(header)
+        return header, b"", {}, {}
+    pax, gnu, blocks = {}, {}, io.BytesIO(header)
     parts, _ = header_parts(blocks.read)
     for flag, _, data, _ in parts:
         if data is None:
@@ -5313,9 +5319,6 @@ def scan_header(header: bytes) -> tuple[bytes, bytes, dict[bytes, bytes], dict[b
     if not parts or parts[-1][0] in SPECIALS:
         raise FormatError("its header is cut off")
     return parts[-1][1], blocks.read(), pax, gnu
-
-
-_NO_RECORDS: dict[bytes, bytes] = {}
 
 
 def text_field(field: bytes) -> bytes:
@@ -5355,23 +5358,6 @@ def parse_pax_time(text: bytes) -> int:
         raise FormatError(f'malformed pax time: "{display(text[:40])}"')
     nanoseconds = int(fraction[:9].ljust(9, b"0"))
     return parse_decimal(seconds) * 10**9 + (-nanoseconds if text[:1] == b"-" else nanoseconds)
-
-
-def pax_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """Return the extended attributes of a pax header.
-
-    SCHILY.xattr.NAME holds the value as it is (star, GNU tar, Go), LIBARCHIVE.xattr.NAME its base64
-    under a percent-encoded name (bsdtar, which writes both).  Raises FormatError.
-    """
-    found = {}
-    for key, value in pax.items():
-        if key.startswith(b"LIBARCHIVE.xattr."):
-            name = re.sub(rb"%([0-9A-Fa-f]{2})", lambda m: bytes([int(m[1], 16)]), key[17:])
-            try:
-                found[name] = binascii.a2b_base64(value + b"=" * (-len(value) % 4))
-            except binascii.Error:
-                raise FormatError(f'malformed xattr "{display(name)}" in a pax header') from None
-    return {**found, **star_xattrs(pax)}
 
 
 def star_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
@@ -9324,7 +9310,7 @@ class Extraction:
         found, wanted = (status.st_uid, status.st_gid), self._owner(node)
         if found != wanted and self._chown(place, wanted, node):
             found = wanted
-        xattrs = node.xattrs if node.extra and not self.plain else _NO_RECORDS
+        xattrs = node.xattrs if node.extra and not self.plain else {}
         if self._no_acls and node.type != "symlink":
             remove_acls(place)
         for name, value in xattrs.items():

@@ -894,7 +894,8 @@ class House(unittest.TestCase):
                    "heapq", "hmac", "http.client", "http.server", "importlib", "io", "itertools",
                    "json", "lzma", "marshal", "mmap", "os", "pwd", "queue", "re", "select",
                    "shutil", "signal", "socket", "sqlite3", "ssl", "stat", "struct", "subprocess",
-                   "sys", "tempfile", "threading", "time", "traceback", "typing", "urllib.parse", "zlib"}
+                   "sys", "tempfile", "threading", "time", "traceback", "typing", "urllib.parse",
+                   "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
