@@ -1705,22 +1705,24 @@ def shrank(size: int, done: int, name: bytes, layer: str) -> IntegrityError:
                           expected=counted(size, "byte"), actual=str(done))
 
 
-def sha256_digest(data: bytes) -> str:
-    """Return ``sha256:`` and the hex digest of ``data``."""
-    found: Any = None
-    if len(data) < CHUNK and "hashlib" not in sys.modules:  # it loads OpenSSL, which takes 4 ms
+def new_sha256(size: int = CHUNK) -> Any:
+    """Return an empty SHA-256: for less than a chunk without OpenSSL, which takes 4 ms to load."""
+    if size < CHUNK and "hashlib" not in sys.modules:
         with suppress(ImportError):  # not in a Python that leaves all hashing to OpenSSL
-            found = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
-    if not found:
-        import hashlib as found
-    return "sha256:" + str(found.sha256(data).hexdigest())
-
-
-def sha256_of(chunks: Iterable[bytes]) -> str:
-    """Return what sha256_digest() does, of bytes that come in chunks."""
+            return __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256()
     import hashlib
 
-    digest = hashlib.sha256()
+    return hashlib.sha256()
+
+
+def sha256_digest(data: bytes) -> str:
+    """Return ``sha256:`` and the hex digest of ``data``."""
+    return sha256_of((data,), len(data))
+
+
+def sha256_of(chunks: Iterable[bytes], size: int = CHUNK) -> str:
+    """Return what sha256_digest() does, of ``size`` bytes that come in chunks."""
+    digest = new_sha256(size)
     for data in chunks:
         digest.update(data)
     return f"sha256:{digest.hexdigest()}"
@@ -6285,11 +6287,7 @@ class TarSink:
             progress(0, 0)
         self._out = os.dup(out) if isinstance(out, int) else out  # the thread may outlive us
         self._copier = Copier() if isinstance(self._out, int) and not hashing else None
-        self._hash: Any = None
-        if hashing:
-            import hashlib
-
-            self._hash = hashlib.sha256()
+        self._hash = new_sha256() if hashing else None
         self._error: BaseException | None = None
         self._chunk = chunk
         self._free = [bytearray(chunk) for _ in range(self.BUFFERS)]
@@ -8254,10 +8252,7 @@ class TarEntry(Member):
 
     def feed(self, data: bytes) -> None:
         """Count and hash a piece of the content."""
-        if self.sha is None:
-            import hashlib
-
-            self.sha = hashlib.sha256()
+        self.sha = self.sha or new_sha256()
         self.sha.update(data)
         self.done += len(data)
 
@@ -9957,9 +9952,7 @@ class OciLayout(Transaction):
 def compress_layer(layer: Layer, fd: int, kind: str, level: int,
                    progress: Progress | None = None) -> tuple[str, str]:
     """Write a layer's compressed tar; return its DiffID, verified, and the digest of the blob."""
-    import hashlib
-
-    digest = hashlib.sha256()
+    digest = new_sha256()
 
     def write(data: bytes) -> None:
         digest.update(data)
@@ -10692,9 +10685,7 @@ class LayerStream(Closing):
 
         With them come the number of the file's directory or -1, and its size; a 0 is the digest's.
         """
-        import hashlib
-
-        digest = hashlib.sha256()  # no thread: three processes are at work already
+        digest = new_sha256()  # no thread: three processes are at work already
         for chunk in chunks:
             if isinstance(chunk, bytes):
                 digest.update(chunk)
@@ -10754,9 +10745,7 @@ class LayerStream(Closing):
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the tar in chunks; a wrong digest or size raises IntegrityError at the end."""
-        import hashlib
-
-        digest, size = hashlib.sha256(), 0
+        digest, size = new_sha256(), 0
         for piece in self.pieces():
             for data in whole_chunks(piece):
                 digest.update(data)
