@@ -3052,39 +3052,51 @@ class Layer(Record):
 
     def damage(self) -> list[str]:
         """Return which of its files are missing or empty, as far as lstat(2) tells."""
-        if self._damage is None and is_safe_id(self.id) and self._is_whole():
-            self._damage = []
         if self._damage is None:
-            name = self.id.encode("utf-8", "replace")
-            files = [(self.storage.home(), name + part) for part in (
-                (b"",) if self.storage.driver == "vfs" else (b"/diff", b"/link"))] + [
-                (self.storage.home(self.WORD), name + TAR_SPLIT)] * bool(self.diff_digest)
-            self._damage = [] if self.incomplete or not is_safe_id(self.id) else [
-                f"{(home + b'/' + place).decode()} is {word}" for home, place in files
-                for word in [self.storage.state(self.root, home, place)]
-                if word and (place.endswith(b"/link") or not (
-                    self.overlay_file(b"additionallayer")[0] or word == "empty"
-                    and not place.endswith(TAR_SPLIT) and not self._has_files()))]
+            self._damage = [f"{place.decode()} is {word}" for _, place, word in self.gaps()]
         return self._damage
 
-    def _is_whole(self) -> bool:
-        """Tell by few calls of the kernel that nothing is missing, which is so of most layers."""
-        storage, name = self.storage, self.id.encode()
-        try:
-            fd = (folder := storage.folder(self.root, storage.home())).fd
-            if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-                return False
-            diff = os.stat(name + b"/diff", dir_fd=fd, follow_symlinks=False)
-            if not stat.S_ISDIR(diff.st_mode) or diff.st_nlink <= 2 and not folder.list_at(
-                    fd, name + b"/diff"):
-                return False
-            files = [os.stat(name + b"/link", dir_fd=fd, follow_symlinks=False)]
-            if self.diff_digest:
-                fd = storage.folder(self.root, storage.home(self.WORD)).fd
-                files.append(os.stat(name + TAR_SPLIT, dir_fd=fd, follow_symlinks=False))
-        except OSError:
-            return False
-        return all(stat.S_ISREG(file.st_mode) and file.st_size for file in files)
+    def gaps(self) -> Iterator[tuple[str, bytes, str]]:
+        """Yield what of its files is "missing" or "empty", as (what, place below a root, word)."""
+        if self.incomplete or not is_safe_id(self.id):
+            return
+        home, is_vfs = self.storage.home(), self.storage.driver == "vfs"
+        for what, end in (("layer-dir", b""), ("diff", b"/diff"), ("link", b"/link")):
+            place = self.id.encode() + end
+            word = self._state(home, place)
+            if word and (what == "link" or not self.overlay_file(b"additionallayer")[0] and (
+                    word == "missing" or not end and not is_vfs or self._has_files())):
+                yield what, home + b"/" + place, word
+            if not end and (word or is_vfs):
+                break
+        if self.diff_digest:
+            home, _, place = self.tar_split.partition(b"/")
+            word = self._state(home, place)
+            if word and not self.overlay_file(b"additionallayer")[0]:
+                yield "tar-split", self.tar_split, word
+
+    def _state(self, home: bytes, place: bytes) -> str:
+        """Say whether a file is "missing" or "empty", without the helper; "" when nobody knows.
+
+        What is behind a symbolic link is missing if that leads out of the root or to no directory.
+        """
+        for root in [self.root, *self.storage.roots]:
+            try:
+                folder = self.storage.folder(root, home)
+                found = os.stat(place, dir_fd=folder.fd, follow_symlinks=False)
+                if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
+                    return "empty" * (found.st_nlink <= 2 and not folder.list_at(folder.fd, place))
+                if not place.endswith(TAR_SPLIT) and not (
+                        place.endswith(b"/link") and stat.S_ISREG(found.st_mode)):
+                    os.close(open_in_root(root.fd, home + b"/" + place))
+                return "" if found.st_size else "empty"
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except PermissionError:
+                return ""
+            except OSError as error:
+                raise with_path(error, root.host_path(home + b"/" + place)) from None
+        return "missing"
 
     def _has_files(self) -> bool:
         """Tell whether by its tar something has to be in "diff"."""
@@ -3979,7 +3991,7 @@ class Storage(Closing):
         self._additional: list[Contents] = []
         self._run: Contents | None = None
         self._graph: Contents | None = None
-        self._folders: dict[tuple[Directory, bytes], Directory] = {}  # of roots, for state()
+        self._folders: dict[tuple[Directory, bytes], Directory] = {}  # of roots, by name
         with OnError(self.close):
             if imagestore:
                 self._open_other(imagestore, self._own, "imagestore")
@@ -4144,27 +4156,6 @@ class Storage(Closing):
         if (root, kind) not in self._folders:
             self._folders[root, kind] = root.directory(kind)
         return self._folders[root, kind]
-
-    def state(self, first: Directory, kind: bytes, name: bytes) -> str:
-        """Say whether a file below the directory ``kind`` of a root is "missing" or "empty".
-
-        Lists ask it of what does not look whole, never the helper.  What is behind a symbolic link
-        is missing if that leads out of the root or to no directory.
-        """
-        for root in [first, *self.roots]:
-            try:
-                folder = self.folder(root, kind)
-                found = Directory.lstat(folder, name)
-                if stat.S_ISLNK(found.st_mode) and not name.endswith(TAR_SPLIT):
-                    os.close(open_in_root(root.fd, kind + b"/" + name))
-                if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
-                    return "empty" * (found.st_nlink <= 2 and not folder.list_at(folder.fd, name))
-                return "" if found.st_size else "empty"
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-            except PermissionError:  # nobody knows
-                return ""
-        return "missing"
 
     @property
     def owner(self) -> tuple[int, int]:
@@ -13460,30 +13451,14 @@ def check_chain(image: Image) -> Iterator[Finding]:
         pass
 
 
-def layer_files(layer: Layer) -> Iterator[Finding]:
-    """Yield what lstat(2) finds missing of a layer: its directories and tar-split data."""
+def layer_files(layer: Layer) -> list[Finding]:
+    """Return what lstat(2) finds missing of a layer first: its directories, its tar-split data."""
     if not is_safe_id(layer.id):
-        yield Finding("not-verified", layer.label, message="unusable ID")
-    elif layer.incomplete:
-        yield Finding("layer-incomplete", layer.label, message=layer.UNFINISHED)
-    elif layer.overlay_file(b"additionallayer")[0] is None:
-        storage, name = layer.storage, layer.id.encode()
-        files, vfs = storage.home(), storage.driver == "vfs"
-        for home, place, code in ((files, name, "layer-dir"), (files, name + b"/diff", "diff"))[
-                :2 - vfs] + ((storage.home(layer.WORD), name + TAR_SPLIT, "tar-split"),) * bool(
-                    layer.diff_digest):
-            word = storage.state(layer.root, home, place)
-            if code == "diff" and word != "missing":
-                try:
-                    layer.diff().close()
-                except (FileNotFoundError, NotADirectoryError, Unsupported):  # a link out, say
-                    word = "missing"
-            if word and (word == "missing" or code == "tar-split" or code == "layer-dir" and not vfs
-                         or layer._has_files()):
-                yield Finding(f"{code}-{word}", layer.label, layer.root.host_path(
-                    home + b"/" + place))
-                if home is files:  # what is missing in it follows
-                    break
+        return [Finding("not-verified", layer.label, message="unusable ID")]
+    if layer.incomplete:
+        return [Finding("layer-incomplete", layer.label, message=layer.UNFINISHED)]
+    return [Finding(f"{code}-{word}", layer.label, layer.root.host_path(place))
+            for code, place, word in layer.gaps() if code != "link"][:1]
 
 
 class LayerCheck:
@@ -13507,7 +13482,7 @@ class LayerCheck:
 
     def run(self, *, summing: bool = True) -> Iterator[Finding]:
         """Yield all findings.  Raises NeedsUnshare, and LayerUnknown when the layer is removed."""
-        found, size = list(layer_files(self.layer)), None
+        found, size = layer_files(self.layer), None
         if found:
             yield from found
             return
@@ -13718,7 +13693,7 @@ class LayerCheck:
         layer, self._sums = self.layer, None
         for other in layer.storage.layers():
             if other.diff_size == layer.diff_size and other.diff_digest not in (
-                    layer.diff_digest, "") and not any(layer_files(other)) \
+                    layer.diff_digest, "") and not layer_files(other) \
                     and not any(self._read(other)):
                 return other.id
         return ""
@@ -13955,7 +13930,7 @@ class StoreCheck:
 
     def _files(self, layer: Layer) -> bool:
         """Read the small files of a layer; tell whether there are links and lowers to compare."""
-        found = list(layer_files(layer))
+        found = layer_files(layer)
         if not found:
             with suppress(Unsupported):  # it has no tar-split data
                 head, path = b"", layer.root.host_path(layer.tar_split)
