@@ -107,7 +107,7 @@ from _thread import allocate_lock
 from _weakref import ref
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, groupby, islice, product, zip_longest
 
 
@@ -3334,7 +3334,6 @@ class Image(Record):
                         if digest and isinstance(digest, str) and key.startswith("manifest")}
         if "manifest" not in self.big_data_names:
             self._faults.append("no manifest")
-        self._about: dict[str, Any] | None = None
         self._machine = ""  # as looks_sound() read it
 
     def _look(self) -> None:
@@ -3343,7 +3342,7 @@ class Image(Record):
         for layer in chain:
             self._faults += [f"layer {layer.id}: {fault}" for fault in (
                 layer.faults if layer is chain[-1] and not layer.lost else layer.damage())]
-        if (self._about or not looks_sound(self, chain)) and not self.is_list \
+        if ("_summary" in vars(self) or not looks_sound(self, chain)) and not self.is_list \
                 and not self._chain() and self.diff_ids() is None:
             self._faults.append("no layer")
 
@@ -3421,32 +3420,29 @@ class Image(Record):
         """Return the image configuration, parsed."""
         return parse_object(self.config_bytes(manifest), f"configuration of image {self.id}")
 
+    @cached_property
     def _summary(self) -> dict[str, Any]:
-        """Return what lists need of the configuration, which is read once."""
-        if self._about is None:
-            manifest = self.manifest()
-            config = self.config(manifest)
-            steps = as_list(config.get("history"))
-            labels = as_dict(as_dict(config.get("config")).get("Labels"))
-            found = as_dict(config.get("rootfs")).get("diff_ids")
-            # Go writes null for none.
-            found = found if isinstance(found, list) else None if self.layer else []
-            if manifest.get("schemaVersion") == 1:
-                # It names layers as they were pulled, but there must be some.
-                found = None if self.layer else [
-                    row for row in steps if not row.get("empty_layer")]
-            self._about = {
-                **platform_in(config), "diff-ids": found,
+        """What lists need of the configuration, which is read once."""
+        manifest = self.manifest()
+        config = self.config(manifest)
+        steps = as_list(config.get("history"))
+        labels = as_dict(as_dict(config.get("config")).get("Labels"))
+        found = as_dict(config.get("rootfs")).get("diff_ids")
+        # Go writes null for none.
+        found = found if isinstance(found, list) else None if self.layer else []
+        if manifest.get("schemaVersion") == 1:
+            # It names layers as they were pulled, but there must be some.
+            found = None if self.layer else [row for row in steps if not row.get("empty_layer")]
+        return {**platform_in(config), "diff-ids": found,
                 "labels": {key: str(value) for key, value in labels.items()},
                 # Of the steps, and of all but the last: an image built on another has one more.
                 "steps": hash(repr(steps)), "steps-below": hash(repr(steps[:-1])) if steps else 0}
-        return self._about
 
     @property
     def about(self) -> dict[str, Any]:
         """What the configuration says: architecture, os, labels ...; {} when it is not readable."""
         try:
-            return self._summary()
+            return self._summary
         except (CstorError, OSError):
             return {}
 
@@ -3470,7 +3466,7 @@ class Image(Record):
     def diff_ids(self) -> list[Any] | None:
         """Return the DiffIDs of the configuration, base first; None when it does not tell."""
         try:
-            found: list[Any] | None = self._summary()["diff-ids"]
+            found: list[Any] | None = self._summary["diff-ids"]
             return found
         except (NotFound, Unsupported):  # made with no manifest or no configuration
             return None
@@ -3548,9 +3544,9 @@ class Image(Record):
                 if isinstance(entry, dict) else {} for entry in entries]
         made = [row for row in rows if not row.get("empty_layer")]
         below = len(layers) - len(made)
-        for row in made if below < 0 else ():
-            row["size"] = -1
         if below < 0:
+            for row in made:
+                row["size"] = -1
             return rows + layers
         for row, layer in zip(made, layers[below:]):
             row.update(layer)
@@ -3669,7 +3665,18 @@ class Container(Record):
 
         -1 = unknown.  ``known`` keeps the sizes of layers by ID, for other containers.
         """
-        return container_sizes(self, {} if known is None else known)
+        known = {} if known is None else known
+        try:
+            layers = self.storage.chain(self.layer)
+        except CstorError:
+            layers = ()
+        for layer, below in zip(layers, (None, *layers)):
+            if layer.id not in known:
+                known[layer.id] = -1
+                with suppress(CstorError, OSError):
+                    known[layer.id] = files_size(layer, below)
+        *rest, own = [known[layer.id] for layer in layers] or [-1]
+        return -1 if self.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
 
     @property
     def status(self) -> str:
@@ -3812,6 +3819,12 @@ def _read_json(root: Directory, name: bytes, faults: list[str] | None = None) ->
             raise
         faults += [str(error)] * (str(error) not in faults)
         return b""
+
+
+def drivers_in(root: Directory, *ends: str) -> list[str]:
+    """Return the drivers that have one of some files, by the ends of their names, in a root."""
+    return [name for name in (*DRIVERS, *OTHER_DRIVERS)
+            if any(root.exists(os.fsencode(name + end)) for end in ends)]
 
 
 class Opener(Closing):
@@ -4020,10 +4033,8 @@ class Storage(Closing):
             root = Directory.at(self.graphroot)
         except (FileNotFoundError, NotADirectoryError):
             raise no_store(self.graphroot) from None
-        drivers = [name for name in (*DRIVERS, *OTHER_DRIVERS) if any(
-            root.exists(os.fsencode(name + end)) for end in ("", "-layers", "-images"))]
-        if is_docker(self.graphroot):
-            drivers = [name for name in drivers if root.exists(os.fsencode(name + "-layers"))]
+        ends = ("-layers",) if is_docker(self.graphroot) else ("-layers", "-images", "")
+        drivers = drivers_in(root, *ends)
         if not any(name in DRIVERS for name in drivers):
             root.close()
             if drivers:
@@ -4038,13 +4049,12 @@ class Storage(Closing):
         Where both have records, that is what podman's database or the configuration names.
         """
         top = self.roots[0]
-        has = {name: [top.exists(os.fsencode(name + end)) for end in (
-            "-layers/layers.json", "-images/images.json", "-layers", "-images", "")]
-            for name in DRIVERS}
-        there = [name for name in DRIVERS if any(has[name][:2])] or \
-            [name for name in DRIVERS if any(has[name])] or [configured or driver or "overlay"]
+        places, records = (
+            [name for name in drivers_in(top, *ends) if name in DRIVERS] for ends in (
+                ("-layers", "-images", ""), ("-layers/layers.json", "-images/images.json")))
+        there = records or places or [configured or driver or "overlay"]
         if driver:
-            if not any(has[driver]) and there != [driver]:
+            if driver not in places + there:
                 raise NotFound(f"no {driver} store at {top.path}: it holds {' and '.join(there)}",
                                hint=f"use --driver {there[0]}, or leave --driver out")
             return driver
@@ -4056,8 +4066,9 @@ class Storage(Closing):
                 self.faults.append(f"{top.path} holds no {configured} store, which the "
                                    f"configuration names: {there[0]} is read")
             return there[0]
-        source = "podman's database" if named in there else "the configuration"
-        if (chosen := named if named in there else configured) not in there:
+        chosen, source = (named, "podman's database") if named in there \
+            else (configured, "the configuration")
+        if chosen not in there:
             raise Ambiguous(f"{top.path} contains several valid graphdrivers: {', '.join(there)}",
                             hint="choose one: --driver " + " or --driver ".join(there))
         other = there[chosen == there[0]]
@@ -4139,10 +4150,8 @@ class Storage(Closing):
 
         With a split imagestore, an image layer's record, tar-split and files lie in two roots.
         """
-        for root in [first, *self.roots] if first else self.roots:
-            if root.exists(name):
-                return root
-        return None
+        roots = filter(None, [first, *self.roots])
+        return next((root for root in roots if root.exists(name)), None)
 
     def open_first(self, name: bytes, first: Contents) -> tuple[int, str]:
         """Open a file in the root that find() would return, and return its path; -1 for none."""
@@ -4205,19 +4214,18 @@ class Storage(Closing):
     def layers(self) -> tuple[Layer, ...]:
         """Return all layers as stored, parents mostly first, damaged ones with their ``faults``."""
         if self._layers is None:
-            self._layers = self._load(Layer, self._own)
+            self._layers = self._load(Layer)
             for layer in self._layers:
                 self._layer_by_id.setdefault(layer.id, layer)
             if self.salvage:
                 self._salvage = Salvage(self, self._layers)
-                self._salvage.images(self._images or self._load(Image, self._own[::-1]))
+                self._salvage.images(self._images or self._load(Image))
         return self._layers
 
     def images(self) -> tuple[Image, ...]:
         """Return all images, damaged ones with their ``faults``; of one ID the first counts."""
         if self._images is None:
-            # Searched as containers/storage does: imagestore, graph root, additional.
-            self._images = self._load(Image, self._own[::-1])
+            self._images = self._load(Image)
             if self.salvage and self.layers() is not None and self._salvage:
                 self._salvage.images(self._images, hashing=True)
             if self._graph and not self.imagestore:
@@ -4243,7 +4251,7 @@ class Storage(Closing):
     def containers(self) -> tuple[Container, ...]:
         """Return all containers of podman, buildah and CRI-O."""
         if self._containers is None:
-            self._containers = self._load(Container, [self._graph] if self._graph else [])
+            self._containers = self._load(Container)
             if self.salvage and self.images() is not None and self._salvage:
                 self._salvage.containers(self._containers)
         return self._containers
@@ -4261,9 +4269,9 @@ class Storage(Closing):
     def is_current(self, record: Layer | Image) -> bool:
         """Tell whether a record is still there, and whole, by reading the records once more."""
         return self.salvage or any(other.id == record.id and other.flags == record.flags
-                                   for other in self._load(type(record), self._own))
+                                   for other in self._load(type(record)))
 
-    def _load(self, new: type[R], own: Sequence[Contents]) -> tuple[R, ...]:
+    def _load(self, new: type[R]) -> tuple[R, ...]:
         """Read the records of one kind from all roots; later sources of ours add new IDs only."""
         home, word = self.home(new.WORD), new.WORD.encode() + b"s"
         if home in self._malformed:  # said once more, not read for each image
@@ -4274,8 +4282,11 @@ class Storage(Closing):
         found: list[R] = []
         seen: set[str] = set()
         cut: list[Contents] = []  # roots whose records are not whole
+        # As containers/storage searches: for images imagestore, graph root, additional.
+        own = self._own[::-1] if new is Image else self._own
         both = [plain, volatile] if new is not Image else [plain]
-        sources = [(root, both if root is self._graph else [plain]) for root in own]
+        sources = [(root, both if root is self._graph else [plain])
+                   for root in own if new is not Container or root is self._graph]
         sources += [(self._run, [volatile])] if self._run and new is not Image else []
         sources += [(root, [plain]) for root in self._additional if new is not Container]
         for root, names in sources:
@@ -4655,8 +4666,6 @@ def find_image(storage: Storage, reference: str, platform: str = "") -> Image:
                           hint="name the store with --root DIR")
     text = reference.removeprefix("containers-storage:").removeprefix("@")
     bare, images = text.removeprefix("sha256:"), storage.images()
-    unknown = ImageUnknown(f"image not known: {display(reference)}",
-                           hint=storage.elsewhere or "`image list` shows what there is")
     if re.fullmatch(HEX64, bare):
         found = [image for image in images if image.id == bare] \
             or [image for image in images if f"sha256:{bare}" in image.digests]
@@ -4669,7 +4678,7 @@ def find_image(storage: Storage, reference: str, platform: str = "") -> Image:
     if len(found) > 1 and ("@" in text or re.fullmatch(HEX64, bare)):
         found = best_platform([(platform_name(image.config()), image) for image in found],
                               platform, display(reference)) or found
-    return _one(found, unknown, reference, lambda image: ", ".join(image.names) or "<none>")
+    return _one(storage, Image, found, reference, lambda image: ", ".join(image.names) or "<none>")
 
 
 def _images_by_name(images: Sequence[Image], text: str) -> list[Image]:
@@ -4723,12 +4732,9 @@ def find_layer(storage: Storage, reference: str) -> Layer:
     if storage.salvage and ":" in reference:
         storage.images()  # computes DiffIDs
     layers = storage.layers()
-    unknown = LayerUnknown(f"layer not known: {display(reference)}",
-                           hint=storage.elsewhere or "`layer list` shows what there is")
     if re.fullmatch(LINK_ID, reference):
         reference = storage.resolve_link(reference)
-    if not (text := reference.removeprefix("sha256:")):
-        raise unknown
+    text = reference.removeprefix("sha256:")
     by_digest = [layer for layer in layers if layer.diff_digest.startswith("sha256:" + text)]
     found = [layer for layer in layers if reference in (layer.id, *layer.names)] \
         or [layer for layer in by_digest if layer.diff_digest == reference] \
@@ -4736,34 +4742,35 @@ def find_layer(storage: Storage, reference: str) -> Layer:
         or list(filter(None, [storage.layer_by_id(reference)]))
     if len({layer.diff_digest for layer in found}) == 1:
         found = [layer for layer in found if not layer.mapped] or found
-    return _one(found, unknown, reference, lambda layer: layer.diff_digest or "no diff-digest")
+    return _one(storage, Layer, found if text else (), reference,
+                lambda layer: layer.diff_digest or "no diff-digest")
 
 
 def find_container(storage: Storage, reference: str) -> Container:
     """Return the container of an ID, a name, a layer ID or the start of an ID."""
     check_type("reference", reference, str)
-    containers = storage.containers()
-    unknown = ContainerUnknown(f"container not known: {display(reference)}",
-                               hint=storage.elsewhere or "`container list` shows what there is")
+    containers = storage.containers() if reference else ()
     found = [c for c in containers if reference in (c.id, *c.names, c.layer)] \
         or _by_prefix(containers, reference)
-    return _one(found if reference else [], unknown, reference, lambda c: ", ".join(c.names))
+    return _one(storage, Container, found, reference, lambda c: ", ".join(c.names))
 
 
-def _one(found: Sequence[R], unknown: NotFound, reference: str, gloss: Callable[[R], str]) -> R:
+def _one(storage: Storage, new: type[R], found: Sequence[R], reference: str,
+         gloss: Callable[[R], str]) -> R:
     """Return the only object; of one ID in several stores the first store's counts."""
-    by_id: dict[str, R] = {}
-    for item in found:
-        by_id.setdefault(item.id, item)
+    by_id = {item.id: item for item in found[::-1]}
     if not by_id:
-        raise unknown
+        raise UNKNOWN[new](f"{new.WORD} not known: {display(reference)}",
+                           hint=storage.elsewhere or f"`{new.WORD} list` shows what there is")
     if len(by_id) > 1:
         raise Ambiguous(f"{display(reference)} is ambiguous", [
             f"{display(key)}  {display(gloss(item))}" for key, item in sorted(by_id.items())],
             hint="give more of the ID")
-    return next(iter(by_id.values()))
+    return by_id.popitem()[1]
 
 
+UNKNOWN: dict[type[Record], type[NotFound]] = {
+    Image: ImageUnknown, Layer: LayerUnknown, Container: ContainerUnknown}
 FINDERS = {"image": find_image, "container": find_container, "layer": find_layer}
 
 
@@ -4807,7 +4814,7 @@ def guessing(storage: Storage, kind: str, reference: str) -> Iterator[None]:
     """Add a guess to the error of a reference that is not known."""
     try:
         yield
-    except (ImageUnknown, LayerUnknown, ContainerUnknown) as error:
+    except tuple(UNKNOWN.values()) as error:
         with suppress(CstorError, OSError):
             error.hint = "; ".join(filter(None, [
                 guess(storage, kind, reference), storage.elsewhere * (kind == "image")
@@ -4882,13 +4889,7 @@ def clean_name(name: bytes) -> bytes:
         return name
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
-    parts: list[bytes] = []
-    for part in name.split(b"/"):
-        if part == b"..":
-            del parts[-1:]
-        elif part not in (b"", b"."):
-            parts.append(part)
-    return b"/".join(parts)
+    return os.path.normpath(b"/./" + name)[1:]  # which would keep "//" at the start
 
 
 def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
@@ -14281,8 +14282,7 @@ class Salvage:
     def _names(self) -> dict[str, set[str]]:
         """Return the IDs of images by the names that containers give them."""
         found: dict[str, set[str]] = {}
-        graph = self.storage._graph
-        for container in self.storage._load(Container, [graph] if graph else []):
+        for container in self.storage._load(Container):
             name = container.details().get("image-name") or container.state.get("image-name")
             found.setdefault(str(name), set()).add(container.image)
         return found
@@ -14335,25 +14335,26 @@ def walk_disk(root: Contents, top: bytes, denied: list[str],
     Directories that cannot be read are added to ``denied``; what is removed meanwhile is left out.
     """
     try:
-        found: list[tuple[Any, ...]] = [(top, root.lstat(top))]
+        status = root.lstat(top)
     except NeedsUnshare:
         denied.append(root.host_path(top))
         return
-    device, mounts = found[0][1].st_dev, {top + b"/" + name for name in MOUNTS}
-    todo: list[bytes] = []
-    while found or todo:
-        for path, status, *more in found:
-            if status.st_dev == device:
-                yield path, status, *more
-                todo += [path] * (stat.S_ISDIR(status.st_mode) and path not in mounts)
-        found, path = [], todo.pop() if todo else b""
+    yield top, status
+    device, mounts = status.st_dev, {top + b"/" + name for name in MOUNTS}
+    todo = [top] * stat.S_ISDIR(status.st_mode)
+    while todo:
+        folder, rows = todo.pop(), []
         try:
-            found = [(path + b"/" + row[0], *row[1:]) for row in root.scan(path, look)] \
-                if path else []
+            rows = list(root.scan(folder, look))
         except (FileNotFoundError, NotADirectoryError):
             pass
         except NeedsUnshare:
-            denied.append(root.host_path(path))
+            denied.append(root.host_path(folder))
+        for name, status, *more in rows:
+            if status.st_dev == device:
+                path = folder + b"/" + name
+                yield path, status, *more
+                todo += [path] * (stat.S_ISDIR(status.st_mode) and path not in mounts)
 
 
 def disk_size(root: Contents, path: bytes) -> int:
@@ -14386,21 +14387,6 @@ def files_size(layer: Layer, below: Layer | None = None) -> int:
     known = {row[1:] for row in facts(below)} if below and look is look_at else ()
     sizes: dict[int, int] = {row[0]: row[1] for row in facts(layer) if row[1:] not in known}
     return -1 if denied else sum(sizes.values())
-
-
-def container_sizes(container: Container, known: dict[str, int]) -> tuple[int, int]:
-    """Return the bytes of files in a container's writable layer, and below it; -1 = unknown."""
-    try:
-        layers = container.storage.chain(container.layer)
-    except CstorError:
-        layers = ()
-    for layer, below in zip(layers, (None, *layers)):
-        if layer.id not in known:
-            known[layer.id] = -1
-            with suppress(CstorError, OSError):
-                known[layer.id] = files_size(layer, below)
-    *rest, own = [known[layer.id] for layer in layers] or [-1]
-    return -1 if container.state.get("rootfs") else own, -1 if min([own, *rest]) < 0 else sum(rest)
 
 
 def shared_extents(fd: int) -> list[tuple[tuple[int, int], int, int]]:

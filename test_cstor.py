@@ -2149,7 +2149,8 @@ class Records(StoreTest):
             self.assertEqual([f"layer not known: {'9' * 64}"], images["b" * 64])
             self.assertEqual(['field "names" holds more than strings', "no manifest", *(
                 f"layer {'5' * 64}: {fault}" for fault in (
-                    f"overlay/{'5' * 64} is missing", f"parent {'4' * 64} is incomplete"))], images["c" * 64])
+                    f"overlay/{'5' * 64} is missing", f"parent {'4' * 64} is incomplete"
+                    ))], images["c" * 64])
             self.assertEqual(7, len(storage.images()))
             self.assertRaises(cstor.FormatError, storage.image("d" * 64).manifest)
             self.assertRaises(cstor.FormatError, self.export, storage.layer("../../evil"))
