@@ -8659,30 +8659,28 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
         tree = tree.limited(paths)
     fits = compile_patterns(paths, tree.paths)
     omits = compile_patterns(exclude, tree.paths) if exclude else lambda path: False
-    inside: bytes | None = None  # prefix of all in a directory that was selected
-    outside: bytes | None = None  # ... excluded
+    inside: tuple[bytes, ...] = ()  # prefix of all in the last directory that was selected
+    outside: tuple[bytes, ...] = ()  # ... excluded
     above: list[tuple[bytes, Node]] = []  # parents of which no file was selected yet
-    cut = len(top) + 1 if top else 0
+    cut = len(clean_name(top) + b"/") if clean_name(top) else 0
     for place, node, _ in tree.walk(top):
-        if outside is not None and place.startswith(outside):
+        if place.startswith(outside):
             continue
-        outside = None
         path, below = place[cut:], place + b"/" if place else b""
         if omits(place):
-            outside = below
+            outside = (below,)
             continue
-        if inside is None or not place.startswith(inside):
-            inside = None
-            while above and not path.startswith(above[-1][0] + b"/"):
-                above.pop()
+        while above and not path.startswith(above[-1][0] + b"/"):
+            above.pop()
+        if not place.startswith(inside):
             if not fits(place):
                 if node.type == "dir" and path:
                     above.append((path, node))
                 continue
             if node.type == "dir":
-                inside = below
-            yield from above
-            above = []
+                inside = (below,)
+        yield from above
+        above = []
         if node.type != "whiteout":
             yield path, node
         elif whiteouts:
@@ -10090,28 +10088,26 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = No
     """
     prefix = name + b"/" if name else b""
     flags = {"reg": b"0", "symlink": b"2", "char": b"3", "block": b"4", "dir": b"5", "fifo": b"6"}
+    firsts: dict[Node, bytes] = {}  # of files with several names, the first one
     size = files = 0
     made = source_date_epoch()  # the time of directories without an entry
-    for place, node, first in tree.opener.ahead(
-            tree.walk(path), lambda item: item[1].place):
-        relative = place[len(path):].lstrip(b"/")
-        entry = prefix + relative if relative else name or b"."
+    items = select_nodes(tree, top=path)
+    for place, node in tree.opener.ahead(items, lambda item: item[1].place):
+        entry = prefix + place if place else name or b"."
         if node.type == "whiteout":
-            folder, _, base = entry.rpartition(b"/")
-            yield tar_header(folder + b"/.wh." + base if folder else b".wh." + base, b"0", mode=0)
+            yield tar_header(entry, b"0", mode=0)
         if node.type not in flags:
             continue
+        first = firsts.setdefault(node, entry) if node in node.tree.linked else entry
         uid, gid, uname, gname = node.owner
-        link = prefix + first[len(path):].lstrip(b"/") if first is not None else node.linkname
         major, minor = node.device
         yield tar_header(
-            entry + b"/" * (node.type == "dir"), b"1" if first is not None else flags[node.type],
-            mode=node.mode, uid=uid, gid=gid, uname=uname, gname=gname, linkname=link,
-            size=node.size if first is None else 0, devmajor=major, devminor=minor,
+            entry + b"/" * (node.type == "dir"), flags[node.type] if first == entry else b"1",
+            mode=node.mode, uid=uid, gid=gid, uname=uname, gname=gname,
+            linkname=node.linkname if first == entry else first,
+            size=node.size if first == entry else 0, devmajor=major, devminor=minor,
             mtime_ns=made if node.implicit else node.mtime_ns, xattrs=node.xattrs)
-        if tree.raw and node.opaque:
-            yield tar_header(entry + b"/" + OPAQUE_MARKER, b"0", mode=0)
-        if node.type == "reg" and first is None:
+        if node.type == "reg" and first == entry:
             yield from tree.content(node)
             yield bytes(-node.size % BLOCK)
             size, files = size + node.size, files + 1

@@ -7073,7 +7073,10 @@ class Copies(TreeTest):
     def test_a_tree_as_a_tar(self) -> None:
         with self.tree(self.TAR) as tree:
             tar = b"".join(cstor.tar_out(tree, b"d", b"top"))
-            self.assertEqual(tar, b"".join(cstor.tar_out(tree, b"d", b"top")))
+            for path in (b"d", b"/d", b"d/./"):
+                out = io.BytesIO()
+                tree.export(out, path=path, name=b"top")
+                self.assertEqual(tar, out.getvalue(), path)
             with self.tree(tar[:-1024]) as again:
                 self.assertEqual([], list(cstor.diff_trees(
                     self.below(tree, b"d"), self.below(again, b"top"))))
