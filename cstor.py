@@ -8736,19 +8736,24 @@ class OwnerMap:
                 if match[1] in (None, letter):
                     mappings.append((numbers[0], numbers[1], numbers[2]))
 
-    @staticmethod
-    def shift(number: int, mappings: Ranges) -> int:
-        """Return the ID outside, unchanged without any mapping.  Raises ValueError."""
-        if (found := map_id(number, mappings, -1)) < 0:
-            raise ValueError(f"ID {number} is not covered by --owner-map")
-        return found
+    def owner(self, node: Node) -> tuple[int, int]:
+        """Return owner and group outside, unchanged without any mapping.  Raises CstorError."""
+        uid, gid = node.owner[:2]
+        if self.users or self.groups:
+            found = map_id(uid, self.users, -1), map_id(gid, self.groups, -1)
+            if -1 in found:
+                number = uid if found[0] < 0 else gid
+                raise CstorError(f'"/{display(node.path)}": ID {number} is not covered by '
+                                 "--owner-map")
+            return found
+        return uid, gid
 
     def capability(self, value: bytes) -> bytes:
         """Return security.capability for the shifted root: capabilities(7), namespaced ones.
 
         Version 2 has 20 bytes and belongs to the machine's root; version 3 names its root.
         """
-        root = self.shift(0, self.users) if any(inside == 0 for inside, _, _ in self.users) else 0
+        root = map_id(0, self.users, 0)
         if not root or len(value) != 20 or value[3] != 2:
             return value
         return value[:3] + b"\x03" + value[4:] + root.to_bytes(4, "little")
@@ -9277,15 +9282,7 @@ class Extraction:
 
     def _owner(self, node: Node) -> tuple[int, int]:
         """Return the owner that a file should have."""
-        if self.plain:
-            return self._us
-        uid, gid = node.owner[:2]
-        if self._map.users or self._map.groups:
-            try:
-                return self._map.shift(uid, self._map.users), self._map.shift(gid, self._map.groups)
-            except ValueError as error:
-                raise CstorError(f'"/{display(node.path)}": {error}') from None
-        return uid, gid
+        return self._us if self.plain else self._map.owner(node)
 
     def _describe(self, place: int | str | bytes, status: os.stat_result, node: Node) -> None:
         """Set owner, xattrs, mode and time, by a descriptor, its path below /proc/self/fd, or name.

@@ -8023,12 +8023,16 @@ class Extracts(TreeTest):
 
     def test_owner_maps(self) -> None:
         shift = cstor.OwnerMap(["0:1000:10", "u:10:5000:1", "g:10:6000:1"])
-        self.assertEqual([1000, 1009, 5000], [shift.shift(n, shift.users) for n in (0, 9, 10)])
-        self.assertEqual([1000, 1009, 6000], [shift.shift(n, shift.groups) for n in (0, 9, 10)])
-        for number in (11, 4294967294):
-            with self.assertRaisesRegex(ValueError, "not covered by --owner-map"):
-                shift.shift(number, shift.users)
-        self.assertEqual(7, shift.shift(7, []))
+        for uid, gid, found in ((0, 9, (1000, 1009)), (10, 10, (5000, 6000)),
+                                (9, 10, (1009, 6000))):
+            node.owner = uid, gid, b"", b""
+            self.assertEqual(found, shift.owner(node))
+        for uid, gid in ((11, 0), (0, 11), (4294967294, 12)):
+            node.owner = uid, gid, b"", b""
+            with self.assertRaisesRegex(cstor.CstorError, f'^"/f": ID {max(uid, 11)} is not '
+                                        "covered by --owner-map"):
+                shift.owner(node)
+            self.assertEqual((uid, gid), cstor.OwnerMap([]).owner(node))
         for text in ("", "0", "0:1", "0:1:0", "x:0:1:1", "0:-1:1", "0:0:4294967296",
                      "1:2:3:4", "0:4294967295:1"):
             self.assertRaises(ValueError, cstor.OwnerMap, [text])
