@@ -108,7 +108,7 @@ from _weakref import ref
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cached_property, lru_cache
-from itertools import chain, groupby, islice, product, zip_longest
+from itertools import accumulate, chain, groupby, islice, product, zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -9060,18 +9060,12 @@ class Extraction:
 
     def _ticker(self, batches: Sequence[list[Any]]) -> Callable[[int], None]:
         """Return a function that shows the progress, given how many batches were begun."""
-        begun = size = files = 0
-
-        def tick(number: int) -> None:
-            nonlocal begun, size, files
-            if self._progress:
-                for batch in batches[begun:number]:
-                    size += sum(node.size for node in batch[2::3])
-                    files += len(batch) // 3
-                begun = number
-                self._progress(size, files)
-
-        return tick
+        if not (progress := self._progress):
+            return lambda number: None
+        sizes = list(accumulate((sum(node.size for node in batch[2::3]) for batch in batches),
+                                initial=0))
+        files = list(accumulate((len(batch) // 3 for batch in batches), initial=0))
+        return lambda number: progress(sizes[number], files[number])
 
     def _make_directory(self, path: bytes, node: Node) -> None:
         made = not self.merge or self.output.resume
