@@ -8766,34 +8766,31 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     Return what ``report`` returns in the others at the end.  ``tick`` is called here with the
     number of jobs begun.  The first error of any is raised and stops all.
     """
-    # The numbers of the jobs are in a pipe that all read from, four bytes at a time.  A page always
+    # The jobs are in a pipe that all read from: the first of each lot, in four bytes.  A page always
     # fits.  (A memfd would not work: two processes can read at the same offset.)
     size = -(-jobs // 1024) or 1
     tokens, write_fd = os.pipe()
     workers: dict[int, BinaryIO] = {}
 
-    def take_lots() -> Iterator[int]:
-        for token in iter(lambda: os.read(tokens, 4), b""):
-            yield int.from_bytes(token, "big")
-
-    def do_lot(number: int) -> None:
-        for job in range(number * size, min(number * size + size, jobs)):
-            work(job)
-
-    def do_lots(_: int) -> Iterator[None]:
+    def do_lots(begin: Callable[[int], object]) -> Iterator[None]:
         with OnError(os.read, tokens, 4096):  # so that no process begins another job
-            yield from map(do_lot, take_lots())
+            for token in iter(lambda: os.read(tokens, 4), b""):
+                first = int.from_bytes(token, "big")
+                begin(first)
+                for job in range(first, min(first + size, jobs)):
+                    work(job)
+                yield
 
     try:
         with open(write_fd, "wb") as pipe:
-            pipe.write(b"".join(lot.to_bytes(4, "big") for lot in range(-(-jobs // size))))
+            pipe.write(b"".join(first.to_bytes(4, "big") for first in range(0, jobs, size)))
         with SignalsHeld() as held:
             for _ in range(processes - 1):
-                if not fork_worker(workers, held.before, do_lots, report):
+                if not fork_worker(workers, held.before, lambda _: do_lots(lambda first: None),
+                                   report):
                     break  # the system allows no more processes
-        for lot in take_lots():
-            tick(lot * size)
-            do_lot(lot)
+        for _ in do_lots(tick):
+            pass
         return [finish_worker(workers, pid) for pid in list(workers)]
     finally:
         with SignalsHeld():
@@ -8884,8 +8881,7 @@ def finish_worker(workers: dict[int, BinaryIO], pid: int) -> Any:
     try:
         answer, error = marshal.loads(data)
     except (EOFError, ValueError, TypeError):
-        raise CstorError("a worker process died with wait status "
-                         f"{status}") from None
+        raise CstorError(f"a worker process died with wait status {status}") from None
     if error:
         raise unpack_error(*error)
     return answer

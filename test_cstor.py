@@ -8022,6 +8022,7 @@ class Extracts(TreeTest):
     # -- owners ----------------------------------------------------------------------------------
 
     def test_owner_maps(self) -> None:
+        node = cstor.Node(cstor.LayerTree(None), None, b"f", "reg")
         shift = cstor.OwnerMap(["0:1000:10", "u:10:5000:1", "g:10:6000:1"])
         for uid, gid, found in ((0, 9, (1000, 1009)), (10, 10, (5000, 6000)),
                                 (9, 10, (1009, 6000))):
