@@ -9595,6 +9595,11 @@ LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # suffixes of layers' media types
 
 
+# Of optional fields of manifests and their entries.
+ENTRY_TYPES = {"artifactType": str, "annotations": dict, "platform": dict, "subject": dict,
+               "urls": list}
+
+
 # -- descriptions of images ----------------------------------------------------------------------
 
 def descriptor(media_type: str, digest: str, size: int) -> dict[str, Any]:
@@ -9675,24 +9680,24 @@ def is_strict(manifest: dict[str, Any]) -> bool:
     if type(manifest.get("schemaVersion")) is not int or manifest["schemaVersion"] != 2 \
             or not isinstance(entries, list) or other in manifest:
         return False
-    for entry in (manifest, *entries, *[manifest.get("config")] * (kind == "layers")):
-        if not isinstance(entry, dict) or type(entry.get("size", 0)) is not int or not all(
-                isinstance(entry[key], kind) for key, kind in (
-                    ("artifactType", str), ("annotations", dict), ("platform", dict),
-                    ("subject", dict), ("urls", list)) if entry.get(key) is not None):
-            return False
-        for key in ("annotations", "platform"):
-            values = entry.get(key) or {}
-            if not all(isinstance(value, str) or key == "platform" and word not in (
-                    "architecture", "os", "os.version", "variant")
-                    for word, value in values.items()) or key == "platform" and not isinstance(
-                        values.get("os.features") or [], list):
-                return False
     try:
         compact_json(manifest)  # Python's parser accepts NaN, which is not JSON
-        return True
     except FormatError:
         return False
+    return all(map(has_right_types, (
+        manifest, *entries, *[manifest.get("config")] * (kind == "layers"))))
+
+
+def has_right_types(entry: Any) -> bool:
+    """Tell whether a manifest or descriptor is an object whose fields have the right types."""
+    if not isinstance(entry, dict) or type(entry.get("size", 0)) is not int or not all(
+            isinstance(entry[key], kind) for key, kind in ENTRY_TYPES.items()
+            if entry.get(key) is not None):
+        return False
+    platform, annotations = entry.get("platform") or {}, entry.get("annotations") or {}
+    words = {"architecture", "os", "os.version", "variant"} & set(platform)
+    return isinstance(platform.get("os.features") or [], list) and all(
+        isinstance(text, str) for text in chain(map(platform.get, words), annotations.values()))
 
 
 def oci_index(image: Image, blobs: Sequence[dict[str, Any] | None]) -> bytes:
