@@ -8766,7 +8766,7 @@ def share_out(jobs: int, processes: int, work: Callable[[int], None], report: Ca
     Return what ``report`` returns in the others at the end.  ``tick`` is called here with the
     number of jobs begun.  The first error of any is raised and stops all.
     """
-    # The jobs are in a pipe that all read from: the first of each lot, in four bytes.  A page always
+    # The first job of each lot is in a pipe that all read from, in four bytes.  A page always
     # fits.  (A memfd would not work: two processes can read at the same offset.)
     size = -(-jobs // 1024) or 1
     tokens, write_fd = os.pipe()
@@ -9934,17 +9934,12 @@ class OciLayout(Transaction):
 def compress_layer(layer: Layer, fd: int, kind: str, level: int,
                    progress: Progress | None = None) -> tuple[str, str]:
     """Write a layer's compressed tar; return its DiffID, verified, and the digest of the blob."""
-    digest = new_sha256()
-
-    def write(data: bytes) -> None:
-        digest.update(data)
-        write_all(fd, data)
-
     make: Any = GzipWriter if kind == "gzip" else ZstdWriter
-    with make(write, level) as writer:
+    sink = TarSink(fd, hashing=True, layer=layer.id)
+    with OnError(sink.abort), make(sink.literal, level) as writer:
         diff_id = layer.export(writer, progress=progress)
         writer.finish()
-    return diff_id, f"sha256:{digest.hexdigest()}"
+        return diff_id, sink.finish()
 
 
 def check_tag(tag: str) -> None:
