@@ -9788,8 +9788,7 @@ class OciLayout(Transaction):
             except BaseException as error:
                 self.__exit__(type(error), error)
                 # Another writer has just made it, or failed and removed it.
-                if not isinstance(error, FileExistsError) and not (isinstance(
-                        error, OSError) and error.errno in (errno.EBUSY, errno.ESTALE)) \
+                if getattr(error, "errno", 0) not in (errno.EEXIST, errno.EBUSY, errno.ESTALE) \
                         or not deadline.pause():
                     raise
 
@@ -9842,12 +9841,12 @@ class OciLayout(Transaction):
             return True
         return False
 
-    def write(self, folder: bytes, fill: Callable[[int], bytes]) -> bytes:
-        """Make a file that ``fill`` writes to, under the name that it returns."""
+    def write(self, folder: bytes, fill: Callable[[int], Any], name: bytes = b"") -> None:
+        """Make a file that ``fill`` writes to, under ``name``, or else the name that it returns."""
         with ErrorsAs(self.target.explain, folder):
             parent = Directory("", os.dup(self.target.parent(folder)))
         with NewFile(self.target.host_path(folder), parent, b"blob") as new:
-            name = fill(new.fd)
+            name = fill(new.fd) or name
             path = folder + b"/" + name if folder else name
             with SignalsHeld():
                 if not self.target.exists(path):
@@ -9855,15 +9854,10 @@ class OciLayout(Transaction):
                 new.appear(name)
                 if path == b"index.json":  # now the index names all that was added
                     self.keep()
-        return name
 
     def put(self, folder: bytes, name: bytes, data: bytes) -> None:
         """Make a small file, or replace it, at once."""
-        def fill(fd: int) -> bytes:
-            write_all(fd, data)
-            return name
-
-        self.write(folder, fill)
+        self.write(folder, lambda fd: write_all(fd, data), name)
 
     def add(self, data: bytes) -> tuple[str, int]:
         """Add a small blob; return its digest and size."""
@@ -10285,19 +10279,18 @@ class FetchedImage(Closing):
         done = 0
 
         def add(files: int, entry: dict[str, Any]) -> dict[str, Any]:
-            def copy(fd: int) -> bytes:
+            def copy(fd: int) -> None:
                 nonlocal done
                 for data in iter(lambda: blob.read(CHUNK), b""):
                     write_all(fd, data)
                     done += len(data)
                     if progress:
                         progress(done, files)
-                return str(entry["digest"][7:]).encode()
 
             with open(self._open(entry), "rb", buffering=0) as blob:
                 start = os.pread(blob.fileno(), 4, 0)
                 if not layout.has(entry["digest"], entry["size"]):
-                    layout.write(b"blobs/sha256", copy)
+                    layout.write(b"blobs/sha256", copy, entry["digest"][7:].encode())
             return {**entry, "mediaType": true_type(str(entry.get("mediaType")), start)}
 
         with OciLayout(directory) as layout:
