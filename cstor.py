@@ -11766,13 +11766,14 @@ class ClientServer:
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self.stopping = False
+        self._alone: socket.socket | None = None  # the client that serve() itself answers
         self._waker = -1
 
     def stop(self) -> None:
         """Let serve() return; for signal handlers and other threads."""
         self.stopping = True
-        for client in tuple(self._clients):  # serve() itself may be answering one
-            hang_up(client.socket, SHUT_RD)
+        if self._alone:
+            hang_up(self._alone, SHUT_RD)  # it is told of no other request
         with suppress(OSError):  # it is full, or serve() does not run
             os.write(self._waker, b"\0")
 
@@ -11806,7 +11807,9 @@ class ClientServer:
                 try:
                     threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
                 except RuntimeError:  # can't start new thread: the others wait for this client
+                    self._alone = sock
                     self.handle(sock)
+                    self._alone = None
         finally:
             listener.close()  # who comes now is refused at once
             self._finish()
@@ -11952,9 +11955,10 @@ class _Session(Dispatcher):
             if inline > MAX_SPOOL:
                 raise ProtocolError(f"{counted(inline, 'byte')} are too many for one stream file: "
                                     "use StreamLayer, which has no limit", code=INVALID_REQUEST)
-            with open_spool(inline) as spool:
+            with open_spool(inline) as spool, closing(layer.pieces()) as pieces:
                 writer = SplitfdstreamWriter(spool.write, external, threshold=threshold)
-                write_pieces(layer, writer.add)
+                for piece in pieces:
+                    writer.add(piece)
                 result = {"mediaType": SPLITFDSTREAM, "streamSize": spool.tell(),
                           "digest": layer.diff_digest, "size": layer.diff_size}
                 passed.fds.insert(0, seal_spool(spool))
@@ -11997,31 +12001,26 @@ class _Session(Dispatcher):
     def _send_chunks(self, layer: Layer, threshold: int, segment: str, file: str,
                      more: Callable[[Member], dict[str, Any]]) -> int:
         """Send the pieces of a layer; return how many files were passed."""
-        parts, size, count = [], 0, 0  # type: list[bytes], int, int
+        buffer, count = bytearray(), 0
 
         def flush() -> None:
-            nonlocal size
-            if parts:
-                data = binascii.b2a_base64(b"".join(parts), newline=False).decode()
+            if buffer:
+                data = binascii.b2a_base64(buffer, newline=False).decode()
                 self._notify(segment, {"data": data})
-                parts.clear()
-                size = 0
+                buffer.clear()
 
-        def add(piece: bytes | Extent) -> None:
-            nonlocal size, count
-            if isinstance(piece, Extent) and piece.length > threshold and piece.is_whole_file:
-                flush()
-                self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
-                                    **more(piece.member)}, [piece.fd])
-                count += 1
-                return
-            for data in whole_chunks(piece):
-                parts.append(data)
-                size += len(data)
-                if size >= SEGMENT_SIZE:
+        with closing(layer.pieces()) as pieces:
+            for piece in pieces:
+                if isinstance(piece, Extent) and piece.length > threshold and piece.is_whole_file:
                     flush()
-
-        write_pieces(layer, add)
+                    self._notify(file, {"name": spell(piece.member.name), "size": piece.length,
+                                        **more(piece.member)}, [piece.fd])
+                    count += 1
+                    continue
+                for data in whole_chunks(piece):
+                    buffer += data
+                    if len(buffer) >= SEGMENT_SIZE:
+                        flush()
         flush()
         return count
 
@@ -12247,13 +12246,6 @@ def seal_spool(spool: BinaryIO) -> int:
     with suppress(OSError):  # no memfd
         fcntl.fcntl(spool.fileno(), F_ADD_SEALS, F_SEAL_ALL)
     return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def write_pieces(layer: Layer, add: Callable[[bytes | Extent], None]) -> None:
-    """Call ``add`` with all pieces of a layer."""
-    with closing(layer.pieces()) as pieces:
-        for piece in pieces:
-            add(piece)
 
 
 # ================================================================================================
@@ -12889,19 +12881,15 @@ class Helper(Unshared):
     helper has ended.
     """
 
+    is_broken = False  # whether an answer was not read to its end, so that no other can be read
     _turn = -1  # a file locked by whose turn it is, of one byte until that has the whole answer
 
     def __init__(self, roots: Sequence[str]) -> None:
         import threading
 
         super().__init__("serve_contents", roots)
-        self._lock, self._is_behind = threading.Lock(), False
+        self._lock = threading.Lock()
         self._turn = os.memfd_create("cstor-turn", os.MFD_CLOEXEC)
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether an answer was not read to its end, so that no other can be read."""
-        return self._is_behind and not self._lock.locked()
 
     def close(self) -> int:
         if self._turn >= 0:
@@ -12916,24 +12904,21 @@ class Helper(Unshared):
                 raise CstorError("the helper in the user namespace has ended")
             fcntl.lockf(self._turn, fcntl.LOCK_EX)
             try:
-                message = self._exchange(method, params)
-            except ProtocolError as error:
+                if os.fstat(self._turn).st_size:
+                    raise ProtocolError("a process was killed while it was asking")
+                os.ftruncate(self._turn, 1)
+                self._ask(method, params)
+                message = self._next()
+                os.ftruncate(self._turn, 0)
+            except BaseException as error:
+                self.is_broken = True
+                if not isinstance(error, ProtocolError):
+                    raise
                 raise CstorError(f"the helper in the user namespace has failed: {error}") from None
             finally:
                 fcntl.lockf(self._turn, fcntl.LOCK_UN)
         with message:
             return self._result(message) or {}, message.take()
-
-    def _exchange(self, method: str, params: dict[str, Any]) -> Message:
-        self._is_behind = True  # unless the answer comes whole
-        if os.fstat(self._turn).st_size:
-            raise ProtocolError("a process was killed while it was asking")
-        os.ftruncate(self._turn, 1)
-        self._ask(method, params)
-        message = self._next()
-        os.ftruncate(self._turn, 0)
-        self._is_behind = False
-        return message
 
     @staticmethod
     def _error(error: dict[str, Any]) -> Exception:
@@ -12941,17 +12926,14 @@ class Helper(Unshared):
             else CstorError(f"the helper refuses: {error.get('message')}")
 
     def open(self, directory: str, names: Sequence[bytes]) -> list[int]:
-        """Open regular files in a directory; return for each its descriptor or a negative number.
+        """Open up to AHEAD regular files in a directory.
 
-        That is minus the errno, or minus the type (S_IFIFO and so on) of another kind of file.
+        Return for each its descriptor or a negative number: minus the errno, or minus the type
+        (S_IFIFO and so on) of another kind of file.
         """
-        found: list[int] = []
-        for at in range(0, len(names), AHEAD):
-            part = names[at:at + AHEAD]
-            result, fds = self._look_up("open", directory, b"", names=list(map(spell, part)))
-            opened = iter(fds)
-            found += [-code or next(opened) for code in result["codes"]]
-        return found
+        result, fds = self._look_up("open", directory, b"", names=list(map(spell, names)))
+        opened = iter(fds)
+        return [-code or next(opened) for code in result["codes"]]
 
     def open_one(self, directory: str, name: bytes) -> int:
         """Open a file as open() does; raise OSError when it cannot be opened."""
@@ -14635,7 +14617,14 @@ class Registry:
             self._refresh()
             for image, layer_id in self._told(self._blobs, digest):
                 with suppress(CstorError, OSError):  # damaged, or the layer has another ID since
-                    return self._open_blob(image, layer_id, digest)
+                    if layer := self.storage.layer_by_id(layer_id):
+                        self._check(layer)
+                        data, (found, size) = b"", layer_blob(layer)
+                    else:
+                        data = image.config_bytes()
+                        found, size = sha256_digest(data), len(data)
+                    if found == digest:
+                        return data, layer, size
             raise NotFound(f"no image here has the blob {digest}: layers are served uncompressed, "
                            "by their DiffID")
 
@@ -14757,19 +14746,6 @@ class Registry:
             raise Unsupported(reason)
         os.close(layer.open_tar_split()[0])
         layer.diff().close()
-
-    def _open_blob(self, image: Image, layer_id: str, digest: str
-                   ) -> tuple[bytes, Layer | None, int]:
-        data, layer = b"", self.storage.layer_by_id(layer_id)
-        if layer:
-            self._check(layer)
-            found, size = layer_blob(layer)
-        else:
-            data = image.config_bytes()
-            found, size = sha256_digest(data), len(data)
-        if found != digest:
-            raise NotFound(digest)
-        return data, layer, size
 
 
 def is_public(storage: Storage) -> bool:
@@ -14995,11 +14971,10 @@ class _HttpClient(HttpHandler):
         """Tell whether the client gave a user and his password, in a time that tells nothing."""
         from hmac import compare_digest
 
-        found = re.match("basic +(.*)", self.headers.get("Authorization", ""), re.IGNORECASE)
-        given = ""
-        with suppress(ValueError):
-            given = sha256_digest(decode_base64(found[1])) if found else ""
-        return sum(compare_digest(given, each) for each in self._server.passwords) > 0
+        kind, _, words = self.headers.get("Authorization", "").partition(" ")
+        given = sha256_digest(words.strip().encode())
+        fits = sum(compare_digest(given, each) for each in self._server.passwords)
+        return fits > 0 and kind.lower() == "basic"
 
     def _list(self, name: str, fields: dict[str, str]) -> None:
         """Answer one page of repositories or tags."""
@@ -15097,7 +15072,8 @@ class RegistryServer(ClientServer):
         super().__init__(clients=min(clients, soft_limit() // 12), timeout=timeout, idle=idle)
         self.grace = timeout
         self.registry, self.opener, self.log, self.warn = registry, opener, log, warn
-        self.passwords = [sha256_digest(each) for each in passwords]
+        self.passwords = [sha256_digest(binascii.b2a_base64(each, newline=False))
+                          for each in passwords]
         self._context, self._is_open = ssl_context, insecure or bool(passwords)
         self._session: Any = type("HttpClient", (_HttpClient, BaseHTTPRequestHandler), {})
 
