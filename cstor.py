@@ -10595,7 +10595,7 @@ class LayerStream(Closing):
                  reader: SplitdirfdstreamReader | None = None,
                  close: Callable[[], object] | None = None) -> None:
         self.label, self.digest, self.size = label, digest, size
-        self.hashed = ""  # see hash_apart()
+        self.taken, self.hashed = 0, ""  # bytes of the tar so far; see hash_apart()
         self._chunks, self._pairs = iter(chunks), pairs
         self._reader = chunks if isinstance(chunks, SplitdirfdstreamReader) else reader
         self._close = [close] if close else []
@@ -10679,22 +10679,22 @@ class LayerStream(Closing):
         size = 0
         for item in read_stream(self._chunks, self.label, pairs=self._pairs,
                                 need_end=self.size < 0 and not (verify and self.digest)):
-            size += len(item[0]) + (item[1].stored if item[1] else 0)
-            if size > self.size >= 0:
-                self.check("", size)
+            self.taken += len(item[0]) + (item[1].stored if item[1] else 0)
+            if self.taken > self.size >= 0:
+                self.check("")
             yield item
 
     def pieces(self, verify: bool = True) -> Generator[bytes | Extent, None, None]:
         """Yield the tar as bytes and Extents; an Extent is good until the next piece."""
         return join_pieces(self.items(verify))
 
-    def check(self, digest: str, size: int) -> None:
-        """Compare the whole tar with what is known of it; a ``digest`` of "" was not taken.
+    def check(self, digest: str) -> None:
+        """Compare the tar that was read with what is known of it; a digest of "" was not taken.
 
         Raises IntegrityError.
         """
         for what, expected, actual in (
-                ("size", str(self.size) if self.size >= 0 else "", str(size)),
+                ("size", str(self.size) if self.size >= 0 else "", str(self.taken)),
                 ("digest", self.digest if digest else "", digest)):
             if expected and expected != actual:
                 raise IntegrityError(f"its tar has the wrong {what}", layer=self.label,
@@ -10708,12 +10708,12 @@ class LayerStream(Closing):
         """
         sink = TarSink(out, hashing=verify, layer=self.label, progress=progress)
         digest = sink.take_all(self.items(verify))
-        self.check(digest, sink.size)
+        self.check(digest)
         return digest
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the tar in chunks; a wrong digest or size raises IntegrityError at the end."""
-        digest, size = new_sha256(), 0
+        digest = new_sha256()
         for piece in self.pieces():
             for data in whole_chunks(piece):
                 digest.update(data)
@@ -10834,7 +10834,7 @@ class Staging:
         Raises as LayerStream.export() does, and Unsupported for what cannot be shared though
         link_mode is "reflink".
         """
-        tree, size, digest = StreamTree(self._target.fd, stream.label), 0, ""
+        tree = StreamTree(self._target.fd, stream.label)
         tree.below = below
         self._own(tree.close)
         if end := stream.hash_apart() if self._apart else None:
@@ -10857,13 +10857,9 @@ class Staging:
                 for _ in content:  # of a whiteout with content, say
                     pass
                 if self._progress:
-                    self._progress(size, self._count)
+                    self._progress(stream.taken, self._count)
             digest = sink.finish() if sink else stream.hashed
-        except BaseException:
-            if sink:
-                sink.abort()
-            raise
-        stream.check(digest, size)
+        stream.check(digest)
         tree.finish()
         return tree
 
