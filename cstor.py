@@ -10626,15 +10626,14 @@ class LayerStream(Closing):
         while self._close:
             self._close.pop(0)()
 
-    def hash_apart(self) -> Callable[[], None] | None:
+    def hash_apart(self) -> bool:
         """Let another process read and hash the chunks and the files that they name, if they can.
 
-        Return what ends it.  ``hashed`` is the digest, once all items were read.
+        It ends with the stream.  ``hashed`` is the digest, once all items were read.
         """
-        if not self._reader:
-            return None
-        self._chunks = found = self._from_process(self._chunks, self._reader)
-        return found.close
+        if self._reader:
+            self._chunks = self._from_process(self._chunks, self._reader)
+        return self._reader is not None
 
     def _from_process(self, chunks: Iterator[bytes | PassedFile], reader: SplitdirfdstreamReader
                       ) -> Generator[bytes | PassedFile, None, None]:
@@ -10676,7 +10675,6 @@ class LayerStream(Closing):
 
         A content that would make the tar longer than ``size`` is refused before it is read.
         """
-        size = 0
         for item in read_stream(self._chunks, self.label, pairs=self._pairs,
                                 need_end=self.size < 0 and not (verify and self.digest)):
             self.taken += len(item[0]) + (item[1].stored if item[1] else 0)
@@ -10717,9 +10715,8 @@ class LayerStream(Closing):
         for piece in self.pieces():
             for data in whole_chunks(piece):
                 digest.update(data)
-                size += len(data)
                 yield data
-        self.check(f"sha256:{digest.hexdigest()}", size)
+        self.check(f"sha256:{digest.hexdigest()}")
 
     def open(self) -> BinaryIO:
         """Return the tar as a file, which cannot seek: for ``tarfile.open(fileobj=, mode="r|")``.
@@ -10753,18 +10750,13 @@ class StreamTree(LayerTree):
         self.rootless = os.geteuid() != 0  # as in a store of ours
         super().__init__(None)
         self.label, self._staging = label, staging
-        self._numbers: dict[Node, int] = {}
-        self._copied: dict[Node, str] = {}  # why, of those that are not shared
+        self._staged: dict[Node, tuple[int, bytes, str]] = {}
         self._places: dict[Node, tuple[Directory, bytes]] = {}  # what settle() returned, and name
-        self._directories: set[Directory] = set()
 
     def close(self) -> None:
         """Close the directories; harmless when repeated."""
-        for directory in self._directories:
+        for directory in {directory for directory, _ in self._places.values()}:
             directory.close()
-
-    def _load(self) -> None:
-        pass  # entered one by one, by Staging.read()
 
     def finish(self) -> None:
         """Apply links and overlayfs's xattrs, once all members are entered."""
@@ -10776,9 +10768,7 @@ class StreamTree(LayerTree):
 
     def stage(self, node: Node, number: int, why: str, crc: int | None) -> None:
         """Note that a node's content is in file ``number``, why it is a copy, and its CRC-64."""
-        self._numbers[node], node._checksum = number, crc
-        if why:
-            self._copied[node] = why
+        self._staged[node], node._checksum = (self._staging, b"%d" % number, why), crc
 
     def locate(self, node: Node, piece: bytes | Extent) -> bool:
         """Note where a node's content can be opened once all is verified, if it is a named file."""
@@ -10787,18 +10777,15 @@ class StreamTree(LayerTree):
         directory, name, found = piece.origin
         if not (found := found or settle(piece.fd)):
             return False
-        self._directories.add(directory)
         self._places[node] = directory, found + name
         return True
 
     def staged(self, node: Node) -> tuple[int, bytes, str] | None:
-        if self.kept or "data" in node.extra or node in self._places:
-            return None
-        return self._staging, b"%d" % self._numbers[node], self._copied.get(node, "")
+        return None if self.kept or "data" in node.extra else self._staged.get(node)
 
     def _open(self, node: Node) -> int:
-        if node not in self._places:
-            return os.open(b"%d" % self._numbers[node], OPEN_FILE, dir_fd=self._staging)
+        if node in self._staged:
+            return os.open(self._staged[node][1], OPEN_FILE, dir_fd=self._staging)
         directory, place = self._places[node]
         if (fd := directory.open_near(place[48:])) < 0:
             raise IntegrityError("another file has replaced it", name=node.path)
@@ -10837,18 +10824,15 @@ class Staging:
         tree = StreamTree(self._target.fd, stream.label)
         tree.below = below
         self._own(tree.close)
-        if end := stream.hash_apart() if self._apart else None:
-            self._own(end)
-        sink = TarSink(None, hashing=True, layer=stream.label) \
-            if self._check and not end else None
-        try:
+        self._own(stream.close)
+        sink = None if not self._check or self._apart and stream.hash_apart() \
+            else TarSink(None, hashing=True, layer=stream.label)
+        with OnError(sink.abort) if sink else nullcontext():
             for literal, member, content in stream.items(self._check):
-                size += len(literal)
                 if sink:
                     sink.literal(literal)
                 if member is None:
                     continue
-                size += member.stored
                 node = tree.add(member)
                 if sink:
                     content = _hashed(content, sink)
