@@ -17883,12 +17883,12 @@ class Help(StoreTest):
 
     def test_unknown_words(self) -> None:
         for words, hint in (
-                ("imag list", "did you mean image"), ("image lst", "did you mean image list"),
+                ("imag list", "did you mean image list"), ("image lst", "did you mean image list"),
                 ("image exprot app:2", "did you mean image export"),
                 ("cat app:2 x", "did you mean image cat, layer cat, container cat"),
                 ("exort", "did you mean image export, layer export, container export"),
                 ("zzzz", ""), ("image info", "did you mean store info"),
-                ("help imag cat", "did you mean image"),
+                ("help imag cat", "did you mean image cat"),
                 ("help image cta", "did you mean image cat"),
                 ("image list --formt json", "did you mean --format"),
                 ("image list --formt=json", "did you mean --format"),
