@@ -15604,11 +15604,16 @@ def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Ite
             args.status = max(args.status, report_error(error, args.verbose > 1))
 
 
+def find_named(storage: Storage, args: Any, reference: str = "") -> Any:
+    """Return the image, layer or container that the arguments name."""
+    platform = [args.platform] if args.kind == "image" else []
+    return getattr(storage, args.kind)(reference or getattr(args, args.kind), *platform)
+
+
 def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
     """Return the tree of the image, layer or container that the arguments name."""
-    options = {"platform": args.platform} if args.kind == "image" else {}
-    found = getattr(storage, args.kind)(reference or getattr(args, args.kind), **options)
-    tree: Tree = found.tree(**options)
+    platform = {"platform": args.platform} if args.kind == "image" else {}
+    tree: Tree = find_named(storage, args, reference).tree(**platform)
     return tree
 
 
@@ -15818,9 +15823,10 @@ def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
         tag = split_reference(names[0])[1]
     total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
         image, args.platform, args.all) for layer in storage.chain(chosen.layer))
+    how = "none" if args.compress is None else args.compress
     with ProgressLine(total, args.quiet) as progress:
-        return tag, image.copy_to_oci(directory, tag, compression=args.compress or "none",
-                                      platform=args.platform, every=args.all, progress=progress,
+        return tag, image.copy_to_oci(directory, tag, compression=how, platform=args.platform,
+                                      every=args.all, progress=progress,
                                       tell=lambda text: note(args, text))
 
 
@@ -16270,16 +16276,14 @@ def image_fields(storage: Storage, rows: Sequence[tuple[Image, str, str]]) -> It
     """Yield what ``podman images --format json`` says of the image in each row."""
     kin = [(parent.id, child.id) for parent, child in related_images(storage)]
     parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
-    used: dict[str, int] = {}
-    for container in storage.containers():
-        used[container.image] = used.get(container.image, 0) + 1
+    used = Counter(container.image for container in storage.containers())
     for image, _, _ in rows:
         created = (image.created_ns or 0) // 10**9
         yield Fields({
             "Id": image.id, "ParentId": parents.get(image.id, ""), "RepoTags": None,
             "RepoDigests": image.repo_digests, "Size": image.size, "SharedSize": 0,
             "VirtualSize": image.size, "Labels": image.labels or None,
-            "Containers": used.get(image.id, 0), "ReadOnly": image.readonly,
+            "Containers": used[image.id], "ReadOnly": image.readonly,
             "Dangling": not image.names and image.id not in inner,
             "Arch": image.about.get("architecture", ""), "Digest": image.digest,
             "History": image.names_history, "IsManifestList": image.is_list,
@@ -16380,8 +16384,8 @@ def container_texts(row: Fields, args: Any) -> Fields:
         "Ports": ports_text(row),
         "Created": moment, "CreatedAt": moment, "CreatedHuman": row["CreatedAt"],
         "RunningFor": row["CreatedAt"], "Label": lambda key: labels.get(key, ""),
-        "Size": f"{human_size(size['rwSize'])}(virtual{human_size(size['rootFsSize'])})".replace(
-            " ", "").replace("(", " (").replace("virtual", "virtual ") if size else ""}, raw=row)
+        "Size": "{} (virtual {})".format(*(
+            human_size(each).replace(" ", "") for each in size.values())) if size else ""}, raw=row)
 
 
 def history_fields(image: Image) -> list[Fields]:
@@ -16410,13 +16414,13 @@ def history_fields(image: Image) -> list[Fields]:
 def history_texts(row: Fields, args: Any) -> Fields:
     """Return the fields that templates of ``podman history`` have for a row."""
     moment = go_moment(row["created"])
-    age, command = human_age(moment), row["CreatedBy"]
+    age = human_age(moment)
     return Fields({
         "ID": row["id"][:64 if args.no_trunc else 12],
         "Created": row["Created"] if args.human is False else age,
-        "CreatedBy": command if args.no_trunc or len(command) <= 45 else command[:42] + "...",
-        "Size": human_size(row["size"]), "Comment": row["comment"], "CreatedAt": row["Created"],
-        "CreatedSince": age, "Tags": row["tags"]})
+        "CreatedBy": short_step(row["CreatedBy"], args, 45), "Size": human_size(row["size"]),
+        "Comment": row["comment"], "CreatedAt": row["Created"], "CreatedSince": age,
+        "Tags": row["tags"]})
 
 
 def layer_fields(layer: Layer) -> Fields:
@@ -16653,10 +16657,16 @@ def cmd_history(storage: Storage, args: Any) -> None:
                   ["ID", "Created", "CreatedBy", "Size", "Comment"], Headings({}), None)
 
 
-def print_inspected(args: Any, objects: Iterable[Fields]) -> None:
-    """Print objects as ``podman inspect`` does."""
-    found = list(objects)
-    print_listing(args, found, found, [], Headings({}), 5)
+def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, Any]],
+                 fields: Callable[[Any], Fields]) -> None:
+    """Show what each argument names as a record, or by a template of podman's fields."""
+    template = is_template(args)
+    found: list[Any] = list(for_each(args, getattr(args, args.kind), lambda name: (
+        fields if template else record)(find_named(storage, args, name))))
+    if template:
+        print_listing(args, found, found, [], Headings({}), 5)
+    else:
+        show_inspected(args, found)
 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:
@@ -16671,7 +16681,8 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
                 return kinds[kind](getattr(storage, kind)(name))
         raise NotFound(f'no such object: "{display(name)}"')
 
-    print_inspected(args, for_each(args, args.name, inspect))
+    found = list(for_each(args, args.name, inspect))
+    print_listing(args, found, found, [], Headings({}), 5)
 
 
 def cmd_save(storage: Storage, args: Any) -> None:
@@ -16685,18 +16696,17 @@ def cmd_save(storage: Storage, args: Any) -> None:
         image.copy_to_oci(args.output, split_reference(tags[0])[1] if tags else "")
         return
     several = args.multi_image_archive
-    images = [storage.image(name).single() for name in args.image[:None if several else 1]]
-    named = [(image, names_to_give(image, name)) for image, name in zip(images, args.image)]
-    if not several:
-        for name, tag, _ in map(split_reference, args.image[1:]):
-            named[0][1].append(f"{normalize_name(name)[0]}:{tag or 'latest'}")
+    named = [(image, names_to_give(image, name)) for name in args.image[:None if several else 1]
+             for image in [storage.image(name).single()]]
+    for name, tag, _ in map(split_reference, () if several else args.image[1:]):
+        named[0][1].append(f"{normalize_name(name)[0]}:{tag or 'latest'}")
     write_archive(args, args.format, named)
 
 
 def cmd_exists(storage: Storage, args: Any) -> int:
     """tell by the exit status whether there is one: 0 yes, 1 no"""
     try:
-        getattr(storage, args.kind)(getattr(args, args.kind))
+        find_named(storage, args)
     except (ContainerUnknown, ImageUnknown, LayerUnknown):
         return EXIT_NO
     return 0
@@ -16704,24 +16714,17 @@ def cmd_exists(storage: Storage, args: Any) -> int:
 
 def cmd_image_inspect(storage: Storage, args: Any) -> None:
     """show the record, manifest and configuration of images"""
-    def inspect(reference: str) -> dict[str, Any]:
-        image: Any = storage.image(reference, args.platform)
+    def record(image: Image) -> dict[str, Any]:
         image = image.single(args.platform) if args.platform else image
         entry = image_json(image)
-        for key, get in (("layers", image.layers), ("manifest", image.manifest),
-                         ("config", image.config)):
-            try:
-                value: Any = get()
-                entry[key] = [layer.id for layer in value] if key == "layers" else value
-            except CstorError:  # image.faults say why
-                entry[key] = None
+        for key, get in (("layers", lambda: [layer.id for layer in image.layers()]),
+                         ("manifest", image.manifest), ("config", image.config)):
+            entry[key] = None
+            with suppress(CstorError):  # image.faults say why
+                entry[key] = get()
         return entry
 
-    if is_template(args):
-        print_inspected(args, for_each(args, args.image, lambda name: inspect_image(
-            storage.image(name, args.platform).single(args.platform))))
-    else:
-        show_inspected(args, for_each(args, args.image, inspect))
+    inspect_each(storage, args, record, lambda image: inspect_image(image.single(args.platform)))
 
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
@@ -16734,14 +16737,12 @@ def cmd_image_history(storage: Storage, args: Any) -> None:
     """show the history of an image, newest first"""
     history = storage.image(args.image, args.platform).single(args.platform).history()[::-1]
     note_open_steps(history, args)
-    rows = []
-    for row in history:
-        rows.append([short_id(row.get("layer", ""), args) or (
-            "<unknown>" if "size" in row else "<empty>"), age_of(row.get("created")),
-                     short_step(str(row.get("created_by") or ""), args, 60),
-                     human_size(row.get("size", 0)), str(row.get("comment") or "")])
-    show(args, history, rows, ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"],
-         (row.get("layer", "") for row in history))
+    show(args, history, (
+        [short_id(row.get("layer", ""), args) or ("<unknown>" if "size" in row else "<empty>"),
+         age_of(row.get("created")), short_step(str(row.get("created_by") or ""), args, 60),
+         human_size(row.get("size", 0)), str(row.get("comment") or "")] for row in history),
+        ["LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT"],
+        (row.get("layer", "") for row in history))
 
 
 def cmd_image_tree(storage: Storage, args: Any) -> None:
@@ -16773,8 +16774,7 @@ def cmd_layer_list(storage: Storage, args: Any) -> None:
 
 def cmd_layer_inspect(storage: Storage, args: Any) -> None:
     """show the record of layers, and where their files are"""
-    def inspect(reference: str) -> dict[str, Any]:
-        layer = storage.layer(reference)
+    def record(layer: Layer) -> dict[str, Any]:
         entry = layer_json(layer)
         entry["compression-name"] = layer.compression
         if args.chain:
@@ -16798,11 +16798,7 @@ def cmd_layer_inspect(storage: Storage, args: Any) -> None:
                 entry["faults"] = [*layer.faults, str(error)]
         return entry
 
-    if is_template(args):
-        print_inspected(args, for_each(args, args.layer, lambda name: layer_fields(
-            storage.layer(name))))
-    else:
-        show_inspected(args, for_each(args, args.layer, inspect))
+    inspect_each(storage, args, record, layer_fields)
 
 
 def cmd_layer_export(storage: Storage, args: Any) -> None:
@@ -16932,15 +16928,13 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
         raise _UsageError("the stream and LIST cannot both go to stdout")
     layer = storage.layer(args.layer)
     with writing(args, layer.diff_size) as (fd, progress), \
-            open(fd, "wb", CHUNK, closefd=False) as out:
-        options = {"codec": args.codec or CODECS[0], "threshold": args.threshold,
-                   "progress": progress}
-        if args.external is None:
-            digest = write_stream(layer, out, **options)
-        else:
-            with open_output(args.external, args.timeout, text=True) as listing, \
-                    open(listing, "wb", closefd=False) as rows:
-                digest = write_stream(layer, out, rows, **options)
+            open(fd, "wb", CHUNK, closefd=False) as out, ExitStack() as stack:
+        rows = None
+        if args.external is not None:
+            listing = stack.enter_context(open_output(args.external, args.timeout, text=True))
+            rows = stack.enter_context(open(listing, "wb", closefd=False))
+        digest = write_stream(layer, out, rows, codec=args.codec or CODECS[0],
+                              threshold=args.threshold, progress=progress)
     if args.verbose:
         say(f"layer {layer.id}: {digest}")
 
@@ -16999,15 +16993,13 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
     """show the record of containers, and their entry in podman's database"""
+    def record(container: Container) -> dict[str, Any]:
+        row = storage.podman_containers().get(container.id, {})
+        return {**container_json(container), "details": container.details(), "podman": {
+            key: value for key, value in row.items() if key not in ("config", "status")}}
+
     storage.faults += storage.unread_database()
-    if is_template(args):
-        print_inspected(args, for_each(args, args.container, lambda name: inspect_container(
-            storage.container(name))))
-        return
-    show_inspected(args, ({**container_json(container), "details": container.details(), "podman":
-                           {key: value for key, value in storage.podman_containers().get(
-                               container.id, {}).items() if key not in ("config", "status")}}
-                          for container in for_each(args, args.container, storage.container)))
+    inspect_each(storage, args, record, inspect_container)
 
 
 def cmd_toc(storage: Storage, args: Any) -> None:
@@ -17154,7 +17146,6 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
     unwind_on_signals()
     try:
-        parse_compression("none" if args.compress is None else args.compress)
         check_tag(tag)
         if args.via_skopeo is None:
             tag, blob = copy_from_storage(storage, args, directory, tag)
@@ -17239,10 +17230,9 @@ def cmd_blame(storage: Storage, args: Any) -> None:
     """show which layer and step added each file, and what it hides; --hidden: list hidden files
     instead"""
     image: Any = storage.image(args.image, args.platform).single(args.platform)
-    try:
+    history = []
+    with suppress(NotFound):  # an image without a manifest
         history = image.history()
-    except NotFound:
-        history = []  # an image without a manifest
     with image.tree() as tree:
         note_open_steps(history, args)
         first, rows = peek(blame_tree(tree, image, args.pattern, args.hidden))
@@ -17505,13 +17495,13 @@ OPTIONS = {
     "--no-follow": "refuse a link at the end of a path",
     "--force": "merge into a directory that is not empty: replace files, follow no "
                "links",
-    "--format table|json=table": None,
+    **dict.fromkeys(("--format table|json=table", "image history --format table|json=table")),
     **{f"{word} inspect -f --format FORMAT=json":
        "table, json or a Go template with the fields of podman's own inspect"
        for word in ("image", "layer", "container")},
     "list --format FORMAT=table": "table, json or a Go template such as '{{.ID}} {{.Size}}'",
     **{f"{word} --format FORMAT=": "json or a Go template; table before it aligns columns"
-       for word in ("images", "ps", "/history")},
+       for word in ("images", "ps", "history")},
     "save --format docker-archive|oci-archive|oci-dir=docker-archive": "what to write",
     "--hidden": "list files that other layers hide, and the bytes that they waste",
     "--if-removed NAME": "images and containers: what removing all of them would free",
@@ -17594,6 +17584,9 @@ CONFLICTS = (
     ("--all", "--via-skopeo", "; choose one image with --platform"),
     ("--all", "--platform", ""),
 )
+# An option that others need, and these.
+NEEDS = {cmd_serve: ["--registry", "--only", "--password-file", "--tls-cert", "--insecure"],
+         cmd_extract: ["--socket", "--digest", "--no-verify"]}
 # What people want, and the last words of the commands for it, in the order of `help`.
 PURPOSES = {
     "Look": "list inspect layers history tree files stat toc info df exists resolve-link",
@@ -17721,13 +17714,13 @@ def parse_words(words: Sequence[str]) -> Any:
     argparse takes half a millisecond for each parser and a third for each argument.
     """
     lead, command, rest = split_words(words)
-    if command not in COMMANDS or {"-h", "--help", "--version"} & set(lead):
+    if command not in COMMANDS:
         new_parser().parse_args([word for word in lead if word not in ("-h", "--help")])
         wants_help = {"-h", "--help"} & {*lead, *rest}
-        if rest and command not in COMMANDS and rest[0] not in wants_help:
+        if rest and rest[0] not in wants_help:
             raise unknown_command(command, rest)
         print_help(command)
-        if wants_help or command in COMMANDS:
+        if wants_help:
             raise SystemExit
         raise _UsageError(f"missing COMMAND (see {program_name(command)} --help)")
     parser = command_parser(command, words)
@@ -17827,10 +17820,8 @@ def values_for(action: Any, given: Sequence[str], current: str) -> Iterator[tupl
     """Yield the values that an option or argument can take."""
     what = action.metavar or ""
     yield from ((choice, "") for choice in action.choices or ["table", "json"] * (what == "FORMAT"))
-    kinds = {"A": ["image", "container"], "B": ["image", "container"],
-             "NAME": ["image", "container"]}.get(
-        what, [kind for kind in FINDERS if what.partition(":")[0] == kind.upper()])
-    for kind in kinds:
+    for kind in ["image", "container"] if what in ("A", "B", "NAME") else [
+            kind for kind in FINDERS if what.partition(":")[0] == kind.upper()]:
         args = new_parser().parse_known_args([*given, "--no-helper"])[0]
         with suppress(CstorError, OSError), open_storage(args) as storage:
             for name, gloss in names_of(storage, kind, current):
@@ -17871,11 +17862,11 @@ def command_parser(command: str, words: Sequence[str] = ()) -> Any:
             word.partition("=")[0] == "--via-skopeo" for word in words):
         names = names.replace("IMAGE ", "", 1)
     specs = {match[0]: (spec[len(match[1]):], OPTIONS[spec]) for spec in OPTIONS
-             for match in [re.match(r"(/?(?:[a-z][a-z-]* )*)\S+", spec)] if match}
+             for match in [re.match(r"((?:[a-z][a-z-]* )*)\S+", spec)] if match}
     for name in names.split():
         word = name.rstrip("+*?")
-        spec = next(specs[key] for key in (f"{command} {word}", f"{'/' * (not group)}{verb} {word}",
-                                           f"{verb} {word}", word) if key in specs)
+        spec = next(specs[key] for key in (f"{command} {word}", f"{verb} {word}", word)
+                    if key in specs)
         more: Any = {"nargs": name[-1]} if word != name else {"dest": "ids"} if word == "-q" else {}
         add_argument(parser, *spec, **more)
     shown = [flag for spec in GLOBALS for flag in spec.split() if flag.startswith("--")]
@@ -17970,14 +17961,12 @@ def check_options(args: Any) -> None:
     for option in ("strip_components", "threshold"):
         if getattr(args, option, 0) < 0:
             raise _UsageError(f"--{option.replace('_', '-')} must be at least 0")
-    for option in ("only", "password_file", "tls_cert", "insecure") * (args.function is cmd_serve):
-        if getattr(args, option) and args.registry is None:
-            raise _UsageError(f"--{option.replace('_', '-')} needs --registry")
-        if bool(args.tls_cert) != bool(args.tls_key):
-            raise _UsageError("--tls-cert and --tls-key need each other")
-    for option in ("digest", "no_verify") * (args.function is cmd_extract):
-        if getattr(args, option, None) and args.socket is None:
-            raise _UsageError(f"--{option.replace('_', '-')} needs --socket")
+    needed, *options = NEEDS.get(args.function, [""])
+    for option in options:
+        if given(option) and not given(needed):
+            raise _UsageError(f"{option} needs {needed}")
+    if given("--tls-cert") != given("--tls-key"):
+        raise _UsageError("--tls-cert and --tls-key need each other")
     if not 0 < args.timeout <= 1e6:
         raise _UsageError("--timeout must be a number of seconds above 0")
     if getattr(args, "digest", None):
@@ -18012,9 +18001,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (AttributeError, OSError, ValueError) as again:
             if again.args[:1] == error.args[:1]:
                 name_error(error, "stdout")
-        verbose = (word for word in words if word == "--verbose" or not word[1:].strip("v"))
-        status = report_error(error, sum(
-            word.count("v") for word in verbose if word.startswith("-")) > 1)
+        verbose = [word for word in words if word == "--verbose" or (
+            word[:1] == "-" and not word[1:].strip("v"))]
+        status = report_error(error, "".join(verbose).count("v") > 1)
     except (KeyboardInterrupt, _Stopped) as error:
         status = 128 + int(error.args[0]) if error.args else 130
         if getattr(error, "hint", ""):  # says what is left behind
