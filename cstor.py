@@ -13404,9 +13404,9 @@ class LayerCheck:
     """Finds all damages of one layer's files and tar-split data; run() yields them.
 
     One reading compares types, sizes, headers and the digest of the tar, and sums of CRC-64s for
-    many small files at once; where those are wrong, a second one looks at each file by itself.
-    ``quick`` reads no content.  Two processes can share the work: ``part`` 0 computes the digest,
-    1 most of the sums.
+    many small files at once; where something is wrong, a second one looks at each file by itself.
+    ``quick`` reads no content, and at first parses no headers of the usual form.  Two processes can
+    share the work: ``part`` 0 computes the digest, 1 most of the sums.
     """
 
     def __init__(self, layer: Layer, quick: bool = False, progress: Progress | None = None,
@@ -13429,8 +13429,6 @@ class LayerCheck:
             yield Finding("not-verified", self.label, message="its record is lost, and no image "
                           "that was found is of it: nothing tells its DiffID")
         self._sums = {} if summing else None
-        if self.quick and self._is_sound():
-            return
         try:
             for finding in self._read(self.layer):
                 found.append(finding)
@@ -13441,7 +13439,7 @@ class LayerCheck:
                 raise IntegrityError("")  # a header, say
         except (FormatError, IntegrityError, Unsupported) as error:
             size = error if isinstance(error, IntegrityError) else None  # the tar's is wrong
-            if summing and not self.quick and not (size and size.expected):
+            if summing and not (size and size.expected):
                 yield from self.run(summing=False)  # a sum is wrong, or was not compared yet
                 return
             if not size:
@@ -13452,23 +13450,6 @@ class LayerCheck:
                 return
         yield from self._judge(found, size)
 
-    def _is_sound(self) -> bool:
-        """Tell, with little work for each file, that a quick look would find nothing."""
-        reader = LayerReader(self.layer)
-        reader.ahead = self.ahead
-        try:
-            with closing(reader.headers(PlainHeaders())) as items, \
-                    LayerFiles(self.layer) as files:
-                for _, member, rows in items if files.is_plain else ():
-                    if member and (self._header(member) or (
-                            self._content(files, member, None) if member.stored
-                            else self._look(files, member))) or isinstance(rows, list) \
-                            and not all(self._fits(files, *row) for row in rows):
-                        return False
-                return files.is_plain
-        except (FormatError, IntegrityError, OSError, Unsupported):
-            return False
-
     @staticmethod
     def _fits(files: LayerFiles, name: bytes, kind: str, size: int, *more: Any) -> bool:
         """Compare type and size of a file with its header; a whiteout can be anything."""
@@ -13478,22 +13459,34 @@ class LayerCheck:
         if not status or stat.S_IFMT(status.st_mode) != FILE_TYPES[kind]:
             return False
         if kind == "reg" and size > status.st_blocks * 512:  # sparse, or a stub
-            os.close(files.open_fast(name, size))
+            try:
+                os.close(files.open_fast(name, size))
+            except (CstorError, OSError):
+                return False
         return kind == "dir" or status.st_size == (size or len(more[-1]))
 
     def _sink(self) -> TarSink:
         return TarSink(None, hashing=True, layer=self.layer.id, progress=self._progress)
 
     def _read(self, place: Layer) -> Iterator[Finding]:
-        """Yield the findings of each member by itself, with the files of ``place``."""
+        """Yield the findings of each member by itself, with the files of ``place``.
+
+        Raises IntegrityError for what has to be looked at once more.
+        """
         lost: tuple[bytes, ...] = ()
         offset = self._contents = 0
         sink = None if self.quick or self._part > 0 else self._sink()
-        with closing(LayerReader(self.layer).headers()) as items, LayerFiles(place) as files, \
+        reader, is_first = LayerReader(self.layer), self.quick and self._sums is not None
+        reader.ahead = self.ahead and is_first
+        with LayerFiles(place) as files, closing(reader.headers(
+                PlainHeaders() if is_first and files.is_plain else None)) as items, \
                 OnError(lambda: sink.abort() if sink else None):
-            for literal, member, _ in items if self.quick else place.storage.opener.ahead(
+            for literal, member, rows in items if self.quick else place.storage.opener.ahead(
                     items, lambda item: files.where(item[1].name)
                     if item[1] and item[1].stored else None):
+                if isinstance(rows, list) and not (
+                        all(self._fits(files, *row) for row in rows) and files.is_plain):
+                    raise IntegrityError("")
                 offset += len(literal)
                 if sink:
                     sink.literal(literal)
@@ -13501,6 +13494,8 @@ class LayerCheck:
                     continue
                 found = self._header(member) or (self._content(files, member, sink) if member.stored
                                                  else self._look(files, member))
+                if found and is_first:
+                    raise IntegrityError("")
                 if found:
                     found.path = spell(member.name)
                     found.offset = offset - len(member.header) * (found.code == "header-damaged")

@@ -14497,9 +14497,14 @@ class Verifying(StoreTest):
             ("d/.wh..wh..opq", b""), ("sparse", bytes(1 << 20)), ("n" * 200, b"long")))
         os.truncate(store.files(layer) + "/sparse", 0)
         os.truncate(store.files(layer) + "/sparse", 1 << 20)
-        one_by_one = mock.Mock(side_effect=AssertionError)
+        real = cstor.LayerCheck.run
+
+        def run(check: cstor.LayerCheck, *, summing: bool = True) -> Iterator[cstor.Finding]:
+            self.assertTrue(summing)  # nothing is looked at once more
+            return real(check, summing=summing)
+
         with self.open(store) as storage:
-            with mock.patch.object(cstor.LayerCheck, "_read", one_by_one):
+            with mock.patch.object(cstor.LayerCheck, "run", run):
                 self.assertEqual([], cstor.verify_layers([storage.layer(layer)], quick=True))
                 self.assertEqual([], self.look_ahead(storage.layer(layer)))
         for name, make in (("d/f", lambda path: put(path, b"x" * 8999)),
