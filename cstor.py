@@ -13717,8 +13717,7 @@ class StoreCheck:
     def run(self) -> list[Finding]:
         """Return all findings."""
         storage = self.storage
-        layers, images, containers = (self._records(new, get) for new, get in (
-            (Layer, storage.layers), (Image, storage.images), (Container, storage.containers)))
+        layers, images, containers = map(self._records, (Layer, Image, Container))
         if "layer" in self.known:
             self._references([*layers, *images, *containers])
             self._layers(() if storage.linked else layers)
@@ -13743,11 +13742,11 @@ class StoreCheck:
 
     # -- records -------------------------------------------------------------------------------
 
-    def _records(self, new: type[Record], get: Callable[[], Any]) -> Any:
+    def _records(self, new: type[Record]) -> Any:
         """Look at the files of one kind of records, and return the records."""
         word, home, storage = new.WORD, self.storage.home(new.WORD), self.storage
         try:
-            records = get()
+            records = getattr(storage, word + "s")()
         except FormatError as error:
             self.add("json-damaged", f"{word}s", error.file, message=str(error))
             return ()
@@ -13756,20 +13755,20 @@ class StoreCheck:
         for root in filter(None, [*storage.roots, storage._run]):
             seen: set[str] = set()
             for name in (f"{word}s.json", f"volatile-{word}s.json"):
-                data = _read_json(root, home + b"/" + name.encode())
-                is_blank &= not data.strip() or name[0] == "v"
-                for item in map(as_dict, as_list(parse_json(data.strip() or b"[]", name))):
+                file = home + b"/" + name.encode()
+                data, path = _read_json(root, file).strip(), root.host_path(file)
+                is_blank &= not data or name[0] == "v"
+                for item in map(as_dict, as_list(parse_json(data or b"[]", name))):
                     if not isinstance(item.get("id"), str):  # said of the record itself
                         continue
-                    keys = [str(item.get("id")), *map(str, as_list(item.get("names")))]
+                    keys = [item["id"], *map(str, as_list(item.get("names")))]
                     is_new = keys[0] not in seen
                     if is_new and places.setdefault(keys[0], root.path) != root.path:
-                        self.add("id-shared", f"{word} {keys[0]}", root.host_path(
-                            home + b"/" + name.encode()), actual=places[keys[0]])
+                        self.add("id-shared", f"{word} {keys[0]}", path, actual=places[keys[0]])
                     for key in keys if is_new else keys[:1]:
                         if key in seen:
                             self.add("name-twice" if is_new else "id-twice", f"{word} {keys[0]}",
-                                     root.host_path(home + b"/" + name.encode()), actual=key)
+                                     path, actual=key)
                         seen.add(key)
         there = storage.strays(word * (new is not Layer), records) if is_blank else ()
         if there:
@@ -13786,17 +13785,17 @@ class StoreCheck:
 
     def _references(self, records: Sequence[Any]) -> None:
         """Look for layers that records name and that have none."""
-        missing: dict[str, list[Any]] = {}
+        missing: dict[str, Record] = {}  # the first record that names each
         for record in records:
             layer_id = record.parent if isinstance(record, Layer) else record.layer
             if layer_id and not self.storage.layer_by_id(layer_id):
-                missing.setdefault(layer_id, []).append(record)
-        for layer_id, needing in missing.items():
+                missing.setdefault(layer_id, record)
+        for layer_id, record in missing.items():
             self.explained.update(self.users[f"layer {layer_id}"])
             if not self._is_lost("layer", layer_id):
-                self.add("layer-unknown", needing[0].label, actual=layer_id)
+                self.add("layer-unknown", record.label, actual=layer_id)
                 self.found[-1].affects = [each.label for each in self.users[f"layer {layer_id}"]
-                                          if each is not needing[0]]
+                                          if each is not record]
 
     def _is_lost(self, word: str, record_id: str) -> bool:
         """Tell whether there are files of an object that is needed and has no record."""
@@ -15149,8 +15148,11 @@ def listen_at(address: str) -> Any:
 # progress.  A result gets its name when it is whole.
 # ================================================================================================
 
-def print_json(value: Any, head: str = "[", tail: str = "]", indent: int | None = 2) -> None:
-    """Print JSON in ASCII: an object, a list, or an iterator's values as they come."""
+def print_json(value: Any, head: str = "[", indent: int | None = 2) -> None:
+    """Print JSON in ASCII: an object, a list, or an iterator's values as they come.
+
+    ``head`` begins what holds these values: a list, or an object that ends with it.
+    """
     # Without indent, a newline behind each comma; only between an iterator's objects one remains.
     encode = json.JSONEncoder(indent=indent, separators=None if indent else (",\n", ":")).encode
     if isinstance(value, (dict, list)):
@@ -15164,7 +15166,7 @@ def print_json(value: Any, head: str = "[", tail: str = "]", indent: int | None 
         text = "  " + text.replace("\n", "\n  ") if indent else text[1:-1].replace(',\n"', ',"')
         sys.stdout.write(between + text)
         between = ",\n"
-    sys.stdout.write(f"\n{tail}\n")
+    sys.stdout.write("\n]}\n" if head[0] == "{" else "\n]\n")
 
 
 def table_lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -15177,14 +15179,14 @@ def table_lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterat
 
 
 def show(args: Any, value: Any, text: Iterable[Any], headers: Sequence[str] = (),
-         ids: Iterable[str] = (), head: Callable[[], str] = lambda: "[", tail: str = "]") -> None:
+         ids: Iterable[str] = (), head: Callable[[], str] = lambda: "[") -> None:
     """Print ``value`` as JSON or ``text`` for people, as --format says; both may be lazy.
 
     With ``headers`` the text is the rows of a table; -q prints ``ids`` instead.  Without, it is
     lines, and values of an iterator are printed as they come.
     """
     if args.format == "json":
-        print_json(list(value) if headers and not isinstance(value, dict) else value, head(), tail)
+        print_json(list(value) if headers and not isinstance(value, dict) else value, head())
         return
     if getattr(args, "ids", False):
         text = (display(short_id(name, args)) for name in dict.fromkeys(ids) if name)
@@ -15333,18 +15335,14 @@ def difference_lines(first: dict[str, Any], rows: Iterable[dict[str, Any]]) -> I
     inside = f' at {first["contentOffset"]}' if "contentOffset" in first else ""
     yield (f'first difference at offset {first["offset"]}: {place}{display(first["field"])}'
            f'{inside}{" of " + first["ended"].upper() if "ended" in first else ""}')
-    yield from map(difference_line, rows)
-
-
-def difference_line(row: dict[str, Any]) -> str:
-    """Return the line for a difference of two tars."""
-    name = f' {display(unspell(row["entry"]))}' if row["entry"] is not None else ""
-    field = f' {display(row["field"])}' if "field" in row else ""
-    values = ["-" if value is None else f'{value["size"]} bytes, sha256:{value["sha256"]}'
-              if isinstance(value, dict) else display(unspell(value))
-              if isinstance(value, str) else str(value) for value in (row["a"], row["b"])]
-    word = "cannot be read further" if row["change"] == "unreadable" else row["change"]
-    return f"{word}{name}{field}: {values[0]} -> {values[1]}"
+    for row in rows:
+        name = f' {display(unspell(row["entry"]))}' if row["entry"] is not None else ""
+        field = f' {display(row["field"])}' if "field" in row else ""
+        values = ["-" if value is None else f'{value["size"]} bytes, sha256:{value["sha256"]}'
+                  if isinstance(value, dict) else display(unspell(value))
+                  if isinstance(value, str) else str(value) for value in (row["a"], row["b"])]
+        word = "cannot be read further" if row["change"] == "unreadable" else row["change"]
+        yield f"{word}{name}{field}: {values[0]} -> {values[1]}"
 
 
 def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
@@ -15374,15 +15372,15 @@ class ProgressLine:
         self.total = total
         self.active = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self.start = self.shown = time.monotonic()
-        self._files, self._done, self._before = 0, (0, 0), (0, 0)  # before this part
+        self._done = self._before = (0, 0)  # bytes and files in all, and before this part
 
     def __call__(self, size: int, files: int) -> None:
         if not size and not files:
             self._before = self._done
-        size, self._files = self._done = self._before[0] + size, self._before[1] + files
+        self._done = self._before[0] + size, self._before[1] + files
         if self.active and time.monotonic() - self.shown >= self.INTERVAL:
             self.shown = time.monotonic()
-            self._draw(size)
+            self._draw(self._done[0])
 
     def expect(self, nodes: Iterable[Node], verified: Sequence[LayerTree] = ()) -> None:
         """Compute the total, if it is shown: the sizes of files, each once, and of layers' tars."""
@@ -15403,7 +15401,7 @@ class ProgressLine:
         if self.total > 0:
             left = int(max(self.total - size, 0) / rate) if rate else 0
             text += f" of {human_size(self.total)} ({percent}), {left // 60}:{left % 60:02d} left"
-        texts = [f"{text}, {counted(self._files, 'file')}, {human_size(int(rate))}/s", text,
+        texts = [f"{text}, {counted(self._done[1], 'file')}, {human_size(int(rate))}/s", text,
                  percent if self.total > 0 else text]
         room = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
         text = next((text for text in texts if len(text) <= room), texts[-1][:room])
@@ -15765,9 +15763,7 @@ def export_tree(tree: Tree, args: Any, path: bytes = b"", name: bytes = b"") -> 
     with tree, writing(args, 0) as (fd, progress):
         part = tree.part([path.split(b"/")]) if path else tree
         progress.expect((node for _, node, _ in part.walk(path)), tree.layers * verify)
-        if verify:
-            tree.verify(progress)
-        part.export(fd, path=path, name=name, progress=progress)
+        part.export(fd, path=path, name=name, verify=verify, progress=progress)
 
 
 def copy_directory(tree: Tree, path: bytes, dest: str, args: Any) -> None:
@@ -17000,7 +16996,7 @@ def cmd_toc(storage: Storage, args: Any) -> None:
             if args.verify:
                 tree.verify(progress)
             entries = layer_toc(layer, **options) if layer else tree_toc(tree, **options)
-            print_json(entries, '{"version":1,"entries":[', "]}", 2 if args.pretty else None)
+            print_json(entries, '{"version":1,"entries":[', 2 if args.pretty else None)
 
 
 def cmd_files(storage: Storage, args: Any) -> None:
@@ -17209,7 +17205,7 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
         found = first and {key: value for key, value in first.items() if key != "change"}
         head = {"identical": not first, "first": found}
         show(args, rows, difference_lines(first, rows) if first else (),
-             head=lambda: json.dumps(head)[:-1] + ', "differences": [', tail="]}")
+             head=lambda: json.dumps(head)[:-1] + ', "differences": [')
     return EXIT_NO if first else 0
 
 
