@@ -8346,7 +8346,7 @@ class Outputs(StoreTest):
                    for number in range(70) for text in texts]
         for count in (0, 1, 99, 100, 101, 350):
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                cstor.print_json(iter(entries[:count]), "[", "]", None)
+                cstor.print_json(iter(entries[:count]), "[", None)
             lines = [json.dumps(entry, separators=(",", ":")) for entry in entries[:count]]
             self.assertEqual("[" + ",".join("\n" + line for line in lines) + "\n]\n",
                              out.getvalue())
