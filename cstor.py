@@ -468,10 +468,9 @@ def parse_json(data: bytes, file: str) -> Any:
     """Parse one JSON document; FormatError with the file's name and the offset otherwise."""
     try:
         return json.loads(data.decode("utf-8", "replace"))
-    except json.JSONDecodeError as error:
-        raise FormatError(f"malformed JSON: {error.msg}", file=file, offset=error.pos) from None
-    except (RecursionError, ValueError) as error:  # ValueError: an integer of 4,301 digits
-        raise FormatError(f"malformed JSON: {error}", file=file) from None
+    except (RecursionError, ValueError) as error:  # also for an integer of 4,301 digits
+        raise FormatError(f"malformed JSON: {getattr(error, 'msg', error)}", file=file,
+                          offset=getattr(error, "pos", None)) from None
 
 
 def parse_object(data: bytes, file: str) -> dict[str, Any]:
@@ -1011,9 +1010,10 @@ def with_path(error: OSError, path: str) -> OSError:
         return NeedsUnshare(f"{display(path)}: {os.strerror(errno.EACCES)}",
                             hint="run it as root or as the owner of the store, or for a rootless "
                                  "store inside `podman unshare`")
-    text = {errno.EBADF: "the storage is closed, or the tree"}.get(error.errno or 0)
+    text = "the storage is closed, or the tree" if error.errno == errno.EBADF \
+        else os.strerror(error.errno or 0)
     kind = NotADirectoryError if isinstance(error, NotADirectoryError) else OSError
-    return kind(error.errno, text or os.strerror(error.errno or 0), path)
+    return kind(error.errno, text, path)
 
 
 def file_type(mode: int) -> str:
@@ -1857,9 +1857,7 @@ class Decompressed(Closing):
             return lzma.LZMAFile(file)
         if magic.startswith(b"\x28\xb5\x2f\xfd"):
             try:
-                import importlib
-
-                zstd = importlib.import_module("compression.zstd")  # Python 3.14
+                zstd = __import__("compression.zstd", fromlist=["ZstdFile"])  # Python 3.14
             except ImportError:
                 program = ZstdProgram("-dc", path=self.path)
                 return io.BufferedReader(ChunkFile(program.run(chunks), program.close), CHUNK)
@@ -2084,10 +2082,8 @@ class ZstdWriter(Closing):
         self._write = write
         self._program: ZstdProgram | None = None
         try:
-            import importlib
-
-            self._compressor: Any = importlib.import_module("compression.zstd").ZstdCompressor(
-                level)
+            zstd = __import__("compression.zstd", fromlist=["ZstdCompressor"])
+            self._compressor: Any = zstd.ZstdCompressor(level)
         except ImportError:
             self._program = ZstdProgram("-c", f"-{level}", "-T0")
 
@@ -2439,17 +2435,16 @@ class _ConfigSearch:
         config.imagestore = values.get("storage.imagestore") or ""
         config.stores = self._stores(values, "additionalimagestore", "imagestore")
         config.layer_stores = self._stores(values, "additionallayerstore")
-        config.graphroot = (self.environ.get("CONTAINERS_GRAPHROOT")
-                            or self._path(values, "graphroot"))
-        config.runroot = self.environ.get("CONTAINERS_RUNROOT") or self._path(values, "runroot")
+        data, run = self.system("var/lib"), self.system("run/containers/storage")
         if self.rootless:
             data = self.environ.get("XDG_DATA_HOME") or os.path.join(self.home, ".local/share")
-            config.graphroot = (config.graphroot or self._path(values, "rootless_storage_path")
-                                or os.path.join(data, "containers/storage"))
-            config.runroot = config.runroot or self._rootless_runroot()
-        else:
-            config.graphroot = config.graphroot or self.system("var/lib/containers/storage")
-            config.runroot = config.runroot or self.system("run/containers/storage")
+            run = self._rootless_runroot()
+        config.graphroot = (
+            self.environ.get("CONTAINERS_GRAPHROOT") or self._path(values, "graphroot")
+            or self.rootless and self._path(values, "rootless_storage_path")
+            or os.path.join(data, "containers/storage"))
+        config.runroot = (self.environ.get("CONTAINERS_RUNROOT") or self._path(values, "runroot")
+                          or run)
         config.named_in = next((self._sources[key] for key in (
             "storage.graphroot", "storage.rootless_storage_path")[:1 + self.rootless]
             if values.get(key)), "")

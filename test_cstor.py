@@ -891,11 +891,10 @@ class House(unittest.TestCase):
         allowed = {"__future__", "_signal", "_thread", "_weakref", "argparse", "binascii",
                    "builtins", "bz2", "collections", "contextlib", "ctypes", "difflib",
                    "email.errors", "errno", "fcntl", "functools", "gc", "gzip", "hashlib",
-                   "heapq", "hmac", "http.client", "http.server", "importlib", "io", "itertools",
-                   "json", "lzma", "marshal", "mmap", "os", "pwd", "queue", "re", "select",
-                   "shutil", "signal", "socket", "sqlite3", "ssl", "stat", "struct", "subprocess",
-                   "sys", "tempfile", "threading", "time", "traceback", "typing", "urllib.parse",
-                   "zlib"}
+                   "heapq", "hmac", "http.client", "http.server", "io", "itertools", "json", "lzma",
+                   "marshal", "mmap", "os", "pwd", "queue", "re", "select", "shutil", "signal",
+                   "socket", "sqlite3", "ssl", "stat", "struct", "subprocess", "sys", "tempfile",
+                   "threading", "time", "traceback", "typing", "urllib.parse", "zlib"}
         found = set()
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -17227,7 +17226,7 @@ class CommandLine(StoreTest):
                 shutil.rmtree(out, ignore_errors=True)
             print(codes, file=said)
             """)
-        for module in sorted(wanted - set(loaded) - {"importlib"} | {"_bz2", "_lzma", "_hashlib"}):
+        for module in sorted(wanted - set(loaded) | {"_bz2", "_lzma", "_hashlib"}):
             sent = {name: ["--root", small.root, *words] for name, words in commands.items()}
             done = subprocess.run(
                 [sys.executable, "-c", code, json.dumps([module, sent, out])], cwd=HERE, env=IDLE,
