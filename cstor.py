@@ -8663,6 +8663,7 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
             continue
         path, below = place[cut:], place + b"/" if place else b""
         if omits(place):
+    check_type("path", top, bytes)
             outside = (below,)
             continue
         while above and not path.startswith(above[-1][0] + b"/"):
