@@ -3570,7 +3570,13 @@ class Image(Record):
         ``form`` is rootfs, docker-archive or oci-archive; an archive gives it ``names``, and always
         verifies its layers.  write_docker_archive() and write_oci_archive() take several images.
         """
-        export_image(self.single(platform), out, form, names, verify, progress)
+        check_words("form", [form], ("rootfs", *ARCHIVES))
+        image = self.single(platform)
+        if form == "rootfs":
+            with image.tree() as tree:
+                tree.export(out, verify=verify, progress=progress)
+        else:
+            ARCHIVES[form](out, [(image, check_words("names", names))], progress)
 
     def blame(self, patterns: Sequence[str] = (), *, hidden: bool = False, platform: str = ""
               ) -> Iterator[dict[str, Any]]:
@@ -10044,16 +10050,7 @@ def write_oci_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequenc
     archive.finish()
 
 
-def export_image(image: Image, out: int | BinaryIO, form: str, names: Sequence[str], verify: bool,
-                 progress: Progress | None) -> None:
-    """Write an image in one of its forms; see Image.export()."""
-    check_words("form", [form], ("rootfs", "docker-archive", "oci-archive"))
-    if form == "rootfs":
-        with image.tree() as tree:
-            tree.export(out, verify=verify, progress=progress)
-    else:
-        write = write_docker_archive if form == "docker-archive" else write_oci_archive
-        write(out, [(image, check_words("names", names))], progress)
+ARCHIVES = {"docker-archive": write_docker_archive, "oci-archive": write_oci_archive}
 
 
 def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = None
@@ -17160,7 +17157,7 @@ def write_archive(args: Any, kind: str, named: Sequence[tuple[Image, Sequence[st
                  for layer in image.layers()}.values())
     write: Any = write_docker_archive if kind == "docker-archive" else write_oci_archive
     with writing(args, total) as (fd, progress):
-        write(fd, named, progress)  # verifies each layer as it writes it
+        ARCHIVES[kind](fd, named, progress)  # verifies each layer as it writes it
 
 
 def cmd_container_export(storage: Storage, args: Any) -> None:
