@@ -9007,7 +9007,6 @@ class Extraction:
         Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; files made before
         the error stay.
         """
-        first, items = peek(items)
         batches = list(self._batches(items))
         # Only one process can track which of the store's files were hard-linked.
         workers = 1 if self._hardlinks else self._workers or default_workers()
@@ -9027,7 +9026,7 @@ class Extraction:
         self.counts["made", "dir"] += self._directories
         self._make_links()
         self._finish_directories()
-        self.output.finish(first is not None and not first[0])
+        self.output.finish()
         return self.summary()
 
     def _batches(self, items: Iterable[tuple[bytes, Node]]) -> Iterator[list[Any]]:
@@ -9459,12 +9458,13 @@ class OutputDirectory(Transaction):
                 os.rmdir(self._mark, dir_fd=self.target.fd)
                 self._mark = b""
 
-    def finish(self, with_root: bool) -> None:
-        """Give the directory its final mode and name; ``with_root``: its metadata are set."""
-        self.unmark()
-        if self._mode and not with_root:
-            os.chmod(".", self._mode, dir_fd=self.target.fd)
-            os.utime(".", ns=(source_date_epoch(),) * 2, dir_fd=self.target.fd)
+    def finish(self) -> None:
+        """Give the directory its final name, and mode and time, unless those of a root are set."""
+        if self._mark:  # else it was unmarked to set them
+            self.unmark()
+            if self._mode:
+                os.chmod(".", self._mode, dir_fd=self.target.fd)
+                os.utime(".", ns=(source_date_epoch(),) * 2, dir_fd=self.target.fd)
         if not is_at(self.target, self._place):
             raise OSError(errno.ESTALE, "moved or removed during extraction", self.path)
         with ErrorsAs(lambda error: OSError(error.errno, error.strerror, self.path)):
