@@ -8663,13 +8663,13 @@ def select_nodes(tree: Tree, paths: Sequence[str] = (), exclude: Sequence[str] =
     inside: tuple[bytes, ...] = ()  # prefix of all in the last directory that was selected
     outside: tuple[bytes, ...] = ()  # ... excluded
     above: list[tuple[bytes, Node]] = []  # parents of which no file was selected yet
+    check_type("path", top, bytes)
     cut = len(clean_name(top) + b"/") if clean_name(top) else 0
     for place, node, _ in tree.walk(top):
         if place.startswith(outside):
             continue
         path, below = place[cut:], place + b"/" if place else b""
         if omits(place):
-    check_type("path", top, bytes)
             outside = (below,)
             continue
         while above and not path.startswith(above[-1][0] + b"/"):
@@ -10155,47 +10155,46 @@ class FetchedImage(Closing):
     def _fetch(self, platform: str) -> None:
         import subprocess
 
-        words = [word for pair in zip(("--override-os", "--override-arch", "--override-variant"),
-                                      filter(None, platform.split("/"))) for word in pair]
+        options = ("--override-os", "--override-arch", "--override-variant")
+        command = ["skopeo", *chain(*zip(options, filter(None, platform.split("/")))), "copy",
+                   "--quiet", "--dest-oci-accept-uncompressed-layers", "--", self.reference,
+                   f"oci:{self._scratch}/oci"]
         process: Any = None
-        try:
-            with open(os.path.join(self._scratch, "log"), "wb") as log:
+        with open(os.path.join(self._scratch, "log"), "w+b") as log:
+            try:
                 process = subprocess.Popen(
-                    ["skopeo", *words, "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
-                     "--", self.reference, f"oci:{self._scratch}/oci"], stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL, stderr=log,
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                     env={**os.environ, "TMPDIR": self._scratch})
-            self._await(process)
-        except OSError as error:
-            if process:
-                raise
-            raise Unsupported(f"skopeo cannot be run: {error.strerror}",
-                              hint="install skopeo") from None
-        finally:
-            with SignalsHeld():
+                self._await(process)
+            except OSError as error:
                 if process:
-                    end_process(process)
-        if process.returncode:
-            with open(os.path.join(self._scratch, "log"), "rb") as said:
-                self._refuse(process.returncode, said.read(MAX_SPECIAL).decode("utf-8", "replace"))
+                    raise
+                raise Unsupported(f"skopeo cannot be run: {error.strerror}",
+                                  hint="install skopeo") from None
+            finally:
+                with SignalsHeld():
+                    if process:
+                        end_process(process)
+            if process.returncode:
+                said = os.pread(log.fileno(), MAX_SPECIAL, 0).decode("utf-8", "replace")
+                self._refuse(process.returncode, said)
 
     def _await(self, process: Any) -> None:
         """Wait until skopeo ends; raise ProtocolError if it writes nothing for a long time."""
-        end = time.monotonic() + self._timeout
+        deadline = Deadline(self._timeout)
         while process.poll() is None:
             size, files = measure_files(self._scratch)
             if size != self.size:
-                self.size, end = size, time.monotonic() + self._timeout
+                self.size, deadline = size, Deadline(self._timeout)
                 if self._progress:
                     self._progress(size, files)
-            if time.monotonic() > end:
+            if not deadline.pause():
                 raise ProtocolError("skopeo has written nothing for "
                                     + counted(f"{self._timeout:g}", "second"))
-            time.sleep(0.05)
 
     def _refuse(self, status: int, log: str) -> NoReturn:
         """Raise the error for skopeo's exit status, with the last line of its log."""
-        last = next((line for line in reversed(log.split("\n")) if line.strip()), "")
+        last = log.strip().rpartition("\n")[2]
         quoted = re.search(r'msg="((?:[^"\\]|\\.)*)"', last)
         last = quoted[1].replace(r"\"", '"') if quoted else last
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -10249,10 +10248,7 @@ class FetchedImage(Closing):
 
     def _small(self, entry: Any, what: str) -> bytes:
         self._check(entry, what)
-        if entry["size"] > MAX_BIG_DATA:
-            raise FormatError(f"larger than {MAX_BIG_DATA} bytes", file=f"{self.reference}: {what}")
-        with open(self._open(entry), "rb") as file:
-            return file.read()
+        return read_whole(self._open(entry), MAX_BIG_DATA, f"{self.reference}: {what}")
 
     def _open(self, entry: dict[str, Any]) -> int:
         """Open a blob, whose digest is right."""
@@ -17155,7 +17151,6 @@ def write_archive(args: Any, kind: str, named: Sequence[tuple[Image, Sequence[st
     """Write images with the names that they get to stdout or a file."""
     total = sum({layer.diff_digest: max(layer.diff_size, 0) for image, _ in named
                  for layer in image.layers()}.values())
-    write: Any = write_docker_archive if kind == "docker-archive" else write_oci_archive
     with writing(args, total) as (fd, progress):
         ARCHIVES[kind](fd, named, progress)  # verifies each layer as it writes it
 
