@@ -15215,15 +15215,14 @@ def human_age(moment: int | None) -> str:
         return ""
     seconds = max(0, (time.time_ns() - moment) // 10**9)
     minutes, hours = seconds // 60, (seconds + 1800) // 3600
-    for unit, count, fits in (
-            ("second", seconds, seconds < 60), ("minute", minutes, minutes < 60),
-            ("hour", hours, hours < 48), ("day", hours // 24, hours < 24 * 14),
-            ("week", hours // 168, hours < 24 * 60), ("month", hours // 720, hours < 24 * 730)):
-        if fits:
-            words = {("second", 0): "Less than a second", ("minute", 1): "About a minute",
-                     ("hour", 1): "About an hour"}.get((unit, count), counted(count, unit))
-            return f"{words} ago"
-    return f"{counted(hours // 8760, 'year')} ago"
+    unit, count = next((unit, count) for unit, count, fits in (
+        ("second", seconds, seconds < 60), ("minute", minutes, minutes < 60),
+        ("hour", hours, hours < 48), ("day", hours // 24, hours < 24 * 14),
+        ("week", hours // 168, hours < 24 * 60), ("month", hours // 720, hours < 24 * 730),
+        ("year", hours // 8760, True)) if fits)
+    words = {("second", 0): "Less than a second", ("minute", 1): "About a minute",
+             ("hour", 1): "About an hour"}.get((unit, count), counted(count, unit))
+    return f"{words} ago"
 
 
 def age_of(text: Any) -> str:
@@ -15615,22 +15614,18 @@ def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform
     if re.fullmatch(PATH_SIDE, text, re.DOTALL):
         return None
     kind, _, rest = text.partition(":")
-    unknown: NotFound | None = None
     finders: Any = FINDERS
     for word, find in finders.items():
+        options: Any = {"platform": platform} if word == "image" else {}
         for reference in [text] + [rest] * (word == kind and bool(rest)):
             try:
-                options: Any = {"platform": platform} if word == "image" else {}
                 found = find(storage, reference, **options)
-            except (ImageUnknown, ContainerUnknown, LayerUnknown) as error:
-                unknown = unknown or error
+            except tuple(UNKNOWN.values()):
                 continue
             tree: Tree = found.tree() if word == "layer" else found.tree(known, **options)
             return tree
-    assert unknown
-    unknown.hint = guess(storage, "image", text) \
-        or "no container or layer has this name either; a path begins with / or ./"
-    raise unknown
+    raise ImageUnknown(f"image not known: {display(text)}", hint=guess(storage, "image", text)
+                       or "no container or layer has this name either; a path begins with / or ./")
 
 
 def open_path(text: str, raw: bool) -> Tree:
@@ -15933,7 +15928,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class Template:
-    """A Go template: text with actions in ``{{ }}``, which are compiled to functions of a scope.
+    """A Go template: text with actions in ``{{ }}``, whose pipelines become functions of a scope.
 
     A scope is a dict of "." and the variables.
     """
@@ -15964,12 +15959,28 @@ class Template:
         except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             raise _UsageError(f"the template does not fit: {display(str(error))}") from None
 
-    @staticmethod
-    def _text(nodes: Sequence[Any], scope: dict[str, Any]) -> str:
-        return "".join(node if isinstance(node, str) else node(scope) for node in nodes)
+    def _text(self, nodes: Sequence[Any], scope: dict[str, Any]) -> str:
+        return "".join(node if isinstance(node, str) else self._run(scope, *node)
+                       for node in nodes)
+
+    def _run(self, scope: dict[str, Any], word: str, names: Sequence[str],
+             value: Callable[[dict[str, Any]], Any], body: Sequence[Any], other: Sequence[Any]
+             ) -> str:
+        """Return the text of an action that _action() has read."""
+        found = value(scope)
+        if word == "range" and found:
+            pairs = sorted(found.items()) if isinstance(found, dict) else enumerate(found)
+            return "".join(self._text(body, {**scope, ".": item, **dict(
+                zip(names[::-1], (item, key)))}) for key, item in pairs)
+        if word:
+            dot = {".": found} if word == "with" and found else {}
+            return self._text(body if found else other, {
+                **scope, **dot, **dict.fromkeys(names, found)})
+        scope.update(dict.fromkeys(names, found))
+        return "" if names else go_text(found)
 
     def _block(self) -> tuple[list[Any], list[str]]:
-        """Compile up to ``{{end}}`` or ``{{else}}``, and return its words as well."""
+        """Read up to ``{{end}}`` or ``{{else}}``, and return its words as well."""
         nodes: list[Any] = []
         while self._items:
             item = self._items.pop(0)
@@ -15978,50 +15989,21 @@ class Template:
             elif item[:1] in (["end"], ["else"]):
                 return nodes, item
             elif item and not item[0].startswith("/*"):
-                nodes.append(self._branch(item) if item[0] in ("if", "range", "with")
-                             else self._value(item))
+                nodes.append(self._action(item))
         return nodes, []
 
-    def _value(self, tokens: list[str]) -> Callable[[dict[str, Any]], str]:
-        """Compile an action that prints a value, or sets variables."""
-        names, value = self._variables(tokens), self._pipeline(tokens)
-
-        def run(scope: dict[str, Any]) -> str:
-            found = value(scope)
-            scope.update(dict.fromkeys(names, found))
-            return "" if names else go_text(found)
-
-        return run
-
-    def _branch(self, tokens: list[str]) -> Callable[[dict[str, Any]], str]:
-        """Compile an ``if``, ``with`` or ``range`` with its blocks."""
-        word, other = tokens.pop(0), []
-        names, value = self._variables(tokens), self._pipeline(tokens)
-        body, end = self._block()
-        if end[:1] == ["else"]:
-            other, end = ([self._branch(end[1:])], ["end"]) if end[1:] else self._block()
-        if end != ["end"]:
-            raise _UsageError(f"malformed template: {{{{{word}}}}} has no {{{{end}}}}")
-
-        def run(scope: dict[str, Any]) -> str:
-            found = value(scope)
-            if not found or word != "range":
-                dot = {".": found} if word == "with" and found else {}
-                return self._text(body if found else other, {
-                    **scope, **dot, **dict.fromkeys(names, found)})
-            pairs = sorted(found.items()) if isinstance(found, dict) else enumerate(found)
-            return "".join(self._text(body, {**scope, ".": item, **dict(
-                zip(names[::-1], (item, key)))}) for key, item in pairs)
-
-        return run
-
-    @staticmethod
-    def _variables(tokens: list[str]) -> list[str]:
-        """Take the variables that an action sets from its tokens."""
+    def _action(self, tokens: list[str]) -> tuple[Any, ...]:
+        """Read an action: its word, if any, the variables it sets, its value, and two blocks."""
+        word = tokens.pop(0) if tokens[0] in ("if", "range", "with") else ""
         at = tokens.index(":=") + 1 if ":=" in tokens else 0
         names = [token for token in tokens[:at] if token[0] == "$"]
-        del tokens[:at]
-        return names
+        value, other = self._pipeline(tokens[at:]), []
+        body, end = self._block() if word else ([], ["end"])
+        if end[:1] == ["else"]:
+            other, end = ([self._action(end[1:])], ["end"]) if end[1:] else self._block()
+        if end != ["end"]:
+            raise _UsageError(f"malformed template: {{{{{word}}}}} has no {{{{end}}}}")
+        return word, names, value, body, other
 
     def _pipeline(self, tokens: list[str], end: str = "") -> Callable[[dict[str, Any]], Any]:
         """Compile commands, each of which gets the value of the one before it."""
@@ -16030,10 +16012,9 @@ class Template:
             token = tokens.pop(0)
             if token == "|":
                 stages.append([])
-            elif token == "(":
-                stages[-1].append(self._pipeline(tokens, ")"))
             else:
-                stages[-1].append(self._operand(token))
+                stages[-1].append(self._pipeline(tokens, ")") if token == "("
+                                  else self._operand(token))
         closing = tokens.pop(0) if tokens else ""
         if not all(stages) or closing[:1] != end:
             raise _UsageError("malformed template: a value or parenthesis is missing")
