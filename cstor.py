@@ -149,6 +149,7 @@ if TYPE_CHECKING:
     Command = tuple[Callable[[Any, Any], int | None], str]  # see COMMANDS
     PlainRow = tuple[bytes, str, int, bytes, tuple[int, Any], int, bytes]  # see PlainHeaders
     Manifest = tuple[str, bytes, str]  # digest, bytes and media type
+    ImageRow = tuple["Image", str, str]  # see image_rows()
     Progress = Callable[[int, int], None]  # bytes and files done so far; 0, 0 begins a part
     from http.server import BaseHTTPRequestHandler as HttpHandler  # see RegistryServer
 else:
@@ -16211,7 +16212,7 @@ def flag_filter(storage: Storage, key: str, value: str) -> Callable[[Image], boo
 
 # -- rows ----------------------------------------------------------------------------------------
 
-def image_rows(storage: Storage, args: Any) -> list[tuple[Image, str, str]]:
+def image_rows(storage: Storage, args: Any) -> list[ImageRow]:
     """Return the images that are asked for, with repository and tag: a row for each name."""
     fits, rows = compile_filters(storage, "image", args.filter), []
     every = args.all or any(text.startswith("intermediate") for text in args.filter)
@@ -16225,7 +16226,7 @@ def image_rows(storage: Storage, args: Any) -> list[tuple[Image, str, str]]:
     return sorted(rows, key=SORTS["images"][args.sort])
 
 
-def image_fields(storage: Storage, rows: Sequence[tuple[Image, str, str]]) -> Iterator[Fields]:
+def image_fields(storage: Storage, rows: Sequence[ImageRow]) -> Iterator[Fields]:
     """Yield what ``podman images --format json`` says of the image in each row."""
     kin = [(parent.id, child.id) for parent, child in related_images(storage)]
     parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
@@ -16245,8 +16246,7 @@ def image_fields(storage: Storage, rows: Sequence[tuple[Image, str, str]]) -> It
         }, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
 
 
-def image_texts(storage: Storage, rows: Sequence[tuple[Image, str, str]], args: Any
-                ) -> Iterator[Fields]:
+def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterator[Fields]:
     """Yield the fields that templates of ``podman images`` have."""
     for (image, repository, tag), fields in zip(rows, image_fields(storage, rows)):
         age, moment = human_age(image.created_ns), go_time(fields["Created"] * 10**9, time.gmtime)
@@ -16258,12 +16258,12 @@ def image_texts(storage: Storage, rows: Sequence[tuple[Image, str, str]], args: 
             raw=fields)
 
 
-def container_rows(storage: Storage, args: Any) -> list[Fields]:
-    """Return what ``podman ps --format json`` says of containers, as far as it is known."""
+def container_rows(storage: Storage, args: Any) -> list[tuple[Fields, Container]]:
+    """Return containers, each behind what ``podman ps --format json`` says of it."""
     fits = compile_filters(storage, "container", args.filter)
     known: dict[str, int] | None = {} if args.size else None
-    rows = [container_fields(each, known) for each in storage.containers() if fits(each)]
-    return sorted(rows, key=SORTS["containers"][args.sort])
+    rows = [(container_fields(each, known), each) for each in storage.containers() if fits(each)]
+    return sorted(rows, key=lambda row: SORTS["containers"][args.sort](row[0]))
 
 
 PORT: dict[str, Any] = {
@@ -16392,19 +16392,20 @@ def is_template(args: Any) -> bool:
     return args.format not in ("table", "json")
 
 
-def print_listing(args: Any, rows: Iterable[Fields], texts: Iterable[Fields],
-                  columns: Sequence[str], headings: Headings, indent: int | None) -> None:
-    """Print rows as podman does: as JSON, IDs, a template or a table of ``columns``."""
+def print_listing(args: Any, texts: Iterable[Fields], columns: Sequence[str] = (),
+                  headings: Headings | None = None, indent: int | None = 5,
+                  rows: Iterable[Fields] | None = None) -> None:
+    """Print rows as podman does: IDs, a template, a table of ``columns``, or JSON of ``rows``."""
     form = args.format or "json" * (not columns)
     if re.fullmatch(r"\s*(json|\{\{\s*json\s*\.?\s*\}\})\s*", form):
-        print(json.dumps(as_json(list(rows)), indent=indent,
+        print(json.dumps(as_json(list(texts if rows is None else rows)), indent=indent,
                          separators=None if indent else (",", ":")))
     elif getattr(args, "ids", False) and not form:
         print_rows("{{.ID}}", texts, headings)
     else:
         columns = [f"{{{{.{column}}}}}" for column in columns]
         print_rows(form or "table " + "\t".join(columns), texts,
-                   None if getattr(args, "noheading", False) else headings)
+                   None if getattr(args, "noheading", False) else headings or Headings({}))
 
 
 IMAGE_HEADINGS = Headings({"ID": "IMAGE ID", "ReadOnly": "R/O"})
@@ -16583,8 +16584,7 @@ def cmd_images(storage: Storage, args: Any) -> None:
     columns = ["Repository", "Tag", *["Digest"] * args.digests, "ID", "Created", "Size",
                *["History"] * args.history,
                *["ReadOnly"] * any(image.readonly for image, *_ in rows)]
-    print_listing(args, image_fields(storage, rows), image_texts(storage, rows, args), columns,
-                  IMAGE_HEADINGS, 4)
+    print_listing(args, image_texts(storage, rows, args), columns, IMAGE_HEADINGS, 4)
 
 
 def cmd_ps(storage: Storage, args: Any) -> None:
@@ -16592,34 +16592,31 @@ def cmd_ps(storage: Storage, args: Any) -> None:
     last = 1 if args.latest else args.last
     storage.faults += storage.unread_database()
     every = args.all or last > 0 or any(text.startswith("status") for text in args.filter)
-    rows = [row for row in container_rows(storage, args) if (
+    rows = [row for row, _ in container_rows(storage, args) if (
         every or row["State"] in ("running", "")) and (row["State"] != "storage" or args.external)]
     if last > 0:
         rows = sorted(rows, key=SORTS["containers"]["created"])[-last:]
     columns = ["ID", "Image", "Command", "CreatedHuman", "Status", "Ports", "Names",
                *["Pod", "PodName"] * args.pod, *["Size"] * args.size]
-    print_listing(args, (Fields({**row, "Created": go_moment(row["Created"]) // 10**9})
-                         for row in rows), (container_texts(row, args) for row in rows), columns,
-                  CONTAINER_HEADINGS, 2)
+    print_listing(args, (container_texts(row, args) for row in rows), columns, CONTAINER_HEADINGS,
+                  2, (Fields({**row, "Created": go_moment(row["Created"]) // 10**9})
+                      for row in rows))
 
 
 def cmd_history(storage: Storage, args: Any) -> None:
     """show the history of an image, with podman's options and output"""
     rows = history_fields(storage.image(args.image).single())
-    print_listing(args, rows, (history_texts(row, args) for row in rows),
-                  ["ID", "Created", "CreatedBy", "Size", "Comment"], Headings({}), None)
+    print_listing(args, (history_texts(row, args) for row in rows),
+                  ["ID", "Created", "CreatedBy", "Size", "Comment"], indent=None, rows=rows)
 
 
 def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, Any]],
                  fields: Callable[[Any], Fields]) -> None:
     """Show what each argument names as a record, or by a template of podman's fields."""
     template = is_template(args)
-    found: list[Any] = list(for_each(args, getattr(args, args.kind), lambda name: (
-        fields if template else record)(find_named(storage, args, name))))
-    if template:
-        print_listing(args, found, found, [], Headings({}), 5)
-    else:
-        show_inspected(args, found)
+    found: Iterator[Any] = for_each(args, getattr(args, args.kind), lambda name: (
+        fields if template else record)(find_named(storage, args, name)))
+    (print_listing if template else show_inspected)(args, found)
 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:
@@ -16634,8 +16631,7 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
                 return kinds[kind](getattr(storage, kind)(name))
         raise NotFound(f'no such object: "{display(name)}"')
 
-    found = list(for_each(args, args.name, inspect))
-    print_listing(args, found, found, [], Headings({}), 5)
+    print_listing(args, for_each(args, args.name, inspect))
 
 
 def cmd_save(storage: Storage, args: Any) -> None:
@@ -16925,12 +16921,10 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
     rows = container_rows(storage, args)[::-1 if args.sort == "created" else 1]
     storage.faults += storage.unread_database()
     if is_template(args):
-        print_rows(args.format, (container_texts(row, args) for row in rows), CONTAINER_HEADINGS)
+        print_rows(args.format, (container_texts(row, args) for row, _ in rows), CONTAINER_HEADINGS)
         return
-    found = {container.id: container for container in storage.containers()}
-    containers = [found[row["Id"]] for row in rows]
-    entries = list(map(container_json, containers))
-    for row, entry in zip(rows, entries) if args.size else ():
+    entries = [container_json(container) for _, container in rows]
+    for (row, _), entry in zip(rows, entries) if args.size else ():
         for key, size in zip(("size-rw", "size-root-fs"), row["Size"].values()):
             entry[key] = size if size >= 0 else None
     show(args, entries, (
@@ -16939,9 +16933,9 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
          human_age(container.created_ns), entry["state"], str(entry["pod"]),
          "{} (virtual {})".format(*map(human_size, row["Size"].values())) if args.size else "",
          "; ".join(container.faults)]
-        for container, entry, row in zip(containers, entries, rows)),
+        for entry, (row, container) in zip(entries, rows)),
         ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "SIZE", "FAULTS"],
-        (container.id for container in containers))
+        (container.id for _, container in rows))
 
 
 def cmd_container_inspect(storage: Storage, args: Any) -> None:
