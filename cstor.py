@@ -4849,13 +4849,15 @@ def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
                     yield parent, image
 
 
+TAGGED_NAME = r"(?a)[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}"
+
+
 def names_to_give(image: Image, reference: str) -> list[str]:
     """Return the names that an image takes along: the one it was asked for by, or else all.
 
     Only names with a tag: a digest is not a name to give.
     """
-    tagged = [name for name in image.names if re.fullmatch(
-        r"[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}", name, re.ASCII)]
+    tagged = [name for name in image.names if re.fullmatch(TAGGED_NAME, name)]
     asked = reference.rpartition("@")[0] or reference
     for wanted in (asked, asked + ":latest"):
         found = [name for name in tagged if name == wanted or name.endswith("/" + wanted)]
@@ -16627,9 +16629,13 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
 
     def inspect(name: str) -> Fields:
         for kind in kinds if args.type == "all" else [args.type]:
-            with suppress(ContainerUnknown, ImageUnknown, LayerUnknown):
-                return kinds[kind](getattr(storage, kind)(name))
-        raise NotFound(f'no such object: "{display(name)}"')
+            with suppress(*UNKNOWN.values()):
+                found = getattr(storage, kind)(name)
+                break
+        else:
+            raise NotFound(f'no such object: "{display(name)}"', hint=next(filter(None, (
+                guess(storage, kind, name) for kind in kinds)), ""))
+        return kinds[kind](found)
 
     print_listing(args, for_each(args, args.name, inspect))
 
@@ -16639,24 +16645,29 @@ def cmd_save(storage: Storage, args: Any) -> None:
     if args.format == "oci-dir":
         if not args.output or len(args.image) > 1:
             raise _UsageError("--format oci-dir takes one image and -o DIR")
-        image = storage.image(args.image[0]).single()
+        image = storage.image(args.image[0])
         unwind_on_signals()
-        tags = names_to_give(image, args.image[0])
-        image.copy_to_oci(args.output, split_reference(tags[0])[1] if tags else "")
+        image.copy_to_oci(args.output, *names_to_give(image, args.image[0])[:1])
         return
     several = args.multi_image_archive
-    named = [(image, names_to_give(image, name)) for name in args.image[:None if several else 1]
-             for image in [storage.image(name).single()]]
+    named = [(image.single(), names_to_give(image, name))
+             for name in args.image[:None if several else 1] for image in [storage.image(name)]]
     for name, tag, _ in map(split_reference, () if several else args.image[1:]):
         named[0][1].append(f"{normalize_name(name)[0]}:{tag or 'latest'}")
+        if not re.fullmatch(TAGGED_NAME, named[0][1][-1]):
+            raise _UsageError(f"not a name that an image can have: {display(named[0][1][-1])}")
     write_archive(args, args.format, named)
 
 
 def cmd_exists(storage: Storage, args: Any) -> int:
     """tell by the exit status whether there is one: 0 yes, 1 no"""
     try:
-        find_named(storage, args)
-    except (ContainerUnknown, ImageUnknown, LayerUnknown):
+        found = find_named(storage, args)
+        if args.kind == "image" and args.platform:
+            found.single(args.platform)
+    except Ambiguous:
+        raise
+    except NotFound:
         return EXIT_NO
     return 0
 
@@ -16776,11 +16787,15 @@ def cmd_image_verify(storage: Storage, args: Any) -> int:
     """find all that is damaged in images, with their layers: records, headers, contents"""
     if bool(args.image) == args.all:
         raise _UsageError("name images, or use --all")
-    found: dict[Image, None] = {}
-    for image in storage.images() if args.all else for_each(
-            args, args.image, lambda name: storage.image(name, args.platform)):
-        found.update(dict.fromkeys([image, *(each for _, each in (
-            image.instances() if image.is_list and not args.platform else ()))]))
+
+    def named(name: str) -> list[Image]:
+        image = storage.image(name, args.platform)
+        return [image, image.single(args.platform)] if args.platform else [image]
+
+    found: dict[Image, None] = dict.fromkeys(storage.images() if args.all else chain.from_iterable(
+        for_each(args, args.image, named)))
+    for image in [] if args.platform else list(found):
+        found.update((each, None) for _, each in (image.instances() if image.is_list else ()))
     layers = layers_of(list(found))
     with ProgressLine(sum(max(layer.diff_size, 0) for layer in layers), args.quiet) as progress:
         damages = verify_images(list(found), quick=args.quick, progress=progress)

@@ -9424,6 +9424,20 @@ class Layouts(StoreTest):
                 cstor.Storage.open(self.store.root) as storage:
             storage.image("list").copy_to_oci(self.out, "here")
         self.assertEqual([tar], read_layout(self.out)["here"][2])
+        self.run_on(self.store, "save -q -o", self.out + ".tar", "list")
+        with tarfile.open(self.out + ".tar") as archive:
+            file = archive.extractfile("manifest.json")
+            assert file
+            self.assertEqual(["localhost/list:latest"], json.load(file)[0]["RepoTags"])
+        for words, absent in (("list --platform linux/arm64", 0), ("list", 0), ("app:1", 0),
+                              ("list --platform linux/s390x", 1),
+                              ("app:1 --platform linux/arm64", 1)):
+            self.run_on(self.store, "image exists", *words.split(), status=absent)
+            self.run_on(self.store, "image verify", *words.split(), status=3 * absent)
+        overwrite(self.store.path("overlay", self.store.layers[-1]["id"], "diff/f"), b"X")
+        for words, damaged in (("list", 1), ("list --platform linux/arm64", 1),
+                               ("list --platform linux/amd64", 0)):
+            self.run_on(self.store, "image verify", *words.split(), status=4 * damaged)
 
     def manifest(self, number: int) -> bytes:
         return read_bytes(self.store.path("overlay-images", self.store.images[number]["id"],
@@ -16951,6 +16965,12 @@ class Lists(StoreTest):
         self.assertEqual([self.store.containers[0]["id"], self.store.images[1]["id"], layer],
                          [entry["Id"] for entry in done.json])
         self.assertEqual('cstor: error: no such object: "nope"\n', done.err)
+        self.store.images.append({"id": "9" * 64, "layer": "8" * 64})
+        self.store.save()
+        self.assertNotIn("no such object", self.ask("inspect 9999", status=3).err)
+        for wrong, meant in (("ap:1", "app:1"), ("wbe", "web")):
+            self.assertEqual(f'cstor: error: no such object: "{wrong}" (did you mean {meant}?)\n',
+                             self.ask(f"inspect {wrong}", status=3).err)
         self.assertEqual([], self.ask("inspect nope", status=3).json)
         for kind, count in (("image", 0), ("container", 1), ("layer", 0)):
             self.assertEqual(count, len(self.ask(f"inspect -t {kind} web", status=3 * (not count))
@@ -16976,8 +16996,14 @@ class Lists(StoreTest):
         self.ask("save --format oci-archive -o", out, "app:1")
         with tarfile.open(out) as archive:
             self.assertIn("index.json", archive.getnames())
-        self.ask("save --format oci-dir -o", self.dir + "/layout", "app:1")
-        self.assertTrue(os.path.exists(self.dir + "/layout/index.json"))
+        for name in ("app:1", "quay.io/team/app:1"):  # two tags of one text
+            self.ask("save --format oci-dir -o", self.dir + "/layout", name)
+        index = json.loads(read_text(self.dir + "/layout/index.json"))
+        self.assertEqual(["localhost/app:1", "quay.io/team/app:1"], [
+            entry["annotations"]["org.opencontainers.image.ref.name"]
+            for entry in index["manifests"]])
+        self.assertIn("not a name that an image can have: localhost/BAD:UP", self.ask(
+            "save -o", out, "app:1", "BAD:UP", status=2).err)
 
     def test_podmans_tables(self) -> None:
         done = self.ask("images --filter arch=arm64 --no-trunc --digests")
