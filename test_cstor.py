@@ -16965,9 +16965,6 @@ class Lists(StoreTest):
         self.assertEqual([self.store.containers[0]["id"], self.store.images[1]["id"], layer],
                          [entry["Id"] for entry in done.json])
         self.assertEqual('cstor: error: no such object: "nope"\n', done.err)
-        self.store.images.append({"id": "9" * 64, "layer": "8" * 64})
-        self.store.save()
-        self.assertNotIn("no such object", self.ask("inspect 9999", status=3).err)
         for wrong, meant in (("ap:1", "app:1"), ("wbe", "web")):
             self.assertEqual(f'cstor: error: no such object: "{wrong}" (did you mean {meant}?)\n',
                              self.ask(f"inspect {wrong}", status=3).err)
@@ -16977,6 +16974,10 @@ class Lists(StoreTest):
                                         .json))
         self.assertEqual("web  false\n", self.ask(  # a container of podman's without a database
             "inspect web --format", "{{.Name}} {{.State.Status}} {{.State.Running}}").out)
+        self._root = ""
+        self.store.images.append({"id": "9" * 64, "layer": "8" * 64})
+        self.store.save()
+        self.assertNotIn("no such object", self.ask("inspect 9999", status=3).err)
 
     def test_save(self) -> None:
         out = self.dir + "/out.tar"
