@@ -495,10 +495,7 @@ def whole_objects(data: bytes) -> list[dict[str, Any]]:
 
 
 class ObjectStream:
-    """JSON objects one after another, read from chunks of bytes as they are needed.
-
-    Errors are FormatErrors with the offset in the stream.
-    """
+    """JSON objects one after another, read from chunks of bytes as they are needed."""
 
     def __init__(self, chunks: Iterator[bytes], file: str) -> None:
         self.file = file
@@ -630,10 +627,7 @@ def decode_base64(text: str | bytes) -> bytes:
 
 
 def compact_json(value: Any) -> bytes:
-    """Return JSON without spaces, the same bytes for the same value.
-
-    Raises FormatError for a number that JSON has not, such as 1e999.
-    """
+    """Return JSON without spaces; FormatError for a number that JSON has not, such as 1e999."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
     except ValueError as error:
@@ -699,7 +693,7 @@ def open_in_root(root_fd: int, name: bytes) -> int:
     todo = name.split(b"/")[::-1]
     done: list[bytes] = []  # real names from the root down to fd
     links = steps = 0
-    fd = root_fd
+    fd = os.dup(root_fd)
     try:
         while todo:
             steps += 1
@@ -708,24 +702,20 @@ def open_in_root(root_fd: int, name: bytes) -> int:
                 raise kind(errno.ELOOP, os.strerror(errno.ELOOP), os.fsdecode(name))
             if (part := todo.pop()) in (b"", b"."):
                 continue
-            if part == b"..":  # start over: after a rename ".." could lead out of the root
-                todo += done[-2::-1]
-                above, fd, done = fd, root_fd, []
-            elif isinstance(found := _open_or_read(fd, part), int):
+            # Start over for "..": after a rename it could lead out of the root.
+            found = b"/" + b"/".join(done[:-1]) if part == b".." else _open_or_read(fd, part)
+            if isinstance(found, int):
                 above, fd = fd, found
-                done.append(part)
-            else:
-                links += 1
-                todo += found.split(b"/")[::-1]
-                if not found.startswith(b"/"):
-                    continue
-                above, fd, done = fd, root_fd, []
-            if above != root_fd:
                 os.close(above)
-        return os.dup(fd) if fd == root_fd else fd
+                done.append(part)
+                continue
+            links += part != b".."
+            todo += found.split(b"/")[::-1]
+            if found.startswith(b"/"):
+                fd, done = os.dup2(root_fd, fd, False), []
+        return fd
     except BaseException:
-        if fd != root_fd:
-            os.close(fd)
+        os.close(fd)
         raise
 
 
@@ -907,10 +897,7 @@ class Directory(Closing):
             return sorted(os.fsencode(entry) for entry in os.listdir(fd))
 
     def open(self, name: bytes) -> int:
-        """Open the regular file ``name`` for reading and return its descriptor.
-
-        Raises FormatError when it is not a regular file.
-        """
+        """Open the regular file ``name`` for reading; FormatError for anything else."""
         fd, status = self._in_parent(name, self.open_at)
         if fd < 0:
             raise FormatError(f"is a {file_type(status.st_mode)}, not a regular file",
@@ -1045,16 +1032,15 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
     raise FormatError(f"larger than {limit} bytes", file=path)
 
 
-def need_input(path: str) -> None:
-    """Raise NotFound if a path of the host does not exist; "-" is stdin."""
+def input_size(path: str) -> int:
+    """Return the size of a file of the host, 0 for a pipe and the like; "-" is stdin.
+
+    Raises NotFound where there is none.
+    """
     if path != "-" and not os.path.exists(path):
         if not has_proc() and os.path.realpath(path).startswith("/proc/"):
             os.stat(path)
         raise NotFound(f"no such file or directory: {path}")
-
-
-def input_size(path: str) -> int:
-    """Return the size of a file of the host, 0 for a pipe and the like; "-" is stdin."""
     status = os.fstat(0) if path == "-" else os.stat(path)
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
@@ -1737,10 +1723,7 @@ def sha256_of(chunks: Iterable[bytes], size: int = CHUNK) -> str:
 # ================================================================================================
 
 def gunzip(fd: int, file: str) -> Iterator[bytes]:
-    """Yield the decompressed content of a gzip file of one or more members, piece by piece.
-
-    Raises FormatError when it is damaged, truncated or empty.
-    """
+    """Yield the content of a gzip file of one or more members; FormatError for damage."""
     data = memoryview(os.read(fd, READ_SIZE))
     total, parts, size, members = 0, [], 0, 0
     try:
@@ -1769,10 +1752,7 @@ def gunzip(fd: int, file: str) -> Iterator[bytes]:
 
 
 class ChunkFile(io.RawIOBase):
-    """A raw file of what ``chunks`` yields; an error stays one, however often it is read on.
-
-    ``on_close`` is called when it is closed.
-    """
+    """A raw file of what ``chunks`` yields; an error stays one, however often it is read on."""
 
     def __init__(self, chunks: Iterable[bytes],
                  on_close: Callable[[], object] = lambda: None) -> None:
@@ -2206,10 +2186,7 @@ def load_config(environ: Mapping[str, str] | None = None, *, euid: int | None = 
 
 
 def holds_store(root: str, drivers: Iterable[str] = (*DRIVERS, *OTHER_DRIVERS)) -> bool:
-    """Tell whether containers/storage keeps images of one of the drivers in ``root``.
-
-    Raises PermissionError where that cannot be seen.
-    """
+    """Tell whether one of the drivers keeps images in ``root``; PermissionError if unknown."""
     return any(is_there(os.path.join(root, driver + end)) for driver in drivers
                for end in ("", "-layers", "-images"))
 
@@ -15637,7 +15614,7 @@ def open_path(text: str, raw: bool) -> Tree:
     path = match[1] if match else text
     if os.path.isdir(path):
         return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
-    need_input(path)
+    input_size(path)  # that it is there
     return Tree([TarTree(path, whiteouts=raw)], path)
 
 
@@ -17172,8 +17149,6 @@ def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
     """compare two tars, plain or compressed, byte by byte and entry by entry"""
     if args.a == args.b == "-":
         raise _UsageError("stdin can be read only once")
-    for path in (args.a, args.b):
-        need_input(path)
     sizes = input_size(args.a), input_size(args.b)
     with ProgressLine(sum(sizes) if all(sizes) else 0, args.quiet) as progress:
         first, rows = peek(diff_tars(args.a, args.b, progress))
