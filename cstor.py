@@ -898,26 +898,29 @@ class Directory(Closing):
 
     def open(self, name: bytes) -> int:
         """Open the regular file ``name`` for reading; FormatError for anything else."""
-        fd, status = self._in_parent(name, self.open_at)
-        if fd < 0:
-            raise FormatError(f"is a {file_type(status.st_mode)}, not a regular file",
+        if (fd := self.open_one(name)) < 0:
+            raise FormatError(f"is a {file_type(-fd)}, not a regular file",
                               file=self.host_path(name))
         return fd
+
+    def open_one(self, name: bytes) -> int:
+        """Open a regular file; for another type return the negative type."""
+        return self._in_parent(name, self.open_at)[0]
 
     def open_at(self, dir_fd: int, base: bytes) -> tuple[int, os.stat_result]:
         """Open ``base`` in a directory that parent() returned; return descriptor and status.
 
-        The descriptor is -1 for anything but a regular file.  The type is checked before the
-        file is opened: opening a FIFO can block, and opening a device can trigger an action.
+        For anything but a regular file it is the negative type, which is checked before the file
+        is opened: opening a FIFO can block, and opening a device can trigger an action.
         """
         status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
-        return self._open(dir_fd, base, 0) if stat.S_ISREG(status.st_mode) else -1, status
+        kind = stat.S_IFMT(status.st_mode)
+        return self._open(dir_fd, base, 0) if kind == stat.S_IFREG else -kind, status
 
     def open_near(self, name: bytes) -> int:
-        """Open a regular file by parent(); for another type return the negative type."""
+        """Do what open_one() does by parent()."""
         with ErrorsAs(self.explain, name):
-            fd, status = self.open_at(*self.locate(name))
-        return fd if fd >= 0 else -stat.S_IFMT(status.st_mode)
+            return self.open_at(*self.locate(name))[0]
 
     def _open(self, dir_fd: int, base: bytes, more: int) -> int:
         try:
@@ -1787,20 +1790,17 @@ class ChunkFile(io.RawIOBase):
 class Decompressed(Closing):
     """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
-    Of a descriptor ``fd``, which stays the caller's, ``path`` is the name in errors.  It never
-    seeks, so a pipe will do.  zstd needs Python 3.14 or the program zstd.  Raises FormatError for a
-    damaged stream, Unsupported for zstd without either.
+    Of a descriptor ``fd``, which it owns, ``path`` is the name in errors.  It never seeks, so a
+    pipe will do.  zstd needs Python 3.14 or the program zstd.  Raises FormatError for a damaged
+    stream, Unsupported for zstd without either.
     """
 
     def __init__(self, path: str, fd: int = -1) -> None:
         self.path = path
         self._damage: tuple[type[Exception], ...] = ()
-        if path == "-" and fd < 0:
-            fd = 0
-        try:
-            self._raw = open(open_input(path) if fd < 0 else os.dup(fd), "rb", buffering=0)
-        except OSError as error:
-            raise with_path(error, path) if path == "-" else error from None
+        if fd < 0:
+            fd = os.dup(0) if path == "-" else open_input(path)
+        self._raw = open(fd, "rb", buffering=0)
         with OnError(self._raw.close):
             self._reader = self._open()
 
@@ -3908,19 +3908,13 @@ class Contents(Directory):
                 raise denied from None
             yield from self.opener.helper(denied).scan(self.path, path, last)
 
-    def open(self, name: bytes) -> int:
-        """Open the regular file ``name``; FormatError for anything else."""
-        try:
-            return self._ahead.pop(name) if name in self._ahead else super().open(name)
-        except NeedsUnshare as error:
-            fd: int = self.opener.helper(error).open_one(self.path, name)
-        if fd < 0:
-            raise FormatError(f"is a {file_type(-fd)}, not a regular file",
-                              file=self.host_path(name))
-        return fd
+    def open_one(self, name: bytes) -> int:
+        if name in self._ahead:
+            return self._ahead.pop(name)
+        return self._ask(super().open_one, name, lambda helper: helper.open_one(self.path, name))
 
     def look(self, parent: bytes, base: bytes) -> tuple[int, os.stat_result]:
-        """Open a regular file; return its descriptor, -1 for anything else, and its status."""
+        """Open a regular file as open_at() does; return its descriptor and status."""
         name = parent + b"/" + base if parent else base
         fd = self._ahead.pop(name, -1) if self._ahead else -1
         try:
@@ -3931,9 +3925,7 @@ class Contents(Directory):
                 raise
             denied: Any = self.explain(error, name)
             fd = self.opener.helper(denied).open_one(self.path, name)
-        if fd < 0:
-            return -1, os.stat_result((-fd, *bytes(9)))
-        return fd, os.fstat(fd)
+        return fd, os.stat_result((-fd, *bytes(9))) if fd < 0 else os.fstat(fd)
 
     def is_closed(self, name: bytes) -> bool:
         """Tell whether this user probably may not read a file, which need not exist."""
@@ -10294,8 +10286,8 @@ class FetchedImage(Closing):
                 yield stream
 
     def _tar(self, entry: dict[str, Any]) -> Iterator[bytes]:
-        with open(self._open(entry), "rb") as blob, \
-                Decompressed(f"{self.reference}: {entry['digest']}", blob.fileno()) as reader:
+        name = f"{self.reference}: {entry['digest']}"
+        with Decompressed(name, self._open(entry)) as reader:
             yield from reader.pieces()
 
     def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
@@ -14408,11 +14400,11 @@ class DiskUsage:
 
     def _reflinked(self, unit: str, root: Contents, path: bytes, status: os.stat_result) -> int:
         """Take the extents that a file shares with others; return their bytes."""
-        size, (folder, _, base) = status.st_blocks * 512, path.rpartition(b"/")
+        size = status.st_blocks * 512
         if not stat.S_ISREG(status.st_mode) or not size or status.st_dev in self._plain:
             return 0
         try:
-            with Opened(root.open_at(root.parent(folder), base)[0]) as fd:
+            with Opened(root.open_near(path)) as fd:
                 found = shared_extents(fd)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):

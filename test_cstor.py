@@ -11030,7 +11030,6 @@ class StreamExtracts(TreeTest):
             with cstor.LayerStream(reader.pieces(1000), label="t",
                                    digest=sha256(self.BASE + END)) as stream:
                 self.assertEqual(sha256(self.BASE + END), stream.export(io.BytesIO()))
-        os.close(fd)
 
     def test_a_cut_inside_headers_is_an_error(self) -> None:
         first, records = entry(b"a", b"hello"), pax({b"comment": b"c" * 1200})
