@@ -4004,8 +4004,9 @@ class Storage(Closing):
             root = Directory.at(self.graphroot)
         except (FileNotFoundError, NotADirectoryError):
             raise no_store(self.graphroot) from None
-        ends = ("-layers",) if is_docker(self.graphroot) else ("-layers", "-images", "")
-        drivers = drivers_in(root, *ends)
+        drivers = drivers_in(root, "", "-layers", "-images")  # the errors of a closed root first
+        if is_docker(self.graphroot):
+            drivers = drivers_in(root, "-layers")
         if not any(name in DRIVERS for name in drivers):
             root.close()
             if drivers:
