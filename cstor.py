@@ -11171,7 +11171,8 @@ class Connection(Closing):
             if not self._buffer and not self._receive_bytes() or self._buffer[0]:
                 raise ProtocolError("no NUL byte after a varlink message", code=PARSE_ERROR)
             self._drop(1)
-        count = len(self._passed()) if self.varlink else count_fds(value)
+        taken = self._received - len(self._buffer)
+        count = sum(at <= taken for at, _ in self._fds) if self.varlink else count_fds(value)
         if count > self.max_fds:
             raise ProtocolError(f"{counted(count, 'file descriptor')} with one message",
                                 code=FD_ERROR)
@@ -11262,11 +11263,6 @@ class Connection(Closing):
         del self._buffer[:count]
         self._at = 0
 
-    def _passed(self) -> list[int]:
-        """Return the descriptors whose bytes are all taken."""
-        taken = self._received - len(self._buffer)
-        return [fd for at, fd in self._fds if at <= taken]
-
     def settle(self) -> None:
         """Raise ProtocolError when descriptors are left although nothing more is due."""
         if self._fds:
@@ -11319,11 +11315,10 @@ def count_fds(value: dict[str, Any]) -> int:
         elif isinstance(item, list):
             todo += item
     count = value.get("fds", len(indices))
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+    if type(count) is not int or count < 0:
         raise ProtocolError('"fds" is not a number of file descriptors: '
                             + display(repr(count)[:40]), code=FD_ERROR)
-    if indices and (count != len(indices) or not all(type(index) is int for index in indices)
-                    or sorted(indices) != list(range(count))):
+    if indices and (count != len(indices) or {*map(repr, indices)} != {*map(repr, range(count))}):
         raise ProtocolError("the placeholders of file descriptors are not numbered from 0 to "
                             f"{count - 1}", code=FD_ERROR)
     return count
@@ -11683,10 +11678,6 @@ MAX_SPOOL = 8 << 30  # of a stream that is written before it is sent
 MAX_MEMFD = 64 << 20  # of a stream that is kept in memory
 DEFAULT_FDS = 252  # files for a client which does not say how many it takes with one message
 SEGMENT_SIZE = 256 << 10  # bytes of a tar in one message
-
-
-# -- server --------------------------------------------------------------------------------------
-
 SHORTAGES = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS  # they pass
 
 
@@ -12201,8 +12192,6 @@ SEGMENT_METHODS = ("stream.seg", "stream.segment", "layer.segment")
 FILE_METHODS = ("stream.file", "layer.file")
 END_METHODS = ("stream.end", "layer.end")
 
-
-# -- clients -------------------------------------------------------------------------------------
 
 class RpcClient(Caller):
     """Asks a server of layers, by JSON-RPC; ``where`` is the path of its socket, or a socket.
