@@ -11211,10 +11211,7 @@ class Connection(Closing):
         return bool(data)
 
     def _boundary(self) -> int:
-        """Return the end of the message that the buffer begins with, -1 when it is incomplete.
-
-        No byte is looked at twice.
-        """
+        """Return the end of the first message, -1 if it is incomplete; no byte is read twice."""
         buffer = self._buffer
         if self.varlink and not self.either:
             end = buffer.find(0, self._at)
@@ -11271,10 +11268,7 @@ class Connection(Closing):
 
 
 def parse_message(data: bytes) -> dict[str, Any]:
-    """Parse the JSON object of a message.
-
-    Raises ProtocolError also where parsers disagree: duplicate names, NaN.
-    """
+    """Parse the JSON object of a message; refuse what parsers disagree on: double names, NaN."""
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("an object has the same name twice")
@@ -11300,10 +11294,7 @@ def parse_message(data: bytes) -> dict[str, Any]:
 
 
 def count_fds(value: dict[str, Any]) -> int:
-    """Return how many descriptors a JSON-RPC message announces.
-
-    The older form has a placeholder for each, with indices from 0 on.  Raises ProtocolError.
-    """
+    """Return how many descriptors a JSON-RPC message announces, by number or placeholders."""
     indices: list[Any] = []
     todo: list[Any] = [value.get("params")]
     while todo:
@@ -12100,14 +12091,11 @@ class _PipeWriter:
 
 
 class _Place:
-    """Names open files below a layer's directory for a client that may read them there.
+    """Names open files below a layer's directory for a client that may read them there."""
 
-    ``all_`` tells that the client ignores permissions.
-    """
-
-    def __init__(self, diff: Directory, all_: bool) -> None:
+    def __init__(self, diff: Directory, ignores_modes: bool) -> None:
         has_proc("files of layers are passed")
-        self._diff, self._all = diff, all_
+        self._diff, self._all = diff, ignores_modes
         self._root = os.readlink(b"/proc/self/fd/%d" % diff.fd) + b"/"
         self._open: dict[bytes, bool] = {b"": True}  # by directory, if all may search it
 
@@ -12237,20 +12225,15 @@ class RpcClient(Caller):
         self._ask("GetLayerSplitfdstream", {
             "layer": reference, "threshold": threshold, "compressed": False,
             "maxFds": self.connection.max_fds - 1})
-        with self._next() as message:
-            result = self._result(message)
-            if result is None or not message.fds:
+        message = self._next()
+        with OnError(message.close):
+            result, fds = self._result(message), message.fds
+            if result is None or not fds:
                 raise ProtocolError("the answer to GetLayerSplitfdstream has no stream",
                                     code=FD_ERROR)
             if (media_type := result.get("mediaType", SPLITFDSTREAM)) != SPLITFDSTREAM:
                 raise Unsupported(f"the server sends {display(str(media_type))}, not "
                                   f"{SPLITFDSTREAM}")
-            return self._split(reference, result, Message({}, message.take()))
-
-    def _split(self, label: str, result: dict[str, Any], passed: Message) -> LayerStream:
-        """Return the layer of the splitfdstream in the first descriptor."""
-        fds = passed.fds
-        with OnError(passed.close):
             found, size = check_passed(fds[0]), result.get("streamSize")
             if size not in (None, found):
                 raise ProtocolError(f"streamSize is {display(repr(size))}, but "
@@ -12258,7 +12241,7 @@ class RpcClient(Caller):
             stream = open(fds[0], "rb", closefd=False)
             stream.seek(0)
             chunks = SplitfdstreamReader(stream.read, lambda number: fds[number + 1])
-            return self._received(label, chunks, result, passed.close)
+            return self._received(reference, chunks, result, message.close)
 
     # -- notifications ---------------------------------------------------------------------------
 
@@ -12472,13 +12455,12 @@ def fetch_layer(path: str, reference: str, *, digest: str = "", verify: bool = T
     for kind, form in forms if reference != "-" else ((RpcClient, "push"),):
         client = kind(path, timeout=timeout)
         try:
-            stream = client.layer(reference if form != "push" else path, form)
-        except BaseException as error:
-            client.close()
+            with OnError(client.close):
+                stream = client.layer(reference if form != "push" else path, form)
+        except ProtocolError as error:
             spoken = client.connection.varlink and not client.connection.either
-            if not isinstance(error, ProtocolError) or isinstance(error, _Silent) \
-                    or error.code not in unknown or spoken:  # varlink servers wait for a NUL
-                raise
+            if spoken or isinstance(error, _Silent) or error.code not in unknown:
+                raise  # varlink servers wait for a NUL
             trouble = trouble or error
             continue
         stream.also_close(client.close)
@@ -12719,9 +12701,8 @@ class Unshared(Caller):
         if os.getpid() == self._owner and self.connection.socket.fileno() >= 0:
             with SignalsHeld():
                 for number in (0, signal.SIGTERM, signal.SIGKILL):
-                    if number:
-                        with suppress(ProcessLookupError, PermissionError):
-                            os.killpg(self._process.pid, number)  # it is the leader of its session
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.killpg(self._process.pid, number)  # it is the leader of its session
                     if self._wait():
                         break
         self.connection.close()
@@ -12913,10 +12894,7 @@ class Helper(Unshared):
 
 
 class ProxiedOpener(Opener):
-    """Opens what this user may not through a Helper, many files at a time.
-
-    The helper is started for the first such content; NeedsUnshare says why it cannot be.
-    """
+    """Opens what this user may not through a Helper, many files at a time; see ProxiedStorage."""
 
     _helper: Helper | None = None
     _failure: NeedsUnshare | None = None
@@ -12952,10 +12930,7 @@ class ProxiedOpener(Opener):
 
     def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
               weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-        """Yield ``items``; the helper opens the files of AHEAD of them before.
-
-        Of fewer where few files may be open.
-        """
+        """Yield ``items``; the helper opens the files of some before, AHEAD if so many may be."""
         items, most = iter(items), max(min(AHEAD, soft_limit() // 4), 1)
         for first in items:
             if not self.is_proxied:
@@ -13094,11 +13069,8 @@ class ContentServer(Dispatcher):
             top = os.fsencode(root.path).rstrip(b"/")
             rest = path[len(top) + 1:]
             if path == top or path.startswith(top + b"/") and clean_name(rest) == rest:
-                directory = Directory(os.fsdecode(path), open_in_root(root.fd, rest))
-                if self._directory:
-                    self._directory.close()
-                self._directory = directory
-                return directory
+                self._directory = Directory(os.fsdecode(path), open_in_root(root.fd, rest))
+                return self._directory
         raise ProtocolError(f"{display(path[:200])} is outside the storage", code=BAD_PARAMS)
 
     @staticmethod
