@@ -9609,10 +9609,16 @@ def image_parts(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes]:
     return layers, check_config(image, [digest for _, digest, _ in layers])
 
 
-def with_platform(blob: dict[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the platform of a configuration to a descriptor, if it names system and architecture."""
-    platform = platform_in(said)
+def manifest_descriptor(digest: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a manifest, with the platform of its configuration if that has system and machine."""
+    blob, platform = descriptor(OCI_MANIFEST, digest, size), platform_in(said)
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
+
+
+def derived(document: Mapping[str, Any], original: str) -> bytes:
+    """Return a document with the digest of what it was made from in an annotation."""
+    annotations = {**as_dict(document.get("annotations")), ORIGINAL_DIGEST: original}
+    return compact_json({**document, "annotations": annotations})
 
 
 def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) -> bytes:
@@ -9627,18 +9633,18 @@ def oci_manifest(image: Image, config: bytes, layers: Sequence[dict[str, Any]]) 
     kind = old.get("mediaType") if isinstance(old.get("mediaType"), str) else ""
     is_oci = stored.get("mediaType", OCI_MANIFEST) == OCI_MANIFEST and "fsLayers" not in stored \
         and not str(kind).startswith("application/vnd.docker.")
+    strict = is_oci and is_strict(stored)
     blob = descriptor(str(kind) if is_oci and kind else OCI_CONFIG, sha256_digest(config),
                       len(config))
-    if is_oci and is_strict(stored) and [
+    if strict and [
             {key: entry.get(key) for key in blob} for entry in (old, *stored["layers"])
             ] == [blob, *layers]:
         return data
     before = image.digest if stored.get("schemaVersion") == 1 else sha256_digest(data)
     kept = kept_fields(stored, "schemaversion", "mediatype", "config", "layers", "manifests") \
-        if is_oci and is_strict(stored) else {}
-    return compact_json({
-        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": blob, "layers": list(layers),
-        **kept, "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: before}})
+        if strict else {}
+    return derived({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": blob,
+                    "layers": list(layers), **kept}, before)
 
 
 def plain_manifest(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes, bytes]:
@@ -9682,20 +9688,18 @@ def oci_index(image: Image, blobs: Sequence[dict[str, Any] | None]) -> bytes:
     """
     data, manifests = image.list_bytes(), list(filter(None, blobs))
     stored = parse_json(data, "manifest list")
-    found = [(entry.get("digest"), entry.get("size")) for entry in as_list(stored.get("manifests"))
-             if isinstance(entry, dict)]
-    if stored.get("mediaType", OCI_INDEX) == OCI_INDEX and is_strict(stored) \
-            and found == [(entry["digest"], entry["size"]) for entry in manifests]:
-        return data
     kept: dict[str, Any] = {}
     if is_strict(stored):
+        if stored.get("mediaType", OCI_INDEX) == OCI_INDEX and [
+                {key: entry.get(key) for key in ("digest", "size")} for entry in stored["manifests"]
+                ] == [{key: blob[key] for key in ("digest", "size")} for blob in manifests]:
+            return data
         kept = kept_fields(stored, "schemaversion", "mediatype", "manifests")
         manifests = [{**blob, **kept_fields(entry, "mediatype", "digest", "size", "data", "urls")}
                      for blob, entry in zip(blobs, [
                          entry for entry, instance in image.entries() if instance]) if blob]
-    return compact_json({
-        "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(manifests), **kept,
-        "annotations": {**kept.get("annotations", {}), ORIGINAL_DIGEST: sha256_digest(data)}})
+    return derived({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests, **kept},
+                   sha256_digest(data))
 
 
 def kept_fields(stored: Mapping[str, Any], *own: str) -> dict[str, Any]:
@@ -9844,9 +9848,8 @@ class OciLayout(Transaction):
     def add_layer(self, layer: Layer, compression: tuple[str, int] = ("none", 0),
                   progress: Progress | None = None) -> tuple[str, dict[str, Any]]:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
-        kind, level = compression
-        media_type = OCI_LAYER + COMPRESSIONS[kind]
-        if kind == "none" and self.has(layer.diff_digest, layer.diff_size):
+        media_type = OCI_LAYER + COMPRESSIONS[compression[0]]
+        if compression[0] == "none" and self.has(layer.diff_digest, layer.diff_size):
             status = self.target.lstat(b"blobs/sha256/" + layer.diff_digest[7:].encode())
             if progress:
                 progress(0, 0)
@@ -9857,10 +9860,7 @@ class OciLayout(Transaction):
 
         def fill(fd: int) -> bytes:
             nonlocal diff_id, digest, size
-            if kind == "none":
-                diff_id = digest = layer.export(fd, progress=progress)
-            else:
-                diff_id, digest = compress_layer(layer, fd, kind, level, progress)
+            diff_id, digest = write_blob(layer, fd, compression, progress)
             size = os.fstat(fd).st_size
             return digest[7:].encode()
 
@@ -9874,7 +9874,7 @@ class OciLayout(Transaction):
         config = check_config(image, [diff_id for diff_id, _ in layers])
         self.add(config)
         manifest = oci_manifest(image, config, [blob for _, blob in layers])
-        return with_platform(descriptor(OCI_MANIFEST, *self.add(manifest)), image.config())
+        return manifest_descriptor(*self.add(manifest), image.config())
 
     def tag(self, blob: dict[str, Any], tag: str) -> list[Any]:
         """Enter a manifest in the index, under ``tag`` if it is not ""; the last step.
@@ -9900,9 +9900,13 @@ class OciLayout(Transaction):
         return [digest for digest in replaced if digest != blob["digest"]]
 
 
-def compress_layer(layer: Layer, fd: int, kind: str, level: int,
-                   progress: Progress | None = None) -> tuple[str, str]:
-    """Write a layer's compressed tar; return its DiffID, verified, and the digest of the blob."""
+def write_blob(layer: Layer, fd: int, compression: tuple[str, int], progress: Progress | None
+               ) -> tuple[str, str]:
+    """Write a layer's blob; return the DiffID, verified, and the digest of what was written."""
+    kind, level = compression
+    if kind == "none":
+        digest = layer.export(fd, progress=progress)
+        return digest, digest
     make: Any = GzipWriter if kind == "gzip" else ZstdWriter
     sink = TarSink(fd, hashing=True, layer=layer.id)
     with OnError(sink.abort), make(sink.literal, level) as writer:
@@ -10015,8 +10019,7 @@ def write_oci_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequenc
             archive.file("blobs/sha256/" + sha256_digest(data)[7:], data)
         for layer, digest, size in layers:
             archive.layer("blobs/sha256/" + digest[7:], layer, digest, size)
-        blob = with_platform(descriptor(OCI_MANIFEST, sha256_digest(manifest), len(manifest)),
-                             image.config())
+        blob = manifest_descriptor(sha256_digest(manifest), len(manifest), image.config())
         # Only one name: readers would load two entries as two images.
         entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
     archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
@@ -10260,11 +10263,8 @@ class FetchedImage(Closing):
             add(len(layers), self.config_blob)
             data = self.manifest
             if layers != self.layers:
-                manifest = json.loads(data)
-                data = compact_json({**manifest, "layers": layers, "annotations": {
-                    **as_dict(manifest.get("annotations")), ORIGINAL_DIGEST: sha256_digest(data)}})
-            found = with_platform(descriptor(OCI_MANIFEST, *layout.add(data)),
-                                  platform_in(self.config))
+                data = derived({**json.loads(data), "layers": layers}, sha256_digest(data))
+            found = manifest_descriptor(*layout.add(data), self.config)
             layout.tag(found, tag)
         return found
 
@@ -14621,8 +14621,8 @@ class Registry:
         for _, each in image.instances():
             blobs.append(None)
             with suppress(CstorError):
-                digest, data, kind = self._make(each)
-                blobs[-1] = with_platform(descriptor(kind, digest, len(data)), each.config())
+                digest, data, _ = self._make(each)
+                blobs[-1] = manifest_descriptor(digest, len(data), each.config())
                 self._images.setdefault(each.id, each)  # also where ``only`` names just the list
         if not any(blobs):
             raise NotFound("none of its instances can be served")
