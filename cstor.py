@@ -10849,12 +10849,10 @@ def _hashed(content: Iterable[bytes | Extent], sink: TarSink) -> Iterator[bytes 
     """
     for piece in content:
         if isinstance(piece, Extent):
-            fd, before = piece.fd, os.fstat(piece.fd)
+            fd, before = piece.fd, identify(piece.fd)
             yield piece
             sink.extent(piece)
-            after = os.fstat(fd)
-            if piece.fd == fd and (before.st_ctime_ns, before.st_size) != (
-                    after.st_ctime_ns, after.st_size):
+            if piece.fd == fd and identify(fd) != before:
                 raise IntegrityError("changed while it was read", name=piece.member.name)
         else:
             yield piece
