@@ -9610,7 +9610,7 @@ def image_parts(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes]:
 
 
 def manifest_descriptor(digest: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a manifest, with the platform of its configuration if that has system and machine."""
+    """Describe a manifest, with its configuration's platform if that has system and machine."""
     blob, platform = descriptor(OCI_MANIFEST, digest, size), platform_in(said)
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
