@@ -9953,36 +9953,28 @@ def copy_to_oci(image: Image, directory: str, tag: str = "", *,
 
 # -- archives ------------------------------------------------------------------------------------
 
-class ArchiveWriter:
-    """Writes a tar of files without owners, all with one time, to a descriptor or binary file."""
+def write_files(out: int | BinaryIO, files: Iterable[tuple[str, Any]], progress: Progress | None
+                ) -> None:
+    """Write a tar of files, each name once, without owners and all with one time.
 
-    def __init__(self, out: int | BinaryIO, progress: Progress | None = None) -> None:
-        self._out, self._progress = out, progress
-        self._time = source_date_epoch()
-        self._names: set[str] = set()
-
-    def file(self, name: str, data: bytes, typeflag: bytes = b"0", mode: int = 0o644) -> None:
-        """Write a small file or a directory, once."""
-        if name not in self._names:
-            self._names.add(name)
-            header = tar_header(name.encode(), typeflag, mode=mode, size=len(data),
-                                mtime_ns=self._time)
-            write_out(self._out, header + data + bytes(-len(data) % BLOCK))
-
-    def layer(self, name: str, layer: Layer, digest: str, size: int) -> None:
-        """Write a layer's tar, once.  Raises IntegrityError if it differs from its digest."""
-        if name in self._names:
-            return
-        self._names.add(name)
-        write_out(self._out, tar_header(name.encode(), b"0", size=size, mtime_ns=self._time))
-        if (actual := layer.export(self._out, progress=self._progress)) != digest:
+    A content is bytes, or (layer, digest, size) for a layer's tar.  Raises IntegrityError.
+    """
+    made = source_date_epoch()
+    names: set[str] = set()
+    for name, content in files:
+        if name in names:
+            continue
+        names.add(name)
+        layer, digest, size = content if isinstance(content, tuple) else (None, "", len(content))
+        kind, mode = (b"5", 0o755) if name.endswith("/") else (b"0", 0o644)
+        write_out(out, tar_header(name.encode(), kind, mode=mode, size=size, mtime_ns=made))
+        if not layer:
+            write_out(out, content)
+        elif (actual := layer.export(out, progress=progress)) != digest:
             raise IntegrityError("its tar has the wrong digest", layer=layer.id, expected=digest,
                                  actual=actual)
-        write_out(self._out, bytes(-size % BLOCK))
-
-    def finish(self) -> None:
-        """Write the end of the archive."""
-        write_out(self._out, bytes(2 * BLOCK))
+        write_out(out, bytes(-size % BLOCK))
+    write_out(out, bytes(2 * BLOCK))
 
 
 def write_docker_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequence[str]]],
@@ -9991,39 +9983,38 @@ def write_docker_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequ
 
     Names are ``repository:tag``.  Raises IntegrityError, after which the output is invalid.
     """
-    archive = ArchiveWriter(out, progress)
-    rows = []
-    for image, names in images:
-        layers, config = image_parts(image)
-        config_name = sha256_digest(config)[7:] + ".json"
-        archive.file(config_name, config)
-        for layer, digest, size in layers:
-            archive.layer(digest[7:] + ".tar", layer, digest, size)
-        rows.append({"Config": config_name, "RepoTags": list(names) or None,
-                     "Layers": [digest[7:] + ".tar" for _, digest, _ in layers]})
-    archive.file("manifest.json", compact_json(rows))
-    archive.finish()
+    def files() -> Iterator[tuple[str, Any]]:
+        rows = []
+        for image, names in images:
+            layers, config = image_parts(image)
+            config_name = sha256_digest(config)[7:] + ".json"
+            tars = [digest[7:] + ".tar" for _, digest, _ in layers]
+            yield config_name, config
+            yield from zip(tars, layers)
+            rows.append({"Config": config_name, "RepoTags": list(names) or None, "Layers": tars})
+        yield "manifest.json", compact_json(rows)
+
+    write_files(out, files(), progress)
 
 
 def write_oci_archive(out: int | BinaryIO, images: Sequence[tuple[Image, Sequence[str]]],
                       progress: Progress | None = None) -> None:
     """Write a tar of an OCI layout: images, each with the names to give it in the index."""
-    archive = ArchiveWriter(out, progress)
-    entries = []
-    archive.file("oci-layout", LAYOUT_FILE)
-    for folder in ("blobs/", "blobs/sha256/"):
-        archive.file(folder, b"", b"5", 0o755)
-    for image, names in images:
-        layers, config, manifest = plain_manifest(image)
-        for data in (config, manifest):
-            archive.file("blobs/sha256/" + sha256_digest(data)[7:], data)
-        for layer, digest, size in layers:
-            archive.layer("blobs/sha256/" + digest[7:], layer, digest, size)
-        blob = manifest_descriptor(sha256_digest(manifest), len(manifest), image.config())
-        # Only one name: readers would load two entries as two images.
-        entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
-    archive.file("index.json", compact_json({"schemaVersion": 2, "manifests": entries}))
-    archive.finish()
+    def files() -> Iterator[tuple[str, Any]]:
+        entries = []
+        yield from (("oci-layout", LAYOUT_FILE), ("blobs/", b""), ("blobs/sha256/", b""))
+        for image, names in images:
+            layers, config, manifest = plain_manifest(image)
+            digest = sha256_digest(manifest)
+            yield from ((f"blobs/sha256/{key[7:]}", content) for key, content in (
+                (sha256_digest(config), config), (digest, manifest),
+                *((layer[1], layer) for layer in layers)))
+            blob = manifest_descriptor(digest, len(manifest), image.config())
+            # Only one name: readers would load two entries as two images.
+            entries += [{**blob, "annotations": {REF_NAME: name}} for name in names[:1]] or [blob]
+        yield "index.json", compact_json({"schemaVersion": 2, "manifests": entries})
+
+    write_files(out, files(), progress)
 
 
 ARCHIVES = {"docker-archive": write_docker_archive, "oci-archive": write_oci_archive}
