@@ -3407,9 +3407,12 @@ class Image(Record):
             # It names layers as they were pulled, but there must be some.
             found = None if self.layer else [row for row in steps if not row.get("empty_layer")]
         return {**platform_in(config), "diff-ids": found,
+        parsed = [(go_moment(step.get("created")), *(step.get(key) or "" for key in (
+            "created_by", "author", "comment", "empty_layer"))) for step in map(as_dict, steps)]
                 "labels": {key: str(value) for key, value in labels.items()},
                 # Of the steps, and of all but the last: an image built on another has one more.
-                "steps": hash(repr(steps)), "steps-below": hash(repr(steps[:-1])) if steps else 0}
+                "steps": hash(repr(parsed)),
+                "steps-below": hash(repr(parsed[:-1])) if steps else 0}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -4804,15 +4807,14 @@ def intermediate_images(storage: Storage) -> set[str]:
 def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
     """Yield each image with one that was built on it.
 
-    The other has the same top layer or the next one, and one more line of history.
+    The other has the same top layer, the next one, or like it none, and one more step of history.
     """
     known: dict[tuple[str, Any], list[Image]] = {}
-    images = [image for image in storage.images() if image.layer]
-    for image in images:
+    for image in storage.images():
         known.setdefault((image.layer, image.about.get("steps")), []).append(image)
-    for image in images:
+    for image in storage.images():
         below, layer = image.about.get("steps-below"), storage.layer_by_id(image.layer)
-        for top in {image.layer: 0, layer.parent if layer else image.layer: 1}:
+        for top in {image.layer: 0, layer and layer.parent or image.layer: 1}:
             for parent in known.get((top, below), ()) if below else ():
                 ids = parent.about["diff-ids"] or []
                 if parent is not image and ids == (image.about["diff-ids"] or [])[:len(ids)]:

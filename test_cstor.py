@@ -17622,10 +17622,13 @@ class CommandLine(StoreTest):
 
     def test_intermediate_images(self) -> None:
         self._root = ""
-        steps: list[dict[str, Any]] = [{"created_by": word, "empty_layer": word != "base"}
-                                       for word in ("base", "env", "cmd", "other")]
+        steps: list[dict[str, Any]] = [
+            {"created": "2026-01-02T03:00:00Z", "created_by": word, "empty_layer": word != "base"}
+            for word in ("base", "env", "cmd", "other")]
+        same = [{"empty_layer": step["empty_layer"], "created_by": step["created_by"], "author": "",
+                 "created": "2026-01-02T05:00:00.0+02:00"} for step in steps]  # as docker writes it
         base, layer = self.layer, self.store.layer(make_tar(("z", b"")), self.layer)
-        named = self.store.image(layer, "localhost/n:1", history=[*steps[:2], {"created_by": "z"}])
+        named = self.store.image(layer, "localhost/n:1", history=[*same[:2], {"created_by": "z"}])
         first = self.store.image(base, history=steps[:1])
         second = self.store.image(base, history=steps[:2])
         alone = self.store.image(base, history=[steps[0], steps[3]])
@@ -17636,11 +17639,14 @@ class CommandLine(StoreTest):
             return {entry["id"] for entry in self.cstor(
                 "image", "list", "--format", "json", *words).json}
 
-        samples = {entry["id"] for entry in self.store.images[:2]}
+        samples = {entry["id"] for entry in [*self.store.images[:2], self.store.images[-1]]}
+        samples.add(top)
         self.assertEqual({*samples, named, alone, leaf}, listed())
         for word in ("-a", "--all"):
-            self.assertEqual({*samples, named, first, second, alone, leaf}, listed(word))
-        self.assertEqual(5, len(self.cstor("image", "list", "-q").stdout.splitlines()))
+            self.assertEqual({*samples, named, first, second, alone, leaf, empty}, listed(word))
+        self.assertEqual(f"{second}\n".encode(), self.cstor(
+            "inspect", named, "-f", "{{.Parent}}").stdout)
+        self.assertEqual(7, len(self.cstor("image", "list", "-q").stdout.splitlines()))
         os.unlink(self.store.path("overlay-images", second, "manifest"))
         self.assertEqual({*samples, named, second, alone, leaf}, listed())
 
@@ -17663,6 +17669,9 @@ class CommandLine(StoreTest):
                     found["id"], found["images"], found["containers"], found["container-names"]))
                 self.assertNotIn("chain", found)
         self.assertEqual(["localhost/app:1", "localhost/app:latest",
+        empty = self.store.image("", history=steps[1:2])
+        top = self.store.image("", "localhost/empty:1", history=steps[1:3])
+        self.store.image(base, "localhost/on:1", history=[steps[1], steps[0]])
                           "docker.io/library/sample:latest"], self.cstor(
                               "layer", "inspect", layers[0]).json[0]["image-names"])
         found = self.cstor("layer", "inspect", "--chain", layers[2]).json[0]
@@ -17671,6 +17680,9 @@ class CommandLine(StoreTest):
             self.assertIn(b"layer not known", self.cstor("layer", "inspect", path,
                                                          status=3).stderr)
 
+        self.assertEqual({alone, leaf}, {
+            name for name in (first, second, alone, leaf, empty) if name[:12].encode()
+            in self.cstor("images", "-q", "-f", "dangling=true").stdout.split()})
     def test_containers_that_podman_does_not_know(self) -> None:
         self._root = ""
         self.store.container("", self.store.layers[3]["id"], "builder", metadata="")
