@@ -567,16 +567,17 @@ def parse_time(text: str) -> int | None:
     """
     match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9})\d*)?"
                          r"(?:[Zz]|([+-])(\d\d):(\d\d))", text, re.ASCII)
-    if not match:
-        raise FormatError(f'malformed time: "{display(text)}"')
-    if text.startswith("0001-01-01T00:00:00"):
+    if text.startswith("0001-01-01T00:00:00") and match:
         return None
-    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
+    parts = tuple(int(part) for part in match.groups()[:6]) if match else (0,) * 6
+    year, month, day, hour, minute, second = parts
     # Days since 1970 in the proleptic Gregorian calendar, years counted from March.
     year -= month < 3
     days = (365 * year + year // 4 - year // 100 + year // 400
             + (153 * ((month + 9) % 12) + 2) // 5 + day - 719469)
     seconds = days * 86400 + hour * 3600 + minute * 60 + second
+    if not match or time.gmtime(seconds)[:6] != parts:  # no such day or hour
+        raise FormatError(f'malformed time: "{display(text)}"')
     if match[8]:
         offset = int(match[9]) * 3600 + int(match[10]) * 60
         seconds += -offset if match[8] == "+" else offset
@@ -16005,7 +16006,8 @@ def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> 
 
 # -- filters and order ---------------------------------------------------------------------------
 
-UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9,
+         "h": 3600 * 10**9}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 FILTERS = {kind: tuple(words.split()) for kind, words in {
     "image": "arch before containers dangling digest id intermediate label manifest readonly "
@@ -16030,17 +16032,20 @@ SORTS: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 def parse_moment(text: str) -> int:
     """Return a time in nanoseconds since 1970, given as an age (1h30m), a date or seconds."""
-    ages = re.findall(r"(\d+(?:\.\d+)?)(ns|us|ms|[smh])", text, re.ASCII)
-    if ages and "".join(map("".join, ages)) == text:
-        return time.time_ns() - sum(int(float(count) * UNITS[unit]) for count, unit in ages)
-    if re.fullmatch(r"\d{1,11}(\.\d+)?", text, re.ASCII):
+    number, units = r"(\d+\.?\d*|\.\d+)", "|".join(UNITS)
+    if re.fullmatch(f"[+-]?({number}({units}))+", text, re.ASCII):
+        age = sum(float(count) * UNITS[unit]
+                  for count, unit in re.findall(f"{number}({units})", text))
+        if age < 1 << 63:  # Go's longest, 292 years
+            return time.time_ns() + int(age) * (1 if text[0] == "-" else -1)
+    if re.fullmatch(r"\d{1,12}(\.\d+)?", text, re.ASCII):
         return int(float(text) * 10**9)
-    match = re.fullmatch(
-        r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?)?(Z|[+-].*)?", text)
-    if not match:
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d)(?:(:\d\d)(:\d\d(?:\.\d+)?)?)?)?"
+                         "(Z|[+-].*)?", text)
+    day, hour, minute, second, zone = match.groups() if match else [""] * 5
+    moment = go_moment(f"{day}T{hour or '00'}{minute or ':00'}{second or ':00'}{zone or 'Z'}")
+    if moment == go_moment(""):
         raise ValueError("must be an age such as 24h, or a time such as 2024-01-31T12:00:00")
-    day, minute, second, zone = match.groups()
-    moment = go_moment(f"{day}T{minute or '00:00'}{second or ':00'}{zone or 'Z'}")
     return moment - (0 if zone else time.localtime(moment // 10**9).tm_gmtoff) * 10**9
 
 

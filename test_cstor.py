@@ -2049,7 +2049,9 @@ class Records(StoreTest):
                          ("1969-12-31T23:59:59.1Z", -900000000),
                          ("2000-03-01T00:00:00-00:30", 951870600000000000)):
             self.assertEqual(ns, cstor.parse_time(text), text)
-        for text in ("", "yesterday", "2026-11-22", "2026-11-22T01:09:19"):
+        for text in ("", "yesterday", "2026-11-22", "2026-11-22T01:09:19", "2026-13-01T00:00:00Z",
+                     "2026-00-01T00:00:00Z", "2026-02-29T00:00:00Z", "2026-02-01T24:00:00Z",
+                     "2026-02-01T00:60:00Z", "2026-02-01T00:00:60+01:00"):
             self.assertRaises(cstor.FormatError, cstor.parse_time, text)
 
     def test_missing_and_empty_files_are_empty_lists(self) -> None:
@@ -16787,7 +16789,8 @@ class Templates(unittest.TestCase):
         now = time.time_ns()
         hour = 3600 * 10**9
         for text, age in (("1h", hour), ("1h30m", hour * 3 // 2), ("90s", 90 * 10**9),
-                          ("1.5h", hour * 3 // 2), ("0s", 0)):
+                          ("1.5h", hour * 3 // 2), ("0s", 0), (".5h", hour // 2), ("+1.h", hour),
+                          ("-1h", -hour), ("2562047h", 2562047 * hour), ("3\u00b5s4\u03bcs", 7000)):
             self.assertLess(abs(cstor.parse_moment(text) - now + age), 10**9)
         moment = 1_700_000_000 * 10**9
         for text in ("1700000000", "2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00"):
@@ -16795,7 +16798,9 @@ class Templates(unittest.TestCase):
         local = time.mktime((2023, 11, 14, 0, 0, 0, 0, 0, -1))
         self.assertEqual(int(local) * 10**9, cstor.parse_moment("2023-11-14"))
         self.assertEqual(int(local + 3660) * 10**9, cstor.parse_moment("2023-11-14T01:01"))
-        for text in ("", "x", "1y", "2023-13", "h", "1h2", "-1h", "2023-11-14T", "\u0661h"):
+        self.assertEqual(int(local + 3600) * 10**9, cstor.parse_moment("2023-11-14T01"))
+        for text in ("", "x", "1y", "2023-13", "h", "1h2", "1h-1h", "2023-11-14T", "\u0661h", ".h",
+                     "3000000h", "2026-13-01", "2026-02-31", "2026-00-00", "2026-11-27T25:61:61"):
             with self.assertRaises(ValueError):
                 cstor.parse_moment(text)
 
