@@ -3407,9 +3407,9 @@ class Image(Record):
         if manifest.get("schemaVersion") == 1:
             # It names layers as they were pulled, but there must be some.
             found = None if self.layer else [row for row in steps if not row.get("empty_layer")]
-        return {**platform_in(config), "diff-ids": found,
         parsed = [(go_moment(step.get("created")), *(step.get(key) or "" for key in (
             "created_by", "author", "comment", "empty_layer"))) for step in map(as_dict, steps)]
+        return {**platform_in(config), "diff-ids": found,
                 "labels": {key: str(value) for key, value in labels.items()},
                 # Of the steps, and of all but the last: an image built on another has one more.
                 "steps": hash(repr(parsed)),
@@ -15139,7 +15139,7 @@ def human_age(moment: int | None) -> str:
     """Spell how long ago ``moment`` (ns since 1970) was, as podman does; "" for None."""
     if moment is None:
         return ""
-    seconds = max(0, (time.time_ns() - moment) // 10**9)
+    seconds = max(0, min(time.time_ns() - moment, (1 << 63) - 1) // 10**9)  # Go's longest
     minutes, hours = seconds // 60, (seconds + 1800) // 3600
     unit, count = next((unit, count) for unit, count, fits in (
         ("second", seconds, seconds < 60), ("minute", minutes, minutes < 60),
@@ -15770,9 +15770,10 @@ def as_json(value: Any) -> Any:
 
 def go_moment(text: Any) -> int:
     """Return an RFC 3339 time in nanoseconds since 1970, Go's zero time for any other text."""
+    moment = None
     with suppress(FormatError, TypeError):
-        return parse_time(text) or -62135596800 * 10**9
-    return -62135596800 * 10**9
+        moment = parse_time(text)
+    return -62135596800 * 10**9 if moment is None else moment
 
 
 def go_time(moment: int, clock: Callable[[float], time.struct_time]) -> str:
@@ -16016,10 +16017,10 @@ FILTERS = {kind: tuple(words.split()) for kind, words in {
     "container": "ancestor before exited id label name pod since status until"}.items()}
 ENDED = ("stopped", "exited")  # podman takes one for the other
 SORTS: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "images": {"created": lambda row: -(row[0].created_ns or 0), "id": lambda row: row[0].id,
+    "images": {"created": lambda row: -go_moment(row[0].created), "id": lambda row: row[0].id,
                "repository": lambda row: row[1], "size": lambda row: row[0].size,
                "tag": lambda row: row[2]},
-    "layers": {"created": lambda layer: -(layer.created_ns or 0), "id": lambda layer: layer.id,
+    "layers": {"created": lambda layer: -go_moment(layer.created), "id": lambda layer: layer.id,
                "size": lambda layer: layer.diff_size},
     "containers": {"command": lambda row: row["Command"] or [],
                    "created": lambda row: go_moment(row["Created"]), "id": lambda row: row["Id"],
@@ -16075,8 +16076,8 @@ def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[
     """Return the test for one filter.  Raises ValueError for an impossible value."""
     if key in ("until", "before", "since"):
         limit = parse_moment(value) if key == "until" \
-            else getattr(storage, kind)(value).created_ns or 0
-        return lambda it: ((it.created_ns or 0) - limit) * (1 if key == "since" else -1) > 0
+            else go_moment(getattr(storage, kind)(value).created)
+        return lambda it: (go_moment(it.created) - limit) * (1 if key == "since" else -1) > 0
     if key == "digest" and not value.startswith("sha256:"):
         raise ValueError("must start with sha256:")
     if key == "status" and value not in (states := (*CONTAINER_STATE, "storage")):
@@ -16161,7 +16162,7 @@ def image_fields(storage: Storage, rows: Sequence[ImageRow]) -> Iterator[Fields]
     parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
     used = Counter(container.image for container in storage.containers())
     for image, _, _ in rows:
-        created = (image.created_ns or 0) // 10**9
+        created = go_moment(image.created) // 10**9
         yield Fields({
             "Id": image.id, "ParentId": parents.get(image.id, ""), "RepoTags": None,
             "RepoDigests": image.repo_digests, "Size": image.size, "SharedSize": 0,
@@ -16178,7 +16179,8 @@ def image_fields(storage: Storage, rows: Sequence[ImageRow]) -> Iterator[Fields]
 def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterator[Fields]:
     """Yield the fields that templates of ``podman images`` have."""
     for (image, repository, tag), fields in zip(rows, image_fields(storage, rows)):
-        age, moment = human_age(image.created_ns), go_time(fields["Created"] * 10**9, time.gmtime)
+        moment = go_time(fields["Created"] * 10**9, time.gmtime)
+        age = human_age(go_moment(image.created))
         yield Fields({
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
             "Repository": repository, "Tag": tag, **fields, "RepoTags": image.names,

@@ -16934,6 +16934,34 @@ class Lists(StoreTest):
         self.assertRegex(self.ask("image list").out, r"SIZE +ARCH\n(?s:.*)kB +arm64\n|MB +arm64\n")
         self.assertNotIn("ARCH", self.ask("image list -f arch=arm64").out)
 
+    def test_the_first_second_of_1970_is_a_time(self) -> None:
+        base, text = self.store.layers[0]["id"], "1970-01-01T00:00:00Z"
+        self.store.image(base, "localhost/zero:1", created=text, history=[{"created": text}])
+        self.store.image(base, "localhost/none:1", created=None,
+                         history=[{"created": cstor.ZERO_TIME}])
+        for entry in self.store.containers:
+            entry["created"] = text if entry["names"] == ["web"] else cstor.ZERO_TIME
+        self.store.save()
+        self.guard(self.store.root)
+        for name, moment, years, when in (
+                ("zero", 0, time.gmtime().tm_year - 1971, text),
+                ("none", -62135596800, 291, cstor.ZERO_TIME)):
+            age = f"({years}|{years + 1}) years ago"
+            listed, = self.ask(f"images {name} --format json").json
+            self.assertEqual((moment, when), (listed["Created"], listed["CreatedAt"]))
+            self.assertRegex(self.ask(f"images {name}").out, age)
+            self.assertRegex(self.ask(f"history {name}:1").out, age)
+            step, = self.ask(f"history {name}:1 --format json").json
+            self.assertEqual((when, when), (step["created"], step["Created"]))
+            said = self.ask(f"inspect {name}:1 -f", "{{(index .History 0).Created}}").out
+            self.assertEqual(when[:10], said[:10])
+        made = dict(line.split(":") for line in self.ask(
+            "ps -a --format", "{{.Names}}:{{.RunningFor}}").out.splitlines())
+        self.assertEqual({"web": False, "other": True}, {
+            name: age.startswith("292 ") for name, age in made.items()})
+        self.assertEqual(["localhost/zero", "localhost/none"], self.ask(
+            "images --format {{.Repository}}").out.splitlines()[-2:])
+
     def test_what_is_unknown_is_a_usage_error(self) -> None:
         for words, said in (
                 ("images --filter nope=1", "keys are arch, before, containers"),
@@ -17638,6 +17666,9 @@ class CommandLine(StoreTest):
         second = self.store.image(base, history=steps[:2])
         alone = self.store.image(base, history=[steps[0], steps[3]])
         leaf = self.store.image(layer, history=[*steps[:1], steps[2], {"created_by": "z"}])
+        empty = self.store.image("", history=steps[1:2])
+        top = self.store.image("", "localhost/empty:1", history=steps[1:3])
+        self.store.image(base, "localhost/on:1", history=[steps[1], steps[0]])
         self.store.save()
 
         def listed(*words: str) -> set[str]:
@@ -17647,6 +17678,9 @@ class CommandLine(StoreTest):
         samples = {entry["id"] for entry in [*self.store.images[:2], self.store.images[-1]]}
         samples.add(top)
         self.assertEqual({*samples, named, alone, leaf}, listed())
+        self.assertEqual({alone, leaf}, {
+            name for name in (first, second, alone, leaf, empty) if name[:12].encode()
+            in self.cstor("images", "-q", "-f", "dangling=true").stdout.split()})
         for word in ("-a", "--all"):
             self.assertEqual({*samples, named, first, second, alone, leaf, empty}, listed(word))
         self.assertEqual(f"{second}\n".encode(), self.cstor(
@@ -17674,9 +17708,6 @@ class CommandLine(StoreTest):
                     found["id"], found["images"], found["containers"], found["container-names"]))
                 self.assertNotIn("chain", found)
         self.assertEqual(["localhost/app:1", "localhost/app:latest",
-        empty = self.store.image("", history=steps[1:2])
-        top = self.store.image("", "localhost/empty:1", history=steps[1:3])
-        self.store.image(base, "localhost/on:1", history=[steps[1], steps[0]])
                           "docker.io/library/sample:latest"], self.cstor(
                               "layer", "inspect", layers[0]).json[0]["image-names"])
         found = self.cstor("layer", "inspect", "--chain", layers[2]).json[0]
@@ -17685,9 +17716,6 @@ class CommandLine(StoreTest):
             self.assertIn(b"layer not known", self.cstor("layer", "inspect", path,
                                                          status=3).stderr)
 
-        self.assertEqual({alone, leaf}, {
-            name for name in (first, second, alone, leaf, empty) if name[:12].encode()
-            in self.cstor("images", "-q", "-f", "dangling=true").stdout.split()})
     def test_containers_that_podman_does_not_know(self) -> None:
         self._root = ""
         self.store.container("", self.store.layers[3]["id"], "builder", metadata="")
