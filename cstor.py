@@ -3773,11 +3773,9 @@ def _lock_shared(fd: int, patience: Deadline) -> None:
         try:
             fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return
-        except ImportError:
-            return
-        except OSError as error:
+        except (ImportError, OSError) as error:
             # ENOLCK and the like: a file system without locks (NFS without lockd, some FUSE).
-            if error.errno not in (errno.EACCES, errno.EAGAIN) or not patience.pause():
+            if not isinstance(error, (BlockingIOError, PermissionError)) or not patience.pause():
                 return
 
 
@@ -4621,8 +4619,7 @@ def normalize_name(name: str) -> list[str]:
     """
     first, slash, rest = name.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
-        if first == "index.docker.io":
-            first = "docker.io"
+        first = "docker.io" if first == "index.docker.io" else first
         if first == "docker.io" and "/" not in rest:
             rest = "library/" + rest
         return [f"{first}/{rest}"]
@@ -4832,11 +4829,9 @@ def names_to_give(image: Image, reference: str) -> list[str]:
     """
     tagged = [name for name in image.names if re.fullmatch(TAGGED_NAME, name)]
     asked = reference.rpartition("@")[0] or reference
-    for wanted in (asked, asked + ":latest"):
-        found = [name for name in tagged if name == wanted or name.endswith("/" + wanted)]
-        if found:
-            return found[:1]
-    return tagged
+    found = [name for wanted in (asked, asked + ":latest") for name in tagged
+             if f"/{name}".endswith(f"/{wanted}")]
+    return found[:1] or tagged
 
 
 # ================================================================================================
@@ -4998,13 +4993,6 @@ class LayerFiles(Closing):
             if stat.S_ISREG(status.st_mode) and size == status.st_size <= status.st_blocks * 512:
                 return dir_fd, parent, base, status
         return None
-
-    def open_fast(self, name: bytes, size: int) -> int:
-        """Do what open() does, with fewer steps for a plain file that this user may read."""
-        if found := self.find(name, size):
-            with suppress(OSError):
-                return self._diff(0)._open(found[0], found[2], 0)
-        return self.open(name, size)
 
     @property
     def is_plain(self) -> bool:
@@ -13367,7 +13355,7 @@ class LayerCheck:
             return False
         if kind == "reg" and size > status.st_blocks * 512:  # sparse, or a stub
             try:
-                os.close(files.open_fast(name, size))
+                os.close(files.open(name, size))
             except (CstorError, OSError):
                 return False
         return kind == "dir" or status.st_size == (size or len(more[-1]))
@@ -13435,7 +13423,7 @@ class LayerCheck:
         if not (mine or sink) or self.quick and files.find(member.name, member.size):
             return None
         try:
-            fd = files.open_fast(member.name, member.size)
+            fd = files.open(member.name, member.size)
             try:  # faster than Opened
                 for data in () if self.quick else self._chunks(fd, member, mine):
                     if sink:
@@ -13995,7 +13983,7 @@ class Salvage:
 
     def __init__(self, storage: Storage, layers: Sequence[Layer]) -> None:
         self.storage = storage
-        self._above: dict[str, list[Layer]] = {}  # by parent
+        self._above: dict[str, list[Layer]] = defaultdict(list)  # by parent
         self._loose: dict[Layer, str] = {}  # those whose parent nothing tells
         self._tried: set[tuple[Layer, str | None]] = set()  # DiffIDs layers lack, None = any
         self._done: set[Image] = set()
@@ -14004,7 +13992,7 @@ class Salvage:
             if layer.lost and not self._look_below(layer):
                 self._loose[layer] = ""
             else:
-                self._above.setdefault(layer.parent, []).append(layer)
+                self._above[layer.parent].append(layer)
             layer.record.update({"parent": layer.parent} if layer.parent else {})
 
     @staticmethod
@@ -14022,14 +14010,14 @@ class Salvage:
         """Note the parent and the DiffID of a layer."""
         if layer in self._loose:
             del self._loose[layer]
-            self._above.setdefault(parent, []).append(layer)
+            self._above[parent].append(layer)
         layer.parent, layer.diff_digest = parent, digest
         layer.record.update({"diff-digest": digest, "parent": parent})
 
     def _step(self, parent: str, digest: str, hashing: bool) -> list[Layer]:
         """Return the layers of a DiffID that are on top of ``parent``, "" for nothing."""
         chain_id = sha256_digest(f"{parent}+{digest[7:]}".encode()) if parent else digest
-        near, loose = self._above.setdefault(parent, []), self._loose
+        near, loose = self._above[parent], self._loose
         layer = self.storage.layer_by_id(chain_id[7:])
         if layer and layer.lost and not layer.diff_digest and (layer in loose or layer in near):
             self._settle(layer, parent, digest)
@@ -14120,10 +14108,10 @@ class Salvage:
 
     def _names(self) -> dict[str, set[str]]:
         """Return the IDs of images by the names that containers give them."""
-        found: dict[str, set[str]] = {}
+        found: dict[str, set[str]] = defaultdict(set)
         for container in self.storage._load(Container):
             name = container.details().get("image-name") or container.state.get("image-name")
-            found.setdefault(str(name), set()).add(container.image)
+            found[str(name)].add(container.image)
         return found
 
     def containers(self, containers: Sequence[Container]) -> None:
@@ -14265,8 +14253,8 @@ class DiskUsage:
         self.orphans = [finding for finding in found if finding.bytes is not None]
         self.unreadable: list[str] = []
         self.units: dict[Any, set[str]] = {}  # that a record needs
-        self._files: dict[str, int] = {}  # bytes of files, by unit
-        self._held: dict[frozenset[str], int] = {}  # bytes of disk, by all units that hold them
+        self._files: Counter[str] = Counter()  # bytes of files, by unit
+        self._held: Counter[frozenset[str]] = Counter()  # bytes of disk, by all that hold them
         self._ends: list[tuple[Any, ...]] = []  # of what is shared: see _share()
         self._plain = {os.makedev(*map(int, line.split()[2].split(":")))
                        for line in read_proc("self/mountinfo").splitlines()
@@ -14317,19 +14305,16 @@ class DiskUsage:
                                        home + b"/" + name, not word)
                 except NeedsUnshare:
                     self.unreadable.append(root.host_path(home))
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         before = 0
         for _, place, step, unit, holders in sorted(self._ends):
             if counts and place > before:
-                self._hold([*counts, *[""] * (sum(counts.values()) < holders)], place - before)
-            before, counts[unit] = place, counts.get(unit, 0) + step
+                here = [*counts, *[""] * (sum(counts.values()) < holders)]
+                self._held[frozenset(here)] += place - before
+            before, counts[unit] = place, counts[unit] + step
             if not counts[unit]:
                 del counts[unit]
         self._shared = {units: size for units, size in self._held.items() if len(units) > 1}
-
-    def _hold(self, units: Iterable[str], size: int) -> None:
-        key = frozenset(units)
-        self._held[key] = self._held.get(key, 0) + size
 
     def _take(self, unit: str, root: Contents, top: bytes, is_layer: bool) -> None:
         """Count what is at and below ``top``."""
@@ -14346,8 +14331,8 @@ class DiskUsage:
                             unit, status.st_nlink)
             else:
                 own += size
-        self._hold([unit], own)
-        self._files[unit] = self._files.get(unit, 0) + files
+        self._held[frozenset([unit])] += own
+        self._files[unit] += files
 
     def _share(self, device: tuple[int, ...], place: int, size: int, *more: Any) -> None:
         self._ends += [(device, place, 1, *more), (device, place + size, -1, *more)]
@@ -14372,7 +14357,7 @@ class DiskUsage:
 
     def disk_size(self, units: set[str], *, alone: bool = False) -> int:
         """Return the bytes of disk that units take; ``alone``: that nothing else holds."""
-        return sum(self._held.get(frozenset([unit]), 0) for unit in units) + sum(
+        return sum(self._held[frozenset([unit])] for unit in units) + sum(
             size for holders, size in self._shared.items()
             if (holders <= units if alone else not holders.isdisjoint(units)))
 
@@ -14392,14 +14377,14 @@ class DiskUsage:
 
     def _row(self, record: Any, units: set[str], **more: Any) -> dict[str, Any]:
         return {"id": record.id, "names": record.names, "created": record.created,
-                "apparent-size": sum(self._files.get(unit, 0) for unit in units),
+                "apparent-size": sum(self._files[unit] for unit in units),
                 "disk-size": self.disk_size(units), **more, "store": record.root.path}
 
     def images(self) -> Iterator[dict[str, Any]]:
         """Yield a row for each image; ``unique-size``: of ``disk-size``, what no other needs."""
         images, containers = self.storage.images(), self.storage.containers()
-        users = sorted(chain(*(self.units[image] for image in images)))
-        several = {unit for unit, other in zip(users, users[1:]) if unit == other}
+        users = Counter(chain(*(self.units[image] for image in images)))
+        several = {unit for unit in users if users[unit] > 1}
         for image in images:
             row = self._row(image, self.units[image], dangling=image in self.dangling,
                             readonly=image.readonly, containers=[
