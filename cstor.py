@@ -752,7 +752,7 @@ class Closing:
     __slots__ = ()
 
     def close(self) -> object:
-        """Close all descriptors."""
+        """Close all descriptors; harmless when repeated."""
         raise NotImplementedError
 
     def __enter__(self: S) -> S:
@@ -786,7 +786,6 @@ class Directory(Closing):
             return cls(path, os.open(path, OPEN_DIRECTORY))
 
     def close(self) -> None:
-        """Close the descriptors; harmless when repeated."""
         fds = self._near_fd, self._parent_fd, self.fd
         self.fd = self._parent_fd = self._near_fd = -1  # a signal can come now
         for fd in fds:
@@ -3854,7 +3853,6 @@ class Contents(Directory):
         self._ahead: dict[bytes, int] = {}  # files that the helper opened before they are needed
 
     def close(self) -> None:
-        """Close all descriptors; harmless when repeated."""
         self.keep({})
         super().close()
 
@@ -4097,7 +4095,6 @@ class Storage(Closing):
         self._id_maps: tuple[Ranges, Ranges] | None = None
 
     def close(self) -> None:
-        """Close all descriptors; harmless when repeated."""
         OPEN_STORAGES.discard(ref(self))
         for root in filter(None, [*self.roots, *self._folders.values(), self._run]):
             root.close()
@@ -4919,7 +4916,6 @@ class LayerFiles(Closing):
             self._objects = read_objects(iter(lambda: os.read(fd, CHUNK), b""), path)
 
     def close(self) -> None:
-        """Close all directories; harmless when repeated."""
         while self._diffs:
             self._diffs.popitem()[1].close()
 
@@ -7407,7 +7403,6 @@ class Tree(Closing):
         self._lookups = Lookups(self.layers)
 
     def close(self) -> None:
-        """Close all layers; harmless when repeated."""
         for layer in self.layers:
             layer.close()
 
@@ -10698,7 +10693,6 @@ class StreamTree(LayerTree):
         self._places: dict[Node, tuple[Directory, bytes]] = {}  # what settle() returned, and name
 
     def close(self) -> None:
-        """Close the directories; harmless when repeated."""
         for directory in {directory for directory, _ in self._places.values()}:
             directory.close()
 
@@ -10954,7 +10948,6 @@ class ExternalFiles(Closing):
                     self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
 
     def close(self) -> None:
-        """Close what is open; harmless when repeated."""
         for fd in [self._fd, *self.directories]:
             if fd >= 0:
                 os.close(fd)
