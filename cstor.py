@@ -3159,13 +3159,13 @@ class Layer(Record):
         fd, path = self.storage.open_first(self.tar_split, self.root)
         if fd >= 0:
             return fd, path
-        additional, hint = self.overlay_file(b"additionallayer")[0], ""
-        if not additional and (gone := self.removed()):
-            raise gone
+        hint = ""
         if self.incomplete:
             why = self.UNFINISHED
-        elif additional:
+        elif self.overlay_file(b"additionallayer")[0]:
             why = "it comes from an additional layer store"
+        elif gone := self.removed():
+            raise gone
         elif not (diff := self.overlay_file(b"diff")[0]) or self.diff_digest or self.toc_digest:
             why = "it was pulled without, or the file is lost" if diff \
                 else "its files are gone as well"
@@ -4262,6 +4262,7 @@ class Storage(Closing):
         sources += [(root, [plain]) for root in self._additional if new is not Container]
         for root, names in sources:
             readonly = root in self._additional
+            owner = self._graph or root if root is self._run else root  # of the records' files
             for path, data in zip(names, read_consistently(
                     root, home + b"/" + word + b".lock", names, self._patience,
                     self.faults if self.salvage else None)):
@@ -4269,23 +4270,21 @@ class Storage(Closing):
                     items = parse_json(data, root.host_path(path)) if data.strip() else None
                     if not isinstance(items, (list, type(None))):
                         raise FormatError("expected a JSON array", file=root.host_path(path))
-                    cut += [root] * (path == plain and not data.strip())
+                    cut += [owner] * (path == plain and not data.strip())
                 except FormatError as error:
                     if not self.salvage:
                         self._malformed[home] = error
                         add_hint(error, LEFT)
                         raise
-                    cut, items = [*cut, root], whole_objects(data)
+                    cut, items = [*cut, owner], whole_objects(data)
                     self.faults += [str(error)] * (str(error) not in self.faults)
                 for item in items or ():  # Go writes null for an empty list
-                    record = new(self, self._graph or root if root is self._run else root, item,
-                                 volatile=path == volatile, readonly=readonly)
+                    record = new(self, owner, item, volatile=path == volatile, readonly=readonly)
                     if readonly or not record.id or record.id not in seen:
                         found.append(record)
                     if not readonly:
                         seen.add(record.id)
-        for root in dict.fromkeys(self._graph or root if root is self._run else root
-                                  for root in cut):
+        for root in dict.fromkeys(cut):
             found += self._left(new, root, {record.id for record in found})
         return tuple(found)
 
@@ -4854,11 +4853,11 @@ def clean_name(name: bytes) -> bytes:
     ".." is resolved in the text and stops at the root, as Go's filepath.Join("/", name) does.
     Raises FormatError for a NUL byte; b"" is the root itself.
     """
-    if not re.search(rb"(?:^|/)\.{0,2}(?:/|\Z)|\0", name):
-        return name
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
-    return os.path.normpath(b"/./" + name)[1:]  # which would keep "//" at the start
+    path = b"/" + name + b"/"
+    # normpath() would keep "//" at the start.
+    return os.path.normpath(b"/." + path)[1:] if b"//" in path or b"/." in path else name
 
 
 def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
@@ -4899,7 +4898,6 @@ class LayerFiles(Closing):
         self._diffs: dict[int, Contents] = {}  # the layer's own is 0, lowers follow
         self._places: list[tuple[Contents | None, bytes]] = [(None, b"")]
         self._objects: dict[bytes, bytes] | None = None
-        self._raw_parent = self._parent = b""  # of the last name, as given and cleaned
         self._plain = not (layer.mapped or layer.overlay_file(b"diff1")[0])
         self._diff(0)
         with OnError(self.close):
@@ -4941,9 +4939,7 @@ class LayerFiles(Closing):
         """
         if size == 0 and self._objects is not None:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # no object is kept for it
-        parent, base = self._split(name)
-        if base in (b"", b".", b"..") or b"\0" in base or self._objects is not None:
-            parent, _, base = self._place(name).rpartition(b"/")
+        parent, _, base = self._place(name).rpartition(b"/")
         for diff in (self._diff(0),) if self._plain else self._search():
             try:
                 fd, status = diff.look(parent, base)
@@ -4967,21 +4963,14 @@ class LayerFiles(Closing):
                 raise self._objection(name, base, size, status)
         raise self._missing(name, size)
 
-    def _split(self, name: bytes) -> tuple[bytes, bytes]:
-        """Return the cleaned name of the parent, and the last component as it is."""
-        parent, _, base = name.rpartition(b"/")
-        if parent != self._raw_parent:
-            self._raw_parent, self._parent = parent, clean_name(parent)
-        return self._parent, base
-
     def find(self, name: bytes, size: int) -> tuple[int, bytes, bytes, os.stat_result] | None:
         """Return a plain file unopened, as (directory, its name, name in it, status).
 
         None where open() must look closer: a file of another type or size, or perhaps a stub.
         """
         if self.is_plain:
-            parent, base = self._split(name)
             try:
+                parent, _, base = clean_name(name).rpartition(b"/")
                 dir_fd = self._diff(0).parent(parent)
                 status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
             except (OSError, ValueError):
@@ -4997,11 +4986,11 @@ class LayerFiles(Closing):
 
     def status(self, name: bytes) -> os.stat_result | None:
         """Return lstat(2) of a name below "diff"; None when it is missing."""
-        diff, (parent, base) = self._diff(0), self._split(name)
         try:
-            return os.stat(base, dir_fd=diff.parent(parent), follow_symlinks=False)
+            parent, _, base = clean_name(name).rpartition(b"/")
+            return os.stat(base, dir_fd=self._diff(0).parent(parent), follow_symlinks=False)
         except PermissionError:
-            return diff.lstat(os.path.join(parent, base))
+            return self._diff(0).lstat(clean_name(name))
         except (OSError, ValueError):
             return None
 
