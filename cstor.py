@@ -10674,11 +10674,11 @@ class StreamTree(LayerTree):
 
     kept = False  # whether contents stay in the Staging, since other names may need them
 
-    def __init__(self, staging: int, label: str) -> None:
+    def __init__(self, label: str) -> None:
         self.rootless = os.geteuid() != 0  # as in a store of ours
         super().__init__(None)
-        self.label, self._staging = label, staging
-        self._staged: dict[Node, tuple[int, bytes, str]] = {}
+        self.label = label
+        self.contents: dict[Node, tuple[int, bytes, str]] = {}  # as staged() returns them
         self._places: dict[Node, tuple[Directory, bytes]] = {}  # what settle() returned, and name
 
     def close(self) -> None:
@@ -10693,10 +10693,6 @@ class StreamTree(LayerTree):
                 if isinstance(layer, StreamTree):
                     layer.kept = True
 
-    def stage(self, node: Node, number: int, why: str, crc: int | None) -> None:
-        """Note that a node's content is in file ``number``, why it is a copy, and its CRC-64."""
-        self._staged[node], node._checksum = (self._staging, b"%d" % number, why), crc
-
     def locate(self, node: Node, piece: bytes | Extent) -> bool:
         """Note where a node's content can be opened once all is verified, if it is a named file."""
         if not isinstance(piece, Extent) or not piece.origin:
@@ -10708,11 +10704,11 @@ class StreamTree(LayerTree):
         return True
 
     def staged(self, node: Node) -> tuple[int, bytes, str] | None:
-        return None if self.kept or "data" in node.extra else self._staged.get(node)
+        return None if self.kept or "data" in node.extra else self.contents.get(node)
 
     def _open(self, node: Node) -> int:
-        if node in self._staged:
-            return os.open(self._staged[node][1], OPEN_FILE, dir_fd=self._staging)
+        if staged := self.contents.get(node):
+            return os.open(staged[1], OPEN_FILE, dir_fd=staged[0])
         directory, place = self._places[node]
         if (fd := directory.open_near(place[48:])) < 0:
             raise IntegrityError("another file has replaced it", name=node.path)
@@ -10733,7 +10729,7 @@ class Staging:
 
     def __init__(self, output: OutputDirectory, *, link_mode: str = "auto", check: bool = True,
                  crc: bool = False, workers: int = 1, progress: Progress | None = None) -> None:
-        self._target, self._own = output.staging, output.on_exit
+        self._target, self._own = output.staging, output._own
         self._copier = ContentCopier(link_mode)
         self._check, self._crc, self._progress = check, crc, progress
         # Of what another process has read there is nothing to copy here.
@@ -10748,10 +10744,9 @@ class Staging:
         Raises as LayerStream.export() does, and Unsupported for what cannot be shared though
         link_mode is "reflink".
         """
-        tree = StreamTree(self._target.fd, stream.label)
+        tree = self._own(StreamTree(stream.label))
         tree.below = below
-        self._own(tree.close)
-        self._own(stream.close)
+        self._own(stream)
         sink = None if not self._check or self._apart and stream.hash_apart() \
             else TarSink(None, hashing=True, layer=stream.label)
         with OnError(sink.abort) if sink else nullcontext():
@@ -10776,7 +10771,7 @@ class Staging:
 
     def _store(self, tree: StreamTree, node: Node, member: Member,
                content: Iterable[bytes | Extent]) -> None:
-        number, why = self._count, ""
+        name, why = b"%d" % self._count, ""
         crc = 0 if self._crc else None
         self._count += 1
         pieces = tree.expand(member, content)
@@ -10786,7 +10781,7 @@ class Staging:
                 node._checksum = crc = crc64(data, crc or 0)
             return
         # With the file's own mode, so that none is left to set: nobody else enters the directory.
-        with Opened(os.open(b"%d" % number, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
+        with Opened(os.open(name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
                      node.mode & 0o777 | 0o600, dir_fd=self._target.fd)) as fd:
             for piece in chain((first,), pieces):
                 if isinstance(piece, Extent):
@@ -10803,7 +10798,7 @@ class Staging:
                         crc = crc64(data, crc)
             if member.sparse is not None:
                 os.ftruncate(fd, node.size)
-        tree.stage(node, number, why, crc)
+        tree.contents[node], node._checksum = (self._target.fd, name, why), crc
 
 
 def _hashed(content: Iterable[bytes | Extent], sink: TarSink) -> Iterator[bytes | Extent]:
