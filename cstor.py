@@ -10526,11 +10526,10 @@ class LayerStream(Closing):
         self.taken, self.hashed = 0, ""  # bytes of the tar so far; see hash_apart()
         self._chunks, self._pairs = iter(chunks), pairs
         self._reader = chunks if isinstance(chunks, SplitdirfdstreamReader) else reader
-        self._close = [close] if close else []
-
-    def also_close(self, close: Callable[[], object]) -> None:
-        """Call ``close`` as well when the stream is closed."""
-        self._close.append(close)
+        self._end = ExitStack()
+        self.also_close = self._end.callback  # calls a function when the stream is closed
+        if close:
+            self.also_close(close)
 
     def expect(self, reference: str) -> LayerStream:
         """Ask for the tar of a digest, if ``reference`` is one; return the stream itself.
@@ -10551,8 +10550,7 @@ class LayerStream(Closing):
         if hasattr(self._chunks, "close"):  # a generator, which may hold the last file
             self._chunks.close()
         self._reader = None  # with it go the directories that nobody else uses
-        while self._close:
-            self._close.pop(0)()
+        self._end.close()
 
     def hash_apart(self) -> bool:
         """Let another process read and hash the chunks and the files that they name, if they can.
