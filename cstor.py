@@ -10080,19 +10080,18 @@ class FetchedImage(Closing):
         from tempfile import gettempdir
 
         self.reference, self._timeout, self._progress = reference, timeout, progress
-        self._directory, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
-        self._scratch = self._directory.path
+        self._scratch, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
         with OnError(self.close):
-            if ":" in self._scratch:
-                raise CstorError(f"skopeo cannot use a directory with a colon: {self._scratch}",
+            if ":" in (path := self._scratch.path):
+                raise CstorError(f"skopeo cannot use a directory with a colon: {path}",
                                  hint="set TMPDIR to another one")
             self._fetch(platform)
-            self._layout = Directory.at(os.path.join(self._scratch, "oci"))
+            self._layout = self._scratch.directory(b"oci")
             self._load(platform)
 
     def close(self) -> None:
         """Remove the layout; harmless when repeated."""
-        self._directory.close()
+        self._scratch.close()
 
     def _fetch(self, platform: str) -> None:
         import subprocess
@@ -10100,13 +10099,13 @@ class FetchedImage(Closing):
         options = ("--override-os", "--override-arch", "--override-variant")
         command = ["skopeo", *chain(*zip(options, filter(None, platform.split("/")))), "copy",
                    "--quiet", "--dest-oci-accept-uncompressed-layers", "--", self.reference,
-                   f"oci:{self._scratch}/oci"]
+                   f"oci:{self._scratch.path}/oci"]
         process: Any = None
-        with open(os.path.join(self._scratch, "log"), "w+b") as log:
+        with open(self._scratch.host_path(b"log"), "w+b") as log:
             try:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
-                    env={**os.environ, "TMPDIR": self._scratch})
+                    env={**os.environ, "TMPDIR": self._scratch.path})
                 self._await(process)
             except OSError as error:
                 if process:
@@ -10125,7 +10124,7 @@ class FetchedImage(Closing):
         """Wait until skopeo ends; raise ProtocolError if it writes nothing for a long time."""
         deadline = Deadline(self._timeout)
         while process.poll() is None:
-            size, files = measure_files(self._scratch)
+            size, files = measure_files(self._scratch.path)
             if size != self.size:
                 self.size, deadline = size, Deadline(self._timeout)
                 if self._progress:
