@@ -9016,13 +9016,13 @@ class Extraction:
         made = not self.merge or self.output.resume
         if path:
             with ErrorsAs(self.target.explain, path):
-                made = self._mkdir(*self.target.locate(path), path) or self.output.resume
+                made = self._mkdir(*self.target.locate(path), path)
         if made or not node.implicit:  # an implicit entry must not change an existing directory
             self._folders.append((path, node))
         self._directories += 1
 
     def _mkdir(self, dir_fd: int, base: bytes, path: bytes) -> bool:
-        """Make the directory ``path``; return whether it was new."""
+        """Make the directory ``path``; return whether it is ours, also from a killed run."""
         try:
             os.mkdir(base, 0o700, dir_fd=dir_fd)
         except FileExistsError:
@@ -9035,7 +9035,7 @@ class Extraction:
             if stat.S_ISDIR(status.st_mode):
                 if self.output.resume:
                     remove_dead(dir_fd, name=base)
-                return False
+                return self.output.resume
             os.unlink(base, dir_fd=dir_fd)
             os.mkdir(base, 0o700, dir_fd=dir_fd)
         return True
@@ -9116,7 +9116,9 @@ class Extraction:
             new = os.open(base, OPEN_NEW_FILE ^ (os.O_WRONLY ^ os.O_RDWR) * self.verify,
                           node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
             if node.size:
-                self._fill(new, node, fd)
+                self._account(node, self._copier.fill(fd, node.size, new, node.path,
+                                                      node.tree.layer_id))
+                node.tree.recheck(node, fd)
             status = os.fstat(new)
             check_copy(new, status, node, self.verify)
             self._describe(new, status, node)
@@ -9128,10 +9130,6 @@ class Extraction:
         finally:
             if new >= 0:
                 os.close(new)
-
-    def _fill(self, new: int, node: Node, fd: int) -> None:
-        self._account(node, self._copier.fill(fd, node.size, new, node.path, node.tree.layer_id))
-        node.tree.recheck(node, fd)
 
     def _account(self, node: Node, why: str) -> None:
         """Count a content, and why it is a copy."""
