@@ -11173,24 +11173,15 @@ class Connection(Closing):
             self._skip_blanks()
             if not buffer:
                 return -1
-        outside, inside = re.compile(rb'["{}\[\]]').search, re.compile(rb'["\\]').search
-        while True:
-            match = (inside if self._inside else outside)(buffer, self._at)
-            if not match:
-                self._at = len(buffer)
-                return -1
-            at, token = match.start(), match[0]
+        outside = re.compile(rb'["{}\[\]]').search
+        inside = re.compile(rb'"|\\.', re.DOTALL).search
+        while match := (inside if self._inside else outside)(buffer, self._at):
+            self._at = match.end()
             self._tokens += 1
-            if token == b"\\":
-                if at + 1 == len(buffer):
-                    self._at = at
-                    return -1
-                at += 1
-            elif token == b'"':
+            if match[0] == b'"':
                 self._inside = not self._inside
-            else:
-                self._depth += 1 if token in b"{[" else -1
-            self._at = at + 1
+            elif not self._inside:
+                self._depth += 1 if match[0] in b"{[" else -1
             if not 0 <= self._depth <= MAX_DEPTH:
                 raise ProtocolError("malformed JSON, or nested too deep", code=PARSE_ERROR)
             if self._tokens > self.max_message // 16:  # parsed, it is 30 times as large
@@ -11198,6 +11189,8 @@ class Connection(Closing):
             if not self._depth and not self._inside:
                 self._tokens = 0
                 return self._at
+        self._at = max(self._at, len(buffer) - 1)  # its last byte may be half an escape
+        return -1
 
     def _skip_blanks(self) -> None:
         """Skip white space.  Raises ProtocolError unless an object begins after it."""
