@@ -11141,7 +11141,6 @@ class Connection(Closing):
     def _receive_bytes(self) -> bool:
         """Receive some bytes, and descriptors with them; False at the end."""
         import socket
-        import struct
 
         data, rights, flags, _ = self._when_ready(
             "POLLIN", self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
@@ -11152,8 +11151,7 @@ class Connection(Closing):
         self._buffer += data
         for level, kind, content in rights:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                self._fds += [(self._received, fd) for fd in struct.unpack(
-                    f"{len(content) // 4}i", content[:len(content) // 4 * 4])]
+                self._fds += [(self._received, fd) for fd in memoryview(content).cast("i")]
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError("file descriptors were lost on the way", code=FD_ERROR,
                                 hint="the limit of open files (ulimit -n) may be too low")
@@ -11793,8 +11791,6 @@ class _Session(Dispatcher):
         self._storage.reload()
         return self._storage
 
-    # -- what requests name ----------------------------------------------------------------------
-
     def _layer(self, params: dict[str, Any], name: str) -> Layer:
         return find_layer(self.storage, self._param(params, name, ""))
 
@@ -11803,8 +11799,6 @@ class _Session(Dispatcher):
         if not isinstance(path, str) or not can_be_path(path) or os.path.realpath(path) not in [
                 os.path.realpath(root.path) for root in self.storage.roots]:
             raise ImageUnknown(f"this server has no storage at {display(str(path))}")
-
-    # -- layers as splitfdstreams ----------------------------------------------------------------
 
     def splitfdstream(self, params: dict[str, Any]) -> None:
         """Send a layer as a file that holds the stream, and its external files."""
@@ -11832,8 +11826,6 @@ class _Session(Dispatcher):
                           "digest": layer.diff_digest, "size": layer.diff_size}
                 passed.fds.insert(0, seal_spool(spool))
             self._reply(result, passed.fds)
-
-    # -- layers as notifications -----------------------------------------------------------------
 
     def stream(self, params: dict[str, Any]) -> dict[str, Any]:
         """Send a layer as notifications, each with a file or some bytes of the tar."""
@@ -12188,8 +12180,6 @@ class RpcClient(Caller):
             chunks = SplitfdstreamReader(stream.read, lambda number: fds[number + 1])
             return self._received(reference, chunks, result, message.close)
 
-    # -- notifications ---------------------------------------------------------------------------
-
     def _notified(self, label: str) -> LayerStream:
         """Wait for the first notification, and return the layer that it begins."""
         with self._next() as message:
@@ -12531,15 +12521,14 @@ def unshare_ways(process: dict[str, Any]) -> list[str]:
 
 def why_no_helper(storage: Storage) -> str:
     """Return, as the next step for a person, why no helper can read a storage; "" if one can."""
-    owner, _ = storage.owner
-    if id_map("uid_map") not in ([], [[0, 0, NO_ID]]) and os.geteuid() == 0:
-        return ("this user namespace does not map the store's owner: run it outside, as root or as "
-                "the owner of the store")
-    if os.geteuid() == 0:
+    (owner, _), uid = storage.owner, os.geteuid()
+    if uid:
+        return "" if uid == owner else \
+            f"the store belongs to uid {owner}: run it as root or as that user"
+    if id_map("uid_map") in ([], [[0, 0, NO_ID]]):
         return "this root has no CAP_DAC_OVERRIDE: give it that capability"
-    if owner != os.geteuid():
-        return f"the store belongs to uid {owner}: run it as root or as that user"
-    return ""
+    return ("this user namespace does not map the store's owner: run it outside, as root or as the "
+            "owner of the store")
 
 
 class Unshared(Caller):
