@@ -4743,12 +4743,12 @@ UNKNOWN: dict[type[Record], type[NotFound]] = {
 FINDERS = {"image": find_image, "container": find_container, "layer": find_layer}
 
 
-def did_you_mean(text: str, known: Mapping[str, str], cutoff: float = 0.6) -> str:
-    """Return a hint that says what the nearest key of ``known`` stands for, or ""."""
+def did_you_mean(text: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a hint that gives the nearest of ``known``, of a dict what it stands for, or ""."""
     import difflib
 
-    return "".join(f"did you mean {display(known[word])}?"
-                   for word in difflib.get_close_matches(text, known, 1, cutoff))
+    return "".join(f"did you mean {display(known[word] if isinstance(known, dict) else word)}?"
+                   for word in difflib.get_close_matches(text, list(known), 1, cutoff))
 
 
 def short_names(name: str) -> list[str]:
@@ -16256,7 +16256,7 @@ def layer_fields(layer: Layer) -> Fields:
 def is_template(args: Any) -> bool:
     """Tell whether --format is a template.  Raises _UsageError for an unknown word."""
     if args.format not in ("table", "json") and "{{" not in args.format:
-        hint = did_you_mean(args.format, {word: word for word in ("table", "json")})
+        hint = did_you_mean(args.format, ["table", "json"])
         raise _UsageError(f"--format {display(args.format)}: must be table, json or a Go template"
                           f"{hint and f'; {hint}'}")
     return args.format not in ("table", "json")
@@ -16993,16 +16993,15 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
 
 def cmd_image_export(storage: Storage, args: Any) -> None:
     """write images as one stream: the root file system as a tar, or an archive to load"""
-    images: list[Any] = [storage.image(reference, args.platform) for reference in args.image]
     kind = vars(args)["as"]
     if kind == "rootfs":
-        if len(images) > 1:
+        if len(args.image) > 1:
             raise _UsageError("--as rootfs takes one image; --as docker-archive takes several")
-        export_tree(images[0].tree(platform=args.platform), args)
+        export_tree(open_tree(storage, args, args.image[0]), args)
         return
-    named = [(image.single(args.platform), names_to_give(image, reference))
-             for image, reference in zip(images, args.image)]
-    write_archive(args, kind, named)
+    write_archive(args, kind, [
+        (image.single(args.platform), names_to_give(image, reference))
+        for reference in args.image for image in [storage.image(reference, args.platform)]])
 
 
 def write_archive(args: Any, kind: str, named: Sequence[tuple[Image, Sequence[str]]]) -> None:
@@ -17015,7 +17014,7 @@ def write_archive(args: Any, kind: str, named: Sequence[tuple[Image, Sequence[st
 
 def cmd_container_export(storage: Storage, args: Any) -> None:
     """write the root file system of a container, with its writable layer, as a tar"""
-    export_tree(storage.container(args.container).tree(), args)
+    export_tree(open_tree(storage, args), args)
 
 
 def cmd_diff(storage: Storage, args: Any) -> int:
@@ -17281,7 +17280,6 @@ OPTIONS = {
     "ps -l --latest": "show only the container that was made last",
     "-l --long": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
     "-m --multi-image-archive": "all arguments are images; else those after the first are names",
-    "images -n --noheading": "print no column headings",
     "ps -n --last N=0": "show only the last N containers that were made",
     "-p --pod": "show pods",
     "-t --type all|container|image|layer=all": "what NAME is",
@@ -17308,7 +17306,7 @@ OPTIONS = {
     "images --history": "show the names that the image had",
     "-H --human ?": "show ages; the default",
     "--no-human ?": "show times instead of ages; also --human=false",
-    "--noheading": "print no column headings",
+    **dict.fromkeys(("images -n --noheading", "--noheading"), "print no column headings"),
     **{f"{word} --sort created|id|repository|size|tag=created":
        "created (newest first), id, repository, size or tag" for word in ("image list", "images")},
     "layer list --sort created|id|size=created": "created (newest first), id or size",
@@ -17558,8 +17556,7 @@ def parse_words(words: Sequence[str]) -> Any:
     if "pattern" in args and not any(word.startswith("-") for word in more):
         args.pattern += more  # after an option argparse takes no more
     elif more:
-        flags = did_you_mean(more[0].partition("=")[0],
-                             {flag: flag for flag in parser._option_string_actions})
+        flags = did_you_mean(more[0].partition("=")[0], [*parser._option_string_actions])
         parser.error(f"unrecognized arguments: {' '.join(more)}" + (
             "; --via-skopeo replaces IMAGE" if getattr(args, "via_skopeo", None)
             else flags and f"; {flags}"))
@@ -17569,7 +17566,7 @@ def parse_words(words: Sequence[str]) -> Any:
 def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
     """Return the error of words that are not a command, with those that may be meant."""
     word, asked = rest[0], f"{command} {rest[0]}".lstrip()
-    phrases = {phrase: phrase for each in COMMANDS for phrase in (each, each.split()[0])}
+    phrases = [phrase for each in COMMANDS for phrase in (each, each.split()[0])]
     verbs: dict[str, str] = {}
     for each in COMMANDS:
         verb = each.split()[-1]
@@ -17727,7 +17724,7 @@ def new_parser(command: str = "", **options: Any) -> Any:
 
         def _check_value(self, action: argparse.Action, value: Any) -> None:
             if action.choices is not None and value not in action.choices:
-                choices = {str(choice): str(choice) for choice in action.choices}
+                choices = [*map(str, action.choices)]
                 hint = did_you_mean(str(value), choices)
                 raise argparse.ArgumentError(action, f"invalid choice: {value}" + (
                     hint and f"; {hint}") + f" (choose from {', '.join(choices)})")
@@ -17797,12 +17794,11 @@ def check_options(args: Any) -> None:
     if not 0 < args.timeout <= 1e6:
         raise _UsageError("--timeout must be a number of seconds above 0")
     if getattr(args, "digest", None):
-        args.digest = "sha256:" + re.sub(r"\Asha256:", "", args.digest)
+        args.digest = "sha256:" + args.digest.removeprefix("sha256:")
         if not re.fullmatch(f"sha256:{HEX64}", args.digest):
             raise _UsageError("--digest must be a SHA-256: 64 hexadecimal digits")
     try:
-        if platform := getattr(args, "platform", ""):
-            best_platform((), platform)
+        best_platform((), getattr(args, "platform", ""))
         OwnerMap(getattr(args, "owner_map", ()))
     except ValueError as error:
         raise _UsageError(f"--{error}") from None
