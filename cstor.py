@@ -2561,23 +2561,23 @@ class Toml:
         An array replaces that of ``before``, the files read earlier, or adds to it if it says so.
         """
         found: dict[str, Any] = {}
-        for name, (kind, word) in self.SETTINGS.items():
-            tables, parts = [self.root], name.split(".")
-            for depth, part in enumerate(parts, 1):
-                # Go's decoder matches names whatever their case; the exact one shall win.
-                matches = [(table, key) for table in tables
-                           for key in sorted(table, key=part.__eq__) if key.lower() == part]
-                tables = [table[key] for table, key in matches]
-                for table, key in matches:
-                    self.at = self._places[id(table), key]
-                    if depth == len(parts):
-                        found[name] = self._setting(name, table[key], kind, word, before)
-                    elif not isinstance(table[key], dict):
-                        self._refuse(f'"{".".join(parts[:depth])}" must be a table')
+        tables = [("", self.root)]
+        for above, table in tables:
+            # Go's decoder matches names whatever their case; the exact one shall win.
+            for key in sorted(table, key=str.islower):
+                name, value, self.at = above + key.lower(), table[key], self._places[id(table), key]
+                if "." in key:
+                    continue
+                if name in ("storage", "storage.options"):
+                    if not isinstance(value, dict):
+                        self._refuse(f'"{name}" must be a table')
+                    tables.append((name + ".", value))
+                elif name in self.SETTINGS:
+                    found[name] = self._setting(name, value, before)
         return found
 
-    def _setting(self, name: str, value: Any, kind: type[Any], word: str,
-                 before: Mapping[str, Any]) -> Any:
+    def _setting(self, name: str, value: Any, before: Mapping[str, Any]) -> Any:
+        kind, word = self.SETTINGS[name]
         if kind is list and isinstance(value, list):
             # {append=true} among the elements: they follow those of earlier files.
             marks = [item for item in value if item in ({"append": True}, {"append": False})]
