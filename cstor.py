@@ -356,10 +356,10 @@ OPAQUE_MARKER = b".wh..wh..opq"
 # System calls of Linux.
 NO_ID = 0xFFFFFFFF  # chown(2): keep the owner; as a mask, the bits of an ID
 AT_FDCWD = -100  # openat(2): the working directory, in place of a descriptor
-OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-OPEN_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+OPEN_DIRECTORY = os.O_PATH | os.O_DIRECTORY  # os.open() adds O_CLOEXEC
+OPEN_NEW_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+OPEN_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 # Media type of a layer's headers with the contents of its files as open files.
 SPLITFDSTREAM = "application/vnd.containers.splitfdstream"
@@ -1397,12 +1397,11 @@ class NewFile(Transaction):
 
     def _open(self) -> None:
         try:
-            self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC,
-                              0o666, dir_fd=self._folder.fd)
+            self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR, 0o666,
+                              dir_fd=self._folder.fd)
         except OSError:
             name = partial_name(self._target)
-            self.fd = os.open(name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR, 0o666,
-                              dir_fd=self._folder.fd)
+            self.fd = os.open(name, OPEN_NEW_FILE, 0o666, dir_fd=self._folder.fd)
             self._name = name
         self.on_exit(self._close)
         try_lock(self.fd)
@@ -4938,7 +4937,7 @@ class LayerFiles(Closing):
         LayerUnknown when the whole layer was removed meanwhile.
         """
         if size == 0 and self._objects is not None:
-            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # no object is kept for it
+            return os.open(os.devnull, os.O_RDONLY)  # no object is kept for it
         parent, _, base = self._place(name).rpartition(b"/")
         for diff in (self._diff(0),) if self._plain else self._search():
             try:
@@ -9113,8 +9112,7 @@ class Extraction:
         ours = not node.extra and self._owner(node) == self._us
         new = -1
         try:
-            new = os.open(base, OPEN_NEW_FILE ^ (os.O_WRONLY ^ os.O_RDWR) * self.verify,
-                          node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
+            new = os.open(base, OPEN_NEW_FILE, node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
             if node.size:
                 self._account(node, self._copier.fill(fd, node.size, new, node.path,
                                                       node.tree.layer_id))
@@ -9206,7 +9204,7 @@ class Extraction:
                     raise
                 raise _LeftOut from None
         with OnError(unlink_quietly, dir_fd, base), Opened(os.open(
-                base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)) as fd:
+                base, os.O_PATH | os.O_NOFOLLOW, dir_fd=dir_fd)) as fd:
             status = os.fstat(fd)
             if stat.S_IFMT(status.st_mode) != kind or status.st_nlink != 1:
                 raise OSError(errno.EBUSY, "another process put something else in its place")
@@ -10776,8 +10774,8 @@ class Staging:
                 node._checksum = crc = crc64(data, crc or 0)
             return
         # With the file's own mode, so that none is left to set: nobody else enters the directory.
-        with Opened(os.open(name, OPEN_NEW_FILE ^ os.O_WRONLY ^ os.O_RDWR,
-                     node.mode & 0o777 | 0o600, dir_fd=self._target.fd)) as fd:
+        with Opened(os.open(name, OPEN_NEW_FILE, node.mode & 0o777 | 0o600,
+                            dir_fd=self._target.fd)) as fd:
             for piece in chain((first,), pieces):
                 if isinstance(piece, Extent):
                     why = self._copier.fill(piece.fd, piece.length, fd, piece.member.name)
@@ -11481,7 +11479,7 @@ def with_short_path(path: str, action: Callable[[str], T]) -> T:
     folder, name = os.path.split(path)
     name = "" if len(os.fsencode(name)) > 80 else f"/{name}"  # only to connect there
     has_proc("sockets with long paths are opened")
-    with Opened(os.open(folder or "." if name else path, os.O_PATH | os.O_CLOEXEC)) as fd:
+    with Opened(os.open(folder or "." if name else path, os.O_PATH)) as fd:
         return action(f"/proc/self/fd/{fd}{name}")
 
 
@@ -11982,7 +11980,7 @@ class _Session(Dispatcher):
         diff = layer.diff()
         os.close(layer.open_tar_split()[0])  # if it is missing, say so before the reply
         source, sink, kept, alive = (open(fd, mode, 0) for _ in range(2) for fd, mode in zip(
-            os.pipe2(os.O_CLOEXEC), ("rb", "wb")))
+            os.pipe(), ("rb", "wb")))
         with source, sink, kept, alive, diff:
             place = _Place(diff, inner.get("consumer_has_cap_dac_override") is True)
             self.connection.send({"parameters": {
@@ -12103,7 +12101,7 @@ def seal_spool(spool: BinaryIO) -> int:
     spool.flush()
     with suppress(OSError):  # no memfd
         fcntl.fcntl(spool.fileno(), F_ADD_SEALS, F_SEAL_ALL)
-    return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    return os.open(f"/proc/self/fd/{spool.fileno()}", os.O_RDONLY)
 
 
 # ================================================================================================
@@ -12679,7 +12677,7 @@ def run_unshared(function: str, words: Sequence[str]) -> int:
 
     It has our stdin, stdout and stderr, and gets SIGTERM when we end.  Raises NeedsUnshare.
     """
-    with Opened(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as nothing, \
+    with Opened(os.open(os.devnull, os.O_RDWR)) as nothing, \
             Unshared(function, words, grace=60) as process:
         process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
             fd if os.path.exists(f"/proc/self/fd/{fd}") else nothing for fd in range(3)])
@@ -12735,7 +12733,7 @@ class Helper(Unshared):
 
         super().__init__("serve_contents", roots)
         self._lock = threading.Lock()
-        self._turn = os.memfd_create("cstor-turn", os.MFD_CLOEXEC)
+        self._turn = os.memfd_create("cstor-turn")
 
     def close(self) -> int:
         if self._turn >= 0:
@@ -15323,7 +15321,7 @@ def open_output(path: str | None, timeout: float, *, text: bool = False) -> Iter
 def open_special(path: str, timeout: float) -> int:
     """Open a device, or a FIFO; wait until it has a reader."""
     deadline = Deadline(timeout)
-    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK * stat.S_ISFIFO(os.stat(path).st_mode)
+    flags = os.O_WRONLY | os.O_NONBLOCK * stat.S_ISFIFO(os.stat(path).st_mode)
     while True:
         try:
             fd = os.open(path, flags)
