@@ -861,8 +861,7 @@ class Directory(Closing):
 
     def lstat(self, name: bytes) -> os.stat_result:
         """Return lstat(2) of ``name``."""
-        return self._in_parent(name, lambda fd, base: os.stat(base, dir_fd=fd,
-                                                              follow_symlinks=False))
+        return self._in_parent(name, lambda fd, base: os.lstat(base, dir_fd=fd))
 
     def inspect(self, name: bytes) -> Any:
         """Return what look_at() returns for ``name``."""
@@ -913,7 +912,7 @@ class Directory(Closing):
         For anything but a regular file it is the negative type, which is checked before the file
         is opened: opening a FIFO can block, and opening a device can trigger an action.
         """
-        status = os.stat(base or b".", dir_fd=dir_fd, follow_symlinks=False)
+        status = os.lstat(base or b".", dir_fd=dir_fd)
         kind = stat.S_IFMT(status.st_mode)
         return self._open(dir_fd, base, 0) if kind == stat.S_IFREG else -kind, status
 
@@ -962,7 +961,7 @@ class Target(Directory):
 def look_at(dir_fd: int, name: bytes) -> tuple[os.stat_result, bytes, dict[bytes, bytes]] | None:
     """Return lstat(2), the target of a symbolic link, and xattrs; None if it has vanished."""
     try:
-        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        status = os.lstat(name, dir_fd=dir_fd)
         link = os.readlink(name, dir_fd=dir_fd) if stat.S_ISLNK(status.st_mode) else b""
         try:
             return status, link, read_xattrs(b"/proc/self/fd/%d/%s" % (dir_fd, name))
@@ -1461,7 +1460,7 @@ def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[by
 def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
     """Remove a partial, unless one of ``others`` may work on it; return whether it is gone."""
     with suppress(OSError):
-        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        status = os.lstat(name, dir_fd=dir_fd)
         is_dir, age = stat.S_ISDIR(status.st_mode), time.time() - status.st_ctime
         if not is_dir and (not others or stat.S_ISSOCK(status.st_mode) and age > 10):
             os.unlink(name, dir_fd=dir_fd)  # a socket has this name only for a moment
@@ -2168,14 +2167,11 @@ def load_config(environ: Mapping[str, str] | None = None, *, euid: int | None = 
     for scheme in (search.old_scheme, search.new_scheme):
         try:
             found.append(scheme())
-            search.judge(found[-1])
         except (CstorError, OSError) as error:  # in a file that the other may not look at
             failures.append(error)
-    if not found:
+    if failures and (not found or found[0].foreign or found[0].lack):
         raise failures[0]
     config, other = found[0], found[-1]
-    if failures and (config.foreign or config.lack):
-        raise failures[0]
     config.faults += [f"{READERS['new' if config.scheme == 'old' else 'old']} cannot read the "
                       f"configuration: {failure}" for failure in failures]
     if search.decide(config, other):
@@ -2275,18 +2271,6 @@ class _ConfigSearch:
 
     # -- which of two -------------------------------------------------------------------------
 
-    def judge(self, config: Config) -> None:
-        """Find out whose a graph root is, and what is there."""
-        config.own = not self.rootless or config.named_in.startswith(
-            os.path.dirname(self.user_file) + "/") or config.named_in in (
-            "", *map(self.environ.get, CONF_VARIABLES))
-        try:
-            config.lack = "" if holds_store(config.graphroot) else NO_STORAGE
-            config.foreign = not config.own and is_there(config.graphroot) \
-                and os.stat(config.graphroot).st_uid != self.euid
-        except OSError as error:
-            config.lack, config.foreign = error.strerror or "unreadable", not config.own
-
     def decide(self, own: Config, other: Config) -> bool:
         """Tell whether the new scheme's ``other`` wins over the old one's; see the banner."""
         if own is other or other.foreign:
@@ -2343,8 +2327,7 @@ class _ConfigSearch:
             values = {key: value for key, value in values.items() if key.endswith("_storage_path")
                       or key == "storage.driver" and not own}
             values.update(self._read(self.user_file, config) if own else {})
-        self._finish(config, values)
-        return config
+        return self._finish(config, values)
 
     def new_scheme(self) -> Config:
         config = Config("new", self.rootless, self.uid)
@@ -2356,8 +2339,7 @@ class _ConfigSearch:
         override = self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE")
         for path in (*config.drop_ins, *([override] if override else [])):
             values.update(self._read(path, config, values))
-        self._finish(config, values)
-        return config
+        return self._finish(config, values)
 
     def _drop_ins(self) -> list[str]:
         """Return the drop-ins in the order in which they are applied.
@@ -2403,8 +2385,8 @@ class _ConfigSearch:
         self._sources.update(dict.fromkeys(values, path))
         return values
 
-    def _finish(self, config: Config, values: dict[str, Any]) -> None:
-        """Turn merged keys, environment and defaults into a Config."""
+    def _finish(self, config: Config, values: dict[str, Any]) -> Config:
+        """Fill in merged keys, environment and defaults, and judge what is there."""
         config.driver = self.environ.get("STORAGE_DRIVER") or values.get("storage.driver") or ""
         if config.driver == "overlay2":
             config.driver = "overlay"
@@ -2427,6 +2409,20 @@ class _ConfigSearch:
             if values.get(key)), "")
         if self.environ.get("CONTAINERS_GRAPHROOT"):
             config.scheme, config.named_in = "environment", "CONTAINERS_GRAPHROOT"
+        self._judge(config)
+        return config
+
+    def _judge(self, config: Config) -> None:
+        """Find out whose a graph root is, and what is there."""
+        config.own = not self.rootless or config.named_in.startswith(
+            os.path.dirname(self.user_file) + "/") or config.named_in in (
+            "", *map(self.environ.get, CONF_VARIABLES))
+        try:
+            config.lack = "" if holds_store(config.graphroot) else NO_STORAGE
+            config.foreign = not config.own and is_there(config.graphroot) \
+                and os.stat(config.graphroot).st_uid != self.euid
+        except OSError as error:
+            config.lack, config.foreign = error.strerror or "unreadable", not config.own
 
     def _stores(self, values: dict[str, Any], *keys: str) -> list[str]:
         """Return the additional stores of one kind: STORAGE_OPTS replaces all driver options.
@@ -3055,7 +3051,7 @@ class Layer(Record):
         for root in [self.root, *self.storage.roots]:
             try:
                 folder = self.storage.folder(root, home)
-                found = os.stat(place, dir_fd=folder.fd, follow_symlinks=False)
+                found = os.lstat(place, dir_fd=folder.fd)
                 if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
                     return "empty" * (found.st_nlink <= 2 and not folder.list_at(folder.fd, place))
                 if not place.endswith(TAR_SPLIT) and not (
@@ -4971,7 +4967,7 @@ class LayerFiles(Closing):
             try:
                 parent, _, base = clean_name(name).rpartition(b"/")
                 dir_fd = self._diff(0).parent(parent)
-                status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
+                status = os.lstat(base, dir_fd=dir_fd)
             except (OSError, ValueError):
                 return None
             if stat.S_ISREG(status.st_mode) and size == status.st_size <= status.st_blocks * 512:
@@ -4987,7 +4983,7 @@ class LayerFiles(Closing):
         """Return lstat(2) of a name below "diff"; None when it is missing."""
         try:
             parent, _, base = clean_name(name).rpartition(b"/")
-            return os.stat(base, dir_fd=self._diff(0).parent(parent), follow_symlinks=False)
+            return os.lstat(base, dir_fd=self._diff(0).parent(parent))
         except PermissionError:
             return self._diff(0).lstat(clean_name(name))
         except (OSError, ValueError):
@@ -9027,7 +9023,7 @@ class Extraction:
         except FileExistsError:
             if not self.merge:
                 raise
-            status = os.stat(base, dir_fd=dir_fd, follow_symlinks=False)
+            status = os.lstat(base, dir_fd=dir_fd)
             if store := self._stores.get((status.st_dev, status.st_ino)):
                 raise CstorError(f"{self.target.host_path(path)} is inside {store}",
                                  hint="--exclude leaves it out") from None
@@ -10901,7 +10897,7 @@ def place_of(fd: int) -> bytes:
     """Return the absolute path of an open file, b"" when it was removed."""
     with suppress(OSError):
         path = os.readlink(b"/proc/self/fd/%d" % fd)
-        if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+        if os.path.samestat(os.lstat(path), os.fstat(fd)):
             return path
     return b""
 
@@ -12063,7 +12059,7 @@ class _Place:
 
     def _searchable(self, folder: bytes) -> bool:
         if folder not in self._open:
-            mode = os.stat(folder, dir_fd=self._diff.fd, follow_symlinks=False).st_mode
+            mode = os.lstat(folder, dir_fd=self._diff.fd).st_mode
             self._open[folder] = bool(mode & stat.S_IXOTH) \
                 and self._searchable(folder.rpartition(b"/")[0])
         return self._open[folder]
@@ -14102,7 +14098,7 @@ MOUNTS = (b"merged", b"mapped", b"composefs-layers")  # in a layer's directory
 def status_at(dir_fd: int, name: bytes) -> tuple[os.stat_result] | None:
     """Return lstat(2) alone; None if the file has vanished."""
     try:
-        return (os.stat(name, dir_fd=dir_fd, follow_symlinks=False),)
+        return (os.lstat(name, dir_fd=dir_fd),)
     except FileNotFoundError:
         return None
 
