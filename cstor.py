@@ -3802,37 +3802,6 @@ def drivers_in(root: Directory, *ends: str) -> list[str]:
             if any(root.exists(os.fsencode(name + end)) for end in ends)]
 
 
-class Opener(Closing):
-    """Opens the contents of a storage as this user; permission denied is NeedsUnshare.
-
-    All that opens contents of a storage goes through its opener; see also ProxiedOpener.
-    """
-
-    is_proxied = False  # whether a helper opens what this user may not
-
-    def __init__(self, storage: Storage | None = None) -> None:
-        self.storage = storage  # whose close() closes it
-
-    def helper(self, error: NeedsUnshare) -> Any:
-        """Return the Helper that opens what this user may not; without any, raise ``error``."""
-        raise error
-
-    def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
-              weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-        """Yield ``items``, whose files are opened next, here one by one when they are needed.
-
-        ``file_of`` returns an item's directory and the name in it, None for an item without a
-        file; ``weigh`` how many files' room an item takes in memory.
-        """
-        return iter(items)
-
-    def prepare(self, files: Iterable[tuple[Contents, bytes] | None]) -> None:
-        """Prepare for processes that are forked next and open ``files``."""
-
-    def close(self) -> None:
-        """End what helps; harmless when repeated."""
-
-
 class Contents(Directory):
     """A directory of a storage (None: of the host): a root, or one that contents are read from.
 
@@ -3947,7 +3916,6 @@ class Storage(Closing):
     ``linked`` are paths of directories that are symbolic links, which nobody follows.
     """
 
-    OPENER: type[Opener] = Opener
     config: Config | None = None
     layer_stores: Sequence[str] = ()  # additional layer stores
     watch: Any = nullcontext  # makes a context of the progress of what is hashed, or of None
@@ -3961,7 +3929,7 @@ class Storage(Closing):
             os.path.abspath(os.fsdecode(path)) if path else ""
             for path in (graphroot, runroot, imagestore))
         self.owner_ids, self.salvage = os.fsdecode(owner_ids), salvage
-        self.opener: Opener = self.OPENER(self)  # of all contents
+        self.opener = Opener(self)  # of all contents
         self.faults: list[str] = []
         self.notes: list[str] = []
         self.unverified: list[str] = []
@@ -12821,24 +12789,32 @@ class Helper(Unshared):
                 {unspell(key): bytes.fromhex(value) for key, value in xattrs.items()})
 
 
-class ProxiedOpener(Opener):
-    """Opens what this user may not through a Helper, many files at a time; see ProxiedStorage."""
+class Opener(Closing):
+    """Opens the contents of a ProxiedStorage that this user may not, through a Helper.
 
+    All that opens contents of a storage goes through its opener.  Elsewhere it opens nothing, and
+    permission denied is NeedsUnshare.
+    """
+
+    is_proxied = False  # whether there is a helper
     _helper: Helper | None = None
     _failure: NeedsUnshare | None = None
 
-    def __init__(self, storage: Storage) -> None:
-        super().__init__(storage)
+    def __init__(self, storage: Storage | None = None) -> None:
+        self.storage = storage  # whose close() closes it
         self._lock = allocate_lock()  # threads start one helper, not one each
 
     def helper(self, error: NeedsUnshare) -> Helper:
+        """Return the helper, started if need be; raise ``error`` where there is none."""
+        if not isinstance(self.storage, ProxiedStorage):
+            raise error
         with self._lock:
             if self._helper and self._helper.is_broken:  # said to whom it happened
                 self._helper.close()
                 self._helper = None
             if self._helper is None and self._failure is None:
                 try:
-                    self._helper = self._start()
+                    self._helper = self._start(self.storage)
                 except NeedsUnshare as failure:
                     self._failure = failure
             if self._helper is None:
@@ -12848,17 +12824,21 @@ class ProxiedOpener(Opener):
             self.is_proxied = True
             return self._helper
 
-    def _start(self) -> Helper:
-        assert self.storage
-        if hint := why_no_helper(self.storage):
+    @staticmethod
+    def _start(storage: Storage) -> Helper:
+        if hint := why_no_helper(storage):
             raise NeedsUnshare("", hint=hint)
-        rootfs = [value["rootfs"] for value in (self.storage._podman or {}).values()
+        rootfs = [value["rootfs"] for value in (storage._podman or {}).values()
                   if not value.get("rootfs-refused") and os.path.isdir(value["rootfs"])]
-        return Helper([root.path for root in self.storage.roots] + rootfs)
+        return Helper([root.path for root in storage.roots] + rootfs)
 
     def ahead(self, items: Iterable[T], file_of: Callable[[T], tuple[Contents, bytes] | None],
               weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-        """Yield ``items``; the helper opens the files of some before, AHEAD if so many may be."""
+        """Yield ``items``; the helper opens the files of some before, AHEAD if so many may be.
+
+        ``file_of`` returns an item's directory and the name in it, None for an item without a
+        file; ``weigh`` how many files' room an item takes in memory.
+        """
         items, most = iter(items), max(min(AHEAD, soft_limit() // 4), 1)
         for first in items:
             if not self.is_proxied:
@@ -12902,8 +12882,6 @@ class ProxiedStorage(Storage):
     The helper is started for the first such content, never for metadata, and ends with close();
     ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
     """
-
-    OPENER = ProxiedOpener
 
 
 # -- the helper: who answers ---------------------------------------------------------------------
