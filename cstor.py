@@ -10873,26 +10873,24 @@ def place_of(fd: int) -> bytes:
 class ExternalFiles(Closing):
     """What a list of write_stream() names, opened when a stream asks for it; "" is an empty list.
 
-    ``codec``, ``layer``, ``digest`` and ``size`` are as the list says, "" and -1 when it does not;
+    ``codec``, ``digest`` and ``size`` are as the list says, "" and -1 when it does not;
     ``directories`` are open.  A context manager.  Raises FormatError with the line, OSError.
     """
 
     def __init__(self, path: str) -> None:
-        self.codec = self.layer = self.digest = ""
+        self.codec = self.digest = ""
         self.size, self.path = -1, path
         self.directories: list[int] = []
         self._files: list[tuple[bytes, int]] = []
-        self._fd = -1
+        self._end = ExitStack()
+        self._file = self._end.enter_context(ExitStack())  # what closes the last one
         with OnError(self.close):
             if path:
                 with open(open_input(path), "rb") as file:
                     self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
 
     def close(self) -> None:
-        for fd in [self._fd, *self.directories]:
-            if fd >= 0:
-                os.close(fd)
-        self._fd, self.directories = -1, []
+        self._end.close()
 
     def _read(self, lines: Iterator[bytes]) -> None:
         for number, line in enumerate(lines, 1):
@@ -10901,10 +10899,11 @@ class ExternalFiles(Closing):
                 if number == 1:
                     if row["version"] != 1 or row["codec"] not in CODECS:
                         raise ValueError
-                    self.codec, self.layer = row["codec"], str(row["layer"])
-                    self.digest, self.size = str(row["digest"]), int(row["size"])
-                    self.directories += (os.open(self._absolute(path), OPEN_DIRECTORY)
-                                         for path in row.get("directories", ()))
+                    self.codec, self.digest = row["codec"], str(row["digest"])
+                    self.size = int(row["size"])
+                    for path in row.get("directories", ()):
+                        folder = Opened(os.open(self._absolute(path), OPEN_DIRECTORY))
+                        self.directories.append(self._end.enter_context(folder))
                 elif row["index"] != len(self._files):
                     raise ValueError
                 else:
@@ -10925,16 +10924,14 @@ class ExternalFiles(Closing):
     def open(self, number: int) -> int:
         """Open a file by its number; the one before is closed.  IndexError when there is none."""
         path, size = self._files[number]
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
         folder, base = os.path.split(path)
         with Directory.at(os.fsdecode(folder)) as directory:
-            self._fd = directory.open(base)
-        if os.fstat(self._fd).st_size != size:
+            fd = self._file.enter_context(Opened(directory.open(base)))
+        if (found := os.fstat(fd).st_size) != size:
             raise IntegrityError(f"{display(path)}: it has another size than the list says",
-                                 expected=str(size), actual=str(os.fstat(self._fd).st_size))
-        return self._fd
+                                 expected=str(size), actual=str(found))
+        return fd
 
 
 # ================================================================================================
