@@ -9523,8 +9523,8 @@ def layer_blob(layer: Layer) -> tuple[str, int]:
             layer.diff_size > 0 or layer.diff_digest == sha256_digest(b"")):
         return layer.diff_digest, layer.diff_size
     sizes: list[int] = []
-    return layer.export(None, also=lambda piece: sizes.append(
-        piece.length if isinstance(piece, Extent) else len(piece))), sum(sizes)
+    digest = layer.export(None, progress=lambda size, _: sizes.append(size))
+    return digest, sizes[-1]
 
 
 def check_config(image: Image, digests: Sequence[str]) -> bytes:
