@@ -10310,8 +10310,6 @@ class SplitfdstreamReader(_ChunkReader):
                 yield from self._inline(-number)
                 continue
             try:
-                if number >> 32:
-                    raise IndexError
                 fd = self._externals(number)
             except (IndexError, KeyError):
                 raise self._error(f"there is no external file {number}") from None
