@@ -9198,13 +9198,11 @@ class Extraction:
             self._set_xattr(place, name, value)
         if node.type != "symlink":
             mode = node.mode
-            if node.type == "dir":
-                mode &= 0o1777 if self.plain else 0o7777
-                if node.implicit and node.parent is None and self._us[0]:
-                    mode |= stat.S_IWUSR  # containers/storage's 0555 would prevent removal
-            elif self.plain:
-                mode &= 0o777
-            elif found != wanted:  # a program that would become the wrong user
+            if self.plain:
+                mode &= 0o1777 if node.type == "dir" else 0o777
+            if node.implicit and node.parent is None and self._us[0]:
+                mode |= stat.S_IWUSR  # containers/storage's 0555 would prevent removal
+            elif node.type != "dir" and found != wanted:  # a program must not become another user
                 drop = stat.S_ISUID * (found[0] != wanted[0]) | stat.S_ISGID * (
                     found[1] != wanted[1])
                 if mode & drop:
