@@ -1055,8 +1055,7 @@ def open_input(path: str) -> int:
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) and os.path.exists(os.path.realpath(path)):
         raise FormatError(f"is a {file_type(found.st_mode)}, not a regular file", file=path)
-    return os.open(path, OPEN_FILE & ~(os.O_NOFOLLOW | (
-        0 if stat.S_ISREG(found.st_mode) else os.O_NONBLOCK)))
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK * stat.S_ISREG(found.st_mode))
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview, timeout: float | None = None) -> None:
@@ -1408,15 +1407,12 @@ class NewFile(Transaction):
     def appear(self, name: bytes) -> None:
         """Give the file its name; a file that has it is replaced."""
         os.close(os.dup(self.fd))  # NFS and quotas report a failed write here
-        if not self._name:
-            source, folder = f"/proc/self/fd/{self.fd}", self._folder.fd
-            try:
-                os.link(source, name, dst_dir_fd=folder, follow_symlinks=True)
-                return
-            except FileExistsError:  # only rename(2) replaces a file
-                self._name = partial_name(name)
-                os.link(source, self._name, dst_dir_fd=folder, follow_symlinks=True)
-        os.rename(self._name, name, src_dir_fd=self._folder.fd, dst_dir_fd=self._folder.fd)
+        folder = self._folder.fd
+        if not self._name:  # only rename(2) replaces a file
+            self._name = partial_name(name)
+            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=folder,
+                    follow_symlinks=True)
+        os.rename(self._name, name, src_dir_fd=folder, dst_dir_fd=folder)
         self._name = b""
 
     def _close(self) -> None:
@@ -1638,15 +1634,10 @@ def crc64(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
             return state ^ _ONES
         head = _FOLD_BYTES
     rest = int.from_bytes(view[:head], "little") ^ state
-    bits = 64
-    while bits < head * 8:
-        bits *= 2
+    bits = _FOLD_BYTES * 8 if len(view) > head else 1 << (head * 8 - 1).bit_length()
     rest <<= bits - head * 8  # bits missing in front count as zeros
-    if len(view) > head:
-        rest <<= _FOLD_BYTES * 8 - bits
-        bits = _FOLD_BYTES * 8
-        for at in range(head, len(view), _FOLD_BYTES):
-            rest = _fold(rest, bits) ^ int.from_bytes(view[at:at + _FOLD_BYTES], "little")
+    for at in range(head, len(view), _FOLD_BYTES):
+        rest = _fold(rest, bits) ^ int.from_bytes(view[at:at + _FOLD_BYTES], "little")
     while bits > 64:  # fold the first half onto the second
         bits //= 2
         rest = _fold(rest & (1 << bits) - 1, bits) ^ rest >> bits
@@ -1725,7 +1716,7 @@ def sha256_of(chunks: Iterable[bytes], size: int = CHUNK) -> str:
 
 def gunzip(fd: int, file: str) -> Iterator[bytes]:
     """Yield the content of a gzip file of one or more members; FormatError for damage."""
-    data = memoryview(os.read(fd, READ_SIZE))
+    data = os.read(fd, READ_SIZE)
     total, parts, size, members = 0, [], 0, 0
     try:
         while True:
@@ -1734,9 +1725,7 @@ def gunzip(fd: int, file: str) -> Iterator[bytes]:
                 if not data:
                     raise FormatError("truncated gzip stream", file=file, offset=total)
                 piece = inflate.decompress(data, 8 * READ_SIZE)
-                data = data[len(data) - len(inflate.unconsumed_tail or inflate.unused_data):]
-                if not data:
-                    data = memoryview(os.read(fd, READ_SIZE))
+                data = inflate.unconsumed_tail or inflate.unused_data or os.read(fd, READ_SIZE)
                 parts.append(piece)
                 size += len(piece)
                 if size >= READ_SIZE or inflate.eof and not data:  # a member can be of one byte
