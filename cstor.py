@@ -10952,8 +10952,6 @@ class Message(Closing):
     A context manager that closes what was not taken.
     """
 
-    __slots__ = ("value", "fds")
-
     def __init__(self, value: dict[str, Any], fds: list[int]) -> None:
         self.value, self.fds = value, fds
 
@@ -11401,6 +11399,21 @@ def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
 
     with suppress(OSError):
         socket.socket.shutdown(sock, how)  # that of an SSLSocket would go on in plain text
+
+
+def drain(sock: Any, patience: float) -> bool:
+    """Send no more, and read on so that the other end gets all; return whether it has closed.
+
+    What is unread at the end would break the connection.
+    """
+    import socket
+
+    hang_up(sock, SHUT_WR)
+    try:
+        sock.settimeout(patience)
+        return any(not sock.recv(RECEIVE_SIZE) for _ in range(16))
+    except OSError as error:
+        return not isinstance(error, socket.timeout)
 
 
 def peer_uid(sock: socket.socket) -> int:
@@ -12588,21 +12601,14 @@ class Unshared(Caller):
         return 128 - code if code < 0 else code
 
     def _wait(self) -> bool:
-        """Close our end of the socket and wait; return whether all at the other end have ended."""
-        import socket
+        """Send no more and wait; return whether all at the other end have ended."""
         import subprocess
 
-        sock = self.connection.socket
-        sock.settimeout(self._grace)
-        try:
-            with suppress(ConnectionError):  # they have ended
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(RECEIVE_SIZE):
-                    pass
-            self._process.wait(self._grace)
-            return True
-        except (socket.timeout, subprocess.TimeoutExpired):
-            return False
+        with suppress(subprocess.TimeoutExpired):
+            if drain(self.connection.socket, self._grace):
+                self._process.wait(self._grace)
+                return True
+        return False
 
 
 def say_hello(roots: Sequence[str] = ()) -> Connection:
@@ -14638,12 +14644,9 @@ class _HttpClient(HttpHandler):
 
     def parse_request(self) -> bool:
         """Read the head of a request; what comes after one with a body is no other request."""
-        from email.errors import MissingHeaderBodySeparatorDefect as NoHeader
-
         if not super().parse_request():
             return False
-        if any(isinstance(each, NoHeader) for each in self.headers.defects):
-            # What follows such a line would count as no header.
+        if self.headers.get_payload():  # a line that is no header, and what follows it
             self.send_error(400, "malformed header")
             return False
         if "Transfer-Encoding" in self.headers or {*self.headers.get_all("Content-Length", ())} \
@@ -14874,20 +14877,10 @@ class RegistryServer(ClientServer):
         finally:
             if client:
                 client.idle_since = time.monotonic()
-            linger(sock)
+            drain(sock, 1.0)
+            hang_up(sock)  # also for processes that were forked meanwhile
+            sock.close()
             self._leave(client)
-
-
-def linger(sock: Any) -> None:
-    """Close a socket so that the other end can still read what was sent last."""
-    with suppress(OSError):
-        hang_up(sock, SHUT_WR)
-        sock.settimeout(1.0)
-        for _ in range(16):  # what comes unread would break the connection
-            if not sock.recv(RECEIVE_SIZE):
-                break
-    hang_up(sock)  # also for processes that were forked meanwhile
-    sock.close()
 
 
 def read_passwords(path: str) -> list[bytes]:
@@ -14922,10 +14915,7 @@ def tls_context(cert: str, key: str) -> Any:
 
 
 def listen_at(address: str) -> Any:
-    """Return a context manager that gives a listening socket: ``[HOST:]PORT``, ``unix:PATH`` or -.
-
-    "-" is the socket on stdin or of systemd.
-    """
+    """Return a context that gives a listening socket: ``[HOST:]PORT``, ``unix:PATH`` or "-"."""
     import socket
 
     if address == "-":
