@@ -10319,13 +10319,16 @@ class SplitdirfdstreamReader(_ChunkReader):
         self._fds, self._threshold = directories, threshold
         self._numbers = struct.Struct("<QII").unpack
         self.opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
+        self.explain: Callable[[], object] = lambda: None  # raises what a peer says of damage
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
         try:
             yield from self._named()
-        except Exception:  # whose traceback refers to them
+        except Exception as error:  # whose traceback refers to them
             for directory in self.opened.values():
                 directory.close()
+            if isinstance(error, FormatError):
+                self.explain()
             raise
 
     def _named(self) -> Iterator[bytes | PassedFile]:
@@ -10459,17 +10462,16 @@ class LayerStream(Closing):
 
     ``label`` is the layer's ID, or names the stream in errors.  ``digest`` is the sha256 of the
     tar, "" when it is not known, ``size`` its length or -1; ``pairs`` as for read_stream().
-    ``reader`` is where the chunks come from.  A context manager: ``close`` is called at its end.
+    A context manager: ``close`` is called at its end.
     """
 
     def __init__(self, chunks: Iterable[bytes | PassedFile], *, label: str, digest: str = "",
                  size: int = -1, pairs: bool = False,
-                 reader: SplitdirfdstreamReader | None = None,
                  close: Callable[[], object] | None = None) -> None:
         self.label, self.digest, self.size = label, digest, size
         self.taken, self.hashed = 0, ""  # bytes of the tar so far; see hash_apart()
         self._chunks, self._pairs = iter(chunks), pairs
-        self._reader = chunks if isinstance(chunks, SplitdirfdstreamReader) else reader
+        self._reader = chunks if isinstance(chunks, SplitdirfdstreamReader) else None
         self._end = ExitStack()
         self.also_close = self._end.callback  # calls a function when the stream is closed
         if close:
@@ -12150,12 +12152,10 @@ class RpcClient(Caller):
 
     @staticmethod
     def _received(reference: str, chunks: Iterable[bytes | PassedFile], said: dict[str, Any],
-                  close: Callable[[], object] | None = None,
-                  reader: SplitdirfdstreamReader | None = None) -> LayerStream:
+                  close: Callable[[], object] | None = None) -> LayerStream:
         """Return the layer that a server sends, with the digest and size that it has ``said``."""
         digest, size = said.get("digest"), said.get("size")
         return LayerStream(chunks, label=str(said.get("layer") or reference), close=close,
-                           reader=reader,
                            digest=digest if isinstance(digest, str) else "",
                            size=size if type(size) is int else -1).expect(reference)
 
@@ -12287,22 +12287,18 @@ class VarlinkClient(RpcClient):
             os.set_blocking(fds[0], False)
             reader = io.BufferedReader(ChunkFile(read_pipe(fds[0], self.connection.timeout)), CHUNK)
             chunks = SplitdirfdstreamReader(reader.read, fds[1:count + 1], threshold=threshold)
-            return self._received(name, self._until_failure(chunks), reply, passed.close, chunks)
+            chunks.explain = self._explain
+            return self._received(name, chunks, reply, passed.close)
 
-    def _until_failure(self, chunks: Iterable[bytes | PassedFile]) -> Iterator[bytes | PassedFile]:
-        """Yield chunks; when the stream is damaged, raise the reason that our own server sends."""
+    def _explain(self) -> None:
+        """Raise the reason that our own server sends for a damaged stream, if it is there."""
         import select
 
-        try:
-            yield from chunks
-        except FormatError:
-            poll = select.poll()
-            poll.register(self.connection.socket, select.POLLIN)
-            message = self.connection.receive() if poll.poll(0) else None
-            if message:
-                with message:
-                    self._result(message)
-            raise
+        poll = select.poll()
+        poll.register(self.connection.socket, select.POLLIN)
+        if poll.poll(0) and (message := self.connection.receive()):
+            with message:
+                self._result(message)
 
     def _get_layer(self, path: str, name: str, handle: int, fds: list[int]
                    ) -> tuple[int, dict[str, Any]]:
