@@ -11421,10 +11421,8 @@ def drain(sock: Any, patience: float) -> bool:
 def peer_uid(sock: socket.socket) -> int:
     """Return the uid of the process at the other end, as of when it connected."""
     import socket
-    import struct
 
-    uid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
-    return uid
+    return memoryview(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)).cast("i")[1]
 
 
 def refuse_user(sock: socket.socket) -> str:
@@ -11690,20 +11688,20 @@ class RpcServer(ClientServer):
         self._spare_fds = max(soft_limit() - 4 * clients, 64)  # for contents that are passed
 
     def handle(self, sock: socket.socket) -> None:
-        with Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
-                        either=True) as connection:
-            try:
-                if refusal := refuse_user(sock) or self._admit(connection):
-                    connection.send({"jsonrpc": "2.0", "error": {
-                        "code": INTERNAL_ERROR, "message": refusal}, "id": None})
-                    return
-                with _Session(self, connection) as session:
-                    session.run()
-            except (CstorError, ImportError, OSError, MemoryError):
-                pass  # the client was told, or is gone
-            finally:
-                connection.close()  # before it counts as gone
-                self._leave(connection)
+        connection = Connection(sock, timeout=self.timeout, max_fds=0, max_message=MAX_REQUEST,
+                                either=True)
+        try:
+            if refusal := refuse_user(sock) or self._admit(connection):
+                connection.send({"jsonrpc": "2.0", "error": {
+                    "code": INTERNAL_ERROR, "message": refusal}, "id": None})
+                return
+            with _Session(self, connection) as session:
+                session.run()
+        except (CstorError, ImportError, OSError, MemoryError):
+            pass  # the client was told, or is gone
+        finally:
+            connection.close()  # before it counts as gone
+            self._leave(connection)
 
     @contextmanager
     def spare_fds(self, wanted: int) -> Iterator[int]:
@@ -12982,10 +12980,9 @@ class ContentServer(Dispatcher):
     def _row(self, name: bytes, found: tuple[os.stat_result, bytes, dict[bytes, bytes]]
              ) -> list[Any]:
         status, link, xattrs = found
-        numbers = [status.st_mode, status.st_ino, status.st_dev, status.st_nlink,
-                   *[map_id(number, ranges, number) for number, ranges in zip(
-                       (status.st_uid, status.st_gid), self._maps)],
-                   status.st_size, status.st_rdev, status.st_mtime_ns, status.st_blocks]
+        numbers = [*status[:7], status.st_rdev, status.st_mtime_ns, status.st_blocks]
+        numbers[4:6] = [map_id(number, ranges, number)  # user and group
+                        for number, ranges in zip(numbers[4:6], self._maps)]
         return [spell(name), numbers, spell(link),
                 {spell(key): value.hex() for key, value in xattrs.items()}]
 
@@ -14347,7 +14344,8 @@ class Registry:
     """
 
     def __init__(self, storage: Storage, only: Sequence[str] = ()) -> None:
-        self.storage, self._only = storage, check_words("only", only)
+        self.storage = storage
+        self._only = [(text, *split_reference(text)[:2]) for text in check_words("only", only)]
         self._lock, self._seen = allocate_lock(), None  # type: Any, Any
         self._images: dict[str, Image] = {}  # that are served, by ID
         self._names: dict[tuple[str, str], Image] = {}  # by repository and tag
@@ -14440,12 +14438,10 @@ class Registry:
 
     def _fits(self, image: Image, repository: str, tag: str) -> bool:
         """Tell whether ``only`` lets an image out by a name, or by its ID alone ("")."""
-        for text in self._only:
-            name, wanted, _ = split_reference(text)
-            if repository in normalize_name(name) and wanted in ("", tag) \
-                    or re.fullmatch(IMAGE_ID, text) and image.id.startswith(text):
-                return True
-        return not self._only
+        return not self._only or any(
+            repository in normalize_name(name) and wanted in ("", tag)
+            or re.fullmatch(IMAGE_ID, text) and image.id.startswith(text)
+            for text, name, wanted in self._only)
 
     def _places(self, name: str, host: str) -> set[str]:
         """Return the repositories that a client's name can stand for."""
