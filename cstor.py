@@ -7265,11 +7265,10 @@ class PartTree(LayerTree):
                 raise Unsupported(UNPROVEN)  # it can be elsewhere, and not on disk
             self.add(member)
 
-    def _heed(self) -> None:
-        for directory, base in self._aufs:
-            directory.children.pop(base, None)
-        if any(map(self._interpret, self._marked)):
+    def _interpret(self, node: Node) -> set[str]:
+        if super()._interpret(node):
             raise Unsupported(UNPROVEN)
+        return set()
 
     def _members(self) -> Iterator[Member]:
         """Yield the members that a search finds in windows of the text."""
@@ -7862,8 +7861,9 @@ def toc_entry(name: bytes, node: Node, *, first: bytes | None = None, links: int
     return entry
 
 
-def layer_entries(layer: Layer, tree: LayerTree | None = None) -> Iterator[tuple[bytes, Node]]:
-    """Yield (name as in the tar, node of ``tree``) of each member of a layer, as in its header."""
+def layer_entries(layer: Layer, tree: LayerTree | None = None
+                  ) -> Iterator[tuple[bytes, Node, None]]:
+    """Yield (name as in the tar, node of ``tree``, None) of each member, as in its header."""
     tree = tree or LayerTree(layer)
     for member in layer.members():
         if member.type != "global":
@@ -7873,21 +7873,18 @@ def layer_entries(layer: Layer, tree: LayerTree | None = None) -> Iterator[tuple
             except FormatError as error:
                 raise FormatError(f'"{display(member.name)}": {error}',
                                   file=f"layer {layer.id}") from None
-            yield member.name, node
+            yield member.name, node, None
 
 
 def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None = None
               ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a layer's TOC, in the order of the tar, whiteouts among them."""
-    links: dict[bytes, int] = {}
-    for member in layer.members():
-        if member.type == "hardlink":
-            target = clean_name(member.linkname)
-            links[target] = links.get(target, 1) + 1
+    links = Counter(clean_name(member.linkname) for member in layer.members()
+                    if member.type == "hardlink")
     with layer.own_tree() as tree:
-        items = ((name, node, None) for name, node in layer_entries(layer, tree))
-        for name, node, _, digest in hash_contents(items, tree, digests, progress):
-            yield toc_entry(name, node, links=links.get(node.name, 0), digest=digest)
+        for name, node, _, digest in hash_contents(layer_entries(layer, tree), tree, digests,
+                                                   progress):
+            yield toc_entry(name, node, links=links[node.name] + 1, digest=digest)
 
 
 def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = None
@@ -8016,28 +8013,26 @@ def hides(layer: LayerTree, parts: Sequence[bytes]) -> str:
     return "replaced"
 
 
-def blame_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
-               ) -> Iterator[dict[str, Any]]:
-    """Yield, for each visible file, its layer, that layer's history line, and what it hides."""
-    for path, node, _ in tree.walk():
-        if path and fits(path):
-            row = layer_row(path, node, steps)
-            row["hides"] = [layer_row(path, older, steps)
-                            for older in older_nodes(tree, path, node)]
-            yield row
-
-
 def blame_tree(tree: Tree, image: Image, patterns: Sequence[str], hidden: bool
                ) -> Iterator[dict[str, Any]]:
-    """Yield blame_rows(), or hidden_rows(), of the paths of an image that match."""
+    """Yield, for each file that matches, its layer, that layer's history line, and what it hides.
+
+    With ``hidden``, yield hidden_rows() of those that match.
+    """
     steps: dict[str, str] = {}
     with suppress(NotFound):  # an image without a manifest
         steps = {row["layer"]: str(row.get("created_by") or "")
                  for row in image.history() if "layer" in row}
-    part = tree if hidden else tree.limited(patterns)
-    views = [Tree([layer]) for layer in tree.layers] if hidden else [part]
-    return (hidden_rows if hidden else blame_rows)(part, steps, compile_patterns(
-        patterns, lambda: (path for view in views for path in view.paths())))
+    if hidden:
+        yield from hidden_rows(tree, steps, compile_patterns(patterns, lambda: (
+            path for layer in tree.layers for path in Tree([layer]).paths())))
+        return
+    part = tree.limited(patterns)
+    for path, node, _ in part.glob(patterns):
+        if path:
+            yield {**layer_row(path, node, steps),
+                   "hides": [layer_row(path, older, steps)
+                             for older in older_nodes(part, path, node)]}
 
 
 def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
@@ -15135,7 +15130,7 @@ def difference_lines(first: dict[str, Any], rows: Iterable[dict[str, Any]]) -> I
 
 
 def blame_lines(rows: Iterable[dict[str, Any]], args: Any) -> Iterator[str]:
-    """Yield the lines for what blame_rows() or hidden_rows() yields."""
+    """Yield the lines for what blame_tree() yields."""
     count = wasted = 0
     yield f"{'LAYER':12}  {'WASTED' if args.hidden else 'SIZE':>9}  {'STEP':40}  PATH"
     for row in rows:
@@ -16774,8 +16769,8 @@ def cmd_toc(storage: Storage, args: Any) -> None:
         options: Any = {"digests": args.digests, "progress": progress}
         with open_tree(storage, args) as tree:
             layer = storage.layer(args.layer) if args.kind == "layer" else None
-            progress.expect((node for _, node in layer_entries(layer)) if layer else (
-                node for _, node, _ in tree.walk()), tree.layers * args.verify)
+            progress.expect((node for _, node, _ in (layer_entries(layer) if layer
+                                                     else tree.walk())), tree.layers * args.verify)
             if args.verify:
                 tree.verify(progress)
             entries = layer_toc(layer, **options) if layer else tree_toc(tree, **options)
@@ -16790,8 +16785,8 @@ def cmd_files(storage: Storage, args: Any) -> None:
         if args.kind == "layer" and not isinstance(tree.layers[0], DiskTree):
             layer = storage.layer(args.layer)  # names as in the tar, with whiteouts
             fits = compile_patterns(args.pattern,
-                                    lambda: (node.name for _, node in layer_entries(layer)))
-            items = ((name, node, None) for name, node in layer_entries(layer) if fits(node.name))
+                                    lambda: (node.name for _, node, _ in layer_entries(layer)))
+            items = (item for item in layer_entries(layer) if fits(item[1].name))
         first_item, items = peek(items)
         if first_item is None:
             need_match(tree, args.pattern)
