@@ -8115,7 +8115,7 @@ def diff_tars(a: str, b: str, progress: Progress | None = None) -> Iterator[dict
     FormatError for what is not a tar or damaged by its compression, Unsupported, OSError.
     """
     check_words("tars", [a, b])
-    with TarSide(a) as left, TarSide(b) as right:
+    with TarSide(a) as left, TarSide(b, left) as right:
         yield from _TarDiff(left, right).rows(progress)
 
 
@@ -8158,9 +8158,10 @@ class TarSide(TarSource, Closing):
     """One of two tars that are compared, read once from start to end; a context manager.
 
     ``trailer`` is None until it was reached, ``why`` says why no more entries can be read, or "".
+    A header that equals the last one of ``other``, bytes that were parsed already, is taken whole.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, other: TarSide | None = None) -> None:
         self._reader = Decompressed(path)
         self.tell = self._reader.tell
         super().__init__(self._reader.pieces(2 * READ_SIZE, READ_SIZE // 4), path)
@@ -8168,6 +8169,7 @@ class TarSide(TarSource, Closing):
         self.trailer: TarEntry | None = None
         self._items = self.items()
         self._next: Item | None = None
+        self._other, self._parsed = other, (b"", (b"", b"", 0))  # the last header, its outline
 
     def close(self) -> None:
         """Close the file."""
@@ -8188,7 +8190,6 @@ class TarSide(TarSource, Closing):
             entry.feed(data)
         if entry.sha:
             entry.digest, entry.sha = entry.sha.digest(), None
-        entry.content = iter(())
         if entry.header:
             literal, member, content = next(self._items)
             entry.filler = literal[:entry.padding]
@@ -8203,10 +8204,20 @@ class TarSide(TarSource, Closing):
             self.why = f"no header at block {(self.offset - len(block)) // BLOCK}"
         return not self.why
 
+    def _read_header(self) -> bytes:
+        if self._other and (header := self._other._parsed[0]) and not self.why \
+                and self._data.startswith(header, self._at):
+            self._last, self._cut, self._parsed = b"", False, self._other._parsed
+            self.up_to(len(header))
+            return header
+        return super()._read_header()
+
     def _parse(self, header: bytes, start: int) -> TarEntry | None:
         if not header:
             return None
-        entry = TarEntry(self.count, start, header, read_outline(header))
+        if header is not self._parsed[0]:
+            self._parsed = header, read_outline(header)
+        entry = TarEntry(self.count, start, header, self._parsed[1])
         self.count += 1
         if self._last is None:
             self.why = "malformed header size"
@@ -8216,6 +8227,7 @@ class TarSide(TarSource, Closing):
             self.why = f'the size of "{spell(entry.name)}" is malformed'
         if self.why:
             entry.stored = entry.padding = 0
+            self._parsed = b"", self._parsed[1]
         return entry
 
     def _cut_off(self, member: Member) -> None:
@@ -8372,10 +8384,10 @@ def tar_row(change: str, entry: TarEntry | None, field: str, a: Any, b: Any) -> 
             **({"field": field} if field else {}), "a": a, "b": b}
 
 
-def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
-    """Yield a row for each field in which two headers differ, also if its value is the same."""
+def compare_headers(a: TarEntry, b: TarEntry) -> list[dict[str, Any]]:
+    """Return a row for each field in which two headers differ, also if its value is the same."""
     fields_a, fields_b = header_fields(a.header), header_fields(b.header)
-    told = False
+    rows = []
     for field in {**fields_a, **fields_b}:
         raw = fields_a.get(field), fields_b.get(field)
         if raw[0] == raw[1] or field == "pax order" and (
@@ -8386,10 +8398,9 @@ def compare_headers(a: TarEntry, b: TarEntry) -> Iterator[dict[str, Any]]:
         x, y = (field_value(field, value) for value in raw)
         if x == y:
             x, y = (field_value("", value) for value in raw)
-        yield tar_row("changed", a, field, x, y)
-        told = True
-    if not told:
-        yield tar_row("changed", a, "header", sha256_digest(a.header), sha256_digest(b.header))
+        rows.append(tar_row("changed", a, field, x, y))
+    return rows or [tar_row("changed", a, "header", *(
+        sha256_digest(entry.header) for entry in (a, b)))]
 
 
 def is_header(block: bytes) -> bool:
@@ -8408,14 +8419,13 @@ def is_header(block: bytes) -> bool:
 
 def is_sound(header: bytes) -> bool:
     """Tell whether all checksums and pax records of an entry's header are valid."""
-    try:
+    with suppress(FormatError):
         for _, kind, block, data in header_blocks(header):
             check_sum(block)
             if kind in ("pax", "global"):
                 parse_pax(data)
-    except FormatError:
-        return False
-    return True
+        return True
+    return False
 
 
 def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
@@ -8426,7 +8436,6 @@ def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
         at += BLOCK + len(data or b"") + len(padding)
 
 
-@lru_cache(1)  # most entries are the same in both tars
 def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
     """Return the name of an entry, what it is paired by, and the size of its content.
 
