@@ -3190,7 +3190,7 @@ class Layer(Record):
         FormatError, NeedsUnshare.
         """
         sink = TarSink(out, hashing=verify, layer=self.id, progress=progress)
-        digest = sink.take_all(self.items(), also)
+        digest = sink.take_all(self.pieces(), also)
         if verify and digest != self.diff_digest:
             self.check_files()
             if self.diff_digest:
@@ -3222,11 +3222,10 @@ class Layer(Record):
     def check_files(self) -> int:
         """Check the CRC-64 of every file; return their number.  Raises IntegrityError."""
         count = 0
-        for _, member, content in LayerReader(self, whole=True).items():
-            for piece in content:
-                assert member and isinstance(piece, Extent)
-                for _ in read_checked(piece.fd, member.size, checksum=member.checksum,
-                                      name=member.name, layer=self.id):
+        for piece in join_pieces(LayerReader(self, whole=True).items()):
+            if isinstance(piece, Extent):
+                for _ in read_checked(piece.fd, piece.length, checksum=piece.member.checksum,
+                                      name=piece.member.name, layer=self.id):
                     pass
                 count += 1
         return count
@@ -3257,7 +3256,7 @@ class Layer(Record):
         elif doubted or self.diff_digest or self.toc_digest or self.incomplete:
             return LayerTree(self)
         kind = WholeTree if self.storage.driver == "vfs" else DiskTree
-        return kind(self.diff(), self)
+        return kind(self.diff(), self, overlay=kind is DiskTree)
 
     def _is_cut(self) -> bool:
         """Tell whether its tar-split data cannot be read to the end."""
@@ -5073,14 +5072,11 @@ class Member:
         self.header, self.name, self.size, self.base64 = header, name, size, checksum
         self.sparse: None | str | list[tuple[int, int]] = None
         self.typeflag = header[TYPE_AT:TYPE_AT + 1]
-        if size and len(header) == BLOCK and self.typeflag == b"0":  # a short cut for most members
-            try:
-                if int(header[124:135], 8) == size:
-                    self.stored, self.padding = size, -size % BLOCK
-                    return
-            except ValueError:
-                pass
-        self._measure()
+        if size and len(header) == BLOCK and self.typeflag == b"0" \
+                and header[SIZE_AT] == b"%011o\0" % size:  # a short cut for most members
+            self.stored, self.padding = size, -size % BLOCK
+        else:
+            self._measure()
 
     def __repr__(self) -> str:
         return f"<Member {display(self.name)}>"
@@ -5638,7 +5634,7 @@ class TarSplit(ObjectStream):
         self.plain = plain
 
     def __iter__(self) -> Generator[Entry, None, None]:
-        decode, pair = binascii.a2b_base64, re.compile(self.PAIR)
+        pair = re.compile(self.PAIR)
         while True:
             start = self._at
             if self.plain:
@@ -5651,10 +5647,8 @@ class TarSplit(ObjectStream):
                 if match.start() != at or (size == b"") != (checksum == b""):
                     break
                 try:
-                    segment = decode(text)
-                except binascii.Error:
-                    break
-                if (len(segment) + 2) // 3 * 4 != len(text):
+                    segment = decode_base64(text)
+                except ValueError:
                     break
                 if self.plain:  # most likely; LayerReader corrects it in the same process
                     self.plain.padding = -int(size or 0) % BLOCK
@@ -5763,8 +5757,7 @@ class LayerReader:
             and os.fstat(fd).st_size > self.PARSE_AHEAD
         return work_ahead(parse, again=True) if ahead else parse()
 
-    def headers(self, plain: PlainHeaders | None = None
-                ) -> Generator[Item, None, None]:
+    def headers(self, plain: PlainHeaders | None = None) -> Generator[Item, None, None]:
         """Yield all items without contents; with ``plain`` most are lists (b"", None, rows)."""
         layer, (fd, path) = self.layer, self.layer.open_tar_split()
         with Opened(fd), closing(self._entries(fd, path, plain)) as entries:
@@ -5857,7 +5850,8 @@ class LayerReader:
                 if layer.diff_digest else ():
             sink = TarSink(None, hashing=True, layer=layer.id)
             try:
-                if sink.take_all(LayerReader(layer, convention).items()) == layer.diff_digest:
+                pieces = join_pieces(LayerReader(layer, convention).items())
+                if sink.take_all(pieces) == layer.diff_digest:
                     return convention
             except Unsupported as error:
                 if (sink.size, sink.files) > reached:
@@ -5903,6 +5897,7 @@ class PassedFile:
         if self.length not in (-1, size):
             raise IntegrityError(f"{file}: a passed file has another size than its sender says",
                                  expected=str(self.length), actual=str(size))
+        self.length = size
         return size
 
 
@@ -5931,26 +5926,22 @@ class TarSource:
         self._cut = False  # whether the headers just read end before the member's own
         self.rest = b""  # blocks that were read and are not a header
         self._passed: PassedFile | None = None
-        self._size = 0
 
     def _error(self, message: str) -> FormatError:
         return FormatError(message, file=self.file, offset=self.offset)
 
     def _fill(self) -> bool:
         """Read on until there are bytes or a passed file; return False at the end."""
-        empty = 0
-        while self._at == len(self._data) and not self._passed:
+        for _ in range(MAX_EMPTY + 2):
+            if self._at < len(self._data) or self._passed:
+                return True
             if (chunk := next(self._chunks, None)) is None:
                 return False
-            if empty > MAX_EMPTY:
-                raise self._error(f"more than {MAX_EMPTY} empty chunks")
-            empty += 1
             if isinstance(chunk, PassedFile):
-                self._size = chunk.measure(self.file)
-                self._passed = chunk if self._size else None
+                self._passed = chunk if chunk.measure(self.file) else None
             else:
                 self._data, self._at = chunk, 0
-        return True
+        raise self._error(f"more than {MAX_EMPTY} empty chunks")
 
     def _some(self, most: int) -> bytes:
         """Return up to ``most`` bytes, b"" at the end."""
@@ -6053,10 +6044,10 @@ class TarSource:
         left = member.stored
         if self._at == len(self._data) and self._fill() and self._passed and member.sparse is None:
             passed, self._passed = self._passed, None
-            if self._size != left:
+            if passed.length != left:
                 raise IntegrityError(f"{self.file}: the passed file has another size than the "
                                      "tar's header says", name=member.name, expected=str(left),
-                                     actual=str(self._size))
+                                     actual=str(passed.length))
             self.offset += left
             yield Extent(passed.fd, 0, left, member, passed.origin)
             return
@@ -6129,20 +6120,18 @@ def sparse_table(fd: int, size: int, block: int, always_end: bool, gap: int = -1
         return text.encode() + bytes(-len(text) % BLOCK), full
 
     at, zeros = 0, bytes(CHUNK)
-    while at < size:
-        if not (data := read_at(fd, CHUNK, at)):
-            break
+    while at < size and (data := read_at(fd, CHUNK, at)):
         for start in range(0, len(data), block) if data != zeros[:len(data)] else ():
             if (part := data[start:start + block]) != zeros[:len(part)]:
                 add(at + start, len(part))
         at += len(data)
     if 0 <= gap <= len(runs):
-        found, length = runs[:], stored - len(table()[0]) - sum(length for _, length in runs)
-        start, end = [0, *map(sum, found)][gap], [*(start for start, _ in found), size][gap]
-        start = end - length if shift < 0 else start + shift
-        if 0 < length <= end - start and start >= [0, *map(sum, found)][gap]:
-            runs.clear()
-            for run in sorted([*found, (start, length)]):
+        length = stored - len(table()[0]) - sum(length for _, length in runs)
+        first, last = [0, *map(sum, runs)][gap], [*(start for start, _ in runs), size][gap]
+        start = last - length if shift < 0 else first + shift
+        if length > 0 and first <= start <= last - length:
+            found, runs = sorted([*runs, (start, length)]), []
+            for run in found:
                 add(*run)
     return table()
 
@@ -6184,13 +6173,13 @@ class TarSink:
         self._hash = new_sha256() if hashing else None
         self._error: BaseException | None = None
         self._chunk = chunk
-        self._free = [bytearray(chunk) for _ in range(self.BUFFERS)]
-        self._writes: list[Callable[[], Any]] = []
+        # What returns the buffers, each when it was written, the next one first.
+        self._buffers: list[Callable[[], Any]] = [lambda: bytearray(chunk)] * self.BUFFERS
         self._take_buffer()
         self._thread = Threads(1)
 
     def _take_buffer(self) -> None:
-        self._buffer = self._free.pop() if self._free else self._writes.pop(0)()
+        self._buffer = self._buffers.pop(0)()
         self._view, self._fill = memoryview(self._buffer), 0
 
     def _write(self, view: memoryview) -> object:
@@ -6208,7 +6197,7 @@ class TarSink:
     def _flush(self) -> None:
         self.size += self._fill
         view = self._view[:self._fill]
-        self._writes.append(self._thread.submit(lambda: self._write(view)))
+        self._buffers.append(self._thread.submit(lambda: self._write(view)))
         self._take_buffer()
         if self._error:
             raise self._error
@@ -6218,8 +6207,8 @@ class TarSink:
     def _drain(self) -> None:
         """Write all that is left, and wait for it."""
         self._flush()
-        while self._writes:
-            self._free.append(self._writes.pop(0)())
+        for written in self._buffers:
+            written()
         if self._error:
             raise self._error
 
@@ -6257,29 +6246,23 @@ class TarSink:
             if n == left:
                 return
             if n == 0 and fill < self._chunk:
-                raise shrank(piece.length, piece.length - left, piece.member.name,
-                             self._layer)
+                raise shrank(piece.length, piece.length - left, piece.member.name, self._layer)
             if self._fill == self._chunk:
                 self._flush()
             at += n
             left -= n
 
-    def take_all(self, items: Generator[Item, None, None],
+    def take_all(self, pieces: Generator[bytes | Extent, None, None],
                  also: Callable[[bytes | Extent], object] | None = None) -> str:
         """Take a whole tar, each piece after ``also`` has had it; return as finish() does."""
-        with closing(items), OnError(self.abort):
-            for literal, _, content in items:
-                if literal:
-                    if also:
-                        also(literal)
-                    self.literal(literal)
-                for piece in content:
-                    if also:
-                        also(piece)
-                    if isinstance(piece, Extent):
-                        self.extent(piece)
-                    else:
-                        self.literal(piece)
+        with closing(pieces), OnError(self.abort):
+            for piece in pieces:
+                if also:
+                    also(piece)
+                if isinstance(piece, Extent):
+                    self.extent(piece)
+                else:
+                    self.literal(piece)
             return self.finish()
 
     def finish(self) -> str:
@@ -6962,24 +6945,25 @@ class DiskTree(LayerTree):
             self._fill(top, *self.directory.inspect(b"."))
         if any(name.startswith(b"user.overlay.") for name in top.extra.get("xattrs", ())):
             self.hidden += (b"user.overlay.",)  # root has a copy of a rootless store
-        for depth, name in enumerate(parts, 1):
-            child = top.children.get(name)
-            try:
-                path = b"/".join(parts[:depth])
-                found = self.directory.inspect(path) if not child and len(name) < 256 else None
-            except (FileNotFoundError, NotADirectoryError):
-                return
-            child = child or (self._enter(top, name, *found) if found else None)
-            if child is None or child.type != "dir":
-                return
-            top = child
-        todo = [(top, b"/".join(parts))] if below else []
+        todo = [(top, b"", parts)] if parts or below else []
         while todo:
-            above, path = todo.pop()
-            for name, status, link, xattrs in self.directory.scan(path):
-                node = self._enter(above, name, status, link, xattrs)
-                if node is not None and node.type == "dir":
-                    todo.append((node, path + b"/" + name if path else name))
+            above, path, rest = todo.pop()
+            for name, *found in self._rows(self.directory, path, rest):
+                node = rest and above.children.get(name) or self._enter(above, name, *found)
+                if node and node.type == "dir" and (below or rest[1:]):
+                    todo.append((node, path + b"/" + name if path else name, rest[1:]))
+
+    @staticmethod
+    def _rows(directory: Contents | None, path: bytes, parts: Sequence[bytes]
+              ) -> Iterator[tuple[Any, ...]]:
+        """Yield what scan() yields of a directory, or of the first of ``parts`` alone."""
+        if directory and not parts:
+            yield from directory.scan(path)
+        elif directory and len(parts[0]) < 256:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                name = path + b"/" + parts[0] if path else parts[0]
+                if found := directory.inspect(name):
+                    yield (parts[0], *found)
 
     def _enter(self, above: Node, name: bytes, status: os.stat_result, link: bytes,
                xattrs: dict[bytes, bytes]) -> Node | None:
@@ -7078,9 +7062,6 @@ class DiskTree(LayerTree):
 class WholeTree(DiskTree):
     """What a layer of the driver vfs changes, by its whole tree and that of its parent."""
 
-    def __init__(self, directory: Directory, layer: Layer) -> None:
-        super().__init__(directory, layer, overlay=False)
-
     def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
         assert self.layer
         self._fill(self.root, *self.directory.inspect(b"."))
@@ -7108,18 +7089,6 @@ class WholeTree(DiskTree):
         for node in reversed(same):
             if not node.children and node.parent:
                 del node.parent.children[node.name]
-
-    @staticmethod
-    def _rows(directory: Contents | None, path: bytes, parts: Sequence[bytes]
-              ) -> Iterator[tuple[Any, ...]]:
-        """Yield what scan() yields of a directory, or of the first of ``parts`` alone."""
-        if directory and not parts:
-            yield from directory.scan(path)
-        elif directory and len(parts[0]) < 256:
-            with suppress(FileNotFoundError, NotADirectoryError):
-                name = path + b"/" + parts[0] if path else parts[0]
-                if found := directory.inspect(name):
-                    yield (parts[0], *found)
 
 
 def is_same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -7168,14 +7137,12 @@ class TarTree(LayerTree):
     def _load(self) -> None:
         with Decompressed(self.label) as reader:
             for _, member, content in read_stream(reader.pieces(), self.label):
-                if member is None:
-                    continue
                 crc = 0
-                for data in self.expand(member, content):
+                for data in self.expand(member, content) if member else ():
                     crc = crc64(data, crc)
-                member.base64 = binascii.b2a_base64(crc.to_bytes(8, "big"), newline=False) \
-                    if member.size else b""
-                self.add(member)
+                node = self.add(member) if member else None
+                if node and member and member.type == "reg":
+                    node._checksum = crc
 
     def open(self, node: Node) -> int:
         raise Unsupported(f"{self.label}: only what is in its headers is known")
@@ -7194,11 +7161,10 @@ def map_id(number: int, ranges: Sequence[Sequence[int]], unknown: int) -> int:
 
 def id_ranges(mappings: Sequence[Any]) -> Ranges:
     """Return the map of a record as ranges from IDs on disk; a malformed entry covers none."""
-    found: list[list[Any]] = [
-        [entry.get(key) if isinstance(entry, dict) else None
-         for key in ("host_id", "container_id", "size")] for entry in mappings]
-    return [(row[0], row[1], row[2]) if all(isinstance(each, int) for each in row) else (0, 0, 0)
-            for row in found]
+    rows: list[Any] = [[as_dict(entry).get(key) for key in ("host_id", "container_id", "size")]
+                       for entry in mappings]
+    return [tuple(row) if all(isinstance(each, int) for each in row) else (0, 0, 0)
+            for row in rows]
 
 
 # ================================================================================================
@@ -10581,7 +10547,7 @@ class LayerStream(Closing):
         Raises IntegrityError (what was written is then no good), and as read_stream() does.
         """
         sink = TarSink(out, hashing=verify, layer=self.label, progress=progress)
-        digest = sink.take_all(self.items(verify))
+        digest = sink.take_all(self.pieces(verify))
         self.check(digest)
         return digest
 
@@ -13239,7 +13205,7 @@ class LayerCheck:
             for finding in self._read(self.layer):
                 found.append(finding)
             if self._part < 1 and not (found or self.quick or self._digest):  # sparse files
-                self._digest = self._sink().take_all(self.layer.items())
+                self._digest = self._sink().take_all(self.layer.pieces())
             if self._sums is not None and self._digest \
                     and self.layer.diff_digest not in (self._digest, ""):
                 raise IntegrityError("")  # a header, say
@@ -13319,9 +13285,7 @@ class LayerCheck:
         if self._sums is not None and not self.quick:
             return None
         try:
-            check_sum(member.header[:BLOCK])
-            for _, _, block, _ in header_blocks(member.header) if len(member.header) > BLOCK \
-                    else ():
+            for _, _, block, _ in header_blocks(member.header):
                 check_sum(block)
         except FormatError as error:
             return Finding("header-damaged", self.label, message=str(error))
@@ -13952,7 +13916,7 @@ class Salvage:
             layer.diff_digest, actual = digest, ""
             sink = TarSink(None, hashing=True, layer=layer.id, progress=self._progress)
             try:
-                actual = sink.take_all(layer.items())
+                actual = sink.take_all(layer.pieces())
                 layer.proven, layer.diff_size = True, sink.size
                 layer.record.update({"diff-digest": actual, "diff-size": sink.size})
             except Unsupported:  # also without tar-split data
@@ -14797,7 +14761,7 @@ class _HttpClient(HttpHandler):
         """Send a layer's tar; after an error the client misses its end."""
         try:
             sink = TarSink(out, hashing=True, layer=layer.id, chunk=SEND_SIZE)
-            if (found := sink.take_all(layer.items())) != digest:
+            if (found := sink.take_all(layer.pieces())) != digest:
                 raise IntegrityError("its tar has the wrong digest (`layer verify` says where)",
                                      layer=layer.id, expected=digest, actual=found)
             out.release()
