@@ -3290,7 +3290,6 @@ class Image(Record):
                         if digest and isinstance(digest, str) and key.startswith("manifest")}
         if "manifest" not in self.big_data_names:
             self._faults.append("no manifest")
-        self._machine = ""  # as looks_sound() read it
 
     def _look(self) -> None:
         chain = self.storage.chain(self.layer)
@@ -3298,8 +3297,7 @@ class Image(Record):
         for layer in chain:
             self._faults += [f"layer {layer.id}: {fault}" for fault in (
                 layer.faults if layer is chain[-1] and not layer.lost else layer.damage())]
-        if ("_summary" in vars(self) or not looks_sound(self, chain)) and not self.is_list \
-                and not self._chain() and self.diff_ids() is None:
+        if not self.is_list and not self._chain() and self.diff_ids() is None:
             self._faults.append("no layer")
 
     def manifest(self) -> dict[str, Any]:
@@ -3389,13 +3387,8 @@ class Image(Record):
         if manifest.get("schemaVersion") == 1:
             # It names layers as they were pulled, but there must be some.
             found = None if self.layer else [row for row in steps if not row.get("empty_layer")]
-        parsed = [(go_moment(step.get("created")), *(step.get(key) or "" for key in (
-            "created_by", "author", "comment", "empty_layer"))) for step in map(as_dict, steps)]
-        return {**platform_in(config), "diff-ids": found,
-                "labels": {key: str(value) for key, value in labels.items()},
-                # Of the steps, and of all but the last: an image built on another has one more.
-                "steps": hash(repr(parsed)),
-                "steps-below": hash(repr(parsed[:-1])) if steps else 0}
+        return {**platform_in(config), "diff-ids": found, "history": steps,
+                "labels": {key: str(value) for key, value in labels.items()}}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -3406,10 +3399,16 @@ class Image(Record):
             return {}
 
     @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps of its history, spelled in one way whatever wrote the configuration."""
+        keys = "created_by", "author", "comment", "empty_layer"
+        return tuple(repr((go_moment(step.get("created")), *(step.get(key) or "" for key in keys)))
+                     for step in map(as_dict, self.about.get("history", ())))
+
+    @property
     def architecture(self) -> str:
         """The machine that the configuration names, as Go does; "" when it is not readable."""
-        known = self._machine if not self.faults else ""
-        return known or str(self.about.get("architecture", ""))
+        return str(self.about.get("architecture", ""))
 
     @property
     def labels(self) -> dict[str, str]:
@@ -4754,13 +4753,14 @@ def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
 
     The other has the same top layer, the next one, or like it none, and one more step of history.
     """
+    histories = {image: image.steps for image in storage.images()}
     known: dict[tuple[str, Any], list[Image]] = {}
-    for image in storage.images():
-        known.setdefault((image.layer, image.about.get("steps")), []).append(image)
-    for image in storage.images():
-        below, layer = image.about.get("steps-below"), storage.layer_by_id(image.layer)
+    for image, steps in histories.items():
+        known.setdefault((image.layer, steps), []).append(image)
+    for image, steps in histories.items():
+        layer = storage.layer_by_id(image.layer)
         for top in {image.layer: 0, layer and layer.parent or image.layer: 1}:
-            for parent in known.get((top, below), ()) if below else ():
+            for parent in known.get((top, steps[:-1]), ()) if steps else ():
                 ids = parent.about["diff-ids"] or []
                 if parent is not image and ids == (image.about["diff-ids"] or [])[:len(ids)]:
                     yield parent, image
@@ -13054,8 +13054,8 @@ class Finding:
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--format json` prints."""
-        found = {key: getattr(self, key) for key in self.__slots__}
-        return {key: found[key] for key in found if key in FINDING or found[key] is not None}
+        return {key: value for key in self.__slots__
+                if (value := getattr(self, key)) is not None or key in FINDING}
 
     def concern(self, users: Mapping[str, Sequence[Record]]) -> Finding:
         """Say what needs the object, and how podman mends its damage; see users_of()."""
@@ -13089,31 +13089,6 @@ def users_of(storage: Storage) -> dict[str, list[Record]]:
                 seen.add(layer_id)
                 layer_id = parents.get(layer_id, "")
     return found
-
-
-def looks_sound(image: Image, chain: Sequence[Layer]) -> bool:
-    """Tell, parsing nothing, that manifest and configuration are as recorded, and name a chain.
-
-    Most images pass; of the others the usual way finds what is wrong.
-    """
-    keys = [key for key in image.big_data_names if key.startswith("sha256:")]
-    if not chain or len(keys) != 1 or image._digests.get(keys[0]) != keys[0]:
-        return False
-    try:
-        texts = [image.big_data(key) for key in ("manifest", *keys)]
-    except (CstorError, OSError):
-        return False
-    if any(text.count(word) != 1 or re.search(rb"\\u00[5-7]", text)
-            for text, word in zip(texts, (b'"config"', b"diff_ids"))):
-        return False
-    # In a string the quotes would have backslashes.
-    named = re.findall(rb'"config": ?{[^{}]*"digest": ?"([^"]*)"', texts[0])
-    ids = b"".join(re.findall(rb'"diff_ids": ?\[([^]]*)\]', texts[1])).replace(b" ", b"")
-    machine = re.match(rb'{[^][{}]*"architecture": ?"([a-z0-9]+)"', texts[1])
-    if machine and texts[1].count(b'"architecture"') == 1:
-        image._machine = machine[1].decode()
-    return named == [keys[0].encode()] and ids.decode("latin-1") == ",".join(
-        f'"{layer.diff_digest}"' for layer in chain)
 
 
 def check_image(image: Image) -> Iterator[Finding]:
