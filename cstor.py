@@ -15974,14 +15974,15 @@ def image_rows(storage: Storage, args: Any) -> list[ImageRow]:
     return sorted(rows, key=SORTS["images"][args.sort])
 
 
-def image_fields(storage: Storage, rows: Sequence[ImageRow]) -> Iterator[Fields]:
-    """Yield what ``podman images --format json`` says of the image in each row."""
+def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterator[Fields]:
+    """Yield the fields that templates of ``podman images`` have; ``raw`` is what its JSON has."""
     kin = [(parent.id, child.id) for parent, child in related_images(storage)]
     parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
     used = Counter(container.image for container in storage.containers())
-    for image, _, _ in rows:
+    for image, repository, tag in rows:
         created = go_moment(image.created) // 10**9
-        yield Fields({
+        moment, age = go_time(created * 10**9, time.gmtime), human_age(go_moment(image.created))
+        fields = Fields({
             "Id": image.id, "ParentId": parents.get(image.id, ""), "RepoTags": None,
             "RepoDigests": image.repo_digests, "Size": image.size, "SharedSize": 0,
             "VirtualSize": image.size, "Labels": image.labels or None,
@@ -15992,13 +15993,6 @@ def image_fields(storage: Storage, rows: Sequence[ImageRow]) -> Iterator[Fields]
             "Names": image.names, "Os": image.about.get("os", ""), "Created": created,
             "CreatedAt": format_time(created * 10**9),
         }, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
-
-
-def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterator[Fields]:
-    """Yield the fields that templates of ``podman images`` have."""
-    for (image, repository, tag), fields in zip(rows, image_fields(storage, rows)):
-        moment = go_time(fields["Created"] * 10**9, time.gmtime)
-        age = human_age(go_moment(image.created))
         yield Fields({
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
             "Repository": repository, "Tag": tag, **fields, "RepoTags": image.names,
@@ -16090,39 +16084,31 @@ def container_texts(row: Fields, args: Any) -> Fields:
             human_size(each).replace(" ", "") for each in size.values())) if size else ""}, raw=row)
 
 
-def history_fields(image: Image) -> list[Fields]:
-    """Return what ``podman history --format json`` says, newest first."""
-    images: dict[str, list[Image]] = {}
-    for each in image.storage.images():
-        images.setdefault(each.layer, []).append(each)
-    rows, used, layers = [], set(), list(image.layers())
+def history_texts(image: Image, args: Any) -> Iterator[Fields]:
+    """Yield the fields that templates of ``podman history`` have; ``raw`` is what its JSON has."""
+    used, layers = set(), list(image.layers())
     for step in image.history()[::-1]:
         if not step.keys() - {"layer", "size"}:  # of a layer without history
             continue
-        here = images.get(layers[-1].id, []) if layers else []
+        here = [each for each in image.storage.images() if layers and each.layer == layers[-1].id]
         name = here[0].id if here and here[0].id not in used else "<missing>"
         used.add(name)
         created = GoTime(step.get("created") or ZERO_TIME)
-        rows.append(Fields({
+        age = human_age(go_moment(created))
+        moment = format_time(go_moment(created) // 10**9 * 10**9)
+        fields = Fields({
             "id": name, "created": created, "CreatedBy": str(step.get("created_by") or ""),
             "tags": [tag for each in here for tag in each.names],
             "size": max(step.get("size", 0), 0), "comment": step.get("comment", ""),
-            "Created": format_time(go_moment(created) // 10**9 * 10**9)}, "comment tags"))
+            "Created": moment}, "comment tags")
+        yield Fields({
+            "ID": name[:64 if args.no_trunc else 12],
+            "Created": moment if args.human is False else age,
+            "CreatedBy": short_step(fields["CreatedBy"], args, 45),
+            "Size": human_size(fields["size"]), "Comment": fields["comment"], "CreatedAt": moment,
+            "CreatedSince": age, "Tags": fields["tags"]}, raw=fields)
         if "layer" in step and layers:
             layers.pop()
-    return rows
-
-
-def history_texts(row: Fields, args: Any) -> Fields:
-    """Return the fields that templates of ``podman history`` have for a row."""
-    moment = go_moment(row["created"])
-    age = human_age(moment)
-    return Fields({
-        "ID": row["id"][:64 if args.no_trunc else 12],
-        "Created": row["Created"] if args.human is False else age,
-        "CreatedBy": short_step(row["CreatedBy"], args, 45), "Size": human_size(row["size"]),
-        "Comment": row["comment"], "CreatedAt": row["Created"], "CreatedSince": age,
-        "Tags": row["tags"]})
 
 
 def layer_fields(layer: Layer) -> Fields:
@@ -16292,8 +16278,7 @@ def port_bindings(row: Fields) -> dict[str, list[Fields]]:
 def open_storage(args: Any) -> Storage:
     """Open the storage that the global options name."""
     stores = list(map(os.path.abspath, args.store))
-    for option, path in (*(("--store", path) for path in stores),
-                         ("--imagestore", args.imagestore)):
+    for option, path in (*product(["--store"], stores), ("--imagestore", args.imagestore)):
         if path and not holds_store(path, [args.driver] if args.driver else DRIVERS):
             raise no_store(path, option)
     if args.runroot and not os.path.isdir(args.runroot):
@@ -16354,9 +16339,8 @@ def cmd_ps(storage: Storage, args: Any) -> None:
 
 def cmd_history(storage: Storage, args: Any) -> None:
     """show the history of an image, with podman's options and output"""
-    rows = history_fields(storage.image(args.image).single())
-    print_listing(args, (history_texts(row, args) for row in rows),
-                  ["ID", "Created", "CreatedBy", "Size", "Comment"], indent=None, rows=rows)
+    print_listing(args, history_texts(storage.image(args.image).single(), args),
+                  ["ID", "Created", "CreatedBy", "Size", "Comment"], indent=None)
 
 
 def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, Any]],
@@ -17506,14 +17490,15 @@ def candidates(before: Sequence[str], current: str) -> Iterator[tuple[str, str]]
         action = None if waiting else flags.get(word)
         count += not waiting and not action
         waiting = action if action and action.nargs != 0 else None
+    due = [waiting] if waiting else places[count:] or [each for each in places[-1:] if each.nargs]
     option, equals, value = current.partition("=")
     if not waiting and equals and option in flags:
         for word, gloss in values_for(flags[option], given, value):
             yield (word if word == FILES else f"{option}={word}"), gloss
     elif not waiting and current.startswith("-"):
         yield from ((flag, gist(action.help or "")) for flag, action in flags.items())
-    elif waiting or count < len(places) or places and places[-1].nargs:
-        yield from values_for(waiting or places[min(count, len(places) - 1)], given, current)
+    elif due:
+        yield from values_for(due[0], given, current)
     for each in commands_below(command) if not (known or rest or waiting) else ():
         word, *more = each[len(command):].split()
         yield word, "commands" if more else gist(COMMANDS[each][0].__doc__ or "")
