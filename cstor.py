@@ -4039,6 +4039,7 @@ class Storage(Closing):
         self._layer_by_id: dict[str, Layer] = {}
         self._malformed: dict[bytes, FormatError] = {}  # JSON files
         self._salvage: Salvage | None = None
+        self.database_error: Exception | None = None  # why podman's database cannot be read
         self.named: set[str] = set()  # DiffIDs that configurations name, when salvage is asked for
         self._links: dict[str, str] | None = None
         self._podman: dict[str, dict[str, Any]] | None = None
@@ -4220,7 +4221,7 @@ class Storage(Closing):
                     items = parse_json(data, root.host_path(path)) if data.strip() else None
                     if not isinstance(items, (list, type(None))):
                         raise FormatError("expected a JSON array", file=root.host_path(path))
-                    cut += [owner] * (path == plain and not data.strip())
+                    cut += [owner] * (path == plain and (self.salvage or not items))
                 except FormatError as error:
                     if not self.salvage:
                         self._malformed[home] = error
@@ -4266,7 +4267,10 @@ class Storage(Closing):
         while layer_id:
             if (layer := self._layer_by_id.get(layer_id) or self.layer_by_id(layer_id)) is None:
                 below = f" (parent of {found[-1].id})" if found else ""
-                raise LayerUnknown(f"layer not known: {display(layer_id)}{below}")
+                raise LayerUnknown(
+                    f"layer not known: {display(layer_id)}{below}", hint=LEFT * bool(
+                        not self.salvage and is_safe_id(layer_id) and self.find(
+                            self.home() + b"/" + layer_id.encode())))
             found.append(layer)
             if len(found) > MAX_LOWERS + 1:
                 raise FormatError(f"layer {found[0].id}: its chain of parents is a loop or "
@@ -4381,6 +4385,7 @@ class Storage(Closing):
         except (CstorError, OSError) as error:
             if str(error) not in self.faults:
                 self.faults.append(str(error))
+            self.database_error = error
             return []
 
     @classmethod
@@ -4548,6 +4553,10 @@ def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
 # ================================================================================================
 
 DIGEST = r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-f]{32,}"
+REPOSITORY = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"  # one component of a name
+REPOSITORY_NAME = (r"(?:(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?/)?"
+                   f"{REPOSITORY}(?:/{REPOSITORY})*")
+TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 
 
 def split_reference(text: str) -> tuple[str, str, str]:
@@ -4766,15 +4775,12 @@ def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
                     yield parent, image
 
 
-TAGGED_NAME = r"(?a)[a-z0-9.-]+(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*:\w[\w.-]{0,127}"
-
-
 def names_to_give(image: Image, reference: str) -> list[str]:
     """Return the names that an image takes along: the one it was asked for by, or else all.
 
     Only names with a tag: a digest is not a name to give.
     """
-    tagged = [name for name in image.names if re.fullmatch(TAGGED_NAME, name)]
+    tagged = [name for name in image.names if re.fullmatch(f"{REPOSITORY_NAME}:{TAG}", name)]
     asked = reference.rpartition("@")[0] or reference
     found = [name for wanted in (asked, asked + ":latest") for name in tagged
              if f"/{name}".endswith(f"/{wanted}")]
@@ -12992,6 +12998,7 @@ CODES = {
     "image-layers-wrong": ("damage", "vqc", "metadata", "its configuration names other layers"),
     "layer-unknown": ("damage", "vqc", "missing", "a record names a layer that has none"),
     "json-damaged": ("damage", "c", "changed", "a file of records cannot be read"),
+    "database-damaged": ("damage", "c", "changed", "podman's database cannot be read"),
     "records-lost": ("damage", "c", "missing", "records are missing of what is still there"),
     "id-twice": ("damage", "c", "metadata", "two records of one store have the same ID"),
     "name-twice": ("damage", "c", "metadata", "two records of one store have the same name"),
@@ -13010,9 +13017,9 @@ CODES = {
     "lower-wrong": ("damage", "c", "metadata", "a layer's chain of lower layers is not its own"),
     "mode-wrong": ("damage", "c", "metadata", "the owner of the store lacks permission"),
     "owner-wrong": ("damage", "c", "metadata", "another user owns records of the store"),
-    "layer-orphan": ("waste", "c", "unused", "a layer's files have no record"),
-    "image-orphan": ("waste", "c", "unused", "an image's files have no record"),
-    "container-orphan": ("waste", "c", "unused", "a container's files have no record"),
+    "layer-orphan": ("waste", "c", "unused", "its files have no record (--salvage)"),
+    "image-orphan": ("waste", "c", "unused", "its files have no record (--salvage)"),
+    "container-orphan": ("waste", "c", "unused", "its files have no record (--salvage)"),
     "big-data-orphan": ("waste", "c", "unused", "an item that no record names"),
     "l-orphan": ("waste", "c", "unused", "a short link in overlay/l leads to no layer"),
     "temporary": ("waste", "c", "unused", "what an interrupted command left behind"),
@@ -13446,6 +13453,29 @@ def verify_images(images: Sequence[Image], *, quick: bool = False, workers: int 
     return found + verify_layers(layers_of(images), quick=quick, workers=workers, progress=progress)
 
 
+def refused_fields(record: Record) -> Iterator[str]:
+    """Yield what podman refuses, with all records of the file, in fields that are read as text."""
+    fields = record._fields
+    for key, kind in (("uidset", list), ("gidset", list), ("compression", int),
+                      ("compressed-size", int), ("mountlabel", str)):
+        if not isinstance(fields.get(key), (kind, type(None))):
+            yield f'field "{key}" must be of type {kind.__name__}'
+    if isinstance(fields.get("created"), str):
+        try:
+            parse_time(record.created)
+        except FormatError as error:
+            yield f'field "created": {error}'
+    digests = {"digest": fields.get("digest"), **record._digests}
+    for key, digest in digests.items():
+        if isinstance(digest, str) and not re.fullmatch(f"|{DIGEST}|sha256:{HEX64}", digest):
+            yield f'field "{display(key)}" is not a digest: "{display(digest)}"'
+    for name in record.names if isinstance(record, Image) else ():
+        if not re.fullmatch(f"{REPOSITORY_NAME}(:{TAG})?(@{DIGEST})?", name):
+            yield f'field "names": not a name that an image can have: "{display(name)}"'
+    if isinstance(record, Layer) and record.diff_size < -1:
+        yield f'field "diff-size" is {record.diff_size}'
+
+
 class StoreCheck:
     """Compares all records of a storage with what is on its disk; run() returns the findings.
 
@@ -13476,6 +13506,10 @@ class StoreCheck:
             self._layers(() if storage.linked else layers)
         for path in storage.linked:
             self.add("directory-linked", "store", path)
+        storage.podman_containers()
+        if isinstance(storage.database_error, FormatError):
+            self.add("database-damaged", "containers", storage.database_error.file,
+                     message=str(storage.database_error))
         for image in images:
             for finding in check_image(image):
                 of_layers = finding.code in ("layer-unknown", "image-layers-wrong")
@@ -13529,10 +13563,11 @@ class StoreCheck:
         else:
             self.known[word] = {record.id for record in records}
         for record in records:
-            for fault in record._faults:
-                if not is_safe_id(record.id) or fault.startswith(("field", "the record")):
-                    self.add("record-malformed" if is_safe_id(record.id) else "id-unusable",
-                             record.label, message=fault)
+            for fault in chain(record._faults, refused_fields(record)):
+                if fault.startswith(("field", "the record", "unusable ID")):
+                    is_named = record.id and not is_safe_id(record.id)
+                    self.add("id-unusable" if is_named else "record-malformed", record.label,
+                             message=fault)
                     self.explained.update([record], self.users.get(record.label, ()))
         return records
 
@@ -14270,7 +14305,6 @@ class DiskUsage:
 # served by its digest until its image is removed.  Nothing that a client says becomes a file name.
 # ================================================================================================
 
-REPOSITORY = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"  # one component of a name
 IMAGE_ID = "[0-9a-f]{12,64}"  # or the start of one
 MAX_HEAD = 80 << 10  # bytes of a request; one line may have 64 KiB
 MAX_DOCUMENT = 4 << 20  # of a manifest or configuration: clients refuse larger ones
@@ -16385,7 +16419,7 @@ def cmd_save(storage: Storage, args: Any) -> None:
              for name in args.image[:None if several else 1] for image in [storage.image(name)]]
     for name, tag, _ in map(split_reference, () if several else args.image[1:]):
         named[0][1].append(f"{normalize_name(name)[0]}:{tag or 'latest'}")
-        if not re.fullmatch(TAGGED_NAME, named[0][1][-1]):
+        if not re.fullmatch(f"{REPOSITORY_NAME}:{TAG}", named[0][1][-1]):
             raise _UsageError(f"not a name that an image can have: {display(named[0][1][-1])}")
     write_archive(args, args.format, named)
 

@@ -14890,12 +14890,44 @@ class Checking(StoreTest):
             store.containers[0][key] = "\ud800"
             self.assertEqual([code], self.codes(store.save()))
 
+    def test_fields_that_podman_refuses(self) -> None:
+        digest = "sha256:" + "zz" * 32
+        wrongs: dict[str, dict[str, list[Any]]] = {
+            "images": {"created": ["x", "", "2026-02-30T00:00:00Z", "10000-01-01T00:00:00Z",
+                                   "2026-01-01T24:00:00Z", 5], "digest": ["x", digest],
+                       "names": [["localhost/C:UPPER"], ["a@x"], "abc"], "id": ["", 7],
+                       "big-data-digests": [{"other": "x"}]},
+            "layers": {"created": ["x"], "uidset": ["x"], "diff-size": [-5], "mountlabel": [1]},
+            "containers": {"created": ["x"], "gidset": [{}]}}
+        for kind, name, wrong in [(kind, name, wrong) for kind, fields in wrongs.items()
+                                  for name, values in fields.items() for wrong in values]:
+            with self.subTest(kind=kind, name=name, wrong=wrong):
+                store = make_sample(f"{self.dir}/{kind}-{name}")
+                getattr(store, kind)[-1][name] = wrong
+                with self.open(store.save()) as storage:
+                    self.assertIn("record-malformed", {
+                        found.code for found in storage.check()
+                        if found.severity == "damage"})
+                shutil.rmtree(store.root)
+        store = self.sample()
+        store.images[-1].update(created="2024-02-29T23:59:59.5+14:00", names=[
+            "localhost/a:1", "UPPER.io:5/b-c/d__e:T_1.x", "[::1]:5000/f", "g@sha256:" + "0" * 64,
+            "h.io/g:1@sha256:" + "0" * 64], digest="sha256:" + "0" * 64)
+        store.layers[-1].update(created="0001-01-01T00:00:00Z", uidset=[0], gidset=None)
+        self.assertEqual([], self.codes(store.save()))
+
+    def test_a_database_that_cannot_be_read(self) -> None:
+        for data in (b"", b"x" * 4096, bytes(4096)):
+            store = make_sample(f"{self.dir}/{len(data)}{data[:1].hex()}")
+            put(store.path("db.sql"), data)
+            self.assertEqual(["database-damaged"], self.codes(store))
+
     def test_records_that_are_none(self) -> None:
         store = self.sample()
         path = store.path("overlay-images/images.json")
         put(path, json.dumps([*json.loads(read_bytes(path)), 1, 2, None, {}, {"id": 3}]))
         with self.open(store) as storage:
-            self.assertEqual({("id-unusable", "image ")}, {
+            self.assertEqual({("record-malformed", "image ")}, {
                 (found.code, found.object) for found in storage.check()})
 
     def test_an_image_of_an_additional_store_is_tagged(self) -> None:
@@ -15264,12 +15296,29 @@ class Salvaging(StoreTest):
 
     def test_a_whole_store_reads_as_ever(self) -> None:
         store = self.sample()
-        orphan = store.path("overlay", "f" * 64)
-        os.makedirs(orphan + "/diff")
         for words in ("image list", "layer list", "container list", "store info"):
             plain, salvaged = (self.run_on(store, f"{option} {words} --format json")
                                for option in ("", "--salvage"))
             self.assertEqual((plain.out, plain.err), (salvaged.out, salvaged.err))
+
+    def test_records_are_missing_in_a_whole_file(self) -> None:
+        for kind, text in ((kind, text) for kind in ("images", "layers") for text in (
+                "[]", "null", '[{"id": ""}]', "one")):
+            with self.subTest(kind=kind, text=text):
+                store = self.builds()
+                path = store.path(f"overlay-{kind}/{kind}.json")
+                wanted = {entry["diff-digest"] for entry in store.layers
+                          if "diff-digest" in entry}
+                put(path, json.dumps(getattr(store, kind)[:1]) if text == "one" else text)
+                with self.open(store, salvage=True) as storage:
+                    self.assertEqual(4, sum(bool(image.id) for image in storage.images()))
+                    self.assertEqual(wanted, {
+                        layer.export(io.BytesIO()) for image in storage.images() if image.id
+                        for layer in image.layers()})
+                if kind == "layers":
+                    self.assertIn("--salvage reads what is left", self.run_on(
+                        store, "image export a:1", status=3).err)
+                shutil.rmtree(store.root)
 
     def test_tar_split_data_are_lost(self) -> None:
         for how, whole in itertools.product((os.unlink, flip, cut), (True, False)):
