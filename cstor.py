@@ -4762,7 +4762,7 @@ def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
 
     The other has the same top layer, the next one, or like it none, and one more step of history.
     """
-    histories = {image: image.steps for image in storage.images()}
+    histories = {image: image.steps for image in storage.images() if image.about}
     known: dict[tuple[str, Any], list[Image]] = {}
     for image, steps in histories.items():
         known.setdefault((image.layer, steps), []).append(image)
