@@ -869,11 +869,10 @@ class Directory(Closing):
 
     def exists(self, name: bytes) -> bool:
         """Tell whether ``name`` exists; raises all errors but its absence."""
-        try:
+        with suppress(FileNotFoundError, NotADirectoryError):
             self.lstat(name)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+            return True
+        return False
 
     def names(self, name: bytes) -> list[bytes]:
         """Return the names in the directory ``name``, none where there is no directory."""
@@ -2192,11 +2191,9 @@ def stores_near(path: str, name: str = "") -> list[str]:
             places += [os.path.join(parent, entry, base) for entry in sorted(os.listdir(parent))]
     found: dict[str, str] = {}
     for place in map(os.path.normpath, places):
-        try:
+        with suppress(OSError):  # permission denied
             if place != path and holds_store(place) and is_there(os.path.join(place, name)):
                 found[os.path.realpath(place)] = place
-        except OSError:  # permission denied
-            continue
     return list(found.values())[:3]
 
 
@@ -2219,11 +2216,10 @@ def no_store(root: str, option: str = "--root") -> CstorError:
 
 def is_there(path: str) -> bool:
     """Tell whether a file is there; errors other than its absence are raised."""
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return True
+    return False
 
 
 def find_user(who: int | str) -> Any:
@@ -2290,15 +2286,14 @@ class _ConfigSearch:
     def _store_of_sudo_user(self) -> str:
         """Name the graph root of the user who called sudo, if a store is there; else ""."""
         name = self.environ.get("SUDO_USER", "root")
-        if self.euid or name == "root" or not (user := find_user(name)):
-            return ""
-        try:
-            root = _ConfigSearch({"HOME": user.pw_dir, "USER": name}, user.pw_uid,
-                                 self.system_root).old_scheme().graphroot
-            return f"{name}'s storage is at {root}: run it without sudo, or use --root {root}" \
-                if holds_store(root) else ""
-        except (CstorError, OSError):  # it would only be a hint
-            return ""
+        if not self.euid and name != "root" and (user := find_user(name)):
+            with suppress(CstorError, OSError):  # it would only be a hint
+                root = _ConfigSearch({"HOME": user.pw_dir, "USER": name}, user.pw_uid,
+                                     self.system_root).old_scheme().graphroot
+                if holds_store(root):
+                    return f"{name}'s storage is at {root}: run it without sudo, or use --root " \
+                           + root
+        return ""
 
     # -- the two schemes ----------------------------------------------------------------------
 
@@ -2434,8 +2429,7 @@ class _ConfigSearch:
         path = values.get("storage." + key) or ""
         path = path.replace("$UID", str(self.uid))
         path = re.sub(r"\$(?:\{([^}]*)\}|(\w+))",
-                      lambda m: self.environ.get(m[1] if m[1] is not None else m[2], ""), path,
-                      flags=re.ASCII)
+                      lambda m: self.environ.get(m[1] or m[2] or "", ""), path, flags=re.ASCII)
         if path and not os.path.isabs(path):
             raise FormatError(f"{key} is not an absolute path: {display(path)}",
                               file=self._sources["storage." + key])
@@ -12340,9 +12334,8 @@ def read_pipe(fd: int, timeout: float | None) -> Iterator[bytes]:
     """Yield what comes from a pipe; ProtocolError when nothing does for ``timeout`` seconds."""
     while True:
         try:
-            if not (data := os.read(fd, CHUNK)):
-                return
-            yield data
+            yield from iter(lambda: os.read(fd, CHUNK), b"")
+            return
         except BlockingIOError:
             Deadline(timeout).wait(fd, "POLLIN")
 
