@@ -9139,7 +9139,6 @@ class Extraction:
     # -- metadata --------------------------------------------------------------------------------
 
     def _owner(self, node: Node) -> tuple[int, int]:
-        """Return the owner that a file should have."""
         return self._us if self.plain else self._map.owner(node)
 
     def _describe(self, place: int | str | bytes, status: os.stat_result, node: Node) -> None:
@@ -10007,7 +10006,6 @@ class FetchedImage(Closing):
             self._load(platform)
 
     def close(self) -> None:
-        """Remove the layout; harmless when repeated."""
         self._scratch.close()
 
     def _fetch(self, platform: str) -> None:
@@ -10068,7 +10066,6 @@ class FetchedImage(Closing):
         raise NotFound(words) if missing else CstorError(words)
 
     def _load(self, platform: str) -> None:
-        """Read manifest and configuration."""
         found = read_index(self._layout, f"{self.reference}: index")["manifests"]
         if len(found) != 1:
             raise FormatError("expected one manifest", file=f"{self.reference}: index")
@@ -10462,7 +10459,6 @@ class LayerStream(Closing):
         return self
 
     def close(self) -> None:
-        """Close what the chunks come from; harmless when repeated."""
         if hasattr(self._chunks, "close"):  # a generator, which may hold the last file
             self._chunks.close()
         self._reader = None  # with it go the directories that nobody else uses
@@ -10529,10 +10525,7 @@ class LayerStream(Closing):
         return join_pieces(self.items(verify))
 
     def check(self, digest: str) -> None:
-        """Compare the tar that was read with what is known of it; a digest of "" was not taken.
-
-        Raises IntegrityError.
-        """
+        """Raise IntegrityError unless the tar was as it is known; a digest of "" was not taken."""
         for what, expected, actual in (
                 ("size", str(self.size) if self.size >= 0 else "", str(self.taken)),
                 ("digest", self.digest if digest else "", digest)):
@@ -10653,10 +10646,8 @@ class Staging:
     def read(self, stream: LayerStream, below: Tree | None = None) -> StreamTree:
         """Read a stream to its end, and return its tree when digest and size are right.
 
-        ``below`` are the layers that it lies on.
-
-        Raises as LayerStream.export() does, and Unsupported for what cannot be shared though
-        link_mode is "reflink".
+        ``below`` are the layers that it lies on.  Raises as LayerStream.export() does, and
+        Unsupported for what cannot be shared though link_mode is "reflink".
         """
         tree = self._own(StreamTree(stream.label))
         tree.below = below
