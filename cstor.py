@@ -4524,18 +4524,15 @@ def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
 
 
 def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
-    database = sqlite3.connect(path)
-    # Any bytes can stand there, but no path has a NUL byte.
-    database.text_factory = lambda data: data.decode("utf-8", "replace").replace("\0", "\ufffd")
     end = time.monotonic() + 1
-    try:
+    with closing(sqlite3.connect(path)) as database:
+        # Any bytes can stand there, but no path has a NUL byte.
+        database.text_factory = lambda data: data.decode("utf-8", "replace").replace("\0", "\ufffd")
         # A hostile database can hold views without an end.
         database.set_progress_handler(lambda: time.monotonic() > end, 10_000)
         database.execute("PRAGMA trusted_schema=OFF")
         rows: list[tuple[Any, ...]] = database.execute(query).fetchmany(100_000)
-        return rows
-    finally:
-        database.close()
+    return rows
 
 
 # ================================================================================================
@@ -4956,7 +4953,7 @@ class LayerFiles(Closing):
                    ) -> CstorError:
         """Return what is wrong with a file that is there."""
         if not base:
-            return Unsupported(f'layer {self.layer.id}: "{display(name)}" names the root: '
+            return Unsupported(f'{self.layer.label}: "{display(name)}" names the root: '
                                "containers/storage does not keep its content")
         if stat.S_ISREG(status.st_mode):
             return self._wrong(name, "wrong size", str(size), str(status.st_size))
@@ -14131,12 +14128,11 @@ class DiskUsage:
         self._find_units([*storage.images(), *storage.containers(), *storage.layers()])
         named = set().union(*(units for record, units in self.units.items() if isinstance(
             record, Container) or isinstance(record, Image) and record.names))
-        used, below = set(named), intermediate_images(storage)
-        self.dangling: list[Image] = []
-        for image in storage.images():
-            used |= self.units[image]
-            self.dangling += [image] * (not image.names and image.label not in named and (
-                image.id not in below or f"layer {image.layer}" not in named))
+        used = named.union(*(self.units[image] for image in storage.images()))
+        below = intermediate_images(storage)
+        self.dangling = [
+            image for image in storage.images() if not image.names and image.label not in named
+            and (image.id not in below or f"layer {image.layer}" not in named)]
         self.unused_layers = [layer for layer in storage.layers()
                               if not layer.readonly and layer.label not in used]
         if any(finding.code in ("json-damaged", "records-lost") for finding in found) \
