@@ -4888,7 +4888,7 @@ class LayerFiles(Closing):
         if size == 0 and self._objects is not None:
             return os.open(os.devnull, os.O_RDONLY)  # no object is kept for it
         parent, _, base = self._place(name).rpartition(b"/")
-        for diff in (self._diff(0),) if self._plain else self._search():
+        for diff in self._search():
             try:
                 fd, status = diff.look(parent, base)
             except (FileNotFoundError, NotADirectoryError):
@@ -4900,9 +4900,7 @@ class LayerFiles(Closing):
             if fd >= 0 and (status.st_blocks * 512 < status.st_size or self.layer.mapped) \
                     and self._is_stub(fd):
                 os.close(fd)
-                if self._plain:
-                    self._plain = False
-                    return self.open(name, size)
+                self._plain = False
             elif fd >= 0 and size in (None, status.st_size):
                 return fd
             else:
@@ -4979,6 +4977,8 @@ class LayerFiles(Closing):
         Only a mapped layer or a stub leads to the lowers: they can hold another file of this name.
         """
         yield self._diff(0)
+        if self._plain:
+            return
         if len(self._places) == 1:
             lowers = map(self.layer.storage.layer_by_id, self.layer.lower_ids())
             places = [lower.overlay_file(b"diff") for lower in lowers if lower]
