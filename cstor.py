@@ -2809,7 +2809,6 @@ class Record:
         self.storage = metadata
         self.root = root
         self._faults: list[str] = []
-        self._looked = False
         if not isinstance(record, dict):
             self._faults.append("the record is not a JSON object")
             record = {}
@@ -2833,15 +2832,13 @@ class Record:
     def _read_fields(self) -> None:
         """Read the other fields of this kind of record."""
 
-    @property
+    @cached_property
     def faults(self) -> list[str]:
         """What is wrong, in words; other records and files are looked at only now."""
-        if not self._looked:
-            self._looked = True
-            try:
-                self._look()
-            except (CstorError, OSError) as error:
-                self._faults.append(re.sub(f"^{self.WORD} {re.escape(self.id)}: ", "", str(error)))
+        try:
+            self._look()
+        except (CstorError, OSError) as error:
+            self._faults.append(re.sub(f"^{self.WORD} {re.escape(self.id)}: ", "", str(error)))
         return self._faults
 
     def _look(self) -> None:
@@ -3894,7 +3891,8 @@ class Storage(Closing):
     ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a whole cannot be used,
     ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
     over.  ``salvage`` tells whether lost records are found again, ``named`` is for that;
-    ``linked`` are paths of directories that are symbolic links, which nobody follows.
+    ``linked`` are paths of directories that are symbolic links, which nobody follows; ``id_maps``
+    tell whose the files are.
     """
 
     config: Config | None = None
@@ -4035,9 +4033,9 @@ class Storage(Closing):
         self._salvage: Salvage | None = None
         self.database_error: Exception | None = None  # why podman's database cannot be read
         self.named: set[str] = set()  # DiffIDs that configurations name, when salvage is asked for
-        self._links: dict[str, str] | None = None
+        for cached in ("id_maps", "_all_links"):
+            vars(self).pop(cached, None)
         self._podman: dict[str, dict[str, Any]] | None = None
-        self._id_maps: tuple[Ranges, Ranges] | None = None
 
     def close(self) -> None:
         OPEN_STORAGES.discard(ref(self))
@@ -4098,24 +4096,23 @@ class Storage(Closing):
         return self.owner[0] != 0 or read_proc("self/uid_map").split() not in (
             [], ["0", "0", str(NO_ID)])
 
-    @property
+    @cached_property
     def id_maps(self) -> tuple[Ranges, Ranges]:
         """How to read IDs on disk, for users and groups: see map_id(); [] = as they are.
 
         The user who writes the records is root in his containers; his sub-uids follow, see
         owner_ranges().  Seen by root of his namespace, it is so already.
         """
-        if self._id_maps is None:
-            self._id_maps = [], []
-            uid, gid = self.owner
-            made_at = "" if uid in (0, os.geteuid()) else self.recorded_roots().get("GraphRoot", "")
-            both = owner_ranges(uid, self.owner_ids, self.graphroot, made_at) if uid else []
-            for maps, own, ranges in zip(self._id_maps, (uid, gid), both):
-                at = 0
-                for first, count in [(own, 1), *ranges]:
-                    maps.append((first, at, count))
-                    at += count
-        return self._id_maps
+        found: tuple[Ranges, Ranges] = [], []
+        uid, gid = self.owner
+        made_at = "" if uid in (0, os.geteuid()) else self.recorded_roots().get("GraphRoot", "")
+        both = owner_ranges(uid, self.owner_ids, self.graphroot, made_at) if uid else []
+        for maps, own, ranges in zip(found, (uid, gid), both):
+            at = 0
+            for first, count in [(own, 1), *ranges]:
+                maps.append((first, at, count))
+                at += count
+        return found
 
     # -- records -------------------------------------------------------------------------------
 
@@ -4301,20 +4298,20 @@ class Storage(Closing):
                 layer_id = os.path.basename(os.path.dirname(target)).decode("utf-8", "replace")
                 if is_safe_id(layer_id) and root.exists(self.home() + b"/" + layer_id.encode()):
                     return layer_id
-            if found := self._all_links().get(link):
+            if found := self._all_links.get(link):
                 return found
         raise LayerUnknown(f"layer not known: no layer has the link {display(link)}",
                            hint="a link is 26 characters, as in overlay/l")
 
+    @cached_property
     def _all_links(self) -> dict[str, str]:
-        if self._links is None:
-            self._links = {}
-            for root in self.roots:
-                for name in root.names(home := self.home()):
-                    with suppress(OSError, ValueError):  # not a layer's directory, or damaged
-                        link = root.read(home + b"/" + name + b"/link", 4096).decode("ascii")
-                        self._links.setdefault(link, name.decode("utf-8", "replace"))
-        return self._links
+        found: dict[str, str] = {}
+        for root in self.roots:
+            for name in root.names(home := self.home()):
+                with suppress(OSError, ValueError):  # not a layer's directory, or damaged
+                    link = root.read(home + b"/" + name + b"/link", 4096).decode("ascii")
+                    found.setdefault(link, name.decode("utf-8", "replace"))
+        return found
 
     # -- podman's database ---------------------------------------------------------------------
 
