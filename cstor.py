@@ -14989,8 +14989,9 @@ def age_of(text: Any) -> str:
 
 
 def short_id(text: str, args: Any) -> str:
-    """Cut an ID or digest to twelve characters unless --no-trunc is given."""
-    return text if args.no_trunc else text.replace("sha256:", "", 1)[:12]
+    """Cut each word, an ID or digest, to twelve characters unless --no-trunc is given."""
+    return text if args.no_trunc else " ".join([
+        word.replace("sha256:", "", 1)[:12] for word in text.split(" ")])
 
 
 def short_step(command: str, args: Any, width: int = 40) -> str:
@@ -15456,8 +15457,7 @@ def note_open_steps(history: Sequence[dict[str, Any]], args: Any) -> None:
 
 def show_findings(args: Any, found: Sequence[Finding], sound: str) -> bool:
     """Print findings, ``sound`` for none; tell whether there is more than notes."""
-    rows = [[each.severity, each.code, " ".join(short_id(word, args) for word in
-                                                each.object.split(" ")), each.path or "",
+    rows = [[each.severity, each.code, short_id(each.object, args), each.path or "",
              each.message + f": expected {each.expected}" * (each.expected not in (None, ""))
              + f", got {each.actual}" * bool(each.actual)] for each in found]
     show(args, [each.as_json() for each in found], rows if rows else [sound],
@@ -15534,22 +15534,6 @@ def fetched(args: Any, target: str) -> Iterator[tuple[FetchedImage, Any]]:
             args.via_skopeo, platform=args.platform, progress=progress) as image:
         progress(0, 0)
         yield image, progress
-
-
-def copy_from_storage(storage: Storage, args: Any, directory: str, tag: str
-                      ) -> tuple[str, dict[str, Any]]:
-    """Copy an image that is in the storage; return its tag and descriptor."""
-    image = storage.image(args.image, args.platform)
-    names = names_to_give(image, args.image)
-    if not tag and names:
-        tag = split_reference(names[0])[1]
-    total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
-        image, args.platform, args.all) for layer in storage.chain(chosen.layer))
-    how = "none" if args.compress is None else args.compress
-    with ProgressLine(total, args.quiet) as progress:
-        return tag, image.copy_to_oci(directory, tag, compression=how, platform=args.platform,
-                                      every=args.all, progress=progress,
-                                      tell=lambda text: note(args, text))
 
 
 # ================================================================================================
@@ -16852,11 +16836,19 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     try:
         check_tag(tag)
         if args.via_skopeo is None:
-            tag, blob = copy_from_storage(storage, args, directory, tag)
+            image = storage.image(args.image, args.platform)
+            tag = tag or split_reference([*names_to_give(image, args.image), ""][0])[1]
+            total = sum(max(layer.diff_size, 0) for chosen in choose_instances(
+                image, args.platform, args.all) for layer in chosen.layers())
+            with ProgressLine(total, args.quiet) as progress:
+                blob = image.copy_to_oci(
+                    directory, tag, compression="none" if args.compress is None else args.compress,
+                    platform=args.platform, every=args.all, progress=progress,
+                    tell=lambda text: note(args, text))
         else:
             tag = tag or reference_tag(args.via_skopeo)
-            with fetched(args, directory) as (fetched_image, progress):
-                blob = fetched_image.copy_to_oci(directory, tag, progress=progress)
+            with fetched(args, directory) as (copied, progress):
+                blob = copied.copy_to_oci(directory, tag, progress=progress)
     except ValueError as error:
         if isinstance(error, CstorError):
             raise
@@ -17010,9 +17002,8 @@ def cmd_store_df(storage: Storage, args: Any) -> None:
     found, lines = usage.as_json(), None
     if args.if_removed:
         found["if-removed"] = result = usage.if_removed(map(find, args.if_removed))
-        keepers = ", ".join([" ".join(short_id(word, args) for word in name.split(" "))
-                             for name in result["kept-by"]][:9]) + ", ..." * (
-                                 len(result["kept-by"]) > 9)
+        names = [short_id(name, args) for name in result["kept-by"]]
+        keepers = ", ".join(names[:9]) + ", ..." * (len(names) > 9)
         lines = [f"{human_size(result['freed'])} would be freed"] + [
             f"{human_size(result['kept'])} would stay" + f", needed by {keepers}" * bool(keepers)
             ] * bool(result["kept"])
