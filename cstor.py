@@ -10114,26 +10114,25 @@ class FetchedImage(Closing):
         the old one in an annotation.
         """
         check_tag(tag)
+        layers: list[dict[str, Any]] = []
         done = 0
 
-        def add(files: int, entry: dict[str, Any]) -> dict[str, Any]:
-            def copy(fd: int) -> None:
-                nonlocal done
-                for data in iter(lambda: blob.read(CHUNK), b""):
-                    write_all(fd, data)
-                    done += len(data)
-                    if progress:
-                        progress(done, files)
-
-            with open(self._open(entry), "rb", buffering=0) as blob:
-                start = os.pread(blob.fileno(), 4, 0)
-                if not layout.has(entry["digest"], entry["size"]):
-                    layout.write(b"blobs/sha256", copy, entry["digest"][7:].encode())
-            return {**entry, "mediaType": true_type(str(entry.get("mediaType")), start)}
+        def copy(fd: int) -> None:
+            nonlocal done
+            for data in iter(lambda: blob.read(CHUNK), b""):
+                write_all(fd, data)
+                done += len(data)
+                if progress:
+                    progress(done, len(layers))
 
         with OciLayout(directory) as layout:
-            layers = [add(files, entry) for files, entry in enumerate(self.layers)]
-            add(len(layers), self.config_blob)
+            for entry in [*self.layers, self.config_blob]:
+                with open(self._open(entry), "rb", buffering=0) as blob:
+                    kind = true_type(str(entry.get("mediaType")), os.pread(blob.fileno(), 4, 0))
+                    if not layout.has(entry["digest"], entry["size"]):
+                        layout.write(b"blobs/sha256", copy, entry["digest"][7:].encode())
+                layers.append({**entry, "mediaType": kind})
+            layers.pop()  # the configuration
             data = self.manifest
             if layers != self.layers:
                 data = derived({**json.loads(data), "layers": layers}, sha256_digest(data))
