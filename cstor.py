@@ -10943,8 +10943,7 @@ class Connection(Closing):
         """Send one message with descriptors, which the caller keeps."""
         if fds and not self.varlink:
             value = {**value, "fds": len(fds)}
-        data = json.dumps(value, separators=(",", ":")).encode()
-        self.send_bytes(data + b"\0" * self.varlink, fds)
+        self.send_bytes(compact_json(value) + b"\0" * self.varlink, fds)
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes, and descriptors with the first of them and with spaces after them."""
@@ -11738,10 +11737,9 @@ class _Session(Dispatcher):
         """Do the same as a proxy of the second version does."""
         image, digest = self._image_of(params), self._param(params, "layer_digest", "")
         threshold = self._param(params, "threshold", INLINE_THRESHOLD)
-        for layer in image.checked_chain():
-            if digest in (layer.diff_digest, layer.compressed_diff_digest):
-                break
-        else:
+        layer = next((each for each in image.checked_chain()
+                      if digest in (each.diff_digest, each.compressed_diff_digest)), None)
+        if not layer:
             raise LayerUnknown(f"layer not known: image {image.id} has no {display(digest)}")
         self._notify("layer.start", {"digest": layer.diff_digest,
                                      "uncompressed_size": layer.diff_size})
@@ -11797,8 +11795,7 @@ class _Session(Dispatcher):
 
     def go_image(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return manifest, configuration and layers, the top one first."""
-        image = self.storage.image(self._param(params, "imageId", ""))
-        image = image.single()
+        image = self.storage.image(self._param(params, "imageId", "")).single()
         return {"manifest": image.big_data("manifest").decode("utf-8", "replace"),
                 "config": image.config_bytes().decode("utf-8", "replace"),
                 "layerDigests": [layer.id for layer in image.checked_chain()[::-1]]}
