@@ -6155,8 +6155,7 @@ class TarSink:
 
     def __init__(self, out: int | BinaryIO | None, *, hashing: bool, layer: str,
                  progress: Progress | None = None, chunk: int = CHUNK) -> None:
-        self.size = 0
-        self.files = 0
+        self.size = self.files = 0
         self._layer, self._progress = layer, progress
         if out is not None and not isinstance(out, int) and not hasattr(out, "write"):
             raise TypeError(f"out must be a descriptor or a binary file, not {type(out).__name__}")
@@ -6424,8 +6423,7 @@ class Node:
                 self.linkname = member.linkname
             elif kind in ("char", "block"):
                 self.extra = {"device": (member.devmajor, member.devminor)}
-        xattrs = star_xattrs(member.pax) if member.pax else None
-        if xattrs:
+        if xattrs := star_xattrs(member.pax):
             self.extra = {**self.extra, "xattrs": xattrs}
 
     def find(self, parts: Sequence[bytes]) -> Node | None:
@@ -6465,13 +6463,10 @@ class LayerTree(Closing):
         self.layer, self.layer_id = layer, layer.id if layer else ""
         self.label = layer.label if layer else "tree"  # what it is, for messages
         self.storage = layer.storage if layer else None
-        self.heeded: tuple[bytes, ...] = (
+        self.heeded: tuple[bytes, ...] = () if self.whole else (  # overlayfs never sees it
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
-        self.hidden: tuple[bytes, ...] = (
-            b"trusted.", b"user.overlay.") if self.rootless else (b"trusted.overlay.",)
-        if self.whole:  # overlayfs never sees it
-            self.heeded, self.hidden = (), (b"trusted.",) * self.rootless
+        self.hidden = (b"trusted.",) * self.rootless + self.heeded
         self.linked: dict[Node, list[tuple[Node, bytes]]] = {}  # by node, its further names
         self._root: Node | None = None
         self._files: LayerFiles | None = None
@@ -7841,9 +7836,9 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
     """Yield the entries of a layer's TOC, in the order of the tar, whiteouts among them."""
     links = Counter(clean_name(member.linkname) for member in layer.members()
                     if member.type == "hardlink")
-    with layer.own_tree() as tree:
-        for name, node, _, digest in hash_contents(layer_entries(layer, tree), tree, digests,
-                                                   progress):
+    with layer.tree() as tree:
+        items = layer_entries(layer, tree.layers[0])
+        for name, node, _, digest in hash_contents(items, tree, digests, progress):
             yield toc_entry(name, node, links=links[node.name] + 1, digest=digest)
 
 
@@ -7858,9 +7853,8 @@ def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = N
             yield toc_entry(name or b".", node, first=first, links=seen[node], digest=digest)
 
 
-def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
-                  tree: Tree | LayerTree, wanted: bool, progress: Progress | None
-                  ) -> Iterator[tuple[bytes, Node, bytes | None, str]]:
+def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]], tree: Tree, wanted: bool,
+                  progress: Progress | None) -> Iterator[tuple[bytes, Node, bytes | None, str]]:
     """Add the sha256 of each regular file, checked by size and CRC-64, to what walk() yields.
 
     "" for an empty file, another name of a file, and other types.
@@ -7870,8 +7864,7 @@ def hash_contents(items: Iterable[tuple[bytes, Node, bytes | None]],
             items, lambda item: item[1].place) if wanted else items:
         digest = ""
         if wanted and node.type == "reg" and node.size and first is None:
-            with Opened(tree.open(node)) as fd:
-                digest = sha256_of(node.checked(fd))
+            digest = sha256_of(tree.content(node))
             size, files = size + node.size, files + 1
             if progress:
                 progress(size, files)
