@@ -13468,7 +13468,8 @@ class StoreCheck:
                 if not of_layers or image not in self.explained and "layer" in self.known:
                     self.found.append(finding)
                     self.explained.update([image] * of_layers)
-            if image.root in storage._own and is_safe_id(image.id):
+            if image.root in storage._own and is_safe_id(image.id) and not isinstance(
+                    image._fields.get("big-data-names"), (int, str, dict)):
                 self._items(image)
         for container in containers if len(self.known) > 2 else ():
             self._container(container)
@@ -14201,10 +14202,25 @@ class DiskUsage:
         """Return what removing all these records would free.
 
         Keys: ``freed`` and ``kept``, bytes of disk, and ``kept-by``, the objects that need these.
+        podman keeps an image that another was built on, and with an image removes those without a
+        name that only it was built on.
         """
-        removed = set(records)
-        parts = {unit for record in removed for unit in self.units[record] if not isinstance(
-            record, Container) or unit in (f"container {record.id}", f"layer {record.layer}")}
+        asked = set(records)
+        removed, count = set(asked), 0
+        built: dict[Record, set[Record]] = defaultdict(set)
+        for parent, child in related_images(self.storage):
+            built[parent].add(child)
+        used = {container.image for container in self.storage.containers()
+                if container not in removed}
+        while kept := {record for record in removed if not built[record] <= removed}:
+            removed -= kept
+        while count < len(removed):
+            count = len(removed)
+            removed.update(parent for parent in built if built[parent] <= removed
+                           and not parent.names and parent.id not in used)
+        parts = {unit for record in asked | removed for unit in self.units[record]
+                 if not isinstance(record, Container)
+                 or unit in (f"container {record.id}", f"layer {record.layer}")}
         keepers = {record: units for record, units in self.units.items() if record not in removed
                    and (record in self.unused_layers or not isinstance(record, Layer))}
         freed = self.disk_size(parts.difference(self._fixed, *keepers.values()), alone=True)
@@ -17234,7 +17250,7 @@ NAMES = {"DIR[:TAG]": "layout", **dict.fromkeys(
 ACTIONS: dict[str, dict[str, Any]] = {
     "": {"action": "store_true"}, "?": {"action": "store_const"},
     "+": {"action": "count", "default": 0}}
-ALIASES = {"ls": "list", "copy": "copy-to-oci"}
+ALIASES = {"ls": "list", "copy": "copy-to-oci", "system": "store"}
 # Options that exclude each other; why, or what to do instead.
 CONFLICTS = (
     ("--verify", "--no-verify", ""),
@@ -17388,7 +17404,7 @@ def parse_words(words: Sequence[str]) -> Any:
             raise SystemExit
         raise _UsageError(f"missing COMMAND (see {program_name(command)} --help)")
     parser = command_parser(command, words)
-    rest = [re.sub(r"\A(-H|--human)=(0|f|false)\Z", "--no-human", word) for word in rest]
+    rest = [word for word in (plain_flag(parser, word) for word in rest) if word]
     quiet = {"-q", "--quiet"} & set(lead)
     parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
     args, more = parser.parse_known_args([*(word for word in lead if word not in quiet), *rest])
@@ -17400,6 +17416,16 @@ def parse_words(words: Sequence[str]) -> Any:
             "; --via-skopeo replaces IMAGE" if getattr(args, "via_skopeo", None)
             else flags and f"; {flags}"))
     return args
+
+
+def plain_flag(parser: Any, word: str) -> str:
+    """Return --FLAG for --FLAG=true, as Go's programs take it, and for =false --no-FLAG or ""."""
+    flag, _, value = word.partition("=")
+    known = parser._option_string_actions
+    if flag not in known or known[flag].nargs != 0 or value.lower() not in BOOLEANS:
+        return word
+    no = "--no-" + known[flag].option_strings[-1][2:]
+    return flag if BOOLEANS[value.lower()] else no if no in known else ""
 
 
 def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
