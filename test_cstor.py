@@ -17969,7 +17969,8 @@ class Help(StoreTest):
         self.store.write("overlay-layers/layers.json", "[{")
         self.assertEqual("did you mean alpine:3.20?", self.hint("image inspect alpin"))
         self.store.write("overlay-images/images.json", "[]")
-        self.assertEqual("`image list` shows what there is", self.hint("image inspect alpin"))
+        self.assertEqual("--salvage reads what is left of the records",
+                         self.hint("image inspect alpin"))
 
     def test_many_names_are_compared_in_little_time(self) -> None:
         for number in range(2000):
