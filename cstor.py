@@ -15251,13 +15251,6 @@ def unwind_on_signals() -> None:
 _handlers: dict[int, Any] = {}  # that unwind_on_signals() replaced
 
 
-def restore_signals(ending: bool) -> None:
-    """Restore what unwind_on_signals() replaced; a process that ends ignores signals."""
-    while _handlers:
-        number, before = _handlers.popitem()
-        signal.signal(number, (lambda *_: None) if ending else before)
-
-
 def say(message: str) -> None:
     """Print one line on stderr, where there is one."""
     try:
@@ -17697,9 +17690,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 128 + int(error.args[0]) if error.args else 130
         if getattr(error, "hint", ""):  # says what is left behind
             say(f"interrupted: {display(vars(error)['hint'])}")
-    while _handlers:
+    while _handlers:  # that unwind_on_signals() replaced; a process that ends ignores signals
         with suppress(KeyboardInterrupt, _Stopped):  # all work is done
-            restore_signals(ending=argv is None)
+            number, handler = _handlers.popitem()
+            signal.signal(number, (lambda *_: None) if argv is None else handler)
     sys.unraisablehook = before
     try:
         if sys.stdout is not None:
