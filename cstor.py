@@ -1471,7 +1471,16 @@ def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
 
 
 class Scratch(Target):
-    """A temporary directory: close() removes it, or after a kill the next make_scratch()."""
+    """A temporary directory: close() removes it, or after a kill the next one there."""
+
+    def __init__(self, above: str) -> None:
+        super().__init__(above, -1)
+        remove_dead(AT_FDCWD, b"scratch", os.fsencode(above))
+        with SignalsHeld():
+            self.path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
+            os.mkdir(self.path, 0o700)
+            self.fd = os.open(self.path, OPEN_NEW_DIRECTORY)
+            try_lock(self.fd)
 
     def close(self) -> None:
         """Remove the directory; harmless when repeated."""
@@ -1479,17 +1488,6 @@ class Scratch(Target):
             with SignalsHeld():
                 remove_failed(self, self.path)
                 super().close()
-
-
-def make_scratch(above: str) -> Scratch:
-    """Make a private directory for data that is read once."""
-    remove_dead(AT_FDCWD, b"scratch", os.fsencode(above))
-    with SignalsHeld():
-        path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
-        os.mkdir(path, 0o700)
-        scratch = Scratch(path, os.open(path, OPEN_NEW_DIRECTORY))
-        try_lock(scratch.fd)
-        return scratch
 
 
 def unlink_quietly(dir_fd: int, name: bytes) -> None:
@@ -4506,7 +4504,7 @@ def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
 
     problem: Exception = FormatError("it changes all the time")
     for _ in range(5):
-        with make_scratch(gettempdir()) as scratch:
+        with Scratch(gettempdir()) as scratch:
             before = _state(root, -1, DATABASE_FILES)
             for name in filter(root.exists, DATABASE_FILES):
                 with open(scratch.host_path(name), "xb") as target:
@@ -9983,7 +9981,7 @@ class FetchedImage(Closing):
         from tempfile import gettempdir
 
         self.reference, self._timeout, self._progress = reference, timeout, progress
-        self._scratch, self.size = make_scratch(gettempdir()), 0  # bytes that were fetched
+        self._scratch, self.size = Scratch(gettempdir()), 0  # bytes that were fetched
         with OnError(self.close):
             if ":" in (path := self._scratch.path):
                 raise CstorError(f"skopeo cannot use a directory with a colon: {path}",

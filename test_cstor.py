@@ -8688,16 +8688,16 @@ sys.exit(cstor.main(sys.argv[1:]))
     def test_killed_runs_leave_no_scratch(self) -> None:
         scratch = self.dir + "/tmp"
         os.mkdir(scratch)
-        dead = cstor.make_scratch(scratch)
+        dead = cstor.Scratch(scratch)
         put(dead.path + "/db.sql")
         foreign = scratch + "/.cstor-scratch-0123456789ab.partial"
         os.symlink("..", foreign)
-        with cstor.make_scratch(scratch) as live:
+        with cstor.Scratch(scratch) as live:
             self.assertEqual(3, len(os.listdir(scratch)))  # the lock of another run holds
             os.close(dead.fd)
             dead.fd = -1
             time.sleep(0.03)
-            cstor.make_scratch(scratch).close()
+            cstor.Scratch(scratch).close()
             self.assertEqual({live.path, foreign},
                              {os.path.join(scratch, name) for name in os.listdir(scratch)})
         self.assertEqual([os.path.basename(foreign)], os.listdir(scratch))
