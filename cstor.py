@@ -11314,14 +11314,11 @@ def varlink_error(error: Exception) -> dict[str, Any]:
     """Return the reply of varlink that tells of an error, by the names of composefs's interface."""
     if isinstance(error, VarlinkError):
         return error.reply
-    if isinstance(error, LayerUnknown):
-        params = {"diff_id": str(error).removeprefix("layer not known: ")}
-    else:
-        params = {"message": str(error)}
-    name = error_row(error)[2]
-    if name == "InternalError":
-        params["kind"] = type(error).__name__
-    return {"error": f"org.composefs.Oci.{name}", "parameters": params}
+    name, text = error_row(error)[2], str(error)
+    params = {"NoSuchLayer": {"diff_id": text.removeprefix("layer not known: ")},
+              "InternalError": {"message": text, "kind": type(error).__name__}}
+    return {"error": f"org.composefs.Oci.{name}",
+            "parameters": params.get(name, {"message": text})}
 
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
