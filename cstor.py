@@ -15567,12 +15567,21 @@ def go_moment(text: Any) -> int:
     return -62135596800 * 10**9 if moment is None else moment
 
 
-def go_time(moment: int, clock: Callable[[float], time.struct_time]) -> str:
-    """Return a time, in nanoseconds since 1970, as Go prints it."""
-    when = clock(moment // 10**9)
-    fraction = f".{moment % 10**9:09d}".rstrip("0") if moment % 10**9 else ""
-    return (f"{when.tm_year:04}{time.strftime('-%m-%d %H:%M:%S', when)}{fraction} "
-            + time.strftime("%z %Z", when).replace("GMT", "UTC"))
+def go_time(text: str, layout: str = "2006-01-02 15:04:05.999999999 -0700 MST") -> str:
+    """Return an RFC 3339 time in its own zone, in a layout of Go's."""
+    zone = "".join(re.findall(r"[+-]\d\d:\d\d\Z", text))
+    moment, wall = go_moment(text), go_moment(text.removesuffix(zone) + "Z" * bool(zone))
+    when, here = time.gmtime(wall // 10**9), time.localtime(moment // 10**9)
+    words = dict(zip("January Monday Jan Mon 01 02 03 04 05 06 15 PM 1 2 3 4 5".split(),
+                     time.strftime("%B %A %b %a %m %d %I %M %S %y %H %p %-m %-d %-I %-M %-S",
+                                   when).split()))
+    words.update({
+        "2006": f"{when.tm_year:04}", "-0700": zone.replace(":", "") or "+0000",
+        "Z07:00": zone or "Z", "MST": "UTC" if not zone else here.tm_zone
+        if here.tm_gmtoff == (wall - moment) // 10**9 else zone.replace(":", ""),
+        ".000": f".{wall % 10**9:09}"[:4], ".999999999": f".{wall % 10**9:09}".rstrip("0").rstrip(".")})
+    return re.sub("|".join(sorted(map(re.escape, words), key=len, reverse=True)),
+                  lambda match: words[match[0]], layout)
 
 
 def go_text(value: Any) -> str:
@@ -15587,12 +15596,15 @@ def go_text(value: Any) -> str:
         return f"{{{' '.join(map(go_text, value.values()))}}}"
     if isinstance(value, dict):
         return f"map[{' '.join(f'{key}:{go_text(value[key])}' for key in sorted(value))}]"
-    return go_time(go_moment(value), time.gmtime) if isinstance(value, GoTime) else str(value)
+    return go_time(value) if isinstance(value, GoTime) else str(value)
 
 
 def go_field(value: Any, path: str) -> Any:
     """Return what the fields in ``path``, each behind a dot, lead to."""
     for name in path.split(".")[1:]:
+        if isinstance(value, GoTime):
+            value = Fields({"Year": int(go_time(value, "2006")), "Unix": go_moment(value) // 10**9,
+                            "Format": lambda layout, text=value: go_time(text, layout)})
         if isinstance(value, Fields):
             value = value.find(name)
         elif isinstance(value, dict) or not value:
@@ -15954,7 +15966,7 @@ def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterat
     used = Counter(container.image for container in storage.containers())
     for image, repository, tag in rows:
         created = go_moment(image.created) // 10**9
-        moment, age = go_time(created * 10**9, time.gmtime), human_age(go_moment(image.created))
+        moment, age = GoTime(format_time(created * 10**9)), human_age(go_moment(image.created))
         fields = Fields({
             "Id": image.id, "ParentId": parents.get(image.id, ""), "RepoTags": None,
             "RepoDigests": image.repo_digests, "Size": image.size, "SharedSize": 0,
@@ -15964,7 +15976,7 @@ def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterat
             "Arch": image.about.get("architecture", ""), "Digest": image.digest,
             "History": image.names_history, "IsManifestList": image.is_list,
             "Names": image.names, "Os": image.about.get("os", ""), "Created": created,
-            "CreatedAt": format_time(created * 10**9),
+            "CreatedAt": moment,
         }, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
         yield Fields({
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
@@ -16019,7 +16031,8 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
                   if isinstance(port, dict)] or None, "Restarts": now.get("restartCount", 0),
         "Size": None if known is None else dict(
             zip(("rwSize", "rootFsSize"), container.sizes(known))),
-        "StartedAt": started // 10**9, "State": status, "Created": GoTime(format_time(created))})
+        "StartedAt": started // 10**9, "State": status,
+        "Created": GoTime(config.get("createdTime") or container.created)})
     fields["Status"] = f"Up {human_age(started)[:-4]}" if status == "running" \
         else f"Exited ({fields['ExitCode']}) {human_age(ended)}" if status in ENDED \
         else status.title()
@@ -16044,14 +16057,13 @@ def container_texts(row: Fields, args: Any) -> Fields:
     """Return the fields that templates of ``podman ps`` have for a row."""
     width = 64 if args.no_trunc else 12
     command, labels, size = " ".join(row["Command"] or ()), row["Labels"] or {}, row["Size"]
-    moment = go_time(go_moment(row["Created"]), time.localtime)
     return Fields({
         "ID": row["Id"][:width], **row, "ImageID": row["ImageID"][:width],
         "Pod": row["Pod"][:width], "Names": row["Names"][0],
         "Command": command if args.no_trunc or len(command) <= 17 else command[:17] + "...",
         "Networks": ",".join(row["Networks"]),
         "Ports": ports_text(row),
-        "Created": moment, "CreatedAt": moment, "CreatedHuman": row["CreatedAt"],
+        "CreatedAt": row["Created"], "CreatedHuman": row["CreatedAt"],
         "RunningFor": row["CreatedAt"], "Label": lambda key: labels.get(key, ""),
         "Size": "{} (virtual {})".format(*(
             human_size(each).replace(" ", "") for each in size.values())) if size else ""}, raw=row)
@@ -16067,8 +16079,8 @@ def history_texts(image: Image, args: Any) -> Iterator[Fields]:
         name = here[0].id if here and here[0].id not in used else "<missing>"
         used.add(name)
         created = GoTime(step.get("created") or ZERO_TIME)
-        age = human_age(go_moment(created))
-        moment = format_time(go_moment(created) // 10**9 * 10**9)
+        moment = GoTime(format_time(go_moment(created) // 10**9 * 10**9))
+        age = str(moment) if args.human is False else human_age(go_moment(created))
         fields = Fields({
             "id": name, "created": created, "CreatedBy": str(step.get("created_by") or ""),
             "tags": [tag for each in here for tag in each.names],
@@ -16076,8 +16088,7 @@ def history_texts(image: Image, args: Any) -> Iterator[Fields]:
             "Created": moment}, "comment tags")
         yield Fields({
             "ID": name[:64 if args.no_trunc else 12],
-            "Created": moment if args.human is False else age,
-            "CreatedBy": short_step(fields["CreatedBy"], args, 45),
+            "Created": age, "CreatedBy": short_step(fields["CreatedBy"], args, 45),
             "Size": human_size(fields["size"]), "Comment": fields["comment"], "CreatedAt": moment,
             "CreatedSince": age, "Tags": fields["tags"]}, raw=fields)
         if "layer" in step and layers:
