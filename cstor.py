@@ -16119,12 +16119,13 @@ def print_listing(args: Any, texts: Iterable[Fields], columns: Sequence[str] = (
     if re.fullmatch(r"\s*(json|\{\{\s*json\s*\.?\s*\}\})\s*", form):
         print(json.dumps(as_json(list(texts if rows is None else rows)), indent=indent,
                          separators=None if indent else (",", ":")))
-    elif getattr(args, "ids", False) and not form:
+    elif getattr(args, "ids", False):
         print_rows("{{.ID}}", texts, headings)
     else:
         columns = [f"{{{{.{column}}}}}" for column in columns]
         print_rows(form or "table " + "\t".join(columns), texts,
-                   None if getattr(args, "noheading", False) else headings or Headings({}))
+                   None if not columns or getattr(args, "noheading", False)
+                   else headings or Headings({}))
 
 
 IMAGE_HEADINGS = Headings({"ID": "IMAGE ID", "ReadOnly": "R/O"})
@@ -16334,6 +16335,7 @@ def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, 
     found: Iterator[Any] = for_each(args, getattr(args, args.kind), lambda name: (
         fields if template else record)(find_named(storage, args, name)))
     (print_listing if template else show_inspected)(args, found)
+    args.ids = args.ids and not args.format  # podman's other lists prefer -q
 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:
