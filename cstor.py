@@ -105,7 +105,7 @@ import sys
 import time
 from _thread import allocate_lock
 from _weakref import ref
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, groupby, islice, product, zip_longest
@@ -15547,8 +15547,8 @@ class GoTime(str):
 
 ZERO_TIME = "0001-01-01T00:00:00Z"  # of Go
 NO_VALUE = ()  # what a map has for a missing key
-ACTION = r"""\{\{(-(?=\s))?((?:"(?:\\.|[^"\\])*"|`[^`]*`|\}(?!\})|[^"`}])*)\}\}"""
-TOKEN = r"""\)(?:\.\w+)+|[()|,]|:=|"(?:\\.|[^"\\])*"|`[^`]*`|[^\s()|,"`]+"""
+ACTION = r"""\{\{(-(?=\s))?((?:/\*[^*]*\*/|"(?:\\.|[^"\\])*"|`[^`]*`|[^"`{}])*)\}\}"""
+TOKEN = r"""\)(?:\.\w+)+|[()|,]|:?=|"(?:\\.|[^"\\])*"|`[^`]*`|[^\s()|,"`:=]+"""
 
 
 def as_json(value: Any) -> Any:
@@ -15579,7 +15579,8 @@ def go_time(text: str, layout: str = "2006-01-02 15:04:05.999999999 -0700 MST") 
         "2006": f"{when.tm_year:04}", "-0700": zone.replace(":", "") or "+0000",
         "Z07:00": zone or "Z", "MST": "UTC" if not zone else here.tm_zone
         if here.tm_gmtoff == (wall - moment) // 10**9 else zone.replace(":", ""),
-        ".000": f".{wall % 10**9:09}"[:4], ".999999999": f".{wall % 10**9:09}".rstrip("0").rstrip(".")})
+        ".000": f".{wall % 10**9:09}"[:4],
+        ".999999999": f".{wall % 10**9:09}".rstrip("0").rstrip(".")})
     return re.sub("|".join(sorted(map(re.escape, words), key=len, reverse=True)),
                   lambda match: words[match[0]], layout)
 
@@ -15617,13 +15618,24 @@ def go_field(value: Any, path: str) -> Any:
 def go_index(value: Any, *keys: Any) -> Any:
     """Return an element of a list or map, "" for a missing key of a map."""
     for key in keys:
-        value = value.get(key, "") if isinstance(value, dict) else value[key]
+        value = dict(enumerate(value))[key] if isinstance(value, (list, str)) \
+            else (value or {}).get(key, "")
     return value
 
 
+def go_call(word: str, first: Any, *arguments: Any) -> Any:
+    """Return what a function gives for arguments, or without arguments any other value."""
+    with suppress(TypeError, AttributeError, LookupError, ValueError):
+        if not any(map(callable, arguments)):
+            return first(*arguments) if callable(first) or arguments else first
+    given = ["a function" if callable(each) else go_text(each)[:40] for each in arguments]
+    raise ValueError(f"{word} cannot be called with {', '.join(given) or 'no arguments'}")
+
+
 def go_print(*values: Any) -> str:
-    """Return values with spaces between."""
-    return " ".join(map(go_text, values))
+    """Return values with a space between two of which neither is a string."""
+    return "".join(" " * (str not in (type(one), type(two))) + go_text(two)
+                   for one, two in zip(("", *values), values))
 
 
 def go_quote(value: Any) -> str:
@@ -15643,16 +15655,17 @@ def go_printf(form: str, *values: Any) -> str:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": lambda *values: next((value for value in values if not value), values[-1]),
     "or": lambda *values: next((value for value in values if value), values[-1]),
-    "not": lambda value: not value, "eq": lambda value, *others: value in others,
+    "not": lambda value: not value, "eq": lambda value, other, *more: value in (other, *more),
     "ne": lambda a, b: a != b, "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "index": go_index, "len": len,
+    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "index": go_index,
+    "len": lambda value: len([] if value is None else value),
     "join": lambda words, by: by.join(words), "split": lambda text, by: text.split(by),
     "lower": lambda text: text.lower(), "upper": lambda text: text.upper(),
     "title": lambda text: re.sub(r"(?<!\w)\w", lambda match: match[0].upper(), text),
     "slice": lambda value, first=0, end=None: value[first:end],
     "truncate": lambda text, length: text[:length],
     "json": lambda value: json.dumps(as_json(value), separators=(",", ":"), ensure_ascii=False),
-    "print": go_print, "println": lambda *values: go_print(*values) + "\n",
+    "print": go_print, "println": lambda *values: " ".join(map(go_text, values)) + "\n",
     "printf": go_printf,
 }
 
@@ -15660,7 +15673,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 class Template:
     """A Go template: text with actions in ``{{ }}``, whose pipelines become functions of a scope.
 
-    A scope is a dict of "." and the variables.
+    A scope has "." and variables, and looks for others in the scope of the block around its own.
     """
 
     def __init__(self, text: str) -> None:
@@ -15669,7 +15682,8 @@ class Template:
         trim = False
         for plain, dash, action in zip_longest(parts[::3], parts[1::3], parts[2::3]):
             if "{{" in plain:
-                raise _UsageError(f"malformed template: unclosed {display(plain)}")
+                action = plain[plain.index("{{"):].partition("\n")[0]
+                raise _UsageError(f"malformed template: {display(action)} has no }}}}")
             plain = plain.lstrip() if trim else plain
             self._items.append(plain.rstrip() if dash else plain)
             words = re.findall(TOKEN, action or "")
@@ -15682,31 +15696,39 @@ class Template:
         if end:
             raise _UsageError(f"malformed template: unexpected {{{{{end[0]}}}}}")
 
-    def render(self, dot: Any) -> str:
-        """Return the text for a value."""
+    def render(self, dot: Any, top: Any = None) -> str:
+        """Return the text for a value, one of ``top`` if that is given."""
         try:
-            return self._text(self._nodes, {".": dot, "$": dot})
-        except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
+            return self._text(self._nodes, ChainMap({".": dot, "$": dot if top is None else top}))
+        except ValueError as error:
             raise _UsageError(f"the template does not fit: {display(str(error))}") from None
+        except KeyError as error:
+            raise _UsageError(f"there is no variable {error.args[0]} in the template") from None
+        except RecursionError:
+            raise _UsageError("malformed template: too deeply nested") from None
 
-    def _text(self, nodes: Sequence[Any], scope: dict[str, Any]) -> str:
+    def _text(self, nodes: Sequence[Any], scope: ChainMap[str, Any]) -> str:
         return "".join(node if isinstance(node, str) else self._run(scope, *node)
                        for node in nodes)
 
-    def _run(self, scope: dict[str, Any], word: str, names: Sequence[str],
-             value: Callable[[dict[str, Any]], Any], body: Sequence[Any], other: Sequence[Any]
+    def _run(self, scope: ChainMap[str, Any], word: str, names: Sequence[str],
+             value: Callable[[ChainMap[str, Any]], Any], body: Sequence[Any], other: Sequence[Any]
              ) -> str:
         """Return the text of an action that _action() has read."""
         found = value(scope)
         if word == "range" and found:
+            if not isinstance(found, (dict, list)):
+                raise ValueError(f"range needs a list or map, not {go_text(found)[:40]}")
             pairs = sorted(found.items()) if isinstance(found, dict) else enumerate(found)
-            return "".join(self._text(body, {**scope, ".": item, **dict(
-                zip(names[::-1], (item, key)))}) for key, item in pairs)
-        if word:
+            return "".join(self._text(body, scope.new_child({".": item, **dict(
+                zip(names[::-1], (item, key)))})) for key, item in pairs)
+        if word.isalpha():
             dot = {".": found} if word == "with" and found else {}
-            return self._text(body if found else other, {
-                **scope, **dot, **dict.fromkeys(names, found)})
-        scope.update(dict.fromkeys(names, found))
+            return self._text(body if found else other, scope.new_child({
+                **dot, **dict.fromkeys(names, found)}))
+        for name in names:
+            _ = word == "=" and scope[name]  # it must be there
+            next(each for each in scope.maps if not word or name in each)[name] = found
         return "" if names else go_text(found)
 
     def _block(self) -> tuple[list[Any], list[str]]:
@@ -15725,7 +15747,7 @@ class Template:
     def _action(self, tokens: list[str]) -> tuple[Any, ...]:
         """Read an action: its word, if any, the variables it sets, its value, and two blocks."""
         word = tokens.pop(0) if tokens[0] in ("if", "range", "with") else ""
-        at = tokens.index(":=") + 1 if ":=" in tokens else 0
+        at = next((at for at, token in enumerate(tokens, 1) if token in (":=", "=")), 0)
         names = [token for token in tokens[:at] if token[0] == "$"]
         value, other = self._pipeline(tokens[at:]), []
         body, end = self._block() if word else ([], ["end"])
@@ -15733,35 +15755,33 @@ class Template:
             other, end = ([self._action(end[1:])], ["end"]) if end[1:] else self._block()
         if end != ["end"]:
             raise _UsageError(f"malformed template: {{{{{word}}}}} has no {{{{end}}}}")
-        return word, names, value, body, other
+        return word or "=" * (tokens[at - 1:at] == ["="]), names, value, body, other
 
-    def _pipeline(self, tokens: list[str], end: str = "") -> Callable[[dict[str, Any]], Any]:
+    def _pipeline(self, tokens: list[str], end: str = "") -> Callable[[ChainMap[str, Any]], Any]:
         """Compile commands, each of which gets the value of the one before it."""
-        stages: list[list[Any]] = [[]]
+        stages: list[list[Any]] = [[]]  # the first word of each, and its operands
         while tokens and tokens[0][0] != ")":
             token = tokens.pop(0)
             if token == "|":
                 stages.append([])
             else:
+                stages[-1] += [token] * (not stages[-1])
                 stages[-1].append(self._pipeline(tokens, ")") if token == "("
                                   else self._operand(token))
         closing = tokens.pop(0) if tokens else ""
         if not all(stages) or closing[:1] != end:
             raise _UsageError("malformed template: a value or parenthesis is missing")
 
-        def run(scope: dict[str, Any]) -> Any:
+        def run(scope: ChainMap[str, Any]) -> Any:
             before: list[Any] = []
-            for stage in stages:
-                first, *arguments = [operand(scope) for operand in stage]
-                if arguments + before and not callable(first):
-                    raise ValueError(f"{go_text(first)} takes no arguments")
-                before = [first(*arguments, *before) if callable(first) else first]
+            for word, *operands in stages:
+                before = [go_call(word, *[operand(scope) for operand in operands], *before)]
             return go_field(before[0], closing[1:])
 
         return run
 
     @staticmethod
-    def _operand(token: str) -> Callable[[dict[str, Any]], Any]:
+    def _operand(token: str) -> Callable[[ChainMap[str, Any]], Any]:
         """Compile a field, variable, function, or literal."""
         name, _, path = token.partition(".")
         if name == "" or name[0] == "$":
@@ -15794,24 +15814,24 @@ def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> 
     text = text.replace("\\t", "\t").replace("\\n", "\n")
     text += "\n" * (text[-1:] != "\n" and not breaks)
     whole = re.match(r"\{\{-?\s*range\s+([$\w, ]+:=\s*)?\.\s*-?\}\}", text)
-    template = Template(text if whole else "{{range .}}" + text + "{{end -}}")
+    template, rows = Template(text), list(rows)
     heads = [headings] if table and headings is not None else []
-    text = (template.render(heads) if heads else "") + template.render(list(rows))
-    if table:
-        lines = [line.split("\t") for line in text[:-1].split("\n")]
+    texts: Iterable[str] = map(template.render, [heads, rows][not heads:]) if whole \
+        else (template.render(row, rows) for row in (*heads, *rows))
+    if table and (text := "".join(texts)):
+        lines = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
         widths = [max(12, *(len(cell) + 2 for cell in column))  # as Go's tabwriter for podman
                   for column in zip_longest(*(line[:-1] for line in lines), fillvalue="")]
-        text = "".join("".join(cell.ljust(width) for cell, width in zip(line, [*widths, 0]))
-                       + "\n" for line in lines)
-    if sys.stdout.isatty():
-        text = re.sub(r"[^\t\n -~]+", lambda match: display(match[0]), text)
-    sys.stdout.write(text)
+        texts = ("".join(cell.ljust(width) for cell, width in zip(line, [*widths, 0])) + "\n"
+                 for line in lines)
+    for text in texts:
+        sys.stdout.write(re.sub(r"[^\t\n -~]+", lambda match: display(match[0]), text)
+                         if sys.stdout.isatty() else text)
 
 
 # -- filters and order ---------------------------------------------------------------------------
 
-UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9,
-         "h": 3600 * 10**9}
+UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 FILTERS = {kind: tuple(words.split()) for kind, words in {
     "image": "arch before containers dangling digest id intermediate label manifest readonly "
@@ -16317,6 +16337,7 @@ def cmd_ps(storage: Storage, args: Any) -> None:
         rows = sorted(rows, key=SORTS["containers"]["created"])[-last:]
     columns = ["ID", "Image", "Command", "CreatedHuman", "Status", "Ports", "Names",
                *["Pod", "PodName"] * args.pod, *["Size"] * args.size]
+    args.ids = args.ids and not args.format  # podman's other lists prefer -q
     print_listing(args, (container_texts(row, args) for row in rows), columns, CONTAINER_HEADINGS,
                   2, (Fields({**row, "Created": go_moment(row["Created"]) // 10**9})
                       for row in rows))
@@ -16335,7 +16356,6 @@ def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, 
     found: Iterator[Any] = for_each(args, getattr(args, args.kind), lambda name: (
         fields if template else record)(find_named(storage, args, name)))
     (print_listing if template else show_inspected)(args, found)
-    args.ids = args.ids and not args.format  # podman's other lists prefer -q
 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:

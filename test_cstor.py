@@ -16784,12 +16784,20 @@ class Templates(unittest.TestCase):
                 ('{{.Label "x"}}', "x!"), ('a {{- .Id -}} b\n {{- /* note */ -}} c', "aa0edbc"),
                 ('{{"{{"}} {{"}}"}} {{"\\t\\u00e9"}} {{1.5}} {{true}}', "{{ }} \té 1.5 true"),
                 ('{{join .Names "\n"}}{{"\t"}}|', "localhost/imp:v1\nlocalhost/imp2:x\t|"),
+                ('{{index .None "x"}}|{{len .None}} {{len .Empty}}', "|0 0"),
+                ("{{$x := 1}}{{range .Names}}{{$x = .}}{{$y:=$x}}{{end}}{{$x}}",
+                 "localhost/imp2:x"), ("{{/* {a} */}}", ""),
+                ('{{.Created.Unix}} {{.Created.Year}} {{.Created.Format "Mon Jan 2 3:04PM.000"}}',
+                 "1795747357 2026 Fri Nov 27 2:42AM.418"),
+                ("{{.Created.Format `2006-01-02T15:04:05Z07:00`}}", "2026-11-27T02:42:37Z"),
                 ("{{slice .Id 1 3}} {{slice .Names 1}} {{truncate .Id 2}} {{title `a-b c`}}",
                  "0e [localhost/imp2:x] a0 A-B C"),
                 ("{{printf `%q %q %t %v %5.1f%%` .Id .Names true .ReadOnly 1.25}}",
                  '"a0ed" ["localhost/imp:v1" "localhost/imp2:x"] true false   1.2%'),
                 ("{{printf `%d`}}", None), ("{{printf `%d` 1 2}}", None), ("{{slice 5 1}}", None),
-                ("{{print 1 .Id true}}", "1 a0ed true"), ("{{}", None), ("{{.Id}", None),
+                ("{{print 1 2 .Id true false}}", "1 2a0edtrue false"),
+                ("{{println 1 .Id}}{{print .Id `:` .ID}}", "1 a0ed\na0ed:a0ed21990971"),
+                ("{{}", None), ("{{.Id}", None),
                 ("{{.ID | join}}", None), ("{{nothing .ID}}", None), ("{{.ID .Id}}", None),
                 ("{{if .Id}}", None), ("{{end}}", None), ("{{else}}", None), ("{{(.Id}}", None),
                 ("{{.Id)}}", None), ("{{range .Size}}{{end}}", None), ("{{index .Names 7}}", None),
@@ -16797,17 +16805,36 @@ class Templates(unittest.TestCase):
                 ("{{" + "(" * 9999 + ".Id" + ")" * 9999 + "}}", None),
                 ("{{if .Id}}" * 9999 + "{{end}}" * 9999, None),
                 ("{{index .Labels}}{{and}}", None), ("{{$nope}}", None), ("{{| .Id}}", None),
-                ("{{range .Names}}{{else}}{{else}}{{end}}", None), ("{{len 5}}", None)):
+                ("{{range .Names}}{{else}}{{else}}{{end}}", None), ("{{len 5}}", None),
+                ("{{.ID", None), ("{{.ID }x", None), ("{{$x = 1}}", None), ("{{print len}}", None),
+                ("{{eq .Id}}", None), ("{{index .Names -1}}", None), ("{{range .Id}}{{end}}", None),
+                ("{{.Created.Nope}}", None)):
             if expected is None:
                 with self.assertRaises(cstor._UsageError, msg=text):
                     cstor.Template(text).render(self.ROW)
             else:
                 self.assertEqual(expected, cstor.Template(text).render(self.ROW), text)
 
+    def test_times_keep_their_zone(self) -> None:
+        here = time.strftime("%z %Z", time.localtime(1767323045))
+        for zone, shown in (("Z", "+0000 UTC"), (f"{here[:3]}:{here[3:5]}", here),
+                            ("-03:30", "-0330 -0330"), ("+05:45", "+0545 +0545")):
+            self.assertEqual(f"2026-01-02 03:04:05.25 {shown}",
+                             cstor.go_text(cstor.GoTime("2026-01-02T03:04:05.25" + zone)))
+
     def test_what_is_there_is_named(self) -> None:
         for text, words in (("{{.Nope}}", r"\.Nope; there are \.ID, \.Id, \.Names"),
                             ("{{nope .Id}}", "nope; there are and, or, not"),
-                            ("{{.Config.X}}", r"\.X; there are \.Cmd, \.User")):
+                            ("{{.Config.X}}", r"\.X; there are \.Cmd, \.User"),
+                            ("{{len 5}}", "len cannot be called with 5$"),
+                            ("{{.Id | join}}", "join cannot be called with a0ed$"),
+                            ("{{print len}}", "print cannot be called with a function$"),
+                            ("{{len}}", "len cannot be called with no arguments$"),
+                            ("{{range .Id}}{{end}}", "range needs a list or map, not a0ed$"),
+                            ("a{{.Id\n", r"template: \{\{\.Id has no \}\}$"),
+                            ("{{if .Id}}", r"template: \{\{if\}\} has no \{\{end\}\}$"),
+                            ("{{$n}}", r"^there is no variable \$n in the template$"),
+                            ("{{$n = 1}}", r"^there is no variable \$n in the template$")):
             with self.assertRaisesRegex(cstor._UsageError, words):
                 cstor.Template(text).render(self.ROW)
 
@@ -16816,7 +16843,7 @@ class Templates(unittest.TestCase):
         hour = 3600 * 10**9
         for text, age in (("1h", hour), ("1h30m", hour * 3 // 2), ("90s", 90 * 10**9),
                           ("1.5h", hour * 3 // 2), ("0s", 0), (".5h", hour // 2), ("+1.h", hour),
-                          ("-1h", -hour), ("2562047h", 2562047 * hour), ("3\u00b5s4\u03bcs", 7000)):
+                          ("-1h", -hour), ("2562047h", 2562047 * hour), ("3us4ns", 3004)):
             self.assertLess(abs(cstor.parse_moment(text) - now + age), 10**9)
         moment = 1_700_000_000 * 10**9
         for text in ("1700000000", "2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00"):
@@ -16980,6 +17007,8 @@ class Lists(StoreTest):
             step, = self.ask(f"history {name}:1 --format json").json
             self.assertEqual((when, when), (step["created"], step["Created"]))
             said = self.ask(f"inspect {name}:1 -f", "{{(index .History 0).Created}}").out
+            self.assertEqual(f"{when} {when[:10]} 00:00:00 +0000 UTC\n", self.ask(
+                f"history {name}:1 --human=false --format", "{{.CreatedSince}} {{.CreatedAt}}").out)
             self.assertEqual(when[:10], said[:10])
         made = dict(line.split(":") for line in self.ask(
             "ps -a --format", "{{.Names}}:{{.RunningFor}}").out.splitlines())
@@ -17070,7 +17099,21 @@ class Lists(StoreTest):
         self.assertRegex(lines[0], r"^REPOSITORY        TAG         DIGEST +IMAGE ID +CREATED +SI")
         self.assertRegex(lines[1], r"^quay.io/team/app  1           sha256:\w{64}  sha256:\w{64}  ")
         self.assertEqual(2, self.ask("images -n -f arch=arm64").out.count("\n"))
-        self.assertEqual(1, self.ask("images -q -f arch=arm64").out.count("\n"))
+        one = self.ask("images -q -f arch=arm64").out
+        self.assertEqual(1, one.count("\n"))
+        self.assertEqual(one, self.ask("images -q -f arch=arm64 --format {{.Tag}}").out)
+        self.assertEqual("web\n", self.ask("ps -aq -f name=web --format {{.Names}}").out)
+        for words in ("images -n nothing", "ps -a --noheading -f name=nothing"):
+            self.assertEqual("", self.ask(words).out)
+        name = self.store.images[1]["id"]
+        self.assertEqual(f"{name}  linux\n",
+                         self.ask("inspect sample -f", "table {{.Id}} {{.Os}}").out)
+        done = self.ask("inspect -f", "{{.Id}} {{.Os}}", "sample", "web", status=2)
+        self.assertEqual(f"{name} linux\n", done.out)  # up to the object that has no such field
+        for words, form, said in (
+                ("ps -a", "{{if .ID}}", "{{if}} has no {{end}}"),
+                ("images", "table {{range .Names}}{{.}} {{end}}", "a list or map, not NAMES")):
+            self.assertIn(said, self.ask(words + " --format", form, status=2).err)
         self.assertEqual("REPOSITORY  TAG         IMAGE ID    CREATED     SIZE\n",
                          self.ask("images nothing").out)
         self.assertEqual("[]\n", self.ask("images nothing --format json").out)
@@ -17144,6 +17187,8 @@ class Lists(StoreTest):
                                         '"9001/udp") 0).HostPort}}').out)
         for words in ("ps -a", "ps -as --format json", "inspect hostile", "container list"):
             ask(words)
+        self.assertEqual("2026-01-02 03:04:05.25 +0000 UTC\n", self.run_on(
+            store, "ps --format {{.Created}}", env={"TZ": "America/New_York"}).out)
         ports = [{**cstor.PORT, "range": 1 << 60}] * 1000
         self.assertEqual(1 << 16, len(cstor.port_bindings(cstor.Fields({"Ports": ports}))))
         for key in cstor.SORTS["containers"]:
@@ -17185,8 +17230,6 @@ class Lists(StoreTest):
 
 
 # ================================================================================================
-        self.assertEqual("2026-01-02 03:04:05.25 +0000 UTC\n", self.run_on(
-            store, "ps --format {{.Created}}", env={"TZ": "America/New_York"}).out)
 # 30. Commands
 # ================================================================================================
 
