@@ -3890,7 +3890,7 @@ class Storage(Closing):
     ``notes`` what a reader should know of its layers, and ``unverified`` what Tree.verify() passed
     over.  ``salvage`` tells whether lost records are found again, ``named`` is for that;
     ``linked`` are paths of directories that are symbolic links, which nobody follows; ``id_maps``
-    tell whose the files are.
+    tell whose the files are; ``database_error`` is why podman's database cannot be read.
     """
 
     config: Config | None = None
@@ -4029,7 +4029,7 @@ class Storage(Closing):
         self._layer_by_id: dict[str, Layer] = {}
         self._malformed: dict[bytes, FormatError] = {}  # JSON files
         self._salvage: Salvage | None = None
-        self.database_error: Exception | None = None  # why podman's database cannot be read
+        self.database_error: Exception | None = None
         self.named: set[str] = set()  # DiffIDs that configurations name, when salvage is asked for
         for cached in ("id_maps", "_all_links"):
             vars(self).pop(cached, None)
