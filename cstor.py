@@ -10154,10 +10154,17 @@ class FetchedImage(Closing):
         with Decompressed(name, self._open(entry)) as reader:
             yield from reader.pieces()
 
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
-        """Put the root file system into a directory, with the options of extract_streams()."""
-        label = f"image {self.reference}"
-        return extract_streams(self.streams(), directory, label=label, **options)
+    def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
+                strip: int = 0, whiteouts: bool = True, force: bool = False,
+                clean: bool | None = None, link_mode: str = "auto", owners: bool | None = None,
+                owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
+                progress: Progress | None = None) -> dict[str, Any]:
+        """Put the root file system into a directory; see extract_streams()."""
+        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
+                               paths=paths, exclude=exclude, strip=strip,
+                               whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
+                               owners=owners, owner_map=owner_map, verify=verify, workers=workers,
+                               progress=progress)
 
 
 # ================================================================================================
@@ -10537,9 +10544,17 @@ class LayerStream(Closing):
         """
         return io.BufferedReader(ChunkFile(self.chunks(), self.close), CHUNK)
 
-    def extract(self, directory: str, **options: Any) -> dict[str, Any]:
-        """Put the files of this layer alone into a directory, with options of extract_streams()."""
-        return extract_streams([self], directory, label=self.label, raw=True, **options)
+    def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
+                strip: int = 0, whiteouts: bool = True, force: bool = False,
+                clean: bool | None = None, link_mode: str = "auto", owners: bool | None = None,
+                owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
+                check: bool = True, progress: Progress | None = None) -> dict[str, Any]:
+        """Put the files of this layer alone into a directory; see extract_streams()."""
+        return extract_streams([self], directory, label=self.label, raw=True, check=check,
+                               paths=paths, exclude=exclude, strip=strip,
+                               whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
+                               owners=owners, owner_map=owner_map, verify=verify, workers=workers,
+                               progress=progress)
 
 
 class StreamTree(LayerTree):
