@@ -13242,13 +13242,10 @@ class LayerCheck:
         if not (mine or sink) or self.quick and files.find(member.name, member.size):
             return None
         try:
-            fd = files.open(member.name, member.size)
-            try:  # faster than Opened
+            with Opened(files.open(member.name, member.size)) as fd:
                 for data in () if self.quick else self._chunks(fd, member, mine):
                     if sink:
                         sink.literal(data)
-            finally:
-                os.close(fd)
         except IntegrityError as error:
             if not error.expected and not error.name:
                 raise
