@@ -10717,12 +10717,12 @@ def extract_streams(streams: Iterable[LayerStream], directory: str, *, label: st
                     ) -> dict[str, Any]:
     """Put what streams hold into ``directory``, as extract_tree() does with a tree.
 
-    ``streams`` come base first and are read one after another; they are merged, or with ``raw``
-    whiteouts are files.  Nothing is put in its place before all digests and sizes were found right;
-    without ``check`` no digest is taken, and with ``verify`` what was made is compared with what
-    came by CRC-64.  ``link_mode`` is one of LINK_MODES; there is nothing to make hard links of, so
-    "hardlink" is "auto".  A new directory has a temporary name until all is done, unless ``clean``
-    is False.  Return the summary.  Raises as Staging.read() and extract_tree() do.
+    ``streams`` come base first; they are read one after another, closed at the end, and merged, or
+    with ``raw`` whiteouts are files.  Nothing is put in its place before all digests and sizes were
+    found right; without ``check`` no digest is taken, and with ``verify`` what was made is compared
+    with what came by CRC-64.  ``link_mode`` is one of LINK_MODES; there is nothing to make hard
+    links of, so "hardlink" is "auto".  A new directory has a temporary name until all is done,
+    unless ``clean`` is False.  Return the summary.  Raises as Staging.read() and extract_tree() do.
     """
     link_mode = "auto" if link_mode == "hardlink" else link_mode
     whole = clean is not False and not os.path.lexists(directory)
