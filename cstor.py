@@ -15545,11 +15545,12 @@ class Fields(dict):  # type: ignore[type-arg]
         self.omit, self.raw = omit.split(), raw or self
 
     def find(self, name: str) -> Any:
-        """Return a field by Go's name or JSON's, which differ in case and "_"."""
-        same = {key.replace("_", "").lower(): key for key in self}
+        """Return a field by Go's name or JSON's, which differ in case, "_" and "-"."""
+        same = {re.sub("[-_]", "", key).lower(): key for key in self}
         if name not in self and name.lower() not in same:
             raise _UsageError(f"unknown field in the template: .{display(name)}; there are "
-                              + ", ".join(f".{key}" for key in self))
+                              + ", ".join("." + re.sub("-(.)", lambda match: match[1].upper(), key)
+                                          for key in self))
         return self[name if name in self else same[name.lower()]]
 
 
@@ -16314,7 +16315,9 @@ def cmd_image_list(storage: Storage, args: Any) -> None:
     storage.faults += storage.strays(Image.WORD, storage.images())
     rows = image_rows(storage, args)
     if is_template(args):
-        print_rows(args.format, image_texts(storage, rows, args), IMAGE_HEADINGS)
+        print_rows(args.format, (
+            Fields({**texts, **image_json(image)}, raw=texts.raw) for texts, (image, *_) in
+            zip(image_texts(storage, rows, args), rows)), IMAGE_HEADINGS)
         return
     machines = [image.architecture for image, *_ in rows]
     several = len({*machines, ""}) > 2
@@ -16476,7 +16479,9 @@ def cmd_layer_list(storage: Storage, args: Any) -> None:
     if args.tree:
         show_tree(layer_branches(layers), args)
     elif is_template(args):
-        print_rows(args.format, map(layer_fields, layers), Headings({}))
+        print_rows(args.format, (
+            Fields({**layer_fields(layer), "Size": human_size(layer.diff_size)})
+            for layer in layers), Headings({}))
     else:
         print_layers(layers, args)
 
@@ -16684,9 +16689,6 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
     """list containers: those of podman, buildah and CRI-O"""
     rows = container_rows(storage, args)[::-1 if args.sort == "created" else 1]
     storage.faults += storage.unread_database()
-    if is_template(args):
-        print_rows(args.format, (container_texts(row, args) for row, _ in rows), CONTAINER_HEADINGS)
-        return
     entries = [container_json(container) for _, container in rows]
     for (row, _), entry in zip(rows, entries) if args.size else ():
         for key, size in zip(("size-rw", "size-root-fs"), row["Size"].values()):
@@ -16698,6 +16700,10 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
          "{} (virtual {})".format(*map(human_size, row["Size"].values())) if args.size else "",
          "; ".join(container.faults)]
         for entry, (row, container) in zip(entries, rows)),
+    if is_template(args):
+        print_rows(args.format, (Fields({**container_texts(row, args), **entry}, raw=row)
+                                 for (row, _), entry in zip(rows, entries)), CONTAINER_HEADINGS)
+        return
         ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "SIZE", "FAULTS"],
         (container.id for _, container in rows))
 

@@ -16978,8 +16978,17 @@ class Lists(StoreTest):
 
     def test_records_say_more(self) -> None:
         found = {entry["id"]: entry for entry in self.ask("image list --format json").json}
+        self.assertRegex(self.ask("layer list --format", "{{.ID}} {{.Size}}").out, "[kM]B\n")
+        for word, columns in (("image", "Repository Tag ID Created Size Arch ReadOnly"),
+                              ("layer", "ID Parent DiffDigest Created Size Names"),
+                              ("container", "ID Names Image Created State Pod Size")):
+            keys = [key.replace("-", "").title() for key in self.ask(
+                f"{word} list --format json").json[0]] + columns.split()
+            self.ask(f"{word} list --format", " ".join(f"{{{{.{key}}}}}" for key in keys))
+        row = json.loads(self.ask("image list -f id=f --format", "{{json .}}").out)
+        self.assertEqual("f" * 64, row["Id"])  # as podman has it
         arm = next(e for e in found.values() if "quay.io/team/app:1" in e["names"])
-        self.assertEqual(("arm64", "linux", {"env": "prod", "tier": "web"},
+        self.assertEqual(("arm64", "linux", {"env": "prod", "io.x/tier": "web"},
                           ["quay.io/team/app@" + arm["digest"]]),
                          (arm["architecture"], arm["os"], arm["labels"], arm["repo-digests"]))
         self.assertEqual(([], {}, []), tuple(found[self.old][key] for key in (
