@@ -15897,8 +15897,9 @@ def compile_filters(storage: Storage, kind: str, texts: Sequence[str]) -> Callab
         name, negated = key.rstrip("!"), key.endswith("!")
         name = "since" if name == "after" else name
         if not equals or name not in FILTERS[kind]:
-            raise _UsageError(f"--filter {display(text)}: must be KEY=VALUE or KEY!=VALUE; the "
-                              f"keys are {', '.join(FILTERS[kind])}")
+            raise _UsageError(f"--filter {display(text)}: " + (
+                "unknown key" if equals else "must be KEY=VALUE or KEY!=VALUE")
+                + f"; the keys are {', '.join(FILTERS[kind])}")
         try:
             test = make_filter(storage, kind, name, value)
         except (ValueError, re.error) as error:
@@ -15923,17 +15924,21 @@ def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[
             value = storage.image(value).id
     search: Any = re.compile(value.replace("/", "")).search if key in ("id", "name") else None
     label, _, wanted = value.partition("=")
+    pattern = re.compile(".*".join(map(re.escape, label.split("*"))), re.DOTALL)
+    is_label = pattern.search if "*" in label else pattern.fullmatch
     tests: dict[str, Callable[[Any], Any]] = {
         "ancestor": lambda it: value in it.image,
-        "arch": lambda it: value in (it.about.get("architecture"), platform_name(it.about)),
+        "arch": lambda it: it.about.get("architecture") == value
+        or f"{platform_name(it.about)}/".startswith(f"{value}/"),
         "digest": lambda it: any(digest.startswith(value) for digest in (
             it.digests if kind == "image" else [it.diff_digest])),
         "exited": lambda it: it.status in ENDED and str(it.state.get("exit-code")) == value,
         "id": lambda it: it.id.startswith(value) or re.escape(value) != value and search(it.id),
-        "label": lambda it: label in it.labels and wanted in ("", it.labels[label]),
+        "label": lambda it: any(is_label(name) and wanted in ("", text)
+                                for name, text in it.labels.items()),
         "name": lambda it: any(map(search, it.names)),
-        "pod": lambda it: value in (it.state.get("pod"), str(
-            it.state.get("pod-id", ""))[:max(12, len(value))]),
+        "pod": lambda it: value == it.state.get("pod") or value and str(
+            it.state.get("pod-id", "")).startswith(value),
         "status": lambda it: it.status in (ENDED if value in ENDED else (value,))}
     return reference_filter(storage, value) if key == "reference" \
         else tests.get(key) or flag_filter(storage, key, value)

@@ -16866,7 +16866,7 @@ class Lists(StoreTest):
         store = self.store = self.sample()
         base, app = (entry["id"] for entry in store.layers[:2])
         store.image(base, "quay.io/team/app:1", "quay.io/team/app:2", machine="arm64",
-                    labels={"env": "prod", "tier": "web"}, created="2026-03-01T00:00:00Z")
+                    labels={"env": "prod", "io.x/tier": "web"}, created="2026-03-01T00:00:00Z")
         store.image(app, "localhost:5000/deep/er/app:1", labels={"env": "test"},
                     created="2026-02-01T00:00:00Z")
         self.old = store.image(base, labels=None, created="2020-01-01T00:00:00Z",
@@ -16906,7 +16906,9 @@ class Lists(StoreTest):
                 (["reference!=*app*"], ["<none>:<none>", "other:<none>", "sample:latest"]),
                 (["reference!=*app*", "reference!=sample"], ["<none>:<none>", "other:<none>"]),
                 (["label=env"], [*team, "other:<none>"]), (["label=env=prod"], team),
-                (["label=env", "label=tier"], team), (["label=env=prod", "label=env=test"], []),
+                (["label=env", "label=io.x/tier"], team), (["label=io.x/*"], team),
+                (["label=env=prod", "label=env=test"], []),
+                (["label=*n*=prod"], team), (["label=x*r=we"], []),
                 (["label!=env"], ["<none>:<none>", "app:1", "app:latest", "sample:latest"]),
                 (["dangling=true"], every[:1]), (["dangling=F"], every[1:]),
                 (["dangling!=1"], every[1:]), (["intermediate=true"], []),
@@ -16919,6 +16921,7 @@ class Lists(StoreTest):
                 (["until=2020-06-01"], ["<none>:<none>", "other:<none>"]),
                 (["until=876000h"], []), (["id=" + arm[:6]], team), (["id=^f+$"], ["other:<none>"]),
                 (["digest=" + digest[:20]], team), (["arch=arm64"], team),
+                (["arch=linux/arm64"], team), (["arch=linux/arm"], []),
                 (["arch=linux/amd64"], [each for each in every if each != "app:2"]),
                 (["arch=arm64", "label=env=test"], [])):
             self.assertEqual(expected, self.shown(*filters), filters)
@@ -17020,6 +17023,7 @@ class Lists(StoreTest):
                 f"history {name}:1 --human=false --format", "{{.CreatedSince}} {{.CreatedAt}}").out)
             self.assertEqual(when[:10], said[:10])
         made = dict(line.split(":") for line in self.ask(
+        self.assertEqual("No Image Layers", self.ask("image tree zero:1").out.splitlines()[-1])
             "ps -a --format", "{{.Names}}:{{.RunningFor}}").out.splitlines())
         self.assertEqual({"web": False, "other": True}, {
             name: age.startswith("292 ") for name, age in made.items()})
@@ -17028,8 +17032,8 @@ class Lists(StoreTest):
 
     def test_what_is_unknown_is_a_usage_error(self) -> None:
         for words, said in (
-                ("images --filter nope=1", "keys are arch, before, containers"),
-                ("images --filter reference", "keys are arch"),
+                ("images --filter nope=1", "unknown key; the keys are arch, before, containers"),
+                ("images --filter reference", "must be KEY=VALUE or KEY!=VALUE; the keys are arch"),
                 ("ps -a -f x=1", "ancestor, before"),
                 ("layer list -f label=a", "before, digest, id"),
                 ("images --sort nope", "created'?, '?id'?, '?repository'?, '?size'?, '?tag"),
