@@ -16058,10 +16058,11 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
         "Exited": bool(now.get("exited")), "ExitedAt": ended // 10**9,
         "ExitCode": state.get("exit-code", 0),
         "ExposedPorts": as_dict(config.get("exposedPorts")) or None,
-        "Id": container.id, "Image": container.image_name, "ImageID": container.image,
-        "IsInfra": bool(config.get("pause")), "Labels": container.labels or None,
-        "Mounts": strings(config.get("userVolumes")), "Names": container.names[:1] or ["unknown"],
-        "Namespaces": {}, "Networks": sorted(as_dict(config.get("newNetworks"))),
+        "Id": container.id, "Image": container.image_name or "scratch" * (status == "storage"),
+        "ImageID": container.image, "IsInfra": bool(config.get("pause")),
+        "Labels": container.labels or None, "Mounts": strings(config.get("userVolumes")),
+        "Names": container.names[:1] or ["unknown"], "Namespaces": {},
+        "Networks": sorted(as_dict(config.get("newNetworks"))),
         "Pid": state.get("pid", 0), "Pod": state.get("pod-id", ""), "PodName": state.get("pod", ""),
         "Ports": [{key: port[key] if type(port.get(key)) is type(empty) else empty
                    for key, empty in PORT.items()}
@@ -16196,7 +16197,8 @@ def inspect_image(image: Image) -> Fields:
              for step in as_list(config.get("history")) if isinstance(step, dict)]
     comment = "".join(str(step["comment"]) for step in steps[:1])
     return Fields({
-        "Id": image.id, "Digest": image.digest, "RepoTags": image.names,
+        "Id": image.id, "Digest": image.digest,
+        "RepoTags": [name for name in image.names if split_reference(name)[1]],
         "RepoDigests": image.repo_digests, "Parent": next((
             parent.id for parent, child in related_images(image.storage) if child is image), ""),
         "Comment": comment if kind == OCI_MANIFEST else config.get("comment", ""),
@@ -16474,7 +16476,7 @@ def cmd_image_tree(storage: Storage, args: Any) -> None:
             if isinstance(each, Layer))])
     show_tree(branches, args, {"id": image.id, "names": image.names, "size": image.size}, [
         f"Image ID: {short_id(image.id, args)}", f"Tags:     [{display(' '.join(image.names))}]",
-        f"Size:     {human_size(image.size)}", "Image Layers"])
+        f"Size:     {human_size(image.size)}", "No " * (not image.layer) + "Image Layers"])
 
 
 def cmd_layer_list(storage: Storage, args: Any) -> None:
@@ -16698,6 +16700,10 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
     for (row, _), entry in zip(rows, entries) if args.size else ():
         for key, size in zip(("size-rw", "size-root-fs"), row["Size"].values()):
             entry[key] = size if size >= 0 else None
+    if is_template(args):
+        print_rows(args.format, (Fields({**container_texts(row, args), **entry}, raw=row)
+                                 for (row, _), entry in zip(rows, entries)), CONTAINER_HEADINGS)
+        return
     show(args, entries, (
         [short_id(container.id, args), ", ".join(container.names),
          str(entry["image-name"] or entry["rootfs"] or short_id(container.image, args)),
@@ -16705,10 +16711,6 @@ def cmd_container_list(storage: Storage, args: Any) -> None:
          "{} (virtual {})".format(*map(human_size, row["Size"].values())) if args.size else "",
          "; ".join(container.faults)]
         for entry, (row, container) in zip(entries, rows)),
-    if is_template(args):
-        print_rows(args.format, (Fields({**container_texts(row, args), **entry}, raw=row)
-                                 for (row, _), entry in zip(rows, entries)), CONTAINER_HEADINGS)
-        return
         ["CONTAINER ID", "NAMES", "IMAGE", "CREATED", "STATE", "POD", "SIZE", "FAULTS"],
         (container.id for _, container in rows))
 

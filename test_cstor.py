@@ -16978,9 +16978,6 @@ class Lists(StoreTest):
                              self.ask(f"{word} list -q").out.split())
         sizes = self.ask("layer list --sort size", "--format", "{{.DiffSize}}").out
         self.assertEqual(4, len(sizes.splitlines()))
-
-    def test_records_say_more(self) -> None:
-        found = {entry["id"]: entry for entry in self.ask("image list --format json").json}
         self.assertRegex(self.ask("layer list --format", "{{.ID}} {{.Size}}").out, "[kM]B\n")
         for word, columns in (("image", "Repository Tag ID Created Size Arch ReadOnly"),
                               ("layer", "ID Parent DiffDigest Created Size Names"),
@@ -16990,6 +16987,9 @@ class Lists(StoreTest):
             self.ask(f"{word} list --format", " ".join(f"{{{{.{key}}}}}" for key in keys))
         row = json.loads(self.ask("image list -f id=f --format", "{{json .}}").out)
         self.assertEqual("f" * 64, row["Id"])  # as podman has it
+
+    def test_records_say_more(self) -> None:
+        found = {entry["id"]: entry for entry in self.ask("image list --format json").json}
         arm = next(e for e in found.values() if "quay.io/team/app:1" in e["names"])
         self.assertEqual(("arm64", "linux", {"env": "prod", "io.x/tier": "web"},
                           ["quay.io/team/app@" + arm["digest"]]),
@@ -17001,7 +17001,8 @@ class Lists(StoreTest):
 
     def test_the_first_second_of_1970_is_a_time(self) -> None:
         base, text = self.store.layers[0]["id"], "1970-01-01T00:00:00Z"
-        self.store.image(base, "localhost/zero:1", created=text, history=[{"created": text}])
+        self.store.image("", "localhost/zero:1", created=text,
+                         history=[{"created": text, "empty_layer": True}])
         self.store.image(base, "localhost/none:1", created=None,
                          history=[{"created": cstor.ZERO_TIME}])
         for entry in self.store.containers:
@@ -17022,8 +17023,8 @@ class Lists(StoreTest):
             self.assertEqual(f"{when} {when[:10]} 00:00:00 +0000 UTC\n", self.ask(
                 f"history {name}:1 --human=false --format", "{{.CreatedSince}} {{.CreatedAt}}").out)
             self.assertEqual(when[:10], said[:10])
-        made = dict(line.split(":") for line in self.ask(
         self.assertEqual("No Image Layers", self.ask("image tree zero:1").out.splitlines()[-1])
+        made = dict(line.split(":") for line in self.ask(
             "ps -a --format", "{{.Names}}:{{.RunningFor}}").out.splitlines())
         self.assertEqual({"web": False, "other": True}, {
             name: age.startswith("292 ") for name, age in made.items()})
@@ -17069,6 +17070,8 @@ class Lists(StoreTest):
             self.assertEqual(f'cstor: error: no such object: "{wrong}" (did you mean {meant}?)\n',
                              self.ask(f"inspect {wrong}", status=3).err)
         self.assertEqual([], self.ask("inspect nope", status=3).json)
+        for name, tags in (("f" * 64, []), ("sample", ["docker.io/library/sample:latest"])):
+            self.assertEqual(tags, self.ask(f"inspect {name}").json[0]["RepoTags"])
         for kind, count in (("image", 0), ("container", 1), ("layer", 0)):
             self.assertEqual(count, len(self.ask(f"inspect -t {kind} web", status=3 * (not count))
                                         .json))
@@ -17175,6 +17178,9 @@ class Lists(StoreTest):
         self.assertEqual(ids["up"][:12] + "\n", ask("ps -q").out)
         self.assertEqual(4, len(ask("ps -a -q").out.splitlines()))
         self.assertEqual(5, len(ask("ps -a -q --external").out.splitlines()))
+        self.assertEqual("scratch\n", ask(
+            "ps -a --external -f name=buildah --format {{.Image}}").out)
+        self.assertEqual(ids["up"][:12] + "\n", ask("ps -q -f pod=p").out)
         self.assertEqual(["up"], [entry["Names"][0] for entry in ask("ps --format json").json])
         self.assertEqual(["gone"], [entry["Names"][0] for entry in ask(
             "ps --filter status=stopped --filter exited=3 --format json").json])
