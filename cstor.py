@@ -560,6 +560,7 @@ class ObjectStream:
         return FormatError(message, file=self.file, offset=self._offset + self._at)
 
 
+@lru_cache(4096)  # lists sort by it, and show it
 def parse_time(text: str) -> int | None:
     """Return an RFC 3339 time in nanoseconds since 1970; None for Go's zero time.
 
@@ -4067,9 +4068,15 @@ class Storage(Closing):
 
     def open_first(self, name: bytes, first: Contents) -> tuple[int, str]:
         """Open a file in the root that find() would return, and return its path; -1 for none."""
+        kind, _, rest = name.partition(b"/")
+        parent, _, base = rest.rpartition(b"/")
         for root in [first, *self.roots]:
             with suppress(FileNotFoundError, NotADirectoryError):
-                return root.open(name), root.host_path(name)
+                folder: Any = self.folder(root, kind)  # each item lies beside the one before
+                fd, path = folder.look(parent, base)[0], root.host_path(name)
+                if fd < 0:
+                    raise FormatError(f"is a {file_type(-fd)}, not a regular file", file=path)
+                return fd, path
         return -1, ""
 
     def folder(self, root: Directory, kind: bytes) -> Directory:
