@@ -14986,10 +14986,9 @@ def human_age(moment: int | None) -> str:
 
 def age_of(text: Any) -> str:
     """Spell how long ago an RFC 3339 time was; other text as it is."""
-    try:
-        return human_age(parse_time(text)) if isinstance(text, str) and text else ""
-    except FormatError:
-        return str(text)
+    with suppress(FormatError, TypeError):
+        return human_age(parse_time(text))
+    return str(text or "")
 
 
 def short_id(text: str, args: Any) -> str:
@@ -15556,8 +15555,7 @@ class Fields(dict):  # type: ignore[type-arg]
         same = {re.sub("[-_]", "", key).lower(): key for key in self}
         if name not in self and name.lower() not in same:
             raise _UsageError(f"unknown field in the template: .{display(name)}; there are "
-                              + ", ".join("." + re.sub("-(.)", lambda match: match[1].upper(), key)
-                                          for key in self))
+                              + ", ".join(f".{key.replace('-', '')}" for key in self))
         return self[name if name in self else same[name.lower()]]
 
 
@@ -15876,10 +15874,9 @@ SORTS: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 def parse_moment(text: str) -> int:
     """Return a time in nanoseconds since 1970, given as an age (1h30m), a date or seconds."""
-    number, units = r"(\d+\.?\d*|\.\d+)", "|".join(UNITS)
-    if re.fullmatch(f"[+-]?({number}({units}))+", text, re.ASCII):
-        age = sum(float(count) * UNITS[unit]
-                  for count, unit in re.findall(f"{number}({units})", text))
+    part = rf"(\d+\.?\d*|\.\d+)({'|'.join(UNITS)})"
+    if re.fullmatch(f"[+-]?({part})+", text, re.ASCII):
+        age = sum(float(count) * UNITS[unit] for count, unit in re.findall(part, text))
         if age < 1 << 63:  # Go's longest, 292 years
             return time.time_ns() + int(age) * (1 if text[0] == "-" else -1)
     if re.fullmatch(r"\d{1,12}(\.\d+)?", text, re.ASCII):
@@ -16107,8 +16104,7 @@ def container_texts(row: Fields, args: Any) -> Fields:
         "ID": row["Id"][:width], **row, "ImageID": row["ImageID"][:width],
         "Pod": row["Pod"][:width], "Names": row["Names"][0],
         "Command": command if args.no_trunc or len(command) <= 17 else command[:17] + "...",
-        "Networks": ",".join(row["Networks"]),
-        "Ports": ports_text(row),
+        "Networks": ",".join(row["Networks"]), "Ports": ports_text(row),
         "CreatedAt": row["Created"], "CreatedHuman": row["CreatedAt"],
         "RunningFor": row["CreatedAt"], "Label": lambda key: labels.get(key, ""),
         "Size": "{} (virtual {})".format(*(
@@ -16133,10 +16129,10 @@ def history_texts(image: Image, args: Any) -> Iterator[Fields]:
             "size": max(step.get("size", 0), 0), "comment": step.get("comment", ""),
             "Created": moment}, "comment tags")
         yield Fields({
-            "ID": name[:64 if args.no_trunc else 12],
-            "Created": age, "CreatedBy": short_step(fields["CreatedBy"], args, 45),
-            "Size": human_size(fields["size"]), "Comment": fields["comment"], "CreatedAt": moment,
-            "CreatedSince": age, "Tags": fields["tags"]}, raw=fields)
+            "ID": name[:64 if args.no_trunc else 12], "Created": age, "CreatedSince": age,
+            "CreatedBy": short_step(fields["CreatedBy"], args, 45), "CreatedAt": moment,
+            "Size": human_size(fields["size"]), "Comment": fields["comment"],
+            "Tags": fields["tags"]}, raw=fields)
         if "layer" in step and layers:
             layers.pop()
 
@@ -16170,8 +16166,7 @@ def print_listing(args: Any, texts: Iterable[Fields], columns: Sequence[str] = (
     else:
         columns = [f"{{{{.{column}}}}}" for column in columns]
         print_rows(form or "table " + "\t".join(columns), texts,
-                   None if not columns or getattr(args, "noheading", False)
-                   else headings or Headings({}))
+                   None if getattr(args, "noheading", False) else headings)
 
 
 IMAGE_HEADINGS = Headings({"ID": "IMAGE ID", "ReadOnly": "R/O"})
@@ -16375,7 +16370,7 @@ def cmd_ps(storage: Storage, args: Any) -> None:
 def cmd_history(storage: Storage, args: Any) -> None:
     """show the history of an image, with podman's options and output"""
     print_listing(args, history_texts(storage.image(args.image).single(), args),
-                  ["ID", "Created", "CreatedBy", "Size", "Comment"], indent=None)
+                  ["ID", "Created", "CreatedBy", "Size", "Comment"], Headings({}), None)
 
 
 def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, Any]],
