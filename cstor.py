@@ -6851,8 +6851,8 @@ class LayerTree(Closing):
         return self.storage.opener if self.storage else Opener()
 
     def where(self, path: bytes) -> tuple[Contents, bytes] | None:
-        """Return where a content of this layer is; see Opener."""
-        return self.files.where(path)
+        """Return where a content of this layer is; see Opener.  None in a stream's tree."""
+        return self.files.where(path) if self.layer else None
 
     def open(self, node: Node) -> int:
         """Open the content of a regular file; a stub's is in a layer below."""
@@ -17452,7 +17452,7 @@ def parse_words(words: Sequence[str]) -> Any:
             raise SystemExit
         raise _UsageError(f"missing COMMAND (see {program_name(command)} --help)")
     parser = command_parser(command, words)
-    rest = [word for word in (plain_flag(parser, word) for word in rest) if word]
+    rest = [each for word in rest for each in plain_flag(parser, word)]
     quiet = {"-q", "--quiet"} & set(lead)
     parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
     args, more = parser.parse_known_args([*(word for word in lead if word not in quiet), *rest])
@@ -17466,14 +17466,14 @@ def parse_words(words: Sequence[str]) -> Any:
     return args
 
 
-def plain_flag(parser: Any, word: str) -> str:
-    """Return --FLAG for --FLAG=true, as Go's programs take it, and for =false --no-FLAG or ""."""
+def plain_flag(parser: Any, word: str) -> list[str]:
+    """Return --FLAG for --FLAG=true, as Go's programs take it, and for =false --no-FLAG or []."""
     flag, _, value = word.partition("=")
     known = parser._option_string_actions
     if flag not in known or known[flag].nargs != 0 or value.lower() not in BOOLEANS:
-        return word
+        return [word]
     no = "--no-" + known[flag].option_strings[-1][2:]
-    return flag if BOOLEANS[value.lower()] else no if no in known else ""
+    return [flag] if BOOLEANS[value.lower()] else [no] * (no in known)
 
 
 def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
