@@ -4847,6 +4847,7 @@ class LayerFiles(Closing):
         self.layer, self._opened = layer, [] if opened is None else opened
         self._diffs: dict[int, Contents] = {}  # the layer's own is 0, lowers follow
         self._places: list[tuple[Contents | None, bytes]] = [(None, b"")]
+        self._raw_parent = self._parent = b""
         self._objects: dict[bytes, bytes] | None = None
         self._plain = not (layer.mapped or layer.overlay_file(b"diff1")[0])
         self._diff(0)
@@ -4889,7 +4890,7 @@ class LayerFiles(Closing):
         """
         if size == 0 and self._objects is not None:
             return os.open(os.devnull, os.O_RDONLY)  # no object is kept for it
-        parent, _, base = self._place(name).rpartition(b"/")
+        parent, base = self._place(name)
         for diff in self._search():
             try:
                 fd, status = diff.look(parent, base)
@@ -4945,7 +4946,7 @@ class LayerFiles(Closing):
     def where(self, name: bytes) -> tuple[Contents, bytes] | None:
         """Return where open() looks first, as (directory, name in it); None = nowhere."""
         try:
-            return self._diff(0), self._place(name)
+            return self._diff(0), b"/".join(filter(None, self._place(name)))
         except CstorError:  # raised again when it is opened
             return None
 
@@ -4963,15 +4964,20 @@ class LayerFiles(Closing):
         return self._wrong(name, "is not a regular file on disk", "regular file",
                            file_type(status.st_mode))
 
-    def _place(self, name: bytes) -> bytes:
-        """Return where below ``diff`` the content of ``name`` is."""
-        wanted = clean_name(name)
+    def _place(self, name: bytes) -> tuple[bytes, bytes]:
+        """Return where below ``diff`` the content of ``name`` is, as (directory, name in it)."""
         if self._objects is None:
-            return wanted
-        if wanted not in self._objects:
+            parent, _, base = name.rpartition(b"/")
+            if parent != self._raw_parent:  # most files lie beside the one before
+                self._raw_parent, self._parent = parent, clean_name(parent)
+            if base.strip(b".") and b"\0" not in base:
+                return self._parent, base
+            parent, _, base = clean_name(name).rpartition(b"/")
+            return parent, base
+        if (wanted := clean_name(name)) not in self._objects:
             raise self._wrong(name, "is not in the layer's TOC (zstd-chunked-manifest)")
         digest = self._objects[wanted].hex().encode()
-        return digest[:2] + b"/" + digest[2:]
+        return digest[:2], digest[2:]
 
     def _search(self) -> Iterator[Contents]:
         """Yield the directories to search; lowers are opened when they are needed.
