@@ -4071,7 +4071,7 @@ class Storage(Closing):
         kind, _, rest = name.partition(b"/")
         parent, _, base = rest.rpartition(b"/")
         for root in [first, *self.roots]:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, NotADirectoryError), ErrorsAs(root.explain, name):
                 folder: Any = self.folder(root, kind)  # each item lies beside the one before
                 fd, path = folder.look(parent, base)[0], root.host_path(name)
                 if fd < 0:
