@@ -1803,7 +1803,8 @@ class Decompressed(Closing):
 
     def _open(self) -> Any:
         """Return what reads the file, by its first bytes."""
-        magic = read_up_to(self._raw.fileno(), 6)
+        with ErrorsAs(with_path, self.path):
+            magic = read_up_to(self._raw.fileno(), 6)
         chunks = self._read_on(magic)
         file = io.BufferedReader(ChunkFile(chunks), 2 * READ_SIZE)
         if magic.startswith(b"\x1f\x8b"):
@@ -3027,14 +3028,19 @@ class Layer(Record):
 
         What is behind a symbolic link is missing if that leads out of the root or to no directory.
         """
+        top, _, below = place.partition(b"/")
         for root in [self.root, *self.storage.roots]:
             try:
                 folder = self.storage.folder(root, home)
-                found = os.lstat(place, dir_fd=folder.fd)
-                if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
-                    return "empty" * (found.st_nlink <= 2 and not folder.list_at(folder.fd, place))
+                is_link = below and stat.S_ISLNK(os.lstat(top, dir_fd=folder.fd).st_mode)
+                with Directory.directory(root, home + b"/" + top) if is_link \
+                        else nullcontext(folder) as near:
+                    at = below if is_link else place
+                    found = os.lstat(at, dir_fd=near.fd)
+                    if stat.S_ISDIR(found.st_mode):  # one that holds no directory can be empty
+                        return "empty" * (found.st_nlink <= 2 and not near.list_at(near.fd, at))
                 if not place.endswith(TAR_SPLIT) and not (
-                        place.endswith(b"/link") and stat.S_ISREG(found.st_mode)):
+                        below == b"link" and stat.S_ISREG(found.st_mode)):
                     os.close(open_in_root(root.fd, home + b"/" + place))
                 return "" if found.st_size else "empty"
             except (FileNotFoundError, NotADirectoryError):
@@ -3134,12 +3140,12 @@ class Layer(Record):
         if fd >= 0:
             return fd, path
         hint = ""
-        if self.incomplete:
-            why = self.UNFINISHED
-        elif self.overlay_file(b"additionallayer")[0]:
+        if self.overlay_file(b"additionallayer")[0]:
             why = "it comes from an additional layer store"
         elif gone := self.removed():
             raise gone
+        elif self.incomplete:
+            why = self.UNFINISHED
         elif not (diff := self.overlay_file(b"diff")[0]) or self.diff_digest or self.toc_digest:
             why = "it was pulled without, or the file is lost" if diff \
                 else "its files are gone as well"
@@ -3388,7 +3394,7 @@ class Image(Record):
         except (CstorError, OSError):
             return {}
 
-    @property
+    @cached_property
     def steps(self) -> tuple[str, ...]:
         """The steps of its history, spelled in one way whatever wrote the configuration."""
         keys = "created_by", "author", "comment", "empty_layer"
@@ -4068,15 +4074,9 @@ class Storage(Closing):
 
     def open_first(self, name: bytes, first: Contents) -> tuple[int, str]:
         """Open a file in the root that find() would return, and return its path; -1 for none."""
-        kind, _, rest = name.partition(b"/")
-        parent, _, base = rest.rpartition(b"/")
         for root in [first, *self.roots]:
-            with suppress(FileNotFoundError, NotADirectoryError), ErrorsAs(root.explain, name):
-                folder: Any = self.folder(root, kind)  # each item lies beside the one before
-                fd, path = folder.look(parent, base)[0], root.host_path(name)
-                if fd < 0:
-                    raise FormatError(f"is a {file_type(-fd)}, not a regular file", file=path)
-                return fd, path
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return root.open(name), root.host_path(name)
         return -1, ""
 
     def folder(self, root: Directory, kind: bytes) -> Directory:
@@ -7652,7 +7652,7 @@ class Lookups:
                 name, layer = display(one.path), one.tree.layer
                 assert layer
                 text = f'layer {layer.id}: "diff" and headers differ at "/{name}"'
-                layer.storage.faults.append(text)
+                layer.storage.faults += [text] * (text not in layer.storage.faults)
                 return text
         return ""
 
@@ -9459,7 +9459,7 @@ LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # suffixes of layers' media types
 
 
-# Of optional fields of manifests and their entries.
+# Types of the optional fields of manifests and their entries.
 ENTRY_TYPES = {"artifactType": str, "annotations": dict, "platform": dict, "subject": dict,
                "urls": list}
 
@@ -9499,7 +9499,7 @@ def image_parts(image: Image) -> tuple[list[tuple[Layer, str, int]], bytes]:
 
 
 def manifest_descriptor(digest: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a manifest, with its configuration's platform if that has system and machine."""
+    """Describe a manifest, with its configuration's platform if it names os and architecture."""
     blob, platform = descriptor(OCI_MANIFEST, digest, size), platform_in(said)
     return {**blob, "platform": platform} if {"os", "architecture"} <= set(platform) else blob
 
@@ -9578,7 +9578,7 @@ def oci_index(image: Image, blobs: Sequence[dict[str, Any] | None]) -> bytes:
     data, manifests = image.list_bytes(), list(filter(None, blobs))
     stored = parse_json(data, "manifest list")
     kept: dict[str, Any] = {}
-    if is_strict(stored):
+    if is_strict(stored) and "manifests" in stored:
         if stored.get("mediaType", OCI_INDEX) == OCI_INDEX and [
                 {key: entry.get(key) for key in ("digest", "size")} for entry in stored["manifests"]
                 ] == [{key: blob[key] for key in ("digest", "size")} for blob in manifests]:
@@ -11284,7 +11284,9 @@ class Dispatcher(Closing):
             if isinstance(error, ProtocolError) and not error.code:
                 raise  # of the connection itself
             if wanted:
-                self._send_error(error)
+                self._send_error(error if isinstance(error, (CstorError, OSError)) else
+                                 ProtocolError(f"internal error: {type(error).__name__}: {error}",
+                                               code=INTERNAL_ERROR))
 
     def _read(self, value: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the function and the parameters of a request."""
@@ -11659,7 +11661,7 @@ class RpcServer(ClientServer):
 
     @contextmanager
     def spare_fds(self, wanted: int) -> Iterator[int]:
-        """Lend a client as many of the wanted descriptors as there are; give their number."""
+        """Lend a client as many of the wanted descriptors as can be spared; give their number."""
         with self._lock:
             count = min(wanted, self._spare_fds * 3 // 4)  # leave some to others
             self._spare_fds -= count
@@ -11839,6 +11841,7 @@ class _Session(Dispatcher):
     def _image_of(self, params: dict[str, Any]) -> Image:
         if (number := self._param(params, "image_id", 0)) not in self._images:
             raise ImageUnknown(f"image not known: no open image has the number {number}")
+        self.storage.reload()  # it was opened by an earlier request
         return self._images[number]
 
     def close_image(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -13429,7 +13432,8 @@ def refused_fields(record: Record) -> Iterator[str]:
     """Yield what podman refuses, with all records of the file, in fields that are read as text."""
     fields = record._fields
     for key, kind in (("uidset", list), ("gidset", list), ("compression", int),
-                      ("compressed-size", int), ("mountlabel", str)):
+                      ("compressed-size", int), ("mountlabel", str)
+                      ) if isinstance(record, Layer) else ():
         if not isinstance(fields.get(key), (kind, type(None))):
             yield f'field "{key}" must be of type {kind.__name__}'
     if isinstance(fields.get("created"), str):
@@ -13437,9 +13441,10 @@ def refused_fields(record: Record) -> Iterator[str]:
             parse_time(record.created)
         except FormatError as error:
             yield f'field "created": {error}'
-    digests = {"digest": fields.get("digest"), **record._digests}
-    for key, digest in digests.items():
-        if isinstance(digest, str) and not re.fullmatch(f"|{DIGEST}|sha256:{HEX64}", digest):
+    own = {"digest": fields.get("digest")} if isinstance(record, Image) else {}
+    for key, digest in {**own, **record._digests}.items():
+        if isinstance(digest, str) and not re.fullmatch(
+                f"|sha256:{HEX64}|sha384:[0-9a-f]{{96}}|sha512:[0-9a-f]{{128}}", digest):
             yield f'field "{display(key)}" is not a digest: "{display(digest)}"'
     for name in record.names if isinstance(record, Image) else ():
         if not re.fullmatch(f"{REPOSITORY_NAME}(:{TAG})?(@{DIGEST})?", name):
@@ -14339,6 +14344,8 @@ class Registry:
             self._refresh()
             if re.fullmatch(DIGEST, reference):
                 return self._by_digest(reference)
+            if self._only:  # a list lets its instances out
+                self._make_all()
             found = {self._names[place, reference].id: f"{place}:{reference}"
                      for place in self._places(name, host) if (place, reference) in self._names} \
                 or {key: name for key in self._images if key.startswith(name)
@@ -14457,8 +14464,9 @@ class Registry:
 
     def _make_manifest(self, image: Image) -> tuple[bytes, str, int]:
         layers, config, data = plain_manifest(image)
-        for layer, digest, _ in layers:
+        for layer, _, _ in layers:
             self._check(layer)
+        for layer, digest, _ in layers:
             self._blobs.setdefault(digest, {})[image.id] = layer.id
         self._blobs.setdefault(sha256_digest(config), {})[image.id] = ""
         return data, OCI_MANIFEST, max(len(data), len(config))
@@ -14579,7 +14587,7 @@ class _HttpClient(HttpHandler):
             if self._room <= 0:
                 raise http.client.HTTPException(f"more than {MAX_HEAD} bytes of headers")
             self.socket.settimeout(max(self._deadline.left(), 0.001))
-            if not (data := self.socket.recv(READ_SIZE)):
+            if not (data := self.socket.recv(min(READ_SIZE, self._room))):
                 return
             if self._room == MAX_HEAD:
                 self._deadline = Deadline(self._server.timeout)
@@ -14600,9 +14608,11 @@ class _HttpClient(HttpHandler):
 
     def parse_request(self) -> bool:
         """Read the head of a request; what comes after one with a body is no other request."""
+        from email.errors import MissingHeaderBodySeparatorDefect as NoHeader
+
         if not super().parse_request():
             return False
-        if self.headers.get_payload():  # a line that is no header, and what follows it
+        if any(isinstance(each, NoHeader) for each in self.headers.defects):
             self.send_error(400, "malformed header")
             return False
         if "Transfer-Encoding" in self.headers or {*self.headers.get_all("Content-Length", ())} \
@@ -14613,7 +14623,7 @@ class _HttpClient(HttpHandler):
     def do_GET(self) -> None:
         """Answer a request; errors are answered in the specification's form."""
         self.idle_since, begin = float("inf"), time.monotonic()
-        self._status, self._unknown = 0, "UNSUPPORTED"
+        self._status, self._sent, self._unknown = 0, 0, "UNSUPPORTED"
         try:
             self._route()
         except (CstorError, OSError) as error:
@@ -14827,6 +14837,8 @@ class RegistryServer(ClientServer):
             if why := self._admit(client):
                 client.send_error(429, why)
                 return
+            if self._context:
+                sock.do_handshake()
             client.run()
         except (CstorError, ImportError, OSError, MemoryError):
             pass  # the client was told, or is gone
@@ -14889,9 +14901,10 @@ def listen_at(address: str) -> Any:
         family, _, _, _, place = socket.getaddrinfo(
             (found[1] or "127.0.0.1").strip("[]"), int(found[2]), type=socket.SOCK_STREAM)[0]
         return socket.create_server(place, family=family, backlog=MAX_HTTP_CLIENTS,
-                                    dualstack_ipv6=family == socket.AF_INET6)
+                                    dualstack_ipv6=family == socket.AF_INET6
+                                    and socket.has_dualstack_ipv6())
     except (OSError, UnicodeError) as error:  # of a name that DNS cannot have
-        why = getattr(error, "strerror", "it is no host name").partition(" (")[0]  # the address
+        why = getattr(error, "strerror", "not a host name").partition(" (")[0]  # the address again
         raise CstorError(f"cannot listen at {display(address)}: {why}") from None
 
 
@@ -15335,13 +15348,14 @@ def for_each(args: Any, words: Iterable[str], action: Callable[[str], T]) -> Ite
             args.status = max(args.status, report_error(error, args.verbose > 1))
 
 
-def find_named(storage: Storage, args: Any, reference: str = "") -> Any:
+def find_named(storage: Storage, args: Any, reference: str | None = None) -> Any:
     """Return the image, layer or container that the arguments name."""
     platform = [args.platform] if args.kind == "image" else []
-    return getattr(storage, args.kind)(reference or getattr(args, args.kind), *platform)
+    return getattr(storage, args.kind)(
+        getattr(args, args.kind) if reference is None else reference, *platform)
 
 
-def open_tree(storage: Storage, args: Any, reference: str = "") -> Tree:
+def open_tree(storage: Storage, args: Any, reference: str | None = None) -> Tree:
     """Return the tree of the image, layer or container that the arguments name."""
     platform = {"platform": args.platform} if args.kind == "image" else {}
     tree: Tree = find_named(storage, args, reference).tree(**platform)
@@ -15558,11 +15572,13 @@ class Fields(dict):  # type: ignore[type-arg]
 
     def find(self, name: str) -> Any:
         """Return a field by Go's name or JSON's, which differ in case, "_" and "-"."""
-        same = {re.sub("[-_]", "", key).lower(): key for key in self}
-        if name not in self and name.lower() not in same:
-            raise _UsageError(f"unknown field in the template: .{display(name)}; there are "
-                              + ", ".join(f".{key.replace('-', '')}" for key in self))
-        return self[name if name in self else same[name.lower()]]
+        if name not in self:
+            same = {re.sub("[-_]", "", key).lower(): key for key in self}
+            if name.lower() not in same:
+                raise _UsageError(f"unknown field in the template: .{display(name)}; there are "
+                                  + ", ".join(f".{key.replace('-', '')}" for key in self))
+            name = same[name.lower()]
+        return self[name]
 
 
 class GoTime(str):
@@ -15571,7 +15587,8 @@ class GoTime(str):
 
 ZERO_TIME = "0001-01-01T00:00:00Z"  # of Go
 NO_VALUE = ()  # what a map has for a missing key
-ACTION = r"""\{\{(-(?=\s))?((?:/\*[^*]*\*/|"(?:\\.|[^"\\])*"|`[^`]*`|[^"`{}])*)\}\}"""
+ACTION = (r"""\{\{(-(?=\s))?((?:/\*[^*]*\*/|"(?:\\.|[^"\\])*"|`[^`]*`"""
+          r"""|(?!/\*[^*]*\*/)[^"`{}])*)\}\}""")
 TOKEN = r"""\)(?:\.\w+)+|[()|,]|:?=|"(?:\\.|[^"\\])*"|`[^`]*`|[^\s()|,"`:=]+"""
 
 
@@ -15629,7 +15646,7 @@ def go_field(value: Any, path: str) -> Any:
     for name in path.split(".")[1:]:
         if isinstance(value, GoTime):
             value = Fields({"Year": int(go_time(value, "2006")), "Unix": go_moment(value) // 10**9,
-                            "Format": lambda layout, text=value: go_time(text, layout)})
+                            "Format": lambda layout, *, text=value: go_time(text, layout)})
         if isinstance(value, Fields):
             value = value.find(name)
         elif isinstance(value, dict) or not value:
@@ -15649,7 +15666,7 @@ def go_index(value: Any, *keys: Any) -> Any:
 
 def go_call(word: str, first: Any, *arguments: Any) -> Any:
     """Return what a function gives for arguments, or without arguments any other value."""
-    with suppress(TypeError, AttributeError, LookupError, ValueError):
+    with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         if not any(map(callable, arguments)):
             return first(*arguments) if callable(first) or arguments else first
     given = ["a function" if callable(each) else go_text(each)[:40] for each in arguments]
@@ -16394,14 +16411,16 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
         "container": inspect_container, "image": lambda image: inspect_image(image.single()),
         "layer": layer_fields}
 
+    wanted = kinds if args.type == "all" else [args.type]
+
     def inspect(name: str) -> Fields:
-        for kind in kinds if args.type == "all" else [args.type]:
+        for kind in wanted:
             with suppress(*UNKNOWN.values()):
                 found = getattr(storage, kind)(name)
                 break
         else:
             raise NotFound(f'no such object: "{display(name)}"', hint=next(filter(None, (
-                guess(storage, kind, name) for kind in kinds)), ""))
+                guess(storage, kind, name) for kind in wanted)), ""))
         return kinds[kind](found)
 
     print_listing(args, for_each(args, args.name, inspect))
@@ -16558,8 +16577,11 @@ def cmd_image_verify(storage: Storage, args: Any) -> int:
         raise _UsageError("name images, or use --all")
 
     def named(name: str) -> list[Image]:
-        image = storage.image(name, args.platform)
-        return [image, image.single(args.platform)] if args.platform else [image]
+        images = [storage.image(name, args.platform)]
+        if args.platform:
+            with suppress(FormatError, IntegrityError):  # which is a finding of its own
+                images.append(images[0].single(args.platform))
+        return images
 
     found: dict[Image, None] = dict.fromkeys(storage.images() if args.all else chain.from_iterable(
         for_each(args, args.image, named)))
@@ -16877,7 +16899,9 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
     if not directory or directory + ":" == args.layout:
         raise _UsageError(f'expected DIR or DIR:TAG, got "{args.layout}"')
     unwind_on_signals()
+    compression = "none" if args.compress is None else args.compress
     try:
+        parse_compression(compression)
         check_tag(tag)
         if args.via_skopeo is None:
             image = storage.image(args.image, args.platform)
@@ -16886,9 +16910,8 @@ def cmd_copy_to_oci(storage: Storage, args: Any) -> None:
                 image, args.platform, args.all) for layer in chosen.layers())
             with ProgressLine(total, args.quiet) as progress:
                 blob = image.copy_to_oci(
-                    directory, tag, compression="none" if args.compress is None else args.compress,
-                    platform=args.platform, every=args.all, progress=progress,
-                    tell=lambda text: note(args, text))
+                    directory, tag, compression=compression, platform=args.platform,
+                    every=args.all, progress=progress, tell=lambda text: note(args, text))
         else:
             tag = tag or reference_tag(args.via_skopeo)
             with fetched(args, directory) as (copied, progress):
@@ -17458,7 +17481,8 @@ def parse_words(words: Sequence[str]) -> Any:
             raise SystemExit
         raise _UsageError(f"missing COMMAND (see {program_name(command)} --help)")
     parser = command_parser(command, words)
-    rest = [each for word in rest for each in plain_flag(parser, word)]
+    end = [*rest, "--"].index("--")
+    rest[:end] = [each for word in rest[:end] for each in plain_flag(parser, word)]
     quiet = {"-q", "--quiet"} & set(lead)
     parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
     args, more = parser.parse_known_args([*(word for word in lead if word not in quiet), *rest])
@@ -17707,7 +17731,7 @@ def check_options(args: Any) -> None:
             raise _UsageError(f"--{option.replace('_', '-')} must be at least 0")
     needed, *options = NEEDS.get(args.function, [""])
     for option in options:
-        if given(option) and not given(needed):
+        if given(option) and getattr(args, needed[2:], None) is None:
             raise _UsageError(f"{option} needs {needed}")
     if given("--tls-cert") != given("--tls-key"):
         raise _UsageError("--tls-cert and --tls-key need each other")
