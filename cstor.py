@@ -10853,7 +10853,7 @@ class ExternalFiles(Closing):
                     raise ValueError
                 else:
                     self._files.append((self._absolute(row["path"]), int(row["size"])))
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
                 raise FormatError("not a line of a list of external files", file=self.path,
                                   line=number) from None
         if not self.codec:

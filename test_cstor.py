@@ -10892,6 +10892,7 @@ class Streams(StoreTest):
                 ([head, {**row, "path": self.dir}], 6), ([head, {**row, "size": 701}], 4),
                 ([head, {**row, "path": self.dir + "/fifo"}], 6), ([head], 6),
                 ([head, {**row, "path": self.dir + "/none"}], 6),
+                ([head, {**row, "size": float("inf")}], 6),
                 ([{**head, "size": 5}, row], 4), ([{**head, "digest": sha256(b"")}, row], 4)):
             with open(rows, "w", encoding="ascii") as text:
                 text.writelines(json.dumps(line) + "\n" for line in lines)
