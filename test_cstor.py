@@ -14957,7 +14957,7 @@ class Checking(StoreTest):
                        "names": [["localhost/C:UPPER"], ["a@x"], "abc"], "id": ["", 7],
                        "big-data-digests": [{"other": "x"}], "big-data-names": [5]},
             "layers": {"created": ["x"], "uidset": ["x"], "diff-size": [-5], "mountlabel": [1]},
-            "containers": {"created": ["x"], "gidset": [{}]}}
+            "containers": {"created": ["x"], "gidmap": ["x"]}}
         for kind, name, wrong in [(kind, name, wrong) for kind, fields in wrongs.items()
                                   for name, values in fields.items() for wrong in values]:
             with self.subTest(kind=kind, name=name, wrong=wrong):
@@ -14973,6 +14973,7 @@ class Checking(StoreTest):
             "localhost/a:1", "UPPER.io:5/b-c/d__e:T_1.x", "[::1]:5000/f", "g@sha256:" + "0" * 64,
             "h.io/g:1@sha256:" + "0" * 64], digest="sha256:" + "0" * 64)
         store.layers[-1].update(created="0001-01-01T00:00:00Z", uidset=[0], gidset=None)
+        store.containers[-1].update(gidset="x", digest="x")  # which only other kinds have
         self.assertEqual([], self.codes(store.save()))
 
     def test_a_database_that_cannot_be_read(self) -> None:
