@@ -169,16 +169,28 @@ for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-mi
 __version__ = "0.1.0"
 
 __all__ = [
-    "Ambiguous", "Config", "Container", "ContainerUnknown", "CstorError", "DiskUsage", "Extent",
-    "FetchedImage", "Finding", "FormatError", "Image", "ImageUnknown", "IntegrityError", "Layer",
-    "LayerStream", "LayerTree", "LayerUnknown", "Member", "NeedsUnshare", "Node", "NotFound",
-    "PassedFile", "ProtocolError", "ProxiedStorage", "ProxyV2Client", "Registry", "RegistryServer",
-    "RpcClient", "RpcServer", "SplitdirfdstreamReader", "SplitdirfdstreamWriter",
-    "SplitfdstreamReader", "SplitfdstreamWriter", "Storage", "Tree", "Unsupported", "VarlinkClient",
-    "copy_to_oci", "crc64", "diff_tars", "diff_trees", "extract_streams", "extract_tree",
-    "fetch_layer", "load_config", "main", "read_stream", "spell", "unspell", "write_docker_archive",
-    "write_oci_archive", "write_stream",
+    "Storage", "Image", "Layer", "Container", "Tree", "Node", "Member", "Extent", "LayerTree",
+    "Finding", "DiskUsage", "Config", "ProxiedStorage", "FetchedImage", "PassedFile", "LayerStream",
+    "RpcServer", "RpcClient", "ProxyV2Client", "VarlinkClient", "Registry", "RegistryServer",
+    "SplitfdstreamReader", "SplitfdstreamWriter", "SplitdirfdstreamReader",
+    "SplitdirfdstreamWriter", "CstorError", "NotFound", "ImageUnknown", "LayerUnknown",
+    "ContainerUnknown", "Ambiguous", "FormatError", "IntegrityError", "Unsupported", "NeedsUnshare",
+    "ProtocolError", "load_config", "extract_tree", "copy_to_oci", "write_docker_archive",
+    "write_oci_archive", "diff_trees", "diff_tars", "write_stream", "read_stream", "fetch_layer",
+    "extract_streams", "crc64", "spell", "unspell", "main",
 ]
+
+
+class _Name(str):
+    """A public name, which sorts as in __all__: pydoc shows Storage first, its errors last."""
+
+    def __lt__(self, other: str) -> bool:
+        order = [*__all__, self, other]
+        return order.index(self) < order.index(other)
+
+
+def __dir__() -> list[str]:
+    return list(map(_Name, (*__all__, "__version__")))
 
 
 # ================================================================================================
@@ -197,7 +209,14 @@ PARSE_ERROR, INVALID_REQUEST, NO_METHOD, BAD_PARAMS, INTERNAL_ERROR = (
 NO_LAYER, NO_IMAGE, NO_FILE, IO_ERROR, FD_ERROR = -32000, -32001, -32002, -32003, -32050
 
 
-class CstorError(Exception):
+class _ErrorKind(type):
+    """The type of errors: dir(), and so pydoc, leaves out what every exception of Python has."""
+
+    def __dir__(cls) -> list[str]:
+        return sorted({*super().__dir__()} - {*dir(Exception)})
+
+
+class CstorError(Exception, metaclass=_ErrorKind):
     """Base of all errors that cstor.py raises by itself; OSError passes through unchanged.
 
     ``hint`` is the next step for a person, or "": the command line prints it, str() does not.
@@ -2804,9 +2823,13 @@ class Record:
     WORD = ""
     lost = False  # whether it was made by Salvage
 
-    def __init__(self, metadata: Storage, root: Contents, record: Any, *, volatile: bool = False,
+    def __init_subclass__(cls) -> None:
+        fields = str(Record.__doc__).partition(".")[2]
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}{fields}"  # pydoc shows no other class's
+
+    def __init__(self, storage: Storage, root: Contents, record: Any, *, volatile: bool = False,
                  readonly: bool = False) -> None:
-        self.storage = metadata
+        self.storage = storage
         self.root = root
         self._faults: list[str] = []
         if not isinstance(record, dict):
@@ -12816,7 +12839,8 @@ class ProxiedStorage(Storage):
     """A Storage that opens what this user may not through a helper in his user namespace.
 
     The helper is started for the first such content, never for metadata, and ends with close();
-    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
+    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.  Its
+    attributes are those of Storage.
     """
 
 

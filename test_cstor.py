@@ -44,9 +44,11 @@ import lzma
 import os
 import pwd
 import py_compile
+import pydoc
 import random
 import re
 import resource
+import rlcompleter
 import select
 import shlex
 import shutil
@@ -3691,6 +3693,31 @@ class Api(StoreTest):
                 with self.assertRaisesRegex(TypeError, wanted):
                     action()
             tree.close()
+
+    def test_manual_of_pydoc(self) -> None:
+        """It begins with Storage, shows inherited attributes, and of errors only what is ours."""
+        text = pydoc.plain(pydoc.render_doc(cstor))
+        classes = [name for name in cstor.__all__ if inspect.isclass(getattr(cstor, name))]
+        self.assertEqual(classes, re.findall(r"(?m)^    class (\w+)", text))
+        self.assertEqual(["Storage", "Image", "Layer", "Container"], classes[:4])
+        self.assertLess(classes.index("RegistryServer"), classes.index("CstorError"))
+        for word in ("with_traceback", "__reduce__", "__getattribute__", "\nDATA\n", "ACTIONS"):
+            self.assertNotIn(word, text)
+        for name in ("Image", "Layer", "Container"):
+            part = pydoc.plain(pydoc.render_doc(getattr(cstor, name)))
+            for word in ("id", "names", "created", "storage"):
+                self.assertIn(f"``{word}``", part, name)
+            self.assertIn("created_ns", part)
+
+    def test_names_of_the_module(self) -> None:
+        self.assertEqual([*cstor.__all__, "__version__"], dir(cstor))
+        self.assertEqual({*dir(cstor)}, {name for name, _ in inspect.getmembers(cstor)})
+        names: dict[str, Any] = {}
+        exec("from cstor import *", names)
+        self.assertLessEqual({*cstor.__all__}, {*names})
+        found = rlcompleter.Completer({"cstor": cstor})
+        self.assertEqual("cstor.Storage(", found.complete("cstor.Sto", 0))
+        self.assertEqual({"zzz", *dir(cstor)}, {*sorted([*dir(cstor), "zzz"])})
 
     def test_documentation(self) -> None:
         """Everything public is documented and typed, and the module's text lists what it names."""
