@@ -2869,6 +2869,8 @@ class Record:
 
     def _unproven(self, layers: Sequence[Layer]) -> list[str]:
         """Say what was lost: the record, and the digests of how many of its layers."""
+        if not self.storage.salvage:
+            return []
         count = sum(layer.lost and not layer.proven for layer in layers)
         return ["its record is lost"] * self.lost + [
             f"{counted(count, 'layer')} not verified"] * bool(count)
@@ -2915,8 +2917,9 @@ class Record:
 
     def _field(self, key: str, default: T) -> T:
         """Return a field, or ``default`` when it is missing, null or of another type."""
-        if (value := self._fields.get(key)) is None:
-            return default
+        if (value := self._fields.get(key)) is None \
+                or type(value) is type(default) is not int:  # as usual
+            return default if value is None else value
         if not isinstance(value, type(default)) or isinstance(value, bool) \
                 or isinstance(value, int) and not -1 << 63 <= value < 1 << 63:
             self._faults.append(f'field "{key}" must be of type {type(default).__name__}')
@@ -3029,9 +3032,10 @@ class Layer(Record):
 
     def gaps(self) -> Iterator[tuple[str, bytes, str]]:
         """Yield what of its files is "missing" or "empty", as (what, place below a root, word)."""
-        if self.incomplete or not is_safe_id(self.id):
-            return
         home, is_vfs = self.storage.home(), self.storage.driver == "vfs"
+        if self.incomplete or not is_safe_id(self.id) or not is_vfs and self._is_usual(home):
+            return
+        self.storage._folders = {}  # replaced? A thread may still use the old ones
         for what, end in (("layer-dir", b""), ("diff", b"/diff"), ("link", b"/link")):
             place = self.id.encode() + end
             word = self._state(home, place)
@@ -3045,6 +3049,23 @@ class Layer(Record):
             word = self._state(home, place)
             if word and not self.overlay_file(b"additionallayer")[0]:
                 yield "tar-split", self.tar_split, word
+
+    def _is_usual(self, home: bytes) -> bool:
+        """Tell by four calls whether all is there; only if not, gaps() looks at each file."""
+        storage, name = self.storage, self.id.encode()
+        with suppress(OSError):
+            folder = storage.folder(self.root, home)
+            if stat.S_ISDIR(os.lstat(name, dir_fd=folder.fd).st_mode):
+                diff = os.lstat(name + b"/diff", dir_fd=folder.fd)
+                link = split = os.lstat(name + b"/link", dir_fd=folder.fd)
+                if self.diff_digest:
+                    near = storage.folder(self.root, storage.home(self.WORD))
+                    split = os.lstat(name + TAR_SPLIT, dir_fd=near.fd)
+                return stat.S_ISREG(link.st_mode) and stat.S_ISREG(split.st_mode) \
+                    and link.st_size > 0 < split.st_size and stat.S_ISDIR(diff.st_mode) and (
+                        diff.st_nlink > 2 or self.diff_size <= 2 * BLOCK
+                        or bool(folder.list_at(folder.fd, name + b"/diff")))
+        return False
 
     def _state(self, home: bytes, place: bytes) -> str:
         """Say whether a file is "missing" or "empty", without the helper; "" when nobody knows.
@@ -4057,6 +4078,7 @@ class Storage(Closing):
         self._images: tuple[Any, ...] | None = None
         self._containers: tuple[Any, ...] | None = None
         self._layer_by_id: dict[str, Layer] = {}
+        self._folders = {}
         self._malformed: dict[bytes, FormatError] = {}  # JSON files
         self._salvage: Salvage | None = None
         self.database_error: Exception | None = None

@@ -3939,6 +3939,29 @@ class Files(StoreTest):
             storage.reload()
             self.assertEqual(before, storage.image("app:1").manifest())
 
+    def test_layers_that_are_put_back_are_seen(self) -> None:
+        """Also where another process replaced their directories, before and after a reload."""
+        store = self.sample()
+        with cstor.Storage.open(store.root) as storage:
+            self.assertEqual([], storage.layers()[0].damage())
+            for again in (False, True):
+                for name in ("overlay", "overlay-layers"):
+                    shutil.copytree(store.path(name), store.path("new"), symlinks=True)
+                    shutil.rmtree(store.path(name))
+                    os.rename(store.path("new"), store.path(name))
+                if again:
+                    storage.reload()
+                self.assertEqual([[]] * 4, [layer.damage() for layer in storage.layers()])
+
+    def test_few_calls_tell_that_a_layer_is_sound(self) -> None:
+        store = self.sample()
+        with cstor.Storage.open(store.root) as storage:
+            list(map(cstor.Layer.damage, storage.layers()[1:]))
+            with mock.patch("os.lstat", side_effect=os.lstat) as lstat, \
+                    mock.patch("os.listdir", side_effect=os.listdir) as listdir:
+                self.assertEqual([], storage.layers()[0].damage())
+            self.assertEqual((4, 0), (lstat.call_count, listdir.call_count))
+
     def test_closed_files_ask_for_a_namespace(self) -> None:
         need(os.geteuid() == 0, "only root can lend its files to another user")
         store, layer, diff = self.one(("f", b"secret"))
