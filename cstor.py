@@ -11666,6 +11666,7 @@ class ClientServer:
                 self._empty.wait(0.05)
             if self.stopping or len(self._clients) >= self._room:
                 return "the server is shutting down" if self.stopping else "too many clients"
+            client.idle_since = time.monotonic()  # it was not idle while it waited here
             self._clients.add(client)
         return ""
 

@@ -16647,6 +16647,15 @@ class Registries(StoreTest):
                 self.assertEqual(b"", sock.recv(99))
             self.assertEqual(200, self.get("").status)
 
+    def test_who_waited_for_a_place_keeps_it(self) -> None:
+        """It was not idle before it had one."""
+        with self.served(clients=1) as server:
+            server.patience = 0.01
+            for wanted in ("", "too many clients"):
+                with socket.socket() as sock:
+                    waiting = mock.Mock(socket=sock, idle_since=time.monotonic() - 5)
+                    self.assertEqual(wanted, server._admit(waiting))
+
     def test_slow_readers_and_idle_clients_make_room(self) -> None:
         digest = sha256([*self.store.tars.values()][0])
         ask = f"GET /v2/app/blobs/{digest} HTTP/1.1\r\n\r\n".encode()
