@@ -14356,17 +14356,17 @@ MAX_HTTP_CLIENTS = 128  # connections: a client has several
 class Registry:
     """What a storage has for the clients of a registry; threads can share it, not the storage.
 
-    ``only`` limits it to repositories, names with a tag, and images by ID.
+    ``only`` limits it to repositories, names with a tag or digest, and images by ID.
     """
 
     def __init__(self, storage: Storage, only: Sequence[str] = ()) -> None:
         self.storage = storage
-        self._only = [(text, *split_reference(text)[:2]) for text in check_words("only", only)]
+        self._only = parse_only(only)
         self._lock, self._seen = allocate_lock(), None  # type: Any, Any
         self._images: dict[str, Image] = {}  # that are served, by ID
         self._names: dict[tuple[str, str], Image] = {}  # by repository and tag
         self._made: dict[str, Manifest | Exception] = {}  # by ID: the manifest, or why not
-        # All that was ever told, by digest and ID of the image: manifests, and of each blob the ID
+        # All that was ever told, by ID of the image and digest: manifests, and of each blob the ID
         # of the layer, "" for the configuration.
         self._manifests: dict[str, dict[str, Manifest]] = {}
         self._blobs: dict[str, dict[str, str]] = {}
@@ -14377,8 +14377,10 @@ class Registry:
         with self._lock:
             self._refresh()
             places = self._places(name, host)
-            return sorted({tag if name else place.partition("/")[2] if ":" in place else place
-                           for place, tag in self._names if place in places or not name})
+            found = {tag if name else place.partition("/")[2] if ":" in place else place
+                     for place, tag in self._names if place in places or not name}
+            # Any tag will do for an ID; this is what clients ask for.
+            return sorted(found, key=tag_order) or ["latest"] * bool(self._by_id(name, host))
 
     def manifest(self, name: str, reference: str, host: str = "") -> Manifest:
         """Return the digest, bytes and media type of a manifest.
@@ -14391,12 +14393,9 @@ class Registry:
             self._refresh()
             if re.fullmatch(DIGEST, reference):
                 return self._by_digest(reference)
-            if self._only:  # a list lets its instances out
-                self._make_all()
             found = {self._names[place, reference].id: f"{place}:{reference}"
                      for place in self._places(name, host) if (place, reference) in self._names} \
-                or {key: name for key in self._images if key.startswith(name)
-                    and not host and re.fullmatch(IMAGE_ID, name)}
+                or self._by_id(name, host)
             if len(found) > 1:
                 raise Ambiguous(f"ambiguous: {', '.join(sorted(found.values()))}")
             for key in found:
@@ -14407,8 +14406,10 @@ class Registry:
         """Return a configuration, or b"" and the layer that has the blob, and its size."""
         with self._lock:
             self._refresh()
+            why: Exception = NotFound(f"no image here has the blob {digest}: layers are served "
+                                      "uncompressed, by their DiffID")
             for image, layer_id in self._told(self._blobs, digest):
-                with suppress(CstorError, OSError):  # damaged, or the layer has another ID since
+                try:
                     if layer := self.storage.layer_by_id(layer_id):
                         self._check(layer)
                         data, (found, size) = b"", layer_blob(layer)
@@ -14417,8 +14418,11 @@ class Registry:
                         found, size = sha256_digest(data), len(data)
                     if found == digest:
                         return data, layer, size
-            raise NotFound(f"no image here has the blob {digest}: layers are served uncompressed, "
-                           "by their DiffID")
+                except (CstorError, OSError) as error:  # damaged, or the layer has another ID since
+                    why = error
+                    if not isinstance(self._made.get(image.id), Exception):
+                        self._made.clear()  # its manifest is refused, too, and left out of lists
+            raise why
 
     def adopt(self, storage: Storage, layer: Layer) -> Layer:
         """Return a layer as one of another storage, which belongs to another thread."""
@@ -14442,15 +14446,18 @@ class Registry:
         storage.reload()
         self._made.clear()
         self._names, self._images = {}, {}
-        own = {image.id for image in storage.images() if not image.readonly}
-        for image in storage.images():
+        images = storage.images()
+        self._manifests = {image.id: self._manifests.get(image.id, {}) for image in images}
+        self._blobs = {image.id: self._blobs.get(image.id, {}) for image in images}
+        own = {image.id for image in images if not image.readonly}
+        for image in images:
             names = [] if image.readonly and image.id in own else [
                 split_reference(name)[:2] for name in image.names]
             names = [name for name in [*names, ("", "")] if self._fits(image, *name)]
             for name in names:  # as _named() chooses
                 if name[1] and self._names.get(name, image).root is image.root:
                     self._names[name] = image
-            if names:
+            if names or self._manifests[image.id]:  # told, as it still had such a name
                 self._images.setdefault(image.id, image)
         self._seen = state
 
@@ -14458,8 +14465,9 @@ class Registry:
         """Tell whether ``only`` lets an image out by a name, or by its ID alone ("")."""
         return not self._only or any(
             repository in normalize_name(name) and wanted in ("", tag)
+            and (not digest or digest in image.digests)
             or re.fullmatch(IMAGE_ID, text) and image.id.startswith(text)
-            for text, name, wanted in self._only)
+            for text, name, wanted, digest in self._only)
 
     def _places(self, name: str, host: str) -> set[str]:
         """Return the repositories that a client's name can stand for."""
@@ -14467,13 +14475,21 @@ class Registry:
         return {f"{host}/{name}"} if host else {name} & there or {
             place for place in there if place.partition("/")[2] == name}
 
+    def _by_id(self, name: str, host: str) -> dict[str, str]:
+        """Return the images whose ID, or its start, a client's name is."""
+        if host or not re.fullmatch(IMAGE_ID, name):
+            return {}
+        if self._only:  # a list lets its instances out
+            self._make_all()
+        return {key: name for key in self._images if key.startswith(name)}
+
     def _told(self, known: dict[str, dict[str, T]], digest: str) -> Iterator[tuple[Image, T]]:
         """Yield what was told by a digest, with its image; then all is learned that can be told."""
         for learn in (str, self._make_all):
             learn()
-            for image_id, found in known.get(digest, {}).items():
-                if image_id in self._images:
-                    yield self._images[image_id], found
+            for image in [*self._images.values()]:
+                if digest in known[image.id]:
+                    yield image, known[image.id][digest]
 
     def _by_digest(self, digest: str) -> Manifest:
         for _, found in self._told(self._manifests, digest):
@@ -14500,7 +14516,7 @@ class Registry:
                     raise Unsupported(f"its manifest or configuration has {size} bytes, more than "
                                       "clients take")
                 self._made[image.id] = made = sha256_digest(data), data, media_type
-                self._manifests.setdefault(made[0], {})[image.id] = made
+                self._manifests[image.id][made[0]] = made
             except (CstorError, OSError) as error:
                 if getattr(error, "errno", 0) in SHORTAGES:
                     raise
@@ -14513,9 +14529,8 @@ class Registry:
         layers, config, data = plain_manifest(image)
         for layer, _, _ in layers:
             self._check(layer)
-        for layer, digest, _ in layers:
-            self._blobs.setdefault(digest, {})[image.id] = layer.id
-        self._blobs.setdefault(sha256_digest(config), {})[image.id] = ""
+        self._blobs[image.id].update((digest, layer.id) for layer, digest, _ in layers)
+        self._blobs[image.id][sha256_digest(config)] = ""
         return data, OCI_MANIFEST, max(len(data), len(config))
 
     def _make_index(self, image: Image) -> tuple[bytes, str, int]:
@@ -14537,6 +14552,19 @@ class Registry:
             raise Unsupported(reason)
         os.close(layer.open_tar_split()[0])
         layer.diff().close()
+
+
+def tag_order(text: str) -> tuple[str, str]:
+    """Return a sort key: the specification wants lists of tags without regard to case."""
+    return text.lower(), text
+
+
+def parse_only(words: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """Return what each word can be: (ID, name, tag, digest).  Raises ValueError."""
+    for word in check_words("only", words):
+        if not re.fullmatch(f"{REPOSITORY_NAME}(?::{TAG})?(?:@{DIGEST})?", word):
+            raise ValueError(f"only: not the name or ID of an image: {display(word)}")
+    return [(word.removeprefix("sha256:"), *split_reference(word)) for word in words]
 
 
 def is_public(storage: Storage) -> bool:
@@ -14667,17 +14695,22 @@ class _HttpClient(HttpHandler):
             self.close_connection = True
         return True
 
-    def do_GET(self) -> None:
-        """Answer a request; errors are answered in the specification's form."""
+    def do_GET(self, refusal: _HttpError | None = None) -> None:
+        """Answer a request, also with an error, in the specification's form."""
         self.idle_since, begin = float("inf"), time.monotonic()
         self._status, self._sent, self._unknown = 0, 0, "UNSUPPORTED"
         try:
+            if refusal:
+                raise refusal
             self._route()
         except (CstorError, OSError) as error:
             if self._status:  # the answer has begun: it is cut
                 raise
-            self._refuse(error if isinstance(error, _HttpError) else _HttpError(
-                404, self._unknown, str(error)))
+            if not isinstance(error, _HttpError):
+                error = _HttpError(429, "TOOMANYREQUESTS", str(error)) \
+                    if getattr(error, "errno", 0) in SHORTAGES \
+                    else _HttpError(404, self._unknown, str(error))
+            self._refuse(error)
         finally:
             self._server.log(f'{self._peer} "{display(self.requestline[:300])}" {self._status} '
                              f"{self._sent} {time.monotonic() - begin:.3f}s")
@@ -14691,9 +14724,8 @@ class _HttpClient(HttpHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server cannot read, or has no method for."""
         self.close_connection |= code != 501
-        self._refuse(_HttpError(405, "UNSUPPORTED", "this registry is read-only", Allow="GET, HEAD")
-                     if code == 501 else _HttpError(
-                         code, "TOOMANYREQUESTS" if code == 429 else "UNSUPPORTED", message or ""))
+        self.do_GET(None if code == 501 else _HttpError(
+            code, "TOOMANYREQUESTS" if code == 429 else "UNSUPPORTED", message or ""))
 
     def log_message(self, *_: object) -> None:
         """Log nothing: do_GET() does, at the end."""
@@ -14726,8 +14758,7 @@ class _HttpClient(HttpHandler):
             raise _HttpError(401, "UNAUTHORIZED", "authentication required",
                              WWW_Authenticate='Basic realm="cstor"')
         if self.command not in ("GET", "HEAD"):
-            self.send_error(501)
-            return
+            raise _HttpError(405, "UNSUPPORTED", "this registry is read-only", Allow="GET, HEAD")
         # A target can be a whole URL.
         self.path = re.sub("(?i)^https?://[^/?]*", "", self.path)
         path, _, query = self.path.partition("?")
@@ -14774,9 +14805,9 @@ class _HttpClient(HttpHandler):
         if name and not names:
             raise NotFound(f"no repository {name} is served here")
         count = fields.get("n", str(len(names)))
-        if not re.fullmatch("[0-9]{1,9}", count):
+        if not re.fullmatch("[0-9]{1,18}", count):
             raise _HttpError(400, "UNSUPPORTED", f"n must be a number, not {display(count)}")
-        later = [each for each in names if each > fields.get("last", "")]
+        later = [each for each in names if tag_order(each) > tag_order(fields.get("last", ""))]
         page, more = later[:int(count)], {}
         if 0 < len(page) < len(later):
             query = urlencode({**fields, "last": page[-1]})
@@ -14789,7 +14820,7 @@ class _HttpClient(HttpHandler):
         """Answer a manifest or a blob, or the part of it that the client wants."""
         size, tag = len(data) if size < 0 else size, f'"{digest}"'
         headers = {"Docker-Content-Digest": digest, "ETag": tag}
-        known = re.findall(r'\*|"[^"]*"', self.headers.get("If-None-Match", ""))
+        known = re.findall(r'\*|"[^"]*"', ",".join(self.headers.get_all("If-None-Match", ())))
         if tag in known or "*" in known:
             self._reply(b"", media_type, 304, size=size, headers=headers)
             return
@@ -14859,7 +14890,8 @@ class RegistryServer(ClientServer):
                  warn: Callable[[str], object] = str) -> None:
         from http.server import BaseHTTPRequestHandler
 
-        super().__init__(clients=min(clients, soft_limit() // 12), timeout=timeout, idle=idle)
+        clients = min(clients, max(soft_limit() // 12, 1))
+        super().__init__(clients=clients, timeout=timeout, idle=idle)
         self.grace = timeout
         self.registry, self.opener, self.log, self.warn = registry, opener, log, warn
         self.passwords = [sha256_digest(binascii.b2a_base64(each, newline=False))
@@ -14924,7 +14956,8 @@ def tls_context(cert: str, key: str) -> Any:
     try:
         context.load_cert_chain(cert, key, password="")
     except ssl.SSLError as error:
-        raise FormatError(f"not a certificate and its unencrypted key: {error.reason}",
+        raise FormatError("not a certificate and its unencrypted key"
+                          + f": {error.reason}" * bool(error.reason),
                           file=f"{cert}, {key}") from None
     return context
 
@@ -14938,7 +14971,7 @@ def listen_at(address: str) -> Any:
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise _UsageError("the socket that was passed does not listen: systemd needs Accept=no")
         return sock
-    if address.startswith("unix:"):
+    if re.match("unix:.", address):
         return ListeningSocket(address[5:])
     found = re.fullmatch(r"(?:(\[[^\]]+\]|[^:\[\]]+):)?([0-9]{1,5})", address)
     if not found or int(found[2]) > 65535:
@@ -16700,8 +16733,8 @@ def make_registry(storage: Storage, opener: Callable[[], Storage], args: Any) ->
     """Return the server that the options of a registry describe."""
     return RegistryServer(
         Registry(storage, args.only), opener, insecure=args.insecure, timeout=args.timeout,
-        ssl_context=tls_context(args.tls_cert, args.tls_key) if args.tls_cert else None,
-        passwords=read_passwords(args.password_file) if args.password_file else (),
+        ssl_context=None if args.tls_cert is None else tls_context(args.tls_cert, args.tls_key),
+        passwords=() if args.password_file is None else read_passwords(args.password_file),
         log=say if args.verbose else str,
         warn=str if args.quiet else lambda text: say(f"warning: {display(text)}"))
 
@@ -17329,7 +17362,7 @@ OPTIONS = {
                            "passes",
     "--registry ADDRESS": "where to serve images to clients of OCI registries: [HOST:]PORT (HOST: "
                           "127.0.0.1; PORT 0: any), unix:PATH, or - for the socket that is passed",
-    "--only NAME...": "serve only this repository, name with a tag, or ID; may be repeated",
+    "--only NAME...": "serve only this name, with or without tag or digest, or ID; may be repeated",
     "--password-file FILE": "lines user:password, one of which a client must give; not readable by "
                             "others",
     "--tls-cert FILE": "serve over TLS with this certificate (PEM)",
@@ -17791,6 +17824,7 @@ def check_options(args: Any) -> None:
     try:
         best_platform((), getattr(args, "platform", ""))
         OwnerMap(getattr(args, "owner_map", ()))
+        parse_only(getattr(args, "only", ()))
     except ValueError as error:
         raise _UsageError(f"--{error}") from None
 

@@ -16291,9 +16291,15 @@ class Registries(StoreTest):
                                ("x/y", ["2"])):
                 name, _, query = name.partition("?")
                 self.assertEqual(tags, self.get(f"{name}/tags/list?{query}").json["tags"])
+            for name in (app, sample[:12]):  # skopeo inspect asks for them
+                self.assertEqual(["latest"], self.get(f"{name}/tags/list").json["tags"])
+            for name in (sample[:11], "0" * 12, app[::-1]):
+                self.unknown(f"{name}/tags/list", "NAME_UNKNOWN")
+            self.unknown(f"{app}/tags/list?ns=docker.io", "NAME_UNKNOWN")
 
     def test_pages(self) -> None:
-        tags = sorted(["1", "latest", *(f"v{i}" for i in range(5)), "V0"])
+        tags = sorted(["1", "latest", *(f"v{i}" for i in range(5)), "V0", "V9"],
+                      key=lambda tag: (tag.lower(), tag))
         self.store.images[0]["names"] += [f"localhost/app:{tag}" for tag in tags[1:]]
         self.store.images[0]["names"] += [f"localhost/{name}:1" for name in "abc"]
         self.store.save()
@@ -16318,6 +16324,7 @@ class Registries(StoreTest):
                 self.assertEqual(([], None), (answer.json[key], answer.headers.get("link")))
                 self.assertEqual(whole[3:], self.get(f"{path}?last={whole[2]}").json[key])
                 self.assertEqual([], self.get(f"{path}?last=zzz&n=5").json[key])
+                self.assertEqual(whole, self.get(f"{path}?n=2147483647").json[key])
                 for wrong in ("x", "-1", "1" * 99, "%C2%B2"):
                     self.unknown(f"{path}?n={wrong}", "UNSUPPORTED", 400)
             self.unknown("nothing/tags/list", "NAME_UNKNOWN")
@@ -16428,6 +16435,24 @@ class Registries(StoreTest):
             self.unknown(f"org/new/blobs/{old.json['layers'][2]['digest']}", "BLOB_UNKNOWN")
             self.assertEqual(200, self.get(f"app/blobs/{old.json['layers'][0]['digest']}").status)
 
+    def test_only_a_name_that_an_image_loses(self) -> None:
+        """Who has its manifest gets the rest, but nobody finds it by a name."""
+        image = self.store.images[0]
+        tar = self.store.tars[image["layer"]]
+        with self.served(only=["app"]) as server:
+            digest = sha256(self.get("app/manifests/1").body)
+            image["names"] = ["localhost/other:1"]
+            self.store.save()
+            for path in ("app/manifests/1", "other/manifests/1"):
+                self.unknown(path, "MANIFEST_UNKNOWN")
+            self.assertEqual(digest, sha256(self.get(f"app/manifests/{digest}").body))
+            self.assertEqual(tar, self.get(f"app/blobs/{sha256(tar)}").body)
+            self.store.images.remove(image)
+            self.store.save()
+            self.unknown(f"app/manifests/{digest}", "MANIFEST_UNKNOWN")
+            for kept in (server.registry._manifests, server.registry._blobs):
+                self.assertNotIn(image["id"], kept)
+
     def test_a_layer_that_was_made_anew_with_another_id(self) -> None:
         with cstor.Storage.open(self.store.root) as storage:
             found = cstor.Registry(storage)
@@ -16456,6 +16481,8 @@ class Registries(StoreTest):
                 for reference in ("1", sha256(b"x")):
                     with self.assertRaisesRegex(OSError, "Too many"):
                         found.manifest("app", reference)
+                with self.served():
+                    self.unknown("app/manifests/1", "TOOMANYREQUESTS", 429)
             self.assertTrue(found.manifest("app", "1"))
             names, data, status = found.names(), read_bytes(path), os.stat(path)
             put(path, "x" * len(data))
@@ -16480,8 +16507,8 @@ class Registries(StoreTest):
                     self.get(path, Range="bytes=" + wanted)
                 self.assertLessEqual(start + len(caught.exception.partial), max(
                     len(tar) - BLOCK, start))
-                self.assertIn("wrong digest", self.unknown(path, "BLOB_UNKNOWN")
-                              + self.unknown("app/manifests/1", "MANIFEST_UNKNOWN"))
+                for what, code in ((path, "BLOB_UNKNOWN"), ("app/manifests/1", "MANIFEST_UNKNOWN")):
+                    self.assertIn("wrong digest", self.unknown(what, code))
                 self.assertEqual(200, self.get(f"app/blobs/{sha256(self.store.tars[app])}").status)
                 for image in self.store.images:
                     self.unknown(f"{image['id']}/manifests/x", "MANIFEST_UNKNOWN")
@@ -16508,6 +16535,45 @@ class Registries(StoreTest):
         with self.served():
             self.unknown("app/manifests/1", "MANIFEST_UNKNOWN")
             self.unknown("_catalog", "NAME_UNKNOWN")
+
+    def test_what_is_lost_after_it_was_told(self) -> None:
+        """The blob says why; then the manifest, and no list names it."""
+        app = self.store.images[0]
+        self.store.images[1]["names"].append("localhost/whole:1")
+        data = json.dumps({"schemaVersion": 2, "mediaType": cstor.OCI_INDEX, "manifests": [
+            {"digest": image["digest"], "size": 1, "mediaType": cstor.OCI_MANIFEST}
+            for image in self.store.images]}).encode()
+        self.store.images.append({"id": "1" * 64, "names": ["localhost/list:1"],
+                                  "digest": sha256(data)})
+        self.store.big_data(self.store.images[-1], "manifest", data)
+        self._root = ""
+        self.store.save()
+        top = [*self.store.tars][2]
+        with self.served():
+            self.assertEqual(2, len(self.get("list/manifests/1").json["manifests"]))
+            self.assertNotEqual(top, app["layer"])
+            os.rename(self.store.path("overlay", top, "diff"), self.store.path("overlay/x"))
+            for path, code in ((f"x/blobs/{sha256(self.store.tars[top])}", "BLOB_UNKNOWN"),
+                               ("whole/manifests/1", "MANIFEST_UNKNOWN")):
+                self.assertIn("its files are gone", self.unknown(path, code))
+            self.assertEqual(1, len(self.get("list/manifests/1").json["manifests"]))
+
+    def test_only_one_digest(self) -> None:
+        app, sample = self.store.images
+        sample["names"].append("localhost/app:2")
+        self.store.save()
+        for only in (f"app@{app['digest']}", f"localhost/app:1@{app['digest']}",
+                     "sha256:" + app["id"]):
+            with self.subTest(only=only), self.served(only=[only]):
+                self.assertEqual(["1"], self.get("app/tags/list").json["tags"][:1])
+                self.assertNotIn("2", self.get("app/tags/list").json["tags"])
+                for path in ("app/manifests/2", f"{sample['id']}/manifests/x"):
+                    self.unknown(path, "MANIFEST_UNKNOWN")
+        with self.served(only=[f"app@{sha256(b'x')}"]):
+            self.assertEqual([], self.get("_catalog").json["repositories"])
+        for wrong in ("", "App", "app:", "app:*", "app@sha256:1", ":1", "localhost/"):
+            with self.assertRaisesRegex(ValueError, "not the name or ID"):
+                cstor.Registry(None, [wrong])  # type: ignore[arg-type]
 
     def test_only_some(self) -> None:
         app, sample = self.store.images
@@ -16647,6 +16713,24 @@ class Registries(StoreTest):
                 self.assertEqual(b"", sock.recv(99))
             self.assertEqual(200, self.get("").status)
 
+    def test_a_line_in_the_log_for_each_request(self) -> None:
+        found: list[str] = []
+        with self.served(log=found.append):
+            for request, status in (
+                    (b"GET /v2/ HTTP/1.0", 200), (b"BREW /v2/ HTTP/1.0", 405), (b"x", 400),
+                    (b"GET /v2/ HTTP/9.9", 505), (b"GET /" + b"x" * 70000, 414),
+                    (b"GET /v2/ HTTP/1.1\r\nno header", 400)):
+                self.said(request + b"\r\n\r\n")
+                self.assertRegex(found.pop(), rf'^127.0.0.1 ".*" {status} \d+ \d\.\d+s$')
+        self.assertEqual([], found)
+
+    def test_a_tag_in_one_of_two_headers(self) -> None:
+        with self.served():
+            known = self.get("app/manifests/1").headers["etag"].encode()
+            answer = self.said(b'GET /v2/app/manifests/1 HTTP/1.0\r\nIf-None-Match: "x"\r\n'
+                               b"If-None-Match: W/%s\r\n\r\n" % known)
+            self.assertIn(b" 304 ", answer)
+
     def test_who_waited_for_a_place_keeps_it(self) -> None:
         """It was not idle before it had one."""
         with self.served(clients=1) as server:
@@ -16669,6 +16753,8 @@ class Registries(StoreTest):
             self.assertEqual(digest, pull(self.port, "app", "1") and digest)
 
     def test_no_room_at_all(self) -> None:
+        with mock.patch.object(cstor, "soft_limit", lambda: 11), self.served():
+            self.assertEqual(200, self.get("").status)
         with self.served(clients=0) as server:
             server.patience = 0
             answer = self.get("")
@@ -16782,7 +16868,9 @@ class RegistryCommands(StoreTest):
                 (["0.0.0.0:0", *tls], "needs --tls-cert"),
                 (["0.0.0.0:0", "--password-file", secret], "needs --tls-cert"),
                 ([":5000"], "must be [HOST:]PORT"), (["x"], "must be"), (["1:2:3"], "must be"),
-                (["65536"], "must be"), (["0", "--tls-cert", cert], "need each other")):
+                (["65536"], "must be"), (["0", "--tls-cert", cert], "need each other"),
+                (["unix:"], "must be"), (["0", "--insecure", "--only", "X"],
+                                         "--only: not the name or ID of an image: X")):
             with self.subTest(words=words):
                 self.assertIn(told, self.refused(*words))
         for words in (["--insecure"], ["--only", "x"], ["--tls-cert", "x", "--tls-key", "x"]):
@@ -16800,6 +16888,11 @@ class RegistryCommands(StoreTest):
                                              status=status))
         self.assertIn("not a certificate", self.refused(
             "0", "--insecure", "--tls-cert", key, "--tls-key", cert, status=6))
+        put(self.dir + "/empty", "")
+        self.assertRegex(self.refused("0", "--insecure", "--tls-cert", self.dir + "/empty",
+                                      "--tls-key", key, status=6), "unencrypted key(: [^N].*)?\n")
+        for words in (["--password-file", ""], ["--tls-cert", "", "--tls-key", ""]):
+            self.assertIn("No such file", self.refused("0", "--insecure", *words, status=6))
         for words, scheme, status in ((["0", "--password-file", secret], "http", 401),
                                       (["0", "--insecure"], "http", 200),
                                       (["0.0.0.0:0", *tls, "--password-file", secret], "https",
