@@ -114,26 +114,33 @@ from itertools import accumulate, chain, groupby, islice, product, zip_longest
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
 # the first one.  Only Python 3.9 and later take any expression as a decorator.
 @(lambda kind: kind)  # cstor.py needs Python 3.9 or later
-class _MissingModule:
-    """A standard module that this Python lacks; using it raises the error of its import."""
+class _Module:
+    """A standard module that is imported, or whose lack is reported, when it is first used."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __getattr__(self, attribute: str) -> NoReturn:
-        raise ModuleNotFoundError(f"No module named {self.name!r}", name=self.name)
+    def __getattr__(self, attribute: str) -> Any:
+        globals()[self.name] = module = __import__(self.name)
+        return getattr(module, attribute)
 
 
-# Start-up budget: 20 ms.  argparse, ctypes, hashlib, queue, sqlite3, tempfile and threading are
-# imported, and patterns compiled (re keeps them), where they are used; _signal has no enums.
+# Start-up budget: 20 ms.  What only some commands need is imported, and patterns are compiled (re
+# keeps them), where it is used; _signal has no enums.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import fcntl
     import json
+    import marshal
     import re
+    import select
     import signal
     import socket
+    import struct
+    import subprocess
+    import tempfile
+    import threading
     import zlib
     from typing import (Any, BinaryIO, Callable, Generator, Iterable, Iterator, Mapping, NoReturn,
                         Sequence, TypeVar)
@@ -160,11 +167,13 @@ else:
 if __name__ == "__main__":
     gc.disable()  # main() enables it: nothing that is made until then is ever garbage
 
-for _name in ("binascii", "fcntl", "json", "re", "zlib"):  # Debian's python3-minimal lacks json
+for _name in ("marshal", "select", "socket", "struct", "subprocess", "tempfile", "threading"):
+    globals()[_name] = _Module(_name)
+for _name in ("binascii", "fcntl", "json", "re", "zlib"):
     try:
         globals()[_name] = __import__(_name)
-    except ImportError:
-        globals()[_name] = _MissingModule(_name)
+    except ImportError:  # Debian's python3-minimal lacks json
+        globals()[_name] = _Module(_name)
 
 __version__ = "0.1.0"
 
@@ -1576,8 +1585,6 @@ class Deadline:
 
     def wait(self, peer: Any, event: str) -> None:
         """Wait for a poll(2) event of a descriptor or socket.  Raises error() at the deadline."""
-        import select
-
         poll = select.poll()
         poll.register(peer, getattr(select, event))
         if not poll.poll(None if self.seconds is None else self.left() * 1000):
@@ -1591,8 +1598,6 @@ class Deadline:
 
 def end_process(process: Any) -> None:
     """Wait for a process that was asked to end; SIGKILL it after three seconds."""
-    import subprocess
-
     process.terminate()
     try:
         process.wait(3)
@@ -1886,9 +1891,6 @@ class ZstdProgram(Closing):
     """
 
     def __init__(self, *words: str, path: str = "") -> None:
-        import select
-        import subprocess
-
         self._path, pipe = path, subprocess.PIPE
         self._program: Any = None
         try:
@@ -4550,13 +4552,12 @@ def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
     """
     try:
         import sqlite3
-        from tempfile import gettempdir
     except ImportError as error:
         raise Unsupported(f"{root.host_path(DATABASE_FILES[0])}: {explain_import(error)}") from None
 
     problem: Exception = FormatError("it changes all the time")
     for _ in range(5):
-        with Scratch(gettempdir()) as scratch:
+        with Scratch(tempfile.gettempdir()) as scratch:
             before = _state(root, -1, DATABASE_FILES)
             for name in filter(root.exists, DATABASE_FILES):
                 with open(scratch.host_path(name), "xb") as target:
@@ -8720,8 +8721,6 @@ def fork_worker(workers: dict[int, BinaryIO], signals: Any, work: Callable[[int]
     ``workers`` gets its ID, and the end of a pipe; ``work`` gets the other end, where its report
     comes last.  Return False if the system allows no more processes.
     """
-    import marshal
-
     parent = os.getpid()
     fds: tuple[int, ...] = ()
     try:
@@ -8788,8 +8787,6 @@ def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> Bas
 
 def finish_worker(workers: dict[int, BinaryIO], pid: int) -> Any:
     """Return the report of a process that has finished; raise its error."""
-    import marshal
-
     data = workers[pid].read()
     workers.pop(pid).close()
     status = wait_for(pid)
@@ -8819,8 +8816,6 @@ def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False
     Items are tuples of plain data, bytes first.  Errors are raised here, also when the process is
     killed; with ``again`` this process does the work again to find them.
     """
-    import marshal
-
     def send(fd: int) -> Iterator[None]:
         """Send lists of items, each behind its length, until a length of 0."""
         batch: list[Any] = []
@@ -10036,10 +10031,8 @@ class FetchedImage(Closing):
 
     def __init__(self, reference: str, *, platform: str = "", timeout: float = 300,
                  progress: Progress | None = None) -> None:
-        from tempfile import gettempdir
-
         self.reference, self._timeout, self._progress = reference, timeout, progress
-        self._scratch, self.size = Scratch(gettempdir()), 0  # bytes that were fetched
+        self._scratch, self.size = Scratch(tempfile.gettempdir()), 0  # bytes that were fetched
         with OnError(self.close):
             if ":" in (path := self._scratch.path):
                 raise CstorError(f"skopeo cannot use a directory with a colon: {path}",
@@ -10052,8 +10045,6 @@ class FetchedImage(Closing):
         self._scratch.close()
 
     def _fetch(self, platform: str) -> None:
-        import subprocess
-
         options = ("--override-os", "--override-arch", "--override-variant")
         command = ["skopeo", *chain(*zip(options, filter(None, platform.split("/")))), "copy",
                    "--quiet", "--dest-oci-accept-uncompressed-layers", "--", self.reference,
@@ -10127,9 +10118,10 @@ class FetchedImage(Closing):
             raise NotFound(f"image {self.reference} is for {have}, not {platform}")
 
     def _is_of_list(self) -> bool:
-        """Tell whether skopeo chose the image from a list, which then decides on the platform."""
-        import subprocess  # podman 4.3.1 names its own platform in configurations
+        """Tell whether skopeo chose the image from a list, which then decides on the platform.
 
+        podman 4.3.1 names its own platform in configurations.
+        """
         done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
@@ -10322,8 +10314,6 @@ class SplitdirfdstreamReader(_ChunkReader):
 
     def __init__(self, read: Callable[[int], bytes], directories: Sequence[int],
                  file: str = "splitdirfdstream", *, threshold: int = 0) -> None:
-        import struct
-
         super().__init__(read, file)
         self._fds, self._threshold = directories, threshold
         self._numbers = struct.Struct("<QII").unpack
@@ -11011,9 +11001,6 @@ class Connection(Closing):
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes, and descriptors with the first of them and with spaces after them."""
-        import socket
-        import struct
-
         view, rest = memoryview(data), list(fds)
         while view or rest:
             batch = rest[:FDS_PER_SEND]
@@ -11086,8 +11073,6 @@ class Connection(Closing):
 
     def _receive_bytes(self) -> bool:
         """Receive some bytes, and descriptors with them; False at the end."""
-        import socket
-
         data, rights, flags, _ = self._when_ready(
             "POLLIN", self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
             socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
@@ -11398,8 +11383,6 @@ def varlink_error(error: Exception) -> dict[str, Any]:
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
     """Call shutdown(2); it does not matter when the peer has already closed."""
-    import socket
-
     with suppress(OSError):
         socket.socket.shutdown(sock, how)  # that of an SSLSocket would go on in plain text
 
@@ -11409,8 +11392,6 @@ def drain(sock: Any, patience: float) -> bool:
 
     What is unread at the end would break the connection.
     """
-    import socket
-
     hang_up(sock, SHUT_WR)
     try:
         sock.settimeout(patience)
@@ -11421,8 +11402,6 @@ def drain(sock: Any, patience: float) -> bool:
 
 def peer_uid(sock: socket.socket) -> int:
     """Return the uid of the process at the other end, as of when it connected."""
-    import socket
-
     return memoryview(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)).cast("i")[1]
 
 
@@ -11448,8 +11427,6 @@ def connect(path: str, timeout: float = PEER_TIMEOUT) -> socket.socket:
 
     Raises OSError with the path; ProtocolError when nobody accepts for ``timeout`` seconds.
     """
-    import socket
-
     sock, deadline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), Deadline(timeout)
     with OnError(sock.close):
         sock.setblocking(False)
@@ -11475,8 +11452,6 @@ class ListeningSocket(Transaction):
         super().__enter__()
 
     def _open(self) -> None:
-        import socket
-
         self._check()
         folder, name = os.path.split(os.fsencode(self.path))
         remove_dead(AT_FDCWD, name, folder or b".")
@@ -11519,8 +11494,6 @@ class ListeningSocket(Transaction):
 
 def passed_socket(*families: str) -> socket.socket:
     """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
-    import socket
-
     fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
         and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
     with suppress(OSError):
@@ -11584,8 +11557,6 @@ class ClientServer:
     patience, grace = 2.0, 10.0
 
     def __init__(self, *, clients: int, timeout: float, idle: float) -> None:
-        import threading
-
         self.timeout, self.idle, self._room = timeout, idle, clients
         self._clients: set[Any] = set()  # Connections, or what else has socket and idle_since
         self._lock = threading.Lock()
@@ -11607,9 +11578,6 @@ class ClientServer:
 
         The listener is closed then.
         """
-        import select
-        import threading
-
         listener.setblocking(False)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
@@ -12048,8 +12016,6 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[Iterator[b
 
 def open_spool(size: int) -> BinaryIO:
     """Return a file without a name for about ``size`` bytes: in memory when they are few."""
-    import tempfile
-
     if size <= MAX_MEMFD:
         return open(os.memfd_create("cstor-stream", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
     return tempfile.TemporaryFile(prefix="cstor-")
@@ -12291,8 +12257,6 @@ class VarlinkClient(RpcClient):
 
     def _explain(self) -> None:
         """Raise the reason that our own server sends for a damaged stream, if it is there."""
-        import select
-
         poll = select.poll()
         poll.register(self.connection.socket, select.POLLIN)
         if poll.poll(0) and (message := self.connection.receive()):
@@ -12519,10 +12483,6 @@ class Unshared(Caller):
 
     def _start(self, way: str, function: str, words: Sequence[str], process: dict[str, Any]
                ) -> None:
-        import marshal
-        import socket
-        import subprocess
-
         command = [sys.executable, "-IS", "-c", BOOTSTRAP, way, function, *words]
         environ = {**os.environ, UNSHARED_MARK: "1"}
         if way == "podman":
@@ -12560,8 +12520,6 @@ class Unshared(Caller):
 
     def _map_ids(self, process: dict[str, Any]) -> None:
         """Map root in the namespace to this user, and the IDs from 1 on to the sub-IDs."""
-        import subprocess
-
         for program, own, ranges in (("newuidmap", os.geteuid(), process["sub-uids"]),
                                      ("newgidmap", os.getegid(), process["sub-gids"])):
             words, at = [], 0
@@ -12596,8 +12554,6 @@ class Unshared(Caller):
 
     def _wait(self) -> bool:
         """Send no more and wait; return whether all at the other end have ended."""
-        import subprocess
-
         with suppress(subprocess.TimeoutExpired):
             if drain(self.connection.socket, self._grace):
                 self._process.wait(self._grace)
@@ -12607,8 +12563,6 @@ class Unshared(Caller):
 
 def say_hello(roots: Sequence[str] = ()) -> Connection:
     """Send the first message of a process in the namespace; return its connection, stdin."""
-    import socket
-
     connection = Connection(socket.socket(fileno=os.dup(0)), timeout=None)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     connection.send({"jsonrpc": "2.0", "method": "hello",
@@ -12641,8 +12595,6 @@ def take_over() -> Connection:
 
     A signal, since a waiting thread would keep the extraction from forking processes.
     """
-    import select
-
     connection = say_hello()
     message = connection.receive()
     if message is None or len(message.fds) != 3:
@@ -12675,8 +12627,6 @@ class Helper(Unshared):
     _turn = -1  # a file locked by whose turn it is, of one byte until that has the whole answer
 
     def __init__(self, roots: Sequence[str]) -> None:
-        import threading
-
         super().__init__("serve_contents", roots)
         self._lock = threading.Lock()
         self._turn = os.memfd_create("cstor-turn")
@@ -13796,8 +13746,6 @@ class StoreCheck:
 
 def is_locked(root: Contents, name: bytes) -> bool:
     """Tell whether another process holds a lock on a file; F_GETLK takes none."""
-    import struct
-
     with suppress(OSError, FormatError), Opened(Directory.open(root, name)) as fd:
         lock = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0))
         return bool(struct.unpack("hhqqi", lock)[0] != fcntl.F_UNLCK)
@@ -14131,8 +14079,6 @@ def shared_extents(fd: int) -> list[tuple[tuple[int, int], int, int]]:
 
     Only the first 8,192 extents are looked at.  Raises OSError where the file system cannot tell.
     """
-    import struct
-
     rows: list[tuple[int, ...]] = []
     buffer = bytearray(32 + 56 * 128)
     for _ in range(64):
@@ -14900,8 +14846,6 @@ class RegistryServer(ClientServer):
         self._session: Any = type("HttpClient", (_HttpClient, BaseHTTPRequestHandler), {})
 
     def handle(self, sock: Any) -> None:
-        import socket
-
         client: Any = None
         try:
             sock.settimeout(self.timeout)
@@ -14964,8 +14908,6 @@ def tls_context(cert: str, key: str) -> Any:
 
 def listen_at(address: str) -> Any:
     """Return a context that gives a listening socket: ``[HOST:]PORT``, ``unix:PATH`` or "-"."""
-    import socket
-
     if address == "-":
         sock = passed_socket("AF_UNIX", "AF_INET", "AF_INET6")
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -16687,9 +16629,6 @@ def ask_server(args: Any) -> LayerStream:
 def cmd_serve(storage: Storage, args: Any) -> None:
     """serve layers or images to other programs: over a Unix socket, or as an OCI registry, until
     SIGTERM or SIGINT"""
-    import socket
-    import threading
-
     def opener() -> Storage:
         found = open_storage(args)
         found.opener = storage.opener  # one helper for all clients
