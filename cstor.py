@@ -129,18 +129,34 @@ class _Module:
 # keeps them), where it is used; _signal has no enums.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     import binascii
+    import builtins
+    import bz2
+    import ctypes
+    import difflib
     import fcntl
+    import gzip
+    import hashlib
+    import heapq
+    import hmac
     import json
+    import lzma
     import marshal
+    import mmap
+    import pwd
+    import queue
     import re
     import select
+    import shutil
     import signal
     import socket
+    import ssl
     import struct
     import subprocess
     import tempfile
     import threading
+    import traceback
     import zlib
     from typing import (Any, BinaryIO, Callable, Generator, Iterable, Iterator, Mapping, NoReturn,
                         Sequence, TypeVar)
@@ -167,7 +183,10 @@ else:
 if __name__ == "__main__":
     gc.disable()  # main() enables it: nothing that is made until then is ever garbage
 
-for _name in ("marshal", "select", "socket", "struct", "subprocess", "tempfile", "threading"):
+for _name in (
+        "argparse", "builtins", "bz2", "ctypes", "difflib", "gzip", "hashlib", "heapq", "hmac",
+        "lzma", "marshal", "mmap", "pwd", "queue", "select", "shutil", "socket", "ssl", "struct",
+        "subprocess", "tempfile", "threading", "traceback"):
     globals()[_name] = _Module(_name)
 for _name in ("binascii", "fcntl", "json", "re", "zlib"):
     try:
@@ -1141,8 +1160,6 @@ def capabilities() -> list[str]:
     """Return which of CAPABILITIES are effective."""
     match = re.search(r"^CapEff:\s*([0-9a-f]+)$", read_proc("self/status"), re.MULTILINE)
     if not match:  # no /proc: ask the kernel with capget(2), which takes 5 ms more for ctypes
-        import ctypes
-
         found = (ctypes.c_uint32 * 6)()
         ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522), found)
     bits = int(match[1], 16) if match else found[0]
@@ -1711,8 +1728,6 @@ def new_sha256(size: int = CHUNK) -> Any:
     if size < CHUNK and "hashlib" not in sys.modules:
         with suppress(ImportError):  # not in a Python that leaves all hashing to OpenSSL
             return __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256()
-    import hashlib
-
     return hashlib.sha256()
 
 
@@ -1832,18 +1847,12 @@ class Decompressed(Closing):
         chunks = self._read_on(magic)
         file = io.BufferedReader(ChunkFile(chunks), 2 * READ_SIZE)
         if magic.startswith(b"\x1f\x8b"):
-            import gzip
-
             self._damage = EOFError, zlib.error, gzip.BadGzipFile
             return gzip.GzipFile(fileobj=file)
         if magic.startswith(b"BZh"):
-            import bz2
-
             self._damage = EOFError, OSError
             return bz2.BZ2File(file)
         if magic == b"\xfd7zXZ\0":
-            import lzma
-
             self._damage = EOFError, lzma.LZMAError
             return lzma.LZMAFile(file)
         if magic.startswith(b"\x28\xb5\x2f\xfd"):
@@ -1962,9 +1971,6 @@ class Threads:
     def _start(self) -> None:
         count, self._missing = self._missing, 0
         with suppress(ImportError, RuntimeError):  # RuntimeError: can't start new thread
-            import queue
-            import threading
-
             self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
             for _ in range(count):
                 thread = threading.Thread(target=self._run, daemon=True)
@@ -2246,8 +2252,6 @@ def is_there(path: str) -> bool:
 def find_user(who: int | str) -> Any:
     """Return the passwd entry of a user ID or name, None when there is none."""
     with suppress(ImportError, KeyError):
-        import pwd
-
         return pwd.getpwuid(who) if isinstance(who, int) else pwd.getpwnam(who)
     return None
 
@@ -4743,8 +4747,6 @@ FINDERS = {"image": find_image, "container": find_container, "layer": find_layer
 
 def did_you_mean(text: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a hint that gives the nearest of ``known``, of a dict what it stands for, or ""."""
-    import difflib
-
     return "".join(f"did you mean {display(known[word] if isinstance(known, dict) else word)}?"
                    for word in difflib.get_close_matches(text, list(known), 1, cutoff))
 
@@ -7945,8 +7947,6 @@ def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
     A node of None means added or deleted; what differs are words of DIFFERENCES.  Contents are
     compared by size and CRC-64, and read only where no CRC-64 is recorded.
     """
-    import heapq
-
     ignore = check_words("ignore", ignore, DIFFERENCES)
     groups: tuple[dict[Node, bytes], dict[Node, bytes]] = ({}, {})
 
@@ -8774,8 +8774,6 @@ def pack_error(error: BaseException) -> tuple[Any, ...]:
 
 def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> BaseException:
     """Return the exception that pack_error() got, if its class is in this file or Python's own."""
-    import builtins
-
     kind = globals().get(name) or vars(builtins).get(name)
     if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         return CstorError(f"{name}: {' '.join(map(str, args))}")
@@ -12389,8 +12387,6 @@ def describe_process() -> dict[str, Any]:
     ``user-namespace`` is "initial", "podman unshare" or "other"; maps are as of id_map(), sub-IDs
     as of sub_ids(); programs are paths or "".
     """
-    from shutil import which
-
     uid, configured = os.geteuid(), os.environ.get("_CONTAINERS_USERNS_CONFIGURED")
     outer = os.environ.get("_CONTAINERS_ROOTLESS_UID", "")
     if not uid and configured and outer.isdecimal():
@@ -12401,7 +12397,7 @@ def describe_process() -> dict[str, Any]:
             "podman unshare" if configured else "other",
             "uid-map": maps, "gid-map": id_map("gid_map"),
             "sub-uids": sub_ids(uid), "sub-gids": sub_ids(uid, "/etc/subgid"),
-            **{name: which(name) or "" for name in ("podman", "newuidmap", "newgidmap")}}
+            **{name: shutil.which(name) or "" for name in ("podman", "newuidmap", "newgidmap")}}
 
 
 def explain_process(process: dict[str, Any]) -> str:
@@ -13363,8 +13359,6 @@ def verify_layers(layers: Sequence[Layer], *, quick: bool = False, workers: int 
 
     ``progress`` is called in this process alone, with the sums of all.
     """
-    import mmap
-
     workers, here = workers or default_workers(), os.getpid()
     jobs: list[tuple[int, int]] = []
     large = max(16 * CHUNK, sum(layer.diff_size for layer in layers) // workers)
@@ -14736,11 +14730,9 @@ class _HttpClient(HttpHandler):
 
     def _is_known(self) -> bool:
         """Tell whether the client gave a user and his password, in a time that tells nothing."""
-        from hmac import compare_digest
-
         kind, _, words = self.headers.get("Authorization", "").partition(" ")
         given = sha256_digest(words.strip().encode())
-        fits = sum(compare_digest(given, each) for each in self._server.passwords)
+        fits = sum(hmac.compare_digest(given, each) for each in self._server.passwords)
         return fits > 0 and kind.lower() == "basic"
 
     def _list(self, name: str, fields: dict[str, str]) -> None:
@@ -14892,8 +14884,6 @@ def read_passwords(path: str) -> list[bytes]:
 
 def tls_context(cert: str, key: str) -> Any:
     """Return what wraps sockets in TLS, with a certificate and its key in PEM."""
-    import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     for path in (cert, key):
         os.close(open_input(path))
@@ -15344,8 +15334,6 @@ def describe(error: Exception) -> str:
 def report_error(error: Exception, trace: bool) -> int:
     """Say on one line of stderr what failed, after its traceback if asked; return the status."""
     if trace:
-        import traceback
-
         traceback.print_exception(type(error), error, error.__traceback__)
     say(f"error: {describe(error)}")
     return error_row(error)[0]
@@ -17672,14 +17660,10 @@ def program_name(command: str = "") -> str:
 
 def new_parser(command: str = "", **options: Any) -> Any:
     """Return a parser of the global options, which the help of a command only names."""
-    import argparse
-
     class Parser(argparse.ArgumentParser):
         footer = ""
 
         def format_help(self) -> str:
-            import shutil
-
             width = shutil.get_terminal_size().columns or 80  # 0 before Python 3.11
             self.formatter_class = lambda prog: argparse.HelpFormatter(
                 prog, width=max(40, min(width, 100)) - 2, max_help_position=28)
