@@ -797,8 +797,6 @@ def open_beneath(root_fd: int, name: bytes) -> int:
 class Closing:
     """An owner of descriptors: a context manager that calls close(), which may be repeated."""
 
-    __slots__ = ()
-
     def close(self) -> object:
         """Close all descriptors; harmless when repeated."""
         raise NotImplementedError
@@ -817,8 +815,6 @@ class Directory(Closing):
     OSError names the path; NeedsUnshare means that this user lacks the permission.  Threads can
     share a Directory, except for parent().
     """
-
-    __slots__ = ("path", "fd", "_parent", "_parent_fd", "_near", "_near_fd", "_flags")
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -985,8 +981,6 @@ class Directory(Closing):
 
 class Target(Directory):
     """A directory to make files in: no lookup follows a link below it."""
-
-    __slots__ = ()
 
     def _open_parent(self, name: bytes) -> int:
         return open_beneath(self.fd, name)
@@ -3841,8 +3835,6 @@ class Contents(Directory):
     Where permission is denied in it, the storage's opener may have a helper that looks and opens.
     """
 
-    __slots__ = ("storage", "_ahead")
-
     def __init__(self, storage: Storage | None, directory: Directory) -> None:
         super().__init__(directory.path, directory.fd)
         directory.fd = -1
@@ -5110,16 +5102,6 @@ class Member:
     __slots__ = ("name", "typeflag", "size", "stored", "header", "sparse", "padding", "base64",
                  "mode", "uid", "gid", "mtime_ns", "linkname", "uname", "gname", "devmajor",
                  "devminor", "pax")
-    mode: int
-    uid: int
-    gid: int
-    mtime_ns: int
-    linkname: bytes
-    uname: bytes
-    gname: bytes
-    devmajor: int
-    devminor: int
-    pax: dict[bytes, bytes]
 
     def __init__(self, header: bytes, name: bytes, size: int, checksum: bytes) -> None:
         self.header, self.name, self.size, self.base64 = header, name, size, checksum
