@@ -477,10 +477,9 @@ def display(name: str | bytes) -> str:
 
 def can_be_path(text: str) -> bool:
     """Tell whether a file can have this name: no NUL byte, no lone surrogate of JSON's."""
-    try:
+    with suppress(UnicodeEncodeError):
         return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
+    return False
 
 
 def counted(number: object, noun: str) -> str:
@@ -1829,10 +1828,9 @@ class Decompressed(Closing):
 
     def tell(self) -> int:
         """Return how many bytes of the file were read, -1 of a pipe."""
-        try:
+        with suppress(OSError):
             return os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
-        except OSError:
-            return -1
+        return -1
 
     def _open(self) -> Any:
         """Return what reads the file, by its first bytes."""
@@ -3097,12 +3095,11 @@ class Layer(Record):
 
     def _has_files(self) -> bool:
         """Tell whether by its tar something has to be in "diff"."""
-        try:
+        with suppress(CstorError, OSError):  # what cannot be read is another fault
             return not self.mapped and not self.toc_digest and self.diff_size > 2 * BLOCK and any(
                 member.type in ("reg", "dir", "symlink") and clean_name(member.name)
                 and b".wh." not in member.name for member in self.members())
-        except (CstorError, OSError):
-            return False  # what cannot be read is another fault
+        return False
 
     def overlay_file(self, name: bytes) -> tuple[Contents | None, bytes]:
         """Return (root that has overlay/<id>/name or None, that name below it).
@@ -3347,10 +3344,9 @@ class Image(Record):
     @property
     def is_list(self) -> bool:
         """Whether this is a manifest list (OCI index): it has no layer and no config."""
-        try:
+        with suppress(CstorError, OSError):  # said to who asks for the manifest, or the layers
             return not self.layer and is_index(self.manifest())
-        except (CstorError, OSError):  # said to who asks for the manifest, or the layers
-            return False
+        return False
 
     def list_bytes(self) -> bytes:
         """Return the manifest list that this is, or was pulled through, as stored; else b""."""
@@ -3433,10 +3429,9 @@ class Image(Record):
     @property
     def about(self) -> dict[str, Any]:
         """What the configuration says: architecture, os, labels ...; {} when it is not readable."""
-        try:
+        with suppress(CstorError, OSError):
             return self._summary
-        except (CstorError, OSError):
-            return {}
+        return {}
 
     @cached_property
     def steps(self) -> tuple[str, ...]:
@@ -3463,11 +3458,10 @@ class Image(Record):
 
     def diff_ids(self) -> list[Any] | None:
         """Return the DiffIDs of the configuration, base first; None when it does not tell."""
-        try:
-            found: list[Any] | None = self._summary["diff-ids"]
-            return found
-        except (NotFound, Unsupported):  # made with no manifest or no configuration
-            return None
+        found: list[Any] | None = None
+        with suppress(NotFound, Unsupported):  # made with no manifest or no configuration
+            found = self._summary["diff-ids"]
+        return found
 
     def _chain(self) -> tuple[Layer, ...]:
         chain, wanted = self.storage.chain(self.layer), self.diff_ids()
@@ -3636,10 +3630,9 @@ class Container(Record):
 
     def details(self) -> dict[str, Any]:
         """Return ``metadata`` parsed: image-name, name, created-at of podman; pod-name of CRI-O."""
-        try:
+        with suppress(FormatError):  # buildah and others store what they like
             return as_dict(parse_json(self.metadata.encode("utf-8", "replace"), "metadata"))
-        except FormatError:
-            return {}  # buildah and others store what they like
+        return {}
 
     @property
     def state(self) -> dict[str, Any]:
