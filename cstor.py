@@ -52,7 +52,7 @@ Sections; classes and module-level code use what stands above, a method may call
      6 configuration         storage.conf, drop-ins, environment
      7 records               layers, images and containers; big data
      8 storage               locks, roots, chains, podman's db.sql
-     9 references            names, digests, ID prefixes
+     9 references            names, digests, ID prefixes, platforms
     10 layers                where the bytes of one file are
     11 tar headers           types, sizes, owners, times, links, xattrs
     12 tar-split             entries, members, pieces; writing and verifying the tar
@@ -2727,8 +2727,6 @@ COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 TAR_SPLIT = b".tar-split.gz"  # end of a file's name beside layers.json
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386",
-                 "armv6l": "arm/v6", "armv7l": "arm/v7", "armv8l": "arm/v8"}  # of uname
 
 
 def is_safe_id(text: str) -> bool:
@@ -2761,46 +2759,6 @@ def is_schema1(manifest: bytes) -> bool:
     with suppress(FormatError):
         return parse_object(manifest, "manifest").get("schemaVersion") == 1
     return False
-
-
-def platform_in(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration or descriptor says of a platform, as far as it is well-formed."""
-    found: dict[str, Any] = {
-        key: said[key] for key in ("architecture", "os", "os.version", "variant")
-        if isinstance(said.get(key), str) and said[key]}
-    features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
-    return {**found, **({"os.features": features} if features else {})}
-
-
-def platform_name(said: Any) -> str:
-    """Spell the platform of a configuration or descriptor as os/arch[/variant]."""
-    words = platform_in(as_dict(said))
-    return "/".join(words.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/")
-
-
-def best_platform(items: Sequence[tuple[str, T]], platform: str, title: str = "") -> list[T]:
-    """Return those of ``items``, given by os/arch[/variant], that are best for ``platform``.
-
-    "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8; of arm
-    the newest variant that runs there is best, as for podman.  With a ``title`` NotFound says what
-    is here instead of a platform that was asked for.
-    """
-    if not re.fullmatch("|[^/]+(/[^/]+){1,2}", platform):
-        raise ValueError(f"platform must be os/arch[/variant], not {display(platform)}")
-    words = (platform.lower() or f"linux/{os.uname().machine}").split("/")
-    named = [(f"{name}/".replace("/arm64/v8/", "/arm64/"), item) for name, item in items]
-    wanted = "/".join(ARCHITECTURES.get(word, word) for word in [*words, ""])
-    wanted = wanted.replace("/arm64/v8/", "/arm64/")
-    arm = re.fullmatch("(.*/arm/)(?:v([5-8])/)?", wanted)
-    older = [f"{arm[1]}v{n}/" for n in range(int(arm[2] or 8), 4, -1)] + [arm[1]] if arm else []
-    for choice in [wanted, *older]:
-        if found := [item for name, item in named if name == choice]:
-            return found
-    found = [item for name, item in named if name.startswith(wanted)]
-    if title and platform and not found:
-        raise NotFound(f"image {title} has no instance {platform}",
-                       hint=f"here: {', '.join(name for name, _ in items) or 'none'}")
-    return found
 
 
 def is_index(manifest: Any) -> bool:
@@ -4585,6 +4543,8 @@ REPOSITORY = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"  # one component of a name
 REPOSITORY_NAME = (r"(?:(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?/)?"
                    f"{REPOSITORY}(?:/{REPOSITORY})*")
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386",
+                 "armv6l": "arm/v6", "armv7l": "arm/v7", "armv8l": "arm/v8"}  # of uname
 
 
 def split_reference(text: str) -> tuple[str, str, str]:
@@ -4811,6 +4771,46 @@ def names_to_give(image: Image, reference: str) -> list[str]:
     found = [name for wanted in (asked, asked + ":latest") for name in tagged
              if f"/{name}".endswith(f"/{wanted}")]
     return found[:1] or tagged
+
+
+def platform_in(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration or descriptor says of a platform, as far as it is well-formed."""
+    found: dict[str, Any] = {
+        key: said[key] for key in ("architecture", "os", "os.version", "variant")
+        if isinstance(said.get(key), str) and said[key]}
+    features = [each for each in as_list(said.get("os.features")) if isinstance(each, str)]
+    return {**found, **({"os.features": features} if features else {})}
+
+
+def platform_name(said: Any) -> str:
+    """Spell the platform of a configuration or descriptor as os/arch[/variant]."""
+    words = platform_in(as_dict(said))
+    return "/".join(words.get(key, "") for key in ("os", "architecture", "variant")).rstrip("/")
+
+
+def best_platform(items: Sequence[tuple[str, T]], platform: str, title: str = "") -> list[T]:
+    """Return those of ``items``, given by os/arch[/variant], that are best for ``platform``.
+
+    "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8; of arm
+    the newest variant that runs there is best, as for podman.  With a ``title`` NotFound says what
+    is here instead of a platform that was asked for.
+    """
+    if not re.fullmatch("|[^/]+(/[^/]+){1,2}", platform):
+        raise ValueError(f"platform must be os/arch[/variant], not {display(platform)}")
+    words = (platform.lower() or f"linux/{os.uname().machine}").split("/")
+    named = [(f"{name}/".replace("/arm64/v8/", "/arm64/"), item) for name, item in items]
+    wanted = "/".join(ARCHITECTURES.get(word, word) for word in [*words, ""])
+    wanted = wanted.replace("/arm64/v8/", "/arm64/")
+    arm = re.fullmatch("(.*/arm/)(?:v([5-8])/)?", wanted)
+    older = [f"{arm[1]}v{n}/" for n in range(int(arm[2] or 8), 4, -1)] + [arm[1]] if arm else []
+    for choice in [wanted, *older]:
+        if found := [item for name, item in named if name == choice]:
+            return found
+    found = [item for name, item in named if name.startswith(wanted)]
+    if title and platform and not found:
+        raise NotFound(f"image {title} has no instance {platform}",
+                       hint=f"here: {', '.join(name for name, _ in items) or 'none'}")
+    return found
 
 
 # ================================================================================================
