@@ -1471,10 +1471,10 @@ def partials(folder: Target, target: bytes = b"") -> list[bytes]:
             if re.fullmatch(rb"\.cstor-%s[0-9a-f]{12}\.partial" % which, name, re.DOTALL)]
 
 
-def try_lock(fd: int) -> bool:
+def try_lock(fd: int, flags: int = fcntl.LOCK_NB) -> bool:
     """Lock an open file or directory until we end; False if it is locked, or locking fails."""
     with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | flags)
         return True
     return False
 
@@ -1516,10 +1516,14 @@ class Scratch(Target):
         super().__init__(above, -1)
         remove_dead(AT_FDCWD, b"scratch", os.fsencode(above))
         with SignalsHeld():
-            self.path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
-            os.mkdir(self.path, 0o700)
-            self.fd = os.open(self.path, OPEN_NEW_DIRECTORY)
-            try_lock(self.fd)
+            while self.fd < 0:
+                self.path = os.path.join(above, os.fsdecode(partial_name(b"scratch")))
+                os.mkdir(self.path, 0o700)
+                with suppress(FileNotFoundError):
+                    self.fd = os.open(self.path, OPEN_NEW_DIRECTORY)
+                    try_lock(self.fd, 0)
+                if not is_at(self, self.path):  # another run took it for dead before the lock
+                    super().close()
 
     def close(self) -> None:
         """Remove the directory; harmless when repeated."""

@@ -8790,6 +8790,25 @@ sys.exit(cstor.main(sys.argv[1:]))
                              {os.path.join(scratch, name) for name in os.listdir(scratch)})
         self.assertEqual([os.path.basename(foreign)], os.listdir(scratch))
 
+    def test_scratch_that_another_run_takes_for_dead(self) -> None:
+        place = self.dir + "/tmp"
+        os.mkdir(place)
+        for name in ("mkdir", "open"):  # it is a while until the lock on a busy machine
+            real, calls = getattr(os, name), []
+
+            def slow(path: Any, *args: Any, real: Any = real, calls: list[Any] = calls,
+                     **kwargs: Any) -> Any:
+                result = real(path, *args, **kwargs)
+                if str(path).endswith(".partial"):
+                    calls.append(path)
+                    if len(calls) == 1:
+                        os.rmdir(path)
+                return result
+
+            with mock.patch("os." + name, slow), cstor.Scratch(place) as scratch:
+                put(scratch.path + "/db.sql")
+            self.assertEqual((2, []), (len(set(calls)), os.listdir(place)))
+
 
 class HostileExtracts(HostileStores):
     """Images and neighbours that want to write elsewhere: nothing outside the target changes."""
