@@ -6975,8 +6975,9 @@ class DiskTree(LayerTree):
         todo = [(top, b"", parts)] if parts or below else []
         while todo:
             above, path, rest = todo.pop()
-            for name, *found in self._rows(self.directory, path, rest):
-                node = rest and above.children.get(name) or self._enter(above, name, *found)
+            known = above.children.get(rest[0]) if rest else None
+            for name, *found in [rest[:1]] if known else self._rows(self.directory, path, rest):
+                node = known or self._enter(above, name, *found)
                 if node and node.type == "dir" and (below or rest[1:]):
                     todo.append((node, path + b"/" + name if path else name, rest[1:]))
 
