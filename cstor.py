@@ -3932,6 +3932,7 @@ class Storage(Closing):
                 if not self.roots:
                     raise
                 self.faults.append(str(error))
+            self.driver = driver or configured or "overlay"  # owner() asks before it is chosen
             self.driver = self._choose_driver(driver, configured)
             self.linked = list(self._find_linked())
             if runroot and os.path.isdir(runroot):

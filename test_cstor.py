@@ -3976,6 +3976,8 @@ class Files(StoreTest):
             "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
             f"sys.exit(cstor.main(['--root', {store.root!r}, 'layer', 'export', {layer!r}]))")
         for closed, words in (("", rb"/diff/f: Permission denied.*belongs to uid 0: run"),
+                              (store.path("overlay-layers"),
+                               rb"overlay-layers/layers.json: Permission denied.*belongs to uid 0"),
                               (store.root, rb"store/overlay: Permission denied.*owner of the"),
                               (self.dir, rb"store: Permission denied.*owner of the store")):
             if closed:
