@@ -14498,8 +14498,9 @@ def is_public(storage: Storage) -> bool:
             top = os.path.realpath(root.path)
             yield from ((top[:at.start()] or "/", stat.S_IXOTH) for at in re.finditer("/|$", top))
             for home in map(storage.home, (Image.WORD, Layer.WORD, "")):
-                for folder, _, names in os.walk(os.path.join(top, os.fsdecode(home))):
-                    yield folder, stat.S_IROTH | stat.S_IXOTH
+                for folder, folders, names in os.walk(os.path.join(top, os.fsdecode(home))):
+                    for name in ("", *folders):  # also those that walk() cannot list
+                        yield os.path.join(folder, name), stat.S_IROTH | stat.S_IXOTH
                     yield from ((os.path.join(folder, name), stat.S_IROTH) for name in names
                                 if not name.endswith(".lock"))
 

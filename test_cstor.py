@@ -16948,6 +16948,16 @@ class RegistryCommands(StoreTest):
                 self.assertFalse(cstor.is_public(storage), path)
                 os.chmod(path, before)
             self.assertTrue(cstor.is_public(storage))
+            closed = self.store.path("overlay", [*self.store.tars][0], "diff/bin")
+            os.chmod(closed, 0o700)  # of a subordinate ID: its owner cannot list it, either
+
+            def scandir(path: str, scan: Callable[[str], Any] = os.scandir) -> Any:
+                if path == closed:
+                    raise PermissionError(errno.EACCES, "Permission denied")
+                return scan(path)
+
+            with mock.patch("os.scandir", scandir):
+                self.assertFalse(cstor.is_public(storage))
 
     def test_sockets(self) -> None:
         """A Unix socket of one's own, one that systemd passes, and beside the layer server."""
