@@ -11473,8 +11473,11 @@ class ListeningSocket(Transaction):
 
 def passed_socket(*families: str) -> socket.socket:
     """Return the socket that systemd passed (LISTEN_FDS), or that stdin is.  Raises _UsageError."""
-    fd = 3 if os.environ.get("LISTEN_PID") == str(os.getpid()) \
-        and re.fullmatch("[1-9]", os.environ.get("LISTEN_FDS", "")) else 0
+    count = os.environ.get("LISTEN_FDS", "") \
+        if os.environ.get("LISTEN_PID") == str(os.getpid()) else ""
+    if re.fullmatch("[1-9][0-9]+|[2-9]", count):  # the clients of the others would wait for ever
+        raise _UsageError(f"systemd passed {count} sockets: one ListenStream= can be served")
+    fd = 3 if count == "1" else 0
     with suppress(OSError):
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
             found = socket.socket(fileno=os.dup(fd))

@@ -13045,6 +13045,9 @@ class Serving(StoreTest):
             server.terminate()
             self.assertEqual(0, server.wait(30))
             self.assertTrue(os.path.lexists(self.path))  # it is not the server's to remove
+        with mock.patch.dict(os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="2"), \
+                self.assertRaisesRegex(cstor._UsageError, "systemd passed 2 sockets"):
+            cstor.passed_socket("AF_UNIX")
 
     def test_records_are_read_anew(self) -> None:
         self._root = ""  # this test changes the store itself
