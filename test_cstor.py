@@ -8798,7 +8798,7 @@ sys.exit(cstor.main(sys.argv[1:]))
         place = self.dir + "/tmp"
         os.mkdir(place)
         for name in ("mkdir", "open"):  # it is a while until the lock on a busy machine
-            real, calls = getattr(os, name), []
+            real, calls = getattr(os, name), []  # type: Any, list[Any]
 
             def slow(path: Any, *args: Any, real: Any = real, calls: list[Any] = calls,
                      **kwargs: Any) -> Any:
