@@ -5784,6 +5784,8 @@ class LayerReader:
         def parse() -> Generator[Entry, None, None]:
             with ErrorsAs(with_path, path):
                 os.lseek(fd, 0, os.SEEK_SET)
+            if plain:
+                plain.padding = 0  # also when this process does it again
             return iter(TarSplit(gunzip(fd, path), path, plain))
 
         ahead = (self.files or self.ahead) and default_workers() > 1 \
@@ -8792,8 +8794,8 @@ def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False
                ) -> Generator[Any, None, None]:
     """Yield what ``work`` returns, made by another process while this one uses it.
 
-    Items are tuples of plain data, bytes first.  Errors are raised here, also when the process is
-    killed; with ``again`` this process does the work again to find them.
+    Items are tuples of plain data, bytes or a list first.  Errors are raised here, also when the
+    process is killed; with ``again`` this process does the work again to find them.
     """
     def send(fd: int) -> Iterator[None]:
         """Send lists of items, each behind its length, until a length of 0."""
@@ -8803,7 +8805,7 @@ def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False
         try:
             for item in work():
                 batch.append(item)
-                room -= len(item[0]) + (4 << 10)
+                room -= (4 << 10) + len(item[0]) * (1 if isinstance(item[0], bytes) else 256)
                 if room < 0:
                     flush(fd, batch)
                     room = CHUNK

@@ -41,6 +41,7 @@ import io
 import itertools
 import json
 import lzma
+import marshal
 import os
 import pwd
 import py_compile
@@ -14598,6 +14599,21 @@ class Verifying(StoreTest):
             check.ahead = True
             return list(check.run())
 
+    def test_rows_are_compared_while_the_next_are_read(self) -> None:
+        read_fd, write_fd = os.pipe()
+
+        def read() -> Iterator[Any]:
+            """Yield 2 MiB of rows, and then whether the first have already been used."""
+            for _ in range(32):
+                yield [(b"name", "reg", 1, b"sum", (0o644, (0, 0, b"", b"")), 0, b"")] * 256, None
+            yield b"early" if select.select([read_fd], [], [], 20)[0] else b"late", None
+
+        with cstor.Opened(read_fd), cstor.Opened(write_fd):
+            items = cstor.work_ahead(read)
+            self.assertEqual(256, len(next(items)[0]))
+            os.write(write_fd, b"!")
+            self.assertEqual((b"early", None), list(items)[-1])
+
     def test_a_quick_look_at_sound_layers(self) -> None:
         """Headers of the usual form are not parsed one by one; what does not fit is."""
         store, (layer,) = self.stack(make_tar(
@@ -14632,6 +14648,24 @@ class Verifying(StoreTest):
             if os.path.lexists(path):
                 os.unlink(path)
             os.rename(path + "~" if len(name) < 200 else self.dir + "/kept", path)
+
+    def test_the_process_that_parses_is_lost(self) -> None:
+        """This one goes on at the same entry, after whatever batch."""
+        files = [(f"{'n' * 200 * (size % 7 == 3)}{size}", b"x" * size) for size in range(40)]
+        store, (layer,) = self.stack(make_tar(*files))
+        for last in range(8):
+            calls = itertools.count()
+
+            def loads(data: bytes, last: int = last, calls: Iterator[int] = calls) -> Any:
+                if next(calls) > last:
+                    raise EOFError
+                return marshal.loads(data)
+
+            with self.open(store) as storage, mock.patch.object(cstor, "CHUNK", 1), \
+                    mock.patch.object(cstor, "marshal", mock.Mock(
+                        dumps=marshal.dumps, loads=loads)):
+                self.assertEqual([], self.look_ahead(storage.layer(layer)))
+            self.assertEqual(last + 2, next(calls))
 
     def test_all_damages_are_found(self) -> None:
         files = [(f"f{number:04}", b"%d" % number * (number % 90)) for number in range(2500)]
