@@ -1216,7 +1216,7 @@ class ContentCopier:
     """Fills new files with contents: by FICLONE, or else by a Copier.
 
     FICLONE is not tried again for a pair of file systems that refuses it; ``mode`` is auto, reflink
-    (fail rather than copy), or copy.
+    (fail rather than copy), or copy; ``device`` that of all new files, 0 if it can be several.
     """
 
     # Errors of a pair of file systems, and errors that one file alone can cause: btrfs gives
@@ -1225,39 +1225,43 @@ class ContentCopier:
     NOT_THIS = frozenset({errno.EINVAL, errno.EPERM, errno.ETXTBSY})
     PATIENCE = 8  # refusals in a row after which a pair of file systems is not tried again
 
-    def __init__(self, mode: str = "auto") -> None:
+    def __init__(self, mode: str = "auto", device: int = 0) -> None:
         check_words("link_mode", [mode], LINK_MODES)
-        self.mode = mode
+        self.mode, self._device = mode, device
         self._copiers: dict[tuple[int, int], Copier] = defaultdict(Copier)  # by devices
+        self._sure: Copier | None = None  # if the last file was shared, so that the next one may be
 
-    def fill(self, fd: int, size: int, out_fd: int, name: bytes = b"", layer: str = "") -> str:
+    def fill(self, fd: int, size: int, out_fd: int, name: Callable[[], bytes] = bytes,
+             layer: str = "") -> str:
         """Give the new file ``out_fd`` the content of ``fd``; return why it was copied, "" if not.
 
         ``name`` and ``layer`` are for errors.  Raises OSError, IntegrityError if ``fd`` changes
         meanwhile, Unsupported if mode "reflink" is impossible.
         """
-        before = os.fstat(fd)
-        copier = self._copiers[before.st_dev, os.fstat(out_fd).st_dev]
+        before, copier = (None, self._sure) if self._sure else self._pair(fd, out_fd)
         why = "--link-mode copy" if self.mode == "copy" else copier.refused
         if not why:
             try:
                 fcntl.ioctl(out_fd, FICLONE, fd)
-                copier.strikes = -1
+                copier.strikes, self._sure = -1, copier
                 return ""
             except OSError as error:
+                self._sure = None
                 if error.errno not in self.NEVER | self.NOT_THIS:
                     raise
                 why = f"FICLONE: {os.strerror(error.errno or 0)}"
                 if self.mode == "reflink":
-                    place = "/" * bool(layer) + display(name)
+                    place = "/" * bool(layer) + display(name())
                     raise Unsupported(f'"{place}" cannot be shared by reflink: {why}',
                                       hint="--link-mode auto copies such files") from None
                 if copier.strikes >= 0:
                     copier.strikes += 1
                     if error.errno in self.NEVER or copier.strikes > self.PATIENCE:
                         copier.refused = why
+        if not before:
+            before, copier = self._pair(fd, out_fd)
         if before.st_size != size:  # else a hole would replace what was cut off
-            raise IntegrityError("changed while it was read", layer=layer, name=name,
+            raise IntegrityError("changed while it was read", layer=layer, name=name(),
                                  expected=counted(size, "byte"), actual=str(before.st_size))
         for offset, length in data_runs(fd, size) if before.st_blocks * 512 < size \
                 else ((0, size),):
@@ -1268,8 +1272,13 @@ class ContentCopier:
             os.ftruncate(out_fd, size)
         after = os.fstat(fd)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise IntegrityError("changed while it was read", layer=layer, name=name)
+            raise IntegrityError("changed while it was read", layer=layer, name=name())
         return why
+
+    def _pair(self, fd: int, out_fd: int) -> tuple[os.stat_result, Copier]:
+        """Return the status of a file, and what copies from its file system."""
+        status, device = os.fstat(fd), self._device or os.fstat(out_fd).st_dev
+        return status, self._copiers[status.st_dev, device]
 
 
 def data_runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -5133,7 +5142,9 @@ class Member:
         Its ``checksum`` is None, since only tar-split has one.
         """
         block, _, pax, gnu = scan_header(header)
-        member = cls(header, gnu.get(b"L") or pax.get(b"path") or name_in_block(block), -1, b"")
+        found = parse_number(block[SIZE_AT]) if block is header and block[TYPE_AT] == 0x30 else -1
+        member = cls(header, gnu.get(b"L") or pax.get(b"path") or name_in_block(block),
+                     max(found, -1), b"")
         member.size = member.stored
         if member.sparse is not None:
             size = pax.get(b"GNU.sparse.size") or pax.get(b"GNU.sparse.realsize")
@@ -5260,6 +5271,7 @@ def name_in_block(block: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
+@lru_cache(1)  # a stream's headers are checked before anything else is read of them
 def check_sum(block: bytes) -> None:
     """Raise FormatError unless a header block's checksum is right.
 
@@ -6049,7 +6061,8 @@ class TarSource:
         parts, self.rest = header_parts(self.up_to, self._accept)
         self._last = parts[-1][2] if parts else b""
         self._cut = not parts or parts[-1][0] in SPECIALS and self._last is not None
-        return b"".join([piece for part in parts for piece in part[1:] if piece])
+        return parts[0][1] if len(parts) == 1 and not parts[0][2] else \
+            b"".join([piece for part in parts for piece in part[1:] if piece])
 
     def _accept(self, block: bytes) -> bool:
         """Tell whether a block begins a header; zeros and the end of the file do not."""
@@ -8877,7 +8890,8 @@ class Extraction:
         self._set_owners = not plain and (self._us[0] == 0 if owners is None else owners
                                           ) or bool(owner_map)
         self._insist = owners or bool(owner_map)
-        self._hardlinks, self._copier = link_mode == "hardlink", ContentCopier(link_mode)
+        self._hardlinks, self._copier = link_mode == "hardlink", ContentCopier(
+            link_mode, 0 if output.merge else os.fstat(self.target.fd).st_dev)
         self._shared: set[tuple[int, int]] = set()  # inodes of the store with a new link
         self._firsts: dict[Node, bytes] = {}  # of files with several names, the path made first
         self._links: list[tuple[bytes, bytes]] = []  # hard links to make: path, first path
@@ -9056,8 +9070,8 @@ class Extraction:
         try:
             new = os.open(base, OPEN_NEW_FILE, node.mode & 0o777 if ours else 0o600, dir_fd=dir_fd)
             if node.size:
-                self._account(node, self._copier.fill(fd, node.size, new, node.path,
-                                                      node.tree.layer_id))
+                self._account(node, self._copier.fill(
+                    fd, node.size, new, lambda: node.path, node.tree.layer_id))
                 node.tree.recheck(node, fd)
             status = os.fstat(new)
             check_copy(new, status, node, self.verify)
@@ -9439,7 +9453,7 @@ def copy_content(tree: Tree, node: Node, fd: int, progress: Progress) -> None:
         return
     with Opened(tree.open(node)) as source:
         if node.size:
-            ContentCopier().fill(source, node.size, fd, node.path, node.tree.layer_id)
+            ContentCopier().fill(source, node.size, fd, lambda: node.path, node.tree.layer_id)
     check_copy(fd, os.fstat(fd), node, True, progress)
     os.fchmod(fd, node.mode & 0o777)
     os.utime(fd, ns=(node.mtime_ns, node.mtime_ns))
@@ -10217,9 +10231,9 @@ FIEMAP_SYNC = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12
 
 
 def identify(fd: int) -> bytes:
-    """Return 48 bytes that are others for another file, or after a change."""
+    """Return 64 bytes that are others for another file, or after a change; last its size."""
     status = os.fstat(fd)
-    return b"%016x%016x%016x" % (status.st_dev, status.st_ino, status.st_ctime_ns)
+    return b"%016x" * 4 % (status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size)
 
 
 def settle(fd: int) -> bytes:
@@ -10257,7 +10271,7 @@ class _ChunkReader:
     def _inline(self, count: int) -> Iterator[bytes]:
         if count > MAX_INLINE:
             raise self._error(f"a chunk of {count} bytes, more than {MAX_INLINE}")
-        return map(self._take, split_count(count)) if count else iter((b"",))
+        return map(self._take, split_count(count)) if count > CHUNK else iter((self._take(count),))
 
 
 class SplitfdstreamReader(_ChunkReader):
@@ -10299,6 +10313,7 @@ class SplitdirfdstreamReader(_ChunkReader):
         self._fds, self._threshold = directories, threshold
         self._numbers = struct.Struct("<QII").unpack
         self.opened: dict[int, Directory] = {}  # each closes itself with the last that refers to it
+        self.index = 0  # of the directory that the last file is in
         self.explain: Callable[[], object] = lambda: None  # raises what a peer says of damage
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
@@ -10327,13 +10342,13 @@ class SplitdirfdstreamReader(_ChunkReader):
 
     def _open(self) -> tuple[int, int, tuple[Directory, bytes, bytes]]:
         """Return length, descriptor and origin of the file that is named next."""
-        length, index, count = self._numbers(self._take(16))
+        length, self.index, count = self._numbers(self._take(16))
         if not 0 < count <= MAX_FILE_NAME:
             raise self._error(f"a file name of {count} bytes")
         name = self._take(count)
         if b"\0" in name or name.startswith(b"/") or b".." in name.split(b"/"):
             raise self._error(f'not a file name: "{display(name)}"')
-        directory = self.directory(index)
+        directory = self.directory(self.index)
         if (fd := directory.open_near(name)) < 0:
             raise self._error(f'"{display(name)}" is a {file_type(-fd)}, not a regular file')
         return length, fd, (directory, name, b"")
@@ -10491,7 +10506,7 @@ class LayerStream(Closing):
         with closing(work_ahead(lambda: self._hash(chunks, reader))) as parts:
             for data, index, size in parts:
                 if index >= 0:
-                    yield PassedFile(-1, size, (reader.directory(index), data[48:], data[:48]))
+                    yield PassedFile(-1, size, (reader.directory(index), data[64:], data[:64]))
                 elif size:
                     yield data
                 else:
@@ -10509,16 +10524,16 @@ class LayerStream(Closing):
                 digest.update(chunk)
                 yield chunk, -1, 1
                 continue
-            size, origin = chunk.measure(self.label), chunk.origin
+            size, origin, found = chunk.length, chunk.origin, settle(chunk.fd)
             assert origin
-            found = settle(chunk.fd)
+            if not found or int(found[48:], 16) != size:
+                chunk.measure(self.label)
             for data in read_checked(chunk.fd, size, name=origin[1]):
                 digest.update(data)
                 if not found:
                     yield data, -1, 1
             if found:
-                yield found + origin[1], next(index for index, place in reader.opened.items()
-                                              if place is origin[0]), size
+                yield found + origin[1], reader.index, size
         yield f"sha256:{digest.hexdigest()}".encode(), -1, 0
 
     def items(self, verify: bool = True) -> Generator[Item, None, None]:
@@ -10630,12 +10645,12 @@ class StreamTree(LayerTree):
         if staged := self.contents.get(node):
             return os.open(staged[1], OPEN_FILE, dir_fd=staged[0])
         directory, place = self._places[node]
-        if (fd := directory.open_near(place[48:])) < 0:
+        if (fd := directory.open_near(place[64:])) < 0:
             raise IntegrityError("another file has replaced it", name=node.path)
         return fd
 
     def recheck(self, node: Node, fd: int) -> None:
-        if node in self._places and identify(fd) != self._places[node][1][:48]:
+        if node in self._places and identify(fd) != self._places[node][1][:64]:
             raise IntegrityError("changed after it was verified", name=node.path)
 
 
@@ -10703,7 +10718,7 @@ class Staging:
                             dir_fd=self._target.fd)) as fd:
             for piece in chain((first,), pieces):
                 if isinstance(piece, Extent):
-                    why = self._copier.fill(piece.fd, piece.length, fd, piece.member.name)
+                    why = self._copier.fill(piece.fd, piece.length, fd, lambda: member.name)
                     if why:  # of a copy ours is what counts
                         piece.fd = fd
                 elif member.sparse is not None and piece.count(0) == len(piece):
