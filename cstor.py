@@ -6510,6 +6510,7 @@ class LayerTree(Closing):
     opened: list[tuple[LayerFiles, int]] | None = None  # what is open of all layers
     rootless = False  # whether overlayfs's xattrs begin with user.
     whole = False  # whether it was unpacked into a copy of the layers below, by the driver vfs
+    LARGE = 1 << 20  # bytes of tar-split, of some 16,000 entries
 
     def __init__(self, layer: Layer | None) -> None:
         if layer:
@@ -6521,19 +6522,24 @@ class LayerTree(Closing):
             b"user.overlay." if self.rootless else b"trusted.overlay.",)
         # A container sees none of these; in a user namespace there is no trusted.*.
         self.hidden = (b"trusted.",) * self.rootless + self.heeded
-        self.linked: dict[Node, list[tuple[Node, bytes]]] = {}  # by node, its further names
-        self._root: Node | None = None
         self._files: LayerFiles | None = None
         self._owners: dict[Any, Any] = {}
+        self._parts: dict[tuple[tuple[bytes, ...], ...], LayerTree] = {}  # see limited()
+        self.note = ""  # what a reader should know of it
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget what was read."""
+        self.linked: dict[Node, list[tuple[Node, bytes]]] = {}  # by node, its further names
+        self._root: Node | None = None
+        self._unheeded = False  # whether read_ahead() has left _heed() to do
         self._at: bytes | None = None  # the directory of the last entry
         self._directory: Any = None
         self._count = self._steps = self._xattrs = self._holes = 0  # against MAX_ENTRIES etc.
         self._aufs: list[tuple[Node, bytes]] = []
         self._under: dict[Node, list[Node]] = {}  # see _covered()
-        self._parts: dict[tuple[tuple[bytes, ...], ...], LayerTree] = {}  # see limited()
         self._marked: dict[Node, None] = {}  # what has xattrs that overlayfs heeds
         self._moved: list[Node] = []  # renamed directories and stubs
-        self.note = ""  # what a reader should know of it
 
     def close(self) -> None:
         """Close what content was opened through; harmless when repeated."""
@@ -6544,19 +6550,22 @@ class LayerTree(Closing):
     @property
     def root(self) -> Node:
         """The root directory.  Raises FormatError, Unsupported, NeedsUnshare."""
-        if self._root is None:
-            self._root = Node(self, None, b"", "dir")
-            self._root.implicit, self._root.mode = True, 0o555  # as containers/storage makes it
-            try:
+        if self._root is None or self._unheeded:
+            with OnError(self._clear):
                 for tree in self.below.layers[::-1] if self.whole and self.below else ():
                     assert tree.root  # not one from within the other, of hundreds
-                self._load()
+                if self._root is None:
+                    self._root = self._new_root()
+                    self._load()
+                self._unheeded = False
                 self._heed()
                 self._under.clear()
-            except BaseException:
-                self._root = None
-                raise
         return self._root
+
+    def _new_root(self) -> Node:
+        root = Node(self, None, b"", "dir")
+        root.implicit, root.mode = True, 0o555  # as containers/storage makes it
+        return root
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
         """Return a root that has at least what is at a path, and with ``below`` all below it."""
@@ -6584,6 +6593,32 @@ class LayerTree(Closing):
                 self.add(member)
             elif rows:
                 self._add_plain(rows)
+
+    def is_large(self) -> bool:
+        """Tell whether another process saves time in reading it."""
+        assert self.layer
+        with suppress(CstorError, OSError), Opened(self.layer.open_tar_split()[0]) as fd:
+            return os.fstat(fd).st_size > self.LARGE
+        return False
+
+    def read_ahead(self) -> Generator[None, None, None]:
+        """Read it in steps: another process reads the entries, and this one makes the nodes.
+
+        Nothing stays of it after an error.
+        """
+        assert self.layer
+        reader = LayerReader(self.layer)
+        with OnError(self._clear), closing(work_ahead(lambda: (
+                (member.header, member.name, member.size, member.base64) if member else (b"", rows)
+                for _, member, rows in reader.headers(PlainHeaders())), lot=64 << 10)) as items:
+            self._root = self._new_root()
+            for header, *rest in items:
+                if header:
+                    self.add(Member(header, *rest))
+                else:
+                    self._add_plain(*rest)
+                yield
+            self._unheeded = True
 
     def _add_plain(self, rows: list[PlainRow]) -> None:
         """Enter the members that PlainHeaders read, as add() does."""
@@ -7454,6 +7489,24 @@ class Tree(Closing):
 
     # -- walking -------------------------------------------------------------------------------
 
+    def read_ahead(self) -> None:
+        """Read several large layers at once where there are processors for it.
+
+        An error is left to who uses its layer, which is read again then.
+        """
+        unread = [tree for tree in self.layers if tree.unread] if default_workers() > 1 else []
+        large = [tree for tree in unread[1:] and unread if tree.is_large()]
+        running = [tree.read_ahead() for tree in large[1:] and large]
+        with ExitStack() as stack:
+            for steps in running:
+                stack.callback(steps.close)
+            while running:
+                for steps in running[-MAX_WORKERS:]:  # from the base on
+                    with suppress(Exception):
+                        next(steps)
+                        continue
+                    running.remove(steps)
+
     def walk(self, path: bytes = b"") -> Iterator[tuple[bytes, Node, bytes | None]]:
         """Yield (path, node, first name) of ``path`` and all below it, sorted, depth first.
 
@@ -7461,6 +7514,8 @@ class Tree(Closing):
         """
         check_type("path", path, bytes)
         path = clean_name(path)
+        if not path:
+            self.read_ahead()
         nodes = self._find(path.split(b"/") if path else [], top=False)
         if not nodes:
             return
@@ -7900,6 +7955,7 @@ def layer_toc(layer: Layer, *, digests: bool = False, progress: Progress | None 
 def tree_toc(tree: Tree, *, digests: bool = False, progress: Progress | None = None
              ) -> Iterator[dict[str, Any]]:
     """Yield the entries of a merged tree's TOC, sorted; the root only if a layer has it."""
+    tree.read_ahead()
     linked = any(layer.root and layer.linked for layer in tree.layers)
     seen = Counter(node for _, node, _ in (tree.walk() if linked else ())
                    if node in node.tree.linked)
@@ -8803,17 +8859,18 @@ def stop_workers(workers: dict[int, BinaryIO], number: int) -> None:
         wait_for(pid)
 
 
-def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False
+def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False, lot: int = CHUNK
                ) -> Generator[Any, None, None]:
     """Yield what ``work`` returns, made by another process while this one uses it.
 
-    Items are tuples of plain data, bytes or a list first.  Errors are raised here, also when the
-    process is killed; with ``again`` this process does the work again to find them.
+    Items are tuples of plain data, bytes or a list first, and come in lots of some ``lot`` bytes.
+    Errors are raised here, also when the process is killed; with ``again`` this process does the
+    work again to find them.
     """
     def send(fd: int) -> Iterator[None]:
         """Send lists of items, each behind its length, until a length of 0."""
         batch: list[Any] = []
-        room = CHUNK
+        room = lot
         widen_pipe(fd)
         try:
             for item in work():
@@ -8821,7 +8878,7 @@ def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False
                 room -= (4 << 10) + len(item[0]) * (1 if isinstance(item[0], bytes) else 256)
                 if room < 0:
                     flush(fd, batch)
-                    room = CHUNK
+                    room = lot
                     yield
         finally:
             flush(fd, batch)

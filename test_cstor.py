@@ -5656,6 +5656,208 @@ def settle(store: StoreBuilder) -> None:
                 os.utime(path, (info.mtime, info.mtime), follow_symlinks=False)
 
 
+class ReadingAhead(TreeTest):
+    """Layers that are read by several processes give what one process gives."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def several(ahead: bool = True, large: int = -1, **patches: Any) -> Iterator[list[int]]:
+        """Read layers of ``large`` bytes ahead; yield a list of a 1 for each process."""
+        fork, forked = os.fork, []
+
+        def counted() -> int:
+            forked.append(1)
+            return fork()
+
+        with mock.patch.object(cstor.LayerTree, "LARGE", large), \
+                mock.patch.object(cstor, "default_workers", lambda: 1 + ahead), \
+                mock.patch.multiple(os, **{"fork": counted, **patches}):
+            yield forked
+
+    def same(self, make: Callable[[], cstor.Tree]) -> int:
+        """Compare what both ways of reading give; return how many processes read layers."""
+        found, count = [], 0
+        for ahead in (False, True):
+            with self.several(ahead) as forked, make() as tree:
+                first, count = tree_facts(tree), len(forked)
+                found.append([first, tree_facts(tree)])
+            self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+        self.assertEqual(*found)
+        return count
+
+    def image(self, *tars: bytes) -> StoreBuilder:
+        """Return a store with an image of layers that have only headers."""
+        store, layer = StoreBuilder(tempfile.mkdtemp(dir=self.dir)), ""
+        for number, tar in enumerate(tars):
+            layer = store.layer(b"", layer, id=f"{number:064x}")
+            rows = []
+            for literal, member, content in cstor.read_stream([tar], "tar"):
+                rows.append(segment(literal))
+                if member:
+                    data = b"".join(cstor.LayerTree(None).expand(member, content))
+                    rows.append(content_row(member.name, data))
+            store.rows(layer, rows)
+            store.layers[-1].update({"diff-digest": sha256(tar), "diff-size": len(tar)})
+        store.image(layer, "localhost/t:latest")
+        return store.save()
+
+    def test_every_kind_of_image(self) -> None:
+        rng = random.Random(15)
+        images = [[members(random_layer(rng, False)) + END for _ in range(rng.randint(2, 4))]
+                  for _ in range(100)]
+        images += [[data + END for data in tars] for _, tars in stacks()]
+        images += [[PlainEntries.USUAL + END, data, PlainEntries.USUAL + PlainEntries.ODD + END]
+                   for _, data in odd_tars()]
+        counts: collections.Counter[int] = collections.Counter()
+        for tars in sample(images):
+            with contextlib.suppress(cstor.CstorError):  # no tar, and so no layer
+                store = self.image(*tars)
+                with cstor.Storage.open(store.root) as storage, \
+                        self.subTest(tars=[tar[:40] for tar in tars]):
+                    counts[self.same(storage.image("t").tree) - len(tars)] += 1
+                remove(store.root)
+        self.assertGreater(counts[0], 40, counts)
+
+    def test_the_same_with_any_damage(self) -> None:
+        tars = [PlainEntries.USUAL + END, PlainEntries.USUAL + PlainEntries.ODD + END,
+                members("d/ d/z=1 q=2") + END]
+        store = self.image(*tars)
+        for number in range(3):
+            path = store.path(f"overlay-layers/{number:064x}.tar-split.gz")
+            good = read_bytes(path)
+            lines = gzip.decompress(good).splitlines(keepends=True)
+            cut = [gzip.compress(b"".join([*lines[:at], line, *lines[at + 1:]]))
+                   for at in (0, 3, len(lines) - 1)
+                   for line in (b"", b"x\n", lines[at][:-2], lines[at] * 2)]
+            for data in (good, good[:-9], b"", b"garbage", *cut):
+                put(path, data)
+                with self.subTest(number=number, data=data[:20]), \
+                        cstor.Storage.open(store.root) as storage:
+                    self.assertEqual(3, self.same(storage.image("t").tree))
+            os.unlink(path)
+            with cstor.Storage.open(store.root) as storage:
+                self.assertEqual(2, self.same(storage.image("t").tree))
+            put(path, good)
+
+    def test_nothing_is_kept_of_an_error(self) -> None:
+        """What reads a layer again finds what the first one found, by a limit, too."""
+        store = self.image(*[b"".join(entry(b"%d%d" % (layer, i)) for i in range(60)) + END
+                             for layer in range(2)])
+        for most in (59, 60, 119):
+            with mock.patch.object(cstor, "MAX_ENTRIES", most), \
+                    cstor.Storage.open(store.root) as storage, storage.image("t").tree() as tree, \
+                    self.several() as forked:
+                for _ in range(3):
+                    facts = tree_facts(tree)
+                    self.assertEqual(most < 60, "more than 59 entries" in str(facts))
+                self.assertEqual(2 * (3 if most < 60 else 1), len(forked))
+
+    def test_a_process_that_dies_or_cannot_be_made(self) -> None:
+        # Their headers fit into no pipe.
+        store = self.image(*[b"".join(
+            pax({b"comment": b"c" * 2000}) + entry(b"%d/%d" % (layer, i)) for i in range(600)) + END
+            for layer in range(3)])
+        fork = os.fork
+
+        def dies(seconds: float) -> int:
+            if pid := fork():
+                time.sleep(seconds)
+                os.kill(pid, signal.SIGKILL)
+            return pid
+
+        def fails() -> int:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        with cstor.Storage.open(store.root) as storage:
+            with self.several(False), storage.image("t").tree() as tree:
+                wanted = tree_facts(tree)
+            self.assertEqual(1804, len(wanted[0]))
+            for call in (lambda: dies(0), lambda: dies(0.3), fails):
+                with self.several(fork=mock.Mock(side_effect=call)), \
+                        storage.image("t").tree() as tree:
+                    tree.read_ahead()
+                    self.assertEqual([call is not fails] * 3,
+                                     [layer.unread for layer in tree.layers])
+                    self.assertEqual(wanted, tree_facts(tree))
+                self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+
+    def test_signals(self) -> None:
+        """SIGINT ends all processes, and SIGKILL all that cannot write any more."""
+        store = self.image(*[PlainEntries.USUAL + END] * 3)
+        headers = cstor.LayerReader.headers
+
+        def interrupts(reader: Any, *args: Any) -> Iterator[Any]:
+            yield from headers(reader, *args)
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(60)
+
+        with self.several() as forked, cstor.Storage.open(store.root) as storage, \
+                storage.image("t").tree() as tree:
+            with mock.patch.object(cstor.LayerReader, "headers", interrupts), \
+                    self.assertRaises(KeyboardInterrupt):
+                tree.read_ahead()
+            self.assertRaises(ChildProcessError, os.waitpid, -1, os.WNOHANG)
+            self.assertTrue(forked)
+            self.assertTrue(all(layer.unread for layer in tree.layers))
+            read, write = os.pipe()
+            if not (pid := os.fork()):
+                with mock.patch.object(cstor.LayerReader, "headers", lambda *args: itertools.chain(
+                        *(headers(*args) for _ in range(10_000)))), mock.patch.object(
+                        cstor.LayerTree, "_add_plain", lambda *_: os.kill(os.getpid(), 9)):
+                    tree.read_ahead()
+            os.close(write)
+            self.assertEqual(signal.SIGKILL, os.waitpid(pid, 0)[1])
+            with open(read, "rb") as pipe:  # the processes of the killed one had it open, too
+                self.assertTrue(select.select([pipe], [], [], 20)[0])
+                self.assertEqual(b"", pipe.read())
+
+    def test_when_no_process_is_made(self) -> None:
+        """Of small layers, beside threads, of a single layer, and to look a file up."""
+        store = self.image(*[PlainEntries.USUAL + END] * 2)
+        with cstor.Storage.open(store.root) as storage:
+            with storage.image("t").tree() as tree, self.several(large=cstor.LayerTree.LARGE) as no:
+                self.assertGreater(len(tree_facts(tree)), 1)
+            with storage.image("t").tree() as tree, self.several() as nor:
+                tree.layers.pop()
+                self.assertGreater(len(tree_facts(tree)), 1)
+            with storage.image("t").tree() as tree, self.several() as neither:
+                self.assertEqual(b"d/a", tree.look_up(b"d/a", True)[0])
+            done = threading.Event()
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            workers = cstor.default_workers
+            with storage.image("t").tree() as tree, self.several() as none, \
+                    mock.patch.object(cstor, "default_workers", workers):
+                self.assertGreater(len(tree_facts(tree)), 1)
+            done.set()
+            thread.join()
+        self.assertEqual([[]] * 4, [no, nor, neither, none])
+
+    def test_commands(self) -> None:
+        store = self.image(*[PlainEntries.USUAL + END] * 2)
+        for words in ("toc t", "files -l t", "blame t", "blame --hidden t"):
+            with self.subTest(words):
+                found = []
+                for ahead in (False, True):
+                    with self.several(ahead) as forked:
+                        found.append(self.call("image", *words.split(), "--root", store.root))
+                self.assertEqual(0, found[0][0])
+                self.assertEqual(*found)
+                self.assertEqual(2, len(forked))
+
+
+def tree_facts(tree: cstor.Tree) -> list[Any]:
+    """Return all that a tree tells, or the error."""
+    try:
+        rows = [(path, first, node.opaque, *node_facts((path, node)))
+                for path, node, first in tree.walk()]
+        return [rows, list(cstor.tree_toc(tree)), tree.notes(), [
+            [layer._count, sorted(path for path, *_ in cstor.Tree([layer], raw=True).walk())]
+            for layer in tree.layers]]
+    except cstor.CstorError as error:
+        return [type(error), str(error), vars(error)]
+
+
 class SingleFiles(TreeTest):
     """Files that are found without reading the layers."""
 
@@ -18827,6 +19029,22 @@ class RealStores(unittest.TestCase):
             for container in storage.containers():
                 if not container.state.get("rootfs"):
                     yield name, container
+
+    def test_layers_that_are_read_ahead(self) -> None:
+        forks = 0
+        for name, thing in self.things():
+            found = []
+            for ahead in (False, True):
+                with ReadingAhead.several(ahead) as forked:
+                    try:
+                        with thing.tree() as tree:
+                            found.append(tree_facts(tree))
+                    except cstor.CstorError as error:
+                        found.append([str(error)])
+            with self.subTest(store=name, title=thing.title):
+                self.assertEqual(*found)
+            forks += len(forked)
+        self.assertGreater(forks, 10)
 
     def test_what_podman_5_says_of_containers(self) -> None:
         """As podman 5.4.2 printed it of these stores."""
