@@ -2411,7 +2411,10 @@ class _ConfigSearch:
         data, run = self.system("var/lib"), self.system("run/containers/storage")
         if self.rootless:
             data = self.environ.get("XDG_DATA_HOME") or os.path.join(self.home, ".local/share")
-            run = self._rootless_runroot()
+            run = self.system(f"run/user/{self.uid}")
+            if not os.path.isdir(run):
+                run = os.path.join(self.environ.get("TMPDIR") or "/tmp", f"storage-run-{self.uid}")
+            run = os.path.join(self.environ.get("XDG_RUNTIME_DIR") or run, "containers")
         config.graphroot = (
             self.environ.get("CONTAINERS_GRAPHROOT") or self._path(values, "graphroot")
             or self.rootless and self._path(values, "rootless_storage_path")
@@ -2464,12 +2467,6 @@ class _ConfigSearch:
             raise FormatError(f"{key} is not an absolute path: {display(path)}",
                               file=self._sources["storage." + key])
         return os.path.realpath(path) if path and os.path.exists(path) else path
-
-    def _rootless_runroot(self) -> str:
-        runtime = self.system(f"run/user/{self.uid}")
-        if not os.path.isdir(runtime):
-            runtime = os.path.join(self.environ.get("TMPDIR") or "/tmp", f"storage-run-{self.uid}")
-        return os.path.join(self.environ.get("XDG_RUNTIME_DIR") or runtime, "containers")
 
 
 def sub_ids(uid: int, file: str = "/etc/subuid") -> list[tuple[int, int]]:
@@ -3486,13 +3483,12 @@ class Image(Record):
         """
         data = sum(size for size in self._sizes.values() if isinstance(size, int)
                    and 0 <= size < 1 << 63)
-        try:
+        with suppress(CstorError):
             chain = self.storage.chain(self.layer)
-        except CstorError:
-            return data
-        if any(layer.lost and layer.diff_size < 0 for layer in chain):
-            return -1
-        return data + sum(max(layer.diff_size, 0) for layer in chain)
+            if any(layer.lost and layer.diff_size < 0 for layer in chain):
+                return -1
+            data += sum(max(layer.diff_size, 0) for layer in chain)
+        return data
 
     def history(self) -> list[dict[str, Any]]:
         """Return the history, oldest first, with ``layer`` and ``size`` for entries that made one.
@@ -3634,10 +3630,9 @@ class Container(Record):
         -1 = unknown.  ``known`` keeps the sizes of layers by ID, for other containers.
         """
         known = {} if known is None else known
-        try:
+        layers: tuple[Layer, ...] = ()
+        with suppress(CstorError):
             layers = self.storage.chain(self.layer)
-        except CstorError:
-            layers = ()
         for layer, below in zip(layers, (None, *layers)):
             if layer.id not in known:
                 known[layer.id] = -1
@@ -4097,10 +4092,9 @@ class Storage(Closing):
     def owner(self) -> tuple[int, int]:
         """User and group ID of the user who writes the records."""
         root = self._graph or self.roots[0]
-        try:
+        status = os.fstat(root.fd)
+        with suppress(OSError):
             status = Directory.lstat(root, self.home("layer") + b"/layers.json")  # the helper, too
-        except OSError:
-            status = os.fstat(root.fd)
         return status.st_uid, status.st_gid
 
     @property
@@ -4701,7 +4695,7 @@ def _one(storage: Storage, new: type[R], found: Sequence[R], reference: str,
 
 UNKNOWN: dict[type[Record], type[NotFound]] = {
     Image: ImageUnknown, Layer: LayerUnknown, Container: ContainerUnknown}
-FINDERS = {"image": find_image, "container": find_container, "layer": find_layer}
+FINDERS: dict[str, Any] = {"image": find_image, "container": find_container, "layer": find_layer}
 
 
 def did_you_mean(text: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -4718,8 +4712,7 @@ def short_names(name: str) -> list[str]:
 
 def guess(storage: Storage, kind: str, reference: str) -> str:
     """Return what an unknown reference may mean, as a hint: another kind, or a near name."""
-    finders: Any = FINDERS
-    for word, find in finders.items():
+    for word, find in FINDERS.items():
         with suppress(CstorError, OSError):
             if word != kind and len(reference) > 2 and find(storage, reference):
                 what = f"it is {'an' if word == 'image' else 'a'} {word}: "
@@ -9642,12 +9635,11 @@ def is_strict(manifest: dict[str, Any]) -> bool:
     if type(manifest.get("schemaVersion")) is not int or manifest["schemaVersion"] != 2 \
             or not isinstance(entries, list) or other in manifest:
         return False
-    try:
+    with suppress(FormatError):
         compact_json(manifest)  # Python's parser accepts NaN, which is not JSON
-    except FormatError:
-        return False
-    return all(map(has_right_types, (
-        manifest, *entries, *[manifest.get("config")] * (kind == "layers"))))
+        return all(map(has_right_types, (
+            manifest, *entries, *[manifest.get("config")] * (kind == "layers"))))
+    return False
 
 
 def has_right_types(entry: Any) -> bool:
@@ -12876,11 +12868,10 @@ class ProxiedStorage(Storage):
 def serve_contents(roots: Sequence[str]) -> int:
     """Answer on stdin what Helper asks, until the other end closes; return the exit status."""
     connection = say_hello(roots=[spell(os.fsencode(root)) for root in roots])
-    try:
+    with suppress(ProtocolError):  # nobody is there any more, or it is not a Helper
         ContentServer(connection, roots).run()
-    except ProtocolError:  # nobody is there any more, or it is not a Helper
-        return 1
-    return 0
+        return 0
+    return 1
 
 
 class ContentServer(Dispatcher):
@@ -15455,8 +15446,7 @@ def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform
     if re.fullmatch(PATH_SIDE, text, re.DOTALL):
         return None
     kind, _, rest = text.partition(":")
-    finders: Any = FINDERS
-    for word, find in finders.items():
+    for word, find in FINDERS.items():
         options: Any = {"platform": platform} if word == "image" else {}
         for reference in [text] + [rest] * (word == kind and bool(rest)):
             try:
