@@ -28,15 +28,7 @@ Its classes, and what one does with them (``pydoc cstor.Storage`` shows all of o
     RpcServer   serve; RpcClient, ProxyV2Client and VarlinkClient: images layers layer; a Registry
                 is given out by a RegistryServer: serve
 
-As a command::
-
-    cstor.py image list
-    cstor.py image layers alpine
-    cstor.py layer export 3c42d5a -o layer.tar
-    cstor.py image extract alpine /srv/alpine
-    cstor.py --root /mnt/disk/containers/storage layer list --format json
-    cstor.py container list
-    ssh HOST python3 - image list --format json < cstor.py
+As a command: ``cstor.py image extract alpine /srv/alpine``; ``cstor.py help`` lists all commands.
 
 It never writes to a store: it creates no lock file, no directory and no database side file there,
 and changes no owner, mode or time (but for the atime that the kernel itself notes of a reading,
@@ -602,7 +594,6 @@ class ObjectStream:
             return value
 
     def error(self, message: str) -> FormatError:
-        """Return an error at the present place."""
         return FormatError(message, file=self.file, offset=self._offset + self._at)
 
 
@@ -1075,10 +1066,7 @@ def read_whole(fd: int, limit: int, path: str) -> bytes:
 
 
 def input_size(path: str) -> int:
-    """Return the size of a file of the host, 0 for a pipe and the like; "-" is stdin.
-
-    Raises NotFound where there is none.
-    """
+    """Return the size of a host file, 0 for a pipe or the like; "-" is stdin.  Raises NotFound."""
     if path != "-" and not os.path.exists(path):
         if not has_proc() and os.path.realpath(path).startswith("/proc/"):
             os.stat(path)
@@ -1535,7 +1523,6 @@ class Scratch(Target):
                     super().close()
 
     def close(self) -> None:
-        """Remove the directory; harmless when repeated."""
         if self.fd >= 0:
             with SignalsHeld():
                 remove_failed(self, self.path)
@@ -1835,7 +1822,6 @@ class Decompressed(Closing):
             self._reader = self._open()
 
     def close(self) -> None:
-        """Close the file and what reads it."""
         self._reader.close()
         self._raw.close()
 
@@ -1959,7 +1945,6 @@ class ZstdProgram(Closing):
         self._program.kill()
 
     def close(self) -> None:
-        """End the program; harmless when repeated."""
         self.kill()
         self._program.wait()
         for file in (self._source, self._sink, self._program.stderr):
@@ -2070,7 +2055,6 @@ class GzipWriter(Closing):
         self.close()
 
     def close(self) -> None:
-        """End the threads; harmless when repeated."""
         self._threads.close()
 
 
@@ -2087,24 +2071,20 @@ class ZstdWriter(Closing):
             self._program = ZstdProgram("-c", f"-{level}", "-T0")
 
     def write(self, data: bytes | memoryview) -> int:
-        """Take uncompressed bytes."""
         for part in self._program.feed(data) if self._program \
                 else (self._compressor.compress(data),):
             self._write(part)
         return len(data)
 
     def abort(self) -> None:
-        """Let nothing wait for the program any more."""
         if self._program:
             self._program.kill()
 
     def finish(self) -> None:
-        """Write what is left."""
         for part in self._program.finish() if self._program else (self._compressor.flush(),):
             self._write(part)
 
     def close(self) -> None:
-        """End the program; harmless when repeated."""
         if self._program:
             self._program.close()
 
@@ -2651,7 +2631,6 @@ class Toml:
         table[last], self._places[id(table), last] = value, start
 
     def _keys(self) -> list[str]:
-        """Read a key, dotted or not."""
         parts: list[str] = []
         while not parts or self._match("[.]"):
             self._match(self.SPACE)
@@ -3110,9 +3089,8 @@ class Layer(Record):
     def additional(self) -> Contents | None:
         """Open the files that an additional layer store has of it; None when they are our own.
 
-        The storage names the place, so that it is opened below a configured store only.  Nothing
-        else is touched there: looking at ``use`` would take and release the layer.  Raises
-        Unsupported.
+        The storage names the place, so it is opened below a configured store only, and nothing else
+        is touched there: looking at ``use`` would take and release the layer.  Raises Unsupported.
         """
         root, path = self.overlay_file(b"additionallayer")
         if root is None:
@@ -3141,10 +3119,7 @@ class Layer(Record):
         return self.path()[:-1] + TAR_SPLIT
 
     def open_tar_split(self) -> tuple[int, str]:
-        """Open its tar-split file; return (descriptor, host path).
-
-        Raises Unsupported with the reason when there is none.
-        """
+        """Open its tar-split file; return (descriptor, host path).  Unsupported says why not."""
         fd, path = self.storage.open_first(self.tar_split, self.root)
         if fd >= 0:
             return fd, path
@@ -3477,10 +3452,7 @@ class Image(Record):
 
     @property
     def size(self) -> int:
-        """Bytes as ``podman images`` counts them: all layers uncompressed, and the big data.
-
-        -1 when the sizes of layers were lost.
-        """
+        """Bytes as ``podman images`` counts: layers uncompressed, big data; -1 if unknown."""
         data = sum(size for size in self._sizes.values() if isinstance(size, int)
                    and 0 <= size < 1 << 63)
         with suppress(CstorError):
@@ -3565,8 +3537,7 @@ class Image(Record):
 class Container(Record):
     """One container, a record of containers.json; see Storage.container().
 
-    ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs; ``uidmap`` and ``gidmap`` as of a
-    Layer.
+    ``image`` ("" for ``podman --rootfs``) and ``layer`` are IDs; ``uidmap``, ``gidmap``: see Layer.
     """
 
     WORD = "container"
@@ -3812,7 +3783,6 @@ class Contents(Directory):
 
     @property
     def opener(self) -> Opener:
-        """What opens the files."""
         return self.storage.opener if self.storage else Opener()
 
     def _ask(self, action: Callable[[bytes], T], name: bytes, ask: Callable[[Any], Any]) -> T:
@@ -4291,8 +4261,7 @@ class Storage(Closing):
     def resolve_link(self, link: str) -> str:
         """Return the ID of the layer whose short link in overlay/l is ``link``.
 
-        A link that was lost (in a crash, say) is found in the layers' own ``link`` files.  Raises
-        LayerUnknown.
+        One that a crash has lost is found in the layers' own ``link`` files.  Raises LayerUnknown.
         """
         check_type("link", link, str)
         if re.fullmatch(LINK_ID, link) and self.driver == "overlay":
@@ -4650,8 +4619,7 @@ def _by_prefix(records: Sequence[R], text: str) -> list[R]:
 def find_layer(storage: Storage, reference: str) -> Layer:
     """Return the layer of an ID, a name, a short link, a digest or the start of an ID or digest.
 
-    Raises LayerUnknown, Ambiguous.  Of layers with one diff-digest, copies for other user IDs are
-    passed over.
+    Raises LayerUnknown, Ambiguous.  Of one diff-digest, copies for other user IDs are passed over.
     """
     if storage.salvage and ":" in reference:
         storage.images()  # computes DiffIDs
@@ -5130,10 +5098,7 @@ class Member:
 
     @classmethod
     def parse(cls, header: bytes) -> Member:
-        """Make a member from its header blocks in a tar.
-
-        Its ``checksum`` is None, since only tar-split has one.
-        """
+        """Make a member from its header blocks in a tar; only tar-split knows a ``checksum``."""
         block, _, pax, gnu = scan_header(header)
         found = parse_number(block[SIZE_AT]) if block is header and block[TYPE_AT] == 0x30 else -1
         member = cls(header, gnu.get(b"L") or pax.get(b"path") or name_in_block(block),
@@ -5266,10 +5231,7 @@ def name_in_block(block: bytes) -> bytes:
 
 @lru_cache(1)  # a stream's headers are checked before anything else is read of them
 def check_sum(block: bytes) -> None:
-    """Raise FormatError unless a header block's checksum is right.
-
-    Old tars of Sun and NeXT are the sum of signed bytes.
-    """
+    """Raise FormatError unless a block's checksum is right; old Suns and NeXT sum signed bytes."""
     stored = parse_number(block[148:156])
     # The low half of adler32 is 1 + the sum of up to 256 bytes, and much faster than sum().
     unsigned = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2 \
@@ -5547,8 +5509,7 @@ SPARSE_CONVENTIONS = ((4096, True), (512, False), (4096, False), (512, True))
 class Extent:
     """``length`` bytes at ``offset`` of the open file ``fd``: content of ``member``.
 
-    Valid until the next piece is read: the descriptor is closed then.  ``origin`` is as that of a
-    PassedFile.
+    Valid until the next piece is read: ``fd`` is closed then.  ``origin`` is that of a PassedFile.
     """
 
     __slots__ = ("fd", "offset", "length", "member", "origin")
@@ -5921,8 +5882,7 @@ class PassedFile:
 
     ``length`` is the size that the sender told, or -1; ``origin`` is (directory, name in it, what
     settle() returned before it was read or b"") where the file can be opened again.  ``fd`` is -1
-    if another process has read it.  Valid until the next chunk is read: its maker closes the
-    descriptor then.
+    if another process has read it.  Valid until the next chunk is read, when its maker closes it.
     """
 
     __slots__ = ("fd", "length", "origin")
@@ -5942,10 +5902,7 @@ class PassedFile:
 
 
 def check_passed(fd: int) -> int:
-    """Return the size of a file that a peer passed.
-
-    Raises ProtocolError (FD_ERROR) unless it is a regular file that is open for reading.
-    """
+    """Return the size of a passed file; ProtocolError unless it is regular and open for reading."""
     status, flags = os.fstat(fd), fcntl.fcntl(fd, fcntl.F_GETFL)
     if not stat.S_ISREG(status.st_mode):
         raise ProtocolError(f"a {file_type(status.st_mode)} was passed, not a regular file",
@@ -6081,7 +6038,6 @@ class TarSource:
         raise self._error(f'the tar is cut off inside "{display(member.name)}"')
 
     def _content(self, member: Member) -> Iterator[bytes | Extent]:
-        """Yield what is stored of a member."""
         left = member.stored
         if self._at == len(self._data) and self._fill() and self._passed and member.sparse is None:
             passed, self._passed = self._passed, None
@@ -8205,7 +8161,6 @@ class TarEntry(Member):
         return len(self.header) + 2 * len(self.name) + 700
 
     def summary(self) -> dict[str, Any]:
-        """Return size and digest of the content."""
         return {"size": self.done, "sha256": self.digest.hex() or sha256_digest(b"")[7:]}
 
 
@@ -8227,7 +8182,6 @@ class TarSide(TarSource, Closing):
         self._other, self._parsed = other, (b"", (b"", b"", 0))  # the last header, its outline
 
     def close(self) -> None:
-        """Close the file."""
         self._reader.close()
 
     def next_entry(self) -> TarEntry:
@@ -8302,7 +8256,6 @@ class _TarDiff:
         self.room = MAX_UNPAIRED
 
     def rows(self, progress: Progress | None) -> Iterator[dict[str, Any]]:
-        """Yield the rows of diff_tars()."""
         while not all(side.trailer for side in self.sides):
             a, b = pair = [None if side.trailer else side.next_entry() for side in self.sides]
             same = not self.first
@@ -8492,10 +8445,7 @@ def header_blocks(header: bytes) -> Iterator[tuple[int, str, bytes, bytes]]:
 
 
 def read_outline(header: bytes) -> tuple[bytes, bytes, int]:
-    """Return the name of an entry, what it is paired by, and the size of its content.
-
-    The size is -1 where it is malformed.
-    """
+    """Return an entry's name, what it is paired by, and its content's size, -1 if malformed."""
     pax: dict[bytes, bytes] = {}
     name, block = b"", header
     for _, kind, head, data in header_blocks(header) if len(header) > BLOCK else ():
@@ -8681,8 +8631,7 @@ def source_date_epoch() -> int:
 class OwnerMap:
     """Shifts owners: ranges (first ID inside, first ID outside, count), for users and groups.
 
-    ``ranges`` are texts INSIDE:OUTSIDE:COUNT, with u: or g: in front to shift only users or groups.
-    Raises ValueError.
+    ``ranges`` are [u:|g:]INSIDE:OUTSIDE:COUNT: for users, groups, or both.  Raises ValueError.
     """
 
     def __init__(self, ranges: Sequence[str]) -> None:
@@ -9142,7 +9091,6 @@ class Extraction:
             self._refuse(why, node)
 
     def _refuse(self, why: str, node: Node) -> None:
-        """Count a content that is not shared."""
         self.counts["refused files", why] += 1
         self.counts["refused bytes", why] += node.size
 
@@ -9655,10 +9603,7 @@ def has_right_types(entry: Any) -> bool:
 
 
 def oci_index(image: Image, blobs: Sequence[dict[str, Any] | None]) -> bytes:
-    """Return the index of a manifest list, as oci_manifest(); ``blobs`` describe its instances.
-
-    None stands for one that is left out.
-    """
+    """Return the index of a manifest list, as oci_manifest(), of ``blobs``; None = left out."""
     data, manifests = image.list_bytes(), list(filter(None, blobs))
     stored = parse_json(data, "manifest list")
     kept: dict[str, Any] = {}
@@ -10185,7 +10130,6 @@ class FetchedImage(Closing):
         return read_whole(self._open(entry), MAX_BIG_DATA, f"{self.reference}: {what}")
 
     def _open(self, entry: dict[str, Any]) -> int:
-        """Open a blob, whose digest is right."""
         try:
             return open_blob(self._layout, entry["digest"], entry["size"])
         except FileNotFoundError:
@@ -10524,8 +10468,7 @@ class LayerStream(Closing):
     def expect(self, reference: str) -> LayerStream:
         """Ask for the tar of a digest, if ``reference`` is one; return the stream itself.
 
-        Raises IntegrityError, also where it is the digest of a compressed blob: what is sent cannot
-        be compared with it.
+        Raises IntegrityError, also where it is that of a compressed blob, which cannot be compared.
         """
         if re.fullmatch("sha256:" + HEX64, reference):
             if self.digest not in ("", reference):
@@ -10987,10 +10930,7 @@ SHUT_RD, SHUT_WR, SHUT_RDWR = 0, 1, 2  # shutdown(2)
 
 
 class Message(Closing):
-    """One message of a peer: ``value`` is the object, ``fds`` the descriptors, owned until taken.
-
-    A context manager that closes what was not taken.
-    """
+    """One message of a peer: the object ``value``, and ``fds``; close() closes those not taken."""
 
     def __init__(self, value: dict[str, Any], fds: list[int]) -> None:
         self.value, self.fds = value, fds
@@ -11031,7 +10971,6 @@ class Connection(Closing):
         sock.settimeout(None)  # no call blocks: MSG_DONTWAIT
 
     def close(self) -> None:
-        """Close the socket and the descriptors that were not taken; harmless when repeated."""
         self.socket.close()
         while self._fds:
             os.close(self._fds.pop()[1])
@@ -11622,10 +11561,7 @@ class ClientServer:
             os.write(self._waker, b"\0")
 
     def serve(self, listener: socket.socket) -> None:
-        """Accept clients until stop(); then let each finish its request, for ``grace`` seconds.
-
-        The listener is closed then.
-        """
+        """Accept clients until stop(); then close, and give each ``grace`` seconds to finish."""
         listener.setblocking(False)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
@@ -12497,8 +12433,7 @@ class Unshared(Caller):
 
     It calls ``function`` of this module with ``words``, which says hello and then speaks over
     ``connection``, its stdin.  A context manager; owns the process, which may take ``grace``
-    seconds to end.  Raises NeedsUnshare, with the words of newuidmap or podman, when it does not
-    start.
+    seconds to end.  Raises NeedsUnshare in the words of newuidmap or podman.
     """
 
     def __init__(self, function: str, words: Sequence[str], grace: float = 2) -> None:
@@ -12665,8 +12600,7 @@ def take_over() -> Connection:
 class Helper(Unshared):
     """Opens files below ``roots`` that this user may not open; ContentServer is the other end.
 
-    Threads and forked processes share it: each waits for its turn.  Raises CstorError when the
-    helper has ended.
+    Threads and forked processes share it, in turns.  Raises CstorError when the helper has ended.
     """
 
     is_broken = False  # whether an answer was not read to its end, so that no other can be read
@@ -13515,7 +13449,6 @@ class StoreCheck:
         self.found.append(Finding(code, what, path, expected, actual, message, size=size))
 
     def run(self) -> list[Finding]:
-        """Return all findings."""
         storage = self.storage
         layers, images, containers = map(self._records, (Layer, Image, Container))
         if "layer" in self.known:
@@ -13732,7 +13665,6 @@ class StoreCheck:
     # -- what no record names ------------------------------------------------------------------
 
     def _strays(self) -> None:
-        """Look for files that no record names."""
         storage = self.storage
         strays: dict[str, list[tuple[Contents, bytes]]] = {}
         for root in storage._own:  # the containers of other stores are not known here
@@ -15440,8 +15372,7 @@ def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform
               ) -> Tree | None:
     """Return the tree of one side of a comparison, None for a path of the host.
 
-    An image, container or layer is looked up in this order, unless a prefix such as ``image:``
-    tells the kind.
+    An image, container or layer is looked up in this order, unless ``image:``, say, tells the kind.
     """
     if re.fullmatch(PATH_SIDE, text, re.DOTALL):
         return None
@@ -15901,7 +15832,6 @@ class Headings(Fields):
     """The names of columns: a field in words, unless it is listed."""
 
     def find(self, name: str) -> Any:
-        """Return the heading for a field."""
         return self.get(name) or re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ",
                                         name).upper()
 
