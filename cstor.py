@@ -5375,19 +5375,14 @@ def header_parts(take: Callable[[int], bytes],
             if 0 <= length <= MAX_SPECIAL and total <= MAX_HEADERS:
                 data, padding = take(length), take(-length % BLOCK)
         elif flag == b"S" and block[482]:
-            data = take_sparse_blocks(take)
+            blocks = [take(BLOCK)]
+            while blocks[-1][504:505].strip(b"\0") and len(blocks) < MAX_HEADERS // BLOCK:
+                blocks.append(take(BLOCK))
+            data = b"".join(blocks)
         parts.append((flag, block, data, padding))
         if flag not in SPECIALS or data is None:
             return parts, b""
     return parts, block
-
-
-def take_sparse_blocks(take: Callable[[int], bytes]) -> bytes:
-    """Take the blocks that continue the sparse map of GNU tar's old format."""
-    parts = [take(BLOCK)]
-    while parts[-1][504:505].strip(b"\0") and len(parts) < MAX_HEADERS // BLOCK:
-        parts.append(take(BLOCK))
-    return b"".join(parts)
 
 
 def read_sparse_map(take: Callable[[int], bytes]) -> tuple[list[tuple[int, int]], int]:
