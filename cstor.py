@@ -2762,7 +2762,7 @@ class Record:
     ``record`` is the JSON object as stored; ``root`` the Directory that holds it; ``faults`` what
     is wrong with it, in words.  ``id``, ``names``, ``created`` (RFC 3339), ``metadata``,
     ``big_data_names``, ``flags``, ``volatile`` and ``readonly`` (of an additional store); ``lost``
-    for a record that was lost: this one holds what Salvage found; and the ``storage``.
+    for a record that was lost, with what Salvage found; ``label``, kind and ID; the ``storage``.
     """
 
     WORD = ""
@@ -2786,6 +2786,7 @@ class Record:
             else {**{key.lower(): value for key, value in record.items()}, **record}
         self.volatile, self.readonly = volatile, readonly
         self.id = self._field("id", "")
+        self.label = f"{self.WORD} {self.id}"
         self.names = self._strings("names")
         self.created = self._field("created", "")
         self.metadata = self._field("metadata", "")
@@ -2849,11 +2850,6 @@ class Record:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
-
-    @property
-    def label(self) -> str:
-        """What messages and findings call it: its kind and ID."""
-        return f"{self.WORD} {self.id}"
 
     @property
     def title(self) -> str:
@@ -2921,10 +2917,10 @@ class Layer(Record):
     ``parent`` is a layer ID or "".  ``diff_digest`` is the DiffID of the uncompressed tar or "",
     ``diff_size`` its bytes or -1 when unknown; ``compressed_diff_digest`` and
     ``compression`` (a word) describe the blob as it was pulled; ``toc_digest`` that of partial
-    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}; ``incomplete``
-    tells whether its creation or removal has not finished.  The DiffID of a layer whose record is
-    ``lost`` is what an image makes of it until it is ``proven``: computed, or
-    a container's record says that there is none.
+    pulls.  ``uidmap`` and ``gidmap`` are lists of {container_id, host_id, size}; ``mapped`` layers
+    have one, as copies of others for other user IDs.  ``incomplete`` tells whether its creation or
+    removal has not finished.  The DiffID of a layer whose record is ``lost`` is what an image makes
+    of it until it is ``proven``: computed, or a container's record says that there is none.
     """
 
     WORD = "layer"
@@ -2943,6 +2939,7 @@ class Layer(Record):
         self.compression = COMPRESSION[number] if 0 <= number < len(COMPRESSION) else str(number)
         self.uidmap: list[Any] = self._field("uidmap", [])
         self.gidmap: list[Any] = self._field("gidmap", [])
+        self.mapped = bool(self.uidmap or self.gidmap)
         self.incomplete = self.flags.get("incomplete") is True
         if self.incomplete:
             self._faults.append(f"incomplete: {self.UNFINISHED}")
@@ -2951,11 +2948,6 @@ class Layer(Record):
         self._faults += self._unproven([self]) + self.damage()
         self._faults += [f"parent {layer.id} is incomplete" for layer in self.storage.chain(
             self.id)[:-1] if layer.incomplete][-1:]
-
-    @property
-    def mapped(self) -> bool:
-        """Whether this is a copy of another layer made for other user IDs."""
-        return bool(self.uidmap or self.gidmap)
 
     def has_diff_id(self, digest: Any) -> bool:
         """Tell whether this is the layer of a DiffID, as far as the record can be believed."""
