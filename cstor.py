@@ -4292,8 +4292,7 @@ class Storage(Closing):
         """
         if self._podman is None:
             self._podman = {}
-            roots = [root for root in (self._graph, self._run) if root]
-            for root in roots:
+            for root in filter(None, (self._graph, self._run)):
                 for row in self._podman_rows(root, _PODMAN_QUERY):
                     try:
                         container_id, entry = podman_container(row)
@@ -5012,8 +5011,7 @@ class LayerFiles(Closing):
         """Return the error for a file that is nowhere."""
         if gone := self.layer.removed(name):
             return gone
-        last = clean_name(name).rpartition(b"/")[2]
-        if last.startswith(b".wh."):
+        if clean_name(name).rpartition(b"/")[2].startswith(b".wh."):
             return Unsupported(f'layer {self.layer.id}: "{display(name)}" is a whiteout with '
                                "content: containers/storage does not keep that content")
         if size is None:
@@ -5230,8 +5228,7 @@ def check_sum(block: bytes) -> None:
         - sum(block[148:156]) + 8 * 32
     if stored == unsigned:
         return
-    rest = block[:148] + b" " * 8 + block[156:]
-    if stored != unsigned - 256 * sum(byte > 127 for byte in rest):
+    if stored != unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
         raise FormatError(f"wrong header checksum: expected {stored}, got {unsigned}")
 
 
@@ -9937,8 +9934,7 @@ def tar_out(tree: Tree, path: bytes, name: bytes, progress: Progress | None = No
     firsts: dict[Node, bytes] = {}  # of files with several names, the first one
     size = files = 0
     made = source_date_epoch()  # the time of directories without an entry
-    items = select_nodes(tree, top=path)
-    for place, node in tree.opener.ahead(items, lambda item: item[1].place):
+    for place, node in tree.opener.ahead(select_nodes(tree, top=path), lambda item: item[1].place):
         entry = prefix + place if place else name or b"."
         if node.type == "whiteout":
             yield tar_header(entry, b"0", mode=0)
@@ -10175,8 +10171,7 @@ class FetchedImage(Closing):
                 yield stream
 
     def _tar(self, entry: dict[str, Any]) -> Iterator[bytes]:
-        name = f"{self.reference}: {entry['digest']}"
-        with Decompressed(name, self._open(entry)) as reader:
+        with Decompressed(f"{self.reference}: {entry['digest']}", self._open(entry)) as reader:
             yield from reader.pieces()
 
     def extract(self, directory: str, *, paths: Sequence[str] = (), exclude: Sequence[str] = (),
