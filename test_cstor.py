@@ -14884,7 +14884,8 @@ class Verifying(StoreTest):
                     raise EOFError
                 return marshal.loads(data)
 
-            with self.open(store) as storage, mock.patch.object(cstor, "CHUNK", 1), \
+            with self.open(store) as storage, \
+                    mock.patch.dict(cstor.work_ahead.__kwdefaults__, {"lot": 1}), \
                     mock.patch.object(cstor, "marshal", mock.Mock(
                         dumps=marshal.dumps, loads=loads)):
                 self.assertEqual([], self.look_ahead(storage.layer(layer)))
