@@ -190,14 +190,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Storage", "Image", "Layer", "Container", "Tree", "Node", "Member", "Extent", "LayerTree",
-    "Finding", "DiskUsage", "Config", "ProxiedStorage", "FetchedImage", "PassedFile", "LayerStream",
-    "RpcServer", "RpcClient", "ProxyV2Client", "VarlinkClient", "Registry", "RegistryServer",
-    "SplitfdstreamReader", "SplitfdstreamWriter", "SplitdirfdstreamReader",
+    "Finding", "DiskUsage", "Config", "ProxiedStorage", "FetchedImage", "PassedFile",
+    "LayerStream", "RpcServer", "RpcClient", "ProxyV2Client", "VarlinkClient", "Registry",
+    "RegistryServer", "SplitfdstreamReader", "SplitfdstreamWriter", "SplitdirfdstreamReader",
     "SplitdirfdstreamWriter", "CstorError", "NotFound", "ImageUnknown", "LayerUnknown",
-    "ContainerUnknown", "Ambiguous", "FormatError", "IntegrityError", "Unsupported", "NeedsUnshare",
-    "ProtocolError", "load_config", "extract_tree", "copy_to_oci", "write_docker_archive",
-    "write_oci_archive", "diff_trees", "diff_tars", "write_stream", "read_stream", "fetch_layer",
-    "extract_streams", "crc64", "spell", "unspell", "main",
+    "ContainerUnknown", "Ambiguous", "FormatError", "IntegrityError", "Unsupported",
+    "NeedsUnshare", "ProtocolError", "load_config", "extract_tree", "copy_to_oci",
+    "write_docker_archive", "write_oci_archive", "diff_trees", "diff_tars", "write_stream",
+    "read_stream", "fetch_layer", "extract_streams", "crc64", "spell", "unspell", "main",
 ]
 
 
@@ -14372,6 +14372,11 @@ class Registry:
             or re.fullmatch(IMAGE_ID, text) and image.id.startswith(text)
             for text, name, wanted, digest in self._only)
 
+    def is_empty(self) -> bool:
+        """Tell whether there is no image now that it lets out."""
+        self._refresh()
+        return not self._images
+
     def _places(self, name: str, host: str) -> set[str]:
         """Return the repositories that a client's name can stand for."""
         there = {place for place, _ in self._names}
@@ -15559,6 +15564,7 @@ class GoTime(str):
 
 ZERO_TIME = "0001-01-01T00:00:00Z"  # of Go
 NO_VALUE = ()  # what a map has for a missing key
+NIL: list[Any] = []  # a list that is not there: JSON has null
 ACTION = (r"""\{\{(-(?=\s))?((?:/\*[^*]*\*/|"(?:\\.|[^"\\])*"|`[^`]*`"""
           r"""|(?!/\*[^*]*\*/)[^"`{}])*)\}\}""")
 TOKEN = r"""\)(?:\.\w+)+|[()|,]|:?=|"(?:\\.|[^"\\])*"|`[^`]*`|[^\s()|,"`:=]+"""
@@ -15569,7 +15575,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, dict):
         omit, fields = (value.raw.omit, value.raw) if isinstance(value, Fields) else ([], value)
         return {key: as_json(each) for key, each in fields.items() if each or key not in omit}
-    return list(map(as_json, value)) if isinstance(value, list) else value
+    return None if value is NIL else list(map(as_json, value)) if isinstance(value, list) else value
 
 
 def go_moment(text: Any) -> int:
@@ -15827,6 +15833,9 @@ def print_rows(text: str, rows: Iterable[Fields], headings: Headings | None) -> 
     text += "\n" * (text[-1:] != "\n" and not breaks)
     whole = re.match(r"\{\{-?\s*range\s+([$\w, ]+:=\s*)?\.\s*-?\}\}", text)
     template, rows = Template(text), list(rows)
+    if table and sys.stdout.isatty():
+        rows = [Fields({key: display(value) if type(value) is str else value
+                        for key, value in row.items()}, raw=row.raw) for row in rows]
     heads = [headings] if table and headings is not None else []
     texts: Iterable[str] = map(template.render, [heads, rows][not heads:]) if whole \
         else (template.render(row, rows) for row in (*heads, *rows))
@@ -16016,7 +16025,8 @@ def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterat
         }, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
         yield Fields({
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
-            "Repository": repository, "Tag": tag, **fields, "RepoTags": image.names,
+            "Repository": repository, "Tag": tag, **fields, "Names": image.names or NIL,
+            "RepoTags": image.names or NIL,
             "Size": human_size(image.size), "History": ", ".join(image.names_history) or "<none>",
             "Created": age, "CreatedSince": age, "CreatedAt": moment, "CreatedTime": moment},
             raw=fields)
@@ -16226,37 +16236,80 @@ def graph_driver(storage: Storage, layer_id: str) -> Fields:
                    "Data": {key: value for key, value in data.items() if value}})
 
 
-def inspect_container(container: Container) -> Fields:
+# The structs of a container: each key with the type of its value and where podman's database has
+# it, or a row of `podman ps`, if not by the same name; inspect_container() knows the others.
+CONTAINER_STRUCTS = {
+    "": """Id:s Created:t Path Args State Image:s:ImageID ImageDigest ImageName:s:Image Rootfs:s
+        Pod:s StaticDir:s OCIRuntime:s:runtime ConmonPidFile:s PidFile:s:pid_file Name
+        RestartCount:i:Restarts Driver MountLabel:s ProcessLabel:s Dependencies:l
+        EffectiveCaps:n:process:capabilities:effective BoundingCaps:n:process:capabilities:bounding
+        GraphDriver Mounts NetworkSettings IsInfra:b IsService:b Config HostConfig""",
+    "State": """OciVersion:s:spec:ociVersion Status:s:State Running Paused OOMKilled:b:now:oomKilled
+        Pid:i ConmonPid:i:now:conmonPid ExitCode:i Error:s:now:error StartedAt:t:now:startedTime
+        FinishedAt:t:now:finishedTime""",
+    "NetworkSettings": "Ports",
+    "Config": """Hostname User:s Tty:b:process:terminal OpenStdin:b:stdin Env:l:process:env
+        Cmd:n:Command Image:s WorkingDir:s:process:cwd Entrypoint:n Labels:n
+        Annotations:n:spec:annotations StopSignal:i Healthcheck:n CreateCommand:l Timezone:s Umask:s
+        Timeout:i StopTimeout:i Passwd:b sdNotifyMode:s:sdnotifyMode""",
+    "HostConfig": """CgroupManager:s CgroupMode ContainerIDFile:s:CIDFile LogConfig NetworkMode
+        PortBindings RestartPolicy AutoRemove:b Dns:l:dnsServer DnsOptions:l:dnsOption DnsSearch:l
+        ExtraHosts:l:hostsAdd GroupAdd:l:groups IpcMode OomScoreAdj:i:process:oomScoreAdj PidMode
+        Privileged:b ReadonlyRootfs:b:spec:root:readonly UTSMode ShmSize:i
+        Memory:i:limits:memory:limit MemorySwap:i:limits:memory:swap PidsLimit:i:limits:pids:limit
+        CpuShares:i:limits:cpu:shares CpuPeriod:i:limits:cpu:period CpuQuota:i:limits:cpu:quota""",
+    "LogConfig": "Type:s:logDriver Path:s:logPath Tag:s:logTag",
+    "RestartPolicy": "Name:s:restart_policy MaximumRetryCount:i:restart_retries"}
+GO_EMPTY: dict[str, Any] = {"s": "", "b": False, "i": 0, "l": [], "n": None, "t": ZERO_TIME}
+
+
+def container_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -> Fields:
+    """Return a struct of CONTAINER_STRUCTS; a value of another type counts as missing."""
+    def read(key: str, kind: str = "", *path: str) -> Any:
+        if not kind:
+            return known[key] if key in known else container_struct(key, source, known)
+        value: Any = source
+        empty = GO_EMPTY[kind]
+        for step in path or [key if key in source else key[:1].lower() + key[1:]]:
+            value = as_dict(value).get(step)
+        value = value if isinstance(value, type(empty) if kind != "n" else (dict, list)) else empty
+        return GoTime(value) if kind == "t" else value
+
+    words = [word.split(":") for word in CONTAINER_STRUCTS[name].split()]
+    return Fields({word[0]: read(*word) for word in words},
+                  "ConmonPid Healthcheck CreateCommand Timezone Umask Passwd sdNotifyMode")
+
+
+def inspect_container(container: Container, sizes: bool = False) -> Fields:
     """Return what ``podman container inspect`` says of a container, as far as it is known."""
     row, config = container_fields(container), as_dict(container.state.get("config"))
-    now, spec = as_dict(container.state.get("status")), as_dict(config.get("spec"))
-    process = as_dict(spec.get("process"))
-    path, *words = as_list(process.get("args")) or [""]
-    digests = [image.digest for image in container.storage.images() if image.id == container.image]
-    return Fields({
-        "Id": container.id, "Created": GoTime(config.get("createdTime") or container.created),
-        "Path": path, "Args": words,
-        "State": Fields({
-            "Status": row["State"], "Running": row["State"] == "running",
-            "Paused": row["State"] == "paused", "Pid": row["Pid"], "ExitCode": row["ExitCode"],
-            "Error": now.get("error", ""), "StartedAt": GoTime(now.get("startedTime") or ZERO_TIME),
-            "FinishedAt": GoTime(now.get("finishedTime") or ZERO_TIME)}),
-        "Image": container.image, "ImageDigest": "".join(digests[:1]), "ImageName": row["Image"],
-        "Rootfs": config.get("rootfs", ""), "Pod": row["Pod"], "Name": row["Names"][0],
-        "RestartCount": row["Restarts"], "Driver": container.storage.driver,
-        "GraphDriver": graph_driver(container.storage, container.layer), "IsInfra": row["IsInfra"],
-        "Mounts": list(container_mounts(container, config, spec)),
-        "NetworkSettings": Fields({"Ports": port_bindings(row)}),
-        "Config": Fields({
-            "Hostname": spec.get("hostname") or container.id[:12], "User": config.get("user", ""),
-            "Env": as_list(process.get("env")), "Cmd": row["Command"], "Image": row["Image"],
-            "WorkingDir": process.get("cwd", ""), "Entrypoint": config.get("entrypoint"),
-            "Labels": row["Labels"], "CreateCommand": as_list(config.get("CreateCommand"))}),
-        "HostConfig": Fields({
-            "NetworkMode": config.get("networkMode") or "", "PortBindings": port_bindings(row),
-            "RestartPolicy": Fields({"Name": config.get("restart_policy") or "no",
-                                     "MaximumRetryCount": config.get("restart_retries", 0)}),
-            "AutoRemove": row["AutoRemove"], "Privileged": bool(config.get("privileged"))})})
+    spec, storage = as_dict(config.get("spec")), container.storage
+    process, linux = as_dict(spec.get("process")), as_dict(spec.get("linux"))
+    spaces = {str(space.get("type")): space.get("path") or "" for space in as_list(
+        linux.get("namespaces")) if isinstance(space, dict)}
+    words = as_list(process.get("args"))
+
+    def mode(kind: str, private: str = "private", key: str = "") -> str:
+        other, path = config.get(f"{key or kind}NsCtr"), spaces.get(kind)
+        return f"container:{other}" if other else ("host" if spec else "") if path is None \
+            else f"ns:{path}" if path else private
+
+    made = container_struct("", {
+        **config, **row, "process": process, "now": container.state.get("status"),
+        "limits": linux.get("resources"), "restart_policy": config.get("restart_policy") or "no"}, {
+        "Path": words[0] if words else "", "Args": words[1:] or words, "Name": row["Names"][0],
+        "Running": row["State"] == "running", "Paused": row["State"] == "paused",
+        "ImageDigest": "".join([image.digest for image in storage.images()
+                                if image.id == container.image][:1]),
+        "Driver": storage.driver, "GraphDriver": graph_driver(storage, container.layer),
+        "Mounts": list(container_mounts(container, config, spec)), "Ports": port_bindings(row),
+        "PortBindings": port_bindings(row), "Hostname": spec.get("hostname") or container.id[:12],
+        "CgroupMode": mode("cgroup"), "PidMode": mode("pid"), "UTSMode": mode("uts"),
+        "IpcMode": mode("ipc", "shareable"),
+        "NetworkMode": config.get("networkMode") or mode("network", "none", "net")})
+    if sizes:
+        made["SizeRw"], made["SizeRootFs"] = container.sizes()
+    return made
 
 
 def container_mounts(container: Container, config: dict[str, Any], spec: dict[str, Any]
@@ -16378,10 +16431,16 @@ def inspect_each(storage: Storage, args: Any, record: Callable[[Any], dict[str, 
 
 def cmd_inspect(storage: Storage, args: Any) -> None:
     """show a container or image or layer, with podman's options and output"""
+    if bool(args.name) == args.latest:
+        raise _UsageError("give either NAME, or --latest for the container that was made last")
+    if args.latest:
+        rows = sorted(map(container_fields, storage.containers()),
+                      key=SORTS["containers"]["created"])
+        args.name = [row["Id"] for row in rows if row["State"] != "storage"][-1:] or ["latest"]
+        args.type = "container"
     kinds: dict[str, Callable[[Any], Fields]] = {
-        "container": inspect_container, "image": lambda image: inspect_image(image.single()),
-        "layer": layer_fields}
-
+        "container": lambda container: inspect_container(container, args.size),
+        "image": lambda image: inspect_image(image.single()), "layer": layer_fields}
     wanted = kinds if args.type == "all" else [args.type]
 
     def inspect(name: str) -> Fields:
@@ -16399,6 +16458,9 @@ def cmd_inspect(storage: Storage, args: Any) -> None:
 
 def cmd_save(storage: Storage, args: Any) -> None:
     """write images to an archive or directory, with podman's options"""
+    if args.format == "docker-dir":
+        raise _UsageError("--format docker-dir: use --format oci-dir -o DIR, and then skopeo copy "
+                          "oci:DIR dir:OTHER")
     if args.format == "oci-dir":
         if not args.output or len(args.image) > 1:
             raise _UsageError("--format oci-dir takes one image and -o DIR")
@@ -16619,6 +16681,10 @@ def cmd_serve(storage: Storage, args: Any) -> None:
 
 def make_registry(storage: Storage, opener: Callable[[], Storage], args: Any) -> RegistryServer:
     """Return the server that the options of a registry describe."""
+    for text in () if args.quiet else args.only:
+        if Registry(storage, [text]).is_empty():
+            hint = guess(storage, "image", text)
+            say(f"warning: --only {display(text)}: no such image now{hint and f' ({hint})'}")
     return RegistryServer(
         Registry(storage, args.only), opener, insecure=args.insecure, timeout=args.timeout,
         ssl_context=None if args.tls_cert is None else tls_context(args.tls_cert, args.tls_key),
@@ -17133,9 +17199,9 @@ COMMANDS: dict[str, Command] = {
     "images": (cmd_images, "NAME? -a -q -n --digests --history -f --sort --format --no-trunc"),
     "ps": (
         cmd_ps, "-a -q -n -l -p -s --external --noheading -f --sort --format --no-trunc"),
-    "inspect": (cmd_inspect, "NAME+ -t -f"),
+    "inspect": (cmd_inspect, "NAME* -t -f -l -s"),
     "history": (cmd_history, "IMAGE -q -H --no-human --format --no-trunc"),
-    "save": (cmd_save, "IMAGE+ -o -m --format"),
+    "save": (cmd_save, "IMAGE+ -o -m --format --uncompressed"),
     "store info": (cmd_store_info, "--format"),
     "store df": (cmd_store_df, "--if-removed* --format --no-trunc"),
     "store check": (cmd_store_check, "--codes --format --no-trunc"),
@@ -17177,7 +17243,8 @@ OPTIONS = {
     "-a --all": "also list images without a name that another image was built on",
     "container list -a --all": "list all containers, which is done in any case",
     "ps -a --all": "list all containers, not only running ones",
-    "ps -l --latest": "show only the container that was made last",
+    **dict.fromkeys(("ps -l --latest", "inspect -l --latest"),
+                    "show only the container that was made last"),
     "-l --long": "mode (+ = has xattrs), owner, group, size, time (UTC), link",
     "-m --multi-image-archive": "all arguments are images; else those after the first are names",
     "ps -n --last N=0": "show only the last N containers that were made",
@@ -17227,7 +17294,9 @@ OPTIONS = {
     "list --format FORMAT=table": "table, json or a Go template such as '{{.ID}} {{.Size}}'",
     **{f"{word} --format FORMAT=": "json or a Go template; table before it aligns columns"
        for word in ("images", "ps", "history")},
-    "save --format docker-archive|oci-archive|oci-dir=docker-archive": "what to write",
+    "save --format docker-archive|oci-archive|oci-dir|docker-dir=docker-archive":
+        "what to write; docker-dir is left to skopeo",
+    "--uncompressed": "keep the layers uncompressed, which is done in any case",
     "--hidden": "list files that other layers hide, and the bytes that they waste",
     "--if-removed NAME": "images and containers: what removing all of them would free",
     "--ignore WHAT...": f"ignore differences in: {', '.join(DIFFERENCES)}; may be repeated",
@@ -17312,6 +17381,15 @@ CONFLICTS = (
 # An option that others need, and these.
 NEEDS = {cmd_serve: ["--registry", "--only", "--password-file", "--tls-cert", "--insecure"],
          cmd_extract: ["--socket", "--digest", "--no-verify"]}
+# podman's options that are not here, and what to use instead.
+ELSEWHERE = {
+    "save --compress": "use image copy-to-oci --compress gzip",
+    "ps --ns": "lsns shows the namespaces of running processes",
+    "ps --sync": "only podman asks the OCI runtime: use podman ps --sync",
+    **dict.fromkeys(("ps --watch", "ps -w"), "use watch, which repeats any command")}
+# What podman does and cstor does not.
+WRITERS = ("build commit create exec import kill load mount prune pull push rename restart rm rmi "
+           "run sign start stop tag unmount untag update").split()
 # What people want, and the last words of the commands for it, in the order of `help`.
 PURPOSES = {
     "Look": "list inspect layers history tree files stat toc info df exists resolve-link",
@@ -17450,14 +17528,17 @@ def parse_words(words: Sequence[str]) -> Any:
         raise _UsageError(f"missing COMMAND (see {program_name(command)} --help)")
     parser = command_parser(command, words)
     end = [*rest, "--"].index("--")
-    rest[:end] = [each for word in rest[:end] for each in plain_flag(parser, word)]
+    lead, rest[:end] = ([each for word in words for each in plain_flag(parser, word)]
+                        for words in (lead, rest[:end]))
     quiet = {"-q", "--quiet"} & set(lead)
     parser.set_defaults(quiet=bool(quiet))  # behind the command -q can be another option
     args, more = parser.parse_known_args([*(word for word in lead if word not in quiet), *rest])
     if "pattern" in args and not any(word.startswith("-") for word in more):
         args.pattern += more  # after an option argparse takes no more
     elif more:
-        flags = did_you_mean(more[0].partition("=")[0], [*parser._option_string_actions])
+        flag = more[0].partition("=")[0]
+        flags = ELSEWHERE.get(f"{command} {flag}") \
+            or did_you_mean(flag, [*parser._option_string_actions])
         parser.error(f"unrecognized arguments: {' '.join(more)}" + (
             "; --via-skopeo replaces IMAGE" if getattr(args, "via_skopeo", None)
             else flags and f"; {flags}"))
@@ -17482,6 +17563,9 @@ def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
     for each in COMMANDS:
         verb = each.split()[-1]
         verbs[verb] = f"{verbs[verb]}, {each}" if verb in verbs else each
+    if word in WRITERS:
+        podman = re.sub("^store", "system", re.sub("^layer", "image", asked))
+        raise _UsageError(f"unknown command: {asked}; cstor only reads: use podman {podman}")
     hint = did_you_mean(word, verbs, 1) \
         or did_you_mean(" ".join([*command.split(), *rest[:2]]), phrases, 0.8) \
         or did_you_mean(asked, phrases) or did_you_mean(word, verbs)

@@ -17177,6 +17177,11 @@ class RegistryCommands(StoreTest):
                                       "--tls-key", key, status=6), "unencrypted key(: [^N].*)?\n")
         for words in (["--password-file", ""], ["--tls-cert", "", "--tls-key", ""]):
             self.assertIn("No such file", self.refused("0", "--insecure", *words, status=6))
+        with self.running("--registry", "0", "--insecure", "--only", "aap:1", "--only", "app:1",
+                          "--only", self.store.images[0]["id"][:12]) as (said, server):
+            self.assertEqual("cstor: warning: --only aap:1: no such image now (did you mean "
+                             "app:1?)\n", said.replace("cstor.py", "cstor"))
+            self.assertIn(b"serving", server.stderr.readline())
         for words, scheme, status in ((["0", "--password-file", secret], "http", 401),
                                       (["0", "--insecure"], "http", 200),
                                       (["0.0.0.0:0", *tls, "--password-file", secret], "https",
@@ -17579,6 +17584,8 @@ class Lists(StoreTest):
                 ("layer list --format {{.Nope}}", r"there are \.Id, "),
                 ("image list --format xml", "table, json or a Go template"),
                 ("inspect -f {{.Nope}} web", r"there are \.Id, \.Created"),
+                ("inspect", "give either NAME, or --latest"), ("inspect -l web", "give either"),
+                ("save --format docker-dir -o x web", "use --format oci-dir"),
                 ("save -o x --format oci-dir web x", "one image"), ("inspect -t pod x", "choose")):
             self.assertRegex(self.ask(words, status=2).err, said)
         self.ask("images -f before=nothing", status=3)
@@ -17633,12 +17640,24 @@ class Lists(StoreTest):
             self.assertIn("index.json", archive.getnames())
         for name in ("app:1", "quay.io/team/app:1"):  # two tags of one text
             self.ask("save --format oci-dir -o", self.dir + "/layout", name)
+        self.ask("save --uncompressed -o", out, "app:1")
         index = json.loads(read_text(self.dir + "/layout/index.json"))
         self.assertEqual(["localhost/app:1", "quay.io/team/app:1"], [
             entry["annotations"]["org.opencontainers.image.ref.name"]
             for entry in index["manifests"]])
         self.assertIn("not a name that an image can have: localhost/BAD:UP", self.ask(
             "save -o", out, "app:1", "BAD:UP", status=2).err)
+
+    def test_tables_on_a_terminal_escape_names_before_they_are_aligned(self) -> None:
+        rows = [cstor.Fields({"Name": name, "Tag": "x"}) for name in ("a\x1b[2J\n\tb/name", "c")]
+        for terminal, lines in ((True, ["NAME                TAG",
+                                        "a\\x1b[2J\\n\\tb/name  x", "c                   x"]),
+                                (False, ["NAME        TAG", "a\x1b[2J", "            b/name      x",
+                                         "c           x"])):
+            with contextlib.redirect_stdout(io.StringIO()) as out, \
+                    mock.patch.object(out, "isatty", lambda at=terminal: at):
+                cstor.print_rows("table {{.Name}} {{.Tag}}", rows, cstor.Headings({}))
+            self.assertEqual(lines, [line.rstrip() for line in out.getvalue().splitlines()])
 
     def test_podmans_tables(self) -> None:
         done = self.ask("images --filter arch=arm64 --no-trunc --digests")
@@ -17695,7 +17714,15 @@ class Lists(StoreTest):
                "exposedPorts": {"80": ["tcp"], "443": ["tcp"], "x": [5]}, "userVolumes": ["/v"],
                "newNetworks": {"podman": {}, "b": {}}, "restart_policy": "always",
                "namedVolumes": [{"volumeName": "vol", "dest": "/v", "options": ["ro", "nodev"]}],
-               "spec": {"hostname": "h", "process": {"args": ["/bin/sh", "-c"], "env": ["A=b"]},
+               "networkMode": "bridge", "stopSignal": 15, "stopTimeout": 9, "dnsServer": ["9.9"],
+               "healthcheck": {"Test": ["CMD", "true"], "Interval": 5}, "ipcNsCtr": "c" * 64,
+               "logDriver": "k8s-file", "logPath": "/log", "staticDir": "/static",
+               "spec": {"hostname": "h", "process": {"args": ["/bin/sh", "-c"], "env": ["A=b"],
+                                                     "terminal": True},
+                        "root": {"readonly": True},
+                        "linux": {"resources": {"memory": {"limit": 5}, "pids": {"limit": "x"}},
+                                  "namespaces": [{"type": "uts"},
+                                                 {"type": "cgroup", "path": "/n"}]},
                         "annotations": {"io.podman.annotations.autoremove": "TRUE"}}}
         odd: dict[str, Any] = {key: [{"range": "x"}, 5, None] if isinstance(value, list) else 7
                                for key, value in web.items()}
@@ -17733,6 +17760,25 @@ class Lists(StoreTest):
             found["Path"], found["Args"], found["Mounts"][0]["Name"], found["Mounts"][0]["RW"],
             found["Mounts"][0]["Options"], found["HostConfig"]["RestartPolicy"]["Name"],
             found["Config"]["Hostname"], found["Config"]["Env"]))
+        host = found["HostConfig"]
+        self.assertEqual(
+            ("private", "ns:/n", "host", "container:" + "c" * 64, "bridge", ["9.9"], 5, 0, True),
+            tuple(host[key] for key in ("UTSMode", "CgroupMode", "PidMode", "IpcMode",
+                                        "NetworkMode", "Dns", "Memory", "PidsLimit",
+                                        "ReadonlyRootfs")))
+        self.assertEqual(
+            ({"Type": "k8s-file", "Path": "/log", "Tag": ""}, "/static", True, 15, 9, web[
+                "healthcheck"], False, {"io.podman.annotations.autoremove": "TRUE"}),
+            (host["LogConfig"], found["StaticDir"], *(found["Config"][key] for key in (
+                "Tty", "StopSignal", "StopTimeout", "Healthcheck", "OpenStdin", "Annotations"))))
+        self.assertNotIn("SizeRw", found)
+        self.assertEqual(["", "", "no"], ask(
+            "inspect gone -f", "{{.HostConfig.PidMode}},{{.HostConfig.NetworkMode}},"
+            "{{.HostConfig.RestartPolicy.Name}}").out.strip().split(","))
+        self.assertEqual(["0", "0"], ask(
+            "inspect -s up -f", "{{.SizeRw}} {{.SizeRootFs}}").out.split())
+        self.assertEqual(ask("ps -l --format {{.Names}}").out,
+                         ask("inspect --latest -f {{.Name}}").out)
         self.assertEqual("9001\n", ask("inspect up -f", '{{(index (index .NetworkSettings.Ports '
                                         '"9001/udp") 0).HostPort}}').out)
         for words in ("ps -a", "ps -as --format json", "inspect hostile", "container list"):
@@ -18182,6 +18228,8 @@ class CommandLine(StoreTest):
                 (2, "imge list", usage.format(r"unknown command: imge; did you mean image list\?")),
                 (2, "help laer ls", usage.format(r"laer; did you mean layer list\?")),
                 (0, "images --all=true --quiet=false", ""), (0, "system df", ""),
+                (0, "--quiet=true image list", ""), (0, "-q=true --salvage=0 image list", ""),
+                (2, "--quiet=maybe image list", "quiet"),
                 *((3, f"{kind} {verb} ", f"{kind} not known: ") for kind, verb in (
                     ("image", "inspect"), ("layer", "inspect"), ("container", "inspect"),
                     ("image", "export"), ("image", "layers"))),
@@ -18605,6 +18653,19 @@ class Help(StoreTest):
                 ("image list --format zzz", "")):
             with self.subTest(words):
                 self.assertEqual(hint, self.hint(words, 2))
+
+    def test_what_only_podman_does(self) -> None:
+        """Words and options that are missing on purpose: the error says what to use instead."""
+        for words, hint in (
+                ("image rm app:2", "podman image rm"), ("rmi app:2", "podman rmi"),
+                ("pull alpine", "podman pull"), ("tag app:1 x", "podman tag"),
+                ("container rm -f web", "podman container rm"), ("load -i x", "podman load"),
+                ("system prune", "podman system prune"), ("layer rm x", "podman image rm"),
+                ("help image prune", "podman image prune"), ("build .", "podman build"),
+                ("ps --sync", "podman ps --sync"), ("ps --ns", "lsns"), ("ps -w 5", "watch"),
+                ("ps --watch=5", "watch"), ("save --compress app:1", "image copy-to-oci")):
+            with self.subTest(words):
+                self.assertIn(hint, self.hint(words, 2))
 
     def test_help(self) -> None:
         """One screen has all commands; each has a line, and a help that fits."""
@@ -20705,6 +20766,8 @@ class RealWords(unittest.TestCase):
         "@ inspect -f '{{.Config.ExposedPorts}} {{.Config.Volumes}} {{.History}}' app:1",
         "@ container inspect -f '{{.Name}}{{\"\\t\"}}{{slice .ImageName 0 5}}' web db",
         "@ images --format '{{range .}}{{.ID}} {{end}}'", "@ images --history | sort",
+        "@ images -a --format '{{json .Names}} {{json .RepoTags}} {{.Names}}' | sort",
+        "@ inspect -l -s -f '{{.Name}} {{.SizeRw}} {{.SizeRootFs}}'",
         "@ inspect -f '{{.Name}} {{.Image}} {{.ImageName}} {{.Driver}}' web",
         "@ ps -aq", "@ ps -aq --no-trunc | sort",
         "@ ps -a --format '{{.ID}} {{.Names}} {{.Image}}'",
