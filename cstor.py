@@ -4471,6 +4471,7 @@ def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
         raise Unsupported(f"{root.host_path(DATABASE_FILES[0])}: {explain_import(error)}") from None
 
     problem: Exception = FormatError("it changes all the time")
+    end = time.thread_time() + 1  # for all attempts; no pause of the machine counts
     for _ in range(5):
         with Scratch(tempfile.gettempdir()) as scratch:
             before = _state(root, -1, DATABASE_FILES)
@@ -4479,15 +4480,14 @@ def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
                     target.write(root.read(name, MAX_JSON))
             try:
                 if _state(root, -1, DATABASE_FILES) == before:
-                    return _query(sqlite3, scratch.host_path(DATABASE_FILES[0]), query)
+                    return _query(sqlite3, scratch.host_path(DATABASE_FILES[0]), query, end)
             except sqlite3.Error as error:
                 problem = error
     raise FormatError(f"podman's database cannot be read: {problem}",
                       file=root.host_path(DATABASE_FILES[0]))
 
 
-def _query(sqlite3: Any, path: str, query: str) -> list[tuple[Any, ...]]:
-    end = time.thread_time() + 1  # no pause of the machine counts
+def _query(sqlite3: Any, path: str, query: str, end: float) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(path)) as database:
         # Any bytes can stand there, but no path has a NUL byte.
         database.text_factory = lambda data: data.decode("utf-8", "replace").replace("\0", "\ufffd")
