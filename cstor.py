@@ -723,10 +723,7 @@ class ErrorsAs(OnError):
 
 
 def open_in_root(root_fd: int, name: bytes) -> int:
-    """Open the directory ``name`` (O_PATH) beneath ``root_fd`` and return a new descriptor.
-
-    Symbolic links are followed as if ``root_fd`` were "/".  Raises OSError as open(2) does.
-    """
+    """Open the directory ``name`` (O_PATH) as if ``root_fd`` were "/"; return a new descriptor."""
     if b"\0" in name:
         raise FormatError(f'name with a NUL byte: "{display(name)}"')
     todo = name.split(b"/")[::-1]
@@ -1808,8 +1805,7 @@ class Decompressed(Closing):
     """Reads a file, or stdin for "-", decompressed: plain, gzip, bzip2, xz or zstd.
 
     Of a descriptor ``fd``, which it owns, ``path`` is the name in errors.  It never seeks, so a
-    pipe will do.  zstd needs Python 3.14 or the program zstd.  Raises FormatError for a damaged
-    stream, Unsupported for zstd without either.
+    pipe will do.  Raises FormatError for a damaged stream, Unsupported where nothing reads zstd.
     """
 
     def __init__(self, path: str, fd: int = -1) -> None:
@@ -2264,8 +2260,6 @@ class _ConfigSearch:
     def system(self, path: str) -> str:
         return os.path.join(self.system_root, path)
 
-    # -- which of two -------------------------------------------------------------------------
-
     def decide(self, own: Config, other: Config) -> bool:
         """Tell whether the new scheme's ``other`` wins over the old one's; see the banner."""
         if own is other or other.foreign:
@@ -2304,8 +2298,6 @@ class _ConfigSearch:
                     return f"{name}'s storage is at {root}: run it without sudo, or use --root " \
                            + root
         return ""
-
-    # -- the two schemes ----------------------------------------------------------------------
 
     def old_scheme(self) -> Config:
         if self.environ.get("CONTAINERS_STORAGE_CONF_OVERRIDE"):
@@ -3256,7 +3248,6 @@ class Image(Record):
         self.layer = self._field("layer", "")
         self.names_history = self._strings("names-history")
         self.mapped_layers = self._strings("mapped-layers")
-        # All digests by which the image can be asked for.
         self.digests = {digest for key, digest in [("manifest", self.digest),
                                                    *self._digests.items()]
                         if digest and isinstance(digest, str) and key.startswith("manifest")}
@@ -4083,8 +4074,6 @@ class Storage(Closing):
                 at += count
         return found
 
-    # -- records -------------------------------------------------------------------------------
-
     def strays(self, word: str, known: Iterable[Record]) -> list[str]:
         """Name directories without a record; c/storage 1.58 makes none for additional layers."""
         ids, home = {record.id for record in known}, self.home(word)
@@ -4216,8 +4205,6 @@ class Storage(Closing):
             record.lost = True
         return found
 
-    # -- chains --------------------------------------------------------------------------------
-
     def chain(self, layer_id: str) -> tuple[Layer, ...]:
         """Return the layer and its ancestors, base first; () for "".
 
@@ -4280,8 +4267,6 @@ class Storage(Closing):
                     link = root.read(home + b"/" + name + b"/link", 4096).decode("ascii")
                     found.setdefault(link, name.decode("utf-8", "replace"))
         return found
-
-    # -- podman's database ---------------------------------------------------------------------
 
     def podman_containers(self) -> dict[str, dict[str, Any]]:
         """Return what podman's db.sql says of each container, by ID; {} without a database.
@@ -4538,10 +4523,7 @@ def normalize_name(name: str) -> list[str]:
 
 
 def find_image(storage: Storage, reference: str, platform: str = "") -> Image:
-    """Return the image that ``reference`` names.  Raises ImageUnknown, Ambiguous.
-
-    Of images that share a digest (a list's), the one for ``platform`` or this machine counts.
-    """
+    """Return the image that ``reference`` names; see Storage.image()."""
     check_type("reference", reference, str)
     check_type("platform", platform, str)
     best_platform((), platform)  # a wrong one is one for every image
@@ -4608,10 +4590,7 @@ def _by_prefix(records: Sequence[R], text: str) -> list[R]:
 
 
 def find_layer(storage: Storage, reference: str) -> Layer:
-    """Return the layer of an ID, a name, a short link, a digest or the start of an ID or digest.
-
-    Raises LayerUnknown, Ambiguous.  Of one diff-digest, copies for other user IDs are passed over.
-    """
+    """Return the layer of a reference, of one diff-digest no mapped copy; see Storage.layer()."""
     if storage.salvage and ":" in reference:
         storage.images()  # computes DiffIDs
     layers = storage.layers()
