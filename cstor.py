@@ -280,11 +280,8 @@ class FormatError(CstorError, ValueError):
 
     def __init__(self, message: str, *, file: str = "", line: int | None = None,
                  offset: int | None = None, hint: str = "") -> None:
-        place = file
-        if line is not None:
-            place += f":{line}"
-        if offset is not None:
-            place += f" at offset {offset}"
+        place = file + f":{line}" * (line is not None) \
+            + f" at offset {offset}" * (offset is not None)
         super().__init__(f"{place}: {message}" if place else message, hint=hint)
         self.file, self.line, self.offset = file, line, offset
 
@@ -632,8 +629,7 @@ def format_time(moment: int) -> str:
     if not -62135596800 <= seconds < 253402300800:
         return ""
     fraction = f".{nanoseconds:09d}".rstrip("0") if nanoseconds else ""
-    year, month, day, hour, minute, second = time.gmtime(seconds)[:6]
-    return f"{year:04d}-{month:02d}-{day:02d}T{hour:02d}:{minute:02d}:{second:02d}{fraction}Z"
+    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(seconds)[:6] + fraction + "Z"
 
 
 def as_list(value: Any) -> list[Any]:
@@ -847,8 +843,7 @@ class Directory(Closing):
         if not name:
             return self.fd
         if name != self._parent:
-            fd = self._open_near(name)
-            old, self._parent, self._parent_fd = self._parent_fd, name, fd
+            old, self._parent_fd, self._parent = self._parent_fd, self._open_near(name), name
             if old >= 0:
                 os.close(old)
         return self._parent_fd
@@ -1430,9 +1425,8 @@ class NewFile(Transaction):
             self.fd = os.open(b"." if has_proc() else b"", os.O_TMPFILE | os.O_RDWR, 0o666,
                               dir_fd=self._folder.fd)
         except OSError:
-            name = partial_name(self._target)
-            self.fd = os.open(name, OPEN_NEW_FILE, 0o666, dir_fd=self._folder.fd)
-            self._name = name
+            self._name = partial_name(self._target)
+            self.fd = os.open(self._name, OPEN_NEW_FILE, 0o666, dir_fd=self._folder.fd)
         self.on_exit(self._close)
         try_lock(self.fd)
 
@@ -1632,18 +1626,9 @@ def wait_for(pid: int) -> int:
 
 _ONES = (1 << 64) - 1
 _FOLD_BYTES = 32 << 10  # the fastest block on 64-bit CPython; a power of two, at least 16
-
-
-def _crc64_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0xD800000000000000 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_TABLE = _crc64_table()
+_TABLE = list(range(256))  # what becomes of each byte in eight steps
+for _bit in range(8):
+    _TABLE = [value >> 1 ^ (0xD800000000000000 if value & 1 else 0) for value in _TABLE]
 
 
 def crc64(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
@@ -2337,11 +2322,9 @@ class _ConfigSearch:
         dirs = [f"{self.user_file}.d/", *(
             self.system(f"{base}/containers/storage.{kind}/") for base in ("etc", "usr/share")
             for kind in (*kinds, "conf.d"))]
-        chosen: dict[str, str] = {}
-        for directory in filter(is_there, reversed(dirs)):
-            paths = ((name, os.path.join(directory, name)) for name in os.listdir(directory))
-            chosen.update((name, path) for name, path in paths
-                          if name.endswith(".conf") and not os.path.isdir(path))
+        chosen = {name: folder + name for folder in filter(is_there, reversed(dirs))
+                  for name in os.listdir(folder)
+                  if name.endswith(".conf") and not os.path.isdir(folder + name)}
         return [chosen[name] for name in sorted(chosen)]
 
     def _read_main(self, config: Config, own: bool) -> dict[str, Any]:
@@ -2632,10 +2615,9 @@ class Toml:
         return parts
 
     def _value(self) -> Any:
-        if self.text.startswith(('"""', "'''"), self.at):
-            return self._string(self.LONG, "a string and its end")
         if self.text.startswith(('"', "'"), self.at):
-            return self._string(self.SHORT, "a string and its end")
+            is_long = self.text.startswith(('"""', "'''"), self.at)
+            return self._string(self.LONG if is_long else self.SHORT, "a string and its end")
         if self.text.startswith("[", self.at):
             values: list[Any] = []
             self._items("]", lambda: values.append(self._value()))
@@ -2661,8 +2643,7 @@ class Toml:
         match = re.compile(patterns[literal]).match(self.text, self.at)
         if not match:
             self._refuse(f"expected {wanted}")
-        escaped = not literal and "\\" in match[1]
-        text = re.sub(self.ESCAPE, self._escape, match[1]) if escaped else match[1]
+        text = match[1] if literal else re.sub(self.ESCAPE, self._escape, match[1])
         self.at = match.end()
         return text
 
@@ -2944,9 +2925,8 @@ class Layer(Record):
     def has_diff_id(self, digest: Any) -> bool:
         """Tell whether this is the layer of a DiffID, as far as the record can be believed."""
         # podman 4.3.1 imports bzip2 and xz with the digest of the compressed file.
-        if not self.diff_digest or digest in (self.diff_digest, self.compressed_diff_digest):
-            return True
-        return is_safe_id(self.id) and self.overlay_file(b"additionallayer")[0] is not None
+        return not self.diff_digest or digest in (self.diff_digest, self.compressed_diff_digest) \
+            or is_safe_id(self.id) and self.overlay_file(b"additionallayer")[0] is not None
 
     @property
     def link_id(self) -> str:
@@ -3411,12 +3391,10 @@ class Image(Record):
 
     def _schema1_config(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Derive a configuration from v1Compatibility, whose entries are newest first."""
-        entries = []
-        for item in as_list(manifest.get("history")):
-            text = as_dict(item).get("v1Compatibility")
-            entries.append(parse_object(
-                text.encode("utf-8", "replace") if isinstance(text, str) else b"null",
-                f"history in the manifest of image {self.id}"))
+        texts = [as_dict(item).get("v1Compatibility") for item in as_list(manifest.get("history"))]
+        entries = [parse_object(
+            text.encode("utf-8", "replace") if isinstance(text, str) else b"null",
+            f"history in the manifest of image {self.id}") for text in texts]
         if not entries:
             raise Unsupported(f"image {self.id}: its schema1 manifest has no history")
         drop = ("id", "parent", "parent_id", "layer_id", "throwaway", "Size")
@@ -3428,10 +3406,8 @@ class Image(Record):
                    "created_by": " ".join(map(str, as_list(command))),
                    "comment": entry.get("comment"), "empty_layer": entry.get("throwaway") or None}
             history.append({key: value for key, value in row.items() if value})
-        config["rootfs"] = {"type": "layers", "diff_ids": [layer.diff_digest for layer in
-                                                          self.storage.chain(self.layer)]}
-        config["history"] = history
-        return config
+        diff_ids = [layer.diff_digest for layer in self.storage.chain(self.layer)]
+        return {**config, "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": history}
 
     @property
     def size(self) -> int:
@@ -5364,8 +5340,7 @@ def read_sparse_map(take: Callable[[int], bytes]) -> tuple[list[tuple[int, int]]
         parts.append(take(BLOCK))
         lines += parts[-1].count(b"\n")
     text = b"".join(parts)
-    numbers = text.split(b"\n", 2 * count + 1)
-    values = [parse_decimal(number) for number in numbers[1:2 * count + 1]]
+    values = [parse_decimal(number) for number in text.split(b"\n", 2 * count + 1)[1:2 * count + 1]]
     if len(values) != 2 * count or min(values, default=0) < 0:
         raise FormatError("malformed sparse map")
     return list(zip(values[::2], values[1::2])), len(text)
