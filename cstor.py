@@ -12487,13 +12487,8 @@ def say_hello(roots: Sequence[str] = ()) -> Connection:
     return connection
 
 
-# -- a whole command -----------------------------------------------------------------------------
-
 def run_unshared(function: str, words: Sequence[str]) -> int:
-    """Run a function of this module in a namespace; return the exit status that it returns.
-
-    It has our stdin, stdout and stderr, and gets SIGTERM when we end.  Raises NeedsUnshare.
-    """
+    """Run a function that calls take_over() in a namespace; return the status that it returns."""
     with Opened(os.open(os.devnull, os.O_RDWR)) as nothing, \
             Unshared(function, words, grace=60) as process:
         process.connection.send({"jsonrpc": "2.0", "method": "run"}, [
@@ -12745,10 +12740,7 @@ def serve_contents(roots: Sequence[str]) -> int:
 
 
 class ContentServer(Dispatcher):
-    """Opens and looks at what is below ``roots`` (host paths), and nothing else.
-
-    Regular files are opened only to read, and directories with O_PATH.
-    """
+    """Looks below ``roots`` (host paths) alone; opens files to read, and directories (O_PATH)."""
 
     METHODS = {name: name for name in ("open", "scan", "look", "enter")}
 
@@ -13414,8 +13406,6 @@ class StoreCheck:
                 finding.severity = "damage"
         return self.found
 
-    # -- records -------------------------------------------------------------------------------
-
     def _records(self, new: type[Record]) -> Any:
         """Look at the files of one kind of records, and return the records."""
         word, home, storage = new.WORD, self.storage.home(new.WORD), self.storage
@@ -13497,8 +13487,6 @@ class StoreCheck:
             if below.isdisjoint([image.layer, *image.mapped_layers]):
                 self.add("container-layer-wrong", container.label, None, image.layer,
                          container.layer)
-
-    # -- layers --------------------------------------------------------------------------------
 
     def _layers(self, layers: Sequence[Layer]) -> None:
         """Look at the directories, tar-split data and links of layers, parents first."""
@@ -13597,8 +13585,6 @@ class StoreCheck:
                      layer.label, layer.root.host_path(layer.path(wrong[0].encode(),
                                                                   self.storage.home())))
         self.explained.update(above, [layer])
-
-    # -- what no record names ------------------------------------------------------------------
 
     def _strays(self) -> None:
         storage = self.storage
@@ -14056,8 +14042,6 @@ class DiskUsage:
     def _unit(self, key: str, root: Directory) -> str:
         return f"{key} of {root.path}" if root in self.storage._additional else key
 
-    # -- measuring -----------------------------------------------------------------------------
-
     def _measure(self) -> None:
         """Look at all that the storage has, and join what several units hold."""
         for root in self.storage.roots:
@@ -14118,8 +14102,6 @@ class DiskUsage:
         for key, place, length in found:
             self._share((status.st_dev, *key), place, length, unit, 2)
         return min(sum(length for *_, length in found), size)
-
-    # -- telling -------------------------------------------------------------------------------
 
     def disk_size(self, units: set[str], *, alone: bool = False) -> int:
         """Return the bytes of disk that units take; ``alone``: that nothing else holds."""
