@@ -12662,8 +12662,7 @@ class Opener(Closing):
                     self._failure = failure
             if self._helper is None:
                 why = f": {self._failure}" if str(self._failure) else ""
-                raise NeedsUnshare(f"{error}{why}",
-                                   hint=self._failure.hint if self._failure else "")
+                raise NeedsUnshare(f"{error}{why}", hint=getattr(self._failure, "hint", ""))
             self.is_proxied = True
             return self._helper
 
@@ -13011,19 +13010,17 @@ def check_image(image: Image) -> Iterator[Finding]:
 def check_chain(image: Image) -> Iterator[Finding]:
     """Compare an image's layers with its configuration."""
     try:
-        if image.layer and "manifest" in image.big_data_names:
-            image.config()
-        image._chain()
-    except LayerUnknown as error:
-        yield Finding("layer-unknown", image.label, message=str(error))
+        with suppress(Unsupported):  # it was made with no configuration
+            if image.layer and "manifest" in image.big_data_names:
+                image.config()
+            image._chain()
     except IntegrityError as error:
         yield Finding("image-layers-wrong", image.label, None, error.expected, error.actual)
     except FormatError as error:
         yield Finding("image-layers-wrong", image.label, message=str(error))
     except NotFound as error:
-        yield Finding("big-data-missing", image.label, message=str(error))
-    except Unsupported:  # it was made with no configuration
-        pass
+        what = "layer-unknown" if isinstance(error, LayerUnknown) else "big-data-missing"
+        yield Finding(what, image.label, message=str(error))
 
 
 def layer_files(layer: Layer) -> list[Finding]:
@@ -13478,9 +13475,8 @@ class StoreCheck:
             return
         image = next((image for image in self.users.get(f"image {container.image}", ())
                       if isinstance(image, Image)), None)
-        if container.image and not image:  # one finding for all containers of it
-            if container.image not in self.known["image"] \
-                    and not self._is_lost("image", container.image):
+        if not image and container.image and container.image not in self.known["image"]:
+            if not self._is_lost("image", container.image):  # one finding for all containers of it
                 self.add("image-unknown", container.label, actual=container.image)
         elif image and image.layer and image not in self.explained:
             below = {layer.id for layer in self.storage.chain(container.layer)[:-1]}
@@ -13796,11 +13792,10 @@ class Salvage:
             layer.diff_digest, actual = digest, ""
             sink = TarSink(None, hashing=True, layer=layer.id, progress=self._progress)
             try:
-                actual = sink.take_all(layer.pieces())
-                layer.proven, layer.diff_size = True, sink.size
-                layer.record.update({"diff-digest": actual, "diff-size": sink.size})
-            except Unsupported:  # also without tar-split data
-                pass
+                with suppress(Unsupported):  # also without tar-split data
+                    actual = sink.take_all(layer.pieces())
+                    layer.proven, layer.diff_size = True, sink.size
+                    layer.record.update({"diff-digest": actual, "diff-size": sink.size})
             except (CstorError, OSError) as error:  # no other DiffID helps
                 self._tried.add((layer, None))
                 self._loose.pop(layer, None)
@@ -13927,9 +13922,8 @@ def walk_disk(root: Contents, top: bytes, denied: list[str],
     while todo:
         folder, rows = todo.pop(), []
         try:
-            rows = list(root.scan(folder, look))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            with suppress(FileNotFoundError, NotADirectoryError):
+                rows = list(root.scan(folder, look))
         except NeedsUnshare:
             denied.append(root.host_path(folder))
         for name, status, *more in rows:
@@ -14555,7 +14549,8 @@ class _HttpClient(HttpHandler):
                 error = _HttpError(429, "TOOMANYREQUESTS", str(error)) \
                     if getattr(error, "errno", 0) in SHORTAGES \
                     else _HttpError(404, self._unknown, str(error))
-            self._refuse(error)
+            self._reply(compact_json({"errors": [{"code": error.code, "message": str(error)}]}),
+                        status=error.status, headers=error.headers)
         finally:
             self._server.log(f'{self._peer} "{display(self.requestline[:300])}" {self._status} '
                              f"{self._sent} {time.monotonic() - begin:.3f}s")
@@ -14574,10 +14569,6 @@ class _HttpClient(HttpHandler):
 
     def log_message(self, *_: object) -> None:
         """Log nothing: do_GET() does, at the end."""
-
-    def _refuse(self, error: _HttpError) -> None:
-        self._reply(compact_json({"errors": [{"code": error.code, "message": str(error)}]}),
-                    status=error.status, headers=error.headers)
 
     def _reply(self, data: bytes, media_type: str = "application/json", status: int = 200, *,
                size: int = -1, headers: Mapping[str, str] | None = None) -> None:
@@ -15095,10 +15086,9 @@ class ProgressLine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.active:
-            if not kind and self.shown > self.start and self.total > 0:
-                self._draw(self.total)
-            self.stop()
+        if self.active and not kind and self.shown > self.start and self.total > 0:
+            self._draw(self.total)
+        self.stop()
 
     def stop(self) -> None:
         """Remove the line for good."""
@@ -15315,8 +15305,7 @@ def open_side(storage: Storage, text: str, known: dict[str, LayerTree], platform
 
 def open_path(text: str, raw: bool) -> Tree:
     """Return the tree of a directory or tar file of the host; "-" is a tar on stdin."""
-    match = re.fullmatch(PATH_SIDE, text, re.DOTALL)
-    path = match[1] if match else text
+    path = re.sub(PATH_SIDE, r"\1", text, count=1, flags=re.DOTALL)
     if os.path.isdir(path):
         return Tree([DiskTree(Directory.at(path), overlay=raw)], path)
     input_size(path)  # that it is there
@@ -15340,11 +15329,10 @@ def layer_branches(layers: Iterable[Layer]) -> Iterator[tuple[str, Layer]]:
     for layer in known.values():
         above = layer.parent if layer.parent and layer.parent in known else None
         try:
-            layer.storage.chain(layer.id)
+            with suppress(LayerUnknown):
+                layer.storage.chain(layer.id)
         except FormatError:  # a loop
             above = None
-        except LayerUnknown:
-            pass
         below.setdefault(above, []).append(layer)
     todo: list[tuple[Any, ...]] = [("", *below[None][::-1])] if below else []
     while todo:
@@ -15640,10 +15628,9 @@ class Template:
                 action = plain[plain.index("{{"):].partition("\n")[0]
                 raise _UsageError(f"malformed template: {display(action)} has no }}}}")
             plain = plain.lstrip() if trim else plain
-            self._items.append(plain.rstrip() if dash else plain)
             words = re.findall(TOKEN, action or "")
             trim = words[-1:] == ["-"]
-            self._items.append(words[:-1] if trim else words)
+            self._items += [plain.rstrip() if dash else plain, words[:-1] if trim else words]
         try:
             self._nodes, end = self._block()
         except RecursionError:
@@ -16444,8 +16431,7 @@ def cmd_image_inspect(storage: Storage, args: Any) -> None:
 
 def cmd_image_layers(storage: Storage, args: Any) -> None:
     """list the layers of an image, base first"""
-    image: Any = storage.image(args.image, args.platform).single(args.platform)
-    print_layers(image.layers(), args)
+    print_layers(storage.image(args.image, args.platform).single(args.platform).layers(), args)
 
 
 def cmd_image_history(storage: Storage, args: Any) -> None:
@@ -16635,13 +16621,11 @@ def check_access(listener: Any, storage: Storage, args: Any) -> str:
     if not isinstance(place, tuple):
         return str(args.registry if args.registry != "-" else "the socket that was passed")
     host, port = place[:2]
-    if args.insecure:
-        pass
-    elif host != "::1" and not host.startswith("127."):
-        if not (args.tls_cert and args.password_file):
-            raise _UsageError(f"a registry at {host} needs --tls-cert, --tls-key and "
-                              "--password-file, or --insecure, with which everybody can read it")
-    elif not args.password_file and not is_public(storage):
+    is_local = host == "::1" or host.startswith("127.")
+    if not (is_local or args.insecure or args.tls_cert and args.password_file):
+        raise _UsageError(f"a registry at {host} needs --tls-cert, --tls-key and "
+                          "--password-file, or --insecure, with which everybody can read it")
+    if is_local and not (args.insecure or args.password_file or is_public(storage)):
         raise _UsageError("not every user of this machine can read the store: use "
                           "--password-file, --registry unix:PATH or --insecure")
     return f"http{'s' * bool(args.tls_cert)}://{f'[{host}]' if ':' in host else host}:{port}/"
