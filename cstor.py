@@ -14163,8 +14163,7 @@ class DiskUsage:
             "unused-layers": [self._row(layer, {layer.label}) for layer in self.unused_layers],
             "orphans": [finding.as_json() for finding in self.orphans],
             "disk-size": sum(self._held.values()),
-            "can-be-freed": {**freed, "total": sum(freed.values())},
-            "unreadable": self.unreadable}
+            "can-be-freed": {**freed, "total": sum(freed.values())}, "unreadable": self.unreadable}
 
 
 # ================================================================================================
@@ -15650,8 +15649,7 @@ class Template:
             raise _UsageError("malformed template: too deeply nested") from None
 
     def _text(self, nodes: Sequence[Any], scope: ChainMap[str, Any]) -> str:
-        return "".join(node if isinstance(node, str) else self._run(scope, *node)
-                       for node in nodes)
+        return "".join(node if isinstance(node, str) else self._run(scope, *node) for node in nodes)
 
     def _run(self, scope: ChainMap[str, Any], word: str, names: Sequence[str],
              value: Callable[[ChainMap[str, Any]], Any], body: Sequence[Any], other: Sequence[Any]
@@ -16248,8 +16246,7 @@ def container_mounts(container: Container, config: dict[str, Any], spec: dict[st
         options = as_list(mount.get("options"))
         yield Fields({
             "Type": mount["type"], "Name": mount.get("volumeName", ""),
-            "Source": mount.get("source", ""),
-            "Destination": mount["destination"],
+            "Source": mount.get("source", ""), "Destination": mount["destination"],
             "Driver": "local" if mount["type"] == "volume" else "", "Mode": "",
             "Options": [word for word in options if word not in ("ro", "rw", "rprivate")],
             "RW": "ro" not in options, "Propagation": "rprivate"}, "Name")
@@ -16450,8 +16447,7 @@ def cmd_image_tree(storage: Storage, args: Any) -> None:
     """show the layers of an image as a tree, and the images that share them"""
     image: Any = storage.image(args.image, args.platform).single(args.platform)
     branches: Iterable[tuple[str, Layer]] = [
-        ("├── " if layer.id != image.layer else "└── ", layer)
-        for layer in image.layers()]
+        ("├── " if layer.id != image.layer else "└── ", layer) for layer in image.layers()]
     if args.whatrequires:
         branches = layer_branches([*image.layers()[-1:], *(
             each for each in users_of(storage).get(f"layer {image.layer}", ())
@@ -16972,20 +16968,15 @@ def cmd_store_info(storage: Storage, args: Any) -> None:
             damage[describe(error)] = None
     storage.faults += storage.unread_database()
     info: dict[str, Any] = {
-        "driver": storage.driver,
-        "graph-root": storage.graphroot, "run-root": storage.runroot,
-        "imagestore": storage.imagestore,
-        "additional-image-stores": storage.additional_stores,
+        "driver": storage.driver, "graph-root": storage.graphroot, "run-root": storage.runroot,
+        "imagestore": storage.imagestore, "additional-image-stores": storage.additional_stores,
         "additional-layer-stores": list(storage.layer_stores),
         "configuration": config.files if config else [],
         "scheme": config.scheme if config else "--root",
         "rootless": config.rootless if config else os.geteuid() != 0,
         "transient-store": bool(config and config.transient_store),
-        **counts,
-        "podman-database": storage.recorded_roots(),
-        "process": describe_process(),
-        "faults": [*storage.faults, *damage],
-    }
+        **counts, "podman-database": storage.recorded_roots(),
+        "process": describe_process(), "faults": [*storage.faults, *damage]}
     texts = [[key, info_text(value)] for key, value in {
         **info, "process": explain_process(info["process"])}.items() if key != "faults"]
     show(args, info, texts + [["fault", fault] for fault in info["faults"]], ["KEY", "VALUE"])
@@ -17078,11 +17069,9 @@ def look_inside(kind: str, extract: str = "") -> dict[str, Command]:
         "stat": (cmd_stat, " PATH+ --follow --format"),
         "cat": (cmd_cat, " PATH+ -o --no-follow"),
         "cp": (cmd_cp, ":PATH DEST"),
-        "extract": (
-            cmd_extract,
-            " DIR --path --exclude --strip-components --link-mode --no-reflinks --verify "
-            "--no-same-owner --same-owner --owner-map --force --no-clean-on-error --clean-on-error "
-            "--format " + extract)}
+        "extract": (cmd_extract, " DIR --path --exclude --strip-components --link-mode "
+                    "--no-reflinks --verify --no-same-owner --same-owner --owner-map --force "
+                    "--no-clean-on-error --clean-on-error --format " + extract)}
     return {f"{kind.lower()} {verb}": (function, kind + more)
             for verb, (function, more) in rows.items()}
 
@@ -17117,8 +17106,7 @@ COMMANDS: dict[str, Command] = {
     "container export": (cmd_container_export, "CONTAINER -o --verify"),
     "container exists": (cmd_exists, "CONTAINER"),
     "images": (cmd_images, "NAME? -a -q -n --digests --history -f --sort --format --no-trunc"),
-    "ps": (
-        cmd_ps, "-a -q -n -l -p -s --external --noheading -f --sort --format --no-trunc"),
+    "ps": (cmd_ps, "-a -q -n -l -p -s --external --noheading -f --sort --format --no-trunc"),
     "inspect": (cmd_inspect, "NAME* -t -f -l -s"),
     "history": (cmd_history, "IMAGE -q -H --no-human --format --no-trunc"),
     "save": (cmd_save, "IMAGE+ -o -m --format --uncompressed"),
@@ -17139,8 +17127,7 @@ COMMANDS: dict[str, Command] = {
 OPTIONS = {
     "IMAGE": "name, digest, ID or the start of an ID",
     "LAYER": "ID, name, DiffID, short link, the start of an ID or DiffID, or a path of its files",
-    "CONTAINER": "name, ID or the start of an ID",
-    "NAME": "name, ID or the start of an ID",
+    **dict.fromkeys(("CONTAINER", "NAME"), "name, ID or the start of an ID"),
     "images NAME": "show only images whose names fit, as --filter reference=NAME does",
     "LINK": "26 characters, as in overlay/l",
     "PATH": "path inside, with or without a leading slash",
@@ -17205,8 +17192,7 @@ OPTIONS = {
     "--external LIST": "leave contents in their files and list the files in LIST, as JSON lines",
     "--follow": "follow a link at the end of a path",
     "--no-follow": "refuse a link at the end of a path",
-    "--force": "merge into a directory that is not empty: replace files, follow no "
-               "links",
+    "--force": "merge into a directory that is not empty: replace files, follow no links",
     **dict.fromkeys(("--format table|json=table", "image history --format table|json=table")),
     **{f"{word} inspect -f --format FORMAT=json":
        "table, json or a Go template with the fields of podman's own inspect"
@@ -17598,8 +17584,7 @@ def command_parser(command: str, words: Sequence[str] = ()) -> Any:
     group, _, verb = command.rpartition(" ")
     parser.set_defaults(function=function, kind=group)
     names += " --platform" * (group == "image" and verb != "list")
-    if "--via-skopeo" in names and any(
-            word.partition("=")[0] == "--via-skopeo" for word in words):
+    if "--via-skopeo" in names and any(word.partition("=")[0] == "--via-skopeo" for word in words):
         names = names.replace("IMAGE ", "", 1)
     specs = {match[0]: (spec[len(match[1]):], OPTIONS[spec]) for spec in OPTIONS
              for match in [re.match(r"((?:[a-z][a-z-]* )*)\S+", spec)] if match}
