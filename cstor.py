@@ -2313,10 +2313,7 @@ class _ConfigSearch:
         return self._finish(config, values)
 
     def _drop_ins(self) -> list[str]:
-        """Return the drop-ins in the order in which they are applied.
-
-        They sort by file name over all directories; of one name the highest directory's counts.
-        """
+        """Return drop-ins, sorted by file name; of one name the highest directory's counts."""
         kinds = [f"rootless.conf.d/{self.uid}", "rootless.conf.d"] if self.rootless \
             else ["rootful.conf.d"]
         dirs = [f"{self.user_file}.d/", *(
@@ -2414,8 +2411,7 @@ class _ConfigSearch:
 
     def _path(self, values: dict[str, Any], key: str) -> str:
         """Expand $UID, then $NAME and ${NAME} as Go's os.ExpandEnv, then links when it exists."""
-        path = values.get("storage." + key) or ""
-        path = path.replace("$UID", str(self.uid))
+        path = (values.get("storage." + key) or "").replace("$UID", str(self.uid))
         path = re.sub(r"\$(?:\{([^}]*)\}|(\w+))",
                       lambda m: self.environ.get(m[1] or m[2] or "", ""), path, flags=re.ASCII)
         if path and not os.path.isabs(path):
@@ -4131,9 +4127,8 @@ class Storage(Closing):
         cut: list[Contents] = []  # roots whose records are not whole
         # As containers/storage searches: for images imagestore, graph root, additional.
         own = self._own[::-1] if new is Image else self._own
-        both = [plain, volatile] if new is not Image else [plain]
-        sources = [(root, both if root is self._graph else [plain])
-                   for root in own if new is not Container or root is self._graph]
+        sources = [(root, [plain, volatile] if root is self._graph and new is not Image
+                    else [plain]) for root in own if new is not Container or root is self._graph]
         sources += [(self._run, [volatile])] if self._run and new is not Image else []
         sources += [(root, [plain]) for root in self._additional if new is not Container]
         for root, names in sources:
