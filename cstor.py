@@ -1459,10 +1459,10 @@ def partials(folder: Target, target: bytes = b"") -> list[bytes]:
             if re.fullmatch(rb"\.cstor-%s[0-9a-f]{12}\.partial" % which, name, re.DOTALL)]
 
 
-def try_lock(fd: int, flags: int = fcntl.LOCK_NB) -> bool:
+def try_lock(fd: int, wait: bool = False) -> bool:
     """Lock an open file or directory until we end; False if it is locked, or locking fails."""
     with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_EX | flags)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
     return False
 
@@ -1509,7 +1509,7 @@ class Scratch(Target):
                 os.mkdir(self.path, 0o700)
                 with suppress(FileNotFoundError):
                     self.fd = os.open(self.path, OPEN_NEW_DIRECTORY)
-                    try_lock(self.fd, 0)
+                    try_lock(self.fd, wait=True)
                 if not is_at(self, self.path):  # another run took it for dead before the lock
                     super().close()
 
