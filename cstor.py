@@ -8701,7 +8701,7 @@ def pack_error(error: BaseException) -> tuple[Any, ...]:
 
 def unpack_error(name: str, args: tuple[Any, ...], plain: dict[str, Any]) -> BaseException:
     """Return the exception that pack_error() got, if its class is in this file or Python's own."""
-    kind = globals().get(name) or vars(builtins).get(name)
+    kind = globals().get(name) or getattr(builtins, name, None)
     if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         return CstorError(f"{name}: {' '.join(map(str, args))}")
     error: BaseException = kind.__new__(kind, *args)
