@@ -6010,8 +6010,7 @@ def expand_content(member: Member, content: Iterable[bytes | Extent]) -> Iterato
     # The content of a sparse file is never passed as a file.
     chunks = (piece for piece in content if isinstance(piece, bytes))
     take = TarSource(chunks, f'"{display(member.name)}"').take
-    left = member.stored
-    runs = member.sparse
+    left, runs = member.stored, member.sparse
     if runs == "1.0":
         runs, used = read_sparse_map(take)
         left -= used
@@ -7888,10 +7887,8 @@ def diff_trees(old: Tree, new: Tree, ignore: Sequence[str] = ()
         return ((path.replace(b"/", b"\0"), side, node) for path, node, _ in tree.walk())
 
     for key, found in groupby(heapq.merge(rows(0, old), rows(1, new)), lambda row: row[0]):
-        nodes: list[Node | None] = [None, None]
-        for _, side, node in found:
-            nodes[side] = node
-        (a, b), what = nodes, []
+        nodes = {side: node for _, side, node in found}
+        a, b, what = nodes.get(0), nodes.get(1), []
         if a and b:
             if a is not b:
                 what = compare_nodes(old, a, new, b, ignore)
@@ -7982,11 +7979,9 @@ def blame_tree(tree: Tree, image: Image, patterns: Sequence[str], hidden: bool
 def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
     """Return the JSON of one file of one layer."""
     layer = node.tree.layer_id
-    row: dict[str, Any] = {"path": spell(b"/" + path), "type": node.type, "layer": layer,
-                           "created-by": steps.get(layer, "")}
-    if node.type == "reg":
-        row["size"] = node.size
-    return row
+    return {"path": spell(b"/" + path), "type": node.type, "layer": layer,
+            "created-by": steps.get(layer, ""),
+            **({"size": node.size} if node.type == "reg" else {})}
 
 
 def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
@@ -8582,14 +8577,11 @@ class OwnerMap:
     def owner(self, node: Node) -> tuple[int, int]:
         """Return owner and group outside, unchanged without any mapping.  Raises CstorError."""
         uid, gid = node.owner[:2]
-        if self.users or self.groups:
-            found = map_id(uid, self.users, -1), map_id(gid, self.groups, -1)
-            if -1 in found:
-                number = uid if found[0] < 0 else gid
-                raise CstorError(f'"/{display(node.path)}": ID {number} is not covered by '
-                                 "--owner-map")
-            return found
-        return uid, gid
+        found = map_id(uid, self.users, -1), map_id(gid, self.groups, -1)
+        if -1 in found:
+            number = uid if found[0] < 0 else gid
+            raise CstorError(f'"/{display(node.path)}": ID {number} is not covered by --owner-map')
+        return found
 
     def capability(self, value: bytes) -> bytes:
         """Return security.capability for the shifted root: capabilities(7), namespaced ones.
@@ -9637,16 +9629,15 @@ class OciLayout(Transaction):
         if not is_at(self.target, self.path):
             raise OSError(errno.ESTALE, "another writer removed it", self.path)
         remove_dead(self.target.fd)
-        names = set(self.target.listdir(b"."))
+        names = self.target.listdir(b".")
         if names:  # we do not own what another writer made there
             self.keep()
-        names = {name for name in names if not name.startswith(b".cstor-")}
         if b"oci-layout" in names:
             version = as_dict(parse_json(self.target.read(b"oci-layout", READ_SIZE), (
                 f"{self.path}/oci-layout"))).get("imageLayoutVersion")
             if not isinstance(version, str) or not version.startswith("1."):
                 raise Unsupported(f"{self.path}: image layout version {version!r}")
-        elif names - {b"blobs"}:
+        elif any(name != b"blobs" and not name.startswith(b".cstor-") for name in names):
             raise CstorError(f"{self.path} is not an OCI layout, and not empty")
         for folder in (b"blobs", b"blobs/sha256"):
             with ErrorsAs(self.target.explain, folder):
@@ -9699,24 +9690,21 @@ class OciLayout(Transaction):
     def add_layer(self, layer: Layer, compression: tuple[str, int] = ("none", 0),
                   progress: Progress | None = None) -> tuple[str, dict[str, Any]]:
         """Add a layer's tar, verified; return its DiffID and the descriptor of the blob."""
-        media_type = OCI_LAYER + COMPRESSIONS[compression[0]]
-        if compression[0] == "none" and self.has(layer.diff_digest, layer.diff_size):
-            status = self.target.lstat(b"blobs/sha256/" + layer.diff_digest[7:].encode())
-            if progress:
-                progress(0, 0)
-                progress(status.st_size, 0)
-            return layer.diff_digest, descriptor(media_type, layer.diff_digest, status.st_size)
-        diff_id = digest = ""
-        size = 0
+        diff_id = digest = layer.diff_digest
+        known = compression[0] == "none" and self.has(digest, layer.diff_size)
 
         def fill(fd: int) -> bytes:
-            nonlocal diff_id, digest, size
+            nonlocal diff_id, digest
             diff_id, digest = write_blob(layer, fd, compression, progress)
-            size = os.fstat(fd).st_size
             return digest[7:].encode()
 
-        self.write(b"blobs/sha256", fill)
-        return diff_id, descriptor(media_type, digest, size)
+        if not known:
+            self.write(b"blobs/sha256", fill)
+        size = self.target.lstat(b"blobs/sha256/" + digest[7:].encode()).st_size
+        if known and progress:
+            progress(0, 0)
+            progress(size, 0)
+        return diff_id, descriptor(OCI_LAYER + COMPRESSIONS[compression[0]], digest, size)
 
     def add_image(self, image: Image, compression: tuple[str, int] = ("none", 0),
                   progress: Progress | None = None) -> dict[str, Any]:
@@ -10242,27 +10230,24 @@ class SplitdirfdstreamReader(_ChunkReader):
 
     def __iter__(self) -> Iterator[bytes | PassedFile]:
         try:
-            yield from self._named()
+            while kind := self._take(1, end=True):
+                if kind in b"\0\1":
+                    yield from self._inline(int.from_bytes(self._take(4), "little"))
+                    continue
+                if kind != b"\2":
+                    raise self._error(f"a chunk of unknown type {kind[0]}")
+                length, fd, origin = self._open()
+                with Opened(fd):
+                    if length <= self._threshold and check_passed(fd) == length:
+                        yield from read_checked(fd, length)
+                    else:
+                        yield PassedFile(fd, length, origin)
         except Exception as error:  # whose traceback refers to them
             for directory in self.opened.values():
                 directory.close()
             if isinstance(error, FormatError):
                 self.explain()
             raise
-
-    def _named(self) -> Iterator[bytes | PassedFile]:
-        while kind := self._take(1, end=True):
-            if kind in b"\0\1":
-                yield from self._inline(int.from_bytes(self._take(4), "little"))
-                continue
-            if kind != b"\2":
-                raise self._error(f"a chunk of unknown type {kind[0]}")
-            length, fd, origin = self._open()
-            with Opened(fd):
-                if length <= self._threshold and check_passed(fd) == length:
-                    yield from read_checked(fd, length)
-                else:
-                    yield PassedFile(fd, length, origin)
 
     def _open(self) -> tuple[int, int, tuple[Directory, bytes, bytes]]:
         """Return length, descriptor and origin of the file that is named next."""
@@ -10556,10 +10541,9 @@ class StreamTree(LayerTree):
         if not isinstance(piece, Extent) or not piece.origin:
             return False
         directory, name, found = piece.origin
-        if not (found := found or settle(piece.fd)):
-            return False
-        self._places[node] = directory, found + name
-        return True
+        if found := found or settle(piece.fd):
+            self._places[node] = directory, found + name
+        return bool(found)
 
     def staged(self, node: Node) -> tuple[int, bytes, str] | None:
         return None if self.kept or "data" in node.extra else self.contents.get(node)
@@ -10609,11 +10593,10 @@ class Staging:
             for literal, member, content in stream.items(self._check):
                 if sink:
                     sink.literal(literal)
+                    content = _hashed(content, sink)
                 if member is None:
                     continue
                 node = tree.add(member)
-                if sink:
-                    content = _hashed(content, sink)
                 if node and member.type == "reg" and node.size:
                     self._store(tree, node, member, content)
                 for _ in content:  # of a whiteout with content, say
@@ -11919,11 +11902,9 @@ def choose_external(layer: Layer, threshold: int, most: int) -> tuple[Iterator[b
     """
     sizes, total = [], 0
     for literal, member, _ in LayerReader(layer).headers():
-        total += len(literal)
-        if member:
-            total += member.stored
-            if member.stored > threshold and member.sparse is None:
-                sizes.append(member.stored)
+        total += len(literal) + (member.stored if member else 0)
+        if member and member.stored > threshold and member.sparse is None:
+            sizes.append(member.stored)
     chosen = set(sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:most])
     return (number in chosen for number in range(len(sizes))), \
         total - sum(sizes[number] for number in chosen)
@@ -12064,10 +12045,14 @@ class RpcClient(Caller):
                                             code=BAD_PARAMS)
                     files += 1
                     yield PassedFile(message.fds[0], size)
-                elif method in END_METHODS:
-                    self._check_end(stream(), params, files)
-                else:
+                elif method not in END_METHODS:
                     raise ProtocolError(f"{display(str(method))} inside a layer", code=NO_METHOD)
+        layer, digest = stream(), params.get("digest", params.get("checksum"))
+        count = params.get("files", params.get("files_sent", files))
+        if not isinstance(digest, (str, type(None))) or layer.digest and digest \
+                and digest != layer.digest or count != files:
+            raise ProtocolError("the end of the layer contradicts what came before it")
+        layer.digest = digest or layer.digest
         # Without a request there is no answer, and cstor-rs sends none at all.
         if self._number and (answer := self.connection.receive()):
             with answer:
@@ -12075,16 +12060,6 @@ class RpcClient(Caller):
                 if result is None or answer.fds or result.get("success") is False:
                     raise ProtocolError("the server ended the layer without success")
         self.connection.settle()
-
-    @staticmethod
-    def _check_end(stream: LayerStream, end: dict[str, Any], files: int) -> None:
-        """Compare the end of a layer with its start and with what came between."""
-        digest = end.get("digest", end.get("checksum"))
-        count = end.get("files", end.get("files_sent", files))
-        if not isinstance(digest, (str, type(None))) or stream.digest and digest \
-                and digest != stream.digest or count != files:
-            raise ProtocolError("the end of the layer contradicts what came before it")
-        stream.digest = digest or stream.digest
 
 
 class ProxyV2Client(RpcClient):
