@@ -6248,6 +6248,8 @@ MAX_ENTRIES = 4 << 20  # of one tree, at some 400 bytes each
 MAX_XATTRS = 64 << 20  # all xattrs of one tree
 MAX_STEPS = 16 << 20  # components of links that are followed to unpack one layer
 UNPROVEN = "not proven without reading the layer"
+_NO_CHILDREN: dict[bytes, Node] = {}
+_NO_EXTRA: dict[str, Any] = {}
 
 
 def linux_keeps(name: bytes, value: bytes, kind: str) -> bool:
@@ -6373,10 +6375,6 @@ def copy_fields(old: Node, new: Node) -> None:
     """Give a directory the metadata of another one."""
     for field in ("mode", "owner", "mtime_ns", "extra", "implicit"):
         setattr(new, field, getattr(old, field))
-
-
-_NO_CHILDREN: dict[bytes, Node] = {}
-_NO_EXTRA: dict[str, Any] = {}
 
 
 class LayerTree(Closing):
@@ -7259,8 +7257,7 @@ class Tree(Closing):
     """The merged view of several LayerTrees, the top one first.
 
     Paths are bytes, relative to the root of the image; a leading "/" does not matter.  ``raw``
-    shows whiteouts as whiteouts; ``label`` says whose it is.  A context manager; owns the
-    LayerTrees, ``layers``.
+    shows whiteouts as whiteouts; ``label`` says whose it is.  Owns the LayerTrees, ``layers``.
     """
 
     def __init__(self, layers: Sequence[LayerTree], label: str = "", *, raw: bool = False) -> None:
@@ -8205,8 +8202,6 @@ class _TarDiff:
         if self.first:
             yield from self._ends()
 
-    # -- bytes: where the first difference is --
-
     def _compare(self, a: TarEntry, b: TarEntry) -> None:
         """Read two entries in step as long as they are equal."""
         if a.header is not b.header:  # trailers are contents
@@ -8250,8 +8245,6 @@ class _TarDiff:
             self.first["ended"] = "a" if ended[0] else "b"
         elif field == "content":
             self.first["contentOffset"] = a.done + at
-
-    # -- entries --
 
     def _settle(self, a: TarEntry | None, b: TarEntry | None) -> Iterator[dict[str, Any]]:
         """Find the counterparts of the entries just read, and yield how they differ."""
@@ -9416,7 +9409,6 @@ ORIGINAL_DIGEST = "dev.cstor.original-manifest-digest"
 LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 COMPRESSIONS = {"none": "", "gzip": "+gzip", "zstd": "+zstd"}  # suffixes of layers' media types
 
-
 # Types of the optional fields of manifests and their entries.
 ENTRY_TYPES = {"artifactType": str, "annotations": dict, "platform": dict, "subject": dict,
                "urls": list}
@@ -10140,6 +10132,7 @@ class FetchedImage(Closing):
 
 FIEMAP = 0xC020660B  # _IOWR('f', 11, struct fiemap): the extents of a file; see shared_extents()
 FIEMAP_SYNC = bytes(8) + b"\xff" * 8 + (1).to_bytes(4, sys.byteorder) + bytes(12)
+MAX_INLINE = 256 << 20  # one chunk of a stream
 
 
 def identify(fd: int) -> bytes:
@@ -10157,9 +10150,6 @@ def settle(fd: int) -> bytes:
         fcntl.ioctl(fd, FIEMAP, FIEMAP_SYNC)
         return identify(fd)
     return b""
-
-
-MAX_INLINE = 256 << 20  # one chunk of a stream
 
 
 class _ChunkReader:
@@ -10889,8 +10879,6 @@ class Connection(Closing):
         while self._fds:
             os.close(self._fds.pop()[1])
 
-    # -- sending ---------------------------------------------------------------------------------
-
     def send(self, value: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send one message with descriptors, which the caller keeps."""
         if fds and not self.varlink:
@@ -10923,8 +10911,6 @@ class Connection(Closing):
                     raise ProtocolError(f"the connection failed: {error.strerror}") from None
                 if not self._deadline.pause():  # too many descriptors are in flight
                     raise self._deadline.error() from None
-
-    # -- receiving -------------------------------------------------------------------------------
 
     def receive(self, idle: float | None = None) -> Message | None:
         """Return the next message, None when the other end has closed between messages.
