@@ -1966,8 +1966,10 @@ class Threads:
             running.release()
 
         def result() -> Any:
-            with running:
-                value, error = outcome
+            while not outcome:  # a signal just before the wait ends nothing but a short one
+                if running.acquire(timeout=0.5):
+                    running.release()
+            value, error = outcome
             if error:
                 raise error
             return value

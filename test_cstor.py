@@ -11535,7 +11535,8 @@ class StreamExtracts(TreeTest):
                 "def chunks():\n"
                 "    yield bytes.fromhex(sys.argv[3])\n"
                 "    print('ready', flush=True)\n"
-                "    time.sleep(60)\n"
+                "    while True:\n"
+                "        time.sleep(0.1)  # a signal just before a sleep does not end it\n"
                 "cstor.unwind_on_signals()\n"
                 "force = len(sys.argv) > 4\n"
                 "cstor.extract_streams([cstor.LayerStream(chunks(), label='t')], sys.argv[2], "
@@ -18160,7 +18161,7 @@ class CommandLine(StoreTest):
 
     def test_interrupted_export(self) -> None:
         code = (f"import sys, time; sys.path.insert(0, {HERE!r}); import cstor\n"
-                "cstor.write_all = lambda fd, data: (print('x', flush=True), time.sleep(30))\n"
+                "cstor.write_all = lambda fd, data: (print('x', flush=True), time.sleep(60))\n"
                 "sys.exit(cstor.main())\n")
         target = os.path.join(self.dir, "layer.tar")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -18174,6 +18175,27 @@ class CommandLine(StoreTest):
                 self.assertEqual((b"", b""), process.communicate(timeout=20))
             self.assertEqual(128 + number, process.returncode)
             self.assertEqual(["store"], os.listdir(self.dir))
+
+    def test_a_signal_just_before_a_wait_for_a_thread(self) -> None:
+        """It does not end that wait, as one that another thread takes; its handler runs soon."""
+        go_on, ended = threading.Event(), list[bool]()
+        threads = cstor.Threads(1)
+        self.addCleanup(threads.close)
+        self.addCleanup(go_on.set)
+
+        def interrupt(*_: object) -> None:
+            raise InterruptedError
+
+        def work() -> None:
+            time.sleep(0.1)  # until the wait has begun
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+            ended.append(go_on.wait(20))
+
+        before = signal.signal(signal.SIGUSR1, interrupt)
+        self.addCleanup(signal.signal, signal.SIGUSR1, before)
+        with self.assertRaises(InterruptedError):
+            threads.submit(work)()
+        self.assertEqual([], ended)
 
     def test_closed_pipes_end_quietly(self) -> None:
         for words in (f"layer export {self.layer}", f"layer export {self.layer} --no-verify",
