@@ -10199,12 +10199,12 @@ class Layouts(StoreTest):
             self.assertIn(f"zstd failed with status {status}".encode(), done.stderr)
             self.assertFalse(os.path.lexists(self.out))
         with open(program, "w", encoding="ascii") as file:
-            file.write("#!/bin/sh\nexec sleep 1000\n")  # takes nothing and never ends
+            file.write(f"#!/bin/sh\n: > {program}.runs\nexec sleep 1000\n")  # and takes nothing
         with subprocess.Popen([*COMMAND, *self.ours, "image", "copy-to-oci", "sample",
                                self.out, "--compress=zstd"], start_new_session=True,
                               env={**IDLE, "PATH": os.path.dirname(program) + ":/usr/bin:/bin"},
                               stderr=subprocess.DEVNULL) as process:
-            time.sleep(1)
+            wait_for(lambda: os.path.exists(program + ".runs"), 30)
             process.terminate()
             self.assertEqual(143, process.wait(timeout=20))
         self.assertRaises(ProcessLookupError, os.killpg, process.pid, 0)
