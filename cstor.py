@@ -11448,17 +11448,15 @@ class ClientServer:
     def __init__(self, *, clients: int, timeout: float, idle: float) -> None:
         self.timeout, self.idle, self._room = timeout, idle, clients
         self._clients: set[Any] = set()  # Connections, or what else has socket and idle_since
-        self._lock = threading.Lock()
-        self._empty = threading.Condition(self._lock)
-        self.stopping = False
-        self._alone: socket.socket | None = None  # the client that serve() itself answers
+        self._lock = threading.Condition()  # notified when a client leaves
+        self.stopping = 0  # calls of stop()
         self._waker = -1
 
     def stop(self) -> None:
-        """Let serve() return; for signal handlers and other threads."""
-        self.stopping = True
-        if self._alone:
-            hang_up(self._alone, SHUT_RD)  # it is told of no other request
+        """Let serve() return, at the second call at once; for signal handlers and other threads."""
+        self.stopping += 1
+        for client in [*self._clients]:  # they are told of no other request, or of nothing
+            hang_up(client.socket, SHUT_RD if self.stopping == 1 else SHUT_RDWR)
         with suppress(OSError):  # it is full, or serve() does not run
             os.write(self._waker, b"\0")
 
@@ -11486,9 +11484,7 @@ class ClientServer:
                 try:
                     threading.Thread(target=self.handle, args=(sock,), daemon=True).start()
                 except RuntimeError:  # can't start new thread: the others wait for this client
-                    self._alone = sock
                     self.handle(sock)
-                    self._alone = None
         finally:
             listener.close()  # who comes now is refused at once
             self._finish()
@@ -11497,11 +11493,15 @@ class ClientServer:
             os.close(wake)
 
     def _finish(self) -> None:
-        for how, seconds in ((SHUT_RD, self.grace), (SHUT_RDWR, 1.0)):
-            with self._lock:
-                for client in self._clients:
-                    hang_up(client.socket, how)
-                self._empty.wait_for(lambda: not self._clients, seconds)
+        if not self.stopping:  # an exception ends serve()
+            self.stop()
+        deadline = Deadline(self.grace)
+        while self._clients and self.stopping == 1 and deadline.pause():
+            pass
+        self.stop()
+        deadline = Deadline(1.0)
+        while self._clients and deadline.pause():
+            pass
 
     def handle(self, sock: socket.socket) -> None:
         """Answer one client until it closes its end; close this end, too."""
@@ -11517,18 +11517,18 @@ class ClientServer:
                 if longest.idle_since < time.monotonic() - 1:
                     self._clients.discard(longest)
                     hang_up(longest.socket)
-                self._empty.wait(0.05)
-            if self.stopping or len(self._clients) >= self._room:
-                return "the server is shutting down" if self.stopping else "too many clients"
+                self._lock.wait(0.05)
+            if len(self._clients) >= self._room and not self.stopping:
+                return "too many clients"
             client.idle_since = time.monotonic()  # it was not idle while it waited here
             self._clients.add(client)
-        return ""
+        return "the server is shutting down" if self.stopping else ""  # seen by it, or by stop()
 
     def _leave(self, client: Any) -> None:
         """Give the place of a client, whose socket is closed, to another one."""
         with self._lock:
             self._clients.discard(client)
-            self._empty.notify_all()
+            self._lock.notify_all()
 
 
 class RpcServer(ClientServer):
@@ -14474,9 +14474,6 @@ class _HttpClient(HttpHandler):
         self._sent += len(data)
         return len(data)
 
-    def flush(self) -> None:
-        """Do nothing: all that was written is sent."""
-
     def parse_request(self) -> bool:
         """Read the head of a request; what comes after one with a body is no other request."""
         from email.errors import MissingHeaderBodySeparatorDefect as NoHeader
@@ -14525,7 +14522,9 @@ class _HttpClient(HttpHandler):
             code, "TOOMANYREQUESTS" if code == 429 else "UNSUPPORTED", message or ""))
 
     def log_message(self, *_: object) -> None:
-        """Log nothing: do_GET() does, at the end."""
+        """Do nothing: do_GET() logs, at the end, and all that was written is sent."""
+
+    flush = log_message
 
     def _reply(self, data: bytes, media_type: str = "application/json", status: int = 200, *,
                size: int = -1, headers: Mapping[str, str] | None = None) -> None:
@@ -16532,7 +16531,8 @@ def cmd_serve(storage: Storage, args: Any) -> None:
             server = RpcServer(opener, timeout=args.timeout)
             passed = None if args.socket else passed_socket("AF_UNIX")
             if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                signal.signal(signal.SIGTERM, lambda *_: passed.shutdown(socket.SHUT_RD))
+                ways = iter([SHUT_RD])  # the second signal does not wait
+                signal.signal(signal.SIGTERM, lambda *_: hang_up(passed, next(ways, SHUT_RDWR)))
                 server.handle(passed)
                 return
             servers[server] = (stack.enter_context(passed or ListeningSocket(args.socket)),

@@ -13216,6 +13216,20 @@ class Serving(StoreTest):
             self.assertEqual(0, server.wait(30))
             client.close()
 
+    def test_a_second_signal_does_not_wait_for_a_transfer(self) -> None:
+        with self.on_stdin() as (ours, server):
+            dumb = Dumb(ours)
+            dumb.ask("StreamLayer", layer=[*self.store.tars][0], threshold=10**9)
+            dumb.fill()
+            server.terminate()
+            with self.assertRaises(BrokenPipeError):  # it has heard of the first
+                while True:
+                    ours.sendall(b" ")
+                    time.sleep(0.01)
+            self.assertIsNone(server.poll())
+            server.terminate()
+            self.assertEqual(0, server.wait(15))
+
     @contextlib.contextmanager
     def on_stdin(self) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
         """Give a socket whose other end is the stdin of a server, which ends well."""
@@ -17197,6 +17211,28 @@ class RegistryCommands(StoreTest):
                     self.assertEqual(code, http_get(
                         int(found[2]), "/v2/", headers={"Authorization": f"Basic {text}"}
                         if given else {}, context=context).status)
+
+    def test_a_second_signal_does_not_wait_for_transfers(self) -> None:
+        path, rpc, tar = self.dir + "/http", self.dir + "/rpc", [*self.store.tars.values()][0]
+        need_proc()
+        with self.running("--registry", "unix:" + path, "--socket", rpc) as (_, server), \
+                socket.socket(socket.AF_UNIX) as sock, cstor.RpcClient(rpc) as client:
+            sock.connect(path)
+            sock.sendall(f"GET /v2/app/blobs/{sha256(tar)} HTTP/1.1\r\n\r\n".encode())
+            self.assertIn(b" 200 OK", sock.recv(99))
+            client.connection.send({"jsonrpc": "2.0", "id": 1, "method": "StreamLayer", "params": {
+                "layer": [*self.store.tars][0], "threshold": 10**9}})
+            client.connection.receive()
+            server.terminate()
+            for each in (path, rpc):  # it has heard of the first
+                with self.assertRaises(ConnectionRefusedError):
+                    while True:
+                        cstor.connect(each).close()
+            self.assertIsNone(server.poll())
+            server.send_signal(signal.SIGINT)
+            self.assertEqual(0, server.wait(15))
+            with contextlib.suppress(ConnectionResetError):  # it was not read to its end
+                self.assertLess(sum(iter(lambda: len(sock.recv(1 << 20)), 0)), len(tar) - 99)
 
     def test_a_store_that_all_can_read(self) -> None:
         """Every file counts, and every directory above."""
