@@ -17670,14 +17670,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer
     try:
         status = _run(words)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         status = EXIT_PIPE
     except (CstorError, ImportError, OSError, _UsageError, MemoryError) as error:
         try:
             sys.stdout.flush()  # it may fail again
-        except (AttributeError, OSError, ValueError) as again:
+        except (OSError, ValueError) as again:
             if again.args[:1] == error.args[:1]:
                 name_error(error, "stdout")
         verbose = [word for word in words if word == "--verbose" or (
@@ -17693,8 +17692,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, (lambda *_: None) if argv is None else handler)
     sys.unraisablehook = before
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         # Python flushes stdout again at exit: let it flush to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -17712,6 +17710,10 @@ def main_inside(words: Sequence[str]) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
+    if sys.stdout is None:  # no other file gets its number, and what writes to it fails
+        while (fd := os.open(os.devnull, os.O_RDONLY)) < 1:  # stdin is closed, too
+            pass
+        sys.stdout = open(fd, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names can hold any bytes
@@ -17723,8 +17725,6 @@ def _run(words: Sequence[str]) -> int:
         return 0
     args.status = 0
     check_options(args)
-    if sys.stdout is None:
-        raise CstorError("stdout is closed")
     if args.function is cmd_extract and args.same_owner and os.geteuid() and not (
             args.no_helper or UNSHARED_MARK in os.environ or "CAP_CHOWN" in capabilities()):
         unwind_on_signals()

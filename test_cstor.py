@@ -18250,12 +18250,36 @@ class CommandLine(StoreTest):
                 (["layer", "export", self.layer], ">/dev/full", 6),
                 (["image", "list"], ">&- 2>&-", 6),
                 (["image", "inspect", "nothing"], "2>/dev/full", 3),
-                (["image", "inspect", "nothing"], "2>&1 >&- | :", 6)):
+                (["image", "inspect", "nothing"], "2>&1 >&- | :", 3)):
             done = self.run_cstor("-c", f'set -o pipefail; "$@" {redirect}', "sh", *COMMAND,
                                   "--root", self.store.root, *words, command=["bash"],
                                   status=status)
             if status == 0:
                 self.assertEqual(self.tar, done.stdout)
+
+    def test_who_prints_nothing_needs_no_stdout(self) -> None:
+        need_proc()
+        ours, theirs = socket.socketpair()
+        ours.close()
+        out = self.dir + "/out"
+        with theirs:
+            for status, words, closed in (
+                    (0, f"layer export {self.layer} -o {out}", ">&-"),
+                    (0, f"layer export {self.layer} -o {out}", ">&- <&-"), (0, "serve", ">&-"),
+                    (0, "image exists sample", ">&-"), (1, "image exists nothing", ">&-"),
+                    (0, f"-q image extract sample {out}", ">&-"), (6, "--help", ">&-"),
+                    (6, "--version", ">&- <&-"), (6, "image list --format json", ">&- <&-"),
+                    (6, f"layer export {self.layer} -o -", ">&- <&-"),
+                    (6, f"layer export {self.layer} -o /dev/stdout", ">&- <&-"),
+                    (6, "image cat sample etc/os-release", ">&-"), (6, "completion bash", ">&-")):
+                done = self.run_cstor("-c", f'"$@" {closed}', "sh", *COMMAND, "--root",
+                                      self.store.root, *words.split(), command=["sh"],
+                                      status=status, stdin=theirs.fileno())
+                self.assertEqual("cstor: error: stdout: Bad file descriptor\n" * (status == 6),
+                                 done.err.replace("/dev/stdout", "stdout"), words)
+                if "export" in words and not status:
+                    self.assertEqual(self.tar, read_bytes(out))
+                    os.unlink(out)
 
     def test_output_that_does_not_block(self) -> None:
         reader, writer = os.pipe()
