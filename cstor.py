@@ -14259,6 +14259,13 @@ class Registry:
             or re.fullmatch(IMAGE_ID, text) and image.id.startswith(text)
             for text, name, wanted, digest in self._only)
 
+    def without_paths(self, text: str) -> str:
+        """Return a text for clients: they need not know where the storage is."""
+        text = display(text)
+        for path in [display(root.path) for root in self.storage.roots]:
+            text = text.replace(f"{path}/", "").replace(path, "the storage")
+        return text
+
     def is_empty(self) -> bool:
         """Tell whether there is no image now that it lets out."""
         self._refresh()
@@ -14491,7 +14498,7 @@ class _HttpClient(HttpHandler):
     def do_GET(self, refusal: _HttpError | None = None) -> None:
         """Answer a request, also with an error, in the specification's form."""
         self.idle_since, begin = float("inf"), time.monotonic()
-        self._status, self._sent, self._unknown = 0, 0, "UNSUPPORTED"
+        self._status, self._sent, self._unknown, why = 0, 0, "UNSUPPORTED", ""
         try:
             if refusal:
                 raise refusal
@@ -14499,15 +14506,17 @@ class _HttpClient(HttpHandler):
         except (CstorError, OSError) as error:
             if self._status:  # the answer has begun: it is cut
                 raise
+            why = f": {error}"
             if not isinstance(error, _HttpError):
                 error = _HttpError(429, "TOOMANYREQUESTS", str(error)) \
                     if getattr(error, "errno", 0) in SHORTAGES \
                     else _HttpError(404, self._unknown, str(error))
-            self._reply(compact_json({"errors": [{"code": error.code, "message": str(error)}]}),
-                        status=error.status, headers=error.headers)
+            self._reply(compact_json({"errors": [{
+                "code": error.code, "message": self.registry.without_paths(str(error))}]}),
+                status=error.status, headers=error.headers)
         finally:
             self._server.log(f'{self._peer} "{display(self.requestline[:300])}" {self._status} '
-                             f"{self._sent} {time.monotonic() - begin:.3f}s")
+                             f"{self._sent} {time.monotonic() - begin:.3f}s{display(why)}")
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
 
@@ -14519,7 +14528,8 @@ class _HttpClient(HttpHandler):
         """Answer what http.server cannot read, or has no method for."""
         self.close_connection |= code != 501
         self.do_GET(None if code == 501 else _HttpError(
-            code, "TOOMANYREQUESTS" if code == 429 else "UNSUPPORTED", message or ""))
+            code, "TOOMANYREQUESTS" if code == 429 else "UNSUPPORTED",
+            message or self.responses[code][0]))
 
     def log_message(self, *_: object) -> None:
         """Do nothing: do_GET() logs, at the end, and all that was written is sent."""
