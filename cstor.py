@@ -12234,13 +12234,6 @@ _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip,
 # What runs first in the namespace: it makes it, if podman did not, and gets _CODE from the socket.
 BOOTSTRAP = """\
 import marshal, os, sys
-def read(count):
-    data = b""
-    while len(data) < count:
-        if not (part := os.read(0, count - len(data))):
-            sys.exit(1)
-        data += part
-    return data
 way, function, *words = sys.argv[1:]
 if way == "newuidmap":
     import ctypes
@@ -12248,7 +12241,8 @@ if way == "newuidmap":
     if libc.unshare(0x10000000):  # CLONE_NEWUSER
         sys.exit("unshare: " + os.strerror(ctypes.get_errno()))
     os.write(0, b"!")
-code = marshal.loads(read(int(read(8), 16)))
+with open(0, "rb", closefd=False) as file:  # nothing comes after the code until we say hello
+    code = marshal.loads(file.read(int(file.read(8), 16)))
 module = type(sys)("cstor")
 sys.modules["cstor"] = module
 exec(code, vars(module))
@@ -16557,12 +16551,11 @@ def cmd_serve(storage: Storage, args: Any) -> None:
         for _, place in () if args.quiet else servers.values():
             say(f"serving {storage.graphroot} at {place}")
         (first, (listener, _)), *others = servers.items()
-        threads = [threading.Thread(target=each.serve, args=place[:1]) for each, place in others]
-        for thread in threads:
+        for each, (other, _) in others:
+            thread = threading.Thread(target=each.serve, args=[other])
             thread.start()
+            stack.callback(thread.join)
         first.serve(listener)
-        for thread in threads:
-            thread.join()
 
 
 def make_registry(storage: Storage, opener: Callable[[], Storage], args: Any) -> RegistryServer:
