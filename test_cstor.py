@@ -19934,6 +19934,13 @@ class Store:
         return f"containers-storage:[{self.driver}@{self.root}+{self.runroot}]localhost/{name}"
 
     def close(self) -> None:
+        """Remove its containers: podman has 2,048 locks for all stores, and each keeps one."""
+        if os.path.exists(self.root) and shutil.which("podman"):
+            subprocess.run(["podman", *self.globals, "rm", "-af"], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, check=False)
+        self.unmount()
+
+    def unmount(self) -> None:
         """Undo the mount of overlay/ on itself that the tools can leave behind."""
         while subprocess.run(["umount", "-l", self.root + "/overlay"], stderr=subprocess.DEVNULL,
                              check=False).returncode == 0:
@@ -20386,7 +20393,7 @@ class RealExport(unittest.TestCase):
         self.addCleanup(store.close)
         build_image(store, self.path("context-2"), "three")
         store.podman("create", "--network", "none", "--name", "first", "localhost/three", "/a")
-        store.close()
+        store.unmount()
         damaged = DamagedStore(store.root)
         self.assertLess(40, damaged.try_all(self, self.path("kept-"), store.runroot))
 
@@ -20782,8 +20789,8 @@ class RealUsage(unittest.TestCase):
     def test_beside_podman(self) -> None:
         need(os.geteuid() == 0, "only root can run podman on a store of its own")
         need_tools("podman")
-        with tempfile.TemporaryDirectory(prefix="cstor-usage-") as folder:
-            store = Store(folder + "/store")
+        with tempfile.TemporaryDirectory(prefix="cstor-usage-") as folder, \
+                contextlib.closing(Store(folder + "/store")) as store:
             os.mkdir(folder + "/context")
             put(folder + "/context/a", bytes(300_000))
             put(folder + "/context/b", b"b" * 100_000)
@@ -20936,7 +20943,7 @@ class RealWords(unittest.TestCase):
                 "quay.io/team/app:2")
             other = Store(f"{out}/{form[:6]}.d")
             self.addCleanup(other.close)
-            other.podman("load", "-q", "-i", name)
+            other.podman("load", "-q", "-i", form, cwd=out)  # as names, paths must not end in "_"
             with cstor.Storage.open(other.root) as storage, \
                     cstor.Storage.open(self.store.root) as ours:
                 self.assertEqual(ours.image("quay.io/team/app:2").id, storage.images()[0].id)
@@ -21729,7 +21736,7 @@ class RealLookups(unittest.TestCase):
             subprocess.run(["skopeo", "copy", "-q", f"oci:{layout}:{name}", cls.store.place(name)],
                            stderr=subprocess.DEVNULL, check=False)
         cls.copy = os.path.join(cls.folder.name, "copy")
-        cls.store.close()
+        cls.store.unmount()
         subprocess.run(["cp", "-a", cls.store.root, cls.copy], check=True)
 
     folder: tempfile.TemporaryDirectory[str]
@@ -21857,6 +21864,7 @@ class RealVfs(unittest.TestCase):
         cls.folder = tempfile.TemporaryDirectory(prefix="cstor-vfs-")
         cls.addClassCleanup(cls.folder.cleanup)
         cls.store = Store(cls.path("store"), "vfs")
+        cls.addClassCleanup(cls.store.close)
         chosen = dict(sample(stacks()))
         write_layout(cls.path("layout"), chosen)
         cls.names = []
