@@ -12231,6 +12231,7 @@ HELPER_TIMEOUT = 120  # ... to open AHEAD files
 
 UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
 _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
+IS_SCRIPT = sys._getframe().f_back is None  # Python itself runs it, and has just compiled it
 # What runs first in the namespace: it makes it, if podman did not, and gets _CODE from the socket.
 BOOTSTRAP = """\
 import marshal, os, sys
@@ -17712,6 +17713,21 @@ def main_inside(words: Sequence[str]) -> int:
         return status
 
 
+def drop_syntax_tree() -> None:
+    """Start this process anew with the code that Python has made of the script.
+
+    Python would keep the script's syntax tree, 50 MB, to the end.  Nothing else changes.
+    """
+    with suppress(Exception), Opened(os.memfd_create("cstor")) as memory:  # else go on like this
+        os.pwrite(memory, marshal.dumps((_CODE, sys.path)), 0)
+        with Opened(fcntl.fcntl(memory, fcntl.F_DUPFD, 3)) as fd:  # not that of a closed stream
+            flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+            code = ("import marshal, sys; del sys.argv[0]; "
+                    f"file = open({fd}, 'rb'); code, sys.path = marshal.loads(file.read()); "
+                    "file.close(); __file__ = code.co_filename; exec(code)")
+            os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv])
+
+
 def _run(words: Sequence[str]) -> int:
     if sys.stdout is None:  # no other file gets its number, and what writes to it fails
         while (fd := os.open(os.devnull, os.O_RDONLY)) < 1:  # stdin is closed, too
@@ -17728,6 +17744,8 @@ def _run(words: Sequence[str]) -> int:
         return 0
     args.status = 0
     check_options(args)
+    if args.function is cmd_serve and IS_SCRIPT:
+        drop_syntax_tree()
     if args.function is cmd_extract and args.same_owner and os.geteuid() and not (
             args.no_helper or UNSHARED_MARK in os.environ or "CAP_CHOWN" in capabilities()):
         unwind_on_signals()

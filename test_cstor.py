@@ -17218,6 +17218,38 @@ class RegistryCommands(StoreTest):
                         int(found[2]), "/v2/", headers={"Authorization": f"Basic {text}"}
                         if given else {}, context=context).status)
 
+    def test_memory_of_a_plain_script(self) -> None:
+        """Python keeps the syntax tree of a script: the server frees it, and changes nothing else.
+
+        Where that is impossible it serves all the same.
+        """
+        need_proc()
+        script, site = self.dir + "/script", self.dir + "/sitecustomize.py"
+        with open(SCRIPT, "rb") as file:
+            for words, patch in (
+                    ([script], ""), (["-"], ""), ([f"/dev/fd/{file.fileno()}"], ""),
+                    (["-O", "-S", "-Werror", "-X", "dev", script], ""),
+                    ([script], "import os\ndel os.memfd_create"),
+                    ([script], "import sys\nsys.executable = None")):
+                copy_script(script)
+                put(site, patch)
+                file.seek(0)
+                with self.subTest(words=words, patch=patch), \
+                        mock.patch.dict(IDLE, PYTHONPATH=self.dir), mock.patch.object(
+                            sys.modules[__name__], "COMMAND", [sys.executable, *words]), \
+                        self.running("--registry", "0", "--insecure", stdin=file.fileno(),
+                                     pass_fds=[file.fileno()]) as (said, server):
+                    os.unlink(script)
+                    port = int(said.rstrip("/\n").rpartition(":")[2])
+                    self.assertTrue(pull(port, "app", "1"))
+                    lines = read_bytes(f"/proc/{server.pid}/status").decode().splitlines()
+                    memory, = (int(line.split()[1]) for line in lines if line[:6] == "VmHWM:")
+                    self.assertEqual(bool(patch), memory > 48 << 10)
+                    if not patch:
+                        line = read_bytes(f"/proc/{server.pid}/cmdline").decode().split("\0")
+                        self.assertEqual(words[:-1], [word for word in line if word in words[:-1]])
+                        self.assertEqual([words[-1], "--root"], line[line.index("-c") + 2:][:2])
+
     def test_a_second_signal_does_not_wait_for_transfers(self) -> None:
         path, rpc, tar = self.dir + "/http", self.dir + "/rpc", [*self.store.tars.values()][0]
         need_proc()
