@@ -15469,7 +15469,7 @@ class Checking(StoreTest):
             store.save()
             for locked in (False, True):
                 with held(*[store.path("overlay-layers/layers.lock")] * locked), \
-                        self.open(store) as storage:
+                        mock.patch.object(time, "sleep"), self.open(store) as storage:
                     (found,) = storage.check()
                     self.assertEqual(("layer-incomplete", "note" if locked else severity),
                                      (found.code, found.severity))
@@ -17037,12 +17037,13 @@ class Registries(StoreTest):
 
     def test_who_waited_for_a_place_keeps_it(self) -> None:
         """It was not idle before it had one."""
-        with self.served(clients=1) as server:
+        with self.served(clients=1) as server, contextlib.ExitStack() as stack:
             server.patience = 0.01
             for wanted in ("", "too many clients"):
                 with socket.socket() as sock:
                     waiting = mock.Mock(socket=sock, idle_since=time.monotonic() - 5)
                     self.assertEqual(wanted, server._admit(waiting))
+                    stack.callback(server._leave, waiting)
 
     def test_slow_readers_and_idle_clients_make_room(self) -> None:
         digest = sha256([*self.store.tars.values()][0])
