@@ -3956,8 +3956,18 @@ class Storage(Closing):
         else:
             roots.append(Contents(self, root))
 
+    def reopen(self) -> None:
+        """Open directories again that were removed and made anew, as by ``podman system reset``."""
+        for root in self.roots:
+            with suppress(OSError), Directory.at(root.path) as found:
+                if not os.path.samestat(os.fstat(found.fd), os.fstat(root.fd)):
+                    os.dup2(found.fd, root.fd, inheritable=False)
+                    if self.opener._helper:  # it has the old one open
+                        self.opener._helper.is_broken = True
+
     def reload(self) -> None:
         """Forget all records, so that the next call reads them again."""
+        self.reopen()
         self._patience: Deadline | None = None
         self._layers: tuple[Any, ...] | None = None
         self._images: tuple[Any, ...] | None = None
@@ -14223,6 +14233,7 @@ class Registry:
     def _refresh(self) -> None:
         """Read the records again if they have changed."""
         storage = self.storage
+        storage.reopen()
         files = [b"%s/%ss.json" % (storage.home(word), word.encode())
                  for word in (Image.WORD, Layer.WORD)]
         if (state := [_state(root, -1, files) for root in storage.roots]) == self._seen:

@@ -13298,6 +13298,48 @@ class Serving(StoreTest):
             os.rename(path + ".new", path)
             self.assertEqual([before[0]["id"]], [layer["id"] for layer in client.layers()])
 
+    def test_a_store_that_is_made_anew(self) -> None:
+        """Whole, as by ``podman system reset``, or all that is in its directory."""
+        self._root = ""
+        new = make_sample(self.dir + "/new")
+        layer = new.layer(make_tar(("new", b"new")))
+        new.image(layer, "localhost/new:1")
+        new.save()
+        names = [name for name in os.listdir(new.root) if name[:7] == "overlay"]
+        with self.served(), cstor.RpcClient(self.path) as client, \
+                registry(self.store.root) as (port, _):
+            for parts in ([""], names):
+                for there in (False, True):
+                    self.assertEqual(4 + there, len(client.layers()))
+                    for name, status in (("app", 200), ("new", 200 if there else 404)):
+                        answer = http_get(port, f"/v2/{name}/manifests/1")
+                        self.assertEqual(status, answer.status)
+                    if there:
+                        pull(port, "new", "1")
+                        with client.layer(layer) as stream:
+                            stream.export(io.BytesIO())
+                    for part in parts:
+                        os.rename(f"{self.store.root}/{part}", f"{self.dir}/x")
+                        self.assertLess(len(client.layers()), 6)
+                        os.rename(f"{new.root}/{part}", f"{self.store.root}/{part}")
+                        os.rename(f"{self.dir}/x", f"{new.root}/{part}")
+
+    def test_what_was_open_of_a_store_that_is_made_anew(self) -> None:
+        self._root = ""
+        with self.opener() as storage:
+            storage.opener._helper = helper = mock.Mock(is_broken=False)
+            for part in ("", "overlay-images"):
+                manifest = storage.image("app").big_data("manifest")
+                storage.reload()
+                self.assertFalse(helper.is_broken)
+                make_sample(self.dir + "/new")
+                shutil.rmtree(f"{self.store.root}/{part}")
+                os.rename(f"{self.dir}/new/{part}", f"{self.store.root}/{part}")
+                storage.reload()
+                self.assertEqual(manifest, storage.image("app").big_data("manifest"))
+                self.assertEqual(not part, helper.is_broken)
+                helper.is_broken = False
+
     def test_a_server_that_dies_inside_a_layer(self) -> None:
         with self.saying({"method": "stream.start", "params": {"digest": sha256(b"x")}},
                          {"method": "stream.seg", "params": {"data": "AAAA"}}):
