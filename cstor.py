@@ -3690,6 +3690,8 @@ def _lock_shared(fd: int, patience: Deadline) -> None:
 def _state(root: Directory, lock_fd: int, names: Sequence[bytes]) -> list[object]:
     """Return what changes whenever a writer was at work."""
     state: list[object] = [os.pread(lock_fd, LOCK_TOKEN_SIZE, 0) if lock_fd >= 0 else None]
+    with suppress(OSError):
+        state.append(os.stat(root.path).st_ino)
     for name in names:
         state.append(None)
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -3956,18 +3958,17 @@ class Storage(Closing):
         else:
             roots.append(Contents(self, root))
 
-    def reopen(self) -> None:
-        """Open directories again that were removed and made anew, as by ``podman system reset``."""
+    def reload(self) -> None:
+        """Forget all records, so that the next call reads them again.
+
+        Roots that were made anew, as by ``podman system reset``, are opened again.
+        """
         for root in self.roots:
             with suppress(OSError), Directory.at(root.path) as found:
                 if not os.path.samestat(os.fstat(found.fd), os.fstat(root.fd)):
                     os.dup2(found.fd, root.fd, inheritable=False)
                     if self.opener._helper:  # it has the old one open
                         self.opener._helper.is_broken = True
-
-    def reload(self) -> None:
-        """Forget all records, so that the next call reads them again."""
-        self.reopen()
         self._patience: Deadline | None = None
         self._layers: tuple[Any, ...] | None = None
         self._images: tuple[Any, ...] | None = None
@@ -11460,28 +11461,21 @@ class ClientServer:
         self._clients: set[Any] = set()  # Connections, or what else has socket and idle_since
         self._lock = threading.Condition()  # notified when a client leaves
         self.stopping = 0  # calls of stop()
-        self._waker = -1
 
     def stop(self) -> None:
         """Let serve() return, at the second call at once; for signal handlers and other threads."""
         self.stopping += 1
         for client in [*self._clients]:  # they are told of no other request, or of nothing
             hang_up(client.socket, SHUT_RD if self.stopping == 1 else SHUT_RDWR)
-        with suppress(OSError):  # it is full, or serve() does not run
-            os.write(self._waker, b"\0")
 
     def serve(self, listener: socket.socket) -> None:
         """Accept clients until stop(); then close, and give each ``grace`` seconds to finish."""
         listener.setblocking(False)
         poll = select.poll()
         poll.register(listener, select.POLLIN)
-        wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        poll.register(wake, select.POLLIN)
         try:
             while not self.stopping:
-                # Python calls a signal's handler between two steps of this code: when the signal
-                # comes just before poll(2), only this timeout ends that.
-                poll.poll(500)
+                poll.poll(100)  # no signal ends it: Python goes on after the handler
                 if threading.active_count() > 4 * self._room + 16:  # many wait: others queue up
                     time.sleep(0.05)
                     continue
@@ -11498,20 +11492,14 @@ class ClientServer:
         finally:
             listener.close()  # who comes now is refused at once
             self._finish()
-            waker, self._waker = self._waker, -1  # before the number belongs to another file
-            os.close(waker)
-            os.close(wake)
 
     def _finish(self) -> None:
-        if not self.stopping:  # an exception ends serve()
-            self.stop()
-        deadline = Deadline(self.grace)
-        while self._clients and self.stopping == 1 and deadline.pause():
-            pass
-        self.stop()
-        deadline = Deadline(1.0)
-        while self._clients and deadline.pause():
-            pass
+        for calls, seconds in ((1, self.grace), (2, 1.0)):
+            if self.stopping < calls:  # the time is over, or an exception has ended serve()
+                self.stop()
+            deadline = Deadline(seconds)
+            while self._clients and self.stopping <= calls and deadline.pause():
+                pass
 
     def handle(self, sock: socket.socket) -> None:
         """Answer one client until it closes its end; close this end, too."""
@@ -14233,7 +14221,6 @@ class Registry:
     def _refresh(self) -> None:
         """Read the records again if they have changed."""
         storage = self.storage
-        storage.reopen()
         files = [b"%s/%ss.json" % (storage.home(word), word.encode())
                  for word in (Image.WORD, Layer.WORD)]
         if (state := [_state(root, -1, files) for root in storage.roots]) == self._seen:
