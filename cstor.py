@@ -6432,6 +6432,7 @@ class LayerTree(Closing):
         self._under: dict[Node, list[Node]] = {}  # see _covered()
         self._marked: dict[Node, None] = {}  # what has xattrs that overlayfs heeds
         self._moved: list[Node] = []  # renamed directories and stubs
+        self._unseen: dict[Node, int] = {}  # how many more names a file has on disk
 
     def close(self) -> None:
         """Close what content was opened through; harmless when repeated."""
@@ -6474,7 +6475,7 @@ class LayerTree(Closing):
         key = tuple(map(tuple, tops))
         if key not in self._parts and self.unread and len(self._parts) < Lookups.TRIES \
                 and all(parts and is_plain(b"/".join(parts)) for parts in tops):
-            part = PartTree(self, tops, below=True)
+            part = PartTree(self, tops)
             self._parts[key] = part if part.proven() else self
         return self._parts.get(key, self)
 
@@ -6878,7 +6879,6 @@ class DiskTree(LayerTree):
             self.maps.append((id_ranges(layer.uidmap), id_ranges(layer.gidmap)))
         self._strangers: dict[str, set[tuple[int, int]]] = {}  # files at 65534, by why
         self._groups: dict[tuple[int, int], Node] = {}
-        self._unseen: dict[Node, int] = {}  # how many more names a file has
 
     kernel_made = True
     writable = False  # whether it is a container's own layer, which never has a digest
@@ -6930,7 +6930,7 @@ class DiskTree(LayerTree):
         """Yield what scan() yields of a directory, or of the first of ``parts`` alone."""
         if directory and not parts:
             yield from directory.scan(path)
-        elif directory and len(parts[0]) < 256:
+        elif directory and len(parts[0]) < 256 and b"\0" not in parts[0]:
             with suppress(FileNotFoundError, NotADirectoryError):
                 name = path + b"/" + parts[0] if path else parts[0]
                 if found := directory.inspect(name):
@@ -7094,6 +7094,12 @@ class DiskPart(DiskTree):
             raise Unsupported(UNPROVEN)
         return self.root
 
+    def has_directory(self, name: bytes) -> bool:
+        """Tell whether a name in the tar is that of a directory, and leads through no link."""
+        parts = [part for part in clean_name(name).split(b"/") if part]
+        node = self.reach(parts).find(parts)
+        return node is not None and node.type == "dir"
+
 
 class TarTree(LayerTree):
     """The tree of a tar file, plain or compressed by gzip, bzip2, xz or zstd.
@@ -7149,57 +7155,60 @@ def id_ranges(mappings: Sequence[Any]) -> Ranges:
 class PartTree(LayerTree):
     """What a layer has at some paths, from those entries of its tar that name them.
 
-    The text of the tar-split data is searched for ``paths`` and what could hide them, and for all
-    below those in ``deep``; or, four times as fast, only for the names in ``exact``.  With
-    ``below`` it is to have all below its paths.  Raises Unsupported where Go writes another text.
-
-    Entries that come by another name ("..", or through a link of their own layer) are not found,
-    nor what changes a file by a hard link: a part that differs from its DiskPart proves nothing.
+    The text of the tar-split data is searched for entries with a name of ``paths``: what is there,
+    and what could hide it.  All these must lie in directories of ``disk``, the layer's "diff":
+    behind a link they could be anything.  Without ``disk`` it is to have all below its paths; see
+    proven().  Raises Unsupported where Go writes another text.
     """
 
     MOST = 4096  # entries, or a seventh of all: to read them all takes no longer than more
     FILE = b'{"type":1,'
+    PLACE = rb'"name(?:":"((?:[^"]*/)?(?:\.{0,2}")?)|_raw)'  # what an entry lies in, or a directory
 
-    def __init__(self, whole: LayerTree, paths: Sequence[Sequence[bytes]], *,
-                 exact: Sequence[bytes] = (), deep: Sequence[Sequence[bytes]] = (),
-                 below: bool = False) -> None:
+    def __init__(self, whole: LayerTree, paths: Iterable[Sequence[bytes]],
+                 disk: DiskPart | None = None) -> None:
         super().__init__(whole.layer)
-        self.below, self._whole, self._below = whole.below, whole, below
-        self._paths, self._exact = [tuple(parts) for parts in paths], exact
-        self._deep = self._paths if below else deep
+        self.below, self._whole, self._disk = whole.below, whole, disk
+        self._paths = list(map(tuple, paths))
+        self._tops: list[bytes] = []
+        self._places: set[bytes] = set()
 
     @property
     def files(self) -> LayerFiles:
         return self._whole.files
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
-        if not self._below and all(tuple(parts) != path[:len(parts)] for path in self._paths):
+        if self._disk and all(tuple(parts) != path[:len(parts)] for path in self._paths):
             raise Unsupported(UNPROVEN)
         return self.root
 
     def proven(self) -> bool:
-        """Tell whether "diff" has the same files below the paths."""
+        """Tell whether "diff" has the same files below the paths, and no name leads through a link.
+
+        What changes a file by a hard link is not found in the text.
+        """
         assert self.layer
-        with suppress(CstorError, OSError), DiskPart(self.layer) as disk:
+        with suppress(CstorError, OSError, ValueError), DiskPart(self.layer) as disk:
             for number, parts in enumerate(self._paths):
                 root = disk.reach(parts, below=True)
                 there = [depth for depth in range(len(parts)) if root.find(parts[:depth])]
                 self._paths[number] = parts[:len(there)]  # below what is missing there is nothing
             views = Tree([self], raw=True), Tree([disk], raw=True)
-            return not (any(node.implicit and path for path, node, _ in views[0].walk())
+            same = not (any(node.implicit and path for path, node, _ in views[0].walk())
                         or any(disk._unseen.values()) or any(diff_trees(*views, ["content"])))
+            known = {place[:-1] for place in self._places if place.endswith(b'/"')}
+            needed = {place.rpartition(b"/")[0] + b"/" for place in (
+                *self._places, *(name[:-1] for name in known)) if place[-1:] != b'"'}
+            return same and all(map(disk.has_directory, needed - known))
         return False
 
     def _load(self) -> None:
         members = list(self._members())
         targets = {clean_name(member.linkname) for member in members if member.type == "hardlink"}
-        if not self._below and (targets := targets - {clean_name(item.name) for item in members}):
-            self._exact, self._paths = (), [*self._paths, *(
-                tuple(name.split(b"/")) for name in targets)]
+        if self._disk and (targets := targets - {clean_name(item.name) for item in members}):
+            self._paths += [tuple(name.split(b"/")) for name in targets]
             members = list(self._members())
         for member in members:
-            if self._deep and not self._below and member.type in ("char", "block", "fifo"):
-                raise Unsupported(UNPROVEN)  # it can be elsewhere, and not on disk
             self.add(member)
 
     def _interpret(self, node: Node) -> set[str]:
@@ -7210,22 +7219,38 @@ class PartTree(LayerTree):
     def _members(self) -> Iterator[Member]:
         """Yield the members that a search finds in windows of the text."""
         assert self.layer
-        fd, path = self.layer.open_tar_split()
         find, buffer, done, total, count = self._search(), b"", 0, 0, 0
+        fd, path = self.layer.open_tar_split()
         with Opened(fd):
             for chunk in gunzip(fd, path):
                 segment = max(buffer.rfind(TarSplit.SEGMENT, 0, done), 0)  # its file may come now
                 keep = max(buffer.rfind(self.FILE, 0, segment), 0)
                 buffer, done, total = buffer[keep:] + chunk, done - keep, total + len(chunk)
                 end = buffer.rfind(b"\n", done) + 1 or done
-                for place in find(buffer, done, end):
-                    yield self._member_at(buffer, place)
-                    count += 1
-                if len(buffer) > 2 * MAX_HEADERS or count > max(self.MOST, total >> 13):
+                for place, name in find(buffer, done, end):
+                    if wanted := self._is_wanted(name):
+                        yield self._member_at(buffer, place)
+                    count += wanted or self._disk is not None
+                if len(buffer) > 2 * MAX_HEADERS or self.MOST < count > total >> 13:
                     raise Unsupported(UNPROVEN)
                 done = end
         if buffer[done:].strip():
             raise Unsupported(UNPROVEN)
+
+    def _is_wanted(self, name: bytes) -> bool:
+        """Tell whether to read a member; Unsupported if it may be elsewhere than its name says."""
+        above, slash, base = clean_name(name).rpartition(b"/")
+        if self._disk and (b"\\" in name or not self._disk.has_directory(above)):
+            raise Unsupported(UNPROVEN)
+        self._places.add(above + slash)  # it may be no UTF-8
+        hidden = base[4:] if base.startswith(b".wh.") else base
+        return base != b"" and self._is_near(
+            above if base == OPAQUE_MARKER else above + slash + hidden)
+
+    def _is_near(self, path: bytes) -> bool:
+        """Tell whether a path is one of these, or on the way to one, or below it."""
+        at = path + b"/" if path else b""
+        return any(top.startswith(at) or at.startswith(top) for top in self._tops)
 
     def _member_at(self, buffer: bytes, place: int) -> Member:
         """Return the member whose entry is at a place: one segment, and a file; before it, one."""
@@ -7234,36 +7259,48 @@ class PartTree(LayerTree):
         before = buffer.rfind(b"\n", 0, first - 1) + 1 if first else 0
         if pair and pair.end() > place and (not first or buffer.startswith(self.FILE, before)):
             text, name, raw, size, checksum = pair.groups(b"")
-            if not raw and (size == b"") == (checksum == b""):
+            if (size == b"") == (checksum == b""):
                 with suppress(ValueError):
-                    header = decode_base64(text)
+                    header, name = decode_base64(text), decode_base64(raw) if raw else name
                     # In front is the padding of the content before: headers are whole blocks.
                     return Member(header[len(header) % BLOCK:], name, int(size or 0), checksum)
         raise Unsupported(UNPROVEN)
 
-    def _search(self) -> Callable[[bytes, int, int], Iterable[int]]:
+    def _search(self) -> Callable[[bytes, int, int], Iterable[tuple[int, bytes]]]:
         """Return what finds the places of names in a buffer, from a start to an end."""
-        if self._exact:
-            return self._find_exact
-        tails = []
-        for parts in self._paths:
-            tail = rb'[^"]*' if parts in self._deep else rb"\.wh\.\.wh\.\.opq"
-            for name in map(re.escape, reversed(parts)):
-                tail = rb"(?:%s(?:/(?:%s)?)?|\.wh\.(?:%s|\.wh\.\.opq))" % (name, tail, name)
-            tails.append(tail)
-        pattern = rb"(?:\.?/)?(?:%s)" % b"|".join(tails)
-        if last := {re.escape(name) for parts in self._deep for name in parts if not self._below}:
-            pattern += rb'|[^"]*/(?:\.wh\.)?(?:%s)' % b"|".join(last)
-        search = re.compile(rb'"name":"(?:%s)/?"' % pattern).finditer
-        return lambda buffer, start, end: (found.start() for found in search(buffer, start, end))
+        self._tops = [b"/".join(parts) + b"/" for parts in self._paths]
+        if not self._disk:
+            return lambda *text: self._find(
+                rb'"name(?:_raw)?":"[^"]*"', *text) if self._note(*text) else ()
+        nodes = [self._disk.reach(parts).find(parts) for parts in self._paths]
+        if all(nodes) and all(len(parts) > 1 for parts in self._paths):
+            pattern = rb'/(?:%s)"' % b"|".join(  # twice as fast
+                re.escape(parts[-1]) + b"/" * (node.type == "dir")
+                for parts, node in zip(self._paths, nodes) if node)
+        else:
+            names = sorted({re.escape(name) for parts in self._paths for name in parts})
+            places = [rb'|(?:\.?/)?%s[^"]*' % re.escape(top)  # an entry there would make it
+                      for top, node in zip(self._tops, nodes) if not node]
+            pattern = (rb'"name(?:":"(?:(?:[^"]*/)?(?:(?:\.wh\.)?(?:%s|\.wh\.\.opq)|\.\.?|/)%s)/?|'
+                       rb'_raw":"[^"]+)"') % (b"|".join(names), b"".join(places))
+        return lambda *text: self._find(pattern, *text)
 
-    def _find_exact(self, buffer: bytes, start: int, end: int) -> list[int]:
-        found = []
-        for name in self._exact:
-            at = start - 1
-            while (at := buffer.find(name, at + 1, end)) >= 0:
-                found.append(at)
-        return sorted(found)
+    def _note(self, buffer: bytes, start: int, end: int) -> bool:
+        """Note what entries lie in; tell whether some may be near the paths."""
+        found = set(re.compile(self.PLACE).findall(buffer, start, end))
+        self._places |= found
+        return any(self._is_near(clean_name(place.rstrip(b'/"'))) for place in found)
+
+    @staticmethod
+    def _find(pattern: bytes, buffer: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """Yield the place and name of each entry whose name ends as a match does."""
+        for found in re.compile(pattern).finditer(buffer, start, end):
+            at = buffer.rfind(b'"', 0, found.end() - 1) + 1
+            name = buffer[at:found.end() - 1]
+            if buffer.startswith(b'"name":"', at - 8):
+                yield at, name
+            elif buffer.startswith(b'"name_raw":"', at - 12):
+                yield at, decode_base64(name)
 
 
 class Tree(Closing):
@@ -7462,10 +7499,14 @@ class Tree(Closing):
     def part(self, tops: Sequence[Sequence[bytes]]) -> Tree:
         """Return a tree that has at least what is below some paths; it need not be closed."""
         part = Tree([layer.limited(tops) for layer in self.layers], self.label, raw=self.raw)
-        if any(isinstance(layer, PartTree) for layer in part.layers) and (
-                any(layer.reach(()) and layer._moved for layer in part.layers)
-                or not all(map(part._find, tops))):
-            return self  # what is nowhere could have another name, and not be on disk
+        whole = [not isinstance(layer, PartTree) for layer in part.layers]
+        # What is nowhere could have another name, and not be on disk.  Of a file of a whole layer,
+        # a part above it could hide names.
+        if not all(whole) and (not all(map(part._find, tops)) or any(
+                layer.reach(()) and (layer._moved or layer.linked and not all(whole[:number + 1])
+                                     and whole[number])
+                for number, layer in enumerate(part.layers))):
+            return self
         return part
 
     # -- contents ------------------------------------------------------------------------------
@@ -7554,7 +7595,6 @@ class Lookups:
 
     TRIES = 8  # after which layers are read: each try takes a tenth of that
     PATHS = 48  # at a time
-    EXACT = 4  # names that are found faster one by one
     CHECKED = 64 << 20  # the size up to which contents are compared
 
     def __init__(self, layers: Sequence[LayerTree]) -> None:
@@ -7598,29 +7638,22 @@ class Lookups:
         depths = {parts: disk.layers.index(node.tree) for parts, node in passed.items()
                   if (node.type != "dir" or node in ends) and is_plain(b"/".join(parts))
                   and node.tree in disk.layers}
-        text = Tree([self._in_text(number, passed, depths) if isinstance(layer, DiskPart)
-                     else layer for number, layer in enumerate(disk.layers)])
+        text = Tree([PartTree(self._layers[number], [
+            parts for parts, depth in depths.items() if depth >= number], layer)
+            if isinstance(layer, DiskPart) else layer for number, layer in enumerate(disk.layers)])
         for key in keys:
             pair, self.found[key] = self.found[key], None
-            with suppress(CstorError, OSError):
+            with suppress(CstorError, OSError, ValueError):
                 if pair and pair[0]:
                     self._doubts[key] = pair[1]
                     place, node = text.look_up(*key)
                     if place == pair[0] and (node is pair[1] or (
                             (node.tree, pair[1].tree) in zip(text.layers, disk.layers)
                             and not node.implicit and node.size <= self.CHECKED
+                            and pair[1].tree._unseen.get(pair[1], 0) <= len(
+                                node.tree.linked.get(node, ()))  # other names can say more of it
                             and not compare_nodes(disk, pair[1], text, node, []))):
                         self.found[key] = place, node
-
-    def _in_text(self, number: int, passed: dict[tuple[bytes, ...], Node],
-                 depths: dict[tuple[bytes, ...], int]) -> LayerTree:
-        """Return what the text of a layer has of the paths that no layer above it has."""
-        wanted = [parts for parts, depth in depths.items() if depth >= number]
-        deep = [parts for parts in wanted if depths[parts] > number]  # to be hidden by an entry
-        exact = [] if deep or len(wanted) > self.EXACT or any(len(parts) < 2 for parts in wanted) \
-            else [b"/".join(parts) + b"/" * (passed[parts].type == "dir") + b'"'
-                  for parts in wanted]
-        return PartTree(self._layers[number], wanted, exact=exact, deep=deep)
 
     def damage(self, key: tuple[bytes, bool], node: Node | None) -> str:
         """Return, and note in the storage, how "diff" contradicts the headers where seek() failed.

@@ -5649,6 +5649,8 @@ def settle(store: StoreBuilder) -> None:
                 if base.startswith(".wh."):
                     os.mknod(os.path.join(above, base[4:]), stat.S_IFCHR, 0)  # only root can
                     continue
+                if not os.path.lexists(path):
+                    continue  # a device
                 if os.geteuid() == 0:
                     os.lchown(path, info.uid, info.gid)
                 if not info.issym():
@@ -5930,6 +5932,57 @@ class SingleFiles(TreeTest):
     def test_names_that_json_spells_in_several_ways(self) -> None:
         with self.open(self.settled()) as storage, storage.image("t").tree() as tree:
             self.assertEqual(b"c2", b"".join(tree.read(b"g/c<")))
+
+    def same(self, *tars: bytes, lost: str = "") -> collections.Counter[str]:
+        """Compare both ways of looking up and listing; return how often each gave the answer."""
+        counts: collections.Counter[str] = collections.Counter()
+        with self.opened(*tars) as storage:
+            store = StoreBuilder(storage.graphroot)
+            store.tars = {f"{number:064x}": tar + END for number, tar in enumerate(tars)}
+            settle(store)
+            if lost:
+                os.unlink(content_of(storage, lost))
+            image = storage.image("t")
+            self.assertEqual([], compare_lookups(image.tree, counts))
+            self.assertEqual([], compare_parts(image.tree, counts))
+        return counts
+
+    def test_names_of_owners_are_in_headers_only(self) -> None:
+        named = directory(b"d") + entry(b"d/x", b"1", uname=b"al")
+        self.assertGreater(self.same(named)["quick"], 4)
+        self.same(named + hardlink(b"d/y", b"d/x", uname=b"bo"))
+        self.same(named + hardlink(b"y", b"d/x", uname=b"bo"))
+        self.same(directory(b"d") + directory(b"d/s", uname=b"al") + symlink(b"l", b"d")
+                  + directory(b"l/s", uname=b"bo"))
+
+    def test_devices_that_are_not_on_disk(self) -> None:
+        base = directory(b"d") + entry(b"d/a", b"1") + directory(b"d/s")
+        upper = directory(b"e") + symlink(b"l", b".") + entry(b"z")
+        self.assertGreater(self.same(base, upper)["quick"], 8)
+        for name in (b"d", b"/d", b"d/.", b"d/x/..", b"x/../d/./", b".//d", b"././d", b"l/d",
+                     b"//d", b"x/../d/a", b"l/d/a", b"l/../d/a", b"d//a", b"d/b/../a", b"d/\xff",
+                     b"l/d/s", b"\xff/../d"):
+            with self.subTest(name=name):
+                self.same(base, upper + device(name, b"3", 1, 3))
+                self.same(base + upper + device(re.sub(b"/[as]", b"/n", name), b"6", 0, 0))
+        self.same(base, directory(b"d") + symlink(b"\xff", b"d") + device(b"\xff/a", b"3", 1, 3))
+
+    def test_lost_files_are_listed(self) -> None:
+        for name in (b"d/\xff", b"d/<x>", b'd/"', b"d/a", b"./d/a", b"x/../d/a", b"d/n\nl"):
+            with self.subTest(name=name):
+                self.same(directory(b"d") + entry(b"d/z", b"1") + entry(name, b"2"),
+                          lost=os.fsdecode(cstor.clean_name(name)))
+
+    def test_a_part_knows_the_first_name_of_a_file(self) -> None:
+        base = directory(b"d") + entry(b"d/a", b"1") + directory(b"e") + hardlink(b"e/h", b"d/a")
+        self.same(base, directory(b"d") + entry(b"d/a", b"2"))
+        self.same(base, entry(b"d/.wh.a"))
+
+    def test_a_path_with_a_nul(self) -> None:
+        with self.open(self.settled()) as storage, storage.image("t").tree() as tree:
+            self.assertRaises(cstor.NotFound, tree.lookup, b"d\0/a")
+        with cstor.Tree([cstor.DiskTree(cstor.Directory.at(self.dir), overlay=False)]) as tree:
+            self.assertRaises(cstor.NotFound, tree.lookup, b"a\0b")
 
     def test_a_deep_path(self) -> None:
         path = b"/".join([b"n"] * 500)
@@ -21734,8 +21787,10 @@ def compare_parts(make: Callable[[], cstor.Tree], found: collections.Counter[str
                 part = tree.part([top.split(b"/")])
                 parts = {isinstance(layer, cstor.PartTree) for layer in part.layers}
                 found["part" if parts == {True} else "mixed" if True in parts else "whole"] += 1
-                wanted, seen = ([(path, first, *node_facts((path, node))) for path, node, first
-                                 in view.walk(top)] for view in (whole, part))
+                wanted, seen = ([(path, first, *node_facts((path, node)))
+                                 for walk in (view.walk(top), view.walk())
+                                 for path, node, first in walk
+                                 if (path + b"/").startswith(top + b"/")] for view in (whole, part))
                 if above := top.rpartition(b"/")[0]:
                     wanted, seen = ([*rows, node_facts(view.look_up(above, False))]
                                     for rows, view in ((wanted, whole), (seen, part)))
@@ -23545,7 +23600,8 @@ Salvaging.test_hostile_records Salvaging.test_records_are_missing_in_a_whole_fil
 Salvaging.test_tar_split_data_are_lost Serving.test_a_server_without_a_digest
 Serving.test_export_from_a_server Serving.test_extract_from_a_server
 Serving.test_no_output_into_a_store Serving.test_no_server Serving.test_nobody_is_waited_for_longer
-SingleFiles.test_a_deep_path SingleFiles.test_damage_is_said SingleFiles.test_no_step_for_each_entry
+SingleFiles.test_a_deep_path SingleFiles.test_damage_is_said
+SingleFiles.test_devices_that_are_not_on_disk SingleFiles.test_no_step_for_each_entry
 StreamExtracts.test_a_cut_inside_headers_is_an_error
 StreamExtracts.test_it_finds_what_one_process_finds StreamExtracts.test_layers_and_selections
 StreamExtracts.test_named_contents_that_change_after_verification StreamExtracts.test_odd_tars
