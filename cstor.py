@@ -2813,11 +2813,9 @@ class Record:
                 owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
                 progress: Progress | None = None) -> dict[str, Any]:
         """Put its files into a directory, those of a layer alone; see extract_tree()."""
-        with self.tree() as tree:
-            return extract_tree(tree, directory, paths=paths, exclude=exclude, strip=strip,
-                                whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
-                                owners=owners, owner_map=owner_map, verify=verify, workers=workers,
-                                progress=progress)
+        options: Any = {**locals()}
+        with options.pop("self").tree() as tree:
+            return extract_tree(tree, **options)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {display(self.id)}>"
@@ -3538,11 +3536,15 @@ class Container(Record):
         return self.storage.podman_containers().get(self.id) or self._state_in(
             b"buildah.json") or self._state_in(b"state.json" if "pod-id" in self.details() else b"")
 
-    def _state_in(self, name: bytes) -> dict[str, Any]:
-        try:
+    def userdata(self, name: bytes) -> dict[str, Any]:
+        """Return an object of JSON that its engine keeps in its directory; {} for any failure."""
+        with suppress(CstorError, OSError):
             path = self.path(b"userdata/" + name)
-            said = parse_object(self.root.read(path, MAX_BIG_DATA), self.root.host_path(path))
-        except (CstorError, OSError):
+            return parse_object(self.root.read(path, MAX_BIG_DATA), self.root.host_path(path))
+        return {}
+
+    def _state_in(self, name: bytes) -> dict[str, Any]:
+        if not (said := self.userdata(name)):
             return {}
         if name == b"buildah.json":  # podman calls its containers so
             return {"engine": "buildah", "state": "storage", "name": said.get("container-name"),
@@ -10155,11 +10157,8 @@ class FetchedImage(Closing):
                 owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
                 progress: Progress | None = None) -> dict[str, Any]:
         """Put the root file system into a directory; see extract_streams()."""
-        return extract_streams(self.streams(), directory, label=f"image {self.reference}",
-                               paths=paths, exclude=exclude, strip=strip,
-                               whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
-                               owners=owners, owner_map=owner_map, verify=verify, workers=workers,
-                               progress=progress)
+        options: Any = {**locals(), "label": f"image {self.reference}"}
+        return extract_streams(options.pop("self").streams(), **options)
 
 
 # ================================================================================================
@@ -10538,11 +10537,8 @@ class LayerStream(Closing):
                 owner_map: Sequence[str] = (), verify: bool = False, workers: int = 0,
                 check: bool = True, progress: Progress | None = None) -> dict[str, Any]:
         """Put the files of this layer alone into a directory; see extract_streams()."""
-        return extract_streams([self], directory, label=self.label, raw=True, check=check,
-                               paths=paths, exclude=exclude, strip=strip,
-                               whiteouts=whiteouts, force=force, clean=clean, link_mode=link_mode,
-                               owners=owners, owner_map=owner_map, verify=verify, workers=workers,
-                               progress=progress)
+        options: Any = {**locals(), "label": self.label, "raw": True}
+        return extract_streams([options.pop("self")], **options)
 
 
 class StreamTree(LayerTree):
@@ -16000,6 +15996,12 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
     return fields
 
 
+def exposed_ports(row: Fields) -> list[tuple[str, int]]:
+    """Return the protocol and number of each port that an image or user exposes, sorted."""
+    return sorted((str(kind), int(number)) for number, kinds in (row["ExposedPorts"] or {}).items()
+                  for kind in as_list(kinds) if re.fullmatch("[0-9]{1,5}", number))
+
+
 def ports_text(row: Fields) -> str:
     """Return published ports, and those that are only exposed, as podman prints them."""
     def span(port: dict[str, Any], side: str) -> str:
@@ -16008,10 +16010,13 @@ def ports_text(row: Fields) -> str:
 
     texts = [f"{port['host_ip'] or '0.0.0.0'}:{span(port, 'host')}->{span(port, 'container')}/"
              f"{port['protocol']}" for port in row["Ports"] or ()]
-    bare = sorted((str(kind), int(number)) for number, kinds in (row["ExposedPorts"] or {}).items()
-                  for kind in as_list(kinds) if re.fullmatch("[0-9]{1,5}", number))
-    names, taken = [f"{number}/{kind}" for kind, number in bare], port_bindings(row)
-    return ", ".join(texts + [name for name in names if name not in taken])
+    taken = port_bindings(row)
+    bare = enumerate(port for port in exposed_ports(row) if "{1}/{0}".format(*port) not in taken)
+    for (kind, _), run in groupby(bare, lambda item: (item[1][0], item[1][1] - item[0])):
+        ports = [port for _, (_, port) in run]
+        texts.append(span({"container_port": ports[0], "range": len(ports)}, "container")
+                     + f"/{kind}")
+    return ", ".join(texts)
 
 
 def container_texts(row: Fields, args: Any) -> Fields:
@@ -16154,24 +16159,31 @@ def graph_driver(storage: Storage, layer_id: str) -> Fields:
 # it, or a row of `podman ps`, if not by the same name; inspect_container() knows the others.
 CONTAINER_STRUCTS = {
     "": """Id:s Created:t Path Args State Image:s:ImageID ImageDigest ImageName:s:Image Rootfs:s
-        Pod:s StaticDir:s OCIRuntime:s:runtime ConmonPidFile:s PidFile:s:pid_file Name
-        RestartCount:i:Restarts Driver MountLabel:s ProcessLabel:s Dependencies:l
+        Pod:s ResolvConfPath:s:now:bindMounts:/etc/resolv.conf
+        HostnamePath:s:now:bindMounts:/etc/hostname HostsPath:s:now:bindMounts:/etc/hosts
+        StaticDir:s OCIConfigPath:s:now:configPath OCIRuntime:s:runtime ConmonPidFile:s
+        PidFile:s:pid_file Name RestartCount:i:Restarts Driver MountLabel:s ProcessLabel:s
+        AppArmorProfile:s:process:apparmorProfile Dependencies:l
         EffectiveCaps:n:process:capabilities:effective BoundingCaps:n:process:capabilities:bounding
         GraphDriver Mounts NetworkSettings IsInfra:b IsService:b Config HostConfig""",
     "State": """OciVersion:s:spec:ociVersion Status:s:State Running Paused OOMKilled:b:now:oomKilled
         Pid:i ConmonPid:i:now:conmonPid ExitCode:i Error:s:now:error StartedAt:t:now:startedTime
-        FinishedAt:t:now:finishedTime""",
+        FinishedAt:t:now:finishedTime CheckpointedAt:t:now:checkpointedTime
+        RestoredAt:t:now:restoredTime""",
     "NetworkSettings": "Ports",
-    "Config": """Hostname User:s Tty:b:process:terminal OpenStdin:b:stdin Env:l:process:env
-        Cmd:n:Command Image:s WorkingDir:s:process:cwd Entrypoint:n Labels:n
+    "Config": """Hostname User:s Tty:b:process:terminal OpenStdin:b:stdin ExposedPorts
+        Env:l:process:env Cmd:n:Command Image:s WorkingDir:s:process:cwd Entrypoint:n Labels:n
         Annotations:n:spec:annotations StopSignal:i Healthcheck:n CreateCommand:l Timezone:s Umask:s
         Timeout:i StopTimeout:i Passwd:b sdNotifyMode:s:sdnotifyMode""",
-    "HostConfig": """CgroupManager:s CgroupMode ContainerIDFile:s:CIDFile LogConfig NetworkMode
-        PortBindings RestartPolicy AutoRemove:b Dns:l:dnsServer DnsOptions:l:dnsOption DnsSearch:l
-        ExtraHosts:l:hostsAdd GroupAdd:l:groups IpcMode OomScoreAdj:i:process:oomScoreAdj PidMode
-        Privileged:b ReadonlyRootfs:b:spec:root:readonly UTSMode ShmSize:i
-        Memory:i:limits:memory:limit MemorySwap:i:limits:memory:swap PidsLimit:i:limits:pids:limit
-        CpuShares:i:limits:cpu:shares CpuPeriod:i:limits:cpu:period CpuQuota:i:limits:cpu:quota""",
+    "HostConfig": """Binds CgroupManager:s CgroupMode ContainerIDFile:s:CIDFile LogConfig
+        NetworkMode PortBindings RestartPolicy AutoRemove:b Annotations:n:spec:annotations
+        Dns:l:dnsServer DnsOptions:l:dnsOption DnsSearch:l ExtraHosts:l:hostsAdd GroupAdd:l:groups
+        IpcMode OomScoreAdj:i:process:oomScoreAdj PidMode Privileged:b
+        ReadonlyRootfs:b:spec:root:readonly SecurityOpt Tmpfs UTSMode ShmSize:i
+        Memory:i:limits:memory:limit NanoCpus:i CgroupParent:s CpuPeriod:i:limits:cpu:period
+        CpuQuota:i:limits:cpu:quota CpuShares:i:limits:cpu:shares CpusetCpus:s:limits:cpu:cpus
+        CpusetMems:s:limits:cpu:mems MemoryReservation:i:limits:memory:reservation
+        MemorySwap:i:limits:memory:swap PidsLimit:i:limits:pids:limit Ulimits""",
     "LogConfig": "Type:s:logDriver Path:s:logPath Tag:s:logTag",
     "RestartPolicy": "Name:s:restart_policy MaximumRetryCount:i:restart_retries"}
 GO_EMPTY: dict[str, Any] = {"s": "", "b": False, "i": 0, "l": [], "n": None, "t": ZERO_TIME}
@@ -16191,58 +16203,88 @@ def container_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -
 
     words = [word.split(":") for word in CONTAINER_STRUCTS[name].split()]
     return Fields({word[0]: read(*word) for word in words},
-                  "ConmonPid Healthcheck CreateCommand Timezone Umask Passwd sdNotifyMode")
+                  "ConmonPid Healthcheck CreateCommand Timezone Umask Passwd sdNotifyMode "
+                  "OCIConfigPath ExposedPorts")
 
 
 def inspect_container(container: Container, sizes: bool = False) -> Fields:
     """Return what ``podman container inspect`` says of a container, as far as it is known."""
     row, config = container_fields(container), as_dict(container.state.get("config"))
-    spec, storage = as_dict(config.get("spec")), container.storage
+    now, storage = as_dict(container.state.get("status")), container.storage
+    # What podman made of its settings when it last started it, else these.
+    spec = now.get("configPath") and container.userdata(b"config.json") \
+        or as_dict(config.get("spec"))
     process, linux = as_dict(spec.get("process")), as_dict(spec.get("linux"))
     spaces = {str(space.get("type")): space.get("path") or "" for space in as_list(
         linux.get("namespaces")) if isinstance(space, dict)}
-    words = as_list(process.get("args"))
+    words, notes = as_list(process.get("args")), as_dict(spec.get("annotations"))
+    published, exposed = port_bindings(row), [f"{port}/{kind}" for kind, port in exposed_ports(row)]
 
     def mode(kind: str, private: str = "private", key: str = "") -> str:
         other, path = config.get(f"{key or kind}NsCtr"), spaces.get(kind)
         return f"container:{other}" if other else ("host" if spec else "") if path is None \
             else f"ns:{path}" if path else private
 
+    network = str(config.get("networkMode") or mode("network", "none", "net"))
+    bare = () if network == "host" or network.startswith("container:") else exposed
     made = container_struct("", {
-        **config, **row, "process": process, "now": container.state.get("status"),
-        "limits": linux.get("resources"), "restart_policy": config.get("restart_policy") or "no"}, {
+        **config, **row, "process": process, "now": now, "limits": linux.get("resources"),
+        "spec": spec, "restart_policy": config.get("restart_policy") or "no"}, {
         "Path": words[0] if words else "", "Args": words[1:] or words, "Name": row["Names"][0],
         "Running": row["State"] == "running", "Paused": row["State"] == "paused",
         "ImageDigest": "".join([image.digest for image in storage.images()
                                 if image.id == container.image][:1]),
         "Driver": storage.driver, "GraphDriver": graph_driver(storage, container.layer),
-        "Mounts": list(container_mounts(container, config, spec)), "Ports": port_bindings(row),
-        "PortBindings": port_bindings(row), "Hostname": spec.get("hostname") or container.id[:12],
+        **user_mounts(container, config, spec), "PortBindings": published,
+        "Ports": {**dict.fromkeys(bare, NIL), **published},
+        "ExposedPorts": {name: Fields({}) for name in (*exposed, *published)},
+        "Hostname": spec.get("hostname") or container.id[:12] * (mode("uts") == "private"),
+        "Ulimits": [Fields({"Name": limit.get("type"), "Soft": limit.get("soft", 0),
+                            "Hard": limit.get("hard", 0)})
+                    for limit in as_list(process.get("rlimits")) if isinstance(limit, dict)],
+        "SecurityOpt": [*["no-new-privileges"] * (process.get("noNewPrivileges") is True), *(
+            f"{key}={notes[name]}" for key in ("label", "seccomp", "apparmor")
+            for name in [f"io.podman.annotations.{key}"] if name in notes),
+            *["unmask=all"] * (not (linux.get("maskedPaths") or linux.get("readonlyPaths")))],
         "CgroupMode": mode("cgroup"), "PidMode": mode("pid"), "UTSMode": mode("uts"),
-        "IpcMode": mode("ipc", "shareable"),
-        "NetworkMode": config.get("networkMode") or mode("network", "none", "net")})
+        "IpcMode": mode("ipc", "shareable"), "NetworkMode": network})
+    host, number = made["HostConfig"], made["Config"]["StopSignal"]
+    host["NanoCpus"] = 10**4 * host["CpuQuota"] * (host["CpuPeriod"] == 10**5)
+    host["CgroupParent"] *= host["CgroupParent"] not in ("/libpod_parent", "machine.slice")
+    made["Config"]["StopSignal"] = f"SIGRTMIN+{number - 34}" if number > 34 else "".join(
+        sorted(name for name, value in vars(signal).items() if value == number > 0 and re.match(
+            "SIG[^_]", name))[:1])
     if sizes:
         made["SizeRw"], made["SizeRootFs"] = container.sizes()
     return made
 
 
-def container_mounts(container: Container, config: dict[str, Any], spec: dict[str, Any]
-                     ) -> Iterator[Fields]:
-    """Yield what users mounted in a container: volumes, then directories of the host."""
+def user_mounts(container: Container, config: dict[str, Any], spec: dict[str, Any]
+                ) -> dict[str, Any]:
+    """Return what users mounted in a container: volumes, then directories of the host, tmpfs."""
     home = os.path.join(container.storage.graphroot, "volumes")
-    volumes = [{"type": "volume", "source": f"{home}/{each.get('volumeName')}/_data",
-                "destination": each.get("dest"), **each}
-               for each in as_list(config.get("namedVolumes")) if isinstance(each, dict)]
-    known = as_list(config.get("userVolumes"))
-    for mount in volumes + [each for each in as_list(spec.get("mounts")) if isinstance(each, dict)
-                            and each.get("destination") in known and each.get("type") == "bind"]:
-        options = as_list(mount.get("options"))
-        yield Fields({
-            "Type": mount["type"], "Name": mount.get("volumeName", ""),
-            "Source": mount.get("source", ""), "Destination": mount["destination"],
-            "Driver": "local" if mount["type"] == "volume" else "", "Mode": "",
-            "Options": [word for word in options if word not in ("ro", "rw", "rprivate")],
-            "RW": "ro" not in options, "Propagation": "rprivate"}, "Name")
+    found = {str(each.get(key)): each for mounts, key in (
+        (spec.get("mounts"), "destination"), (config.get("namedVolumes"), "dest"))
+        for each in as_list(mounts) if isinstance(each, dict)}
+    places = [place for place in strings(config.get("userVolumes")) if place in found]
+    made: dict[str, Any] = {"Mounts": [], "Binds": [], "Tmpfs": {}}
+    for place in sorted(places, key=lambda place: "dest" not in found[place]):
+        mount, options = found[place], strings(found[place].get("options"))
+        name, source = mount.get("volumeName", ""), mount.get("source", "")
+        text, is_volume = ",".join(options), "dest" in mount
+        if mount.get("type") == "tmpfs":
+            made["Tmpfs"][place] = text
+            continue
+        label, spread = ([word for word in options if re.fullmatch(kind, word)]
+                         for kind in ("[zZ]", "r?(private|shared|slave)"))
+        made["Binds"].append(":".join([str(name or source), place, *[text] * bool(text)]))
+        made["Mounts"].append(Fields({
+            "Type": "volume" if is_volume else "bind", "Name": name,
+            "Source": f"{home}/{name}/_data" if is_volume else source, "Destination": place,
+            "Driver": "local" * is_volume, "Mode": "".join(label[-1:]),
+            "Options": [word for word in options if word not in ("ro", "rw", *label, *spread)],
+            "RW": "ro" not in options, "Propagation": "".join(spread[-1:])}, "Name"))
+    return made
 
 
 def port_bindings(row: Fields) -> dict[str, list[Fields]]:

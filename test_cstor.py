@@ -17882,7 +17882,8 @@ class Lists(StoreTest):
                     "protocol": "tcp"},
                    {"host_ip": "127.0.0.1", "container_port": 9000, "host_port": 9000,
                     "range": 3, "protocol": "udp"}],
-               "exposedPorts": {"80": ["tcp"], "443": ["tcp"], "x": [5]}, "userVolumes": ["/v"],
+               "exposedPorts": {"80": ["tcp"], "443": ["tcp"], "444": ["tcp"], "446": ["tcp"],
+                                "445": ["udp"], "x": [5]}, "userVolumes": ["/v"],
                "newNetworks": {"podman": {}, "b": {}}, "restart_policy": "always",
                "namedVolumes": [{"volumeName": "vol", "dest": "/v", "options": ["ro", "nodev"]}],
                "networkMode": "bridge", "stopSignal": 15, "stopTimeout": 9, "dnsServer": ["9.9"],
@@ -17922,8 +17923,8 @@ class Lists(StoreTest):
                                  "PodName", "Networks", "State", "Created")))
         self.assertEqual(
             "sleep 10000000000...|0.0.0.0:8080->80/tcp, 127.0.0.1:9000-9002->9000-9002/udp, "
-            "443/tcp|b,podman|b\n", ask("ps --format", "{{.Command}}|{{.Ports}}|{{.Networks}}|"
-                                        '{{.Label "a"}}').out)
+            "443-444/tcp, 446/tcp, 445/udp|b,podman|b\n", ask(
+                "ps --format", '{{.Command}}|{{.Ports}}|{{.Networks}}|{{.Label "a"}}').out)
         self.assertRegex(ask("ps -p -s").out,
                          r"NAMES +POD ID +PODNAME +SIZE\n(?s:.*) p1 +the-pod +0B ")
         found, = ask("inspect up").json
@@ -17938,7 +17939,7 @@ class Lists(StoreTest):
                                         "NetworkMode", "Dns", "Memory", "PidsLimit",
                                         "ReadonlyRootfs")))
         self.assertEqual(
-            ({"Type": "k8s-file", "Path": "/log", "Tag": ""}, "/static", True, 15, 9, web[
+            ({"Type": "k8s-file", "Path": "/log", "Tag": ""}, "/static", True, "SIGTERM", 9, web[
                 "healthcheck"], False, {"io.podman.annotations.autoremove": "TRUE"}),
             (host["LogConfig"], found["StaticDir"], *(found["Config"][key] for key in (
                 "Tty", "StopSignal", "StopTimeout", "Healthcheck", "OpenStdin", "Annotations"))))
@@ -17962,6 +17963,82 @@ class Lists(StoreTest):
             self.assertEqual(4, len(ask(f"ps -aq --sort {key}").out.splitlines()))
         self.assertEqual(["hostile", "made"], sorted(ask(
             "ps -n 2 --format {{.Names}} --filter name!=up --filter name!=gone").out.split()))
+
+    def test_inspect_of_a_started_container(self) -> None:
+        """What podman 5.8.6 printed of such containers: mounts, limits, signals, files."""
+        store = StoreBuilder(self.dir + "/started")
+        key = store.container("", store.layer(None), "run")
+        store.save()
+        mounts = [
+            {"destination": "/b", "type": "bind", "source": "/host",
+             "options": ["rw", "z", "nosuid", "rshared", "rbind"]},
+            {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m", "rw"]},
+            {"destination": "/vol", "type": "bind", "source": "/elsewhere"},
+            {"destination": "/proc", "type": "proc"}, {"destination": ["odd"]}]
+        spec: dict[str, Any] = {
+            "process": {"args": ["sleep"], "env": ["A=b"], "noNewPrivileges": True,
+                        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2}, 5]},
+            "mounts": mounts, "annotations": {"io.podman.annotations.seccomp": "unconfined"},
+            "linux": {"namespaces": [{"type": "network"}], "maskedPaths": ["/proc/acpi"],
+                      "resources": {"cpu": {"quota": 150000, "period": 100000, "cpus": "0"}}}}
+        config = {
+            "spec": spec, "userVolumes": ["/b", "/t", "/vol", "/gone"], "stopSignal": 37,
+            "namedVolumes": [{"volumeName": "v", "dest": "/vol", "options": ["ro", "Z", "slave"]}],
+            "exposedPorts": {"53": ["udp"], "80": ["tcp"]}, "cgroupParent": "/mine",
+            "newPortMappings": [{"container_port": 80, "host_port": 8080, "protocol": "tcp"}]}
+        now = {"state": 3, "configPath": "/not/opened", "checkpointedTime": "2026-01-02T03:04:05Z",
+               "bindMounts": {"/etc/resolv.conf": "/run/resolv.conf", "/etc/hostname": "/run/name"}}
+        with contextlib.closing(make_database(store.root, containers=[(key, "run", 3, config)])
+                                ) as database:
+            def found(**more: Any) -> Any:
+                database.execute("UPDATE ContainerState SET JSON = ?", (json.dumps(now),))
+                database.execute("UPDATE ContainerConfig SET JSON = ?", (
+                    json.dumps({**config, **more}),))
+                database.commit()
+                return self.run_on(store, "inspect run").json[0]
+
+            made = found()
+            host = made["HostConfig"]
+            self.assertEqual(
+                [("volume", "/vol", "Z", [], False, "slave"),
+                 ("bind", "/b", "z", ["nosuid", "rbind"], True, "rshared")],
+                [tuple(each[name] for name in ("Type", "Destination", "Mode", "Options", "RW",
+                                               "Propagation")) for each in made["Mounts"]])
+            self.assertEqual([f"{store.root}/volumes/v/_data", "/host"],
+                             [each["Source"] for each in made["Mounts"]])
+            self.assertEqual(
+                (["v:/vol:ro,Z,slave", "/host:/b:rw,z,nosuid,rshared,rbind"],
+                 {"/t": "size=1m,rw"}, ["no-new-privileges", "seccomp=unconfined"], 1500000000,
+                 "/mine", "0", [{"Name": "RLIMIT_NOFILE", "Soft": 1, "Hard": 2}]),
+                tuple(host[name] for name in ("Binds", "Tmpfs", "SecurityOpt", "NanoCpus",
+                                              "CgroupParent", "CpusetCpus", "Ulimits")))
+            self.assertEqual(
+                ("/run/resolv.conf", "/run/name", "", "SIGRTMIN+3", {"53/udp": {}, "80/tcp": {}},
+                 "2026-01-02T03:04:05Z", cstor.ZERO_TIME),
+                (made["ResolvConfPath"], made["HostnamePath"], made["HostsPath"],
+                 made["Config"]["StopSignal"], made["Config"]["ExposedPorts"],
+                 made["State"]["CheckpointedAt"], made["State"]["RestoredAt"]))
+            self.assertEqual({"53/udp": None, "80/tcp": [{"HostIp": "0.0.0.0", "HostPort": "8080"}]
+                              }, made["NetworkSettings"]["Ports"])
+            # Not in its own UTS namespace: only that host knows the name.
+            self.assertEqual(["A=b"], made["Config"]["Env"])
+            self.assertEqual("", made["Config"]["Hostname"])
+            self.assertEqual(["80/tcp"], list(
+                found(networkMode="host")["NetworkSettings"]["Ports"]))
+            self.assertEqual("", found(cgroupParent="/libpod_parent")["HostConfig"]["CgroupParent"])
+            for number, name in ((15, "SIGTERM"), (6, "SIGABRT"), (0, ""), ("x", "")):
+                self.assertEqual(name, found(stopSignal=number)["Config"]["StopSignal"])
+            del spec["linux"]["maskedPaths"]
+            self.assertIn("unmask=all", found()["HostConfig"]["SecurityOpt"])
+            # podman shows what it made of the settings when it started the container.
+            spec["process"]["env"] = ["A=b", "HOSTNAME=h"]
+            store.write(f"overlay-containers/{key}/userdata/config.json", json.dumps(
+                {**spec, "hostname": "h"}).encode())
+            self.assertEqual((["A=b", "HOSTNAME=h"], "h"), tuple(
+                found()["Config"][name] for name in ("Env", "Hostname")))
+            for spec_text in (b"[", b"[]", b"{}"):
+                store.write(f"overlay-containers/{key}/userdata/config.json", spec_text)
+                self.assertEqual("", found()["Config"]["Hostname"])
 
     def test_listings_of_many_objects(self) -> None:
         """Filters and order cost less than the lists themselves."""
@@ -20061,9 +20138,10 @@ class Store:
         return f"containers-storage:[{self.driver}@{self.root}+{self.runroot}]localhost/{name}"
 
     def close(self) -> None:
-        """Remove its containers: podman has 2,048 locks for all stores, and each keeps one."""
+        """Remove its containers: podman has 2,048 locks for all stores, of which each keeps
+        one, and each volume that it made another."""
         if os.path.exists(self.root) and shutil.which("podman"):
-            subprocess.run(["podman", *self.globals, "rm", "-af"], stdout=subprocess.DEVNULL,
+            subprocess.run(["podman", *self.globals, "rm", "-afv"], stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, check=False)
         self.unmount()
 
