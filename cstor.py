@@ -3407,14 +3407,15 @@ class Image(Record):
 
     @property
     def size(self) -> int:
-        """Bytes as ``podman images`` counts: layers uncompressed, big data; -1 if unknown."""
+        """Bytes as ``podman images`` counts, mapped layers as well; -1 if unknown."""
         data = sum(size for size in self._sizes.values() if isinstance(size, int)
                    and 0 <= size < 1 << 63)
         with suppress(CstorError):
-            chain = self.storage.chain(self.layer)
-            if any(layer.lost and layer.diff_size < 0 for layer in chain):
+            tops = [self.layer, *filter(self.storage.layer_by_id, self.mapped_layers)]
+            layers = set(chain.from_iterable(map(self.storage.chain, tops)))
+            if any(layer.lost and layer.diff_size < 0 for layer in layers):
                 return -1
-            data += sum(max(layer.diff_size, 0) for layer in chain)
+            data += sum(max(layer.diff_size, 0) for layer in layers)
         return data
 
     def history(self) -> list[dict[str, Any]]:
@@ -3822,7 +3823,7 @@ OPEN_STORAGES: set[ref[Storage]] = set()  # nothing may be written in them
 class Storage(Closing):
     """A containers/storage storage, read-only: the joined records of all its roots.
 
-    A context manager; owns descriptors of its roots.  Records are read once, when first asked for;
+    A context manager for one thread at a time.  Records are read once, when first asked for;
     reload() forgets them.  ``graphroot``, ``runroot`` and ``imagestore`` are paths, ``config`` what
     discover() found, ``owner_ids`` as given, ``elsewhere`` a hint, ``opener`` opens contents.
     ``driver`` is overlay or vfs.  ``faults`` names what of the storage as a whole cannot be used,
@@ -14811,21 +14812,29 @@ def listen_at(address: str) -> Any:
 # progress.  A result gets its name when it is whole.
 # ================================================================================================
 
+def to_json(value: Any, indent: int | None = None, comma: str = ",", **options: Any) -> str:
+    """Return JSON; numbers that it has not, such as 1e999, become strings."""
+    options.update(indent=indent, separators=None if indent else (comma, ":"))
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=str), **options)
+
+
 def print_json(value: Any, head: str = "[", indent: int | None = 2) -> None:
     """Print JSON in ASCII: an object, a list, or an iterator's values as they come.
 
     ``head`` begins what holds these values: a list, or an object that ends with it.
     """
     # Without indent, a newline behind each comma; only between an iterator's objects one remains.
-    encode = json.JSONEncoder(indent=indent, separators=None if indent else (",\n", ":")).encode
     if isinstance(value, (dict, list)):
-        print(encode(value))
+        print(to_json(value, indent, ",\n"))
         return
     _, value = peek(value)
     sys.stdout.write(head)
     between = "\n"
     for entry in value if indent else iter(lambda: list(islice(value, 100)), []):
-        text = encode(entry)
+        text = to_json(entry, indent, ",\n")
         text = "  " + text.replace("\n", "\n  ") if indent else text[1:-1].replace(',\n"', ',"')
         sys.stdout.write(between + text)
         between = ",\n"
@@ -15204,6 +15213,8 @@ def describe(error: Exception) -> str:
         if place and error.errno == errno.ENOENT and not has_proc() and os.path.realpath(
                 os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
             text += ": /proc is not mounted (mount -t proc proc /proc; - is stdin and stdout)"
+    elif isinstance(error, RecursionError):
+        text = "the JSON is nested too deeply"
     elif isinstance(error, ImportError):
         text = explain_import(error)
     else:
@@ -15595,7 +15606,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "title": lambda text: re.sub(r"(?<!\w)\w", lambda match: match[0].upper(), text),
     "slice": lambda value, first=0, end=None: value[first:end],
     "truncate": lambda text, length: text[:length],
-    "json": lambda value: json.dumps(as_json(value), separators=(",", ":"), ensure_ascii=False),
+    "json": lambda value: to_json(as_json(value), ensure_ascii=False),
     "print": go_print, "println": lambda *values: " ".join(map(go_text, values)) + "\n",
     "printf": go_printf,
 }
@@ -15839,17 +15850,20 @@ def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[
     if key == "ancestor":
         with suppress(NotFound, Unsupported):
             value = storage.image(value).id
-    search: Any = re.compile(value.replace("/", "")).search if key in ("id", "name") else None
+    if key == "exited" and not re.fullmatch("[+-]?[0-9]{1,10}", value):
+        raise ValueError("must be an exit status")
+    search: Any = re.compile(value if key == "ancestor" else value.replace("/", "")).search \
+        if key in ("ancestor", "id", "name") else None
     label, _, wanted = value.partition("=")
     pattern = re.compile(".*".join(map(re.escape, label.split("*"))), re.DOTALL)
     is_label = pattern.search if "*" in label else pattern.fullmatch
     tests: dict[str, Callable[[Any], Any]] = {
-        "ancestor": lambda it: value in it.image,
+        "ancestor": lambda it: value in it.image or search(it.image_name),
         "arch": lambda it: it.about.get("architecture") == value
         or f"{platform_name(it.about)}/".startswith(f"{value}/"),
         "digest": lambda it: any(digest.startswith(value) for digest in (
             it.digests if kind == "image" else [it.diff_digest])),
-        "exited": lambda it: it.status in ENDED and str(it.state.get("exit-code")) == value,
+        "exited": lambda it: it.status in ENDED and it.state.get("exit-code") == int(value),
         "id": lambda it: it.id.startswith(value) or re.escape(value) != value and search(it.id),
         "label": lambda it: any(is_label(name) and wanted in ("", text)
                                 for name, text in it.labels.items()),
@@ -15950,10 +15964,6 @@ def container_rows(storage: Storage, args: Any) -> list[tuple[Fields, Container]
     return sorted(rows, key=lambda row: SORTS["containers"][args.sort](row[0]))
 
 
-PORT: dict[str, Any] = {
-    "host_ip": "", "container_port": 0, "host_port": 0, "range": 1, "protocol": ""}
-
-
 def strings(value: Any) -> list[str]:
     """Return a list's strings, [] for anything else."""
     return [each for each in as_list(value) if isinstance(each, str)]
@@ -15965,31 +15975,25 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
     status = container.status if state.get("engine", "podman") == "podman" else "storage"
     config, now = as_dict(state.get("config")), as_dict(state.get("status"))
     notes = as_dict(as_dict(config.get("spec")).get("annotations"))
+    made = GoTime(config.get("createdTime") or container.created)
     created, started, ended = map(go_moment, (
-        config.get("createdTime") or container.created, now.get("startedTime"),
-        now.get("finishedTime")))
-    fields = Fields({
+        made, now.get("startedTime"), now.get("finishedTime")))
+    fields = go_struct("ps", {**state, "config": config, "now": now, "notes": notes}, {
         "AutoRemove": notes.get("io.podman.annotations.autoremove") == "TRUE",
         "Command": [state.get("engine", "storage")] if status == "storage"
         else strings(config.get("command")) or None,
-        "CreatedAt": human_age(created), "CIDFile": notes.get("io.podman.annotations.cid-file", ""),
-        "Exited": bool(now.get("exited")), "ExitedAt": ended // 10**9,
-        "ExitCode": state.get("exit-code", 0),
+        "CreatedAt": human_age(created), "ExitedAt": ended // 10**9,
         "ExposedPorts": as_dict(config.get("exposedPorts")) or None,
         "Id": container.id, "Image": container.image_name or "scratch" * (status == "storage"),
-        "ImageID": container.image, "IsInfra": bool(config.get("pause")),
-        "Labels": container.labels or None, "Mounts": strings(config.get("userVolumes")),
-        "Names": container.names[:1] or ["unknown"], "Namespaces": {},
+        "ImageID": container.image, "Labels": container.labels or None,
+        "Mounts": strings(config.get("userVolumes")), "Namespaces": {},
+        "Names": container.names[:1] or ["unknown"],
         "Networks": sorted(as_dict(config.get("newNetworks"))),
-        "Pid": state.get("pid", 0), "Pod": state.get("pod-id", ""), "PodName": state.get("pod", ""),
-        "Ports": [{key: port[key] if type(port.get(key)) is type(empty) else empty
-                   for key, empty in PORT.items()}
-                  for port in as_list(config.get("newPortMappings"))
-                  if isinstance(port, dict)] or None, "Restarts": now.get("restartCount", 0),
+        "Ports": [go_struct("Port", port, {}) for port in as_list(config.get("newPortMappings"))
+                  if isinstance(port, dict)] or None,
         "Size": None if known is None else dict(
             zip(("rwSize", "rootFsSize"), container.sizes(known))),
-        "StartedAt": started // 10**9, "State": status,
-        "Created": GoTime(config.get("createdTime") or container.created)})
+        "StartedAt": started // 10**9, "State": status, "Created": made})
     fields["Status"] = f"Up {human_age(started)[:-4]}" if status == "running" \
         else f"Exited ({fields['ExitCode']}) {human_age(ended)}" if status in ENDED \
         else status.title()
@@ -16082,8 +16086,7 @@ def print_listing(args: Any, texts: Iterable[Fields], columns: Sequence[str] = (
     """Print rows as podman does: IDs, a template, a table of ``columns``, or JSON of ``rows``."""
     form = args.format or "json" * (not columns)
     if re.fullmatch(r"\s*(json|\{\{\s*json\s*\.?\s*\}\})\s*", form):
-        print(json.dumps(as_json(list(texts if rows is None else rows)), indent=indent,
-                         separators=None if indent else (",", ":")))
+        print(to_json(as_json(list(texts if rows is None else rows)), indent))
     elif getattr(args, "ids", False):
         print_rows("{{.ID}}", texts, headings)
     else:
@@ -16100,11 +16103,6 @@ CONTAINER_HEADINGS = Headings({"ID": "CONTAINER ID", "CreatedHuman": "CREATED", 
 # -- inspect -------------------------------------------------------------------------------------
 
 DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
-IMAGE_SETTINGS: dict[str, Any] = {  # of an image's configuration; JSON has those that are not empty
-    "User": "", "ExposedPorts": {}, "Env": [], "Entrypoint": [], "Cmd": [], "Volumes": {},
-    "WorkingDir": "", "Labels": {}, "StopSignal": ""}
-STEP: dict[str, Any] = {  # of a history, in podman's order
-    "created": "", "created_by": "", "author": "", "comment": "", "empty_layer": False}
 
 
 def inspect_image(image: Image) -> Fields:
@@ -16114,12 +16112,11 @@ def inspect_image(image: Image) -> Fields:
     if manifest.get("schemaVersion") == 1:
         kind = DOCKER_SCHEMA1 + ("prettyjws" if "signatures" in manifest else "json")
     said = as_dict(config.get("config"))
-    settings = {key: said.get(key) or empty for key, empty in IMAGE_SETTINGS.items()}
+    settings = go_struct("ImageConfig", said, {})
     for key in ("ExposedPorts", "Volumes"):  # of empty structs
         settings[key] = {each: Fields({}) for each in as_dict(settings[key])}
-    steps = [Fields({**STEP, **step, "created": GoTime(step.get("created") or ZERO_TIME)},
-                    "created_by author comment empty_layer")
-             for step in as_list(config.get("history")) if isinstance(step, dict)]
+    steps = [go_struct("History", step, {}) for step in as_list(config.get("history"))
+             if isinstance(step, dict)]
     comment = "".join(str(step["comment"]) for step in steps[:1])
     return Fields({
         "Id": image.id, "Digest": image.digest,
@@ -16128,7 +16125,7 @@ def inspect_image(image: Image) -> Fields:
             parent.id for parent, child in related_images(image.storage) if child is image), ""),
         "Comment": comment if kind == OCI_MANIFEST else config.get("comment", ""),
         "Created": GoTime(config.get("created") or ZERO_TIME),
-        "Config": Fields(settings, " ".join(IMAGE_SETTINGS)),
+        "Config": settings,
         "Version": config.get("docker_version", ""), "Author": config.get("author", ""),
         "Architecture": config.get("architecture", ""), "Os": config.get("os", ""),
         "Size": image.size, "VirtualSize": image.size,
@@ -16155,26 +16152,26 @@ def graph_driver(storage: Storage, layer_id: str) -> Fields:
                    "Data": {key: value for key, value in data.items() if value}})
 
 
-# The structs of a container: each key with the type of its value and where podman's database has
-# it, or a row of `podman ps`, if not by the same name; inspect_container() knows the others.
-CONTAINER_STRUCTS = {
+# podman's structs: each key, with "?" if JSON leaves it out when it is empty, the type of its value
+# and where the source has it, if not by the same name; who makes the struct knows the others.
+GO_STRUCTS = {
     "": """Id:s Created:t Path Args State Image:s:ImageID ImageDigest ImageName:s:Image Rootfs:s
         Pod:s ResolvConfPath:s:now:bindMounts:/etc/resolv.conf
         HostnamePath:s:now:bindMounts:/etc/hostname HostsPath:s:now:bindMounts:/etc/hosts
-        StaticDir:s OCIConfigPath:s:now:configPath OCIRuntime:s:runtime ConmonPidFile:s
+        StaticDir:s OCIConfigPath?:s:now:configPath OCIRuntime:s:runtime ConmonPidFile:s
         PidFile:s:pid_file Name RestartCount:i:Restarts Driver MountLabel:s ProcessLabel:s
         AppArmorProfile:s:process:apparmorProfile Dependencies:l
         EffectiveCaps:n:process:capabilities:effective BoundingCaps:n:process:capabilities:bounding
         GraphDriver Mounts NetworkSettings IsInfra:b IsService:b Config HostConfig""",
     "State": """OciVersion:s:spec:ociVersion Status:s:State Running Paused OOMKilled:b:now:oomKilled
-        Pid:i ConmonPid:i:now:conmonPid ExitCode:i Error:s:now:error StartedAt:t:now:startedTime
+        Pid:i ConmonPid?:i:now:conmonPid ExitCode:i Error:s:now:error StartedAt:t:now:startedTime
         FinishedAt:t:now:finishedTime CheckpointedAt:t:now:checkpointedTime
         RestoredAt:t:now:restoredTime""",
     "NetworkSettings": "Ports",
-    "Config": """Hostname User:s Tty:b:process:terminal OpenStdin:b:stdin ExposedPorts
+    "Config": """Hostname User:s Tty:b:process:terminal OpenStdin:b:stdin ExposedPorts?
         Env:l:process:env Cmd:n:Command Image:s WorkingDir:s:process:cwd Entrypoint:n Labels:n
-        Annotations:n:spec:annotations StopSignal:i Healthcheck:n CreateCommand:l Timezone:s Umask:s
-        Timeout:i StopTimeout:i Passwd:b sdNotifyMode:s:sdnotifyMode""",
+        Annotations:n:spec:annotations StopSignal:i Healthcheck?:n CreateCommand?:l Timezone?:s
+        Umask?:s Timeout:i StopTimeout:i Passwd?:b sdNotifyMode?:s:sdnotifyMode""",
     "HostConfig": """Binds CgroupManager:s CgroupMode ContainerIDFile:s:CIDFile LogConfig
         NetworkMode PortBindings RestartPolicy AutoRemove:b Annotations:n:spec:annotations
         Dns:l:dnsServer DnsOptions:l:dnsOption DnsSearch:l ExtraHosts:l:hostsAdd GroupAdd:l:groups
@@ -16185,15 +16182,24 @@ CONTAINER_STRUCTS = {
         CpusetMems:s:limits:cpu:mems MemoryReservation:i:limits:memory:reservation
         MemorySwap:i:limits:memory:swap PidsLimit:i:limits:pids:limit Ulimits""",
     "LogConfig": "Type:s:logDriver Path:s:logPath Tag:s:logTag",
+    "Ulimit": "Name:s:type Soft:i Hard:i",
+    "ps": """AutoRemove Command CreatedAt CIDFile:s:notes:io.podman.annotations.cid-file
+        Exited:b:now:exited ExitedAt ExitCode:i:exit-code ExposedPorts Id Image ImageID
+        IsInfra:b:config:pause Labels Mounts Names Namespaces Networks Pid:i Pod:s:pod-id
+        PodName:s:pod Ports Restarts:i:now:restartCount Size StartedAt State Created""",
+    "Port": "host_ip:s container_port:i host_port:i range:i protocol:s",
+    "ImageConfig": """User?:s ExposedPorts?:n Env?:l Entrypoint?:l Cmd?:l Volumes?:n WorkingDir?:s
+        Labels?:n StopSignal?:s""",
+    "History": "created:t created_by?:s author?:s comment?:s empty_layer?:b",
     "RestartPolicy": "Name:s:restart_policy MaximumRetryCount:i:restart_retries"}
 GO_EMPTY: dict[str, Any] = {"s": "", "b": False, "i": 0, "l": [], "n": None, "t": ZERO_TIME}
 
 
-def container_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -> Fields:
-    """Return a struct of CONTAINER_STRUCTS; a value of another type counts as missing."""
+def go_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -> Fields:
+    """Return a struct of GO_STRUCTS; a value of another type counts as missing."""
     def read(key: str, kind: str = "", *path: str) -> Any:
         if not kind:
-            return known[key] if key in known else container_struct(key, source, known)
+            return known[key] if key in known else go_struct(key, source, known)
         value: Any = source
         empty = GO_EMPTY[kind]
         for step in path or [key if key in source else key[:1].lower() + key[1:]]:
@@ -16201,10 +16207,9 @@ def container_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -
         value = value if isinstance(value, type(empty) if kind != "n" else (dict, list)) else empty
         return GoTime(value) if kind == "t" else value
 
-    words = [word.split(":") for word in CONTAINER_STRUCTS[name].split()]
+    words = [word.split(":") for word in GO_STRUCTS[name].replace("?", "").split()]
     return Fields({word[0]: read(*word) for word in words},
-                  "ConmonPid Healthcheck CreateCommand Timezone Umask Passwd sdNotifyMode "
-                  "OCIConfigPath ExposedPorts")
+                  " ".join(re.findall(r"(\w+)\?", GO_STRUCTS[name])))
 
 
 def inspect_container(container: Container, sizes: bool = False) -> Fields:
@@ -16227,7 +16232,7 @@ def inspect_container(container: Container, sizes: bool = False) -> Fields:
 
     network = str(config.get("networkMode") or mode("network", "none", "net"))
     bare = () if network == "host" or network.startswith("container:") else exposed
-    made = container_struct("", {
+    made = go_struct("", {
         **config, **row, "process": process, "now": now, "limits": linux.get("resources"),
         "spec": spec, "restart_policy": config.get("restart_policy") or "no"}, {
         "Path": words[0] if words else "", "Args": words[1:] or words, "Name": row["Names"][0],
@@ -16239,9 +16244,8 @@ def inspect_container(container: Container, sizes: bool = False) -> Fields:
         "Ports": {**dict.fromkeys(bare, NIL), **published},
         "ExposedPorts": {name: Fields({}) for name in (*exposed, *published)},
         "Hostname": spec.get("hostname") or container.id[:12] * (mode("uts") == "private"),
-        "Ulimits": [Fields({"Name": limit.get("type"), "Soft": limit.get("soft", 0),
-                            "Hard": limit.get("hard", 0)})
-                    for limit in as_list(process.get("rlimits")) if isinstance(limit, dict)],
+        "Ulimits": [go_struct("Ulimit", limit, {}) for limit in as_list(process.get("rlimits"))
+                    if isinstance(limit, dict)],
         "SecurityOpt": [*["no-new-privileges"] * (process.get("noNewPrivileges") is True), *(
             f"{key}={notes[name]}" for key in ("label", "seccomp", "apparmor")
             for name in [f"io.podman.annotations.{key}"] if name in notes),
@@ -17211,7 +17215,7 @@ OPTIONS = {
     "--compress HOW": "layers: none, gzip[:1-9], zstd[:1-19] (Python 3.14 or the program)",
     "--digest SHA256": "digest of the tar; default: that of the storage, LIST or server",
     "images --digests": "show digests",
-    "ps --external": "also list containers of other programs, such as buildah",
+    "ps --external --storage": "also list containers of other programs, such as buildah",
     "images --history": "show the names that the image had",
     "-H --human ?": "show ages; the default",
     "--no-human ?": "show times instead of ages; also --human=false",
@@ -17744,13 +17748,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(10_000)  # records are many, and garbage only at the end
         gc.freeze()  # what is there stays to the end: no collection looks at it, not even the last
         gc.enable()
+        if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+            # With -u Python loses, and nobody notices, what a short write leaves over.
+            sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)
     before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer
     try:
         status = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
         status = EXIT_PIPE
-    except (CstorError, ImportError, OSError, _UsageError, MemoryError) as error:
+    except (CstorError, ImportError, OSError, _UsageError, MemoryError,
+            RecursionError) as error:
         try:
             sys.stdout.flush()  # it may fail again
         except (OSError, ValueError) as again:
