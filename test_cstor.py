@@ -20199,8 +20199,7 @@ class Store:
         return f"containers-storage:[{self.driver}@{self.root}+{self.runroot}]localhost/{name}"
 
     def close(self) -> None:
-        """Remove its containers: podman has 2,048 locks for all stores, of which each keeps
-        one, and each volume that it made another."""
+        """Remove its containers and their volumes: each keeps one of podman's 2,048 locks."""
         if os.path.exists(self.root) and shutil.which("podman"):
             subprocess.run(["podman", *self.globals, "rm", "-afv"], stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, check=False)
