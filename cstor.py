@@ -15191,7 +15191,7 @@ def say(message: str) -> None:
     """Print one line on stderr, where there is one."""
     try:
         if sys.stderr is not None:
-            print(f"cstor: {message}", file=sys.stderr)
+            sys.stderr.write(f"cstor: {message}\n")  # at once: threads log, too
     except OSError:  # stderr fails; at exit Python would try again, and return 120
         sys.stderr = None
 

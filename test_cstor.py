@@ -18509,6 +18509,11 @@ class CommandLine(StoreTest):
                     self.assertEqual(self.tar, read_bytes(out))
                     os.unlink(out)
 
+    def test_lines_of_threads_do_not_mix(self) -> None:
+        with mock.patch("sys.stderr") as stderr:
+            cstor.say("a line")
+        stderr.write.assert_called_once_with("cstor: a line\n")
+
     def test_output_that_does_not_block(self) -> None:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
