@@ -17328,13 +17328,14 @@ NEEDS = {cmd_serve: ["--registry", "--only", "--password-file", "--tls-cert", "-
          cmd_extract: ["--socket", "--digest", "--no-verify"]}
 # podman's options that are not here, and what to use instead.
 ELSEWHERE = {
-    "save --compress": "use image copy-to-oci --compress gzip",
+    "version": "use --version", "save --compress": "use image copy-to-oci --compress gzip",
     "ps --ns": "lsns shows the namespaces of running processes",
     "ps --sync": "only podman asks the OCI runtime: use podman ps --sync",
     **dict.fromkeys(("ps --watch", "ps -w"), "use watch, which repeats any command")}
 # What podman does and cstor does not.
-WRITERS = ("build commit create exec import kill load mount prune pull push rename restart rm rmi "
-           "run sign start stop tag unmount untag update").split()
+WRITERS = ("attach build commit create events exec generate healthcheck import kill kube load "
+           "login logs mount network play pod port prune pull push rename restart rm rmi run "
+           "search secret sign start stats stop tag top unmount untag update volume wait").split()
 # What people want, and the last words of the commands for it, in the order of `help`.
 PURPOSES = {
     "Look": "list inspect layers history tree files stat toc info df exists resolve-link",
@@ -17510,8 +17511,8 @@ def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
         verbs[verb] = f"{verbs[verb]}, {each}" if verb in verbs else each
     if word in WRITERS:
         podman = re.sub("^store", "system", re.sub("^layer", "image", asked))
-        raise _UsageError(f"unknown command: {asked}; cstor only reads: use podman {podman}")
-    hint = did_you_mean(word, verbs, 1) \
+        raise _UsageError(f"unknown command: {asked}; cstor only reads stores: use podman {podman}")
+    hint = ELSEWHERE.get(asked) or did_you_mean(word, verbs, 1) \
         or did_you_mean(" ".join([*command.split(), *rest[:2]]), phrases, 0.8) \
         or did_you_mean(asked, phrases) or did_you_mean(word, verbs)
     return _UsageError(f"unknown command: {display(asked)}{hint and f'; {hint}'} "

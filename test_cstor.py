@@ -18584,6 +18584,8 @@ class CommandLine(StoreTest):
                 (2, "--format json image list", usage.format("unrecognized arguments: --format")),
                 (2, "image lost", usage.format("unknown command: image lost; did you mean image "
                                                r"list\?")),
+                (2, "version", "; use --version"), (2, "top web", "stores: use podman top$"),
+                (2, "volume ls", "use podman volume$"), (2, "image rm x", "use podman image rm$"),
                 (2, "imge list", usage.format(r"unknown command: imge; did you mean image list\?")),
                 (2, "help laer ls", usage.format(r"laer; did you mean layer list\?")),
                 (0, "images --all=true --quiet=false", ""), (0, "system df", ""),
