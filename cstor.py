@@ -274,8 +274,7 @@ class Ambiguous(NotFound):
 class FormatError(CstorError, ValueError):
     """Malformed metadata, tar or stream.
 
-    ``file`` names it; ``line`` counts from 1 and ``offset`` from 0 (in the decompressed stream),
-    each None when it does not apply.
+    ``file`` names it; ``line`` counts from 1, ``offset`` (decompressed) from 0; None if unknown.
     """
 
     def __init__(self, message: str, *, file: str = "", line: int | None = None,
@@ -795,8 +794,7 @@ class Directory(Closing):
     """A directory that is the root of all lookups made through it; owns its descriptor.
 
     Names are bytes, relative, with "/" between components; nothing outside is reachable.  An
-    OSError names the path; NeedsUnshare means that this user lacks the permission.  Threads can
-    share a Directory, except for parent().
+    OSError names the path; NeedsUnshare: no permission.  Threads can share all but parent().
     """
 
     def __init__(self, path: str, fd: int) -> None:
@@ -1410,8 +1408,7 @@ class NewFile(Transaction):
     """A file that gets its name in ``folder``, which it owns, when it is whole; ``fd`` is open.
 
     Until then it has no name (O_TMPFILE), or where that is unsupported, a lock and a name made from
-    the target's.  So a kill leaves nothing, or the next run for that target removes it
-    (``removed``: names of such files).
+    the target's, by which the next run finds what a kill left, and removes it (``removed``: names).
     """
 
     def __init__(self, path: str, folder: Directory, target: bytes) -> None:
@@ -1634,8 +1631,7 @@ for _bit in range(8):
 def crc64(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """Return the CRC-64/ISO of ``data``; ``crc`` is that of the bytes before it.
 
-    tar-split stores the result as 8 bytes, big-endian.  ``crc64(b"hello world\\n")`` is
-    0x44e9cf3f572ad9ac.
+    tar-split stores it big-endian.  ``crc64(b"hello world\\n")`` is 0x44e9cf3f572ad9ac.
     """
     state = crc ^ _ONES
     view = memoryview(data)
@@ -1994,8 +1990,7 @@ class GzipWriter(Closing):
     """Compresses what is written to it in several threads, and passes it on to ``write``.
 
     Blocks are compressed for themselves, each with the end of the one before as its dictionary, as
-    pigz does: the bytes depend on the level and on zlib, but on no number of threads.  The header
-    holds neither name nor time.
+    pigz does: only level and zlib decide the bytes.  The header holds neither name nor time.
     """
 
     BLOCK_SIZE = 256 << 10
@@ -2678,9 +2673,8 @@ class Toml:
 # 7. Records
 #
 # Each kind of object is one JSON array per driver (overlay or vfs) and root of a storage.  Unknown
-# fields are kept; a field of the wrong type or a reference to nothing becomes a named fault of that
-# record and hides no other.  Large or binary items ("big data": manifests, configurations, TOCs)
-# are files of their own.
+# fields are kept; a field of the wrong type or a reference to nothing becomes a fault of its record
+# and hides no other.  "Big data" (manifests, configurations, TOCs) are files of their own.
 # ================================================================================================
 
 COMPRESSION = ("none", "bzip2", "gzip", "xz", "zstd")  # archive.Compression in Go, by number
@@ -3025,9 +3019,8 @@ class Layer(Record):
     def lower_ids(self) -> list[str]:
         """Return the IDs of the overlay lower chain, top first.
 
-        ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  This is
-        not the chain of ``parent``: below a mapped layer is its template.  Raises LayerUnknown
-        for a link to nothing, FormatError.
+        ``lower-layers`` (c/storage 1.63 and later) holds IDs, ``lower`` holds l/<link>.  Below a
+        mapped layer is its template, not its parent.  Raises LayerUnknown, FormatError.
         """
         if text := self.read_overlay_file(b"lower-layers"):
             found = text.split(":")
@@ -3125,9 +3118,8 @@ class Layer(Record):
         """Write the tar, bit for bit, to a descriptor or a binary file, with None nowhere.
 
         Returns its sha256 digest, equal to ``diff_digest``; "" when ``verify`` is false.  ``also``
-        is given each piece as well.  When the digest is wrong, or none is known, CRC-64 finds the
-        file at fault.  Raises IntegrityError (what was written is then no good), Unsupported,
-        FormatError, NeedsUnshare.
+        is given each piece as well.  When the digest is wrong or unknown, CRC-64 finds the file at
+        fault.  Raises IntegrityError (the tar is no good), Unsupported, FormatError, NeedsUnshare.
         """
         sink = TarSink(out, hashing=verify, layer=self.id, progress=progress)
         digest = sink.take_all(self.pieces(), also)
@@ -3153,9 +3145,8 @@ class Layer(Record):
                ) -> list[Finding]:
         """Return all that is damaged, [] for a sound layer.
 
-        The digest of its tar, each file's type, size and CRC-64, and each header's checksum are
-        compared with the records; with ``quick`` no content is read.  Raises NeedsUnshare, and
-        LayerUnknown when it is removed meanwhile.
+        The digest of its tar, each file's type, size and CRC-64, and each header's checksum must be
+        as recorded; with ``quick`` no content is read.  Raises NeedsUnshare, LayerUnknown.
         """
         return verify_layers([self], quick=quick, workers=workers, progress=progress)
 
@@ -4474,8 +4465,7 @@ def _query(sqlite3: Any, path: str, query: str, end: float) -> list[tuple[Any, .
 # 9. References
 #
 # One string to one object, in the order in which podman 4 and 5 look (libimage's LookupImage, then
-# the store's own lookup).  Where Go takes an ambiguous prefix for "not found", the candidates are
-# listed here.
+# the store's own lookup).  Where Go does not find an ambiguous prefix, candidates are listed here.
 # ================================================================================================
 
 DIGEST = r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[0-9a-f]{32,}"
@@ -4724,8 +4714,7 @@ def best_platform(items: Sequence[tuple[str, T]], platform: str, title: str = ""
     """Return those of ``items``, given by os/arch[/variant], that are best for ``platform``.
 
     "" is this machine.  A variant is taken when none is asked for; arm64 always is arm64/v8; of arm
-    the newest variant that runs there is best, as for podman.  With a ``title`` NotFound says what
-    is here instead of a platform that was asked for.
+    the newest that runs there is best, as for podman.  With a ``title`` NotFound says what is here.
     """
     if not re.fullmatch("|[^/]+(/[^/]+){1,2}", platform):
         raise ValueError(f"platform must be os/arch[/variant], not {display(platform)}")
@@ -4998,8 +4987,7 @@ class LayerFiles(Closing):
 #
 # They are read as Go's archive/tar reads them, since that split the tar.  Special headers (pax, GNU
 # long names) stand before a member's own header and give their length: header_parts() is the only
-# walker over them.  Fields that decide how many bytes of content follow are read at once, all
-# others when they are first used.
+# walker over them.  What decides the length of the content is read at once, the rest when used.
 # ================================================================================================
 
 PAX_NAMES = (b"path", b"linkpath", b"uname", b"gname")  # records that hold no NUL
@@ -6097,8 +6085,7 @@ class TarSink:
     """Collects a tar in large buffers, which a second thread hashes and writes.
 
     hashlib and write(2) release the GIL to the thread that reads.  Without ``hashing`` the kernel
-    copies large extents.  ``out`` is a descriptor, or an object with write(); with None only digest
-    and size are wanted.
+    copies large extents.  ``out`` is a descriptor, an object with write(), or None.
     """
 
     KERNEL_COPY = 1 << 20  # for less, waiting for the other thread costs more
@@ -6289,8 +6276,7 @@ class Node:
     ``mtime_ns``, ``size`` and ``linkname`` (a symbolic link's target) are as a container sees them.
     ``name`` is its last component, ``parent`` its directory's node, ``owner`` (uid, gid, uname,
     gname), ``extra`` what else is known; ``children`` map names to nodes.  ``opaque`` directories
-    hide what the layers below have in them; ``implicit`` ones have no entry of their own.  ``tree``
-    is the LayerTree.
+    hide what lower layers have in them; ``implicit`` ones have no entry.  ``tree``: the LayerTree.
     """
 
     __slots__ = ("tree", "parent", "name", "type", "mode", "owner", "mtime_ns", "size", "linkname",
@@ -7074,10 +7060,7 @@ def is_same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 class DiskPart(DiskTree):
-    """What an image layer's "diff" has at some paths; Unsupported where that proves nothing.
-
-    No helper reads what this user may not.
-    """
+    """What "diff" has at some paths without a helper; Unsupported where that proves nothing."""
 
     def __init__(self, layer: Layer) -> None:
         root, path = layer.overlay_file(b"diff")
@@ -7361,8 +7344,7 @@ class Tree(Closing):
         """Return (path without links, node); ``follow`` tells whether to follow a last link.
 
         Symbolic links never leave the image: "/" and ".." stop at its root.  Layers are read only
-        where their files on disk and a search in their headers do not give the answer; see Lookups.
-        Raises NotFound, FormatError for a loop.
+        where Lookups finds no proof.  Raises NotFound, FormatError for a loop.
         """
         self.seek([path], follow=follow)
         if found := self._lookups.found.get((path, follow)):
@@ -8773,8 +8755,7 @@ def work_ahead(work: Callable[[], Iterable[Any]], *, again: bool = False, lot: i
     """Yield what ``work`` returns, made by another process while this one uses it.
 
     Items are tuples of plain data, bytes or a list first, and come in lots of some ``lot`` bytes.
-    Errors are raised here, also when the process is killed; with ``again`` this process does the
-    work again to find them.
+    Errors, also that it was killed, are raised here; with ``again`` by doing the work again here.
     """
     def send(fd: int) -> Iterator[None]:
         """Send lists of items, each behind its length, until a length of 0."""
@@ -8873,8 +8854,7 @@ class Extraction:
     def run(self, items: Iterator[tuple[bytes, Node]]) -> dict[str, Any]:
         """Make all ``items``, as select_nodes() yields them; return summary().
 
-        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; files made before
-        the error stay.
+        Raises IntegrityError, OSError with the path, Unsupported, NeedsUnshare; what is made stays.
         """
         batches = list(self._batches(items))
         # Only one process can track which of the store's files were hard-linked.
@@ -9229,11 +9209,10 @@ def extract_tree(tree: Tree, directory: str, *, paths: Sequence[str] = (),
     """Put the files of a tree into ``directory``: a new one, an empty one, or with ``force`` any.
 
     ``paths`` and ``exclude`` are patterns, ``strip`` the number of leading components to remove.
-    With ``clean`` (None: if the directory is new) an error leaves nothing there.
-    ``verify`` compares all layers with their DiffIDs before it makes anything, and then the
-    new files with their CRC-64.  Extraction explains ``link_mode``, ``owners``, ``owner_map``.
-    Return its summary() with the tree's ``notes``.  Raises as these do, and NotFound if nothing
-    matches.
+    With ``clean`` (None: if the directory is new) an error leaves nothing there.  ``verify``
+    compares all layers with their DiffIDs before it makes anything, and then the new files with
+    their CRC-64.  Extraction explains ``link_mode``, ``owners``, ``owner_map``.  Return its
+    summary() with the tree's ``notes``.  Raises as these do, and NotFound if nothing matches.
     """
     output = OutputDirectory(directory, force=force, clean=clean)
     if verify:
@@ -10100,8 +10079,7 @@ class FetchedImage(Closing):
                     ) -> dict[str, Any]:
         """Add the image to an OCI layout, blobs unchanged; return the descriptor in its index.
 
-        The manifest is skopeo's, or if that gives layers wrong types, a new one with the digest of
-        the old one in an annotation.
+        It has skopeo's manifest, or if types in it are wrong, a new one that notes the old digest.
         """
         check_tag(tag)
         layers: list[dict[str, Any]] = []
@@ -10226,8 +10204,7 @@ class SplitfdstreamReader(_ChunkReader):
     """The chunks of a splitfdstream: iterating yields bytes and PassedFile.
 
     ``read(n)`` returns n bytes, or fewer at the end only; ``externals(p)`` the descriptor of
-    external file p, which the caller keeps (IndexError or KeyError when it is unknown).  Raises
-    FormatError with the offset.
+    external file p, which the caller keeps (IndexError, KeyError: unknown).  Raises FormatError.
     """
 
     def __init__(self, read: Callable[[int], bytes], externals: Callable[[int], int],
@@ -10251,8 +10228,7 @@ class SplitdirfdstreamReader(_ChunkReader):
     """The chunks of a splitdirfdstream: iterating yields bytes and PassedFile.
 
     ``directories`` are descriptors, which the caller keeps; files are opened beneath them, and no
-    link leads out.  Files of up to ``threshold`` bytes become bytes.  Raises FormatError with the
-    offset, OSError for a file that cannot be opened.
+    link leads out.  Files of up to ``threshold`` bytes become bytes.  Raises FormatError, OSError.
     """
 
     def __init__(self, read: Callable[[int], bytes], directories: Sequence[int],
@@ -10543,10 +10519,7 @@ class LayerStream(Closing):
 
 
 class StreamTree(LayerTree):
-    """The tree of a layer that came as a stream, whose contents are in a Staging or where it says.
-
-    Owns the directories of those that it only names.
-    """
+    """The tree of a layer that came as a stream; contents are in a Staging, or in directories."""
 
     kept = False  # whether contents stay in the Staging, since other names may need them
 
@@ -10897,8 +10870,7 @@ class Connection(Closing):
 
     ``timeout`` is how many seconds a peer may do nothing where something is due, ``max_fds`` how
     many descriptors may wait, ``max_message`` the bytes of one message.  ``varlink`` changes the
-    framing; with ``either`` the first message that comes decides it.  A context manager.  Raises
-    ProtocolError for every mistake of a peer.
+    framing; with ``either`` the first message decides it.  Every mistake of a peer: ProtocolError.
     """
 
     def __init__(self, sock: socket.socket, *, timeout: float | None = PEER_TIMEOUT,
@@ -12560,8 +12532,7 @@ class Helper(Unshared):
     def open(self, directory: str, names: Sequence[bytes]) -> list[int]:
         """Open up to AHEAD regular files in a directory.
 
-        Return for each its descriptor or a negative number: minus the errno, or minus the type
-        (S_IFIFO and so on) of another kind of file.
+        Return for each a descriptor, or minus an errno, or minus the type of another kind of file.
         """
         result, fds = self._look_up("open", directory, b"", names=list(map(spell, names)))
         opened = iter(fds)
@@ -12703,8 +12674,7 @@ class ProxiedStorage(Storage):
     """A Storage that opens what this user may not through a helper in his user namespace.
 
     The helper is started for the first such content, never for metadata, and ends with close();
-    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.  Its
-    attributes are those of Storage.
+    ``is_proxied`` tells whether it runs.  Where there can be none, NeedsUnshare says why.
     """
 
 
@@ -12828,8 +12798,7 @@ class ContentServer(Dispatcher):
 # ================================================================================================
 # 24. Check
 #
-# verify reads all that layers and images hold.  One damage is one finding: what follows from it is
-# not reported again.
+# verify reads all that layers and images hold.  One damage is one finding, whatever it causes.
 # ================================================================================================
 
 FINDING = ("code", "severity", "kind", "object", "path", "message", "expected", "actual", "affects",
@@ -14684,8 +14653,7 @@ class _HttpClient(HttpHandler):
 def byte_range(text: str, size: int) -> tuple[int, int] | None:
     """Return start and end of the part that a Range header asks for, None for all.
 
-    A header that is malformed or asks for several parts asks for all; a start that is not before
-    the end, for nothing that is there.
+    A malformed header, or one for several parts, asks for all; a start behind the end for nothing.
     """
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text, re.ASCII)
     first, last = match.groups() if match else ("", "")
