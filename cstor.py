@@ -14483,7 +14483,7 @@ class _HttpClient(HttpHandler):
             self.send_error(400, "malformed header")
             return False
         if "Transfer-Encoding" in self.headers or {*self.headers.get_all("Content-Length", ())} \
-                - {"0"}:
+                - {"0"} or re.search(r"(?i)\bclose\b", str(self.headers.get_all("Connection"))):
             self.close_connection = True
         return True
 

@@ -17109,6 +17109,10 @@ class Registries(StoreTest):
                      b" 200 OK", 0),
                     ([b"GET http://a.b:5/v2 HTTP/1.1\r\nConnection: close\r\n\r\n"], b" 200 OK", 1),
                     ([b"GET HTTPS://a.b HTTP/1.1\r\nConnection: close\r\n\r\n"], b" 404 ", 1),
+                    ([ask + b"Connection: Upgrade , Close\r\nUpgrade: h2c\r\n\r\n" + close],
+                     b" 200 ", 1),
+                    ([ask + b"Connection: x\r\nConnection: close\r\n\r\n" + close],
+                     b" 200 ", 1),
                     ([b"GET /../../etc/passwd HTTP/1.1\r\n\r\n"], b" 404 ", 1),
                     ([b"GET /v2/%2e%2e/%2e%2e/blobs/x HTTP/1.1\r\n\r\n"], b" 400 ", 1)):
                 with self.subTest(parts[0][:60]):
