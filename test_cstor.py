@@ -2836,7 +2836,7 @@ class Locks(StoreTest):
             with self.open(store) as storage:
                 self.assertEqual((2, 4, 1), (len(storage.images()), len(storage.layers()),
                                              len(storage.containers())))
-            self.assertLess(time.monotonic() - start, 1)
+            self.assertLess(time.monotonic() - start, 15)
 
     def test_missing_locks_are_not_made(self) -> None:
         store = self.sample()
@@ -2954,7 +2954,7 @@ class Database(StoreTest):
         database.execute("BEGIN EXCLUSIVE")
         start = time.monotonic()
         self.check_read(store, "/srv/rootfs")
-        self.assertLess(time.monotonic() - start, 1)
+        self.assertLess(time.monotonic() - start, 4.5)  # sqlite3 would wait for 5
 
     def test_hostile_databases(self) -> None:
         store, database = self.make()
@@ -10534,9 +10534,12 @@ class Fetching(StoreTest):
 
     def test_hanging(self) -> None:
         for fault in ("hang", "deaf"):
-            with self.subTest(fault=fault), self.assertRaisesRegex(
-                    cstor.ProtocolError, "has written nothing for 0.3 seconds"):
-                cstor.FetchedImage(f"fake:none:{fault}", timeout=0.3)
+            for seconds in ("0.3", "3", "30"):  # until it has begun
+                with self.subTest(fault=fault), self.assertRaisesRegex(
+                        cstor.ProtocolError, f"has written nothing for {seconds} seconds"):
+                    cstor.FetchedImage(f"fake:none:{fault}", timeout=float(seconds))
+                if os.path.exists(self.layout + "/words"):
+                    break
             self.assertFalse(os.path.exists(f"/proc/{self.said()[0]}"))
 
     def test_a_colon_in_tmpdir(self) -> None:
@@ -12524,8 +12527,8 @@ class DumbClients(MessageTest):
                 begin = time.monotonic()
                 count = threading.active_count()
                 server.stop()  # for which nobody waits who asks nothing
-                wait_for(lambda: threading.active_count() < count, 5)
-                self.assertLess(time.monotonic() - begin, 3)
+                wait_for(lambda: threading.active_count() < count, 20)
+                self.assertLess(time.monotonic() - begin, 15)
 
     def test_every_form(self) -> None:
         need_proc()
@@ -12847,7 +12850,7 @@ class DumbClients(MessageTest):
     # -- slow ones and many ----------------------------------------------------------------------
 
     def test_others_are_served_meanwhile(self) -> None:
-        with self.running(timeout=0.5, idle=0.5):
+        with self.running(timeout=1.5, idle=1.5):
             idle, never_reads, pipes, drip = slow = [self.dumb() for _ in range(4)]
             never_reads.send(self.request("StreamLayer", layer=self.big, threshold=10**9))
             pipes.call(diff_id=sha256(self.big_tar))
@@ -17078,7 +17081,7 @@ class Registries(StoreTest):
     def test_clients_that_do_as_they_like(self) -> None:
         ask = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n"
         close = ask + b"Connection: close\r\n\r\n"
-        with self.served(timeout=0.5, idle=0.5):
+        with self.served(timeout=1, idle=1):
             for parts, words, count in (
                     ([b"\x16\x03\x01\x02\x00\x01" + b"x" * 500], b"400 Bad Request", 1),
                     ([ask + b"\r\n", close], b" 200 OK", 2), ([(ask + b"\r\n") * 9 + close],
@@ -17185,6 +17188,7 @@ class Registries(StoreTest):
             sock.sendall(f"GET /v2/app/blobs/{digest} HTTP/1.1\r\n\r\n".encode())
             wait_for(lambda: server._clients)
             wait_for(lambda: not server._clients)
+            server.timeout = 20
             self.assertEqual(200, self.get(f"app/blobs/{digest}").status)  # not its fault
 
     def test_many_clients_at_once(self) -> None:
