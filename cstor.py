@@ -16129,7 +16129,7 @@ GO_STRUCTS = {
         StaticDir:s OCIConfigPath?:s:now:configPath OCIRuntime:s:runtime ConmonPidFile:s
         PidFile:s:pid_file Name RestartCount:i:Restarts Driver MountLabel:s ProcessLabel:s
         AppArmorProfile:s:process:apparmorProfile Dependencies:l
-        EffectiveCaps:n:process:capabilities:effective BoundingCaps:n:process:capabilities:bounding
+        EffectiveCaps:L:process:capabilities:effective BoundingCaps:L:process:capabilities:bounding
         GraphDriver Mounts NetworkSettings IsInfra:b IsService:b Config HostConfig""",
     "State": """OciVersion:s:spec:ociVersion Status:s:State Running Paused OOMKilled:b:now:oomKilled
         Pid:i ConmonPid?:i:now:conmonPid ExitCode:i Error:s:now:error StartedAt:t:now:startedTime
@@ -16137,7 +16137,7 @@ GO_STRUCTS = {
         RestoredAt:t:now:restoredTime""",
     "NetworkSettings": "Ports",
     "Config": """Hostname User:s Tty:b:process:terminal OpenStdin:b:stdin ExposedPorts?
-        Env:l:process:env Cmd:n:Command Image:s WorkingDir:s:process:cwd Entrypoint:n Labels:n
+        Env:l:process:env Cmd:L:Command Image:s WorkingDir:s:process:cwd Entrypoint:L Labels:n
         Annotations:n:spec:annotations StopSignal:i Healthcheck?:n CreateCommand?:l Timezone?:s
         Umask?:s Timeout:i StopTimeout:i Passwd?:b sdNotifyMode?:s:sdnotifyMode""",
     "HostConfig": """Binds CgroupManager:s CgroupMode ContainerIDFile:s:CIDFile LogConfig
@@ -16160,7 +16160,7 @@ GO_STRUCTS = {
         Labels?:n StopSignal?:s""",
     "History": "created:t created_by?:s author?:s comment?:s empty_layer?:b",
     "RestartPolicy": "Name:s:restart_policy MaximumRetryCount:i:restart_retries"}
-GO_EMPTY: dict[str, Any] = {"s": "", "b": False, "i": 0, "l": [], "n": None, "t": ZERO_TIME}
+GO_EMPTY = {"s": "", "b": False, "i": 0, "l": [], "L": NIL, "n": None, "t": ZERO_TIME}
 
 
 def go_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -> Fields:
@@ -16255,7 +16255,8 @@ def user_mounts(container: Container, config: dict[str, Any], spec: dict[str, An
             "Source": f"{home}/{name}/_data" if is_volume else source, "Destination": place,
             "Driver": "local" * is_volume, "Mode": "".join(label[-1:]),
             "Options": [word for word in options if word not in ("ro", "rw", *label, *spread)],
-            "RW": "ro" not in options, "Propagation": "".join(spread[-1:])}, "Name"))
+            "RW": "ro" not in options, "Propagation": "".join(spread[-1:]),
+            "SubPath": mount.get("subPath", "")}, "Name SubPath"))
     return made
 
 

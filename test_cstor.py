@@ -18048,6 +18048,11 @@ class Lists(StoreTest):
             # Not in its own UTS namespace: only that host knows the name.
             self.assertEqual(["A=b"], made["Config"]["Env"])
             self.assertEqual("", made["Config"]["Hostname"])
+            # A list that is not there is null in JSON, and [] in a template.
+            self.assertEqual([None, None], [made["Config"]["Entrypoint"], made["EffectiveCaps"]])
+            self.assertEqual("[] [] [] [{volume ", self.run_on(
+                store, "inspect run -f", "{{.Config.Cmd}} {{.Config.Entrypoint}} "
+                "{{.EffectiveCaps}} {{.Mounts}}").out[:18])
             self.assertEqual(["80/tcp"], list(
                 found(networkMode="host")["NetworkSettings"]["Ports"]))
             self.assertEqual("", found(cgroupParent="/libpod_parent")["HostConfig"]["CgroupParent"])
