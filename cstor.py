@@ -14496,9 +14496,9 @@ class _HttpClient(HttpHandler):
                 raise refusal
             self._route()
         except (CstorError, OSError) as error:
+            why = f": {error}"
             if self._status:  # the answer has begun: it is cut
                 raise
-            why = f": {error}"
             if not isinstance(error, _HttpError):
                 error = _HttpError(429, "TOOMANYREQUESTS", str(error)) \
                     if getattr(error, "errno", 0) in SHORTAGES \

@@ -16908,10 +16908,10 @@ class Registries(StoreTest):
         base, app, _ = self.store.tars
         flip(self.store.path("overlay", base, "diff/usr/share/data.bin"), 5)
         tar, said = self.store.tars[base], []  # type: bytes, list[str]
-        path = f"app/blobs/{sha256(tar)}"
+        path, log = f"app/blobs/{sha256(tar)}", []  # type: str, list[str]
         for wanted, start in (("0-", 0), ("1000000-", 1000000), (f"{len(tar) - 100}-",
                               len(tar) - 100), (f"5-{len(tar) - 2}", 5)):
-            with self.served(warn=said.append):
+            with self.served(warn=said.append, log=log.append):
                 manifest = self.get("app/manifests/1")
                 self.assertEqual(len(tar), int(self.get(path, "HEAD").headers["content-length"]))
                 with self.assertRaises(http.client.IncompleteRead) as caught:
@@ -16927,6 +16927,8 @@ class Registries(StoreTest):
                 self.assertEqual(manifest.body, self.get(
                     f"app/manifests/{sha256(manifest.body)}").body)
         self.assertEqual(4, len(said))
+        self.assertEqual(4, len([line for line in log if re.search(
+            r' 206 \d+ .*s: layer .* wrong digest', line)]))
         self.assertRegex(said[0], f"layer {base}: its tar has the wrong digest .*not served any")
 
     def test_what_cannot_be_served_says_why(self) -> None:
