@@ -794,7 +794,7 @@ class Directory(Closing):
     """A directory that is the root of all lookups made through it; owns its descriptor.
 
     Names are bytes, relative, with "/" between components; nothing outside is reachable.  An
-    OSError names the path; NeedsUnshare: no permission.  Threads can share all but parent().
+    OSError names the path; NeedsUnshare: no permission.  Threads share all but parent(), inspect().
     """
 
     def __init__(self, path: str, fd: int) -> None:
@@ -859,8 +859,9 @@ class Directory(Closing):
         start, parts = self.fd, name.split(b"/")
         if b".." in parts:
             return self._open_parent(name)
-        if self._near and name.startswith(self._near + b"/"):
-            start, parts = self._near_fd, name[len(self._near) + 1:].split(b"/")
+        for known, fd in ((self._near, self._near_fd), (self._parent, self._parent_fd)):
+            if known and name.startswith(known + b"/"):
+                start, parts = fd, name[len(known) + 1:].split(b"/")
         try:
             if len(parts) > (2 if start == self.fd else 64):
                 left = min(len(parts) // 3, 32)
@@ -870,7 +871,7 @@ class Directory(Closing):
                     os.close(old)
                 start, parts = fd, parts[-left:]
             return open_beneath(start, b"/".join(parts))
-        except (OSError, ValueError):  # a link, or an error that must name the whole path
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a link, or another place now
             return self._open_parent(name)
 
     def _open_parent(self, name: bytes) -> int:
@@ -888,8 +889,9 @@ class Directory(Closing):
         return self._in_parent(name, lambda fd, base: os.lstat(base, dir_fd=fd))
 
     def inspect(self, name: bytes) -> Any:
-        """Return what look_at() returns for ``name``."""
-        return self._in_parent(name, look_at)
+        """Return what look_at() returns for ``name``, by parent()."""
+        with ErrorsAs(self.explain, name):
+            return look_at(*self.locate(name))
 
     def exists(self, name: bytes) -> bool:
         """Tell whether ``name`` exists; raises all errors but its absence."""
@@ -3768,15 +3770,13 @@ class Contents(Directory):
         """Yield the name of each file in a directory, and what ``look`` returns; sorted."""
         last = b""
         try:
-            fd = self.parent(path)
-            for name in self.list_at(fd):
-                if found := look(fd, name):
-                    yield (name, *found)
-                last = name
-        except OSError as error:
-            denied = self.explain(error, path)
-            if not isinstance(denied, NeedsUnshare):
-                raise denied from None
+            with ErrorsAs(self.explain, path):
+                fd = self.parent(path)
+                for name in self.list_at(fd):
+                    if found := look(fd, name):
+                        yield (name, *found)
+                    last = name
+        except NeedsUnshare as denied:
             yield from self.opener.helper(denied).scan(self.path, path, last)
 
     def open_one(self, name: bytes) -> int:
@@ -4871,15 +4871,13 @@ class LayerFiles(Closing):
 
         None where open() must look closer: a file of another type or size, or perhaps a stub.
         """
-        if self.is_plain:
-            try:
+        with suppress(OSError, ValueError):
+            if self.is_plain:
                 parent, _, base = clean_name(name).rpartition(b"/")
                 dir_fd = self._diff(0).parent(parent)
-                status = os.lstat(base, dir_fd=dir_fd)
-            except (OSError, ValueError):
-                return None
-            if stat.S_ISREG(status.st_mode) and size == status.st_size <= status.st_blocks * 512:
-                return dir_fd, parent, base, status
+                found = os.lstat(base, dir_fd=dir_fd)
+                if stat.S_ISREG(found.st_mode) and size == found.st_size <= found.st_blocks * 512:
+                    return dir_fd, parent, base, found
         return None
 
     @property
@@ -12698,6 +12696,7 @@ class ContentServer(Dispatcher):
         super().__init__(connection)
         self._roots = [Directory.at(root) for root in roots]
         self._directory: Directory | None = None  # the last one asked for
+        self._last = b""  # the last name there
         self._listed: tuple[Any, list[bytes]] = None, []  # what is scanned, and its names
         self._maps = id_map("uid_map"), id_map("gid_map")
 
@@ -12715,34 +12714,32 @@ class ContentServer(Dispatcher):
             self._reply({"codes": [max(-fd, 0) for fd in found]}, opened.fds)
 
     def enter(self, params: dict[str, Any]) -> None:
-        with Opened(open_in_root(self._open_directory(params).fd, self._clean_name(params))) as fd:
+        directory, name = self._look_below(params)
+        with Opened(open_in_root(directory.fd, name)) as fd:
             self._reply({}, [fd])
 
     def look(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the row of one file, as scan() has it."""
-        directory, name = self._open_directory(params), self._clean_name(params)
+        directory, name = self._look_below(params)
         if not (seen := directory.inspect(name)):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return {"row": self._row(name, seen)}
 
     def scan(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return rows [name, numbers, link, xattrs] of some files, and whether there are more."""
-        directory, name = self._open_directory(params), self._clean_name(params)
+        directory, name = self._look_below(params)
         after = self._name(params.get("after"))
         rows: list[Any] = []
         size = 0
-        place = directory.path, name
+        place, folder = (directory.path, name), directory.parent(name)
         if not after or self._listed[0] != place:
-            self._listed = place, directory.listdir(name or b".")
-        names = [base for base in self._listed[1] if base > after]
-        with directory.directory(name or b".") as folder:
-            for base in names:
-                if not (found := look_at(folder.fd, base)):
-                    continue
+            self._listed = place, directory.list_at(folder)
+        for base in self._listed[1]:
+            if size > CHUNK:
+                return {"rows": rows, "more": True}
+            if base > after and (found := look_at(folder, base)):
                 rows.append(self._row(base, found))
                 size += 256 + len(base) + sum(map(len, found[2].values()))
-                if size > CHUNK:
-                    return {"rows": rows, "more": base != names[-1]}
         return {"rows": rows, "more": False}
 
     @staticmethod
@@ -12751,15 +12748,17 @@ class ContentServer(Dispatcher):
             raise ProtocolError("a name is not a string, or is too long", code=BAD_PARAMS)
         return unspell(text)
 
-    def _clean_name(self, params: dict[str, Any]) -> bytes:
+    def _look_below(self, params: dict[str, Any]) -> tuple[Directory, bytes]:
+        """Return the directory and the clean name; a walk finds what is there when it begins."""
         name = self._name(params.get("name"))
         if clean_name(name) != name:
             raise ProtocolError("the name is not clean", code=BAD_PARAMS)
-        return name
+        last, self._last = self._last, name
+        return self._open_directory(params, not name.startswith(last + b"/")), name
 
-    def _open_directory(self, params: dict[str, Any]) -> Directory:
+    def _open_directory(self, params: dict[str, Any], again: bool = False) -> Directory:
         path = self._name(params.get("directory"))
-        if self._directory and os.fsencode(self._directory.path) == path:
+        if self._directory and os.fsencode(self._directory.path) == path and not again:
             return self._directory
         for root in self._roots:
             top = os.fsencode(root.path).rstrip(b"/")

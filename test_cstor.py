@@ -14448,6 +14448,55 @@ class Helpers(StoreTest):
                 self.assertRaisesRegex(FileNotFoundError, "/gone/diff"):
             asking.open("/gone/diff", [b"a"])
 
+    def test_deep_directories(self) -> None:
+        """Each is opened from the one above it; a walk finds what is there when it begins."""
+        top = os.path.join(self.dir, "root")
+        names = ["n" + "/n" * depth for depth in range(300)]
+        os.makedirs(os.path.join(top, names[-1]))
+        put(os.path.join(top, names[-1], "f"), b"1")
+        server = cstor.ContentServer(mock.Mock(), [top])
+        for size in (1, 2):
+            with mock.patch("os.open", wraps=os.open) as opened:
+                rows = [server.look({"directory": top, "name": name})["row"]
+                        for name in (*names, names[-1] + "/f")]
+                rows += [server.scan({"directory": top, "name": name, "after": ""})["rows"][0]
+                         for name in names]
+            self.assertLess(opened.call_count, 6 * 300)
+            self.assertEqual((size, size), (rows[300][1][6], rows[-1][1][6]))
+            os.rename(top + "/n", f"{top}/m{size}")
+            os.makedirs(os.path.join(top, names[-1]))
+            put(os.path.join(top, names[-1], "f"), b"22")
+        server._roots[0].close()
+        server._directory.close()  # type: ignore[union-attr]
+
+    def test_deep_directories_below_one_without_permission(self) -> None:
+        """What is below is asked of the helper, without a new try from the root each time."""
+        need(os.geteuid() == 0, "needs root, to become another user")
+        top, names = self.dir + "/top", [b"n" + b"/n" * depth for depth in range(300)]
+        os.makedirs(os.path.join(os.fsencode(top), names[-1]))
+        os.chmod(self.dir, 0o755)
+        os.chmod(os.path.join(os.fsencode(top), names[150]), 0o700)
+        pid = os.fork()
+        if not pid:
+            try:
+                os.setuid(65534)
+                with cstor.Contents(None, cstor.Directory.at(top)) as contents, mock.patch.object(
+                        cstor.Opener, "helper") as helper, mock.patch(
+                            "os.open", wraps=os.open) as opened:
+                    for name in names:
+                        contents.inspect(name)
+                    for name in names[151:]:
+                        self.assertEqual([], list(contents.scan(name)))
+                    self.assertEqual([149, 149], [helper.return_value.look.call_count,
+                                                  helper.return_value.scan.call_count])
+                    self.assertLess(opened.call_count, 6 * 300)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(99)
+        self.assertEqual(0, os.waitpid(pid, 0)[1])
+
     def test_nobody_to_tell(self) -> None:
         """A command in the namespace ends without a traceback when who started it was killed."""
         ours, theirs = socket.socketpair()
@@ -14463,16 +14512,14 @@ class Helpers(StoreTest):
             put(f"{top}/{number:02d}")
         params: dict[str, Any] = {"directory": top, "name": ""}
         server = cstor.ContentServer(mock.Mock(), [top])
-        real = cstor.Directory.listdir
-        with mock.patch("cstor.CHUNK", 999), mock.patch.object(
-                cstor.Directory, "listdir", autospec=True, side_effect=real) as listdir:
+        with mock.patch("cstor.CHUNK", 999), mock.patch("os.listdir", wraps=os.listdir) as lists:
             for times in (1, 2):  # another scan lists it anew
                 names, more = [""], True
                 while more:
                     rows, more = server.scan({**params, "after": names[-1]}).values()
                     names += [row[0] for row in rows]
+                self.assertEqual(2 * times - 1, lists.call_count)
                 self.assertEqual(sorted(os.listdir(top)), names[1:])
-                self.assertEqual(times, listdir.call_count)
                 put(f"{top}/{times + 50}")
         server._roots[0].close()
         server._directory.close()  # type: ignore[union-attr]
