@@ -100,7 +100,7 @@ from _weakref import ref
 from collections import ChainMap, Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain, groupby, islice, product, zip_longest
+from itertools import accumulate, chain, groupby, islice, product, takewhile, zip_longest
 
 
 # This line comes before all others that an older Python cannot parse, since its SyntaxError quotes
@@ -3188,8 +3188,7 @@ class Layer(Record):
                        "read")
         elif doubted or self.diff_digest or self.toc_digest or self.incomplete:
             return LayerTree(self)
-        kind = WholeTree if self.storage.driver == "vfs" else DiskTree
-        return kind(self.diff(), self, overlay=kind is DiskTree)
+        return DiskTree(self.diff(), self, overlay=self.storage.driver != "vfs")
 
     def _is_cut(self) -> bool:
         """Tell whether its tar-split data cannot be read to the end."""
@@ -6449,7 +6448,11 @@ class LayerTree(Closing):
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
         """Return a root that has at least what is at a path, and with ``below`` all below it."""
-        return self.root
+        return self.part([parts], below).root
+
+    def part(self, tops: Sequence[Sequence[bytes]], below: bool) -> LayerTree:
+        """Return a tree of what is on the way to some paths, and with ``below`` all below them."""
+        return self
 
     @property
     def unread(self) -> bool:
@@ -6850,7 +6853,8 @@ class LayerTree(Closing):
 class DiskTree(LayerTree):
     """The tree of a directory: a container's writable layer, or any host directory.
 
-    ``overlay`` says that whiteouts have their meaning.  Owns ``directory``.
+    ``overlay`` says that whiteouts have their meaning; of a layer of the driver vfs it is what it
+    changes, by its whole tree and that of the layer below.  Owns ``directory``.
     """
 
     def __init__(self, directory: Directory, layer: Layer | None = None, *,
@@ -6869,6 +6873,8 @@ class DiskTree(LayerTree):
 
     kernel_made = True
     writable = False  # whether it is a container's own layer, which never has a digest
+    _tops: Sequence[Sequence[bytes]] = ()  # see part(); without any it is the whole tree
+    _deep = True
 
     def close(self) -> None:
         for why, files in self._strangers.items():
@@ -6878,38 +6884,55 @@ class DiskTree(LayerTree):
     def where(self, path: bytes) -> tuple[Contents, bytes]:
         return self.directory, path
 
-    def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
-        return self._part([parts], below).root
-
     def limited(self, tops: Sequence[Sequence[bytes]]) -> LayerTree:
-        part = self._part(tops, True)
-        return self if any(part._unseen.values()) else part
+        part = self.part(tops, True)
+        return part if part is not self and part.root and not any(part._unseen.values()) else self
 
-    def _part(self, tops: Sequence[Sequence[bytes]], below: bool) -> DiskTree:
-        """Return the tree of some paths: a directory of the host can be "/"."""
-        if self._root or self.whiteouts or below and not all(tops):
+    def part(self, tops: Sequence[Sequence[bytes]], below: bool) -> DiskTree:
+        if self._root or self.whiteouts or self._tops or below and not all(tops):
             return self
-        part = type(self)(self.directory, self.layer)  # with hard links of its own
-        part.whiteouts, part.maps, part._strangers = False, self.maps, self._strangers
-        part._root = Node(part, None, b"", "dir")
-        for parts in tops:
-            part._load(parts, below)
+        part = DiskTree(self.directory, self.layer, overlay=False)  # with hard links of its own
+        part.maps, part._strangers, part._tops, part._deep = self.maps, self._strangers, tops, below
         return part
 
-    def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
-        top = self.root
-        if not top.children:
-            self._fill(top, *self.directory.inspect(b"."))
-        if any(name.startswith(b"user.overlay.") for name in top.extra.get("xattrs", ())):
-            self.hidden += (b"user.overlay.",)  # root has a copy of a rootless store
-        todo = [(top, b"", parts)] if parts or below else []
+    def _load(self) -> None:
+        """Read it by descriptors of its own: what is there now, and none stays open."""
+        top = self.directory
+        with Contents(top.storage, Directory(top.path, os.dup(top.fd))) as directory:
+            self._fill(self.root, *directory.inspect(b"."))
+            chain = self.layer.storage.chain(self.layer.id) if self.layer and self.whole else []
+            with chain[-2].diff() if chain[1:] else nullcontext() as old:
+                for parts in self._tops or ((),):
+                    self._read(directory, old, parts, self._deep)
+
+    def _read(self, directory: Contents, old: Contents | None, parts: Sequence[bytes], below: bool
+              ) -> None:
+        """Enter a path, with ``below`` all below it; of vfs what differs from the layer below."""
+        top, depth = self.root, 0
+        while not old and depth < len(parts) and (known := top.children.get(parts[depth])):
+            top, depth = known, depth + 1
+        todo = [(top, b"/".join(parts[:depth]), old, parts[depth:])]
+        same: list[Node] = []  # directories
         while todo:
-            above, path, rest = todo.pop()
-            known = above.children.get(rest[0]) if rest else None
-            for name, *found in [rest[:1]] if known else self._rows(self.directory, path, rest):
-                node = known or self._enter(above, name, *found)
-                if node and node.type == "dir" and (below or rest[1:]):
-                    todo.append((node, path + b"/" + name if path else name, rest[1:]))
+            above, path, parent, rest = todo.pop()
+            if above.type != "dir" or not (below or rest):
+                continue
+            before = {row[0]: row[1:] for row in self._rows(parent, path, rest)}
+            for name, *found in self._rows(directory, path, rest):
+                other = before.pop(name, None)
+                equal = other is not None and is_same_file(other, found)
+                if equal and not stat.S_ISDIR(found[0].st_mode):
+                    continue
+                node = rest and above.children.get(name) or self._enter(above, name, *found)
+                if node and node.type == "dir":
+                    same += [node] * equal
+                    todo.append((node, path + b"/" + name if path else name, parent if other and
+                                 stat.S_ISDIR(other[0].st_mode) else None, rest[1:]))
+            for name in before:
+                self._add_node(above, name, "whiteout")
+        for node in reversed(same):
+            if not node.children and node.parent:
+                del node.parent.children[node.name]
 
     @staticmethod
     def _rows(directory: Contents | None, path: bytes, parts: Sequence[bytes]
@@ -6964,6 +6987,8 @@ class DiskTree(LayerTree):
         if self.whiteouts:
             if xattrs:
                 self._marked[node] = None
+            if not node.parent and any(name.startswith(b"user.overlay.") for name in xattrs):
+                self.hidden += (b"user.overlay.",)  # root has a copy of a rootless store
             uid, gid, device = self._override(node, xattrs, (uid, gid, device))
         if node.type in ("char", "block"):
             extra["device"] = device
@@ -7017,38 +7042,6 @@ class DiskTree(LayerTree):
         return fd
 
 
-class WholeTree(DiskTree):
-    """What a layer of the driver vfs changes, by its whole tree and that of its parent."""
-
-    def _load(self, parts: Sequence[bytes] = (), below: bool = True) -> None:
-        assert self.layer
-        self._fill(self.root, *self.directory.inspect(b"."))
-        parents = self.layer.storage.chain(self.layer.id)[-2:-1]
-        with parents[0].diff() if parents else nullcontext() as old:
-            todo = [(self.root, b"", old, parts)] if parts or below else []
-            same: list[Node] = []  # directories
-            while todo:
-                above, path, parent, rest = todo.pop()
-                known = {row[0]: row[1:] for row in self._rows(parent, path, rest)}
-                for name, *found in self._rows(self.directory, path, rest):
-                    before = known.pop(name, ())
-                    both = bool(before) and stat.S_ISDIR(before[0].st_mode & found[0].st_mode)
-                    equal = bool(before) and is_same_file(before, found)
-                    if equal and not both:
-                        continue
-                    node = above.children.get(name) or self._enter(above, name, *found)
-                    assert node
-                    same += [node] * equal
-                    if node.type == "dir" and (below or rest[1:]):
-                        todo.append((node, path + b"/" + name if path else name,
-                                     parent if both else None, rest[1:]))
-                for name in known:
-                    self._add_node(above, name, "whiteout")
-        for node in reversed(same):
-            if not node.children and node.parent:
-                del node.parent.children[node.name]
-
-
 def is_same_file(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Tell from what look_at() returns whether a file is the unchanged copy of another."""
     keys = [(status.st_mode, status.st_uid, status.st_gid, status.st_rdev, status.st_mtime_ns,
@@ -7068,9 +7061,10 @@ class DiskPart(DiskTree):
         super().__init__(Directory.directory(root, path), layer)
         self.maps = [layer.storage.id_maps]
         self._root = Node(self, None, b"", "dir")
+        self._fill(self.root, *self.directory.inspect(b"."))
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
-        self._load(parts, below and bool(parts))
+        self._read(self.directory, None, parts, below and bool(parts))
         for node in self._marked:
             self._interpret(node)
         self._marked.clear()
@@ -7361,13 +7355,19 @@ class Tree(Closing):
         done: list[bytes] = []
         todo = path.split(b"/")[::-1]
         links = steps = 0
+        view, way = self, [b""]  # what is on the way as far as that is known
         while todo:
             part = todo.pop()
             steps += len(done)
             if part in (b"", b".", b".."):
                 del done[len(done) - (part == b".."):]
                 continue
-            nodes = self._find([*done, part])
+            parts = [*done, part]
+            if parts != way[:len(parts)]:
+                way = parts + [name for name in takewhile(b"..".__ne__, todo[::-1])
+                               if name not in (b"", b".")]
+                view = Tree([layer.part([way], False) for layer in self.layers])
+            nodes = view._find(parts)
             if not nodes or todo and nodes[0].type not in ("dir", "symlink"):
                 place = b"/" + b"/".join([*done, part])
                 where = f', where a link leads to "{display(place)}"' * bool(links)

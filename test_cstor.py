@@ -6007,7 +6007,62 @@ class SingleFiles(TreeTest):
         with self.open(store) as storage, storage.image("t").tree() as tree, \
                 mock.patch("os.open", wraps=os.open) as opened:
             self.assertEqual(b"1", b"".join(tree.read(path)))
-        self.assertLess(opened.call_count, 2 * 500 ** 2)  # each directory is looked at once
+        self.assertLess(opened.call_count, 4 * 500)
+
+    @contextlib.contextmanager
+    def few_calls(self, most: int) -> Iterator[None]:
+        """At most so many files may be opened, and as many looked at."""
+        with mock.patch("os.open", wraps=os.open) as opened, \
+                mock.patch("os.lstat", wraps=os.lstat) as looked:
+            yield
+        self.assertLess(opened.call_count, most)
+        self.assertLess(looked.call_count, most)
+
+    def test_a_deep_path_of_a_whole_tree(self) -> None:
+        """Each directory on the way is opened from the one above it, and looked at once or twice.
+
+        That is of vfs, with what lies below, and of a directory of the host, as of --rootfs.
+        """
+        way = b"/".join([b"n"] * 499)
+        store = StoreBuilder(self.dir + "/vfs", "vfs")
+        base = store.layer(pax({b"path": way + b"/x"}) + entry(b"x", b"1") + END)
+        own = store.layer(None, base)
+        store.container(store.image(base, "localhost/t:latest"), own, "c")
+        put(os.path.join(os.fsencode(store.files(own)), way, b"y"), b"2")
+        os.symlink(b"/" + way, os.path.join(os.fsencode(store.files(own)), way, b"up"))
+        paths = ((way + b"/x", b"1"), (way + b"/y", b"2"), (way + b"/../n//./y", b"2"),
+                 (b"./" + way + b"/up/y", b"2"), (way + b"/none", None), (way + b"/y/z", None))
+        with self.open(store.save()) as storage, storage.container("c").tree() as tree, cstor.Tree(
+                [cstor.DiskTree(cstor.Directory.at(store.files(own)), overlay=False)]) as whole:
+            for view, more in ((tree, 2), (whole, 1)):
+                for path, content in paths:
+                    with self.few_calls(10 * more * 500):
+                        if content is None:
+                            self.assertRaises(cstor.NotFound, view.lookup, path)
+                        else:
+                            self.assertEqual(content, b"".join(view.read(path)), path)
+                with self.few_calls(10 * more * 500):
+                    self.assertEqual(1, len(list(view.walk(way + b"/y"))))
+                    part = [path for path, _, _ in view.part([way.split(b"/")]).walk()]
+                    self.assertEqual([way + b"/up", way + b"/x", way + b"/y"], part[-3:])
+        done = self.run_cstor(
+            "--root", store.root, "container", "cat", "c", os.fsdecode(way + b"/up/y"),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+        self.assertEqual((b"2", b""), (done.stdout, done.stderr))
+
+    def test_a_directory_that_is_replaced_between_two_lookups(self) -> None:
+        """Nothing of a directory of the host is kept from one lookup, or walk, to the next."""
+        host = self.dir + "/host"
+        os.makedirs(host + "/d/e")
+        put(host + "/d/e/f", b"1")
+        with cstor.Tree([cstor.DiskTree(cstor.Directory.at(host), overlay=False)]) as tree:
+            for content in (b"1", b"22", b"333"):
+                self.assertEqual(len(content), tree.lookup(b"d/e/f")[1].size)
+                self.assertEqual([len(content)], [node.size for _, node, _ in tree.walk(b"d/e")
+                                                  if node.type == "reg"])
+                os.rename(host + "/d", host + "/d" + content.decode())
+                os.makedirs(host + "/d/e")
+                put(host + "/d/e/f", content + content[:1])
 
     def test_no_step_for_each_entry(self) -> None:
         store, number = self.builder(), 10_000
@@ -6361,6 +6416,21 @@ class Vfs(TreeTest):
         self.assertEqual("vfs", self.run_on(store, "store info --format json").json["driver"])
         self.assertIn("layer not known: no layer has the link",
                       self.run_on(store, "resolve-link", "A" * 26, status=3).err)
+
+    def test_a_directory_in_place_of_a_socket(self) -> None:
+        _, store = self.stores(*self.STACK)
+        below, own = (store.files(layer["id"]) for layer in store.layers[-2:])
+        for name in ("s", "t"):
+            os.mknod(os.path.join(below, name), 0o755 | stat.S_IFSOCK)
+            os.mkdir(os.path.join(own, name))
+            put(os.path.join(own, name, "f"), b"1")
+        os.mknod(own + "/u", 0o755 | stat.S_IFSOCK)
+        os.mkdir(below + "/u")
+        with self.open(store) as storage, storage.container("c").tree() as tree:
+            self.assertEqual(b"1", b"".join(tree.read(b"s/f")))
+            with storage.layer(own.rpartition("/")[2]).tree() as changes:
+                self.assertEqual({"s": "dir", "s/f": "1", "t": "dir", "t/f": "1", "u": "socket"},
+                                 self.listing(changes))
 
     def test_files_that_mean_something_in_overlay(self) -> None:
         """Names of containers/storage, and xattrs and devices of overlayfs, are just files here."""
@@ -23807,6 +23877,7 @@ Salvaging.test_hostile_records Salvaging.test_records_are_missing_in_a_whole_fil
 Salvaging.test_tar_split_data_are_lost Serving.test_a_server_without_a_digest
 Serving.test_export_from_a_server Serving.test_extract_from_a_server
 Serving.test_no_output_into_a_store Serving.test_no_server Serving.test_nobody_is_waited_for_longer
+SingleFiles.test_a_deep_path_of_a_whole_tree
 SingleFiles.test_a_deep_path SingleFiles.test_damage_is_said
 SingleFiles.test_devices_that_are_not_on_disk SingleFiles.test_no_step_for_each_entry
 StreamExtracts.test_a_cut_inside_headers_is_an_error
