@@ -6621,6 +6621,8 @@ class LayerTree(Closing):
         if old is not None and old.type == kind == "dir":
             return old
         node = Node(self, directory, base, kind)
+        if kind == "dir":
+            node.mode |= directory.mode & stat.S_ISGID  # mkdir(2) passes it on
         covered = self._covered(directory, base) if kind == "dir" and self.whole else []
         if old is not None:
             node.opaque = kind == "dir" and (old.type == "whiteout" or old.opaque)

@@ -5250,6 +5250,10 @@ class Trees(TreeTest):
                                                        node.mtime_ns))
             self.assertEqual((True, 0o555), (tree.lookup(b"/")[1].implicit,
                                              tree.lookup(b"")[1].mode))
+        with self.tree(directory(b"s", mode=b"0002700", gid=b"0000007") + entry(b"s/t/.wh.a")
+                       + directory(b"s/u") + entry(b"s/v", mode=b"0000600")) as tree:
+            self.assertEqual([0o2700, 0o2755, 0o755, 0o600], [
+                tree.lookup(path)[1].mode for path in (b"s", b"s/t", b"s/u", b"s/v")])
 
     def test_names_are_cleaned(self) -> None:
         with self.tree(directory(b".", mode=b"0000711", uid=b"0000044") + entry(b"./a/./b//c", b"1")
@@ -20886,7 +20890,7 @@ METADATA = {
              + times("-5.25", "-0.000000001", "9223372036.854775807"),
     "times-far": times("9223372036.854775808", "20000000000", "-9999999999"),
     "modes": "1=1;mode=107755 2/;mode=3777 3;mode=0 4|;mode=6666 5;mode=2644;uid=5 6->x;mode=600 "
-             "7/;mode=0 7/f=1;mode=7777",
+             "7/;mode=0 7/f=1;mode=7777 8/;mode=2755 8/d/f=1 8/e/ 8/f/g/.wh.h",
     "devices": "1%259,1000000 2%%4095,1048575 3%%4097,1048577 4%5,1;mode=620;uid=1",
     "formats": "V7 | USTAR | GNU | PAX | BASE256"}
 
