@@ -6700,8 +6700,8 @@ class LayerTree(Closing):
 
     def _join(self, below: Tree) -> None:
         """Fill in what renamed directories and stubs take from the layers below."""
-        self._count += max(layer._count for layer in below.layers)  # what is grafted adds up
         places = [below._find(lower_path(node), top=False) for node in self._moved]
+        self._count += max(layer._count * bool(layer._moved) for layer in below.layers)  # adds up
         for node, found in zip(self._moved, places):
             kind = found[0].type if found and not node.extra["refused"] else ""
             if node.type == kind == "dir":

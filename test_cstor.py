@@ -5759,6 +5759,14 @@ class ReadingAhead(TreeTest):
                 self.assertEqual(2, self.same(storage.image("t").tree))
             put(path, good)
 
+    def test_what_is_grafted_counts_the_same(self) -> None:
+        xattr = b"SCHILY.xattr.trusted.overlay."
+        store = self.image(*(data + END for data in (
+            PlainEntries.USUAL, pax({xattr + b"opaque": b"y"}) + directory(b"d") + entry(b"d/x"),
+            pax({xattr + b"redirect": b"/d"}) + directory(b"m"))))
+        with cstor.Storage.open(store.root) as storage:
+            self.assertEqual(3, self.same(storage.image("t").tree))
+
     def test_nothing_is_kept_of_an_error(self) -> None:
         """What reads a layer again finds what the first one found, by a limit, too."""
         store = self.image(*[b"".join(entry(b"%d%d" % (layer, i)) for i in range(60)) + END
