@@ -4664,6 +4664,15 @@ def intermediate_images(storage: Storage) -> set[str]:
     return {parent.id for parent, _ in related_images(storage) if not parent.names}
 
 
+def listed_images(storage: Storage) -> set[str]:
+    """Return the IDs of images that are in manifest lists here: podman 5 does not prune them."""
+    found: set[str] = set()
+    for image in storage.images():
+        with suppress(CstorError, OSError):
+            found.update(each.id for _, each in (image.instances() if image.is_list else ()))
+    return found
+
+
 def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
     """Yield each image with one that was built on it.
 
@@ -13961,9 +13970,10 @@ class DiskUsage:
         named = set().union(*(units for record, units in self.units.items() if isinstance(
             record, Container) or isinstance(record, Image) and record.names))
         used = named.union(*(self.units[image] for image in storage.images()))
-        below = intermediate_images(storage)
+        below, listed = intermediate_images(storage), listed_images(storage)
         self.dangling = [
-            image for image in storage.images() if not image.names and image.label not in named
+            image for image in storage.images()
+            if not image.names and image.label not in named and image.id not in listed
             and (image.id not in below or f"layer {image.layer}" not in named)]
         self.unused_layers = [layer for layer in storage.layers()
                               if not layer.readonly and layer.label not in used]
@@ -15868,6 +15878,7 @@ def flag_filter(storage: Storage, key: str, value: str) -> Callable[[Image], boo
     """Return the test for a filter of images that is true or false."""
     containers: Sequence[Container] = storage.containers() if key == "containers" else ()
     inner = intermediate_images(storage) if key in ("dangling", "intermediate") else set()
+    inner.update(listed_images(storage) if key == "dangling" else ())
     if value == "external" and key == "containers":
         value, containers = "true", [each for each in containers if each.status == "storage"]
     if value.lower() not in BOOLEANS:
@@ -15902,6 +15913,7 @@ def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterat
     kin = [(parent.id, child.id) for parent, child in related_images(storage)]
     parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
     used = Counter(container.image for container in storage.containers())
+    inner |= listed_images(storage)
     for image, repository, tag in rows:
         created = go_moment(image.created) // 10**9
         moment, age = GoTime(format_time(created * 10**9)), human_age(go_moment(image.created))

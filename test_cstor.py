@@ -17793,6 +17793,27 @@ class Lists(StoreTest):
                                   for name in names})
         self.assertEqual(team, self.shown(words="images quay.io/team/app:*"))
 
+    def test_images_of_a_manifest_list_are_not_dangling(self) -> None:
+        """podman 5 prunes no image that a manifest list of the storage names."""
+        store = StoreBuilder(self.dir + "/lists")
+        layers = [store.layer(make_tar((name, b"x"))) for name in "ab"]
+        listed, loose = (store.image(layer, "localhost/x:1") for layer in layers)
+        digest = store.images[0]["digest"]
+        for image in store.images:
+            image["names"] = []
+        index = {"id": "e" * 64, "names": ["localhost/list:1"]}
+        store.big_data(index, "manifest", json.dumps({"manifests": [{"digest": digest}]}).encode())
+        store.images += [index, {"id": "f" * 64, "names": ["localhost/bad:1"]}]
+        store.save()
+        for words in ("images", "image list"):
+            found = self.run_on(store, f"{words} -q --no-trunc -f dangling=true").out
+            self.assertEqual([loose], found.replace("sha256:", "").split(), words)
+        self.assertEqual({listed: False, loose: True}, {
+            row["Id"]: row.get("Dangling", False) for row in self.run_on(
+                store, "images -a --format json").json if not row.get("Names")})
+        with self.open(store) as storage:
+            self.assertEqual([loose], [image.id for image in storage.disk_usage().dangling])
+
     def test_filters_of_layers_and_containers(self) -> None:
         layers = [entry["id"] for entry in self.store.layers]
         for filters, expected in (
