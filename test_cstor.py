@@ -18674,6 +18674,15 @@ class CommandLine(StoreTest):
                     self.assertEqual(self.tar, read_bytes(out))
                     os.unlink(out)
 
+    def test_without_a_stdout_descriptor_1_belongs_to_others(self) -> None:
+        code = ("import os, sys; sys.stdout = None; import cstor; before = os.fstat(1); "
+                "status = [cstor.main(['--root', sys.argv[1], 'image', *words]) for words in "
+                "(['exists', 'sample'], ['list'], ['exists', 'sample'])]; "
+                "os.write(2, repr((status, os.path.samestat(before, os.fstat(1)))).encode())")
+        done = self.run_cstor(self.store.root, command=[sys.executable, "-c", code], cwd=HERE)
+        self.assertEqual("cstor: error: stdout: Bad file descriptor\n([0, 6, 0], True)", done.err)
+        self.assertEqual(b"", done.stdout)
+
     def test_lines_of_threads_do_not_mix(self) -> None:
         with mock.patch("sys.stderr") as stderr:
             cstor.say("a line")
