@@ -12240,7 +12240,7 @@ HELPER_TIMEOUT = 120  # ... to open AHEAD files
 
 UNSHARED_MARK = "_CSTOR_UNSHARED"  # in the environment of what runs in a namespace made by us
 _CODE = sys._getframe().f_code  # this module, wherever it came from: file, zip, stdin, another name
-IS_SCRIPT = sys._getframe().f_back is None  # Python itself runs it, and has just compiled it
+IS_SCRIPT = not (sys._getframe().f_back or hasattr(sys, "frozen"))  # Python has just compiled it
 # What runs first in the namespace: it makes it, if podman did not, and gets _CODE from the socket.
 BOOTSTRAP = """\
 import marshal, os, sys

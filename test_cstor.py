@@ -17478,7 +17478,8 @@ class RegistryCommands(StoreTest):
                     ([script], ""), (["-"], ""), ([f"/dev/fd/{file.fileno()}"], ""),
                     (["-O", "-S", "-Werror", "-X", "dev", script], ""),
                     ([script], "import os\ndel os.memfd_create"),
-                    ([script], "import sys\nsys.executable = None")):
+                    ([script], "import sys\nsys.executable = None"),
+                    ([script], "import sys\nsys.frozen = True")):  # its program runs this alone
                 copy_script(script)
                 put(site, patch)
                 file.seek(0)
