@@ -16595,8 +16595,7 @@ def cmd_serve(storage: Storage, args: Any) -> None:
             server = RpcServer(opener, timeout=args.timeout)
             passed = None if args.socket else passed_socket("AF_UNIX")
             if passed and not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                ways = iter([SHUT_RD])  # the second signal does not wait
-                signal.signal(signal.SIGTERM, lambda *_: hang_up(passed, next(ways, SHUT_RDWR)))
+                signal.signal(signal.SIGTERM, lambda *_: server.stop())
                 server.handle(passed)
                 return
             servers[server] = (stack.enter_context(passed or ListeningSocket(args.socket)),
