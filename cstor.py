@@ -16412,8 +16412,8 @@ def cmd_save(storage: Storage, args: Any) -> None:
     several = args.multi_image_archive
     named = [(image.single(), names_to_give(image, name))
              for name in args.image[:None if several else 1] for image in [storage.image(name)]]
-    for name, tag, _ in map(split_reference, () if several else args.image[1:]):
-        named[0][1].append(f"{normalize_name(name)[0]}:{tag or 'latest'}")
+    for name, tag, digest in map(split_reference, () if several else args.image[1:]):
+        named[0][1].append(f"{normalize_name(name)[0]}:{tag or digest or 'latest'}")
         if not re.fullmatch(f"{REPOSITORY_NAME}:{TAG}", named[0][1][-1]):
             raise _UsageError(f"not a name that an image can have: {display(named[0][1][-1])}")
     write_archive(args, args.format, named)
@@ -16940,8 +16940,6 @@ def cmd_diff(storage: Storage, args: Any) -> int:
 
 def cmd_tar_diff(storage: Storage | None, args: Any) -> int:
     """compare two tars, plain or compressed, byte by byte and entry by entry"""
-    if args.a == args.b == "-":
-        raise _UsageError("stdin can be read only once")
     sizes = input_size(args.a), input_size(args.b)
     with ProgressLine(sum(sizes) if all(sizes) else 0, args.quiet) as progress:
         first, rows = peek(diff_tars(args.a, args.b, progress))
@@ -17707,6 +17705,8 @@ def check_options(args: Any) -> None:
     for option in options:
         if given(option) and getattr(args, needed[2:], None) is None:
             raise _UsageError(f"{option} needs {needed}")
+    if {getattr(args, side, "").removeprefix("tar:") for side in "ab"} == {"-"}:
+        raise _UsageError("stdin can be read only once")
     if given("--tls-cert") != given("--tls-key"):
         raise _UsageError("--tls-cert and --tls-key need each other")
     if not 0 < args.timeout <= 1e6:

@@ -18759,6 +18759,9 @@ class CommandLine(StoreTest):
                 (2, "--format json image list", usage.format("unrecognized arguments: --format")),
                 (2, "image lost", usage.format("unknown command: image lost; did you mean image "
                                                r"list\?")),
+                *((2, f"{words} {a} -", "stdin can be read only once") for words, a in (
+                    ("image diff", "-"), ("image diff", "tar:-"), ("tar-diff", "-"))),
+                (2, f"save sample x@sha256:{'a' * 64}", "not a name that an image can have"),
                 (2, "version", "; use --version"), (2, "top web", "stores: use podman top$"),
                 (2, "volume ls", "use podman volume$"), (2, "image rm x", "use podman image rm$"),
                 (2, "imge list", usage.format(r"unknown command: imge; did you mean image list\?")),
