@@ -16649,8 +16649,10 @@ def check_access(listener: Any, storage: Storage, args: Any) -> str:
 
 def cmd_layer_stream(storage: Storage, args: Any) -> None:
     """write a layer as a stream, contents inline or, with --external, as references to files"""
-    if args.external == "-" and args.output in (None, "-"):
-        raise _UsageError("the stream and LIST cannot both go to stdout")
+    ends = [os.path.realpath("/dev/stdout" if end in (None, "-") else end)
+            for end in (args.output, args.external)]
+    if args.external is not None and ends[0] == ends[1]:
+        raise _UsageError("the stream and LIST cannot both go to the same file")
     layer = storage.layer(args.layer)
     with writing(args, layer.diff_size) as (fd, progress), \
             open(fd, "wb", CHUNK, closefd=False) as out, ExitStack() as stack:

@@ -11235,6 +11235,8 @@ class Streams(StoreTest):
         for args, status in ((("layer", "stream", "x" * 70), 3),
                              (("layer", "stream", layer["id"], "--threshold", "-1"), 2),
                              (("layer", "stream", layer["id"], "--external", "-"), 2),
+                             (("layer", "stream", layer["id"], "-o", out, "--external",
+                               os.path.join(self.dir, ".", "out.tar")), 2),
                              (("layer", "stream", layer["id"], "--codec", "zip"), 2),
                              (("stream-to-tar", stream, "--digest", "sha256:1"), 2),
                              (("stream-to-tar", stream, "--codec", CODECS[0], "--external",
