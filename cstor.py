@@ -16222,8 +16222,8 @@ def inspect_container(container: Container, sizes: bool = False) -> Fields:
                                 if image.id == container.image][:1]),
         "Driver": storage.driver, "GraphDriver": graph_driver(storage, container.layer),
         **user_mounts(container, config, spec), "PortBindings": published,
-        "Ports": {**dict.fromkeys(bare, NIL), **published},
-        "ExposedPorts": {name: Fields({}) for name in (*exposed, *published)},
+        "Ports": dict(sorted({**dict.fromkeys(bare, NIL), **published}.items())),
+        "ExposedPorts": {name: Fields({}) for name in sorted({*exposed, *published})},
         "Hostname": spec.get("hostname") or container.id[:12] * (mode("uts") == "private"),
         "Ulimits": [go_struct("Ulimit", limit, {}) for limit in as_list(process.get("rlimits"))
                     if isinstance(limit, dict)],
@@ -16281,7 +16281,7 @@ def port_bindings(row: Fields) -> dict[str, list[Fields]]:
         here = found.setdefault(f"{port['container_port'] + at}/{port['protocol']}", [])
         here.append(Fields({"HostIp": port["host_ip"] or "0.0.0.0",
                             "HostPort": str(port["host_port"] + at)}))
-    return found
+    return dict(sorted(found.items()))  # as Go's JSON has them
 
 
 # ================================================================================================

@@ -18210,6 +18210,12 @@ class Lists(StoreTest):
                 "{{.EffectiveCaps}} {{.Mounts}}").out[:18])
             self.assertEqual(["80/tcp"], list(
                 found(networkMode="host")["NetworkSettings"]["Ports"]))
+            self.assertEqual('{"81/tcp":[{"HostIp":"::","HostPort":"1"}],"9/udp":[{"HostIp":'
+                             '"0.0.0.0","HostPort":"2"}]}', cstor.to_json(cstor.as_json(
+                                 cstor.port_bindings(cstor.Fields({"Ports": [cstor.go_struct(
+                                     "Port", dict(zip(("container_port", "protocol", "host_ip",
+                                                       "host_port"), row)), {}) for row in (
+                                         (9, "udp", "", 2), (81, "tcp", "::", 1))]})))))
             self.assertEqual("", found(cgroupParent="/libpod_parent")["HostConfig"]["CgroupParent"])
             for number, name in ((15, "SIGTERM"), (6, "SIGABRT"), (0, ""), ("x", "")):
                 self.assertEqual(name, found(stopSignal=number)["Config"]["StopSignal"])
