@@ -7072,6 +7072,7 @@ class DiskPart(DiskTree):
         super().__init__(Directory.directory(root, path), layer)
         self.maps = [layer.storage.id_maps]
         self._root = Node(self, None, b"", "dir")
+        self._directories = {b"": True}  # what has_directory() has found
         self._fill(self.root, *self.directory.inspect(b"."))
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
@@ -7085,9 +7086,16 @@ class DiskPart(DiskTree):
 
     def has_directory(self, name: bytes) -> bool:
         """Tell whether a name in the tar is that of a directory, and leads through no link."""
-        parts = [part for part in clean_name(name).split(b"/") if part]
-        node = self.reach(parts).find(parts)
-        return node is not None and node.type == "dir"
+        path, todo = clean_name(name), []
+        while path not in self._directories:
+            todo.append(path)
+            path = path.rpartition(b"/")[0]
+        found = self._directories[path]
+        while found and todo:
+            path = todo.pop()
+            status = os.lstat(path, dir_fd=self.directory.fd)
+            found = self._directories[path] = stat.S_ISDIR(status.st_mode)
+        return found
 
 
 class TarTree(LayerTree):
@@ -7159,7 +7167,8 @@ class PartTree(LayerTree):
         super().__init__(whole.layer)
         self.below, self._whole, self._disk = whole.below, whole, disk
         self._paths = list(map(tuple, paths))
-        self._tops: list[bytes] = []
+        self._tops: tuple[bytes, ...] = ()
+        self._ways: set[bytes] = set()
         self._places: set[bytes] = set()
 
     @property
@@ -7217,9 +7226,9 @@ class PartTree(LayerTree):
                 buffer, done, total = buffer[keep:] + chunk, done - keep, total + len(chunk)
                 end = buffer.rfind(b"\n", done) + 1 or done
                 for place, name in find(buffer, done, end):
-                    if wanted := self._is_wanted(name):
+                    if self._is_wanted(name):
                         yield self._member_at(buffer, place)
-                    count += wanted or self._disk is not None
+                        count += 1
                 if len(buffer) > 2 * MAX_HEADERS or self.MOST < count > total >> 13:
                     raise Unsupported(UNPROVEN)
                 done = end
@@ -7239,7 +7248,7 @@ class PartTree(LayerTree):
     def _is_near(self, path: bytes) -> bool:
         """Tell whether a path is one of these, or on the way to one, or below it."""
         at = path + b"/" if path else b""
-        return any(top.startswith(at) or at.startswith(top) for top in self._tops)
+        return at in self._ways or at.startswith(self._tops)
 
     def _member_at(self, buffer: bytes, place: int) -> Member:
         """Return the member whose entry is at a place: one segment, and a file; before it, one."""
@@ -7257,15 +7266,16 @@ class PartTree(LayerTree):
 
     def _search(self) -> Callable[[bytes, int, int], Iterable[tuple[int, bytes]]]:
         """Return what finds the places of names in a buffer, from a start to an end."""
-        self._tops = [b"/".join(parts) + b"/" for parts in self._paths]
+        self._tops = tuple(b"/".join(parts) + b"/" for parts in self._paths)
+        self._ways = {top[:found.end()] for top in self._tops for found in re.finditer(b"^|/", top)}
         if not self._disk:
             return lambda *text: self._find(
                 rb'"name(?:_raw)?":"[^"]*"', *text) if self._note(*text) else ()
         nodes = [self._disk.reach(parts).find(parts) for parts in self._paths]
         if all(nodes) and all(len(parts) > 1 for parts in self._paths):
-            pattern = rb'/(?:%s)"' % b"|".join(  # twice as fast
-                re.escape(parts[-1]) + b"/" * (node.type == "dir")
-                for parts, node in zip(self._paths, nodes) if node)
+            pattern = b"|".join(sorted({  # twice as fast
+                b"/" + re.escape(parts[-1]) + b"/" * (node.type == "dir") + b'"'
+                for parts, node in zip(self._paths, nodes) if node}))
         else:
             names = sorted({re.escape(name) for parts in self._paths for name in parts})
             places = [rb'|(?:\.?/)?%s[^"]*' % re.escape(top)  # an entry there would make it
