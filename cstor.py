@@ -532,8 +532,7 @@ class ObjectStream:
     """JSON objects one after another, read from chunks of bytes as they are needed."""
 
     def __init__(self, chunks: Iterator[bytes], file: str) -> None:
-        self.file = file
-        self._chunks = chunks
+        self.file, self._chunks = file, chunks
         self._buffer = b""
         self._at = 0
         self._offset = 0  # of the buffer in the stream
@@ -798,8 +797,7 @@ class Directory(Closing):
     """
 
     def __init__(self, path: str, fd: int) -> None:
-        self.path = path
-        self.fd = fd
+        self.path, self.fd = path, fd
         self._parent = self._near = b""
         self._parent_fd = self._near_fd = -1
         self._flags = OPEN_FILE | os.O_NOATIME
@@ -2225,11 +2223,9 @@ class _ConfigSearch:
     """One search for configuration files with one environment."""
 
     def __init__(self, environ: Mapping[str, str], euid: int, system_root: str) -> None:
-        bad = [name for name, value in environ.items() if not can_be_path(value)]
-        if bad:
+        if bad := [name for name, value in environ.items() if not can_be_path(value)]:
             raise FormatError("holds a NUL byte", file=f"environment variable {bad[0]}")
-        self.environ = environ
-        self.system_root = system_root
+        self.environ, self.system_root = environ, system_root
         self.rootless = euid != 0
         self.uid = self.euid = euid
         outer = environ.get("_CONTAINERS_ROOTLESS_UID", "")
@@ -2498,8 +2494,7 @@ class Toml:
               rf"|([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})(?:[Tt ]{TIME}(?:[Zz]|[+-]{CLOCK})?)?|{TIME}")
 
     def __init__(self, data: bytes, file: str) -> None:
-        self.file = file
-        self.at = 0
+        self.file, self.at = file, 0
         self._places: dict[tuple[int, str], int] = {}  # of each key of a table, by its id()
         self._whole: set[int] = set()  # tables and arrays that a header or braces made, by id()
         self.root: dict[str, Any] = {}
@@ -2635,16 +2630,14 @@ class Toml:
     def _string(self, patterns: Sequence[str], wanted: str) -> str:
         """Read a string, with escapes or without."""
         literal = self.text.startswith("'", self.at)
-        match = re.compile(patterns[literal]).match(self.text, self.at)
-        if not match:
+        if not (match := re.compile(patterns[literal]).match(self.text, self.at)):
             self._refuse(f"expected {wanted}")
         text = match[1] if literal else re.sub(self.ESCAPE, self._escape, match[1])
         self.at = match.end()
         return text
 
     def _escape(self, match: re.Match[str]) -> str:
-        code = match[1]
-        if not code:
+        if not (code := match[1]):
             self._refuse(f'malformed escape in "{display(match.string[:40])}"')
         if code[-1] in " \t\n":  # the string goes on at the next word
             return ""
@@ -2667,8 +2660,7 @@ class Toml:
         return match[0] if match else None
 
     def _refuse(self, message: str) -> NoReturn:
-        line = self.text.count("\n", 0, self.at) + 1
-        raise FormatError(message, file=self.file, line=line)
+        raise FormatError(message, file=self.file, line=self.text.count("\n", 0, self.at) + 1)
 
 
 # ================================================================================================
@@ -2741,13 +2733,11 @@ class Record:
 
     def __init__(self, storage: Storage, root: Contents, record: Any, *, volatile: bool = False,
                  readonly: bool = False) -> None:
-        self.storage = storage
-        self.root = root
+        self.storage, self.root = storage, root
         self._faults: list[str] = []
         if not isinstance(record, dict):
             self._faults.append("the record is not a JSON object")
-            record = {}
-        self.record: dict[str, Any] = record
+        self.record = record = as_dict(record)
         # Go's decoder matches names whatever their case, the exact one first.
         self._fields = record if all(map(str.islower, record)) \
             else {**{key.lower(): value for key, value in record.items()}, **record}
@@ -3418,9 +3408,8 @@ class Image(Record):
         """
         layers = [{"layer": layer.id, "size": layer.diff_size}
                   for layer in self.storage.chain(self.layer)]
-        entries = as_list(self.config().get("history"))
         rows = [{key: value for key, value in entry.items() if key not in ("layer", "size")}
-                if isinstance(entry, dict) else {} for entry in entries]
+                for entry in map(as_dict, as_list(self.config().get("history")))]
         made = [row for row in rows if not row.get("empty_layer")]
         below = len(layers) - len(made)
         if below < 0:
@@ -4003,8 +3992,7 @@ class Storage(Closing):
 
         With a split imagestore, an image layer's record, tar-split and files lie in two roots.
         """
-        roots = filter(None, [first, *self.roots])
-        return next((root for root in roots if root.exists(name)), None)
+        return next((root for root in [first, *self.roots] if root and root.exists(name)), None)
 
     def open_first(self, name: bytes, first: Contents) -> tuple[int, str]:
         """Open a file in the root that find() would return, and return its path; -1 for none."""
@@ -4303,8 +4291,7 @@ class Storage(Closing):
         try:
             return query_database(root, query) if root.exists(DATABASE_FILES[0]) else []
         except (CstorError, OSError) as error:
-            if str(error) not in self.faults:
-                self.faults.append(str(error))
+            self.faults += [str(error)] * (str(error) not in self.faults)
             self.database_error = error
             return []
 
@@ -4456,8 +4443,7 @@ def _query(sqlite3: Any, path: str, query: str, end: float) -> list[tuple[Any, .
         # A hostile database can hold views without an end.
         database.set_progress_handler(lambda: time.thread_time() > end, 10_000)
         database.execute("PRAGMA trusted_schema=OFF")
-        rows: list[tuple[Any, ...]] = database.execute(query).fetchmany(100_000)
-    return rows
+        return list(database.execute(query).fetchmany(100_000))
 
 
 # ================================================================================================
