@@ -377,15 +377,13 @@ OTHER_DRIVERS = ("btrfs", "zfs", "aufs", "devicemapper", "windowsfilter")
 LINK_ID = r"[A-Z2-7]{26}"  # overlay/<id>/link: standard base32, no padding
 HEX64 = r"[0-9a-f]{64}"
 
-# tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU).
+# tar (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU), and whiteouts of AUFS, which OCI took over.
 BLOCK = 512
 TYPE_AT = 156  # offset of typeflag in a header block
 SIZE_AT = slice(124, 136)  # the size field: octal, ended by a space or NUL, or base-256
 HEADER_ONLY = b"123456"  # link, symlink, char, block, directory, FIFO: no data whatever size says
 SPECIALS = b"xLK"  # headers about the next header: pax, GNU long name, GNU long link
 PAX_GLOBAL = b"g"
-
-# Whiteouts of AUFS, which OCI took over.
 OPAQUE_MARKER = b".wh..wh..opq"
 
 # System calls of Linux.
@@ -832,13 +830,10 @@ class Directory(Closing):
             return Directory(self.host_path(name), open_in_root(self.fd, name))
 
     def parent(self, name: bytes) -> int:
-        """Return the descriptor of the directory ``name``; it stays ours, until the next call.
-
-        Tars are read in depth-first order: most files lie beside the one before.
-        """
+        """Return the descriptor of the directory ``name``; it stays ours, until the next call."""
         if not name:
             return self.fd
-        if name != self._parent:
+        if name != self._parent:  # tars are in depth-first order: mostly it is the one before
             old, self._parent_fd, self._parent = self._parent_fd, self._open_near(name), name
             if old >= 0:
                 os.close(old)
@@ -1044,10 +1039,8 @@ def read_up_to(fd: int, count: int) -> bytes:
 
 
 def read_whole(fd: int, limit: int, path: str) -> bytes:
-    """Return what an open file holds, and close it; FormatError when that is more than ``limit``.
-
-    The size is checked first: a sparse file can claim to hold terabytes.
-    """
+    """Return what an open file holds, and close it; FormatError when it is more than ``limit``."""
+    # The size is checked first: a sparse file can claim to hold terabytes.
     with Opened(fd), ErrorsAs(with_path, path):
         data = read_up_to(fd, limit + 1) if os.fstat(fd).st_size <= limit else None
     if data is not None and len(data) <= limit:
@@ -2165,10 +2158,8 @@ def holds_store(root: str, drivers: Iterable[str] = (*DRIVERS, *OTHER_DRIVERS)) 
 
 
 def stores_near(path: str, name: str = "") -> list[str]:
-    """Return the graph roots around ``path``, of those that hold the file ``name``.
-
-    People often name a directory above or below the one they mean: a disk's root, a home, docker's.
-    """
+    """Return the graph roots around ``path``, of those that hold the file ``name``."""
+    # People often name a directory above or below the one meant: a disk's root, a home, docker's.
     path = os.path.abspath(path)
     above, end = os.path.dirname(path), ".local/share/containers/storage"
     places = [path[:at] for at, char in enumerate(path) if char == "/" and at]
@@ -2678,10 +2669,8 @@ TAR_SPLIT = b".tar-split.gz"  # end of a file's name beside layers.json
 
 
 def is_safe_id(text: str) -> bool:
-    """Tell whether an ID may become one component of a path.
-
-    containers/storage takes any ``create-layer --id``, also "../../evil" (seen with 4.3.1).
-    """
+    """Tell whether an ID may become one component of a path."""
+    # containers/storage takes any `create-layer --id`, also "../../evil" (seen with 4.3.1).
     return bool(text) and len(text) < 200 and text not in (".", "..") and text.isprintable() \
         and "/" not in text
 
@@ -2995,10 +2984,8 @@ class Layer(Record):
         return False
 
     def overlay_file(self, name: bytes) -> tuple[Contents | None, bytes]:
-        """Return (root that has overlay/<id>/name or None, that name below it).
-
-        Of vfs, "diff" is the whole tree vfs/dir/<id>, and nothing else is there.
-        """
+        """Return (root that has overlay/<id>/name or None, that name below it)."""
+        # Of vfs, "diff" is the whole tree vfs/dir/<id>, and nothing else is there.
         path, whole = self.path(name, self.storage.home()), self.storage.driver == "vfs"
         path = os.path.dirname(path) if whole else path
         return None if whole and name != b"diff" else self.storage.find(path, self.root), path
@@ -3988,10 +3975,8 @@ class Storage(Closing):
         return [root.path for root in self._additional]
 
     def find(self, name: bytes, first: Contents | None = None) -> Contents | None:
-        """Return the root that has ``name``, looking in ``first`` first; None when none has it.
-
-        With a split imagestore, an image layer's record, tar-split and files lie in two roots.
-        """
+        """Return the root that has ``name``, looking in ``first`` first; None when none has it."""
+        # With a split imagestore, an image layer's record, tar-split and files lie in two roots.
         return next((root for root in [first, *self.roots] if root and root.exists(name)), None)
 
     def open_first(self, name: bytes, first: Contents) -> tuple[int, str]:
@@ -4678,10 +4663,8 @@ def related_images(storage: Storage) -> Iterator[tuple[Image, Image]]:
 
 
 def names_to_give(image: Image, reference: str) -> list[str]:
-    """Return the names that an image takes along: the one it was asked for by, or else all.
-
-    Only names with a tag: a digest is not a name to give.
-    """
+    """Return the names that an image takes along: the one it was asked for by, or else all."""
+    # Only names with a tag: a digest is not a name to give.
     tagged = [name for name in image.names if re.fullmatch(f"{REPOSITORY_NAME}:{TAG}", name)]
     asked = reference.rpartition("@")[0] or reference
     found = [name for wanted in (asked, asked + ":latest") for name in tagged
@@ -4759,10 +4742,8 @@ def clean_name(name: bytes) -> bytes:
 
 
 def read_objects(chunks: Iterator[bytes], file: str) -> dict[bytes, bytes]:
-    """Read a TOC; return the sha256 of each file's content by the file's cleaned name.
-
-    Its entries are taken one at a time: of a TOC of 30 MB, names and digests are a third.
-    """
+    """Read a TOC; return the sha256 of each file's content by the file's cleaned name."""
+    # Its entries are taken one at a time: of a TOC of 30 MB, names and digests are a third.
     stream = ObjectStream(chunks, file)
     if not stream.find(rb'"entries"[ \t\r\n]*:[ \t\r\n]*\[', READ_SIZE):
         raise stream.error("malformed TOC: it has no entries")
@@ -4926,11 +4907,9 @@ class LayerFiles(Closing):
         return digest[:2], digest[2:]
 
     def _search(self) -> Iterator[Contents]:
-        """Yield the directories to search; lowers are opened when they are needed.
-
-        Only a mapped layer or a stub leads to the lowers: they can hold another file of this name.
-        """
+        """Yield the directories to search; lowers are opened when they are needed."""
         yield self._diff(0)
+        # Only a mapped layer or a stub leads to lowers: they can hold another file of this name.
         if self._plain:
             return
         if len(self._places) == 1:
@@ -5344,10 +5323,7 @@ def split_count(count: int) -> Iterator[int]:
 
 @lru_cache(4096)  # the headers of a tar have few distinct numbers
 def parse_number(field: bytes) -> int:
-    """Read a numeric header field: octal with spaces and NULs around it, or GNU base-256.
-
-    Raises FormatError, also for what 64 bits cannot hold.
-    """
+    """Read a number of 64 bits: octal amid spaces and NULs, or GNU base-256; else FormatError."""
     if field[0] & 0x80:
         value = int.from_bytes(field, "big") & (1 << 8 * len(field) - 1) - 1
         if field[0] & 0x40:
@@ -5362,10 +5338,7 @@ def parse_number(field: bytes) -> int:
 
 
 def parse_decimal(text: bytes) -> int:
-    """Read a decimal number of a pax record as Go's ParseInt does, "+5" and "-5" and "005" too.
-
-    Raises FormatError, also for what 64 bits cannot hold.
-    """
+    """Read a pax number of 64 bits as Go's ParseInt does, "+5" and "005" too; else FormatError."""
     digits = text[1:] if text[:1] in (b"+", b"-") else text
     value = digits.lstrip(b"0")[:20] or b"0"
     if not digits.isdigit() or len(value) > 19 or int(value) >> 63:
@@ -5396,14 +5369,11 @@ def parse_pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def pax_spans(data: bytes) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """Yield (start, end, key, value) of each record of a pax header; what is malformed has no key.
-
-    Go reads a sign before the length, too.
-    """
+    """Yield (start, end, key, value) of each pax record; what is malformed has no key."""
     at, size = 0, len(data)
     while at < size:
         space = data.find(b" ", at, at + 20)
-        digits = data[at:space].removeprefix(b"+")
+        digits = data[at:space].removeprefix(b"+")  # as Go, which reads a sign
         end = at + int(digits) if space > at and digits.isdigit() else -1
         key, equals, value = data[space + 1:end - 1].partition(b"=")
         if not space < end <= size or not key or not equals or data[end - 1] != 10:
