@@ -7318,12 +7318,13 @@ class Tree(Closing):
         self.seek([path], follow=follow)
         if found := self._lookups.found.get((path, follow)):
             return found
+        passed: dict[tuple[bytes, ...], Node] = {}
         try:
-            found = self.look_up(path, follow)
+            found = self.look_up(path, follow, passed)
         except NotFound as error:
-            add_hint(error, self._lookups.damage((path, follow), None))
+            add_hint(error, self._lookups.damage((path, follow), passed))
             raise
-        self._lookups.damage((path, follow), found[1])
+        self._lookups.damage((path, follow), passed)
         return found
 
     def look_up(self, path: bytes, follow: bool,
@@ -7605,39 +7606,62 @@ class Lookups:
             pair, self.found[key] = self.found[key], None
             with suppress(CstorError, OSError, ValueError):
                 if pair and pair[0]:
-                    self._doubts[key] = pair[1]
+                    self._doubts[key] = one = pair[1]
                     place, node = text.look_up(*key)
-                    if place == pair[0] and (node is pair[1] or (
-                            (node.tree, pair[1].tree) in zip(text.layers, disk.layers)
-                            and not node.implicit and node.size <= self.CHECKED
-                            and pair[1].tree._unseen.get(pair[1], 0) <= len(
-                                node.tree.linked.get(node, ()))  # other names can say more of it
-                            and not compare_nodes(disk, pair[1], text, node, []))):
+                    if place == pair[0] and node is not one and not node.implicit \
+                            and (node.tree, one.tree) in zip(text.layers, disk.layers) \
+                            and node.size <= self.CHECKED:
+                        if "content" in (words := compare_nodes(disk, one, text, node, [])):
+                            one._checksum = disk.crc64(one)  # for damage()
+                        if not words and one.tree._unseen.get(one, 0) <= len(
+                                node.tree.linked.get(node, ())):  # other names can say more of it
+                            self.found[key] = place, node
+                    elif place == pair[0] and node is one:
                         self.found[key] = place, node
 
-    def damage(self, key: tuple[bytes, bool], node: Node | None) -> str:
+    def damage(self, key: tuple[bytes, bool], passed: dict[tuple[bytes, ...], Node]) -> str:
         """Return, and note in the storage, how "diff" contradicts the headers where seek() failed.
 
-        ``node`` is what was found by reading the layers.
+        ``passed`` has what reading the layers found on the way, and at its end.
         """
-        pairs: list[tuple[Node, Node | None]] = []
-        if doubt := self._doubts.get(key):
-            pairs += [(doubt, layer.root.find(doubt.path.split(b"/"))) for layer in self._layers
-                      if layer.layer is doubt.tree.layer and not layer.unread]
-        if key in self.found and node and node.tree.layer and type(node.tree) is LayerTree:
-            with suppress(CstorError, OSError), DiskPart(node.tree.layer) as disk:
-                parts = node.path.split(b"/")
-                pairs.append((node, disk.reach(parts).find(parts)))
-        for one, other in pairs:
-            if one.type in ("reg", "dir", "symlink") and not one.extra.keys() - {"xattrs"} and (
-                    not other or any(getattr(one, field) != getattr(other, field)
-                                     for field in ("type", "size", "linkname"))):
-                name, layer = display(one.path), one.tree.layer
-                assert layer
-                text = f'layer {layer.id}: "diff" and headers differ at "/{name}"'
-                layer.storage.faults += [text] * (text not in layer.storage.faults)
-                return text
+        nodes, doubt = list(passed.values()), self._doubts.get(key)
+        if doubt:
+            place = doubt.path.split(b"/")
+            number = [layer.layer for layer in self._layers].index(doubt.tree.layer)
+            for layer in self._layers[:number]:
+                if not layer.unread and hides(layer, place) in ("whiteout", "opaque directory"):
+                    return self._note(layer, doubt.path)  # it is not on disk
+            if not (layer := self._layers[number]).unread:
+                if self._differ(doubt, other := layer.root.find(place)):
+                    return self._note(layer, doubt.path)
+                if other and nodes[-1:] == [other] and other.type == doubt.type:
+                    return ""  # and nothing on disk hides it
+        for parts, node in passed.items() if key in self.found else ():
+            own, layers = node.path.split(b"/"), self._layers
+            for layer in layers[:layers.index(node.tree) + 1] if node.tree in layers and (
+                    node.type == "symlink" or node is nodes[-1]) else ():
+                if layer.layer and type(layer) is LayerTree:
+                    with suppress(CstorError, OSError), DiskPart(layer.layer) as disk:
+                        if layer is not node.tree and disk.reach(parts) and hides(disk, parts) \
+                                or layer is node.tree and self._differ(
+                                    node, disk.reach(own).find(own)):
+                            return self._note(layer, b"/".join(parts))
         return ""
+
+    @staticmethod
+    def _differ(one: Node, other: Node | None) -> bool:
+        """Tell whether two files differ in what is the same in any storage."""
+        return one.type in ("reg", "dir", "symlink") and not one.extra.keys() - {"xattrs"} and (
+            not other or any(getattr(one, field) != getattr(other, field)
+                             for field in ("type", "size", "linkname"))
+            or None not in (one.checksum, other.checksum) and one.checksum != other.checksum)
+
+    @staticmethod
+    def _note(layer: LayerTree, path: bytes) -> str:
+        text = f'{layer.label}: "diff" and headers differ at "/{display(path)}"'
+        if layer.storage:
+            layer.storage.faults += [text] * (text not in layer.storage.faults)
+        return text
 
 
 def lower_path(node: Node) -> list[bytes]:

@@ -5955,6 +5955,15 @@ class SingleFiles(TreeTest):
         self.assertEqual(["a", "b", "c"], sorted(os.listdir(self.out + "3/d")))
         self.assertEqual([b"a1", b"x3"], list(map(read_bytes, (self.out, self.out + "2/x"))))
 
+    def test_lost_whiteouts_are_said(self) -> None:
+        store, layers = self.stack(self.TARS[0] + END, entry(b".wh.top") + entry(b"e/.wh..wh..opq"))
+        store.image(layers[1], "localhost/t:latest")
+        with mock.patch.object(os, "mknod"):
+            settle(store.save())
+        for path in ("/top", "/e/s"):
+            done = self.run_on(store, "image stat t " + path, status=3)
+            self.assertIn(f'layer {layers[1]}: "diff" and headers differ at "{path}"', done.err)
+
     def test_names_that_json_spells_in_several_ways(self) -> None:
         with self.open(self.settled()) as storage, storage.image("t").tree() as tree:
             self.assertEqual(b"c2", b"".join(tree.read(b"g/c<")))
@@ -6119,12 +6128,19 @@ class SingleFiles(TreeTest):
         os.unlink(top + "/f/x")
         put(top + "/d", b"a file where the layer has nothing")
         os.rename(base + "/top", base + "/gone")
+        put(base + "/e/g", b"b2")
+        os.unlink(base + "/e/s")
+        os.symlink("/d/b", base + "/e/s")
         for words, status, expected in (
                 ("image stat t /f/x", 0, f'layer {layers[2]}: "diff" and headers differ at "/f/x"'),
                 ("image stat t /top", 0, f'layer {layers[0]}: "diff" and headers differ at "/top'),
                 ("image stat t /d", 0, f'layer {layers[2]}: "diff" and headers differ at "/d"'),
                 ("image stat t /gone", 3, f'layer {layers[0]}: "diff" and headers differ at "/go'),
-                ("image stat t /d/c", 0, ""), ("image cat t /f/x", 4, "missing from the layer")):
+                ("image stat t /e/s", 0, f'layer {layers[0]}: "diff" and headers differ at "/e/s'),
+                ("image cat t /e/s", 0, f'layer {layers[0]}: "diff" and headers differ at "/e/s'),
+                ("image stat t /d/c", 0, f'layer {layers[2]}: "diff" and headers differ at "/d/c'),
+                ("image stat t /e/g", 0, f'layer {layers[0]}: "diff" and headers differ at "/e/g'),
+                ("image stat t /e", 0, ""), ("image cat t /f/x", 4, "missing from the layer")):
             with self.subTest(words=words):
                 done = self.run_on(store, words, status=status)
                 self.assertIn(expected, done.err)
