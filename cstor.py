@@ -845,10 +845,8 @@ class Directory(Closing):
         return self.parent(parent), base or b"."
 
     def _open_near(self, name: bytes) -> int:
-        """Open a directory from one above it that stays open, since its neighbours come next.
-
-        So the time for a deep tree does not grow with the square of its depth.
-        """
+        """Open a directory from one above it that stays open, since its neighbours come next."""
+        # So the time for a deep tree does not grow with the square of its depth.
         start, parts = self.fd, name.split(b"/")
         if b".." in parts:
             return self._open_parent(name)
@@ -2380,10 +2378,8 @@ class _ConfigSearch:
             config.lack, config.foreign = error.strerror or "unreadable", not config.own
 
     def _stores(self, values: dict[str, Any], *keys: str) -> list[str]:
-        """Return the additional stores of one kind: STORAGE_OPTS replaces all driver options.
-
-        The drivers take their options imagestore and additionalimagestore for the same.
-        """
+        """Return the additional stores of one kind: STORAGE_OPTS replaces all driver options."""
+        # The drivers take their options imagestore and additionalimagestore for the same.
         if not (given := self.environ.get("STORAGE_OPTS")):
             return list(values.get(f"storage.options.{keys[0]}s", []))
         stores, key = [], ""
@@ -3270,8 +3266,7 @@ class Image(Record):
                               separators=(",", ":"), ensure_ascii=False)
             return re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text).encode(
                 "utf-8", "replace")
-        digest = as_dict(manifest.get("config")).get("digest")
-        if not isinstance(digest, str):
+        if not isinstance(digest := as_dict(manifest.get("config")).get("digest"), str):
             raise Unsupported(f"image {self.id}: " + (
                 "it is a manifest list, which has no configuration" if self.is_list
                 else "its manifest names no configuration"))
@@ -3590,8 +3585,7 @@ class Container(Record):
                               "podman that knows the directory is not read",
                               hint="`container inspect` and `store info` say why")
         tree = merged_tree(chain, f"container {self.title}", known)
-        top = tree.layers[0]
-        if isinstance(top, DiskTree):
+        if isinstance(top := tree.layers[0], DiskTree):
             top.writable = True
             if top.layer and not top.layer.uidmap:
                 # The layer is mounted with a map.
@@ -3632,7 +3626,6 @@ def read_consistently(root: Directory, lock: bytes, names: Sequence[bytes],
     ``lock`` is taken shared if it is free within ``patience``.  Without it the files are read
     again while they or the lock's token change, at most ten times.
     """
-    data: list[bytes] = []
     lock_fd = -1
     with suppress(OSError, FormatError):  # it is never made
         lock_fd = Directory.open(root, lock)  # a lock is not worth a helper
@@ -3896,10 +3889,8 @@ class Storage(Closing):
         return chosen
 
     def _find_linked(self) -> Iterator[str]:
-        """Yield the paths of directories that are symbolic links, which podman follows.
-
-        We do not: a store of another machine or user must not lead us out of it.
-        """
+        """Yield the paths of directories that are symbolic links, which podman follows."""
+        # We do not: a store of another machine or user must not lead us out of it.
         homes = [self.home(word).partition(b"/")[0] for word in ("", "layer", "image", "container")]
         for root, name in product(self.roots, homes):
             with suppress(OSError):
@@ -4836,9 +4827,8 @@ class LayerFiles(Closing):
             elif fd >= 0 and size in (None, status.st_size):
                 return fd
             else:
-                if fd >= 0:
-                    os.close(fd)
-                raise self._objection(name, base, size, status)
+                with Opened(fd):
+                    raise self._objection(name, base, size, status)
         raise self._missing(name, size)
 
     def find(self, name: bytes, size: int) -> tuple[int, bytes, bytes, os.stat_result] | None:
@@ -5259,8 +5249,7 @@ def pax_records(pax: Mapping[bytes, bytes]) -> bytes:
         length = rest + len(str(rest))
         length = rest + len(str(length))  # the digits of the length count as well
         records.append(b"%d %s=%s\n" % (length, key, value))
-    data = b"".join(records)
-    if len(data) > MAX_SPECIAL:
+    if len(data := b"".join(records)) > MAX_SPECIAL:
         raise FormatError(f"a pax header of {len(data)} bytes, more than {MAX_SPECIAL}")
     return data
 
@@ -5867,8 +5856,7 @@ class TarSource:
 
     def take(self, count: int) -> bytes:
         """Return ``count`` bytes.  Raises FormatError at the end."""
-        data = self.up_to(count)
-        if len(data) < count:
+        if len(data := self.up_to(count)) < count:
             raise self._error("the tar is cut off")
         return data
 
