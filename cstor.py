@@ -7601,8 +7601,8 @@ class Lookups:
                             and node.size <= self.CHECKED:
                         if "content" in (words := compare_nodes(disk, one, text, node, [])):
                             one._checksum = disk.crc64(one)  # for damage()
-                        if not words and one.tree._unseen.get(one, 0) <= len(
-                                node.tree.linked.get(node, ())):  # other names can say more of it
+                        names = len(one.tree.linked.get(one, ())) + one.tree._unseen.get(one, 0)
+                        if not words and names <= len(node.tree.linked.get(node, ())):
                             self.found[key] = place, node
                     elif place == pair[0] and node is one:
                         self.found[key] = place, node

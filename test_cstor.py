@@ -5986,6 +5986,7 @@ class SingleFiles(TreeTest):
         named = directory(b"d") + entry(b"d/x", b"1", uname=b"al")
         self.assertGreater(self.same(named)["quick"], 4)
         self.same(named + hardlink(b"d/y", b"d/x", uname=b"bo"))
+        self.same(named + hardlink(b'd/"', b"d/x", uname=b"bo"))
         self.same(named + hardlink(b"y", b"d/x", uname=b"bo"))
         self.same(directory(b"d") + directory(b"d/s", uname=b"al") + symlink(b"l", b"d")
                   + directory(b"l/s", uname=b"bo"))
