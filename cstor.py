@@ -8032,8 +8032,7 @@ def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
 # is one more difference, not an error.  All that follows the last entry is the trailer.
 # ================================================================================================
 
-# The fields of a header block with their offsets: those that all formats share, then those of
-# ustar, of GNU tar's old format and of star.
+# The fields of a header block with their offsets; HEADER_FIELDS are those that all formats share.
 HEADER_FIELDS = (("name", 0), ("mode", 100), ("uid", 108), ("gid", 116), ("size", 124),
                  ("mtime", 136), ("chksum", 148), ("typeflag", 156), ("linkname", 157),
                  ("magic", 257), ("version", 263), ("uname", 265), ("gname", 297),
@@ -8093,7 +8092,6 @@ class TarEntry(Member):
         self.sha: Any = None
 
     def feed(self, data: bytes) -> None:
-        """Count and hash a piece of the content."""
         self.sha = self.sha or new_sha256()
         self.sha.update(data)
         self.done += len(data)
@@ -8187,8 +8185,6 @@ class TarSide(TarSource, Closing):
 
 
 class _TarDiff:
-    """Compares two tars: in step up to the first difference, by name from there on."""
-
     def __init__(self, left: TarSide, right: TarSide) -> None:
         self.sides = left, right
         self.first: dict[str, Any] | None = None
@@ -8236,9 +8232,7 @@ class _TarDiff:
                 b.feed(parts[1])
                 return
             a.feed(parts[0])
-        if a.sha:
-            a.digest, a.sha = a.sha.digest(), None
-        b.digest, b.done = a.digest, a.done
+        b.sha, b.done = a.sha, a.done
 
     def _note(self, a: TarEntry, b: TarEntry, parts: Sequence[bytes], field: str = "") -> None:
         """Note the first difference: in what follows the headers (``field``), or in the headers.
@@ -8877,8 +8871,7 @@ class Extraction:
             if node.type == "dir":
                 self._make_directory(path, node)
                 continue
-            if node in node.tree.linked and (
-                    first := self._firsts.setdefault(node, path)) != path:
+            if node in node.tree.linked and (first := self._firsts.setdefault(node, path)) != path:
                 self._links.append((path, first))  # a later name is made of the first one
                 continue
             parent, _, base = path.rpartition(b"/")
@@ -8895,9 +8888,8 @@ class Extraction:
         """Return a function that shows the progress, given how many batches were begun."""
         if not (progress := self._progress):
             return lambda number: None
-        sizes = list(accumulate((sum(node.size for node in batch[2::3]) for batch in batches),
-                                initial=0))
-        files = list(accumulate((len(batch) // 3 for batch in batches), initial=0))
+        sizes = [0, *accumulate(sum(node.size for node in batch[2::3]) for batch in batches)]
+        files = [0, *accumulate(len(batch) // 3 for batch in batches)]
         return lambda number: progress(sizes[number], files[number])
 
     def _make_directory(self, path: bytes, node: Node) -> None:
@@ -8988,12 +8980,11 @@ class Extraction:
     def _create(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
         if self.plain and node.type not in ("reg", "symlink", "fifo"):
             raise _LeftOut
-        if node.type == "reg":
-            if fd < 0 or not (self._move(dir_fd, base, node, fd)
-                              or self._hardlinks and self._share(dir_fd, base, node, fd)):
-                self._create_regular(dir_fd, base, node, fd)
-        else:
+        if node.type != "reg":
             self._create_special(dir_fd, base, node)
+        elif fd < 0 or not (self._move(dir_fd, base, node, fd)
+                            or self._hardlinks and self._share(dir_fd, base, node, fd)):
+            self._create_regular(dir_fd, base, node, fd)
         self.counts["made", node.type] += 1
 
     def _create_regular(self, dir_fd: int, base: bytes, node: Node, fd: int) -> None:
@@ -9019,7 +9010,6 @@ class Extraction:
                 os.close(new)
 
     def _account(self, node: Node, why: str) -> None:
-        """Count a content, and why it is a copy."""
         self.counts["bytes", "copied" if why else "reflinked"] += node.size
         if why:
             self._refuse(why, node)
@@ -9656,17 +9646,15 @@ class OciLayout(Transaction):
 
     def _note(self, path: bytes, remove: Callable[..., None]) -> None:
         """Remove ``path`` after an error: the index does not name it."""
-        base = path.rpartition(b"/")[2]
-        self.on_error(self.target.host_path(path),
-                      lambda: remove(base, dir_fd=self.target.locate(path)[0]))
+        self.on_error(self.target.host_path(path), lambda: remove(
+            os.path.basename(path), dir_fd=self.target.locate(path)[0]))
 
     def has(self, digest: str, size: int = -1) -> bool:
         """Tell whether a blob exists and is whole: a power cut can damage it and leave its size."""
-        if not re.fullmatch("sha256:" + HEX64, digest):
-            return False
         with suppress(FileNotFoundError, FormatError, IntegrityError):
-            os.close(open_blob(self.target, digest, size))
-            return True
+            if re.fullmatch("sha256:" + HEX64, digest):
+                os.close(open_blob(self.target, digest, size))
+                return True
         return False
 
     def write(self, folder: bytes, fill: Callable[[int], Any], name: bytes = b"") -> None:
@@ -9732,10 +9720,9 @@ class OciLayout(Transaction):
             index = read_index(self.target, f"{self.path}/index.json")
 
         def stays(entry: Any) -> bool:
-            if not isinstance(entry, dict):
-                return True
-            name = as_dict(entry.get("annotations")).get(REF_NAME)
-            return name != tag if tag else name is not None or entry.get("digest") != blob["digest"]
+            old = as_dict(entry)
+            name = as_dict(old.get("annotations")).get(REF_NAME)
+            return name != tag if tag else name is not None or old.get("digest") != blob["digest"]
 
         entry = {**blob, "annotations": {REF_NAME: tag}} if tag else blob
         replaced = [old.get("digest") for old in index["manifests"] if not stays(old)]
@@ -9965,22 +9952,19 @@ class FetchedImage(Closing):
         command = ["skopeo", *chain(*zip(options, filter(None, platform.split("/")))), "copy",
                    "--quiet", "--dest-oci-accept-uncompressed-layers", "--", self.reference,
                    f"oci:{self._scratch.path}/oci"]
-        process: Any = None
         with open(self._scratch.host_path(b"log"), "w+b") as log:
             try:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
                     env={**os.environ, "TMPDIR": self._scratch.path})
-                self._await(process)
             except OSError as error:
-                if process:
-                    raise
                 raise Unsupported(f"skopeo cannot be run: {error.strerror}",
                                   hint="install skopeo") from None
+            try:
+                self._await(process)
             finally:
                 with SignalsHeld():
-                    if process:
-                        end_process(process)
+                    end_process(process)
             if process.returncode:
                 said = os.pread(log.fileno(), MAX_SPECIAL, 0).decode("utf-8", "replace")
                 self._refuse(process.returncode, said)
@@ -10759,10 +10743,9 @@ class ExternalFiles(Closing):
         self._files: list[tuple[bytes, int]] = []
         self._end = ExitStack()
         self._file = self._end.enter_context(ExitStack())  # what closes the last one
-        with OnError(self.close):
-            if path:
-                with open(open_input(path), "rb") as file:
-                    self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
+        if path:
+            with OnError(self.close), open(open_input(path), "rb") as file:
+                self._read(iter(lambda: file.readline(MAX_OBJECT), b""))
 
     def close(self) -> None:
         self._end.close()
@@ -11560,8 +11543,6 @@ class RpcServer(ClientServer):
 
 
 class _Session(Dispatcher):
-    """Answers one client of a server."""
-
     METHODS = {"GetLayerSplitfdstream": "splitfdstream", "GetImage": "go_image",
                "StreamLayer": "stream", "ListImages": "list_images",
                "ListLayers": "list_layers", "GetLayer": "get_layer", "Initialize": "initialize",
@@ -11586,8 +11567,7 @@ class _Session(Dispatcher):
     @property
     def storage(self) -> Storage:
         """The storage, with its records as they are now."""
-        if self._storage is None:
-            self._storage = self.server.opener()
+        self._storage = self._storage or self.server.opener()
         self._storage.reload()
         return self._storage
 
@@ -11665,8 +11645,7 @@ class _Session(Dispatcher):
 
         def flush() -> None:
             if buffer:
-                data = binascii.b2a_base64(buffer, newline=False).decode()
-                self._notify(segment, {"data": data})
+                self._notify(segment, {"data": binascii.b2a_base64(buffer, newline=False).decode()})
                 buffer.clear()
 
         with closing(layer.pieces()) as pieces:
@@ -11743,12 +11722,10 @@ class _Session(Dispatcher):
     # -- varlink ---------------------------------------------------------------------------------
 
     def service_info(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Return what org.varlink.service tells of a server."""
         return {"vendor": "cstor", "product": "cstor.py", "version": __version__,
                 "url": "https://varlink.org", "interfaces": list(VARLINK)}
 
     def describe_interface(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the description of an interface in varlink's own language."""
         name = params.get("interface")
         if not isinstance(name, str):
             raise VarlinkError("org.varlink.service.InvalidParameter", "parameter", "interface")
@@ -11757,7 +11734,6 @@ class _Session(Dispatcher):
         return {"description": f"interface {name}\n\n{VARLINK[name]}"}
 
     def oci_info(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Return what this server can do of composefs's interface."""
         return {"features": ["splitdirfdstream-v0", "source-containers-storage", "read-only"]}
 
     def _oci_layer(self, params: dict[str, Any]) -> Layer:
@@ -12403,19 +12379,13 @@ class Unshared(Caller):
                 for number in (0, signal.SIGTERM, signal.SIGKILL):
                     with suppress(ProcessLookupError, PermissionError):
                         os.killpg(self._process.pid, number)  # it is the leader of its session
-                    if self._wait():
-                        break
+                    with suppress(subprocess.TimeoutExpired):
+                        if drain(self.connection.socket, self._grace):  # all there have ended
+                            self._process.wait(self._grace)
+                            break
         self.connection.close()
         code: int = self._process.returncode or 0
         return 128 - code if code < 0 else code
-
-    def _wait(self) -> bool:
-        """Send no more and wait; return whether all at the other end have ended."""
-        with suppress(subprocess.TimeoutExpired):
-            if drain(self.connection.socket, self._grace):
-                self._process.wait(self._grace)
-                return True
-        return False
 
 
 def say_hello(roots: Sequence[str] = ()) -> Connection:
@@ -12708,7 +12678,6 @@ class ContentServer(Dispatcher):
             self._reply({}, [fd])
 
     def look(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the row of one file, as scan() has it."""
         directory, name = self._look_below(params)
         if not (seen := directory.inspect(name)):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
