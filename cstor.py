@@ -12805,9 +12805,8 @@ CODES = {
     "lower-wrong": ("damage", "c", "metadata", "a layer's chain of lower layers is not its own"),
     "mode-wrong": ("damage", "c", "metadata", "the owner of the store lacks permission"),
     "owner-wrong": ("damage", "c", "metadata", "another user owns records of the store"),
-    "layer-orphan": ("waste", "c", "unused", "its files have no record (--salvage)"),
-    "image-orphan": ("waste", "c", "unused", "its files have no record (--salvage)"),
-    "container-orphan": ("waste", "c", "unused", "its files have no record (--salvage)"),
+    **dict.fromkeys(("layer-orphan", "image-orphan", "container-orphan"),
+                    ("waste", "c", "unused", "its files have no record (--salvage)")),
     "big-data-orphan": ("waste", "c", "unused", "an item that no record names"),
     "l-orphan": ("waste", "c", "unused", "a short link in overlay/l leads to no layer"),
     "temporary": ("waste", "c", "unused", "what an interrupted command left behind"),
@@ -12900,13 +12899,12 @@ def check_image(image: Image) -> Iterator[Finding]:
         except IntegrityError as error:
             code = "changed" if not error.expected.isdigit() else "longer" if int(error.expected) \
                 < int(error.actual) else "truncated"
-            expected, actual, message = error.expected, error.actual, ""
+            told: Any = [error.expected, error.actual]
         except FormatError as error:
-            code, expected, actual = "changed" if image.root.exists(name) else "missing", "", ""
-            message = str(error)
+            code = "changed" if image.root.exists(name) else "missing"
+            told = ["", "", str(error)]
         damaged.add(key)
-        yield Finding(f"big-data-{code}", image.label, image.root.host_path(name), expected,
-                      actual, message)
+        yield Finding(f"big-data-{code}", image.label, image.root.host_path(name), *told)
     for title in image.names:
         if "@" in title and title.rpartition("@")[2] not in image.digests:
             yield Finding("name-digest-wrong", image.label, None, actual=title)
@@ -13665,7 +13663,6 @@ class Salvage:
         return False
 
     def _settle(self, layer: Layer, parent: str, digest: str) -> None:
-        """Note the parent and the DiffID of a layer."""
         if layer in self._loose:
             del self._loose[layer]
             self._above[parent].append(layer)
@@ -14019,7 +14016,7 @@ class DiskUsage:
         name that only it was built on.
         """
         asked = set(records)
-        removed, count = set(asked), 0
+        removed = set(asked)
         built: dict[Record, set[Record]] = defaultdict(set)
         for parent, child in related_images(self.storage):
             built[parent].add(child)
@@ -14027,10 +14024,9 @@ class DiskUsage:
                 if container not in removed}
         while kept := {record for record in removed if not built[record] <= removed}:
             removed -= kept
-        while count < len(removed):
-            count = len(removed)
-            removed.update(parent for parent in built if built[parent] <= removed
-                           and not parent.names and parent.id not in used)
+        while more := {parent for parent in built if built[parent] <= removed
+                       and not parent.names and parent.id not in used} - removed:
+            removed |= more
         parts = {unit for record in asked | removed for unit in self.units[record]
                  if not isinstance(record, Container)
                  or unit in (f"container {record.id}", f"layer {record.layer}")}
@@ -14408,7 +14404,6 @@ class _HttpClient(HttpHandler):
         self._deadline, self._room = Deadline(self._server.idle), MAX_HEAD
 
     def _received(self) -> Iterator[bytes]:
-        """Yield what comes."""
         import http.client
 
         while True:
@@ -14812,9 +14807,8 @@ def human_size(size: int) -> str:
     if size < 0:
         return "unknown"
     value, units = float(size), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
+    while value >= 999.5 and units[1:]:
+        value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}"
 
 
@@ -15097,7 +15091,6 @@ def say_removed(folder: bytes, names: Iterable[bytes]) -> None:
 
 def unwind_on_signals() -> None:
     """Let the first SIGINT, SIGTERM or SIGHUP raise, and ignore others, so that we clean up."""
-
     def stop(number: int, _: object) -> None:
         for other in _handlers:
             signal.signal(other, lambda *_: None)
@@ -15813,10 +15806,9 @@ def reference_filter(storage: Storage, value: str) -> Callable[[Image], bool]:
     fits = re.compile("".join(map(translate_token, tokens))).fullmatch
 
     def test(image: Image) -> bool:
-        texts = [text for name in image.names for text in (name, split_reference(name)[0])]
         return image.id == found or any(
-            fits(text) or fits(text.partition("/")[2]) or fits(text.rpartition("/")[2])
-            for text in texts)
+            fits(part) for name in image.names for text in (name, split_reference(name)[0])
+            for part in (text, text.partition("/")[2], text.rpartition("/")[2]))
 
     return test
 
@@ -15857,10 +15849,9 @@ def image_rows(storage: Storage, args: Any) -> list[ImageRow]:
 
 def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterator[Fields]:
     """Yield the fields that templates of ``podman images`` have; ``raw`` is what its JSON has."""
-    kin = [(parent.id, child.id) for parent, child in related_images(storage)]
-    parents, inner = {child: parent for parent, child in kin[::-1]}, {parent for parent, _ in kin}
+    kin = [(child.id, parent.id) for parent, child in related_images(storage)][::-1]
+    parents, inner = dict(kin), listed_images(storage).union(parent for _, parent in kin)
     used = Counter(container.image for container in storage.containers())
-    inner |= listed_images(storage)
     for image, repository, tag in rows:
         created = go_moment(image.created) // 10**9
         moment, age = GoTime(format_time(created * 10**9)), human_age(go_moment(image.created))
@@ -15873,8 +15864,7 @@ def image_texts(storage: Storage, rows: Sequence[ImageRow], args: Any) -> Iterat
             "Arch": image.about.get("architecture", ""), "Digest": image.digest,
             "History": image.names_history, "IsManifestList": image.is_list,
             "Names": image.names, "Os": image.about.get("os", ""), "Created": created,
-            "CreatedAt": moment,
-        }, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
+            "CreatedAt": moment}, "ReadOnly Dangling Arch Digest History IsManifestList Names Os")
         yield Fields({
             "ID": f"sha256:{image.id}" if args.no_trunc else image.id[:12],
             "Repository": repository, "Tag": tag, **fields, "Names": image.names or NIL,
@@ -15892,9 +15882,9 @@ def container_rows(storage: Storage, args: Any) -> list[tuple[Fields, Container]
     return sorted(rows, key=lambda row: SORTS["containers"][args.sort](row[0]))
 
 
-def strings(value: Any) -> list[str]:
-    """Return a list's strings, [] for anything else."""
-    return [each for each in as_list(value) if isinstance(each, str)]
+def of_kind(kind: type[T], value: Any) -> list[T]:
+    """Return a list's items of one type, [] for anything else."""
+    return [each for each in as_list(value) if isinstance(each, kind)]
 
 
 def container_fields(container: Container, known: dict[str, int] | None = None) -> Fields:
@@ -15909,16 +15899,16 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
     fields = go_struct("ps", {**state, "config": config, "now": now, "notes": notes}, {
         "AutoRemove": notes.get("io.podman.annotations.autoremove") == "TRUE",
         "Command": [state.get("engine", "storage")] if status == "storage"
-        else strings(config.get("command")) or None,
+        else of_kind(str, config.get("command")) or None,
         "CreatedAt": human_age(created), "ExitedAt": ended // 10**9,
         "ExposedPorts": as_dict(config.get("exposedPorts")) or None,
         "Id": container.id, "Image": container.image_name or "scratch" * (status == "storage"),
         "ImageID": container.image, "Labels": container.labels or None,
-        "Mounts": strings(config.get("userVolumes")), "Namespaces": {},
+        "Mounts": of_kind(str, config.get("userVolumes")), "Namespaces": {},
         "Names": container.names[:1] or ["unknown"],
         "Networks": sorted(as_dict(config.get("newNetworks"))),
-        "Ports": [go_struct("Port", port, {}) for port in as_list(config.get("newPortMappings"))
-                  if isinstance(port, dict)] or None,
+        "Ports": [go_struct("Port", port, {})
+                  for port in of_kind(dict, config.get("newPortMappings"))] or None,
         "Size": None if known is None else dict(
             zip(("rwSize", "rootFsSize"), container.sizes(known))),
         "StartedAt": started // 10**9, "State": status, "Created": made})
@@ -15936,18 +15926,17 @@ def exposed_ports(row: Fields) -> list[tuple[str, int]]:
 
 def ports_text(row: Fields) -> str:
     """Return published ports, and those that are only exposed, as podman prints them."""
-    def span(port: dict[str, Any], side: str) -> str:
-        first = port[side + "_port"]
-        return f"{first}-{first + port['range'] - 1}" if port["range"] > 1 else str(first)
+    def span(first: int, count: int) -> str:
+        return f"{first}-{first + count - 1}" if count > 1 else str(first)
 
-    texts = [f"{port['host_ip'] or '0.0.0.0'}:{span(port, 'host')}->{span(port, 'container')}/"
-             f"{port['protocol']}" for port in row["Ports"] or ()]
+    texts = [f"{port['host_ip'] or '0.0.0.0'}:{span(port['host_port'], port['range'])}->"
+             f"{span(port['container_port'], port['range'])}/{port['protocol']}"
+             for port in row["Ports"] or ()]
     taken = port_bindings(row)
     bare = enumerate(port for port in exposed_ports(row) if "{1}/{0}".format(*port) not in taken)
     for (kind, _), run in groupby(bare, lambda item: (item[1][0], item[1][1] - item[0])):
         ports = [port for _, (_, port) in run]
-        texts.append(span({"container_port": ports[0], "range": len(ports)}, "container")
-                     + f"/{kind}")
+        texts.append(f"{span(ports[0], len(ports))}/{kind}")
     return ", ".join(texts)
 
 
@@ -16030,21 +16019,18 @@ CONTAINER_HEADINGS = Headings({"ID": "CONTAINER ID", "CreatedHuman": "CREATED", 
 
 # -- inspect -------------------------------------------------------------------------------------
 
-DOCKER_SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
-
-
 def inspect_image(image: Image) -> Fields:
     """Return what ``podman image inspect`` says of an image."""
     manifest = image.manifest()
     config, kind = image.config(manifest), manifest.get("mediaType") or OCI_MANIFEST
     if manifest.get("schemaVersion") == 1:
-        kind = DOCKER_SCHEMA1 + ("prettyjws" if "signatures" in manifest else "json")
+        kind = "application/vnd.docker.distribution.manifest.v1+" + (
+            "prettyjws" if "signatures" in manifest else "json")
     said = as_dict(config.get("config"))
     settings = go_struct("ImageConfig", said, {})
     for key in ("ExposedPorts", "Volumes"):  # of empty structs
         settings[key] = {each: Fields({}) for each in as_dict(settings[key])}
-    steps = [go_struct("History", step, {}) for step in as_list(config.get("history"))
-             if isinstance(step, dict)]
+    steps = [go_struct("History", step, {}) for step in of_kind(dict, config.get("history"))]
     comment = "".join(str(step["comment"]) for step in steps[:1])
     return Fields({
         "Id": image.id, "Digest": image.digest,
@@ -16052,8 +16038,7 @@ def inspect_image(image: Image) -> Fields:
         "RepoDigests": image.repo_digests, "Parent": next((
             parent.id for parent, child in related_images(image.storage) if child is image), ""),
         "Comment": comment if kind == OCI_MANIFEST else config.get("comment", ""),
-        "Created": GoTime(config.get("created") or ZERO_TIME),
-        "Config": settings,
+        "Created": GoTime(config.get("created") or ZERO_TIME), "Config": settings,
         "Version": config.get("docker_version", ""), "Author": config.get("author", ""),
         "Architecture": config.get("architecture", ""), "Os": config.get("os", ""),
         "Size": image.size, "VirtualSize": image.size,
@@ -16148,8 +16133,8 @@ def inspect_container(container: Container, sizes: bool = False) -> Fields:
     spec = now.get("configPath") and container.userdata(b"config.json") \
         or as_dict(config.get("spec"))
     process, linux = as_dict(spec.get("process")), as_dict(spec.get("linux"))
-    spaces = {str(space.get("type")): space.get("path") or "" for space in as_list(
-        linux.get("namespaces")) if isinstance(space, dict)}
+    spaces = {str(space.get("type")): space.get("path") or ""
+              for space in of_kind(dict, linux.get("namespaces"))}
     words, notes = as_list(process.get("args")), as_dict(spec.get("annotations"))
     published, exposed = port_bindings(row), [f"{port}/{kind}" for kind, port in exposed_ports(row)]
 
@@ -16172,8 +16157,8 @@ def inspect_container(container: Container, sizes: bool = False) -> Fields:
         "Ports": dict(sorted({**dict.fromkeys(bare, NIL), **published}.items())),
         "ExposedPorts": {name: Fields({}) for name in sorted({*exposed, *published})},
         "Hostname": spec.get("hostname") or container.id[:12] * (mode("uts") == "private"),
-        "Ulimits": [go_struct("Ulimit", limit, {}) for limit in as_list(process.get("rlimits"))
-                    if isinstance(limit, dict)],
+        "Ulimits": [go_struct("Ulimit", limit, {})
+                    for limit in of_kind(dict, process.get("rlimits"))],
         "SecurityOpt": [*["no-new-privileges"] * (process.get("noNewPrivileges") is True), *(
             f"{key}={notes[name]}" for key in ("label", "seccomp", "apparmor")
             for name in [f"io.podman.annotations.{key}"] if name in notes),
@@ -16197,11 +16182,11 @@ def user_mounts(container: Container, config: dict[str, Any], spec: dict[str, An
     home = os.path.join(container.storage.graphroot, "volumes")
     found = {str(each.get(key)): each for mounts, key in (
         (spec.get("mounts"), "destination"), (config.get("namedVolumes"), "dest"))
-        for each in as_list(mounts) if isinstance(each, dict)}
-    places = [place for place in strings(config.get("userVolumes")) if place in found]
+        for each in of_kind(dict, mounts)}
+    places = [place for place in of_kind(str, config.get("userVolumes")) if place in found]
     made: dict[str, Any] = {"Mounts": [], "Binds": [], "Tmpfs": {}}
     for place in sorted(places, key=lambda place: "dest" not in found[place]):
-        mount, options = found[place], strings(found[place].get("options"))
+        mount, options = found[place], of_kind(str, found[place].get("options"))
         name, source = mount.get("volumeName", ""), mount.get("source", "")
         text, is_volume = ",".join(options), "dest" in mount
         if mount.get("type") == "tmpfs":
@@ -17433,10 +17418,8 @@ def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
     """Return the error of words that are not a command, with those that may be meant."""
     word, asked = rest[0], f"{command} {rest[0]}".lstrip()
     phrases = [phrase for each in COMMANDS for phrase in (each, each.split()[0])]
-    verbs: dict[str, str] = {}
-    for each in COMMANDS:
-        verb = each.split()[-1]
-        verbs[verb] = f"{verbs[verb]}, {each}" if verb in verbs else each
+    verbs = {verb: ", ".join(each for each in COMMANDS if each.split()[-1] == verb)
+             for verb in (each.split()[-1] for each in COMMANDS)}
     if word in WRITERS:
         podman = re.sub("^store", "system", re.sub("^layer", "image", asked))
         raise _UsageError(f"unknown command: {asked}; cstor only reads stores: use podman {podman}")
@@ -17688,8 +17671,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         status = EXIT_PIPE
-    except (CstorError, ImportError, OSError, _UsageError, MemoryError,
-            RecursionError) as error:
+    except (CstorError, ImportError, OSError, _UsageError, MemoryError, RecursionError) as error:
         try:
             sys.stdout.flush()  # it may fail again
         except (OSError, ValueError) as again:
