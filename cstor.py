@@ -10969,8 +10969,6 @@ class Connection(Closing):
             return end
         if not self._depth:
             self._skip_blanks()
-            if not buffer:
-                return -1
         outside = re.compile(rb'["{}\[\]]').search
         inside = re.compile(rb'"|\\.', re.DOTALL).search
         while match := (inside if self._inside else outside)(buffer, self._at):
