@@ -13342,9 +13342,8 @@ class StoreCheck:
         for record in records:
             for fault in chain(record._faults, refused_fields(record)):
                 if fault.startswith(("field", "the record", "unusable ID")):
-                    is_named = record.id and not is_safe_id(record.id)
-                    self.add("id-unusable" if is_named else "record-malformed", record.label,
-                             message=fault)
+                    self.add("id-unusable" if record.id and not is_safe_id(record.id)
+                             else "record-malformed", record.label, message=fault)
                     self.explained.update([record], self.users.get(record.label, ()))
         return records
 
@@ -14504,8 +14503,7 @@ class _HttpClient(HttpHandler):
                              WWW_Authenticate='Basic realm="cstor"')
         if self.command not in ("GET", "HEAD"):
             raise _HttpError(405, "UNSUPPORTED", "this registry is read-only", Allow="GET, HEAD")
-        # A target can be a whole URL.
-        self.path = re.sub("(?i)^https?://[^/?]*", "", self.path)
+        self.path = re.sub("(?i)^https?://[^/?]*", "", self.path)  # a target can be a whole URL
         path, _, query = self.path.partition("?")
         fields = dict(parse_qsl(query))
         found = re.fullmatch("/v2(?:/?|/(_catalog)|/(.+)/(?:(tags)/list|(manifests|blobs|referrers)"
@@ -14821,9 +14819,8 @@ def human_age(moment: int | None) -> str:
         ("hour", hours, hours < 48), ("day", hours // 24, hours < 24 * 14),
         ("week", hours // 168, hours < 24 * 60), ("month", hours // 720, hours < 24 * 730),
         ("year", hours // 8760, True)) if fits)
-    words = {("second", 0): "Less than a second", ("minute", 1): "About a minute",
-             ("hour", 1): "About an hour"}.get((unit, count), counted(count, unit))
-    return f"{words} ago"
+    return {("second", 0): "Less than a second", ("minute", 1): "About a minute",
+            ("hour", 1): "About an hour"}.get((unit, count), counted(count, unit)) + " ago"
 
 
 def age_of(text: Any) -> str:
@@ -16111,8 +16108,7 @@ def go_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -> Field
     def read(key: str, kind: str = "", *path: str) -> Any:
         if not kind:
             return known[key] if key in known else go_struct(key, source, known)
-        value: Any = source
-        empty = GO_EMPTY[kind]
+        value, empty = source, GO_EMPTY[kind]  # type: Any, Any
         for step in path or [key if key in source else key[:1].lower() + key[1:]]:
             value = as_dict(value).get(step)
         value = value if isinstance(value, type(empty) if kind != "n" else (dict, list)) else empty
