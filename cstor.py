@@ -3927,6 +3927,7 @@ class Storage(Closing):
             with suppress(OSError), Directory.at(root.path) as found:
                 if not os.path.samestat(os.fstat(found.fd), os.fstat(root.fd)):
                     os.dup2(found.fd, root.fd, inheritable=False)
+                    root._parent = root._near = b""
                     if self.opener._helper:  # it has the old one open
                         self.opener._helper.is_broken = True
         self._patience: Deadline | None = None
@@ -15128,7 +15129,7 @@ def describe(error: Exception) -> str:
                 os.fsencode(error.filename)).startswith(b"/proc/"):  # /dev/stdout leads there
             text += ": /proc is not mounted (mount -t proc proc /proc; - is stdin and stdout)"
     elif isinstance(error, RecursionError):
-        text = "the JSON is nested too deeply"
+        text = "nested too deeply"
     elif isinstance(error, ImportError):
         text = explain_import(error)
     else:
@@ -15761,13 +15762,13 @@ def make_filter(storage: Storage, kind: str, key: str, value: str) -> Callable[[
         raise ValueError("must start with sha256:")
     if key == "status" and value not in (states := (*CONTAINER_STATE, "storage")):
         raise ValueError(f"must be one of {', '.join(states)}")
-    if key == "ancestor":
-        with suppress(NotFound, Unsupported):
-            value = storage.image(value).id
     if key == "exited" and not re.fullmatch("[+-]?[0-9]{1,10}", value):
         raise ValueError("must be an exit status")
     search: Any = re.compile(value if key == "ancestor" else value.replace("/", "")).search \
         if key in ("ancestor", "id", "name") else None
+    if key == "ancestor":
+        with suppress(NotFound, Unsupported):
+            value = storage.image(value).id
     label, _, wanted = value.partition("=")
     pattern = re.compile(".*".join(map(re.escape, label.split("*"))), re.DOTALL)
     is_label = pattern.search if "*" in label else pattern.fullmatch
@@ -15902,7 +15903,7 @@ def container_fields(container: Container, known: dict[str, int] | None = None) 
         "Mounts": of_kind(str, config.get("userVolumes")), "Namespaces": {},
         "Names": container.names[:1] or ["unknown"],
         "Networks": sorted(as_dict(config.get("newNetworks"))),
-        "Ports": [go_struct("Port", port, {})
+        "Ports": [go_struct("Port", {"range": 1, **port}, {})
                   for port in of_kind(dict, config.get("newPortMappings"))] or None,
         "Size": None if known is None else dict(
             zip(("rwSize", "rootFsSize"), container.sizes(known))),
@@ -16111,7 +16112,9 @@ def go_struct(name: str, source: dict[str, Any], known: dict[str, Any]) -> Field
         value, empty = source, GO_EMPTY[kind]  # type: Any, Any
         for step in path or [key if key in source else key[:1].lower() + key[1:]]:
             value = as_dict(value).get(step)
-        value = value if isinstance(value, type(empty) if kind != "n" else (dict, list)) else empty
+        if not isinstance(value, type(empty) if kind != "n" else (dict, list)) \
+                or kind == "i" and isinstance(value, bool):
+            value = empty
         return GoTime(value) if kind == "t" else value
 
     words = [word.split(":") for word in GO_STRUCTS[name].replace("?", "").split()]
@@ -16577,7 +16580,7 @@ def cmd_layer_stream(storage: Storage, args: Any) -> None:
     """write a layer as a stream, contents inline or, with --external, as references to files"""
     ends = [os.path.realpath("/dev/stdout" if end in (None, "-") else end)
             for end in (args.output, args.external)]
-    if args.external is not None and ends[0] == ends[1]:
+    if args.external is not None and ends[0] == ends[1] != os.devnull:
         raise _UsageError("the stream and LIST cannot both go to the same file")
     layer = storage.layer(args.layer)
     with writing(args, layer.diff_size) as (fd, progress), \
@@ -17415,7 +17418,8 @@ def unknown_command(command: str, rest: Sequence[str]) -> _UsageError:
     verbs = {verb: ", ".join(each for each in COMMANDS if each.split()[-1] == verb)
              for verb in (each.split()[-1] for each in COMMANDS)}
     if word in WRITERS:
-        podman = re.sub("^store", "system", re.sub("^layer", "image", asked))
+        podman = re.sub("^store (?!events|prune)", "", re.sub("^layer", "image", asked))
+        podman = podman.replace("store", "system")
         raise _UsageError(f"unknown command: {asked}; cstor only reads stores: use podman {podman}")
     hint = ELSEWHERE.get(asked) or did_you_mean(word, verbs, 1) \
         or did_you_mean(" ".join([*command.split(), *rest[:2]]), phrases, 0.8) \
@@ -17659,7 +17663,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
             # With -u Python loses, and nobody notices, what a short write leaves over.
             sys.stdout = open(sys.stdout.fileno(), "w", 1, sys.stdout.encoding, closefd=False)
-    before, sys.unraisablehook = sys.unraisablehook, raise_after_finalizer
+    stdout, before, sys.unraisablehook = sys.stdout, sys.unraisablehook, raise_after_finalizer
     try:
         status = _run(words)
         sys.stdout.flush()
@@ -17686,8 +17690,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sys.stdout.flush()
     except OSError:
-        # Python flushes stdout again at exit: let it flush to /dev/null.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if argv is None:  # Python flushes stdout again at exit: let it flush to /dev/null
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if stdout is None and argv is not None:
+        os.close(sys.stdout.fileno())
+        sys.stdout = stdout
     return status
 
 

@@ -11253,6 +11253,8 @@ class Streams(StoreTest):
         for args, status in ((("layer", "stream", "x" * 70), 3),
                              (("layer", "stream", layer["id"], "--threshold", "-1"), 2),
                              (("layer", "stream", layer["id"], "--external", "-"), 2),
+                             (("layer", "stream", layer["id"], "-o", "/dev/null", "--external",
+                               "/dev/null"), 0),
                              (("layer", "stream", layer["id"], "-o", out, "--external",
                                os.path.join(self.dir, ".", "out.tar")), 2),
                              (("layer", "stream", layer["id"], "--codec", "zip"), 2),
@@ -13500,6 +13502,7 @@ class Serving(StoreTest):
         with self.opener() as storage:
             storage.opener._helper = helper = mock.Mock(is_broken=False)
             for part in ("", "overlay-images"):
+                self.assertTrue([*storage.roots[0].scan(b"overlay")])
                 manifest = storage.image("app").big_data("manifest")
                 storage.reload()
                 self.assertFalse(helper.is_broken)
@@ -13508,6 +13511,8 @@ class Serving(StoreTest):
                 os.rename(f"{self.dir}/new/{part}", f"{self.store.root}/{part}")
                 storage.reload()
                 self.assertEqual(manifest, storage.image("app").big_data("manifest"))
+                self.assertEqual(sorted(os.listdir(self.store.root + "/overlay")), sorted(
+                    os.fsdecode(row[0]) for row in storage.roots[0].scan(b"overlay")))
                 self.assertEqual(not part, helper.is_broken)
                 helper.is_broken = False
 
@@ -17855,6 +17860,12 @@ class Lists(StoreTest):
                 (["ancestor=ocalhost/a.p:"], ["other", "web"])):
             for words in ("ps -a", "container list", "ps -a --storage"):
                 self.assertEqual(expected, self.shown(*filters, words=words), filters)
+        store = make_sample(self.dir + "/other")
+        store.containers[0]["image"] = "f" * 64  # which had the name that another one has now
+        store.save()
+        for words in ("app", "app:latest", "localhost/app:latest"):
+            self.assertEqual("web\n", self.run_on(
+                store, f"ps -a -f ancestor={words} --format {{{{.Names}}}}").out)
 
     def test_order(self) -> None:
         def ids(words: str) -> list[str]:
@@ -18076,8 +18087,7 @@ class Lists(StoreTest):
         web = {"createdTime": "2026-01-02T03:04:05.25Z", "rootfsImageName": "localhost/app:1",
                "command": ["sleep", "100000000000000000"], "labels": {"a": "b"}, "pod": "p1",
                "newPortMappings": [
-                   {"host_ip": "", "container_port": 80, "host_port": 8080, "range": 1,
-                    "protocol": "tcp"},
+                   {"host_ip": "", "container_port": 80, "host_port": 8080, "protocol": "tcp"},
                    {"host_ip": "127.0.0.1", "container_port": 9000, "host_port": 9000,
                     "range": 3, "protocol": "udp"}],
                "exposedPorts": {"80": ["tcp"], "443": ["tcp"], "444": ["tcp"], "446": ["tcp"],
@@ -18710,6 +18720,25 @@ class CommandLine(StoreTest):
         self.assertEqual("cstor: error: stdout: Bad file descriptor\n([0, 6, 0], True)", done.err)
         self.assertEqual(b"", done.stdout)
 
+    def test_stdout_of_a_program_that_calls_main(self) -> None:
+        class Full(io.StringIO):
+            def write(self, text: str) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def flush(self) -> None:
+                self.write("")
+
+        words = ["--root", self.store.root, "image", "list"]
+        with mock.patch("sys.stderr", io.StringIO()) as stderr:
+            for stdout in (Full(), None):
+                with mock.patch("sys.stdout", stdout):
+                    before = os.listdir("/dev/fd")
+                    self.assertEqual(6, cstor.main(words))
+                    self.assertIs(stdout, sys.stdout)
+                    self.assertEqual(before, os.listdir("/dev/fd"))
+        self.assertEqual("cstor: error: stdout: No space left on device\n"
+                         "cstor: error: stdout: Bad file descriptor\n", stderr.getvalue())
+
     def test_lines_of_threads_do_not_mix(self) -> None:
         with mock.patch("sys.stderr") as stderr:
             cstor.say("a line")
@@ -18770,7 +18799,7 @@ class CommandLine(StoreTest):
             self.assertEqual(["NaN", "Infinity", "-Infinity", 1.5],
                              found if more else found[0]["more"])
         with mock.patch("cstor.print_json", side_effect=RecursionError("maximum recursion")):
-            self.assertEqual((6, "", "cstor: error: the JSON is nested too deeply\n"), self.call(
+            self.assertEqual((6, "", "cstor: error: nested too deeply\n"), self.call(
                 "--root", odd.root, "image", "list", "--format", "json"))
 
     def test_words_statuses_and_errors(self) -> None:
@@ -19227,6 +19256,7 @@ class Help(StoreTest):
                 ("container rm -f web", "podman container rm"), ("load -i x", "podman load"),
                 ("system prune", "podman system prune"), ("layer rm x", "podman image rm"),
                 ("help image prune", "podman image prune"), ("build .", "podman build"),
+                ("store wait x", "use podman wait"), ("store prune", "use podman system prune"),
                 ("ps --sync", "podman ps --sync"), ("ps --ns", "lsns"), ("ps -w 5", "watch"),
                 ("ps --watch=5", "watch"), ("save --compress app:1", "image copy-to-oci")):
             with self.subTest(words):
