@@ -4131,10 +4131,8 @@ class Storage(Closing):
         return tuple(found)
 
     def _left(self, new: type[R], root: Contents, known: set[str]) -> list[R]:
-        """Return records of what is left in a root where their file is damaged, empty or missing.
-
-        Without ``salvage`` there are none, and a fault tells of it.
-        """
+        """Return records of what is left of a root where their file is damaged, empty, missing."""
+        # Without ``salvage`` there are none, and a fault tells of it.
         ids = sorted({each for each in left_ids(self, new.WORD, root) if is_safe_id(each)} - known)
         if ids and not self.salvage:
             self.elsewhere = self.elsewhere or LEFT
@@ -6439,10 +6437,8 @@ class LayerTree(Closing):
         return False
 
     def read_ahead(self) -> Generator[None, None, None]:
-        """Read it in steps: another process reads the entries, and this one makes the nodes.
-
-        Nothing stays of it after an error.
-        """
+        """Read it in steps: another process reads the entries, and this one makes the nodes."""
+        # Nothing stays of it after an error.
         assert self.layer
         reader = LayerReader(self.layer)
         with OnError(self._clear), closing(work_ahead(lambda: (
@@ -6796,10 +6792,8 @@ class LayerTree(Closing):
         return self.files.open(node.path, node.size)
 
     def staged(self, node: Node) -> tuple[int, bytes, str] | None:
-        """Return where a content lies that may be moved into place; None for one to be copied.
-
-        That is (directory, name in it, why it is a copy or "").
-        """
+        """Return where a content lies that may be moved into place; None for one to be copied."""
+        # That is (directory, name in it, why it is a copy or "").
         return None
 
     def recheck(self, node: Node, fd: int) -> None:
@@ -7126,10 +7120,8 @@ class PartTree(LayerTree):
         return self.root
 
     def proven(self) -> bool:
-        """Tell whether "diff" has the same files below the paths, and no name leads through a link.
-
-        What changes a file by a hard link is not found in the text.
-        """
+        """Tell whether "diff" has the same files at the paths, and no name leads through a link."""
+        # What changes a file by a hard link is not found in the text.
         assert self.layer
         with suppress(CstorError, OSError, ValueError), DiskPart(self.layer) as disk:
             for number, parts in enumerate(self._paths):
@@ -7368,10 +7360,8 @@ class Tree(Closing):
     # -- walking -------------------------------------------------------------------------------
 
     def read_ahead(self) -> None:
-        """Read several large layers at once where there are processors for it.
-
-        An error is left to who uses its layer, which is read again then.
-        """
+        """Read several large layers at once where there are processors for it."""
+        # An error is left to who uses its layer, which is read again then.
         unread = [tree for tree in self.layers if tree.unread] if default_workers() > 1 else []
         large = [tree for tree in unread[1:] and unread if tree.is_large()]
         running = [tree.read_ahead() for tree in large[1:] and large]
@@ -10019,10 +10009,8 @@ class FetchedImage(Closing):
             raise NotFound(f"image {self.reference} is for {have}, not {platform}")
 
     def _is_of_list(self) -> bool:
-        """Tell whether skopeo chose the image from a list, which then decides on the platform.
-
-        podman 4.3.1 names its own platform in configurations.
-        """
+        """Tell whether skopeo chose the image from a list, which then decides on the platform."""
+        # podman 4.3.1 names its own platform in configurations.
         done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
@@ -11256,10 +11244,8 @@ def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:
 
 
 def drain(sock: Any, patience: float) -> bool:
-    """Send no more, and read on so that the other end gets all; return whether it has closed.
-
-    What is unread at the end would break the connection.
-    """
+    """Send no more, and read on so that the other end gets all; return whether it has closed."""
+    # What is unread at the end would break the connection.
     hang_up(sock, SHUT_WR)
     try:
         sock.settimeout(patience)
@@ -12369,10 +12355,8 @@ class Unshared(Caller):
                 raise CstorError(f"{program}: {display(done.stdout.strip()[-300:])}")
 
     def close(self) -> int:
-        """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status.
-
-        Harmless when repeated, and in processes that were forked.
-        """
+        """End the process, by the end of its input, SIGTERM or SIGKILL; return its exit status."""
+        # Harmless when repeated, and in processes that were forked.
         if os.getpid() == self._owner and self.connection.socket.fileno() >= 0:
             with SignalsHeld():
                 for number in (0, signal.SIGTERM, signal.SIGKILL):
@@ -13006,10 +12990,8 @@ class LayerCheck:
         return TarSink(None, hashing=True, layer=self.layer.id, progress=self._progress)
 
     def _read(self, place: Layer) -> Iterator[Finding]:
-        """Yield the findings of each member by itself, with the files of ``place``.
-
-        Raises IntegrityError for what has to be looked at once more.
-        """
+        """Yield the findings of each member by itself, with the files of ``place``."""
+        # Raises IntegrityError for what has to be looked at once more.
         lost: tuple[bytes, ...] = ()
         offset = self._contents = 0
         sink = None if self.quick or self._part > 0 else self._sink()
