@@ -7023,9 +7023,9 @@ class DiskPart(DiskTree):
             raise Unsupported(UNPROVEN)
         return self.root
 
-    def has_directory(self, name: bytes) -> bool:
-        """Tell whether a name in the tar is that of a directory, and leads through no link."""
-        path, todo = clean_name(name), []
+    def has_directory(self, path: bytes) -> bool:
+        """Tell whether the path of a name in the tar is a directory, and leads through no link."""
+        todo = []
         while path not in self._directories:
             todo.append(path)
             path = path.rpartition(b"/")[0]
@@ -7134,7 +7134,7 @@ class PartTree(LayerTree):
             known = {place[:-1] for place in self._places if place.endswith(b'/"')}
             needed = {place.rpartition(b"/")[0] + b"/" for place in (
                 *self._places, *(name[:-1] for name in known)) if place[-1:] != b'"'}
-            return same and all(map(disk.has_directory, needed - known))
+            return same and all(map(disk.has_directory, map(clean_name, needed - known)))
         return False
 
     def _load(self) -> None:
