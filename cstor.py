@@ -17675,7 +17675,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:  # Python flushes stdout again at exit: let it flush to /dev/null
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if stdout is None and argv is not None:
-        os.close(sys.stdout.fileno())
+        with suppress(OSError):  # it has lost what was printed
+            sys.stdout.close()
         sys.stdout = stdout
     return status
 
@@ -17691,10 +17692,8 @@ def main_inside(words: Sequence[str]) -> int:
 
 
 def drop_syntax_tree() -> None:
-    """Start this process anew with the code that Python has made of the script.
-
-    Python would keep the script's syntax tree, 50 MB, to the end.  Nothing else changes.
-    """
+    """Start this process anew with the code that Python has made of the script."""
+    # Python would keep the script's syntax tree, 50 MB, to the end.  Nothing else changes.
     with suppress(Exception), Opened(os.memfd_create("cstor")) as memory:  # else go on like this
         os.pwrite(memory, marshal.dumps((_CODE, sys.path)), 0)
         with Opened(fcntl.fcntl(memory, fcntl.F_DUPFD, 3)) as fd:  # not that of a closed stream
@@ -17709,7 +17708,7 @@ def _run(words: Sequence[str]) -> int:
     if sys.stdout is None:  # no other file gets its number, and what writes to it fails
         while (fd := os.open(os.devnull, os.O_RDONLY)) < 1:  # stdin is closed, too
             pass
-        sys.stdout = open(fd, "w", closefd=False)
+        sys.stdout = open(fd, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names can hold any bytes

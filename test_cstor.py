@@ -837,7 +837,7 @@ class StoreTest(unittest.TestCase):
 class House(unittest.TestCase):
     """What holds for the source itself."""
 
-    LINES = 17_753  # 13,625 with one of each; then speed, vfs, damage, registry, everyday words
+    LINES = 17_752  # 13,625 with one of each; then speed, vfs, damage, registry, everyday words
     source: str
     tree: ast.Module
     banners: list[tuple[int, int, str]]  # first line, number, title
@@ -17100,7 +17100,7 @@ class Registries(StoreTest):
             for path in ("app/manifests/1", "library/sample/manifests/latest"):
                 why = self.unknown(path, "MANIFEST_UNKNOWN")
         self.assertIn(": overlay-images/", why)  # the log alone has the whole path
-        self.assertIn(f": {self.store.root}/overlay-images/", log[-1])
+        self.assertIn(f": {self.store.root}/overlay-images/", "".join(log))  # in any order
         put(self.store.path("overlay-images/images.json"), "[")
         with self.served():
             self.unknown("app/manifests/1", "MANIFEST_UNKNOWN")
