@@ -22673,7 +22673,7 @@ class RealRootless(unittest.TestCase):
         for pid in cls.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not cls.processes(), 5)
+        wait_for(lambda: not cls.processes(), 30)
 
     def setUp(self) -> None:
         self.before = snapshot(self.root)
@@ -22683,7 +22683,7 @@ class RealRootless(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.path("target"))
 
     def check(self) -> None:
-        wait_for(lambda: not self.ours(), 5)
+        wait_for(lambda: not self.ours(), 30)
         self.assertEqual({}, self.ours(), "processes are left")
         self.assertEqual(self.before, snapshot(self.root), "the store was changed")
 
@@ -22990,7 +22990,7 @@ class RealRootless(unittest.TestCase):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, how)
             error = process.communicate(timeout=30)[1]
-            wait_for(lambda: not self.ours(), 5)
+            wait_for(lambda: not self.ours(), 30)
             with self.subTest(number=number, victim=victim == process.pid, how=how, error=error):
                 self.assertEqual({}, self.ours())
                 if process.returncode and victim != process.pid:
@@ -23043,7 +23043,7 @@ class RealRootless(unittest.TestCase):
                 if killed != "who is inside":
                     process.kill()
                 error = process.communicate(timeout=30)[1]
-                wait_for(lambda: not self.ours(), 5)
+                wait_for(lambda: not self.ours(), 30)
                 self.assertEqual({}, self.ours())
                 if killed == "the parent":  # the other one was told to stop, and has removed all
                     self.assertFalse(os.path.lexists(made))
