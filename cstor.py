@@ -1953,7 +1953,7 @@ class Threads:
             running.release()
 
         def result() -> Any:
-            while not outcome:  # a signal just before the wait ends nothing but a short one
+            while not outcome:  # a signal that comes just before a wait does not end it
                 if running.acquire(timeout=0.5):
                     running.release()
             value, error = outcome
@@ -7107,8 +7107,7 @@ class PartTree(LayerTree):
         self.below, self._whole, self._disk = whole.below, whole, disk
         self._paths = list(map(tuple, paths))
         self._tops: tuple[bytes, ...] = ()
-        self._ways: set[bytes] = set()
-        self._places: set[bytes] = set()
+        self._ways, self._places = set[bytes](), set[bytes]()
 
     @property
     def files(self) -> LayerFiles:
@@ -7166,7 +7165,7 @@ class PartTree(LayerTree):
                     if self._is_wanted(name):
                         yield self._member_at(buffer, place)
                         count += 1
-                if len(buffer) > 2 * MAX_HEADERS or self.MOST < count > total >> 13:
+                if len(buffer) > 2 * MAX_HEADERS or count > max(self.MOST, total >> 13):
                     raise Unsupported(UNPROVEN)
                 done = end
         if buffer[done:].strip():
@@ -7175,9 +7174,10 @@ class PartTree(LayerTree):
     def _is_wanted(self, name: bytes) -> bool:
         """Tell whether to read a member; Unsupported if it may be elsewhere than its name says."""
         above, slash, base = clean_name(name).rpartition(b"/")
-        if self._disk and (b"\\" in name or not self._disk.has_directory(above)):
+        if not self._disk:
+            self._places.add(above + slash)  # it may be no UTF-8
+        elif b"\\" in name or not self._disk.has_directory(above):
             raise Unsupported(UNPROVEN)
-        self._places.add(above + slash)  # it may be no UTF-8
         hidden = base[4:] if base.startswith(b".wh.") else base
         return base != b"" and self._is_near(
             above if base == OPAQUE_MARKER else above + slash + hidden)
