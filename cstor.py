@@ -7010,9 +7010,9 @@ class DiskPart(DiskTree):
             raise Unsupported(UNPROVEN)
         super().__init__(Directory.directory(root, path), layer)
         self.maps = [layer.storage.id_maps]
-        self._root = Node(self, None, b"", "dir")
-        self._directories = {b"": True}  # what has_directory() has found
-        self._fill(self.root, *self.directory.inspect(b"."))
+        self._root, self._directories = Node(self, None, b"", "dir"), {b"": True}  # that are there
+        with OnError(self.close):
+            self._fill(self.root, *self.directory.inspect(b"."))
 
     def reach(self, parts: Sequence[bytes], *, below: bool = False) -> Node:
         self._read(self.directory, None, parts, below and bool(parts))

@@ -31,6 +31,7 @@ import errno
 import fcntl
 import filecmp
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -5992,6 +5993,7 @@ class SingleFiles(TreeTest):
                   + directory(b"l/s", uname=b"bo"))
 
     def test_devices_that_are_not_on_disk(self) -> None:
+        need(os.geteuid() == 0, "needs root, to enter what is a FIFO in the tar")
         base = directory(b"d") + entry(b"d/a", b"1") + directory(b"d/s")
         upper = directory(b"e") + symlink(b"l", b".") + entry(b"z")
         self.assertGreater(self.same(base, upper)["quick"], 8)
@@ -6087,7 +6089,7 @@ class SingleFiles(TreeTest):
                 put(host + "/d/e/f", content + content[:1])
 
     def test_no_step_for_each_entry(self) -> None:
-        store, number = self.builder(), 10_000
+        store, number = self.builder(), 20_000
         layer = store.layer(make_tar(*((f"d/{at:05}", b"1") for at in range(number))))
         store.image(layer, "localhost/t:latest")
         settle(store.save())
@@ -6111,7 +6113,7 @@ class SingleFiles(TreeTest):
                     tracemalloc.stop()
                 if path != b"d/05000":
                     self.assertLess(steps, number // 2)
-                    self.assertLess(peak, 3 << 20)  # of 12 MB of text
+                    self.assertLess(peak, 3 << 20)  # of 24 MB of text
 
     def test_a_writable_layer_is_on_top(self) -> None:
         store = self.settled()
@@ -8997,6 +8999,8 @@ sys.exit(cstor.main(sys.argv[1:]))
     def test_errors_without_a_name(self) -> None:
         out, ours = self.dir + "/out", ["--no-helper", "--root", self.store.root]
         refused = OSError(errno.EIO, os.strerror(errno.EIO))
+        gc.disable()  # what an error leaves open must not wait for it
+        self.addCleanup(gc.enable)
         for words in (["image", "extract", self.image, out],
                       ["image", "copy-to-oci", self.image, out + ":t"],
                       ["image", "cp", self.image + ":/etc", out],
@@ -9018,6 +9022,7 @@ sys.exit(cstor.main(sys.argv[1:]))
                 self.assertEqual([], self.names())
                 refused.filename = refused.__traceback__ = None  # which keeps all frames
                 vars(refused).pop("hint", None)
+                self.assertEqual([], [path for path in open_fds().values() if "/diff" in path])
         with mock.patch.object(cstor, "table_lines", side_effect=refused):
             self.assertEqual((6, "", "cstor: error: Input/output error\n"),
                              self.call(*ours, "image", "list"))
