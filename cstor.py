@@ -1424,8 +1424,7 @@ class NewFile(Transaction):
         folder = self._folder.fd
         if not self._name:  # only rename(2) replaces a file
             self._name = partial_name(name)
-            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=folder,
-                    follow_symlinks=True)
+            os.link(f"/proc/self/fd/{self.fd}", self._name, dst_dir_fd=folder, follow_symlinks=True)
         os.rename(self._name, name, src_dir_fd=folder, dst_dir_fd=folder)
         self._name = b""
 
@@ -1585,14 +1584,37 @@ class Deadline:
                        hint="--timeout SECONDS waits longer")
 
 
-def end_process(process: Any) -> None:
-    """Wait for a process that was asked to end; SIGKILL it after three seconds."""
+def end_process(process: Any) -> Any:
+    """Ask a process to end, and SIGKILL it after three seconds; return its status."""
     process.terminate()
     try:
-        process.wait(3)
+        return process.wait(3)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        return process.wait()
+
+
+def spawn(command: Sequence[str], **how: Any) -> Any:
+    """Start a program as Popen does; what a signal interrupts leaves no program that nobody ends.
+
+    The signal waits in place of its handler: a mask, as in SignalsHeld, would be inherited.
+    """
+    process: Any = None
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        with SignalsHeld(), suppress(ValueError):  # other threads are never interrupted
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if callable(signal.getsignal(number)):
+                    before[number] = signal.signal(number, lambda number, _: came.append(number))
+        process = subprocess.Popen(command, **how)
+        return process
+    finally:
+        with OnError(lambda: process and end_process(process)), SignalsHeld():
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            for each in came:
+                signal.raise_signal(each)
 
 
 def wait_for(pid: int) -> int:
@@ -1862,8 +1884,8 @@ class ZstdProgram(Closing):
         self._path, pipe = path, subprocess.PIPE
         self._program: Any = None
         try:
-            self._program = subprocess.Popen(["zstd", "-q", *words], bufsize=0, stdin=pipe,
-                                             stdout=pipe, stderr=pipe)
+            self._program = spawn(["zstd", "-q", *words], bufsize=0, stdin=pipe, stdout=pipe,
+                                  stderr=pipe)
         except (FileNotFoundError, PermissionError):
             raise Unsupported(f"{path or '--compress zstd'}: zstd needs Python 3.14 or the program "
                               "zstd", hint="" if path else "--compress gzip needs nothing"
@@ -4378,8 +4400,7 @@ def podman_container(row: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
         "image-id": str(config.get("rootfsImageID") or ""), "labels": config.get("labels"),
         "mounted": bool(status.get("mounted")), "mountpoint": status.get("mountPoint") or "",
         "pid": status.get("pid") or 0, "started": status.get("startedTime") or "",
-        "config": config, "status": status,
-    }
+        "config": config, "status": status}
 
 
 def query_database(root: Directory, query: str) -> list[tuple[Any, ...]]:
@@ -7076,8 +7097,7 @@ def id_ranges(mappings: Sequence[Any]) -> Ranges:
     """Return the map of a record as ranges from IDs on disk; a malformed entry covers none."""
     rows: list[Any] = [[as_dict(entry).get(key) for key in ("host_id", "container_id", "size")]
                        for entry in mappings]
-    return [tuple(row) if all(isinstance(each, int) for each in row) else (0, 0, 0)
-            for row in rows]
+    return [tuple(row) if all(isinstance(each, int) for each in row) else (0, 0, 0) for row in rows]
 
 
 # ================================================================================================
@@ -7707,9 +7727,8 @@ def literal_tops(patterns: Sequence[str]) -> list[list[bytes]]:
         # Characters outside ASCII can be written in two ways.
         plain = re.match(r"(?:(?!\.\.?(?:/|\Z))[!-)+-.0->@-Z\]-~ ]+(?:/|\Z))*", text)
         tops.append(plain[0].strip("/").encode().split(b"/") if plain and plain[0] else [])
-    return [top for number, top in enumerate(tops) if not any(
-        top[:len(other)] == other and (other != top or at < number)
-        for at, other in enumerate(tops))]
+    return [top for number, top in enumerate(tops) if not any(top[:len(other)] == other and (
+        other != top or at < number) for at, other in enumerate(tops))]
 
 
 def literal_parts(patterns: Sequence[str], names: Callable[[], Iterable[bytes]]) -> dict[str, int]:
@@ -7920,8 +7939,7 @@ def compare_nodes(old: Tree, a: Node, new: Tree, b: Node, ignore: Sequence[str])
         "time": a.mtime_ns == b.mtime_ns or no_entry,
         "link": a.linkname == b.linkname,
         "device": a.device == b.device,
-        "xattr": a.xattrs == b.xattrs or any_root,
-    }
+        "xattr": a.xattrs == b.xattrs or any_root}
     if a.type == "reg" and "content" not in ignore:
         same["content"] = a.size == b.size and (not a.size or old.crc64(a) == new.crc64(b))
     return [word for word in DIFFERENCES if not same.get(word, True) and word not in ignore]
@@ -7977,17 +7995,15 @@ def blame_tree(tree: Tree, image: Image, patterns: Sequence[str], hidden: bool
     part = tree.limited(patterns)
     for path, node, _ in part.glob(patterns):
         if path:
-            yield {**layer_row(path, node, steps),
-                   "hides": [layer_row(path, older, steps)
-                             for older in older_nodes(part, path, node)]}
+            yield {**layer_row(path, node, steps), "hides": [
+                layer_row(path, older, steps) for older in older_nodes(part, path, node)]}
 
 
 def layer_row(path: bytes, node: Node, steps: dict[str, str]) -> dict[str, Any]:
     """Return the JSON of one file of one layer."""
     layer = node.tree.layer_id
-    return {"path": spell(b"/" + path), "type": node.type, "layer": layer,
-            "created-by": steps.get(layer, ""),
-            **({"size": node.size} if node.type == "reg" else {})}
+    return {"path": spell(b"/" + path), "type": node.type, "layer": layer, "created-by": steps.get(
+        layer, ""), **({"size": node.size} if node.type == "reg" else {})}
 
 
 def hidden_rows(tree: Tree, steps: dict[str, str], fits: Callable[[bytes], bool]
@@ -8343,9 +8359,8 @@ def is_header(block: bytes) -> bool:
         check_sum(block)
         return True
     except FormatError:
-        signs = (block[0], block.startswith(b"ustar", 257),
-                 *(re.fullmatch(rb"[ \0]*[0-7]+[ \0]*", field) for field in (
-                     block[148:156], block[SIZE_AT])))
+        signs = (block[0], block.startswith(b"ustar", 257), *(re.fullmatch(
+            rb"[ \0]*[0-7]+[ \0]*", field) for field in (block[148:156], block[SIZE_AT])))
         return sum(map(bool, signs)) > 1  # a changed byte damages one of four
 
 
@@ -8417,9 +8432,8 @@ def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, b
             STAR_FIELDS if block[508:512] == b"tar\0" else USTAR_FIELDS)
         for (field, start), (_, stop) in zip(starts, (*starts[1:], ("", BLOCK))):
             name = f"{kind} header {field.replace('header ', '')}" if kind else field
-            yield at + start, at + stop, name, \
-                checksum_words(block) if field == "chksum" else block[start:stop], \
-                field == "chksum"
+            yield at + start, at + stop, name, checksum_words(block) \
+                if field == "chksum" else block[start:stop], field == "chksum"
 
 
 def header_fields(header: bytes) -> dict[str, bytes]:
@@ -9898,13 +9912,12 @@ def reference_tag(reference: str) -> str:
 
 def measure_files(directory: str) -> tuple[int, int]:
     """Return bytes and number of the files below a directory that another program writes to."""
-    size = files = 0
+    sizes = []
     for folder, _, names in os.walk(directory):
         for name in names:
             with suppress(FileNotFoundError):
-                size += os.lstat(os.path.join(folder, name)).st_size
-                files += 1
-    return size, files
+                sizes.append(os.lstat(os.path.join(folder, name)).st_size)
+    return sum(sizes), len(sizes)
 
 
 # `skopeo copy` converts docker manifests, and leaves blobs unchanged; it calls all layers of a
@@ -9945,9 +9958,8 @@ class FetchedImage(Closing):
                    f"oci:{self._scratch.path}/oci"]
         with open(self._scratch.host_path(b"log"), "w+b") as log:
             try:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
-                    env={**os.environ, "TMPDIR": self._scratch.path})
+                process = spawn(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                stderr=log, env={**os.environ, "TMPDIR": self._scratch.path})
             except OSError as error:
                 raise Unsupported(f"skopeo cannot be run: {error.strerror}",
                                   hint="install skopeo") from None
@@ -12314,9 +12326,8 @@ class Unshared(Caller):
         log, end = map(Opened, os.pipe())
         with log:
             with theirs, end, OnError(ours.close):
-                self._process = subprocess.Popen(
-                    command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=end,
-                    env=environ, start_new_session=True)
+                self._process = spawn(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
+                                      stderr=end, env=environ, start_new_session=True)
             try:
                 with OnError(self.close):
                     if way == "newuidmap":
@@ -12796,8 +12807,7 @@ CODES = {
     "id-shared": ("note", "c", "metadata", "another store has a record of the same ID"),
     "directory-linked": ("note", "c", "metadata", "a directory is a symbolic link, not followed"),
     "id-unusable": ("note", "c", "metadata", "a record's ID cannot be a file name"),
-    "not-verified": ("note", "vq", "metadata", "the storage does not keep what would prove it"),
-}
+    "not-verified": ("note", "vq", "metadata", "the storage does not keep what would prove it")}
 SUMMED = 1024  # small files whose CRC-64s are compared at once, each times another power of x
 
 
@@ -15505,8 +15515,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "truncate": lambda text, length: text[:length],
     "json": lambda value: to_json(as_json(value), ensure_ascii=False),
     "print": go_print, "println": lambda *values: " ".join(map(go_text, values)) + "\n",
-    "printf": go_printf,
-}
+    "printf": go_printf}
 
 
 class Template:
@@ -15689,8 +15698,7 @@ SORTS: dict[str, dict[str, Callable[[Any], Any]]] = {
                    "image": lambda row: row["Image"], "names": lambda row: row["Names"],
                    "runningfor": lambda row: row["StartedAt"],
                    "size": lambda row: (row["Size"] or {}).get("rootFsSize", 0),
-                   "status": lambda row: row["State"]},
-}
+                   "status": lambda row: row["State"]}}
 
 
 def parse_moment(text: str) -> int:
@@ -16381,9 +16389,8 @@ def cmd_image_tree(storage: Storage, args: Any) -> None:
     branches: Iterable[tuple[str, Layer]] = [
         ("├── " if layer.id != image.layer else "└── ", layer) for layer in image.layers()]
     if args.whatrequires:
-        branches = layer_branches([*image.layers()[-1:], *(
-            each for each in users_of(storage).get(f"layer {image.layer}", ())
-            if isinstance(each, Layer))])
+        branches = layer_branches([*image.layers()[-1:], *of_kind(
+            Layer, users_of(storage).get(f"layer {image.layer}", ()))])
     show_tree(branches, args, {"id": image.id, "names": image.names, "size": image.size}, [
         f"Image ID: {short_id(image.id, args)}", f"Tags:     [{display(' '.join(image.names))}]",
         f"Size:     {human_size(image.size)}", "No " * (not image.layer) + "Image Layers"])
@@ -16396,9 +16403,8 @@ def cmd_layer_list(storage: Storage, args: Any) -> None:
     if args.tree:
         show_tree(layer_branches(layers), args)
     elif is_template(args):
-        print_rows(args.format, (
-            Fields({**layer_fields(layer), "Size": human_size(layer.diff_size)})
-            for layer in layers), Headings({}))
+        print_rows(args.format, (Fields({**layer_fields(layer), "Size": human_size(
+            layer.diff_size)}) for layer in layers), Headings({}))
     else:
         print_layers(layers, args)
 
@@ -17050,8 +17056,7 @@ COMMANDS: dict[str, Command] = {
     "tar-diff": (cmd_tar_diff, "A B --format"),
     "stream-to-tar": (cmd_stream_to_tar, "STREAM -o --codec --external --digest"),
     "completion": (cmd_completion, "SHELL WORD*"),
-    "help": (cmd_help, "COMMAND*"),
-}
+    "help": (cmd_help, "COMMAND*")}
 # Arguments and options with their help, for add_argument(): the flags, then a value: METAVAR or
 # lower-case choices, "..." when it may be repeated, "=DEFAULT"; "?" is neither yes nor no unless
 # given.  A command's own form of an option has the verb before it.
@@ -17173,8 +17178,7 @@ OPTIONS = {
     "--via-skopeo REF": "instead of IMAGE, one that skopeo fetches: oci:DIR:TAG, dir:DIR, "
                         "docker-archive:FILE, docker://NAME ...",
     "--whatrequires": "show the layers that are built on the image instead",
-    "--no-whiteouts": "skip the .wh. files that hide files of lower layers",
-}
+    "--no-whiteouts": "skip the .wh. files that hide files of lower layers"}
 # Options before or after any command; the last one counts, except for --store.
 GLOBALS = {
     "-r --root DIR": "graph root, instead of the configured one",
@@ -17190,8 +17194,7 @@ GLOBALS = {
     "--salvage": "read what is left where files of records are damaged or lost",
     "--no-helper": "never enter a user namespace",
     "-q --quiet": "no progress, no warnings",
-    "-v --verbose +": "say more; twice: show tracebacks",
-}
+    "-v --verbose +": "say more; twice: show tracebacks"}
 # Types and choices of values, and names of arguments that differ from their METAVAR.
 VALUES: dict[str, dict[str, Any]] = {
     "N": {"type": int}, "SECONDS": {"type": float}, "WHAT": {"choices": DIFFERENCES},
@@ -17213,8 +17216,7 @@ CONFLICTS = (
     ("--link-mode hardlink", "--socket", ": a passed file cannot get another name"),
     ("--compress", "--via-skopeo", ": blobs are copied unchanged"),
     ("--all", "--via-skopeo", "; choose one image with --platform"),
-    ("--all", "--platform", ""),
-)
+    ("--all", "--platform", ""))
 # An option that others need, and these.
 NEEDS = {cmd_serve: ["--registry", "--only", "--password-file", "--tls-cert", "--insecure"],
          cmd_extract: ["--socket", "--digest", "--no-verify"]}
@@ -17236,8 +17238,7 @@ PURPOSES = {
     "Check": "verify check",
     "Serve": "serve",
     "As in podman": "images ps inspect history save",
-    "Learn": "help completion",
-}
+    "Learn": "help completion"}
 STATUSES = ("0 done, 1 differences or damage of the store found, 2 usage, 3 not found or "
             "ambiguous, 4 content fails its checksum, 5 permission, 6 malformed or unsupported "
             "data or other failure, 130 interrupted, 141 stdout was closed.")
@@ -17319,8 +17320,7 @@ EXAMPLES = {
     "tar-diff": "old.tar new.tar.gz; old.tar - --format json < new.tar.gz",
     "stream-to-tar": "layer.stream -o layer.tar; - < layer.stream | tar -tv",
     "completion": "bash > cstor.bash; zsh -- image l",
-    "help": "image extract; options",
-}
+    "help": "image extract; options"}
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], str, list[str]]:

@@ -10358,6 +10358,60 @@ class Layouts(StoreTest):
             self.assertIn(b"zstd needs Python 3.14 or the program zstd", done.stderr)
             self.assertFalse(os.path.lexists(self.out))
 
+    def test_a_signal_while_a_program_starts(self) -> None:
+        """Nobody knew the program yet, and it ran on."""
+        popen, bin_dir = subprocess.Popen, self.dir + "/bin"
+        started: list[subprocess.Popen[bytes]] = []
+        os.mkdir(bin_dir)
+        for name in ("zstd", "skopeo"):
+            put(f"{bin_dir}/{name}", "#!/bin/sh\nexec sleep 1000\n")
+            os.chmod(f"{bin_dir}/{name}", 0o755)
+
+        def start(number: int, *words: Any, **how: Any) -> subprocess.Popen[bytes]:
+            if words:
+                started.append(popen(*words, **how))
+            send(number)
+            if not words:
+                raise FileNotFoundError
+            return started[-1]
+
+        words = ["-q", *self.ours, "image", "copy-to-oci"]
+        commands = [[*words, "--via-skopeo=docker://localhost:1/a", self.out]]
+        if sys.version_info < (3, 14):  # which has zstd itself
+            commands.append([*words, "--compress=zstd", "sample", self.out])
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for command in commands:
+                for action in (functools.partial(start, number),
+                               lambda *_, number=number, **__: start(number)):
+                    with self.subTest(number=number, command=command), \
+                            mock.patch("subprocess.Popen", action), \
+                            mock.patch.dict(os.environ, {"PATH": bin_dir + ":/usr/bin:/bin"}), \
+                            contextlib.redirect_stderr(io.StringIO()) as said:
+                        before = signal.getsignal(number)
+                        self.assertEqual(128 + number, cstor.main(command))
+                        self.assertEqual((before, ""), (signal.getsignal(number), said.getvalue()))
+                        self.assertFalse(os.path.lexists(self.out))
+        self.assertEqual([-signal.SIGTERM] * 3 * len(commands),
+                         [process.returncode for process in started])
+
+    def test_a_signal_that_does_not_stop_us(self) -> None:
+        """Its handler is called once the program is there, which goes on."""
+        popen = subprocess.Popen
+        met: list[int] = []
+
+        def start(*words: Any, **how: Any) -> subprocess.Popen[bytes]:
+            process = popen(*words, **how)
+            send(signal.SIGHUP)
+            self.assertEqual([], met)
+            return process
+
+        before = signal.signal(signal.SIGHUP, lambda *_: met.append(1))
+        self.addCleanup(signal.signal, signal.SIGHUP, before)
+        with mock.patch("subprocess.Popen", start):
+            process = cstor.spawn(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.assertEqual([1], met)
+        self.assertEqual((b"on", 0), (process.communicate(b"on")[0], process.returncode))
+
     def test_zstd_that_fails(self) -> None:
         need(sys.version_info < (3, 14), "Python has zstd itself")
         program = self.dir + "/bin/zstd"
