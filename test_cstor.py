@@ -13658,7 +13658,7 @@ class DumbServers(MessageTest):
                 time.sleep(0.01)
                 dumb.send(b" ", [fd])
 
-        with self.pair() as (ours, dumb), cstor.RpcClient(ours, timeout=10) as client:
+        with self.pair() as (ours, dumb), cstor.RpcClient(ours, timeout=60) as client:
             thread = threading.Thread(target=send, args=(dumb,))
             thread.start()
             with client.layer("x", "splitfdstream") as stream:
@@ -13687,7 +13687,7 @@ class DumbServers(MessageTest):
             with self.pair() as (ours, dumb):
                 for number, answer in enumerate((result, {"image_id": 3}, {}, {}), 1):
                     dumb.send({"jsonrpc": "2.0", "result": answer, "id": number})
-                with cstor.ProxyV2Client(ours, timeout=9) as client:
+                with cstor.ProxyV2Client(ours, timeout=60) as client:
                     self.assertIn("version", client.initialize())
                     self.assertEqual(3, client.open_image("containers-storage:x"))
                     client.close_image(3)
@@ -13715,13 +13715,13 @@ class DumbServers(MessageTest):
                 dumb.send(data[1:])
 
         with mock.patch.object(cstor, "RECEIVE_SIZE", size):
-            return self.fetched("varlink", say, 5.0, reference)
+            return self.fetched("varlink", say, reference=reference)
 
     def test_a_server_that_answers_in_json_rpc(self) -> None:
         """It says that it does not understand, and then keeps its client: nothing is waited for."""
         for answer in (b'{"jsonrpc":"2.0","error":{"code":-32600,"message":"?"},"id":null}',
                        b'{"id":null,"error":{"code":-32700,"message":"?"}}\n'):
-            with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=20) as client:
+            with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=60) as client:
                 dumb.send(answer)
                 with self.assertRaisesRegex(cstor.ProtocolError, "speaks JSON-RPC, not varlink"
                                             ) as caught:
@@ -13799,7 +13799,7 @@ class DumbServers(MessageTest):
                 for answer in answers:
                     dumb.send(answer, end=b"\0")
                 dumb.send({"parameters": {"dir_count": 1}}, [data, self.folder, alive], b"\0")
-                with cstor.VarlinkClient(ours, timeout=9) as client, \
+                with cstor.VarlinkClient(ours, timeout=60) as client, \
                         client.layer(reference, **options) as stream:
                     self.assertEqual(self.digest, stream.export(io.BytesIO()))
                 said = []
@@ -13810,11 +13810,11 @@ class DumbServers(MessageTest):
                         params["handle"], params["params"]["diff_id"], params["params"]["storage"])
                         if "handle" in params else params))
                 self.assertEqual(asked, said)
-        with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=9) as client:
+        with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=60) as client:
             dumb.send(no_handle, end=b"\0")
             with self.assertRaisesRegex(cstor.ProtocolError, "InvalidHandle: 0"):
                 client.layer(self.digest, handle=5)
-        with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=9) as client:
+        with self.pair() as (ours, dumb), cstor.VarlinkClient(ours, timeout=60) as client:
             dumb.send({"parameters": {"features": []}}, end=b"\0")
             client.call("org.composefs.Oci.GetInfo")
             self.assertEqual(({"method": "org.composefs.Oci.GetInfo"}, []), dumb.frame())
@@ -13823,7 +13823,7 @@ class DumbServers(MessageTest):
         """Notifications of one layer, to which no response belongs: its end is the end."""
         said = self.notifications()[:-1]
         for open_ in (True, False):
-            with self.pair() as (ours, dumb), cstor.RpcClient(ours, timeout=9) as client:
+            with self.pair() as (ours, dumb), cstor.RpcClient(ours, timeout=60) as client:
                 saying(said)(dumb)
                 if not open_:
                     dumb.sock.shutdown(socket.SHUT_WR)
@@ -14105,7 +14105,7 @@ class DumbServers(MessageTest):
                      b'{"a":' * 100000 + b"1" + b"}" * 100000, b"{" * 100000,
                      b'{"a":{"b":1,"b":2}}', good + b"x"):
             with self.subTest(data=data[:40]), self.pair() as (ours, dumb), \
-                    cstor.Connection(ours, timeout=5) as connection:
+                    cstor.Connection(ours, timeout=60) as connection:
                 thread = threading.Thread(target=dumb.send_all, args=(data,))
                 thread.start()
                 with self.assertRaises(cstor.ProtocolError) as caught:
@@ -14136,7 +14136,7 @@ class DumbServers(MessageTest):
             with self.pair() as (ours, dumb), mock.patch.object(cstor, "RECEIVE_SIZE", 4096):
                 thread = threading.Thread(target=dumb.send, args=(data,))
                 thread.start()
-                with Counted(ours, timeout=20) as connection:
+                with Counted(ours, timeout=60) as connection:
                     if filling == b"[]":
                         with self.assertRaises(cstor.ProtocolError):
                             connection.receive()
@@ -14149,14 +14149,14 @@ class DumbServers(MessageTest):
             self.assertLessEqual(Counted.looked, 2 * len(data) + 4096)
 
     def test_too_much(self) -> None:
-        with self.pair() as (ours, dumb), cstor.Connection(ours, max_message=5000, timeout=5
+        with self.pair() as (ours, dumb), cstor.Connection(ours, max_message=5000, timeout=60
                                                            ) as connection:
             dumb.send(b'{"a":"' + b"x" * 5000)
             with mock.patch.object(cstor, "RECEIVE_SIZE", 512), \
                     self.assertRaisesRegex(cstor.ProtocolError, "more than 5000 bytes"):
                 connection.receive()
         for varlink in (False, True):
-            with self.pair() as (ours, dumb), cstor.Connection(ours, max_fds=600, timeout=5
+            with self.pair() as (ours, dumb), cstor.Connection(ours, max_fds=600, timeout=60
                                                                ) as connection:
                 connection.varlink = varlink
                 dumb.send(b"{")
@@ -14165,10 +14165,10 @@ class DumbServers(MessageTest):
                 with self.assertRaisesRegex(cstor.ProtocolError, "more than 600") as caught:
                     connection.receive()
                 self.assertEqual(-32050, caught.exception.code)
-        with self.pair() as (ours, dumb), cstor.Connection(ours, timeout=0.05) as connection:
+        with self.pair() as (ours, dumb), cstor.Connection(ours, timeout=0.5) as connection:
             for said in (b"", b"{"):
                 dumb.send(said) if said else None
-                with self.assertRaisesRegex(cstor.ProtocolError, "has done nothing for 0.05 sec"):
+                with self.assertRaisesRegex(cstor.ProtocolError, "has done nothing for 0.5 sec"):
                     connection.receive()
 
     def test_lost_descriptors(self) -> None:
@@ -14176,14 +14176,14 @@ class DumbServers(MessageTest):
         need_proc()
         code = ("import sys, socket, resource, os; sys.path.insert(0, sys.argv[1]); import cstor\n"
                 "sock = socket.socket(fileno=0); resource.setrlimit(resource.RLIMIT_NOFILE, "
-                "(12, 12))\nwith cstor.Connection(sock, timeout=5) as connection:\n"
+                "(12, 12))\nwith cstor.Connection(sock, timeout=60) as connection:\n"
                 "  try: connection.receive()\n"
                 "  except cstor.ProtocolError as error: print(error.code, error, error.hint)\n"
                 "print(len(os.listdir('/proc/self/fd')))")
         with self.pair() as (ours, dumb):
             dumb.send({"jsonrpc": "2.0", "fds": 50}, [self.a] * 50)
             done = subprocess.run([sys.executable, "-c", code, HERE], stdin=ours.fileno(),
-                                  timeout=30, stdout=subprocess.PIPE, check=True)
+                                  timeout=90, stdout=subprocess.PIPE, check=True)
         self.assertRegex(done.stdout.decode(), r"-32050 .*lost on the way.*ulimit -n.*\n[3-5]\n")
 
     def test_random_damage(self) -> None:
@@ -14217,8 +14217,7 @@ class DumbServers(MessageTest):
                 if rng.random() < 0.1:
                     damage(rng, [bytearray(b"  ")], fds, [self.a, alive, self.folder])
                 say = saying([(bytes(part), passed) for part, passed in zip(data, fds) if part])
-                outcomes.add(outcome(functools.partial(self.fetched, "varlink", say, 2.0),
-                                     self.tar))
+                outcomes.add(outcome(functools.partial(self.fetched, "varlink", say), self.tar))
         self.assertLessEqual(outcomes, {"tar", "FileNotFoundError"} | CSTOR_ERRORS)
 
 
@@ -14333,14 +14332,14 @@ class Helpers(StoreTest):
         with theirs:
             process = subprocess.Popen([sys.executable, "-c", code, *roots],
                                        stdin=theirs.fileno(), stderr=subprocess.PIPE)
-        with process, cstor.Connection(ours, timeout=10) as connection:
+        with process, cstor.Connection(ours, timeout=60) as connection:
             with connection.receive() or self.fail("no hello") as hello:
                 self.assertEqual("hello", hello.value["method"])
                 self.assertEqual({"version": cstor.__version__, "roots": list(roots)},
                                  hello.value["params"])
             yield connection, process.pid
             connection.close()
-            self.assertEqual(b"", process.communicate(timeout=10)[1])
+            self.assertEqual(b"", process.communicate(timeout=60)[1])
             self.assertLessEqual(0, process.returncode)
 
     def ask(self, connection: cstor.Connection, method: Any, params: Any, fds: Sequence[int] = ()
@@ -15168,7 +15167,7 @@ class Verifying(StoreTest):
             """Yield 2 MiB of rows, and then whether the first have already been used."""
             for _ in range(32):
                 yield [(b"name", "reg", 1, b"sum", (0o644, (0, 0, b"", b"")), 0, b"")] * 256, None
-            yield b"early" if select.select([read_fd], [], [], 20)[0] else b"late", None
+            yield b"early" if select.select([read_fd], [], [], 60)[0] else b"late", None
 
         with cstor.Opened(read_fd), cstor.Opened(write_fd):
             items = cstor.work_ahead(read)
@@ -17272,7 +17271,7 @@ class Registries(StoreTest):
                         self.assertNotIn(b"200", b"".join(iter(lambda: sock.recv(999), b"")))
             self.assertEqual(200, http_get(self.port, "/v2/", context=trusting).status)
         with self.served(ssl_context=cstor.tls_context(cert, key), timeout=0.2, idle=60):
-            with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
                 with contextlib.suppress(ConnectionResetError):
                     self.assertEqual(b"", sock.recv(99))  # it has not begun to shake hands
         for files in ((cert, cert), (key, cert), (cert, self.dir + "/none")):
@@ -17281,7 +17280,7 @@ class Registries(StoreTest):
 
     def said(self, *parts: bytes, end: bool = False) -> bytes:
         """Return what the server says to bytes; with ``end`` no more follow."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
             with contextlib.suppress(ConnectionError):
                 for part in parts:
                     sock.sendall(part)
@@ -17296,7 +17295,7 @@ class Registries(StoreTest):
     def test_clients_that_do_as_they_like(self) -> None:
         ask = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n"
         close = ask + b"Connection: close\r\n\r\n"
-        with self.served(timeout=1, idle=1):
+        with self.served():  # whose patience does not end before this thread has said it all
             for parts, words, count in (
                     ([b"\x16\x03\x01\x02\x00\x01" + b"x" * 500], b"400 Bad Request", 1),
                     ([ask + b"\r\n", close], b" 200 OK", 2), ([(ask + b"\r\n") * 9 + close],
@@ -17307,13 +17306,11 @@ class Registries(StoreTest):
                      b" 431 ", 1),
                     ([b"GET /v2/" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n"], b" 200 OK", 0),
                     ([b"GET /v2/ HTTP/9.9\r\n\r\n"], b" 505 ", 1), ([b"x\r\n\r\n"], b"400", 1),
-                    ([ask], b"HTTP", 0), ([b""], b"HTTP", 0), ([b"GET"], b"HTTP", 0),
                     ([b"GET /v2/ HTTP/1.0\r\n\r\n"], b"200 OK", 1),
                     ([ask + b"Content-Length: 5\r\n\r\nhello" + close], b" 200 OK", 1),
                     ([ask + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + close], b" 200 OK", 1),
                     ([b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"],
-                     b" 405 ", 1), ([b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\n\r\n"],
-                                    b" 100 ", 0),
+                     b" 405 ", 1),
                     ([ask + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n" + close],
                      b" 200 OK", 1),
                     ([ask + b"Content-Length : 5\r\n\r\nhello" + close], b" 400 ", 1),
@@ -17331,19 +17328,25 @@ class Registries(StoreTest):
                      b" 200 ", 1),
                     ([ask + b"Connection: x\r\nConnection: close\r\n\r\n" + close],
                      b" 200 ", 1),
-                    ([b"GET /../../etc/passwd HTTP/1.1\r\n\r\n"], b" 404 ", 1),
-                    ([b"GET /v2/%2e%2e/%2e%2e/blobs/x HTTP/1.1\r\n\r\n"], b" 400 ", 1)):
+                    ([b"GET /../../etc/passwd HTTP/1.0\r\n\r\n"], b" 404 ", 1),
+                    ([b"GET /v2/%2e%2e/%2e%2e/blobs/x HTTP/1.0\r\n\r\n"], b" 400 ", 1)):
                 with self.subTest(parts[0][:60]):
                     self.assertEqual(count, self.said(*parts).count(words))
+        with self.served(timeout=1, idle=1) as server:
+            for part, words in ((ask, b"HTTP"), (b"", b"HTTP"), (b"GET", b"HTTP"), (
+                    b"PUT /v2/ HTTP/1.1\r\nExpect: 100-continue\r\n\r\n", b" 100 ")):
+                with self.subTest(part):
+                    self.assertNotIn(words, self.said(part))
             # A byte now and then does not lengthen the time.
-            with socket.create_connection(("127.0.0.1", self.port), timeout=20) as sock:
-                for at in range(len(ask)):
-                    sock.sendall(ask[at:at + 1])
+            with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
+                for byte in ask + b"X: " + b"y" * 600:
+                    sock.sendall(bytes([byte]))
                     if select.select([sock], [], [], 0.1)[0]:
                         break
                 else:
                     self.fail("it was not cut")
                 self.assertEqual(b"", sock.recv(99))
+            server.timeout = server.idle = 60
             self.assertEqual(200, self.get("").status)
 
     def test_a_line_in_the_log_for_each_request(self) -> None:
@@ -17354,7 +17357,7 @@ class Registries(StoreTest):
                     (b"GET /v2/ HTTP/9.9", 505), (b"GET /" + b"x" * 70000, 414),
                     (b"GET /v2/ HTTP/1.1\r\nno header", 400)):
                 self.said(request + b"\r\n\r\n")
-                self.assertRegex(found.pop(), rf'^127.0.0.1 ".*" {status} \d+ \d\.\d+s'
+                self.assertRegex(found.pop(), rf'^127.0.0.1 ".*" {status} \d+ \d+\.\d+s'
                                  + "(: .+)?" * (status >= 400) + "$")
         self.assertEqual([], found)
 
@@ -17367,10 +17370,11 @@ class Registries(StoreTest):
 
     def test_who_waited_for_a_place_keeps_it(self) -> None:
         """It was not idle before it had one."""
+        clock = itertools.count(1000, 0.001)  # by the real one a second can pass between both
         with self.served(clients=1) as server, contextlib.ExitStack() as stack:
             server.patience = 0.01
             for wanted in ("", "too many clients"):
-                with socket.socket() as sock:
+                with socket.socket() as sock, mock.patch.object(time, "monotonic", clock.__next__):
                     waiting = mock.Mock(socket=sock, idle_since=time.monotonic() - 5)
                     self.assertEqual(wanted, server._admit(waiting))
                     stack.callback(server._leave, waiting)
@@ -17403,7 +17407,7 @@ class Registries(StoreTest):
             sock.sendall(f"GET /v2/app/blobs/{digest} HTTP/1.1\r\n\r\n".encode())
             wait_for(lambda: server._clients)
             wait_for(lambda: not server._clients)
-            server.timeout = 20
+            server.timeout = 60
             self.assertEqual(200, self.get(f"app/blobs/{digest}").status)  # not its fault
 
     def test_many_clients_at_once(self) -> None:
@@ -17586,7 +17590,8 @@ class RegistryCommands(StoreTest):
     def test_a_second_signal_does_not_wait_for_transfers(self) -> None:
         path, rpc, tar = self.dir + "/http", self.dir + "/rpc", [*self.store.tars.values()][0]
         need_proc()
-        with self.running("--registry", "unix:" + path, "--socket", rpc) as (_, server), \
+        with self.running("--registry", "unix:" + path, "--socket", rpc, "--timeout", "300"
+                          ) as (_, server), \
                 socket.socket(socket.AF_UNIX) as sock, cstor.RpcClient(rpc) as client:
             sock.connect(path)
             sock.sendall(f"GET /v2/app/blobs/{sha256(tar)} HTTP/1.1\r\n\r\n".encode())
@@ -17601,7 +17606,7 @@ class RegistryCommands(StoreTest):
                         cstor.connect(each).close()
             self.assertIsNone(server.poll())
             server.send_signal(signal.SIGINT)
-            self.assertEqual(0, server.wait(15))
+            self.assertEqual(0, server.wait(60))
             with contextlib.suppress(ConnectionResetError):  # it was not read to its end
                 self.assertLess(sum(iter(lambda: len(sock.recv(1 << 20)), 0)), len(tar) - 99)
 
@@ -17660,7 +17665,7 @@ class RegistryCommands(StoreTest):
                     sock.sendall(b"GET /v2/\x1b\xff HTTP/1.0\r\n\r\n")
                     self.assertIn(b" 404 Not Found\r\n", sock.recv(999))
                 self.assertRegex(server.stderr.readline().decode(), r'\Acstor: 127.0.0.1 "GET '
-                                 r'/v2/\\x1b[^\x1b"]* HTTP/1.0" 404 \d+ \d\.\d+s: no such '
+                                 r'/v2/\\x1b[^\x1b"]* HTTP/1.0" 404 \d+ \d+\.\d+s: no such '
                                  r'endpoint\n\Z')
             self.assertIn("not every user", self.run_on(
                 self.store, "serve --registry -", status=2, stdin=listener.fileno()).err)
@@ -17789,7 +17794,8 @@ class Templates(unittest.TestCase):
         for text, age in (("1h", hour), ("1h30m", hour * 3 // 2), ("90s", 90 * 10**9),
                           ("1.5h", hour * 3 // 2), ("0s", 0), (".5h", hour // 2), ("+1.h", hour),
                           ("-1h", -hour), ("2562047h", 2562047 * hour), ("3us4ns", 3004)):
-            self.assertLess(abs(cstor.parse_moment(text) - now + age), 10**9)
+            with mock.patch.object(time, "time_ns", lambda: now):
+                self.assertEqual(now - age, cstor.parse_moment(text))
         moment = 1_700_000_000 * 10**9
         for text in ("1700000000", "2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00"):
             self.assertEqual(moment, cstor.parse_moment(text))
@@ -18697,7 +18703,7 @@ class CommandLine(StoreTest):
                 assert process.stdout and process.stderr
                 self.assertEqual(b"x\n", process.stdout.readline())
                 process.send_signal(number)
-                self.assertEqual((b"", b""), process.communicate(timeout=20))
+                self.assertEqual((b"", b""), process.communicate(timeout=50))
             self.assertEqual(128 + number, process.returncode)
             self.assertEqual(["store"], os.listdir(self.dir))
 
@@ -18714,7 +18720,7 @@ class CommandLine(StoreTest):
         def work() -> None:
             time.sleep(0.1)  # until the wait has begun
             signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-            ended.append(go_on.wait(20))
+            ended.append(go_on.wait(60))
 
         before = signal.signal(signal.SIGUSR1, interrupt)
         self.addCleanup(signal.signal, signal.SIGUSR1, before)
