@@ -10943,11 +10943,11 @@ class Connection(Closing):
 
     def _receive_bytes(self) -> bool:
         """Receive some bytes, and descriptors with them; False at the end."""
+        if not self._deadline.left():
+            raise self._deadline.error("sent no whole message")
         data, rights, flags, _ = self._when_ready(
             "POLLIN", self.socket.recvmsg, RECEIVE_SIZE, socket.CMSG_SPACE(4 * FDS_PER_SEND),
             socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
-        if not self._deadline.left():
-            raise self._deadline.error("sent no whole message")
         self._received += len(data)
         self._buffer += data
         for level, kind, content in rights:

@@ -14171,6 +14171,27 @@ class DumbServers(MessageTest):
                 with self.assertRaisesRegex(cstor.ProtocolError, "has done nothing for 0.5 sec"):
                     connection.receive()
 
+    def test_a_process_that_sleeps_while_it_receives(self) -> None:
+        """What came meanwhile was in time; what is not whole is too late, and is closed."""
+        need_proc()
+        clock, when_ready = [1000.0], cstor.Connection._when_ready
+
+        def late(connection: Any, *args: Any) -> Any:
+            clock[0] += 100
+            return when_ready(connection, *args)
+
+        for end in (b"}", b""):
+            with self.pair() as (ours, dumb), cstor.Connection(ours, timeout=60) as connection, \
+                    mock.patch.object(cstor.Connection, "_when_ready", late), \
+                    mock.patch.object(time, "monotonic", lambda: clock[0]):
+                dumb.send(b'{"jsonrpc": "2.0", "fds": 1' + end, [self.a])
+                if end:
+                    with connection.receive() or self.fail("nothing came") as message:
+                        self.assertEqual(1, len(message.fds))
+                else:
+                    with self.assertRaisesRegex(cstor.ProtocolError, "nothing for 60 seconds"):
+                        connection.receive()
+
     def test_lost_descriptors(self) -> None:
         """Where a process may open no more files, the kernel drops what it cannot pass."""
         need_proc()
