@@ -9603,7 +9603,7 @@ class OciLayout(Transaction):
         super().__init__(directory)
 
     def __enter__(self) -> OciLayout:
-        deadline = Deadline(10)
+        waits = [0.01] * 1000  # waiting for the lock does not count
         while True:
             try:
                 super().__enter__()
@@ -9613,8 +9613,9 @@ class OciLayout(Transaction):
                 self.__exit__(type(error), error)
                 # Another writer has just made it, or failed and removed it.
                 if getattr(error, "errno", 0) not in (errno.EEXIST, errno.EBUSY, errno.ESTALE) \
-                        or not deadline.pause():
+                        or not waits:
                     raise
+                time.sleep(waits.pop())
 
     def _open(self) -> None:
         self.target, mode, made = self.open_directory(self.path)
@@ -11478,15 +11479,14 @@ class ClientServer:
         """Give a client a place, when there is one soon; return why it has none, else ""."""
         deadline = Deadline(self.patience)
         with self._lock:
-            while len(self._clients) >= self._room and not self.stopping and deadline.left():
-                longest = min(self._clients, key=lambda each: float(each.idle_since),
-                              default=client)
+            while len(self._clients) >= self._room and not self.stopping:
+                longest = min(self._clients, key=lambda each: each.idle_since, default=client)
                 if longest.idle_since < time.monotonic() - 1:
                     self._clients.discard(longest)
                     hang_up(longest.socket)
+                elif not deadline.left():
+                    return "too many clients"
                 self._lock.wait(0.05)
-            if len(self._clients) >= self._room and not self.stopping:
-                return "too many clients"
             client.idle_since = time.monotonic()  # it was not idle while it waited here
             self._clients.add(client)
         return "the server is shutting down" if self.stopping else ""  # seen by it, or by stop()

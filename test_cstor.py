@@ -10360,6 +10360,23 @@ class Layouts(StoreTest):
             done = self.run_cstor(*self.ours, "image", *command, status=4)
             self.assertNotIn(b"secret.tar", done.stdout)
 
+    def test_a_writer_that_fails_after_a_long_time(self) -> None:
+        """Who waited for it goes on, however long it took."""
+        clock, flock, waited = [1000.0], fcntl.flock, [0]
+
+        def wait(fd: int, how: int) -> None:
+            flock(fd, how)
+            if how == fcntl.LOCK_EX and not waited[0] and os.path.isdir(self.out):
+                os.rmdir(self.out)
+                waited[0] = clock[0] = 2000
+
+        with cstor.Storage.open(self.store.root) as storage, \
+                mock.patch.object(time, "monotonic", lambda: clock[0]), \
+                mock.patch("fcntl.flock", wait):
+            digest = storage.image("sample").copy_to_oci(self.out)["digest"]
+        self.assertTrue(waited[0])
+        self.assertEqual({digest}, {*read_layout(self.out)})
+
     def test_without_zstd(self) -> None:
         done = self.copy("app:1", self.out, "--compress=zstd", status=6 if sys.version_info < (
             3, 14) else 0, env={"PATH": "/nonexistent"})
@@ -17409,6 +17426,16 @@ class Registries(StoreTest):
                     waiting = mock.Mock(socket=sock, idle_since=time.monotonic() - 5)
                     self.assertEqual(wanted, server._admit(waiting))
                     stack.callback(server._leave, waiting)
+
+    def test_an_idle_client_makes_room_however_late_it_is(self) -> None:
+        """A process that was stopped for the whole time looks once, too."""
+        with self.served(clients=1) as server, socket.socket() as idle, socket.socket() as sock:
+            server.patience = 0
+            for each in (idle, sock):
+                client = mock.Mock(socket=each, idle_since=0)
+                self.assertEqual("", server._admit(client))
+                client.idle_since = 0
+            server._leave(client)
 
     def test_slow_readers_and_idle_clients_make_room(self) -> None:
         digest = sha256([*self.store.tars.values()][0])
