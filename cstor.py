@@ -1416,7 +1416,7 @@ class NewFile(Transaction):
             self._name = partial_name(self._target)
             self.fd = os.open(self._name, OPEN_NEW_FILE, 0o666, dir_fd=self._folder.fd)
         self.on_exit(self._close)
-        try_lock(self.fd)
+        try_lock(self.fd, wait=True)
 
     def appear(self, name: bytes) -> None:
         """Give the file its name; a file that has it is replaced."""
@@ -1458,7 +1458,7 @@ def remove_dead(dir_fd: int, target: bytes = b"", name: bytes = b".") -> list[by
     """Remove what killed processes left of ``target`` in a directory, and return the names.
 
     Without ``target`` no other run works there, and all leftovers go; else those stay that are
-    locked, or so new that they may be locked soon.  Failures do no harm and are ignored.
+    locked, or will be within half a second.  Failures do no harm and are ignored.
     """
     with suppress(OSError), Target("", os.open(name, OPEN_NEW_DIRECTORY, dir_fd=dir_fd)) as folder:
         return [name for name in partials(folder, target)
@@ -1474,8 +1474,11 @@ def _remove_dead(dir_fd: int, name: bytes, others: bool) -> bool:
         if not is_dir and (not others or stat.S_ISSOCK(status.st_mode) and age > 10):
             os.unlink(name, dir_fd=dir_fd)  # a socket has this name only for a moment
             return True
-        if (is_dir or stat.S_ISREG(status.st_mode)) and not (others and age < 0.02):
+        if is_dir or stat.S_ISREG(status.st_mode):
             with Target("", os.open(name, OPEN_FILE, dir_fd=dir_fd)) as found:
+                if others and age < 0.5 and try_lock(found.fd):  # its owner may be about to lock it
+                    fcntl.flock(found.fd, fcntl.LOCK_UN)
+                    time.sleep(min(0.5 - age, 0.5))
                 if not others or try_lock(found.fd):
                     if is_dir:
                         remove_content(found)
@@ -3823,9 +3826,8 @@ class Storage(Closing):
                  configured: str = "", salvage: bool = False) -> None:
         if driver not in ("", *DRIVERS):
             raise ValueError(f"driver must be {' or '.join(DRIVERS)}, not {display(driver)}")
-        self.graphroot, self.runroot, self.imagestore = (
-            os.path.abspath(os.fsdecode(path)) if path else ""
-            for path in (graphroot, runroot, imagestore))
+        self.graphroot, self.runroot, self.imagestore = (os.path.abspath(os.fsdecode(
+            path)) if path else "" for path in (graphroot, runroot, imagestore))
         self.owner_ids, self.salvage = os.fsdecode(owner_ids), salvage
         self.opener = Opener(self)  # of all contents
         self.faults: list[str] = []
@@ -8427,9 +8429,8 @@ def header_spans(header: bytes) -> Iterator[tuple[int, int, str, bytes | None, b
                     yield start + first, start + last, field, None, True
             yield after, end, LONG_FIELDS.get(kind, "sparse map"), data, True
         yield end, end + -len(data) % BLOCK, f"{kind} padding", None, True
-        starts = HEADER_FIELDS + (
-            GNU_FIELDS if block[257:265] == b"ustar  \0" else
-            STAR_FIELDS if block[508:512] == b"tar\0" else USTAR_FIELDS)
+        starts = HEADER_FIELDS + (GNU_FIELDS if block[257:265] == b"ustar  \0" else
+                                  STAR_FIELDS if block[508:512] == b"tar\0" else USTAR_FIELDS)
         for (field, start), (_, stop) in zip(starts, (*starts[1:], ("", BLOCK))):
             name = f"{kind} header {field.replace('header ', '')}" if kind else field
             yield at + start, at + stop, name, checksum_words(block) \
@@ -9251,7 +9252,7 @@ class OutputDirectory(Transaction):
         self.target.path = self.path
         self.merge = self._force and not self._made
         lock = self._own(Target("", os.open(b".", OPEN_NEW_DIRECTORY, dir_fd=self.target.fd)))
-        alone, marks = try_lock(lock.fd), partials(lock)
+        alone, marks = try_lock(lock.fd, wait=self._place != self.path), partials(lock)
         if not self._force and (len(os.listdir(lock.fd)) > len(marks) or marks and not alone):
             self.keep()
             error = OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.path)
@@ -11246,8 +11247,7 @@ def varlink_error(error: Exception) -> dict[str, Any]:
     name, text = error_row(error)[2], str(error)
     params = {"NoSuchLayer": {"diff_id": text.removeprefix("layer not known: ")},
               "InternalError": {"message": text, "kind": type(error).__name__}}
-    return {"error": f"org.composefs.Oci.{name}",
-            "parameters": params.get(name, {"message": text})}
+    return {"error": f"org.composefs.Oci.{name}", "parameters": params.get(name, {"message": text})}
 
 
 def hang_up(sock: socket.socket, how: int = SHUT_RDWR) -> None:

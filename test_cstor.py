@@ -8973,7 +8973,6 @@ sys.exit(cstor.main(sys.argv[1:]))
             with self.stopped(self.WRITING, *words):
                 self.assertRegex(" ".join(self.names()), r"\A\.cstor-new-\w{12}\.partial\Z")
         left = os.path.join(self.dir, self.names()[0])
-        time.sleep(0.05)  # one that is younger than 20 ms may be locked soon
         done = self.run_on(self.store, *words)
         self.assertEqual(f"cstor: warning: removed what a killed run left: {left}\n", done.err)
         self.assertEqual(["new"], self.names())
@@ -9220,11 +9219,36 @@ sys.exit(cstor.main(sys.argv[1:]))
             self.assertEqual(3, len(os.listdir(scratch)))  # the lock of another run holds
             os.close(dead.fd)
             dead.fd = -1
-            time.sleep(0.03)
             cstor.Scratch(scratch).close()
             self.assertEqual({live.path, foreign},
                              {os.path.join(scratch, name) for name in os.listdir(scratch)})
         self.assertEqual([os.path.basename(foreign)], os.listdir(scratch))
+
+    def test_what_will_be_locked_soon_is_not_dead(self) -> None:
+        """On a busy machine it is a while until its owner does so."""
+        def sleep(seconds: float) -> None:
+            self.assertLess(0, seconds)
+            locks.append(lock(path))
+
+        def lock(path: str) -> int:
+            fd = os.open(path, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+
+        for make in (put, os.mkdir):
+            path = os.path.join(self.dir, ".cstor-x-0123456789ab.partial")
+            locks: list[int] = []
+            name = os.fsencode(os.path.basename(path))
+            remove_dead = functools.partial(cstor.remove_dead, cstor.AT_FDCWD, b"x",
+                                            os.fsencode(self.dir))
+            make(path)
+            with mock.patch("time.sleep", sleep):
+                self.assertEqual([], remove_dead())
+            self.assertEqual([], remove_dead())  # it is locked, and nobody waits
+            for fd in locks:
+                os.close(fd)
+            self.assertEqual([name], remove_dead())
+            self.assertFalse(os.path.lexists(path))
 
     def test_scratch_that_another_run_takes_for_dead(self) -> None:
         place = self.dir + "/tmp"
@@ -11866,7 +11890,6 @@ class StreamExtracts(TreeTest):
             process.communicate(timeout=30)
         [left] = glob.glob(self.dir + "/.cstor-out-*.partial")
         self.assertFalse(os.path.lexists(self.out))
-        time.sleep(0.05)  # one that is younger than 20 ms may be locked soon
         done = self.extract_tar(tar, self.out)
         self.assertEqual(["removed what a killed run left beside it: " + os.path.basename(left)],
                          done["notes"])
