@@ -15,7 +15,8 @@ Tests that need podman, root or another part that is missing are skipped with th
 CSTOR_TEST_REQUIRE=all a skip is a failure, but for ALLOWED_SKIPS.  CSTOR_TEST_STORES names a
 directory of real stores, NAME.tar.xz each with NAME/st and NAME/run.  CSTOR_TEST_FULL=1 makes real
 images of 50,000 files where a fifth would do, and leaves none of many like cases out; otherwise
-each Python runs a quarter of these.  CSTOR_TEST_SHARED=1 says that others run the other quarters.
+each Python runs a quarter of these.  CSTOR_TEST_SHARED=1 says that others run the other quarters;
+with CSTOR_TEST_PART=1 another run has the classes in SECOND_PART, and with 2 all others.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ UMASK = 0o22
 os.umask(UMASK)  # whatever is that of who runs them
 FULL = bool(os.environ.get("CSTOR_TEST_FULL"))  # real trees of 50,000 files
 SHARED = bool(os.environ.get("CSTOR_TEST_SHARED"))  # other Pythons run the other quarters
+PART = os.environ.get("CSTOR_TEST_PART")  # "1" or "2", which take about as long
 IDLE = {"PATH": os.environ.get("PATH", ""), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
 
 
@@ -21892,7 +21894,7 @@ class RealTree(unittest.TestCase):
             with self.image(name).tree() as tree:
                 files = self.files(tree)
             full = [path for path in files if self.mounted(name, path)]
-            count = 40 if FULL else 2
+            count = 12 if FULL else 2
             for path in random.Random(name).sample(full, count) + random.Random(1).sample(files, 2):
                 with self.subTest(image=name, path=path), self.image(name).tree() as tree:
                     data = self.mounted(name, path)
@@ -24215,6 +24217,10 @@ Vfs.test_hundreds_of_layers
 """.split()
 
 
+# They take about as long as all others.
+SECOND_PART = {"RealStores", "RealTree", "RealLookups", "RealVfs", "RealUsage", "RealWords"}
+
+
 def run_tests(names: Sequence[str]) -> int:
     """Run the tests whose names contain one of ``names``, or all; return the exit status."""
     others = {*REPEATED} - {*REPEATED[sys.version_info[1] % 4::4]} if SHARED and not FULL else set()
@@ -24224,7 +24230,8 @@ def run_tests(names: Sequence[str]) -> int:
         chosen = unittest.TestSuite()
         for test in group:
             assert isinstance(test, unittest.TestCase)
-            if ".".join(test.id().split(".")[-2:]) in others:
+            if ".".join(test.id().split(".")[-2:]) in others or \
+                    PART and PART != "12"[type(test).__name__ in SECOND_PART]:
                 continue
             if not names or any(name in test.id() for name in names):
                 chosen.addTest(test)
