@@ -24086,6 +24086,11 @@ class Result(unittest.TextTestResult):
         super().addSuccess(test)
         self.passed += 1
 
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        for name in [name for name in vars(test) if name[0] != "_"]:
+            delattr(test, name)  # stores of all tests would be 1 GB, which each fork maps anew
+
     def addSkip(self, test: Any, reason: str) -> None:
         whole = re.fullmatch(r"setUpClass \((?:.*\.)?(\w+)\)", str(test))
         for each in self.classes[whole[1]] if whole else [getattr(test, "test_case", test)]:
@@ -24218,7 +24223,7 @@ Vfs.test_hundreds_of_layers
 
 
 # They take about as long as all others.
-SECOND_PART = {"RealStores", "RealTree", "RealLookups", "RealVfs", "RealUsage", "RealWords"}
+SECOND_PART = {f"Real{name}" for name in "Stores Export Tree Lookups Vfs Usage Words".split()}
 
 
 def run_tests(names: Sequence[str]) -> int:
