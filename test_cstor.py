@@ -21894,7 +21894,7 @@ class RealTree(unittest.TestCase):
             with self.image(name).tree() as tree:
                 files = self.files(tree)
             full = [path for path in files if self.mounted(name, path)]
-            count = 12 if FULL else 2
+            count = 40 if FULL else 2
             for path in random.Random(name).sample(full, count) + random.Random(1).sample(files, 2):
                 with self.subTest(image=name, path=path), self.image(name).tree() as tree:
                     data = self.mounted(name, path)
