@@ -1598,10 +1598,8 @@ def end_process(process: Any) -> Any:
 
 
 def spawn(command: Sequence[str], **how: Any) -> Any:
-    """Start a program as Popen does; what a signal interrupts leaves no program that nobody ends.
-
-    The signal waits in place of its handler: a mask, as in SignalsHeld, would be inherited.
-    """
+    """Start a program as Popen does; a signal that stops us meanwhile leaves none behind."""
+    # It is met once the program is known.  A mask, as in SignalsHeld, would be inherited.
     process: Any = None
     came: list[int] = []
     before: dict[int, Any] = {}
@@ -9604,7 +9602,7 @@ class OciLayout(Transaction):
         super().__init__(directory)
 
     def __enter__(self) -> OciLayout:
-        waits = [0.01] * 1000  # waiting for the lock does not count
+        waits = [0.01] * 1000  # the time in which another writer has the lock does not count
         while True:
             try:
                 super().__enter__()
@@ -10025,11 +10023,12 @@ class FetchedImage(Closing):
     def _is_of_list(self) -> bool:
         """Tell whether skopeo chose the image from a list, which then decides on the platform."""
         # podman 4.3.1 names its own platform in configurations.
-        done = subprocess.run(["skopeo", "inspect", "--raw", "--", self.reference],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=self._timeout, check=False)
-        return not done.returncode and "manifests" in parse_object(
-            done.stdout, f"{self.reference}: manifest")
+        with spawn(["skopeo", "inspect", "--raw", "--", self.reference], stdin=subprocess.DEVNULL,
+                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process, \
+                OnError(end_process, process):
+            data = process.communicate(timeout=self._timeout)[0]
+        return not process.returncode and "manifests" in parse_object(
+            data, f"{self.reference}: manifest")
 
     def _check(self, entry: Any, what: str) -> None:
         """Check a descriptor.  Raises FormatError, Unsupported for a digest other than sha256."""
